@@ -1,0 +1,125 @@
+"""Which keys each query row of a launch may see: the only form in which masks reach the kernels.
+
+Masks, documents, partitions and ring stages speak of global positions. Before a launch they are brought down to row
+indices of the tensors at hand: query row t sees key rows start[t] to stop[t] (and, with sink tokens, sink_start[t]
+to sink_stop[t] in front of them). Queries and keys lie in ascending global order, so all four never decrease with t.
+From that monotony follow the bounds of any tile, by reading its first and last row or by binary search, on whichever
+device the rows live and without copying anything back.
+
+Legend: T query rows, S key rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class KeyIntervals:
+    """Visible key rows of each query row, as half-open index ranges into the key tensor of this launch.
+
+    Attributes:
+        start: (T,) int32, first visible key row; never decreases.
+        stop: (T,) int32, one behind the last visible key row; never decreases. `stop <= start` means no key.
+        key_count: S, the number of key rows.
+        sink_start: (T,) int32 or None, a second range that lies wholly before `start`; never decreases.
+        sink_stop: (T,) int32 or None, end of that second range; never decreases.
+    """
+
+    start: Tensor
+    stop: Tensor
+    key_count: int
+    sink_start: Tensor | None = None
+    sink_stop: Tensor | None = None
+    _cache: dict = field(default_factory=dict, repr=False)
+
+    @property
+    def query_count(self) -> int:
+        """T, the number of query rows."""
+        return self.start.shape[0]
+
+    @property
+    def has_sink(self) -> bool:
+        """Whether rows may see a second range in front of the first."""
+        return self.sink_start is not None
+
+    def ranges(self) -> list[tuple[Tensor, Tensor]]:
+        """The (start, stop) pairs: the key range, then the sink range if there is one."""
+        pairs = [(self.start, self.stop)]
+        return [*pairs, (self.sink_start, self.sink_stop)] if self.has_sink else pairs
+
+    def visible(self, rows: slice = slice(None), keys: slice = slice(None)) -> Tensor:
+        """Dense boolean (rows, keys) matrix of visible pairs, for oracles and small tiles."""
+        column = torch.arange(self.key_count, device=self.start.device)[keys]
+        seen = [(start[rows, None] <= column) & (column < stop[rows, None]) for start, stop in self.ranges()]
+        return seen[0] | seen[1] if self.has_sink else seen[0]
+
+    def query_order(self, block: int) -> Tensor:
+        """Tiles of `block` query rows, those with the most key rows first; (tiles,) int32.
+
+        Long tiles first keep the last wave of a launch short.
+        """
+        return self._cached(("query_order", block), lambda: _longest_first(self._query_tile_work(block)))
+
+    def key_tile_rows(self, block: int, sink: bool = False) -> Tensor:
+        """Query rows that see each tile of `block` key rows; (tiles, 4) int32.
+
+        Columns: first row that sees any key of the tile, first and one-behind-last row that see all of it, one
+        behind the last row that sees any. Rows between are contiguous because start and stop never decrease.
+        """
+        start, stop = self.ranges()[1 if sink else 0]
+        return self._cached(
+            ("key_tile_rows", block, sink), lambda: _key_tile_rows(start, stop, self.key_count, block)
+        )
+
+    def key_order(self, block: int) -> Tensor:
+        """Tiles of `block` key rows, those seen by the most query rows first; (tiles,) int32."""
+
+        def build() -> Tensor:
+            tables = [
+                self.key_tile_rows(block, sink) for sink in ((False, True) if self.has_sink else (False,))
+            ]
+            return _longest_first(sum(table[:, 3] - table[:, 0] for table in tables))
+
+        return self._cached(("key_order", block), build)
+
+    def _query_tile_work(self, block: int) -> Tensor:
+        first = torch.arange(0, self.query_count, block, device=self.start.device)
+        last = (first + block - 1).clamp(max=self.query_count - 1)
+        return sum((stop[last] - start[first]).clamp(min=0) for start, stop in self.ranges())
+
+    def _cached(self, name: tuple, build: Callable[[], Tensor]) -> Tensor:
+        if name not in self._cache:
+            self._cache[name] = build()
+        return self._cache[name]
+
+
+def _longest_first(work: Tensor) -> Tensor:
+    return torch.argsort(work, descending=True, stable=True).to(torch.int32)
+
+
+def _key_tile_rows(start: Tensor, stop: Tensor, key_count: int, block: int) -> Tensor:
+    first = torch.arange(0, key_count, block, device=start.device, dtype=torch.int32)
+    last = (first + block).clamp(max=key_count)
+    any_begin = torch.searchsorted(stop, first, right=True)
+    any_end = torch.maximum(torch.searchsorted(start, last), any_begin)
+    all_begin = torch.searchsorted(stop, last).clamp(min=any_begin, max=any_end)
+    all_end = torch.searchsorted(start, first, right=True).clamp(min=all_begin, max=any_end)
+    return torch.stack([any_begin, all_begin, all_end, any_end], dim=1).to(torch.int32)
+
+
+def dense_intervals(query_count: int, key_count: int, device: torch.device | str = "cpu") -> KeyIntervals:
+    """Every query row sees every key row."""
+    start = torch.zeros(query_count, dtype=torch.int32, device=device)
+    return KeyIntervals(start, torch.full_like(start, key_count), key_count)
+
+
+def causal_intervals(query_count: int, key_count: int, device: torch.device | str = "cpu") -> KeyIntervals:
+    """Causal, aligned to the bottom right: the last query row sees every key row."""
+    start = torch.zeros(query_count, dtype=torch.int32, device=device)
+    stop = torch.arange(1 + key_count - query_count, 1 + key_count, dtype=torch.int32, device=device)
+    return KeyIntervals(start, stop.clamp(min=0), key_count)

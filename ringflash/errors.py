@@ -1,0 +1,21 @@
+"""The few named errors of ringflash; each message names the argument, its value and what is allowed."""
+
+
+class RingflashError(Exception):
+    """Base of every error that ringflash raises on purpose."""
+
+
+class ArgumentError(RingflashError, ValueError):
+    """An argument has a value that is not supported; raised before any communication."""
+
+
+class RankMismatchError(RingflashError, RuntimeError):
+    """Ranks of one group disagree on an argument or a configuration value."""
+
+
+class CheckpointError(RingflashError, RuntimeError):
+    """A checkpoint is incomplete, damaged, or belongs to another model."""
+
+
+class DataError(RingflashError, RuntimeError):
+    """A data path holds nothing that can be trained on."""

@@ -1,0 +1,247 @@
+"""Which keys a query may see, as a function of global token positions.
+
+Every mask here gives a query at position p one key interval [start(p), stop(p)), both ends never decreasing in p,
+and, where sink tokens are asked for, one prefix of p's document in front of it. Masks compose by intersection (`&`).
+A mask knows nothing of ranks or devices: partitions, plans and kernels ask it about positions.
+
+    mask = Mask.causal() & Mask.documents([0, 700, 4096]) & Mask.sliding_window(left=511)
+    mask.key_interval(800)                                  # (700, 801)
+    mask.classify((0, 700), (700, 4096))                    # Visibility.EMPTY
+"""
+
+from __future__ import annotations
+
+import enum
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ringflash.errors import ArgumentError
+
+Interval = tuple[int, int]
+"""Half-open range of positions [start, stop)."""
+
+UNBOUNDED = 2**31 - 1
+"""Position behind every token; positions are 32-bit in the kernels."""
+
+
+class Visibility(enum.Enum):
+    """What a rectangle of (query positions) x (key positions) holds."""
+
+    EMPTY = "no query sees any key"
+    FULL = "every query sees every key"
+    PARTIAL = "each pair has to be looked at"
+
+
+@dataclass(frozen=True)
+class Mask:
+    """An intersection of interval rules over global positions; build it with the constructors below.
+
+    Attributes:
+        left: a query at p sees no key before p - left (None: no such bound).
+        right: a query at p sees no key behind p + right (0 is causal; None: no such bound).
+        prefix: prefix-LM; the first `prefix` tokens of a document see each other, the rest is causal. One length for
+            all documents, or one for each document.
+        chunks: chunk sizes, counted from each document's start; a query sees its own chunk only.
+        sink: the first `sink` tokens of a document stay visible beyond `sink_left`.
+        sink_left: like `left`, but sink tokens are exempt from it.
+        boundaries: ascending document boundaries (0, ..., total); a query sees its own document only.
+    """
+
+    left: int | None = None
+    right: int | None = None
+    prefix: int | tuple[int, ...] | None = None
+    chunks: tuple[int, ...] = ()
+    sink: int = 0
+    sink_left: int | None = None
+    boundaries: tuple[int, ...] | None = None
+
+    # Constructors
+
+    @staticmethod
+    def bidirectional() -> Mask:
+        """Every query sees every key."""
+        return Mask()
+
+    @staticmethod
+    def causal() -> Mask:
+        """A query at p sees the keys up to and including p."""
+        return Mask(right=0)
+
+    @staticmethod
+    def sliding_window(left: int | None, right: int | None = 0, sink: int = 0) -> Mask:
+        """A query at p sees keys p - left to p + right, and the first `sink` tokens of its document.
+
+        Args:
+            left: tokens before the query, at least 0; None for no bound.
+            right: tokens behind the query, at least 0; None for no bound.
+            sink: document prefix that the left bound does not hide (StreamingLLM, arXiv 2309.17453).
+        """
+        for name, value in (("left", left), ("right", right), ("sink", sink)):
+            if value is not None and value < 0:
+                raise ArgumentError(
+                    f"sliding_window: {name}={value}; allowed are 0 and more, or None for no bound"
+                )
+        if sink and left is not None:
+            return Mask(right=right, sink=sink, sink_left=left)
+        return Mask(left=left, right=right)
+
+    @staticmethod
+    def documents(cu_seqlens: Sequence[int]) -> Mask:
+        """Documents laid end to end; a query sees its own document only.
+
+        Args:
+            cu_seqlens: ascending boundaries, first 0, last the total number of tokens. Empty documents are allowed.
+        """
+        bounds = tuple(int(x) for x in cu_seqlens)
+        if len(bounds) < 2 or bounds[0] != 0 or any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
+            shown = f"{bounds[:6]}{'...' if len(bounds) > 6 else ''}"
+            raise ArgumentError(
+                f"cu_seqlens={shown}; it must start at 0, never decrease, and end at the total length"
+            )
+        return Mask(boundaries=bounds)
+
+    @staticmethod
+    def chunked(size: int) -> Mask:
+        """Llama 4's chunked attention: a query sees its own chunk of `size` tokens, counted from its document's start."""
+        if size < 1:
+            raise ArgumentError(f"chunked: size={size}; allowed is 1 and more")
+        return Mask(chunks=(size,))
+
+    @staticmethod
+    def prefix_lm(length: int | Sequence[int]) -> Mask:
+        """The first `length` tokens of each document see each other; all other tokens are causal.
+
+        Args:
+            length: one number for every document, or one per document of the `documents` mask it is composed with.
+        """
+        lengths = length if isinstance(length, int) else tuple(int(x) for x in length)
+        if any(x < 0 for x in ((lengths,) if isinstance(lengths, int) else lengths)):
+            raise ArgumentError(f"prefix_lm: length={length}; allowed is 0 and more")
+        return Mask(prefix=lengths)
+
+    def __and__(self, other: Mask) -> Mask:
+        """Pairs that both masks allow."""
+        if self.sink and other.sink and self.sink != other.sink:
+            raise ArgumentError(
+                f"cannot intersect windows with different sinks: {self.sink} and {other.sink}"
+            )
+        return Mask(
+            left=_least(self.left, other.left),
+            right=_least(self.right, other.right),
+            prefix=_least_prefix(self.prefix, other.prefix),
+            chunks=tuple(sorted({*self.chunks, *other.chunks})),
+            sink=max(self.sink, other.sink),
+            sink_left=_least(self.sink_left, other.sink_left),
+            boundaries=_refine(self.boundaries, other.boundaries),
+        )
+
+    # Questions
+
+    def without_documents(self) -> Mask:
+        """The same rules with the document boundaries left out, for callers that carry them as a tensor."""
+        return replace(self, boundaries=None)
+
+    def document_of(self, position: int) -> tuple[int, int, int]:
+        """Index, start and stop of the document that holds a position (the whole line without documents)."""
+        if self.boundaries is None:
+            return 0, 0, UNBOUNDED
+        index = bisect_right(self.boundaries, position) - 1
+        if not 0 <= index < len(self.boundaries) - 1:
+            raise ArgumentError(
+                f"position {position} lies outside the documents, which end at {self.boundaries[-1]}"
+            )
+        return index, self.boundaries[index], self.boundaries[index + 1]
+
+    def key_interval(self, position: int) -> Interval:
+        """Keys that the query at `position` sees, without the sink prefix."""
+        return self._intervals(position)[1]
+
+    def sink_interval(self, position: int) -> Interval:
+        """Sink keys that the query at `position` sees in front of its key interval; often empty."""
+        return self._intervals(position)[0]
+
+    def sees(self, query: int, key: int) -> bool:
+        """Whether the query position sees the key position: the definition of the mask."""
+        return any(start <= key < stop for start, stop in self._intervals(query))
+
+    def keys_needed(self, queries: Interval) -> tuple[Interval, ...]:
+        """Disjoint ascending key intervals that hold every key seen by any query of the interval."""
+        first, stop = queries
+        if first >= stop:
+            return ()
+        sink, (start, _) = self._intervals(first)
+        needed = (sink, (start, self.key_interval(stop - 1)[1]))
+        return tuple(interval for interval in needed if interval[0] < interval[1])
+
+    def classify(self, queries: Interval, keys: Interval) -> Visibility:
+        """EMPTY only if no pair of the rectangle is visible, FULL only if every pair is.
+
+        Without sinks both are exact. With sinks a rectangle that prefix and window cover together, or one that lies
+        between them, may count as PARTIAL.
+        """
+        first, stop = queries
+        if first >= stop or keys[0] >= keys[1]:
+            return Visibility.EMPTY
+        parts = (0, 1) if self.sink else (1,)
+        if not any(self._may_see(queries, keys, part) for part in parts):
+            return Visibility.EMPTY
+        for part in parts:
+            start = self._intervals(stop - 1)[part][0]
+            end = self._intervals(first)[part][1]
+            if start <= keys[0] and end >= keys[1]:
+                return Visibility.FULL
+        return Visibility.PARTIAL
+
+    def _may_see(self, queries: Interval, keys: Interval, part: int) -> bool:
+        # Both ends never decrease: queries whose interval ends behind keys[0] are a suffix, those whose interval
+        # starts before keys[1] a prefix. A key interval is never empty (it holds its query), a sink interval may be.
+        positions = range(*queries)
+        low = bisect_right(positions, keys[0], key=lambda p: self._intervals(p)[part][1])
+        high = bisect_left(positions, keys[1], key=lambda p: self._intervals(p)[part][0])
+        return low < high
+
+    def _intervals(self, position: int) -> tuple[Interval, Interval]:
+        index, begin, end = self.document_of(position)
+        start, stop = begin, end
+        if self.right is not None:
+            stop = min(stop, position + self.right + 1)
+        if self.prefix is not None:
+            prefix = self.prefix if isinstance(self.prefix, int) else self.prefix[index]
+            stop = min(stop, max(position + 1, begin + prefix))
+        for size in self.chunks:
+            chunk = begin + (position - begin) // size * size
+            start, stop = max(start, chunk), min(stop, chunk + size)
+        if self.left is not None:
+            start = max(start, position - self.left)
+        sink_start = start
+        if self.sink_left is not None:
+            start = max(start, position - self.sink_left)
+        sink_stop = max(sink_start, min(begin + self.sink, start))
+        return (sink_start, sink_stop), (start, stop)
+
+
+def _least(a: int | None, b: int | None) -> int | None:
+    return b if a is None else a if b is None else min(a, b)
+
+
+def _least_prefix(
+    a: int | tuple[int, ...] | None, b: int | tuple[int, ...] | None
+) -> int | tuple[int, ...] | None:
+    if a is None or b is None:
+        return b if a is None else a
+    if isinstance(a, int) and isinstance(b, int):
+        return min(a, b)
+    lengths = len(a) if isinstance(a, tuple) else len(b)
+    spread = [x if isinstance(x, tuple) else (x,) * lengths for x in (a, b)]
+    if len(spread[0]) != len(spread[1]):
+        raise ArgumentError(f"cannot intersect prefixes for {len(spread[0])} and {len(spread[1])} documents")
+    return tuple(min(pair) for pair in zip(*spread, strict=True))
+
+
+def _refine(a: tuple[int, ...] | None, b: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    if a is None or b is None:
+        return b if a is None else a
+    if a[-1] != b[-1]:
+        raise ArgumentError(f"cannot intersect documents of {a[-1]} tokens with documents of {b[-1]} tokens")
+    return a if a == b else tuple(sorted({*a, *b}))
