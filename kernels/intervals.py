@@ -72,17 +72,13 @@ class KeyIntervals:
         behind the last row that sees any. Rows between are contiguous because start and stop never decrease.
         """
         start, stop = self.ranges()[1 if sink else 0]
-        return self._cached(
-            ("key_tile_rows", block, sink), lambda: _key_tile_rows(start, stop, self.key_count, block)
-        )
+        return self._cached(("key_tile_rows", block, sink), lambda: _key_tile_rows(start, stop, self.key_count, block))
 
     def key_order(self, block: int) -> Tensor:
         """Tiles of `block` key rows, those seen by the most query rows first; (tiles,) int32."""
 
         def build() -> Tensor:
-            tables = [
-                self.key_tile_rows(block, sink) for sink in ((False, True) if self.has_sink else (False,))
-            ]
+            tables = [self.key_tile_rows(block, sink) for sink in ((False, True) if self.has_sink else (False,))]
             return _longest_first(sum(table[:, 3] - table[:, 0] for table in tables))
 
         return self._cached(("key_order", block), build)

@@ -79,9 +79,7 @@ class Mask:
         """
         for name, value in (("left", left), ("right", right), ("sink", sink)):
             if value is not None and value < 0:
-                raise ArgumentError(
-                    f"sliding_window: {name}={value}; allowed are 0 and more, or None for no bound"
-                )
+                raise ArgumentError(f"sliding_window: {name}={value}; allowed are 0 and more, or None for no bound")
         if sink and left is not None:
             return Mask(right=right, sink=sink, sink_left=left)
         return Mask(left=left, right=right)
@@ -96,9 +94,7 @@ class Mask:
         bounds = tuple(int(x) for x in cu_seqlens)
         if len(bounds) < 2 or bounds[0] != 0 or any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
             shown = f"{bounds[:6]}{'...' if len(bounds) > 6 else ''}"
-            raise ArgumentError(
-                f"cu_seqlens={shown}; it must start at 0, never decrease, and end at the total length"
-            )
+            raise ArgumentError(f"cu_seqlens={shown}; it must start at 0, never decrease, and end at the total length")
         return Mask(boundaries=bounds)
 
     @staticmethod
@@ -123,9 +119,7 @@ class Mask:
     def __and__(self, other: Mask) -> Mask:
         """Pairs that both masks allow."""
         if self.sink and other.sink and self.sink != other.sink:
-            raise ArgumentError(
-                f"cannot intersect windows with different sinks: {self.sink} and {other.sink}"
-            )
+            raise ArgumentError(f"cannot intersect windows with different sinks: {self.sink} and {other.sink}")
         return Mask(
             left=_least(self.left, other.left),
             right=_least(self.right, other.right),
@@ -148,9 +142,7 @@ class Mask:
             return 0, 0, UNBOUNDED
         index = bisect_right(self.boundaries, position) - 1
         if not 0 <= index < len(self.boundaries) - 1:
-            raise ArgumentError(
-                f"position {position} lies outside the documents, which end at {self.boundaries[-1]}"
-            )
+            raise ArgumentError(f"position {position} lies outside the documents, which end at {self.boundaries[-1]}")
         return index, self.boundaries[index], self.boundaries[index + 1]
 
     def key_interval(self, position: int) -> Interval:
@@ -225,9 +217,7 @@ def _least(a: int | None, b: int | None) -> int | None:
     return b if a is None else a if b is None else min(a, b)
 
 
-def _least_prefix(
-    a: int | tuple[int, ...] | None, b: int | tuple[int, ...] | None
-) -> int | tuple[int, ...] | None:
+def _least_prefix(a: int | tuple[int, ...] | None, b: int | tuple[int, ...] | None) -> int | tuple[int, ...] | None:
     if a is None or b is None:
         return b if a is None else a
     if isinstance(a, int) and isinstance(b, int):
