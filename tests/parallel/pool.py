@@ -1,0 +1,229 @@
+"""Long-lived gloo workers for tests: starting a rank costs seconds, handing it a function costs a millisecond.
+
+    def ranks_agree(value):                                # a function of a module, so that it pickles by name
+        gathered = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def test_ranks_agree(pool):                            # the fixture of conftest.py
+        assert pool(2).run(ranks_agree, 7) == [[7, 7], [7, 7]]
+
+Every rank has one thread and the default gloo process group. A rank's exception is raised again in the parent with
+the traceback of each rank that failed. Nothing waits for ever: after the timeout, or shortly after another rank has
+failed, ranks that have not answered are killed with their stacks shown, and the next call starts a fresh pool.
+Tests in another folder put this folder on `sys.path` and import `Pools`.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+START_TIMEOUT = 120.0
+"""Seconds until every rank has imported torch and joined its group, on a busy machine."""
+
+
+class WorkerError(Exception):
+    """A rank died, did not answer in time, or raised something that does not pickle."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one rank answered to one call: a value or an error."""
+
+    rank: int
+    value: Any = None
+    error: BaseException | None = None
+    details: str = ""
+    seconds: float = 0.0
+
+
+class Pool:
+    """`size` worker processes joined by gloo; started at the first call and again after a call that broke them."""
+
+    def __init__(self, size: int, timeout: float = 60.0, grace: float = 10.0, group_timeout: float = 60.0) -> None:
+        """Describe a pool; nothing starts yet.
+
+        Args:
+            size: number of ranks.
+            timeout: seconds a call may take.
+            grace: seconds the other ranks have to answer once one has failed.
+            group_timeout: seconds after which gloo itself gives up on a peer.
+        """
+        self.size, self.timeout, self.grace, self.group_timeout = size, timeout, grace, group_timeout
+        self._folder: str | None = None
+        self._workers: list[multiprocessing.process.BaseProcess] = []
+        self._pipes: list[Connection] = []
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def run(self, function: Callable, *args: Any, timeout: float | None = None, **kwargs: Any) -> list:
+        """Call `function(*args, **kwargs)` on every rank and return the results in the order of the ranks."""
+        outcomes = self.outcomes(function, *args, timeout=timeout, **kwargs)
+        failed = [outcome for outcome in outcomes if outcome.error is not None]
+        if not failed:
+            return [outcome.value for outcome in outcomes]
+        # A rank that raised by itself says more than one that was left waiting for it.
+        failed.sort(key=lambda outcome: (isinstance(outcome.error, WorkerError), outcome.seconds))
+        for outcome in failed:
+            failed[0].error.add_note(f"--- rank {outcome.rank} of {self.size}:\n{outcome.details}")
+        raise failed[0].error
+
+    def outcomes(self, function: Callable, *args: Any, timeout: float | None = None, **kwargs: Any) -> list[Outcome]:
+        """Like `run`, but hand back each rank's value or error, for tests of failures."""
+        call = pickle.dumps((list(sys.path), pickle.dumps((function, args, kwargs))))
+        if not self._workers:
+            self._start()
+        for pipe in self._pipes:
+            pipe.send_bytes(call)
+        outcomes = self._collect(timeout or self.timeout)
+        if len({outcome.error is None for outcome in outcomes}) == 2 or any(
+            isinstance(outcome.error, WorkerError) for outcome in outcomes
+        ):
+            self.close()  # ranks stopped at different places: messages may be left between them
+        return outcomes
+
+    def close(self) -> None:
+        """Stop the workers; a later call starts new ones."""
+        for worker in self._workers:
+            worker.kill()
+            worker.join()
+        for pipe in self._pipes:
+            pipe.close()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        self._workers, self._pipes, self._folder = [], [], None
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._folder = tempfile.mkdtemp(prefix="ringflash-pool-")
+        for rank in range(self.size):
+            pipe, end = context.Pipe()
+            args = (rank, self.size, self._folder, self.group_timeout, end)
+            worker = context.Process(target=_serve, args=args, daemon=True)
+            worker.start()
+            end.close()
+            self._workers.append(worker)
+            self._pipes.append(pipe)
+        failed = [outcome for outcome in self._collect(START_TIMEOUT) if outcome.error is not None]
+        if failed:
+            self.close()
+            raise WorkerError(f"rank {failed[0].rank} did not start:\n{failed[0].details}")
+
+    def _collect(self, timeout: float) -> list[Outcome]:
+        begin = time.monotonic()
+        deadline = begin + timeout
+        answers: dict[int, Outcome] = {}
+        while len(answers) < self.size:
+            waiting = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in answers}
+            ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            for pipe in ready:
+                rank, seconds = waiting[pipe], time.monotonic() - begin
+                answers[rank] = self._receive(rank, pipe, seconds)
+                if answers[rank].error is not None:
+                    deadline = min(deadline, time.monotonic() + self.grace)
+        seconds = time.monotonic() - begin
+        silent = [rank for rank in range(self.size) if rank not in answers]
+        for rank in silent:
+            error = WorkerError(f"rank {rank} had not answered after {seconds:.1f} s")
+            answers[rank] = Outcome(rank, error=error, details=self._stack(rank), seconds=seconds)
+        return [answers[rank] for rank in range(self.size)]
+
+    def _receive(self, rank: int, pipe: Connection, seconds: float) -> Outcome:
+        try:
+            value, error, details = pickle.loads(pipe.recv_bytes())
+        except (EOFError, OSError):
+            self._workers[rank].join(5)
+            error = WorkerError(f"rank {rank} died with exit code {self._workers[rank].exitcode}")
+            return Outcome(rank, error=error, details=str(error), seconds=seconds)
+        return Outcome(rank, value, error, details, seconds)
+
+    def _stack(self, rank: int) -> str:
+        """Where a rank hangs, as written by its signal handler."""
+        path = Path(self._folder, f"stack{rank}")
+        if not path.exists():
+            return "it had not started"
+        os.kill(self._workers[rank].pid, signal.SIGUSR1)
+        time.sleep(0.3)
+        return path.read_text()
+
+
+class Pools:
+    """One `Pool` per number of ranks, made when first asked for: `pools(4).run(...)`."""
+
+    def __init__(self) -> None:
+        self._pools: dict[int, Pool] = {}
+
+    def __call__(self, size: int) -> Pool:
+        return self._pools.setdefault(size, Pool(size))
+
+    def __enter__(self) -> Pools:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pool in self._pools.values():
+            pool.close()
+
+
+def _serve(rank: int, size: int, folder: str, group_timeout: float, pipe: Connection) -> None:
+    """Body of a worker: join the group, then answer calls until the parent goes away."""
+    with open(Path(folder, f"stack{rank}"), "w") as stacks:
+        faulthandler.register(signal.SIGUSR1, file=stacks)
+        os.environ["OMP_NUM_THREADS"] = "1"
+        import torch
+        import torch.distributed as dist
+
+        torch.set_num_threads(1)
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/rendezvous",
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=group_timeout),
+        )
+        dist.barrier()
+        pipe.send_bytes(_answer(lambda: None))
+        while True:
+            try:
+                path, call = pickle.loads(pipe.recv_bytes())
+            except EOFError:
+                return
+            sys.path[:] = path
+            pipe.send_bytes(_answer(lambda call=call: _call(*pickle.loads(call))))
+
+
+def _call(function: Callable, args: tuple, kwargs: dict) -> Any:
+    return function(*args, **kwargs)
+
+
+def _answer(call: Callable[[], Any]) -> bytes:
+    try:
+        return pickle.dumps((call(), None, ""))
+    except BaseException as error:
+        details = traceback.format_exc()
+        try:
+            answer = pickle.dumps((None, error, details))
+            pickle.loads(answer)  # exceptions with a constructor of their own pickle but do not come back
+        except Exception:
+            answer = pickle.dumps((None, WorkerError(f"{type(error).__name__}: {error}"), details))
+        return answer
