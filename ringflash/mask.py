@@ -56,6 +56,13 @@ class Mask:
     sink_left: int | None = None
     boundaries: tuple[int, ...] | None = None
 
+    def __post_init__(self) -> None:
+        if isinstance(self.prefix, tuple) and self.boundaries and len(self.prefix) != len(self.boundaries) - 1:
+            raise ArgumentError(
+                f"prefix_lm has {len(self.prefix)} lengths for {len(self.boundaries) - 1} documents; "
+                "allowed is one length for all, or one for each document"
+            )
+
     # Constructors
 
     @staticmethod

@@ -1,0 +1,73 @@
+"""From a mask over global positions to the row indices that kernels understand, with torch on any device.
+
+`ringflash.mask.Mask` defines a mask one position at a time; here the same rules are applied to whole tensors of
+positions, where the document boundaries live, without a copy to the host.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ringflash.kernels.intervals import KeyIntervals
+from ringflash.mask import UNBOUNDED, Mask
+
+
+def position_bounds(mask: Mask, boundaries: Tensor | None, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """First and one-behind-last visible key position of each query position.
+
+    Args:
+        mask: rules; its own document boundaries are not read.
+        boundaries: (documents + 1,) int64 on the positions' device, or None for one document without end.
+        positions: (T,) int64 global query positions.
+
+    Returns:
+        start, stop, sink_start, sink_stop: (T,) int64 global positions.
+    """
+    if boundaries is None:
+        index = torch.zeros_like(positions)
+        begin, end = index, torch.full_like(positions, UNBOUNDED)
+    else:
+        index = torch.searchsorted(boundaries, positions, right=True) - 1
+        begin, end = boundaries[index], boundaries[index + 1]
+    start, stop = begin, end
+    if mask.right is not None:
+        stop = torch.minimum(stop, positions + mask.right + 1)
+    if mask.prefix is not None:
+        prefix = mask.prefix
+        if isinstance(prefix, tuple):
+            prefix = torch.tensor(prefix, dtype=torch.int64, device=positions.device)[index]
+        stop = torch.minimum(stop, torch.maximum(positions + 1, begin + prefix))
+    for size in mask.chunks:
+        chunk = begin + (positions - begin) // size * size
+        start, stop = torch.maximum(start, chunk), torch.minimum(stop, chunk + size)
+    if mask.left is not None:
+        start = torch.maximum(start, positions - mask.left)
+    sink_start = start
+    if mask.sink_left is not None:
+        start = torch.maximum(start, positions - mask.sink_left)
+    sink_stop = torch.maximum(sink_start, torch.minimum(begin + mask.sink, start))
+    return start, stop, sink_start, sink_stop
+
+
+def key_intervals(
+    mask: Mask, boundaries: Tensor | None, query_positions: Tensor, key_positions: Tensor
+) -> KeyIntervals:
+    """Visible rows of a key tensor for each row of a query tensor.
+
+    Args:
+        mask: rules; its own document boundaries are not read.
+        boundaries: as in `position_bounds`.
+        query_positions: (T,) int64, ascending global positions of the query rows.
+        key_positions: (S,) int64, ascending global positions of the key rows.
+    """
+    bounds = position_bounds(mask, boundaries, query_positions)
+    rows = [torch.searchsorted(key_positions, bound).to(torch.int32) for bound in bounds]
+    sink = rows[2:] if mask.sink else (None, None)
+    return KeyIntervals(rows[0], rows[1], key_positions.shape[0], *sink)
+
+
+def visible_pairs(mask: Mask, boundaries: Tensor | None, positions: Tensor) -> Tensor:
+    """Number of keys that each query position sees, (T,) int64: the work of attention at that position."""
+    start, stop, sink_start, sink_stop = position_bounds(mask, boundaries, positions)
+    return (stop - start) + (sink_stop - sink_start)
