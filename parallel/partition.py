@@ -50,11 +50,13 @@ class Partition:
     @staticmethod
     def contiguous(length: int, ranks: int) -> Partition:
         """Rank r holds the r-th of `ranks` equal parts (sizes differ by at most one)."""
+        _check_sizes(length, ranks)
         return _from_chunks(length, ranks, [[rank] for rank in range(ranks)])
 
     @staticmethod
     def zigzag(length: int, ranks: int) -> Partition:
         """Rank r holds parts r and 2 * ranks - 1 - r of 2 * ranks: equal work under a causal mask."""
+        _check_sizes(length, ranks)
         return _from_chunks(length, 2 * ranks, [[rank, 2 * ranks - 1 - rank] for rank in range(ranks)])
 
     @staticmethod
@@ -64,7 +66,8 @@ class Partition:
         Starts from contiguous shares and exchanges chunks between the busiest and other ranks until the busiest has at
         most 5% more visible pairs than the mean, so that what can stay together does.
         """
-        chunks = max(1, min(BALANCED_CHUNKS_PER_RANK, length // max(ranks, 1))) * ranks
+        _check_sizes(length, ranks)
+        chunks = max(1, min(BALANCED_CHUNKS_PER_RANK, length // ranks)) * ranks
         documents = torch.tensor(mask.boundaries or (0, length))
         if documents[-1] != length:
             raise ArgumentError(f"the mask's documents end at {documents[-1]}; the sequence has {length} positions")
@@ -126,13 +129,16 @@ def resolve(partition: str | Partition, length: int, ranks: int, mask: Mask) -> 
     return partition
 
 
+def _check_sizes(length: int, ranks: int) -> None:
+    if length < 0 or ranks < 1:
+        raise ArgumentError(f"length={length}, ranks={ranks}; allowed are lengths from 0 and ranks from 1")
+
+
 def _edge(length: int, parts: int, index: int) -> int:
     return index * length // parts
 
 
 def _from_chunks(length: int, parts: int, owned: list[list[int]]) -> Partition:
-    if length < 0 or parts < 1:
-        raise ArgumentError(f"length={length}, ranks={len(owned)}; allowed are lengths from 0 and ranks from 1")
     segments = (
         normalize((_edge(length, parts, chunk), _edge(length, parts, chunk + 1)) for chunk in chunks)
         for chunks in owned

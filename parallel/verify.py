@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ringflash.errors import RingflashError
 from ringflash.mask import Mask
-from ringflash.parallel.plan import Plan, Transfer
+from ringflash.parallel.plan import Plan, Stage, Transfer
 from ringflash.parallel.segments import Segments, contains, count, intersect, normalize
 
 
@@ -21,6 +21,8 @@ def verify(plan: Plan, mask: Mask) -> None:
     each visible pair is computed by exactly one rank. All transfers of a stage are posted before any is waited for, so
     stages cannot deadlock.
     """
+    for index, stage in enumerate(plan.stages):
+        _check_ranks(index, stage, plan.partition.ranks)
     for rank, held in enumerate(plan.partition.segments):
         done: Segments = ()
         for index, stage in enumerate(plan.stages):
@@ -30,11 +32,20 @@ def verify(plan: Plan, mask: Mask) -> None:
             _check_sends(index, rank, stage.sends, held, arrived)
             if count(arrived) > plan.buffer_tokens:
                 raise PlanError(f"stage {index}, rank {rank}: {count(arrived)} tokens arrive in {plan.buffer_tokens}")
-        needed = tuple(interval for segment in held for interval in mask.keys_needed(segment))
-        if not contains(done, normalize(needed)):
-            raise PlanError(f"rank {rank}: sees {normalize(needed)}, attends only {done}")
+        seen = normalize(interval for segment in held for interval in mask.keys_needed(segment))
+        needed = intersect(seen, ((0, plan.partition.length),))  # masks without a right bound know no end
+        if not contains(done, needed):
+            raise PlanError(f"rank {rank}: sees {needed}, attends only {done}")
     if plan.stages and plan.stages[-1].sends:
         raise PlanError("the last stage sends keys that nobody attends")
+
+
+def _check_ranks(index: int, stage: Stage, ranks: int) -> None:
+    if len(stage.work) != ranks:
+        raise PlanError(f"stage {index}: work for {len(stage.work)} ranks, the partition has {ranks}")
+    for transfer in stage.sends:
+        if not (0 <= transfer.source < ranks and 0 <= transfer.destination < ranks):
+            raise PlanError(f"stage {index}: {transfer} names a rank outside 0 to {ranks - 1}")
 
 
 def _arrived(plan: Plan, index: int, rank: int) -> Segments:
