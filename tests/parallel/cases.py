@@ -1,0 +1,135 @@
+"""Masks, inputs and the dense float64 oracle that the tests of partitions, plans and rings share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ringflash.mask import Mask
+
+
+def masks(length: int) -> dict[str, Mask]:
+    """One mask of every kind, and compositions, for a sequence of `length` tokens."""
+    third = length // 3
+    documents = Mask.documents(sorted([0, length // 7, third, third, min(third + 1, length), 4 * length // 5, length]))
+    return {
+        "causal": Mask.causal(),
+        "bidirectional": Mask.bidirectional(),
+        "window": Mask.sliding_window(length // 5),
+        "window-both-sides": Mask.sliding_window(3, 5),
+        "window-sink": Mask.sliding_window(max(1, length // 9), sink=4),
+        "documents": documents,
+        "documents-causal": Mask.causal() & documents,
+        "documents-window-sink": Mask.sliding_window(max(1, length // 12), sink=2) & documents,
+        "chunked": Mask.chunked(max(1, length // 4 - 1)),
+        "chunked-causal-documents": Mask.chunked(5) & Mask.causal() & documents,
+        "prefix": Mask.prefix_lm(third),
+        "prefix-each-document": Mask.prefix_lm([3, 0, 2, 1, 7, 1]) & documents,
+        "prefix-window": Mask.prefix_lm(third) & Mask.sliding_window(length // 2, None),
+    }
+
+
+MASKS = tuple(masks(60))
+PARTITIONS = ("contiguous", "zigzag", "balanced")
+
+
+@st.composite
+def any_mask(draw: st.DrawFn, length: int) -> Mask:
+    """Any composition of rules for `length` tokens."""
+    near = st.integers(0, max(1, length // 2))
+    mask = draw(st.sampled_from([Mask.bidirectional(), Mask.causal()]))
+    if draw(st.booleans()):
+        cuts = draw(st.lists(st.integers(0, length), max_size=8))
+        mask &= Mask.documents([0, *sorted(cuts), length])
+    if draw(st.booleans()):
+        mask &= Mask.sliding_window(draw(st.none() | near), draw(st.none() | near), sink=draw(st.integers(0, 6)))
+    if draw(st.integers(0, 3)) == 0:
+        mask &= Mask.chunked(draw(st.integers(1, length)))
+    if draw(st.integers(0, 3)) == 0:
+        mask &= Mask.prefix_lm(draw(near))
+    return mask
+
+
+def visible(mask: Mask, length: int) -> Tensor:
+    """Dense (query, key) matrix of a mask, from the intervals that define it."""
+    seen = torch.zeros(length, length, dtype=torch.bool)
+    for query in range(length):
+        for start, stop in (mask.sink_interval(query), mask.key_interval(query)):
+            seen[query, start : min(stop, length)] = True
+    return seen
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one attention problem: batch, tokens, query heads, key heads, head dimension."""
+
+    batch: int = 1
+    length: int = 61
+    heads: int = 4
+    key_heads: int = 2
+    head_dim: int = 16
+
+
+def inputs(shape: Shape, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Global q, k, v and the gradient of out, (B, S, H or Hk, D), the same on every rank."""
+    generator = torch.Generator().manual_seed(seed)
+    heads = (shape.heads, shape.key_heads, shape.key_heads, shape.heads)
+    sizes = ((shape.batch, shape.length, count, shape.head_dim) for count in heads)
+    return tuple(torch.randn(size, generator=generator).to(dtype) for size in sizes)
+
+
+RESULTS = ("out", "dq", "dk", "dv")
+
+
+def exact(tensors: tuple[Tensor, ...], seen: Tensor, scale: float | None = None) -> dict[str, Tensor]:
+    """Attention and its gradients by definition in float64; seen is (S, S), or (B, S, S)."""
+    return _differentiate(_softmax_attention, tuple(x.double() for x in tensors), seen, scale)
+
+
+def torchs_own(tensors: tuple[Tensor, ...], seen: Tensor, scale: float | None = None) -> dict[str, Tensor]:
+    """The same by torch's scaled_dot_product_attention in the dtype of the inputs: the yardstick for errors."""
+    return _differentiate(_torch_attention, tensors, seen, scale)
+
+
+def errors(results: dict[str, Tensor], oracle: dict[str, Tensor]) -> dict[str, float]:
+    """Largest absolute difference of out and of each gradient."""
+    for name in RESULTS:
+        assert results[name].shape == oracle[name].shape, name
+    return {name: (results[name].double() - oracle[name]).abs().max().item() for name in RESULTS}
+
+
+def assert_as_exact_as_torch(results: dict, tensors: tuple[Tensor, ...], seen: Tensor, scale: float | None = None):
+    """At most twice the error of torch's own attention in the same dtype against float64, plus 1e-5."""
+    oracle = exact(tensors, seen, scale)
+    found = errors(results, oracle)
+    allowed = {name: 2 * error + 1e-5 for name, error in errors(torchs_own(tensors, seen, scale), oracle).items()}
+    # `not <=` instead of `>`: a NaN is an error too
+    bad = [name for name in RESULTS if not found[name] <= allowed[name]]
+    assert not bad, f"{bad}: errors {found}, allowed {allowed}"
+
+
+def _differentiate(attention, tensors, seen, scale):
+    *leaves, dout = (x.detach().clone() for x in tensors)
+    leaves = [x.requires_grad_() for x in leaves]
+    out = attention(*leaves, seen, scale)
+    gradients = torch.autograd.grad(out, leaves, dout)
+    return dict(zip(RESULTS, (out.detach(), *gradients), strict=True))
+
+
+def _softmax_attention(q, k, v, seen, scale):
+    group = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
+    scores = torch.einsum("bthd,bshd->bhts", q, k) * (scale or q.shape[-1] ** -0.5)
+    seen = seen.expand(q.shape[0], *seen.shape[-2:])[:, None]
+    return torch.einsum("bhts,bshd->bthd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+
+
+def _torch_attention(q, k, v, seen, scale):
+    seen = seen.expand(q.shape[0], *seen.shape[-2:])[:, None]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=seen, scale=scale, enable_gqa=True
+    ).transpose(1, 2)
