@@ -104,18 +104,26 @@ class Partition:
         return json.dumps(self.segments)
 
 
-def resolve(partition: str | Partition, length: int, ranks: int, mask: Mask) -> Partition:
-    """The partition that a name, a `Partition` or its `spec` stands for.
+def resolve(partition: str | Partition, length: int, ranks: int, mask: Mask, batch: int = 1) -> Partition:
+    """The partition of one sequence that a name, a `Partition` or its `spec` stands for.
+
+    Args:
+        partition: name, `Partition`, or `Partition.spec()`.
+        length: tokens of one sequence.
+        ranks: number of ranks.
+        mask: what "balanced" levels the work for, over the `batch` sequences laid end to end.
+        batch: number of sequences, all dealt alike.
 
     Raises:
-        ArgumentError: unknown name, or a partition for another length or number of ranks.
+        ArgumentError: unknown name, a partition for another length or number of ranks, or "balanced" for several
+            sequences of differing documents.
     """
     if partition == "contiguous":
         return Partition.contiguous(length, ranks)
     if partition == "zigzag":
         return Partition.zigzag(length, ranks)
     if partition == "balanced":
-        return Partition.balanced(mask, length, ranks)
+        return Partition.balanced(mask if batch == 1 else _same_for_each_row(mask, length, batch), length, ranks)
     if isinstance(partition, str):
         if not partition.startswith("["):
             raise ArgumentError(f"partition={partition!r}; allowed are {', '.join(NAMES)} or a Partition")
@@ -132,6 +140,13 @@ def resolve(partition: str | Partition, length: int, ranks: int, mask: Mask) -> 
 def _check_sizes(length: int, ranks: int) -> None:
     if length < 0 or ranks < 1:
         raise ArgumentError(f"length={length}, ranks={ranks}; allowed are lengths from 0 and ranks from 1")
+
+
+def _same_for_each_row(mask: Mask, length: int, batch: int) -> Mask:
+    rows = {i * length for i in range(batch + 1)}
+    if mask.boundaries is not None and set(mask.boundaries) != rows:
+        raise ArgumentError(f"partition='balanced' with documents takes one packed sequence, not a batch of {batch}")
+    return mask.without_documents()
 
 
 def _edge(length: int, parts: int, index: int) -> int:

@@ -12,9 +12,11 @@ A mask knows nothing of ranks or devices: partitions, plans and kernels ask it a
 from __future__ import annotations
 
 import enum
+import itertools
+import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from ringflash.errors import ArgumentError
 
@@ -99,14 +101,14 @@ class Mask:
             cu_seqlens: ascending boundaries, first 0, last the total number of tokens. Empty documents are allowed.
         """
         bounds = tuple(int(x) for x in cu_seqlens)
-        if len(bounds) < 2 or bounds[0] != 0 or any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
+        if len(bounds) < 2 or bounds[0] != 0 or any(a > b for a, b in itertools.pairwise(bounds)):
             shown = f"{bounds[:6]}{'...' if len(bounds) > 6 else ''}"
             raise ArgumentError(f"cu_seqlens={shown}; it must start at 0, never decrease, and end at the total length")
         return Mask(boundaries=bounds)
 
     @staticmethod
     def chunked(size: int) -> Mask:
-        """Llama 4's chunked attention: a query sees its own chunk of `size` tokens, counted from its document's start."""
+        """Llama 4's chunked attention: a query sees its own chunk of `size` tokens, counted from its document."""
         if size < 1:
             raise ArgumentError(f"chunked: size={size}; allowed is 1 and more")
         return Mask(chunks=(size,))
@@ -136,6 +138,19 @@ class Mask:
             sink_left=_least(self.sink_left, other.sink_left),
             boundaries=_refine(self.boundaries, other.boundaries),
         )
+
+    # Text form
+
+    def spec(self) -> str:
+        """The rules as text, without the document boundaries; `from_spec` reads it."""
+        rules = asdict(self.without_documents())
+        return json.dumps({name: value for name, value in rules.items() if value not in (None, ())})
+
+    @staticmethod
+    def from_spec(spec: str) -> Mask:
+        """The mask that `spec` wrote."""
+        rules = json.loads(spec)
+        return Mask(**{name: tuple(x) if isinstance(x, list) else x for name, x in rules.items()})
 
     # Questions
 

@@ -1,0 +1,48 @@
+"""Process groups, as users give them: nothing, a ProcessGroup, or a named dimension of a DeviceMesh."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from ringflash.errors import ArgumentError
+
+Group = dist.ProcessGroup | DeviceMesh | None
+"""None is the default group if torch.distributed is initialised, and one device otherwise."""
+
+
+def process_group(group: Group) -> dist.ProcessGroup | None:
+    """The process group meant, or None for one device.
+
+    Raises:
+        ArgumentError: a DeviceMesh of more than one dimension, or a group that this rank is not in.
+    """
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ArgumentError(
+                f"group is a DeviceMesh with dimensions {group.mesh_dim_names}; pass one of them, like mesh['sequence']"
+            )
+        return group.get_group()
+    if group is None:
+        return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ArgumentError("group: this rank is not a member of it")
+    return group
+
+
+def group_size(group: Group) -> int:
+    """Number of ranks; 1 for one device."""
+    found = process_group(group)
+    return 1 if found is None else found.size()
+
+
+def group_rank(group: Group) -> int:
+    """This process's rank in the group; 0 for one device."""
+    found = process_group(group)
+    return 0 if found is None else found.rank()
+
+
+def group_name(group: Group) -> str:
+    """Name under which operators find the group; empty where there is only one rank."""
+    found = process_group(group)
+    return "" if found is None or found.size() == 1 else found.group_name

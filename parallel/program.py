@@ -1,0 +1,153 @@
+"""A plan as one rank executes it: positions turned into tensor rows, once for each shape and then kept.
+
+Legend: T query rows of this rank, S key rows at hand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ringflash.kernels.intervals import KeyIntervals
+from ringflash.mask import Mask
+from ringflash.parallel.partition import Partition
+from ringflash.parallel.plan import Plan, Transfer
+from ringflash.parallel.segments import Segments, contains, count
+from ringflash.parallel.visibility import key_intervals
+
+Rows = slice | Tensor
+"""Rows of a tensor: a slice where they lie together (no copy), otherwise their indices."""
+
+
+@dataclass(frozen=True)
+class Shipment:
+    """Rows for another rank.
+
+    Attributes:
+        peer: rank in the group.
+        rows: which rows of the source tensor go, or which rows of the destination tensor it lands in.
+        count: number of rows.
+        local: rows are of this rank's own keys rather than of those that arrived for the stage.
+    """
+
+    peer: int
+    rows: Rows
+    count: int
+    local: bool = False
+
+
+@dataclass(frozen=True)
+class StageProgram:
+    """What this rank does in one stage.
+
+    Attributes:
+        intervals: visible keys among the rows attended; None if the stage has no work here.
+        work: rows attended, of the keys at hand.
+        is_last: no later stage has work here, so the result may leave in the model's dtype.
+        sends: keys to send while attending.
+        arrivals: keys that come for the next stage, in the order in which they are laid end to end.
+        arrival_order: rows that put the arrived keys into ascending order.
+        returns: key gradients to send to their owners after the work in the backward pass; rows of the attended keys.
+        contributions: key gradients that come from others; rows of this rank's own keys.
+    """
+
+    intervals: KeyIntervals | None
+    work: Rows
+    is_last: bool
+    sends: tuple[Shipment, ...]
+    arrivals: tuple[Shipment, ...]
+    arrival_order: Rows
+    returns: tuple[Shipment, ...]
+    contributions: tuple[Shipment, ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """All stages for one rank, and how many rows it holds."""
+
+    rows: int
+    stages: tuple[StageProgram, ...]
+
+
+def local_program(mask: Mask, boundaries: Tensor | None, length: int, device: torch.device) -> Program:
+    """One rank that holds everything; `boundaries` may live on the device and is not read by the host."""
+    positions = torch.arange(length, device=device)
+    intervals = key_intervals(mask, boundaries, positions, positions) if length else None
+    everything = slice(0, length)
+    return Program(length, (StageProgram(intervals, everything, True, (), (), everything, (), ()),))
+
+
+def rank_program(plan: Plan, mask: Mask, rank: int, device: torch.device) -> Program:
+    """One rank's part of a plan."""
+    boundaries = None if mask.boundaries is None else torch.tensor(mask.boundaries)
+    queries = plan.partition.positions(rank)
+    last = max((i for i, stage in enumerate(plan.stages) if stage.work[rank]), default=-1)
+    stages = []
+    held = plan.partition.segments[rank]
+    for index, stage in enumerate(plan.stages):
+        arrivals = plan.arrivals(index + 1, rank) if index + 1 < len(plan.stages) else ()
+        work = stage.work[rank]
+        intervals = None
+        if work and len(queries):
+            intervals = _to(key_intervals(mask, boundaries, queries, _positions(work)), device)
+        coming = [segment for transfer in arrivals for segment in transfer.segments]
+        stages.append(
+            StageProgram(
+                intervals=intervals,
+                work=_rows(held, work, device),
+                is_last=index == last,
+                sends=tuple(_outgoing(t, held, plan.partition, device) for t in stage.sends if t.source == rank),
+                arrivals=tuple(Shipment(t.source, slice(None), count(t.segments)) for t in arrivals),
+                arrival_order=_ascending_order(coming, device),
+                returns=tuple(
+                    Shipment(t.destination, _rows(work, t.segments, device), count(t.segments))
+                    for t in plan.returns(index)
+                    if t.source == rank
+                ),
+                contributions=tuple(
+                    Shipment(t.source, _rows(plan.partition.segments[rank], t.segments, device), count(t.segments))
+                    for t in plan.returns(index)
+                    if t.destination == rank
+                ),
+            )
+        )
+        held = tuple(sorted(coming))
+    return Program(len(queries), tuple(stages))
+
+
+def _outgoing(transfer: Transfer, held: Segments, partition: Partition, device: torch.device) -> Shipment:
+    local = not contains(held, transfer.segments)
+    source = partition.segments[transfer.source] if local else held
+    return Shipment(transfer.destination, _rows(source, transfer.segments, device), count(transfer.segments), local)
+
+
+def _positions(segments: Segments) -> Tensor:
+    parts = [torch.arange(start, stop) for start, stop in segments]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+
+
+def _rows(held: Segments, wanted: Segments, device: torch.device) -> Rows:
+    """Where the wanted positions stand in a tensor that holds the positions `held` in ascending order."""
+    rows = torch.searchsorted(_positions(held), _positions(wanted))
+    return _compact(rows, device)
+
+
+def _ascending_order(coming: list[tuple[int, int]], device: torch.device) -> Rows:
+    return _compact(torch.argsort(_positions(tuple(coming))), device)
+
+
+def _compact(rows: Tensor, device: torch.device) -> Rows:
+    if len(rows) == 0:
+        return slice(0, 0)
+    first, last = int(rows[0]), int(rows[-1])
+    if last - first + 1 == len(rows) and bool((rows.diff() == 1).all()):
+        return slice(first, last + 1)
+    return rows.to(device)
+
+
+def _to(intervals: KeyIntervals, device: torch.device) -> KeyIntervals:
+    bounds = (intervals.start, intervals.stop, intervals.sink_start, intervals.sink_stop)
+    start, stop, sink_start, sink_stop = (None if x is None else x.to(device) for x in bounds)
+    return KeyIntervals(start, stop, intervals.key_count, sink_start, sink_stop)
