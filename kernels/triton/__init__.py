@@ -1,0 +1,10 @@
+"""Portable Triton kernels of the contract in ringflash.kernels.reference: NVIDIA since Ampere, and AMD CDNA.
+
+Read in the order the data takes: tiles (which shapes for which chip), operands (checks and views of the tensors),
+blocks (loading and masking one block), forward, backward.
+"""
+
+from ringflash.kernels.triton.backward import attend_backward, row_delta
+from ringflash.kernels.triton.forward import attend
+
+__all__ = ["attend", "attend_backward", "row_delta"]

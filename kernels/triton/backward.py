@@ -1,0 +1,340 @@
+"""Backward attention over key intervals: one kernel owns tiles of keys, another tiles of query rows.
+
+Each owner sums all that concerns its rows in registers, over the query heads of a group as well, in a fixed order: no
+atomics, the same bits every time, at the price of computing scores and their gradients twice (Dao, arXiv 2307.08691,
+algorithm 2, split in two).
+
+Legend: M query rows, N key rows, D head dimension of keys, V of values.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ringflash.errors import ArgumentError
+from ringflash.kernels.intervals import KeyIntervals
+from ringflash.kernels.triton.blocks import (
+    LOG2_E,
+    block_inside,
+    block_offsets,
+    key_stretches,
+    load_block,
+    visible,
+)
+from ringflash.kernels.triton.operands import check_operands, describable, operand, padded
+from ringflash.kernels.triton.tiles import Tiles, chip_of, key_gradient_tiles, query_gradient_tiles
+
+
+@triton.jit
+def dkey_stretch(
+    dk_ND, dv_NV, k_ND, v_NV, begin, end, column_N, start, stop,
+    query, dout, lse, delta, head, query_count, q_row, q_head, do_row, do_head, scale_log2,
+    MASKED: tl.constexpr, M: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """Adds what the query rows [begin, end) of one head give to the gradients of a key tile."""
+    head_rows = tl.cast(head, tl.int64) * query_count
+    for row in tl.range(begin, end, M):
+        row_M = row + tl.arange(0, M)
+        exists_M = row_M < query_count
+        q_MD = load_block(query, head, row, query_count, q_row, q_head, M, DIM, PADDED_DIM, DESCRIPTORS)
+        lse_M = tl.load(lse + head_rows + row_M, mask=exists_M, other=0.0) * LOG2_E
+        # Transposed, so that weights and dscores are left operands as they come, without a way through memory.
+        scores_NM = tl.dot(k_ND, q_MD.T, input_precision="ieee")
+        weights_NM = tl.exp2(scores_NM * scale_log2 - lse_M[None, :])
+        if MASKED:  # also hides rows without any key, whose lse is -inf
+            row_start_M = tl.load(start + row_M, mask=exists_M, other=0)
+            row_stop_M = tl.load(stop + row_M, mask=exists_M, other=0)
+            weights_NM = tl.where(visible(column_N, row_start_M, row_stop_M).T, weights_NM, 0.0)
+        do_MV = load_block(dout, head, row, query_count, do_row, do_head, M, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS)
+        dv_NV = tl.dot(weights_NM.to(do_MV.dtype), do_MV, dv_NV, input_precision="ieee")
+        delta_M = tl.load(delta + head_rows + row_M, mask=exists_M, other=0.0)
+        dweights_NM = tl.dot(v_NV, do_MV.T, input_precision="ieee")
+        dscores_NM = weights_NM * (dweights_NM - delta_M[None, :])
+        dk_ND = tl.dot(dscores_NM.to(q_MD.dtype), q_MD, dk_ND, input_precision="ieee")
+    return dk_ND, dv_NV
+
+
+@triton.jit(do_not_specialize=["query_count", "key_count", "tile_count"])
+def dkey_kernel(
+    query, key, value, dout, lse, delta, dkey, dvalue, start, stop, sink_start, sink_stop, rows, sink_rows, order,
+    query_count, key_count, tile_count, key_heads, scale, scale_log2,
+    q_row, q_head, k_row, k_head, v_row, v_head, do_row, do_head,
+    GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr, HAS_SINK: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """Program = (key head, tile in `order`), the last fastest; walks over the query rows that see the tile."""
+    key_head = tl.program_id(0) // tile_count
+    tile = tl.load(order + tl.program_id(0) % tile_count)
+    column = tile * N
+    column_N = column + tl.arange(0, N)
+    k_ND = load_block(key, key_head, column, key_count, k_row, k_head, N, DIM, PADDED_DIM, DESCRIPTORS)
+    v_NV = load_block(value, key_head, column, key_count, v_row, v_head, N, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS)
+    dk_ND = tl.zeros([N, PADDED_DIM], tl.float32)
+    dv_NV = tl.zeros([N, PADDED_VALUE_DIM], tl.float32)
+
+    any_begin = tl.load(rows + tile * 4)
+    all_begin = tl.load(rows + tile * 4 + 1)
+    all_end = tl.load(rows + tile * 4 + 2)
+    any_end = tl.load(rows + tile * 4 + 3)
+    interior = any_begin + tl.cdiv(all_begin - any_begin, M) * M
+    right = interior + tl.maximum(all_end - interior, 0) // M * M
+    for member in tl.range(0, GROUP):
+        head = key_head * GROUP + member
+        if HAS_SINK:
+            dk_ND, dv_NV = dkey_stretch(
+                dk_ND, dv_NV, k_ND, v_NV, tl.load(sink_rows + tile * 4), tl.load(sink_rows + tile * 4 + 3), column_N,
+                sink_start, sink_stop, query, dout, lse, delta, head, query_count, q_row, q_head, do_row, do_head,
+                scale_log2, True, M, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
+            )  # fmt: skip
+        dk_ND, dv_NV = dkey_stretch(
+            dk_ND, dv_NV, k_ND, v_NV, any_begin, interior, column_N,
+            start, stop, query, dout, lse, delta, head, query_count, q_row, q_head, do_row, do_head,
+            scale_log2, True, M, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
+        )  # fmt: skip
+        dk_ND, dv_NV = dkey_stretch(
+            dk_ND, dv_NV, k_ND, v_NV, interior, right, column_N,
+            start, stop, query, dout, lse, delta, head, query_count, q_row, q_head, do_row, do_head,
+            scale_log2, False, M, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
+        )  # fmt: skip
+        dk_ND, dv_NV = dkey_stretch(
+            dk_ND, dv_NV, k_ND, v_NV, right, any_end, column_N,
+            start, stop, query, dout, lse, delta, head, query_count, q_row, q_head, do_row, do_head,
+            scale_log2, True, M, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
+        )  # fmt: skip
+
+    dk_offsets = block_offsets(key_head, column, key_heads, N, DIM, PADDED_DIM)
+    dk_inside = block_inside(column, key_count, N, DIM, PADDED_DIM)
+    tl.store(dkey + dk_offsets, (dk_ND * scale).to(dkey.dtype.element_ty), mask=dk_inside)
+    dv_offsets = block_offsets(key_head, column, key_heads, N, VALUE_DIM, PADDED_VALUE_DIM)
+    dv_inside = block_inside(column, key_count, N, VALUE_DIM, PADDED_VALUE_DIM)
+    tl.store(dvalue + dv_offsets, dv_NV.to(dvalue.dtype.element_ty), mask=dv_inside)
+
+
+@triton.jit
+def dquery_stretch(
+    dq_MD, q_MD, do_MV, lse_M, delta_M, begin, end,
+    key, value, key_head, key_count, k_row, k_head, v_row, v_head,
+    row_start_M, row_stop_M, scale_log2,
+    MASKED: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """Adds what the keys [begin, end) give to the gradient of a tile of query rows."""
+    for column in tl.range(begin, end, N):
+        k_ND = load_block(key, key_head, column, key_count, k_row, k_head, N, DIM, PADDED_DIM, DESCRIPTORS)
+        scores_MN = tl.dot(q_MD, k_ND.T, input_precision="ieee")
+        weights_MN = tl.exp2(scores_MN * scale_log2 - lse_M[:, None])
+        if MASKED:
+            seen_MN = visible(column + tl.arange(0, N), row_start_M, row_stop_M)
+            weights_MN = tl.where(seen_MN, weights_MN, 0.0)
+        v_NV = load_block(
+            value, key_head, column, key_count, v_row, v_head, N, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS
+        )
+        dweights_MN = tl.dot(do_MV, v_NV.T, input_precision="ieee")
+        dscores_MN = weights_MN * (dweights_MN - delta_M[:, None])
+        dq_MD = tl.dot(dscores_MN.to(k_ND.dtype), k_ND, dq_MD, input_precision="ieee")
+    return dq_MD
+
+
+@triton.jit(do_not_specialize=["query_count", "key_count", "tile_count"])
+def dquery_kernel(
+    query, key, value, dout, lse, delta, dquery, carry, start, stop, sink_start, sink_stop, order,
+    query_count, key_count, tile_count, heads, scale, scale_log2,
+    q_row, q_head, k_row, k_head, v_row, v_head, do_row, do_head,
+    GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr,
+    HAS_CARRY: tl.constexpr, HAS_SINK: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """Programs and their walk over keys are those of the forward kernel."""
+    program = tl.program_id(0)
+    key_head = program // (GROUP * tile_count)
+    tile = tl.load(order + program // GROUP % tile_count)
+    head = key_head * GROUP + program % GROUP
+    first_row = tile * M
+    last_row = tl.minimum(first_row + M, query_count) - 1
+    row_M = first_row + tl.arange(0, M)
+    exists_M = row_M < query_count
+    head_rows = tl.cast(head, tl.int64) * query_count
+    lse_M = tl.load(lse + head_rows + row_M, mask=exists_M, other=0.0) * LOG2_E
+    delta_M = tl.load(delta + head_rows + row_M, mask=exists_M, other=0.0)
+    q_MD = load_block(query, head, first_row, query_count, q_row, q_head, M, DIM, PADDED_DIM, DESCRIPTORS)
+    do_MV = load_block(dout, head, first_row, query_count, do_row, do_head, M, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS)
+    dq_MD = tl.zeros([M, PADDED_DIM], tl.float32)
+    begin, interior, right, end = key_stretches(start, stop, first_row, last_row, N)
+    if HAS_SINK:
+        row_start_M = tl.load(sink_start + row_M, mask=exists_M, other=0)
+        row_stop_M = tl.load(sink_stop + row_M, mask=exists_M, other=0)
+        dq_MD = dquery_stretch(
+            dq_MD, q_MD, do_MV, lse_M, delta_M, tl.load(sink_start + first_row), tl.load(sink_stop + last_row),
+            key, value, key_head, key_count, k_row, k_head, v_row, v_head, row_start_M, row_stop_M, scale_log2,
+            True, N, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
+        )  # fmt: skip
+    row_start_M = tl.load(start + row_M, mask=exists_M, other=0)
+    row_stop_M = tl.load(stop + row_M, mask=exists_M, other=0)
+    dq_MD = dquery_stretch(
+        dq_MD, q_MD, do_MV, lse_M, delta_M, begin, interior,
+        key, value, key_head, key_count, k_row, k_head, v_row, v_head, row_start_M, row_stop_M, scale_log2,
+        True, N, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
+    )  # fmt: skip
+    dq_MD = dquery_stretch(
+        dq_MD, q_MD, do_MV, lse_M, delta_M, interior, right,
+        key, value, key_head, key_count, k_row, k_head, v_row, v_head, row_start_M, row_stop_M, scale_log2,
+        False, N, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
+    )  # fmt: skip
+    dq_MD = dquery_stretch(
+        dq_MD, q_MD, do_MV, lse_M, delta_M, right, end,
+        key, value, key_head, key_count, k_row, k_head, v_row, v_head, row_start_M, row_stop_M, scale_log2,
+        True, N, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
+    )  # fmt: skip
+
+    offsets = block_offsets(head, first_row, heads, M, DIM, PADDED_DIM)
+    inside = block_inside(first_row, query_count, M, DIM, PADDED_DIM)
+    dq_MD = dq_MD * scale
+    if HAS_CARRY:
+        dq_MD += tl.load(carry + offsets, mask=inside, other=0.0)
+    tl.store(dquery + offsets, dq_MD.to(dquery.dtype.element_ty), mask=inside)
+
+
+def attend_backward(
+    dout: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    intervals: KeyIntervals,
+    *,
+    scale: float,
+    carry: Tensor | None = None,
+    dquery_dtype: torch.dtype | None = None,
+    dkey_dtype: torch.dtype | None = None,
+    deterministic: bool = False,  # noqa: ARG001 - these kernels always are
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ringflash.kernels.reference.attend_backward. A carry is overwritten where it can hold the result."""
+    check_operands(query, key, value, intervals, scale)
+    if dout.dtype != query.dtype:
+        raise ArgumentError(f"dout is {dout.dtype}; allowed is the query's dtype, {query.dtype}")
+    chip, dim = chip_of(query.device), max(query.shape[2], value.shape[2])
+    operands = (query, key, value, dout if dout.stride(2) == 1 else dout.contiguous(), lse, delta)
+    dkey, dvalue = launch_key_gradients(
+        *operands, intervals, scale, dkey_dtype or key.dtype, key_gradient_tiles(chip, query.dtype, dim)
+    )
+    dquery = launch_query_gradient(
+        *operands, intervals, scale, carry, dquery_dtype or query.dtype, query_gradient_tiles(chip, query.dtype, dim)
+    )
+    return dquery, dkey, dvalue
+
+
+def launch_key_gradients(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dout: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    intervals: KeyIntervals,
+    scale: float,
+    dkey_dtype: torch.dtype,
+    tiles: Tiles,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of key and value with given tiles, for checked arguments."""
+    (query_count, heads, dim), (key_count, key_heads, value_dim) = query.shape, value.shape
+    dkey = key.new_empty((key_count, key_heads, dim), dtype=dkey_dtype)
+    dvalue = value.new_empty((key_count, key_heads, value_dim), dtype=dkey_dtype)
+    if key_count == 0 or query_count == 0:
+        return dkey.zero_(), dvalue.zero_()
+    descriptors = tiles.descriptors and describable(query, key, value, dout)
+    order = intervals.key_order(tiles.keys)
+    dkey_kernel[(order.shape[0] * key_heads,)](
+        operand(query, tiles.queries, descriptors),
+        operand(key, tiles.keys, descriptors),
+        operand(value, tiles.keys, descriptors),
+        operand(dout, tiles.queries, descriptors),
+        lse, delta, dkey, dvalue,
+        intervals.start, intervals.stop, intervals.sink_start, intervals.sink_stop,
+        intervals.key_tile_rows(tiles.keys),
+        intervals.key_tile_rows(tiles.keys, sink=True) if intervals.has_sink else None, order,
+        query_count, key_count, order.shape[0], key_heads, scale, scale * LOG2_E.value,
+        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *dout.stride()[:2],
+        GROUP=heads // key_heads, M=tiles.queries, N=tiles.keys, DIM=dim, PADDED_DIM=padded(dim),
+        VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded(value_dim),
+        HAS_SINK=intervals.has_sink, DESCRIPTORS=descriptors,
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    return dkey, dvalue
+
+
+def launch_query_gradient(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dout: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    intervals: KeyIntervals,
+    scale: float,
+    carry: Tensor | None,
+    dquery_dtype: torch.dtype,
+    tiles: Tiles,
+) -> Tensor:
+    """Gradient of query with given tiles, for checked arguments."""
+    (query_count, heads, dim), (key_count, key_heads, value_dim) = query.shape, value.shape
+    carry = None if carry is None else carry.contiguous()
+    in_place = carry is not None and dquery_dtype == torch.float32
+    dquery = carry if in_place else query.new_empty((query_count, heads, dim), dtype=dquery_dtype)
+    if key_count == 0 or query_count == 0:
+        return dquery.zero_() if carry is None else carry.to(dquery_dtype)
+    descriptors = tiles.descriptors and describable(query, key, value, dout)
+    order = intervals.query_order(tiles.queries)
+    dquery_kernel[(order.shape[0] * heads,)](
+        operand(query, tiles.queries, descriptors),
+        operand(key, tiles.keys, descriptors),
+        operand(value, tiles.keys, descriptors),
+        operand(dout, tiles.queries, descriptors),
+        lse, delta, dquery, carry,
+        intervals.start, intervals.stop, intervals.sink_start, intervals.sink_stop, order,
+        query_count, key_count, order.shape[0], heads, scale, scale * LOG2_E.value,
+        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *dout.stride()[:2],
+        GROUP=heads // key_heads, M=tiles.queries, N=tiles.keys, DIM=dim, PADDED_DIM=padded(dim),
+        VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded(value_dim),
+        HAS_CARRY=carry is not None, HAS_SINK=intervals.has_sink, DESCRIPTORS=descriptors,
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    return dquery
+
+
+@triton.jit(do_not_specialize=["row_count"])
+def delta_kernel(
+    dout, out, dlse, delta, row_count, heads, do_row, do_head, o_row, o_head, dl_head, dl_row,
+    HAS_DLSE: tl.constexpr, M: tl.constexpr, VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr,
+):  # fmt: skip
+    """Program = (tile of rows, head), the head fastest: neighbours in memory are read together."""
+    head = tl.program_id(0) % heads
+    first_row = tl.program_id(0) // heads * M
+    do_MV = load_block(dout, head, first_row, row_count, do_row, do_head, M, VALUE_DIM, PADDED_VALUE_DIM, False)
+    o_MV = load_block(out, head, first_row, row_count, o_row, o_head, M, VALUE_DIM, PADDED_VALUE_DIM, False)
+    delta_M = tl.sum(do_MV.to(tl.float32) * o_MV.to(tl.float32), 1)
+    row_M = first_row + tl.arange(0, M)
+    if HAS_DLSE:
+        pointers = dlse + tl.cast(head, tl.int64) * dl_head + row_M.to(tl.int64) * dl_row
+        delta_M -= tl.load(pointers, mask=row_M < row_count, other=0.0)
+    tl.store(delta + tl.cast(head, tl.int64) * row_count + row_M, delta_M, mask=row_M < row_count)
+
+
+def row_delta(dout: Tensor, out: Tensor, dlse: Tensor | None = None) -> Tensor:
+    """See ringflash.kernels.reference.row_delta."""
+    chip_of(dout.device)  # raises where Triton cannot run
+    rows, heads, value_dim = out.shape
+    delta = out.new_empty((heads, rows), dtype=torch.float32)
+    if rows == 0:
+        return delta
+    dout, out = (x if x.stride(2) == 1 else x.contiguous() for x in (dout, out))
+    delta_kernel[(triton.cdiv(rows, 32) * heads,)](
+        dout, out, dlse, delta, rows, heads, *dout.stride()[:2], *out.stride()[:2],
+        *((0, 0) if dlse is None else dlse.stride()),
+        HAS_DLSE=dlse is not None, M=32, VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded(value_dim), num_warps=4,
+    )  # fmt: skip
+    return delta

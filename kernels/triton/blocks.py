@@ -1,0 +1,73 @@
+"""What the forward and backward kernels share: reading a block of rows, and the stretches of keys a tile walks over."""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def load_block(
+    x,
+    head,
+    row,
+    rows,
+    row_stride,
+    head_stride,
+    BLOCK: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+):
+    """Rows row..row+BLOCK of one head, (BLOCK, PADDED_DIM); zeros behind the last row and the last column.
+
+    `x` is a descriptor of the (head, row, column) view, which the copy engine bounds by itself, or a pointer. Offsets
+    are 64-bit up to the first row, 32-bit within a block.
+    """
+    if DESCRIPTOR:
+        return x.load([head, row, 0]).reshape(BLOCK, PADDED_DIM)
+    block_row = tl.arange(0, BLOCK)
+    column = tl.arange(0, PADDED_DIM)
+    first = x + tl.cast(head, tl.int64) * head_stride + tl.cast(row, tl.int64) * row_stride
+    pointers = first + block_row[:, None] * row_stride + column[None, :]
+    inside = row + block_row[:, None] < rows
+    if DIM != PADDED_DIM:
+        inside = inside & (column[None, :] < DIM)
+    return tl.load(pointers, mask=inside, other=0.0)
+
+
+@triton.jit
+def block_offsets(head, row, heads, BLOCK: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr):
+    """Offsets of a block of rows in a contiguous (rows, heads, DIM) tensor."""
+    first = (tl.cast(row, tl.int64) * heads + head) * DIM
+    return first + tl.arange(0, BLOCK)[:, None] * (heads * DIM) + tl.arange(0, PADDED_DIM)[None, :]
+
+
+@triton.jit
+def block_inside(row, rows, BLOCK: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr):
+    """Which elements of a block of rows exist in a (rows, ..., DIM) tensor."""
+    return (row + tl.arange(0, BLOCK)[:, None] < rows) & (tl.arange(0, PADDED_DIM)[None, :] < DIM)
+
+
+@triton.jit
+def key_stretches(start, stop, first_row, last_row, BLOCK: tl.constexpr):
+    """The keys a tile of query rows walks over: (begin, interior, right, end).
+
+    [begin, interior): whole blocks that some row may not see yet (left edge), [interior, right): whole blocks that
+    every row sees, [right, end): keys that some row may no longer see (right edge).
+    """
+    begin = tl.load(start + first_row)
+    end = tl.load(stop + last_row)
+    seen_by_all = tl.load(start + last_row)
+    edge = tl.maximum(tl.minimum(seen_by_all, end) - begin, 0)
+    interior = begin + tl.cdiv(edge, BLOCK) * BLOCK
+    full = tl.maximum(tl.load(stop + first_row) - interior, 0)
+    right = interior + full // BLOCK * BLOCK
+    return begin, interior, right, end
+
+
+@triton.jit
+def visible(column, row_start, row_stop):
+    """(rows, columns) that the rows may see."""
+    return (row_start[:, None] <= column[None, :]) & (column[None, :] < row_stop[:, None])

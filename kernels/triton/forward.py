@@ -1,0 +1,186 @@
+"""Forward attention over key intervals: one program computes one tile of query rows of one head.
+
+The program walks over the tile's keys in three stretches, of which only the edges are masked, and keeps the online
+softmax (Milakov & Gimelshein, arXiv 1805.02867; Dao, arXiv 2307.08691) in base 2 with the scale folded in. A carry is
+nothing but its initial state: maximum = lse, sum = 1, accumulator = out.
+
+Legend: M query rows of a tile, N key rows of a block, D head dimension of keys, V of values.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ringflash.kernels.intervals import KeyIntervals
+from ringflash.kernels.reference import Carry
+from ringflash.kernels.triton.blocks import (
+    LN_2,
+    LOG2_E,
+    block_inside,
+    block_offsets,
+    key_stretches,
+    load_block,
+    visible,
+)
+from ringflash.kernels.triton.operands import check_operands, describable, operand, padded
+from ringflash.kernels.triton.tiles import Tiles, chip_of, forward_tiles
+
+
+@triton.jit
+def attend_stretch(
+    acc_MV, maximum_M, sum_M, q_MD, begin, end,
+    key, value, key_head, key_count, k_row, k_head, v_row, v_head,
+    row_start_M, row_stop_M, scale_log2,
+    MASKED: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the keys [begin, end)."""
+    for column in tl.range(begin, end, N):
+        k_ND = load_block(key, key_head, column, key_count, k_row, k_head, N, DIM, PADDED_DIM, DESCRIPTORS)
+        scores_MN = tl.dot(q_MD, k_ND.T, input_precision="ieee")
+        # A score modifier would act here, on scores_MN, and by its derivative in backward.py's weights_and_dscores.
+        if MASKED:
+            seen_MN = visible(column + tl.arange(0, N), row_start_M, row_stop_M)
+            scores_MN = tl.where(seen_MN, scores_MN, float("-inf"))
+        new_maximum_M = tl.maximum(maximum_M, tl.max(scores_MN, 1) * scale_log2)
+        offset_M = new_maximum_M
+        if MASKED:  # a row may have seen no key so far: -inf - -inf is not a number
+            offset_M = tl.where(new_maximum_M == float("-inf"), 0.0, new_maximum_M)
+        weights_MN = tl.exp2(scores_MN * scale_log2 - offset_M[:, None])
+        decay_M = tl.exp2(maximum_M - offset_M)
+        sum_M = sum_M * decay_M + tl.sum(weights_MN, 1)
+        acc_MV = acc_MV * decay_M[:, None]
+        v_NV = load_block(
+            value, key_head, column, key_count, v_row, v_head, N, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS
+        )
+        acc_MV = tl.dot(weights_MN.to(v_NV.dtype), v_NV, acc_MV, input_precision="ieee")
+        maximum_M = new_maximum_M
+    return acc_MV, maximum_M, sum_M
+
+
+@triton.jit(do_not_specialize=["query_count", "key_count", "tile_count"])
+def attend_kernel(
+    query, key, value, out, lse, carry_out, carry_lse, start, stop, sink_start, sink_stop, order,
+    query_count, key_count, tile_count, heads, scale_log2, q_row, q_head, k_row, k_head, v_row, v_head,
+    GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr,
+    HAS_CARRY: tl.constexpr, HAS_SINK: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """Program = (key head, tile in `order`, query head of the group), the last fastest.
+
+    So the programs that run at one time share the keys of few heads, which then stay in the cache.
+    """
+    program = tl.program_id(0)
+    key_head = program // (GROUP * tile_count)
+    tile = tl.load(order + program // GROUP % tile_count)
+    head = key_head * GROUP + program % GROUP
+    first_row = tile * M
+    last_row = tl.minimum(first_row + M, query_count) - 1
+    row_M = first_row + tl.arange(0, M)
+    exists_M = row_M < query_count
+    lse_M = tl.cast(head, tl.int64) * query_count + row_M
+    out_MV = block_offsets(head, first_row, heads, M, VALUE_DIM, PADDED_VALUE_DIM)
+    inside_MV = block_inside(first_row, query_count, M, VALUE_DIM, PADDED_VALUE_DIM)
+
+    if HAS_CARRY:
+        maximum_M = tl.load(carry_lse + lse_M, mask=exists_M, other=float("-inf")) * LOG2_E
+        sum_M = tl.where(maximum_M == float("-inf"), 0.0, 1.0)
+        acc_MV = tl.load(carry_out + out_MV, mask=inside_MV & (sum_M[:, None] > 0.0), other=0.0)
+    else:
+        maximum_M = tl.full([M], float("-inf"), tl.float32)
+        sum_M = tl.zeros([M], tl.float32)
+        acc_MV = tl.zeros([M, PADDED_VALUE_DIM], tl.float32)
+
+    q_MD = load_block(query, head, first_row, query_count, q_row, q_head, M, DIM, PADDED_DIM, DESCRIPTORS)
+    begin, interior, right, end = key_stretches(start, stop, first_row, last_row, N)
+    if HAS_SINK:
+        row_start_M = tl.load(sink_start + row_M, mask=exists_M, other=0)
+        row_stop_M = tl.load(sink_stop + row_M, mask=exists_M, other=0)
+        acc_MV, maximum_M, sum_M = attend_stretch(
+            acc_MV, maximum_M, sum_M, q_MD, tl.load(sink_start + first_row), tl.load(sink_stop + last_row),
+            key, value, key_head, key_count, k_row, k_head, v_row, v_head, row_start_M, row_stop_M, scale_log2,
+            True, N, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
+        )  # fmt: skip
+    row_start_M = tl.load(start + row_M, mask=exists_M, other=0)
+    row_stop_M = tl.load(stop + row_M, mask=exists_M, other=0)
+    acc_MV, maximum_M, sum_M = attend_stretch(
+        acc_MV, maximum_M, sum_M, q_MD, begin, interior,
+        key, value, key_head, key_count, k_row, k_head, v_row, v_head, row_start_M, row_stop_M, scale_log2,
+        True, N, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
+    )  # fmt: skip
+    acc_MV, maximum_M, sum_M = attend_stretch(
+        acc_MV, maximum_M, sum_M, q_MD, interior, right,
+        key, value, key_head, key_count, k_row, k_head, v_row, v_head, row_start_M, row_stop_M, scale_log2,
+        False, N, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
+    )  # fmt: skip
+    acc_MV, maximum_M, sum_M = attend_stretch(
+        acc_MV, maximum_M, sum_M, q_MD, right, end,
+        key, value, key_head, key_count, k_row, k_head, v_row, v_head, row_start_M, row_stop_M, scale_log2,
+        True, N, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
+    )  # fmt: skip
+
+    some_M = sum_M > 0.0
+    divisor_M = tl.where(some_M, sum_M, 1.0)
+    tl.store(out + out_MV, (acc_MV / divisor_M[:, None]).to(out.dtype.element_ty), mask=inside_MV)
+    tl.store(lse + lse_M, (maximum_M + tl.log2(divisor_M)) * LN_2, mask=exists_M)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    intervals: KeyIntervals,
+    *,
+    scale: float,
+    carry: Carry | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Carry:
+    """See ringflash.kernels.reference.attend. A carry is overwritten where its tensors can hold the result."""
+    check_operands(query, key, value, intervals, scale)
+    tiles = forward_tiles(chip_of(query.device), query.dtype, max(query.shape[2], value.shape[2]))
+    return launch_forward(query, key, value, intervals, scale, carry, out_dtype or query.dtype, tiles)
+
+
+def launch_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    intervals: KeyIntervals,
+    scale: float,
+    carry: Carry | None,
+    out_dtype: torch.dtype,
+    tiles: Tiles,
+) -> Carry:
+    """`attend` with given tiles, for checked arguments."""
+    (query_count, heads, dim), (key_count, key_heads, value_dim) = query.shape, value.shape
+    carry = carry and (carry[0].contiguous(), carry[1].contiguous())
+    if carry and out_dtype == torch.float32:
+        out, lse = carry
+    else:
+        out = query.new_empty((query_count, heads, value_dim), dtype=out_dtype)
+        lse = carry[1] if carry else query.new_empty((heads, query_count), dtype=torch.float32)
+    if key_count == 0 or query_count == 0:
+        if carry:
+            return carry[0].to(out_dtype), lse
+        return out.zero_(), lse.fill_(-torch.inf)
+
+    descriptors = tiles.descriptors and describable(query, key, value)
+    order = intervals.query_order(tiles.queries)
+    carry_out, carry_lse = carry or (None, None)
+    attend_kernel[(order.shape[0] * heads,)](
+        operand(query, tiles.queries, descriptors),
+        operand(key, tiles.keys, descriptors),
+        operand(value, tiles.keys, descriptors),
+        out, lse, carry_out, carry_lse,
+        intervals.start, intervals.stop, intervals.sink_start, intervals.sink_stop, order,
+        query_count, key_count, order.shape[0], heads, scale * LOG2_E.value,
+        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2],
+        GROUP=heads // key_heads, M=tiles.queries, N=tiles.keys, DIM=dim, PADDED_DIM=padded(dim),
+        VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded(value_dim),
+        HAS_CARRY=carry is not None, HAS_SINK=intervals.has_sink, DESCRIPTORS=descriptors,
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    return out, lse

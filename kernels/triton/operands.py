@@ -1,0 +1,62 @@
+"""Checks of the tensors given to the kernels, and the forms in which kernels take them."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ringflash.errors import ArgumentError
+from ringflash.kernels.intervals import KeyIntervals
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def check_operands(query: Tensor, key: Tensor, value: Tensor, intervals: KeyIntervals, scale: float) -> None:
+    """Raise ArgumentError for what the kernels cannot compute."""
+    if query.dtype not in DTYPES or key.dtype != query.dtype or value.dtype != query.dtype:
+        raise ArgumentError(
+            f"query, key, value are {query.dtype}, {key.dtype}, {value.dtype}; allowed is one of "
+            "float16, bfloat16 and float32 for all three"
+        )
+    if query.shape[1] % key.shape[1] or value.shape[:2] != key.shape[:2] or key.shape[2] != query.shape[2]:
+        raise ArgumentError(
+            f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}; allowed are "
+            "(T, H, D), (S, Hk, D), (S, Hk, Dv) with H a multiple of Hk"
+        )
+    for name, dim in (("query", query.shape[2]), ("value", value.shape[2])):
+        if dim % 8 or not 8 <= dim <= 256:
+            raise ArgumentError(f"{name} head dimension {dim}; allowed are multiples of 8 up to 256")
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.stride(2) != 1:
+            raise ArgumentError(f"{name} strides {x.stride()}; the last dimension must be contiguous")
+    if intervals.query_count != query.shape[0] or intervals.key_count != key.shape[0]:
+        raise ArgumentError(
+            f"intervals are for {intervals.query_count} query and {intervals.key_count} key rows; "
+            f"query has {query.shape[0]}, key has {key.shape[0]}"
+        )
+    if not 0.0 < scale < float("inf"):
+        raise ArgumentError(f"scale={scale}; allowed are positive finite numbers")
+
+
+def padded(dim: int) -> int:
+    """Columns of a block that holds `dim`: the matrix units need a power of two, at least 16."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+def describable(*tensors: Tensor) -> bool:
+    """Whether the tensor memory engine can address these (rows, heads, columns) tensors."""
+    return all(
+        x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:2])
+        for x in tensors
+    )
+
+
+def operand(x: Tensor, block: int, descriptors: bool) -> Tensor | TensorDescriptor:
+    """A (rows, heads, columns) tensor as the kernels' load_block takes it."""
+    if not descriptors:
+        return x
+    rows, heads, dim = x.shape
+    row_stride, head_stride, _ = x.stride()
+    return TensorDescriptor(x, [heads, rows, dim], [head_stride, row_stride, 1], [1, block, padded(dim)])

@@ -1,0 +1,174 @@
+"""Block shapes, warps and pipeline stages by chip, dtype and head dimension: one table, nothing is tuned at run time.
+
+So two runs of one program on one kind of chip launch the same kernels and round alike. The figures behind the Hopper
+rows are in docs/benchmarks/portable.md; the other rows follow from shared memory and registers as noted beside them,
+and tests/kernels/test_triton_ahead_of_time.py compiles every row and bounds its spills.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from ringflash.errors import ArgumentError
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Shape of a launch.
+
+    Attributes:
+        queries: query rows in a block.
+        keys: key rows in a block.
+        warps: warps in a program.
+        stages: blocks in flight between memory and the matrix units.
+        descriptors: whether blocks are read by the tensor memory engine instead of by pointers.
+    """
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    descriptors: bool = False
+
+
+@functools.cache
+def chip_of(device: torch.device) -> str:
+    """The row of the table: "hopper", "ampere", "consumer", "cdna" or "interpreter"."""
+    if device.type == "cpu" and triton.knobs.runtime.interpret:
+        return "interpreter"
+    if device.type != "cuda":
+        raise ArgumentError(f"device={device}; the Triton kernels run on CUDA and ROCm devices")
+    if torch.version.hip:
+        return "cdna"
+    return chip_of_capability(torch.cuda.get_device_capability(device))
+
+
+def chip_of_capability(capability: tuple[int, int]) -> str:
+    """The row of the table for an NVIDIA compute capability."""
+    if capability < (8, 0):
+        raise ArgumentError(f"compute capability {capability[0]}.{capability[1]}; the Triton kernels need 8.0 or newer")
+    if capability[0] in (9, 10):
+        return "hopper"  # 227 KiB of shared memory a program, tensor memory engine
+    return "ampere" if capability in ((8, 0), (8, 7)) else "consumer"  # 163 KiB and 99 KiB
+
+
+def forward_tiles(chip: str, dtype: torch.dtype, dim: int) -> Tiles:
+    """Tiles of the forward kernel; `dim` is the larger head dimension."""
+    return _FORWARD[chip][_row(dtype, dim)]
+
+
+def key_gradient_tiles(chip: str, dtype: torch.dtype, dim: int) -> Tiles:
+    """Tiles of the kernel for the gradients of key and value; `dim` is the larger head dimension."""
+    return _KEY_GRADIENT[chip][_row(dtype, dim)]
+
+
+def query_gradient_tiles(chip: str, dtype: torch.dtype, dim: int) -> Tiles:
+    """Tiles of the kernel for the gradient of query; `dim` is the larger head dimension."""
+    return _QUERY_GRADIENT[chip][_row(dtype, dim)]
+
+
+def _row(dtype: torch.dtype, dim: int) -> int | str:
+    if dtype == torch.float32:
+        return "fp32" if dim <= 128 else "fp32 wide"
+    return 64 if dim <= 64 else 128 if dim <= 128 else 256
+
+
+# 16-bit rows by head dimension up to 64, 128 and 256; float32 up to 128 and up to 256. float32 runs on the plain
+# multiply-add units to be exact, from registers, hence small blocks.
+_FORWARD = {
+    "hopper": {
+        64: Tiles(128, 128, 4, 3, True),
+        128: Tiles(128, 64, 8, 3, True),
+        256: Tiles(128, 64, 8, 2, True),
+        "fp32": Tiles(64, 32, 4, 2),
+        "fp32 wide": Tiles(32, 32, 4, 1),
+    },
+    "ampere": {
+        64: Tiles(128, 64, 4, 3),
+        128: Tiles(128, 64, 8, 3),
+        256: Tiles(64, 64, 8, 2),
+        "fp32": Tiles(64, 32, 4, 2),
+        "fp32 wide": Tiles(32, 32, 4, 1),
+    },
+    "consumer": {
+        64: Tiles(128, 64, 4, 3),
+        128: Tiles(128, 32, 4, 2),
+        256: Tiles(64, 32, 4, 2),
+        "fp32": Tiles(32, 32, 4, 2),
+        "fp32 wide": Tiles(16, 32, 4, 1),
+    },
+    "cdna": {
+        64: Tiles(128, 64, 4, 2),
+        128: Tiles(128, 64, 4, 1),
+        256: Tiles(64, 32, 4, 1),
+        "fp32": Tiles(32, 32, 4, 1),
+        "fp32 wide": Tiles(32, 16, 4, 1),
+    },
+    "interpreter": dict.fromkeys((64, 128, 256, "fp32", "fp32 wide"), Tiles(32, 16, 4, 1)),
+}
+_KEY_GRADIENT = {
+    "hopper": {
+        64: Tiles(64, 128, 8, 3, True),
+        128: Tiles(64, 128, 8, 2, True),
+        256: Tiles(64, 64, 8, 1, True),
+        "fp32": Tiles(32, 32, 4, 1),
+        "fp32 wide": Tiles(16, 32, 4, 1),
+    },
+    "ampere": {
+        64: Tiles(64, 128, 8, 2),
+        128: Tiles(32, 128, 8, 2),
+        256: Tiles(32, 64, 8, 1),
+        "fp32": Tiles(32, 32, 4, 1),
+        "fp32 wide": Tiles(16, 32, 4, 1),
+    },
+    "consumer": {
+        64: Tiles(32, 128, 8, 2),
+        128: Tiles(32, 64, 4, 2),
+        256: Tiles(16, 32, 4, 1),
+        "fp32": Tiles(16, 32, 4, 1),
+        "fp32 wide": Tiles(16, 16, 4, 1),
+    },
+    "cdna": {
+        64: Tiles(32, 128, 4, 1),
+        128: Tiles(32, 64, 4, 1),
+        256: Tiles(16, 64, 4, 1),
+        "fp32": Tiles(16, 32, 4, 1),
+        "fp32 wide": Tiles(16, 32, 4, 1),
+    },
+    "interpreter": dict.fromkeys((64, 128, 256, "fp32", "fp32 wide"), Tiles(16, 32, 4, 1)),
+}
+_QUERY_GRADIENT = {
+    "hopper": {
+        64: Tiles(128, 64, 8, 3, True),
+        128: Tiles(128, 64, 8, 2, True),
+        256: Tiles(64, 64, 8, 1, True),
+        "fp32": Tiles(32, 32, 4, 1),
+        "fp32 wide": Tiles(32, 16, 4, 1),
+    },
+    "ampere": {
+        64: Tiles(128, 64, 8, 2),
+        128: Tiles(128, 32, 8, 2),
+        256: Tiles(64, 32, 8, 1),
+        "fp32": Tiles(32, 32, 4, 1),
+        "fp32 wide": Tiles(32, 16, 4, 1),
+    },
+    "consumer": {
+        64: Tiles(128, 32, 8, 2),
+        128: Tiles(64, 32, 4, 2),
+        256: Tiles(32, 16, 4, 1),
+        "fp32": Tiles(32, 16, 4, 1),
+        "fp32 wide": Tiles(16, 16, 4, 1),
+    },
+    "cdna": {
+        64: Tiles(128, 32, 4, 1),
+        128: Tiles(64, 32, 4, 1),
+        256: Tiles(64, 16, 4, 1),
+        "fp32": Tiles(32, 16, 4, 1),
+        "fp32 wide": Tiles(32, 16, 4, 1),
+    },
+    "interpreter": dict.fromkeys((64, 128, 256, "fp32", "fp32 wide"), Tiles(32, 16, 4, 1)),
+}
