@@ -1,0 +1,92 @@
+"""The Makefile: which interpreter it takes, when it installs, and what it starts. Nothing is installed here."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkout import CHECKOUT
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkout without a virtual environment."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(CHECKOUT / name, tmp_path / name)
+    return tmp_path
+
+
+def script(path: Path, body: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return path
+
+
+def make(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    clean = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "ARGS")}
+    clean.pop("OMP_NUM_THREADS", None)
+    return subprocess.run(
+        ["make", *arguments], cwd=folder, env={**clean, **environment}, capture_output=True, text=True, timeout=60
+    )
+
+
+def installed(folder: Path, gpus: int) -> Path:
+    """A checkout whose environment is made of scripts that say what they were asked."""
+    script(folder / ".venv/bin/python", f"echo {gpus}")
+    script(folder / ".venv/bin/torchrun", 'echo "torchrun $@"; echo "threads $OMP_NUM_THREADS"')
+    (folder / ".venv/.installed").touch()
+    return folder
+
+
+def test_an_old_interpreter_is_refused_before_anything_is_made(folder: Path) -> None:
+    pretend = "import sys; sys.version_info = (3, 9, 18); exec(sys.argv[2])"
+    old = script(folder / "python3.9", f"exec {sys.executable} -c '{pretend}' \"$@\"")
+    result = make(folder, "train", f"PYTHON={old}")
+    assert result.returncode != 0
+    assert "needs Python 3.11 or newer" in result.stderr
+    assert "3.9.18" in result.stderr
+    assert not (folder / ".venv").exists()
+
+
+def test_a_missing_interpreter_is_named(folder: Path) -> None:
+    result = make(folder, "test", "PYTHON=python9.99")
+    assert result.returncode != 0
+    assert "no python9.99 here" in result.stderr
+
+
+def test_a_second_make_does_not_install_again_and_a_changed_pin_does(folder: Path) -> None:
+    installed(folder, gpus=0)
+    assert make(folder, "--question", "install").returncode == 0
+    stamp = (folder / ".venv/.installed").stat().st_mtime
+    os.utime(folder / "constraints.txt", (stamp + 1, stamp + 1))
+    assert make(folder, "--question", "install").returncode == 1
+
+
+def test_torch_is_installed_first_and_alone_and_everything_under_the_constraints(folder: Path) -> None:
+    commands = make(folder, "--dry-run", "install").stdout.splitlines()
+    installs = [line.split("pip install ")[1].split() for line in commands if "pip install" in line]
+    assert installs[0] == ["--constraint", "constraints.txt", "torch"]
+    assert all(command[:2] == ["--constraint", "constraints.txt"] for command in installs)
+
+
+@pytest.mark.parametrize(("gpus", "processes"), [(0, 2), (1, 1), (4, 4)])
+def test_train_starts_one_process_for_each_gpu_and_two_without(folder: Path, gpus: int, processes: int) -> None:
+    result = make(installed(folder, gpus), "train", "ARGS=optimizer.lr=1e-3 data.path=corpus")
+    assert f"--nproc-per-node={processes} launch/train.py optimizer.lr=1e-3 data.path=corpus\n" in result.stdout
+
+
+def test_processes_share_the_cores_unless_the_user_says_otherwise(folder: Path) -> None:
+    cores = len(os.sched_getaffinity(0))
+    assert f"threads {max(1, cores // 2)}\n" in make(installed(folder, gpus=0), "train").stdout
+    assert "threads 7\n" in make(folder, "train", OMP_NUM_THREADS="7").stdout
+
+
+def test_a_failing_test_run_fails_make(folder: Path) -> None:
+    installed(folder, gpus=0)
+    script(folder / ".venv/bin/python", "exit 1")
+    assert make(folder, "test").returncode != 0
