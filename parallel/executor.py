@@ -300,11 +300,7 @@ def _cached_program(
     whole = mask & Mask.documents([i * call.seqlen for i in range(call.batch + 1)])
     if group is None:
         return local_program(whole, torch.tensor(whole.boundaries, device=device), total, device)
-    if call.partition == "balanced" and boundaries is not None and call.batch > 1:
-        raise ArgumentError(
-            f"partition='balanced' with documents takes one packed sequence, not a batch of {call.batch}"
-        )
-    deal = resolve(call.partition, call.seqlen, group.size(), mask).repeat(call.batch)
+    deal = resolve(call.partition, call.seqlen, group.size(), whole, call.batch).repeat(call.batch)
     return rank_program(ring(whole, deal), whole, group.rank(), device)
 
 
