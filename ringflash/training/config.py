@@ -1,0 +1,176 @@
+"""From Hydra's configuration to a checked `Config`, the same on every rank.
+
+Hydra and the schema refuse wrong keys and types by name; here are the checks of values, each naming its key. No key
+names code to run: `_target_` is refused like any other key that the schema lacks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig, OmegaConf
+
+from ringflash.configs.schema import Config, ModelConfig
+from ringflash.errors import ArgumentError, RankMismatchError
+
+CHOICES = {
+    "device": ("auto", "cuda", "cpu"),
+    "engine.name": ("ddp", "zero1", "zero2", "zero3"),
+    "engine.precision": ("auto", "fp32", "bf16"),
+    "attention.mask": ("causal", "sliding_window", "chunked"),
+    "attention.partition": ("contiguous", "zigzag", "balanced"),
+}
+AT_LEAST_ONE = (
+    "train.steps",
+    "train.seqlen",
+    "train.global_batch",
+    "train.micro_batch",
+    "train.sequence_degree",
+    "train.validation_sequences",
+    "model.hidden_size",
+    "model.intermediate_size",
+    "model.num_hidden_layers",
+    "model.num_attention_heads",
+    "model.num_key_value_heads",
+    "model.vocab_size",
+    "attention.chunk",
+    "checkpoint.keep",
+    "logging.every",
+)
+AT_LEAST_ZERO = (
+    "train.validate_every",
+    "checkpoint.every",
+    "attention.window",
+    "attention.sink",
+    "optimizer.warmup_steps",
+    "optimizer.weight_decay",
+    "optimizer.clip",
+)
+SHARES = ("optimizer.min_lr_ratio", "optimizer.beta1", "optimizer.beta2", "data.validation_fraction")
+
+
+def typed(config: DictConfig) -> Config:
+    """The dataclass of a composed Hydra configuration; keys that the schema lacks are refused, however they came in."""
+    _refuse_unknown(config)
+    return OmegaConf.to_object(config)
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """{"train.steps": 300, ...} of a Config; a nested null stays one key."""
+    flat = {}
+    for entry in dataclasses.fields(config):
+        value = getattr(config, entry.name)
+        if dataclasses.is_dataclass(value):
+            flat |= flatten(value, f"{prefix}{entry.name}.")
+        else:
+            flat[prefix + entry.name] = value
+    return flat
+
+
+def check(config: Config, world_size: int) -> None:
+    """Raise ArgumentError, naming the key, for values that cannot work on this many ranks."""
+    flat = flatten(config)
+    for key, allowed in CHOICES.items():
+        if flat[key] not in allowed:
+            raise ArgumentError(f"{key}={flat[key]!r}; allowed are {', '.join(allowed)}")
+    for keys, least in ((AT_LEAST_ONE, 1), (AT_LEAST_ZERO, 0)):
+        for key in keys:
+            if flat[key] is not None and flat[key] < least:
+                raise ArgumentError(f"{key}={flat[key]}; allowed are {least} and more")
+    for key in SHARES:
+        if not 0 <= flat[key] < 1:
+            raise ArgumentError(f"{key}={flat[key]}; allowed are 0 up to, not including, 1")
+    if flat["optimizer.lr"] <= 0:
+        raise ArgumentError(f"optimizer.lr={flat['optimizer.lr']}; it must be positive")
+    check_model(config.model)
+    _check_ranks(config, world_size)
+
+
+def check_model(model: ModelConfig) -> None:
+    """Raise ArgumentError for head counts and widths that do not fit together."""
+    heads, key_value_heads = model.num_attention_heads, model.num_key_value_heads
+    if heads % key_value_heads:
+        raise ArgumentError(
+            f"model.num_attention_heads={heads} is not divisible by model.num_key_value_heads={key_value_heads}"
+        )
+    if model.head_dim is None and model.hidden_size % heads:
+        raise ArgumentError(
+            f"model.hidden_size={model.hidden_size} is not divisible by model.num_attention_heads={heads}; "
+            "change one of them or give model.head_dim"
+        )
+    width = head_dim(model)
+    if width % 2 or not 2 <= width <= 256:
+        raise ArgumentError(f"model.head_dim={width}; rotary embedding needs an even one, and kernels take up to 256")
+
+
+def head_dim(model: ModelConfig) -> int:
+    """Width of one attention head."""
+    return model.head_dim or model.hidden_size // model.num_attention_heads
+
+
+def sequence_degree(config: Config, world_size: int) -> int:
+    """Ranks that share one sequence."""
+    return config.train.sequence_degree or world_size
+
+
+def accumulation(config: Config, world_size: int) -> int:
+    """Micro-batches of one optimizer step on each group of ranks."""
+    data_ranks = world_size // sequence_degree(config, world_size)
+    return config.train.global_batch // (config.train.micro_batch * data_ranks)
+
+
+def device_type(config: Config) -> str:
+    """Type of device to run on; asking for a GPU where there is none is an error."""
+    available = torch.cuda.is_available()
+    if config.device == "cuda" and not available:
+        raise ArgumentError("device=cuda, but torch finds no GPU here; allowed are cpu and auto")
+    return "cuda" if available and config.device != "cpu" else "cpu"
+
+
+def compute_dtype(config: Config) -> torch.dtype:
+    """Dtype of activations: what engine.precision says, and for auto bfloat16 on GPUs."""
+    precision = config.engine.precision
+    if precision == "auto":
+        precision = "bf16" if device_type(config) == "cuda" else "fp32"
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def agree(config: Config) -> None:
+    """Raise RankMismatchError on every rank if one was started with another configuration; the first collective."""
+    flat = flatten(config)
+    everybody: list[dict] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everybody, flat)
+    for rank, other in enumerate(everybody):
+        for key in sorted({*everybody[0], *other}):
+            first, value = everybody[0].get(key, "no such key"), other.get(key, "no such key")
+            if first != value:
+                raise RankMismatchError(
+                    f"rank {rank} was started with {key}={value}, rank 0 with {key}={first}; give all ranks the same"
+                )
+
+
+def _refuse_unknown(node: DictConfig, prefix: str = "") -> None:
+    # Hydra's "+key=value" opens typed nodes too, and OmegaConf would hand the extra key on as an attribute.
+    known = {entry.name for entry in dataclasses.fields(OmegaConf.get_type(node))}
+    for name in node:
+        if name not in known:
+            raise ArgumentError(f"{prefix}{name} is no configuration key; allowed here are {', '.join(sorted(known))}")
+        if not OmegaConf.is_missing(node, name) and OmegaConf.is_dict(node[name]):
+            _refuse_unknown(node[name], f"{prefix}{name}.")
+
+
+def _check_ranks(config: Config, world_size: int) -> None:
+    train, degree = config.train, sequence_degree(config, world_size)
+    if world_size % degree:
+        raise ArgumentError(f"train.sequence_degree={degree} does not divide the {world_size} ranks")
+    data_ranks = world_size // degree
+    if train.global_batch % (train.micro_batch * data_ranks):
+        raise ArgumentError(
+            f"train.global_batch={train.global_batch} is not divisible by train.micro_batch={train.micro_batch} x "
+            f"{data_ranks} data-parallel groups ({world_size} ranks / sequence degree {degree})"
+        )
+    if train.seqlen < degree:
+        raise ArgumentError(f"train.seqlen={train.seqlen} is shorter than the {degree} ranks that share a sequence")

@@ -1,0 +1,250 @@
+"""A Llama-style decoder whose attention spans the ranks that share a sequence.
+
+RMSNorm, rotary embedding, grouped-query attention, SwiGLU; tied or untied head (Touvron et al., arXiv 2302.13971;
+Llama 3, arXiv 2407.21783). A rank holds its own tokens of each sequence; only attention looks at other ranks' tokens,
+and the rotary embedding takes global positions, so the model computes the same function on any number of ranks.
+
+Weights keep the dtype they have (fp32, or bf16 under DeepSpeed) and are cast to the dtype of the activations where
+they are used. There are no buffers: what is computed from the configuration stays fp32 whatever the engine casts.
+
+Legend: B sequences, T this rank's tokens of a sequence, C hidden size, H query heads, K key/value heads, D head width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own habit
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from ringflash import DistributedFlashAttention, Mask
+from ringflash.configs.schema import AttentionConfig, ModelConfig, RopeScalingConfig
+from ringflash.training.config import check_model, head_dim
+from ringflash.training.loss import cross_entropy, cross_entropy_sum
+
+
+class Linear(nn.Module):
+    """Matrix product without bias, in the dtype of its input."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., inputs) -> (..., outputs)."""
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """Divide by the root mean square, in fp32, then scale."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., width) -> the same shape and dtype."""
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention over the whole sequence, of which this rank holds a part."""
+
+    def __init__(self, config: ModelConfig, attend: DistributedFlashAttention) -> None:
+        super().__init__()
+        self.head_dim = head_dim(config)
+        query, key = (heads * self.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+        self.q_proj = Linear(config.hidden_size, query)
+        self.k_proj = Linear(config.hidden_size, key)
+        self.v_proj = Linear(config.hidden_size, key)
+        self.o_proj = Linear(query, config.hidden_size)
+        self.attend = attend
+
+    def forward(self, x_BTC: Tensor, rotation: tuple[Tensor, Tensor], layout: dict) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        q_BTHD, k_BTKD, v_BTKD = (
+            project(x_BTC).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        out_BTHD = self.attend(rotate(q_BTHD, *rotation), rotate(k_BTKD, *rotation), v_BTKD, **layout)
+        return self.o_proj(out_BTHD.flatten(-2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        return self.down_proj(F.silu(self.gate_proj(x_BTC)) * self.up_proj(x_BTC))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, attend: DistributedFlashAttention) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, attend)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = FeedForward(config)
+
+    def forward(self, x_BTC: Tensor, rotation: tuple[Tensor, Tensor], layout: dict) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        x_BTC = x_BTC + self.self_attn(self.input_layernorm(x_BTC), rotation, layout)
+        return x_BTC + self.mlp(self.post_attention_layernorm(x_BTC))
+
+
+class Head(nn.Module):
+    """Output head and loss in one module, so that logits of a whole shard never exist at once."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x_BTC: Tensor, labels_BT: Tensor | None, per_token: bool) -> Tensor:
+        """Logits (B, T, vocabulary), or with labels their cross entropies in fp32: the sum, or each (B, T)."""
+        if labels_BT is None:
+            return F.linear(x_BTC, self.weight.to(x_BTC.dtype))
+        loss = cross_entropy if per_token else cross_entropy_sum
+        return loss(x_BTC.flatten(0, 1), self.weight, labels_BT.flatten()).view(labels_BT.shape if per_token else ())
+
+
+class Transformer(nn.Module):
+    """The decoder; one call takes this rank's shard of a batch as `ringflash.shard_batch` deals it.
+
+    Example:
+        model = Transformer(ModelConfig(64, 128, 2, 2, 1), vocab_size=256)
+        loss_sum = model(**shard_batch({"input_ids": torch.randint(256, (1, 512))}))
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        attention: AttentionConfig | None = None,
+        group: ProcessGroup | None = None,
+        dtype: torch.dtype = torch.float32,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        """Build the decoder with initial weights drawn from torch's random generator.
+
+        Args:
+            config: its shape.
+            vocab_size: rows of the embedding.
+            attention: mask, partition and kernel; causal over zigzag shards if None.
+            group: ranks that share a sequence; None for the default group, or one device where there is none.
+            dtype: of the activations; weights are cast to it where they are used.
+            activation_checkpointing: recompute blocks in the backward pass, except for their attention.
+        """
+        super().__init__()
+        check_model(config)
+        self.config, self.dtype, self.activation_checkpointing = config, dtype, activation_checkpointing
+        attention = attention or AttentionConfig()
+        attend = DistributedFlashAttention(
+            mask=attention_mask(attention),
+            group=group,
+            partition=attention.partition,
+            kernel=attention.kernel,
+            deterministic=attention.deterministic,
+        )
+        self.embed_tokens = nn.Embedding(vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, attend) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        tied = config.tie_word_embeddings
+        self.lm_head = Head(
+            self.embed_tokens.weight if tied else nn.Parameter(torch.empty(vocab_size, config.hidden_size))
+        )
+        self._initialise()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        labels: Tensor | None = None,
+        cu_seqlens: Sequence[int] | None = None,
+        seqlen: int | None = None,
+        per_token: bool = False,
+    ) -> Tensor:
+        """Sum of this rank's cross entropies, or its logits if there are no labels.
+
+        Args:
+            input_ids: (B, T) int64, this rank's tokens.
+            position_ids: (B, T), their positions in their documents.
+            labels: (B, T) int64, the next tokens; -100 where there is none.
+            cu_seqlens: document boundaries over the B * seqlen tokens of all ranks.
+            seqlen: length of a sequence over all ranks.
+            per_token: with labels, return each token's cross entropy (B, T) fp32 instead of their sum; no gradient.
+        """
+        x_BTC = self.embed_tokens(input_ids).to(self.dtype)
+        rotation = rotary(position_ids, head_dim(self.config), self.config.rope_theta, self.config.rope_scaling)
+        layout = {"cu_seqlens": cu_seqlens, "seqlen": seqlen}
+        for layer in self.layers:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x_BTC = checkpoint(layer, x_BTC, rotation, layout, use_reentrant=False, context_fn=_keep_attention)
+            else:
+                x_BTC = layer(x_BTC, rotation, layout)
+        return self.lm_head(self.norm(x_BTC), labels, per_token)
+
+    def _initialise(self) -> None:
+        for name, weight in self.named_parameters():
+            if weight.dim() == 2:
+                # Each block adds to the residual stream twice; smaller output matrices keep its variance in check.
+                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * len(self.layers)) if residual else 0.02)
+
+
+def attention_mask(config: AttentionConfig) -> Mask:
+    """The Mask that a configuration names; documents are added by cu_seqlens in each call."""
+    if config.mask == "sliding_window":
+        return Mask.sliding_window(config.window, sink=config.sink)
+    if config.mask == "chunked":
+        return Mask.causal() & Mask.chunked(config.chunk)
+    return Mask.causal()
+
+
+def rotary(
+    position_ids: Tensor, width: int, theta: float, scaling: RopeScalingConfig | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (B, T, 1, D/2) fp32 of each position's rotation (Su et al., arXiv 2104.09864).
+
+    Args:
+        position_ids: (B, T) positions in their documents.
+        width: D, width of a head.
+        theta: base of the frequencies.
+        scaling: Llama-3's: slow frequencies divided by a factor, fast ones kept, those between blended.
+    """
+    exponent = torch.arange(0, width, 2, dtype=torch.float32, device=position_ids.device) / width
+    frequency = theta**-exponent
+    if scaling is not None:
+        turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
+        share = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        share = share.clamp(0, 1)
+        frequency = share * frequency + (1 - share) * frequency / scaling.factor
+    angle = position_ids[..., None, None].float() * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (d, d + D/2) of a head by its position's angle, in fp32; same dtype out."""
+    first, second = x_BTHD.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BTHD.dtype)
+
+
+def _keep_attention() -> tuple:
+    return create_selective_checkpoint_contexts(_policy)
+
+
+def _policy(_: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+    # Attention is the only operator that communicates, and at long context nearly all of the time.
+    kept = op is torch.ops.ringflash.attention.default
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,45 @@
+"""AdamW over fp32 weights, and its learning rate as a plain function of the step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from ringflash.configs.schema import OptimizerConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What AdamW keeps for each weight beside its step; names are torch's."""
+
+
+def adamw(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101); matrices decay, norms do not."""
+    matrices = [weight for weight in module.parameters() if weight.dim() > 1]
+    vectors = [weight for weight in module.parameters() if weight.dim() <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+
+
+def adam_state(weight: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
+    """What torch's fused AdamW keeps for a weight after `step` steps, with zero moments."""
+    state = {name: torch.zeros_like(weight, requires_grad=False) for name in MOMENTS}
+    return {"step": torch.tensor(float(step), device=weight.device), **state}
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """Learning rate of a step: linear warm-up, then half a cosine down to min_lr_ratio of the highest.
+
+    Args:
+        config: highest rate, lowest share, length of the warm-up.
+        step: counted from 0.
+        steps: length of the run.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps)
+    share = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * share)
