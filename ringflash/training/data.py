@@ -1,0 +1,361 @@
+"""From text to packed batches: `prepare` builds a corpus once and caches it, `PackedBatches` deals it to data ranks.
+
+    corpus = prepare(DataConfig(path=None), cache_dir="runs/cache")
+    batches = PackedBatches(corpus.train, seqlen=4096, batch=1, seed=0)
+    next(batches)                  # {"input_ids": (1, 4096) int64, "cu_seqlens": [0, 1733, 4096]}
+
+Every document is [separator, its tokens...]. The separator stands for no bytes and is never predicted; it is what the
+first token is predicted from. So a model predicts every byte of a document, as the byte n-gram models do, and neither
+is told or asked where a document ends.
+
+The cache is a folder named by a SHA-256 over the text and everything that shapes the tokens. Any rank may call
+`prepare`: a file lock lets one per host build while the others wait, and a build that fails raises the same DataError
+on each. Tokens and text are memory-mapped, so a corpus may be larger than memory (one document may not).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+
+from ringflash.configs.schema import DataConfig
+from ringflash.errors import ArgumentError, DataError
+from ringflash.training import tokenizer as tokenizing
+from ringflash.training.packing import PackedBatches, ValidationBatches
+from ringflash.training.sources import read_documents, source_files
+from ringflash.training.tokenizer import Tokenizer
+
+__all__ = ["Corpus", "Documents", "PackedBatches", "ValidationBatches", "prepare", "split"]
+
+FORMAT = 1
+"""Raise it when the cached files or their meaning change."""
+
+TOKENIZER_BYTES = 64 << 20
+"""A BPE is trained on at most this much text."""
+
+PIECE_BYTES, GROUP_BYTES = 1 << 20, 16 << 20
+"""Longer documents are encoded in pieces, cut at line ends; a group of pieces is encoded in parallel."""
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Documents of the train or validation part.
+
+    Attributes:
+        tokens: all documents end to end, each opened by a separator; uint16 or uint32.
+        offsets: (documents + 1,) int64; document i is tokens[offsets[i] : offsets[i + 1]].
+        text: uint8, the whole corpus.
+        spans: (documents, 2) int64; document i is text[spans[i, 0] : spans[i, 1]].
+        token_bytes: uint32, bytes that each of `tokens` stands for; None for the training part.
+        identity: names the text, the tokenizer and the part.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    text: np.ndarray
+    spans: np.ndarray
+    token_bytes: np.ndarray | None
+    identity: str
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are predicted: all but the separators."""
+        return len(self.tokens) - len(self)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of text."""
+        return int((self.spans[:, 1] - self.spans[:, 0]).sum())
+
+    def sample(self, max_bytes: int) -> list[np.ndarray]:
+        """Text (uint8) of all documents, or of a fixed random choice of them that is cut to `max_bytes`."""
+        return sample(self.text, self.spans, max_bytes)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A tokenized text: what `prepare` returns.
+
+    Attributes:
+        train: documents to learn from, in the sources' order.
+        validation: held-out documents, shuffled once, so that any first part of them represents the whole.
+        tokenizer: the tokenizer of both.
+        sha256: of the text and its division into documents.
+        folder: the cache folder of this corpus.
+    """
+
+    train: Documents
+    validation: Documents
+    tokenizer: Tokenizer
+    sha256: str
+    folder: Path
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes that a predicted training token stands for, on average."""
+        return self.train.num_bytes / self.train.num_tokens
+
+
+def prepare(config: DataConfig, cache_dir: str | Path | None = None) -> Corpus:
+    """Read, split and tokenize what `config.path` names, or open the cached result.
+
+    Args:
+        config: the data group of the configuration.
+        cache_dir: where to keep the result; None for `config.cache_dir`.
+
+    Raises:
+        DataError: nothing to read, unreadable or undecodable text, an absent field or tokenizer, an unwritable cache.
+    """
+    if not 0 < config.validation_fraction < 1:
+        raise ArgumentError(f"data.validation_fraction={config.validation_fraction}; allowed is between 0 and 1")
+    if config.max_bytes is not None and config.max_bytes < 1:
+        raise ArgumentError(f"data.max_bytes={config.max_bytes}; allowed is 1 and more, or null for all of the text")
+    cache = Path(cache_dir or config.cache_dir).expanduser()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with _locked(cache / "lock"):
+            return _open(_find_or_build(config, cache))
+    except OSError as error:
+        raise DataError(f"data.cache_dir={cache}: cannot keep tokens there: {error}") from error
+
+
+def split(lengths: np.ndarray, fraction: float) -> np.ndarray:
+    """Which of at least two documents are held out, as a boolean array.
+
+    Every 1/fraction-th document by length is held out: short and long ones in the proportion of the whole, never the
+    longest (of the standard library it is one file of 6 %), always at least one.
+    """
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    steps = np.floor(np.arange(len(order) + 1) * fraction + 0.5)
+    chosen = order[(np.diff(steps) > 0) & (np.arange(len(order)) > 0)]
+    held_out = np.zeros(len(order), bool)
+    held_out[chosen if len(chosen) else order[len(order) // 2]] = True
+    return held_out
+
+
+def sample(text: np.ndarray, spans: np.ndarray, max_bytes: int) -> list[np.ndarray]:
+    """Text of the spans, or of a fixed random choice of them that is cut to `max_bytes`."""
+    lengths = spans[:, 1] - spans[:, 0]
+    order = np.arange(len(spans))
+    if lengths.sum() > max_bytes:
+        order = np.random.default_rng(0).permutation(order)
+        stop = np.searchsorted(np.cumsum(lengths[order]), max_bytes) + 1
+        order = order[:stop]
+    chosen, left = [], max_bytes
+    for start, end in spans[order]:
+        chosen.append(text[start : min(end, start + left)])
+        left -= len(chosen[-1])
+    return chosen
+
+
+# Finding and keeping
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    # The system releases the lock when its holder dies, so a killed build blocks nobody.
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _find_or_build(config: DataConfig, cache: Path) -> Path:
+    # Names, sizes and times of the sources tell whether they were read before; then they need not be read again.
+    files = source_files(config.path)
+    settings = _settings(config)
+    seen = [(str(file.resolve()), stat.st_size, stat.st_mtime_ns) for file in files for stat in [_stat(file)]]
+    pointer = cache / f"{_digest([settings, seen])}.ref"
+    if pointer.exists() and _complete(cache / pointer.read_text()):
+        return cache / pointer.read_text()
+    work = cache / f"building-{socket.gethostname()}"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    try:
+        sha256, lengths = _gather(config, files, work / "text.bin")
+        folder = cache / _digest([settings, sha256])[:32]
+        if not _complete(folder):
+            _build(config, sha256, lengths, work)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(work, folder)
+        _write_atomically(pointer, folder.name)
+        return folder
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _settings(config: DataConfig) -> dict:
+    settings = {"format": FORMAT, "tokenizers": tokenizers.__version__, **dataclasses.asdict(config)}
+    del settings["cache_dir"], settings["path"]
+    if config.tokenizer not in ("bpe", "bytes"):
+        folder = tokenizing.huggingface_folder(config.tokenizer)
+        settings["tokenizer"] = [
+            hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.glob("token*.json"))
+        ]
+    return settings
+
+
+def _stat(file: Path) -> os.stat_result:
+    try:
+        return file.stat()
+    except OSError as error:
+        raise DataError(f"data.path: cannot read {file}: {error.strerror}") from error
+
+
+def _complete(folder: Path) -> bool:
+    # The folder got its name when it was whole; sizes are checked because a crash may lose what was not yet on disk.
+    try:
+        sizes = json.loads((folder / "meta.json").read_text())["sizes"]
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _open(folder: Path) -> Corpus:
+    meta = json.loads((folder / "meta.json").read_text())
+    text = np.memmap(folder / "text.bin", np.uint8, "r")
+
+    def part(name: str) -> Documents:
+        counted = folder / f"{name}.token_bytes.bin"
+        return Documents(
+            tokens=np.memmap(folder / f"{name}.tokens.bin", meta["dtype"], "r"),
+            offsets=np.load(folder / f"{name}.offsets.npy"),
+            text=text,
+            spans=np.load(folder / f"{name}.spans.npy"),
+            token_bytes=np.memmap(counted, np.uint32, "r") if counted.exists() else None,
+            identity=f"{folder.name}/{name}",
+        )
+
+    return Corpus(part("train"), part("validation"), tokenizing.load(folder), meta["sha256"], folder)
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+# Building
+
+
+def _gather(config: DataConfig, files: list[Path], target: Path) -> tuple[str, np.ndarray]:
+    """Write all documents end to end; returns a SHA-256 of text and lengths, and the lengths."""
+    digest, lengths, left = hashlib.sha256(), [], config.max_bytes
+    with target.open("wb") as out:
+        for document in (document for file in files for document in read_documents(file, config.text_field)):
+            if left is not None:
+                document = document[:left].decode(errors="ignore").encode()
+                left -= len(document)
+            out.write(document)
+            digest.update(document)
+            lengths.append(len(document))
+            if left is not None and left <= 3:  # less than a character may need
+                break
+    if not sum(lengths):
+        raise DataError(f"data.path={config.path}: no text in its {len(files)} files")
+    array = np.array(lengths, np.int64)
+    digest.update(array.tobytes())
+    return digest.hexdigest(), array
+
+
+def _build(config: DataConfig, sha256: str, lengths: np.ndarray, work: Path) -> None:
+    text = np.memmap(work / "text.bin", np.uint8, "r")
+    train, validation = _spans(text, lengths, config.validation_fraction)
+    if config.tokenizer == "bytes":
+        tokenizer: Tokenizer = tokenizing.ByteTokenizer()
+    elif config.tokenizer == "bpe":
+        chosen = sample(text, train, TOKENIZER_BYTES)
+        tokenizer = tokenizing.BPETokenizer.train((document.tobytes() for document in chosen), config.vocab_size)
+    else:
+        tokenizer = tokenizing.HuggingFaceTokenizer(tokenizing.huggingface_folder(config.tokenizer))
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    _write_tokens(tokenizer, text, train, work, "train", dtype)
+    _write_tokens(tokenizer, text, validation, work, "validation", dtype)
+    tokenizer.save(work)
+    sizes = {file.name: file.stat().st_size for file in sorted(work.iterdir())}
+    _write_atomically(work / "meta.json", json.dumps({"sha256": sha256, "dtype": dtype.name, "sizes": sizes}))
+
+
+def _spans(text: np.ndarray, lengths: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    ends = np.cumsum(lengths)
+    spans = np.stack([ends - lengths, ends], axis=1)
+    if len(spans) > 1:
+        held_out = split(lengths, fraction)
+        return spans[~held_out], np.random.default_rng(0).permutation(spans[held_out])
+    # One document: its last part is held out, from a line's start on if there is one.
+    cut = max(1, int(len(text) * (1 - fraction)))
+    ahead = text[cut : cut + PIECE_BYTES].tobytes()
+    cut += _line_end(ahead, 0) or _character_start(ahead)
+    if cut >= len(text):
+        raise DataError(f"data.path: one document of {len(text)} bytes is too short to hold a part of it out")
+    return np.array([[0, cut]]), np.array([[cut, len(text)]])
+
+
+def _write_tokens(
+    tokenizer: Tokenizer, text: np.ndarray, spans: np.ndarray, work: Path, part: str, dtype: np.dtype
+) -> None:
+    counted = part == "validation"
+    offsets, total = [], 0
+    with contextlib.ExitStack() as files:
+        out = files.enter_context((work / f"{part}.tokens.bin").open("wb"))
+        counts = files.enter_context((work / f"{part}.token_bytes.bin").open("wb")) if counted else None
+        for group in _groups(text, spans):
+            pieces = [piece for _, piece in group]
+            encoded = tokenizer.encode_counted(pieces) if counted else [(ids, None) for ids in tokenizer.encode(pieces)]
+            for (opens, _), (ids, num_bytes) in zip(group, encoded, strict=True):
+                head = [tokenizer.separator] if opens else []
+                offsets += [total] if opens else []
+                total += len(head) + len(ids)
+                out.write(np.array(head, dtype).tobytes() + ids.astype(dtype).tobytes())
+                if counts is not None and num_bytes is not None:
+                    counts.write(np.array([0] * len(head), np.uint32).tobytes() + num_bytes.astype(np.uint32).tobytes())
+    np.save(work / f"{part}.offsets.npy", np.array([*offsets, total], np.int64))
+    np.save(work / f"{part}.spans.npy", spans)
+
+
+def _groups(text: np.ndarray, spans: np.ndarray) -> Iterator[list[tuple[bool, bytes]]]:
+    """Pieces of documents, each with whether it opens its document, in groups to encode at once."""
+    group, size = [], 0
+    for start, end in spans:
+        position = start
+        while position < end:
+            piece = text[position : min(end, position + PIECE_BYTES)].tobytes()
+            if position + len(piece) < end:
+                piece = piece[: _line_end(piece, -1) or _character_start(piece, last=True)]
+            group.append((position == start, piece))
+            position += len(piece)
+            size += len(piece)
+            if size >= GROUP_BYTES:
+                yield group
+                group, size = [], 0
+    if group:
+        yield group
+
+
+def _line_end(piece: bytes, which: int) -> int:
+    """Just behind the first (0) or last (-1) line end; 0 if there is none."""
+    return (piece.find(b"\n") if which == 0 else piece.rfind(b"\n")) + 1
+
+
+def _character_start(piece: bytes, last: bool = False) -> int:
+    """The first or last place in a piece of UTF-8 where a character starts."""
+    places = range(len(piece) - 1, 0, -1) if last else range(len(piece))
+    return next((i for i in places if piece[i] & 0xC0 != 0x80), len(piece))

@@ -1,0 +1,244 @@
+"""Tokenizers over bytes: a byte-level BPE trained here, single bytes, or one from a Hugging Face folder.
+
+All three have `vocab_size`, `separator` (the token that opens every document and stands for no bytes), `encode`,
+`encode_counted`, `decode` and `save`. `encode_counted` also says how many bytes each token stands for: loss in bits per
+byte is exact, and comparable between tokenizers, because these counts sum to the length of the text.
+
+The BPE and the bytes take any byte string, also one that is not UTF-8, and give it back unchanged. The separator is
+an id that no text can produce.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from ringflash.errors import ArgumentError, DataError
+
+PATTERN = r"\s*\n[ \t]*|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"
+"""Pieces that no token crosses. A line end keeps the next line's indentation: 4 % fewer tokens of source code."""
+
+KIND_FILE = "ringflash_tokenizer.json"
+TOKENIZER_FILE = "tokenizer.json"
+
+
+class Tokenizer(Protocol):
+    """What the three tokenizers have in common."""
+
+    vocab_size: int
+    separator: int
+
+    def encode(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        """Tokens of each text, int64, without separators."""
+
+    def encode_counted(self, texts: Sequence[bytes]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Tokens of each text, and the bytes that each token stands for; the counts sum to the text's length."""
+
+    def decode(self, ids: Iterable[int]) -> bytes:
+        """The text of some tokens; separators give nothing."""
+
+    def save(self, folder: Path) -> None:
+        """Write what `load` needs."""
+
+
+class ByteTokenizer:
+    """One token a byte, and the separator 256."""
+
+    vocab_size = 257
+    separator = 256
+
+    def encode(self, texts: Sequence[bytes]) -> list[np.ndarray]:  # noqa: D102
+        return [np.frombuffer(text, np.uint8).astype(np.int64) for text in texts]
+
+    def encode_counted(self, texts: Sequence[bytes]) -> list[tuple[np.ndarray, np.ndarray]]:  # noqa: D102
+        return [(ids, np.ones(len(ids), np.int64)) for ids in self.encode(texts)]
+
+    def decode(self, ids: Iterable[int]) -> bytes:  # noqa: D102
+        return bytes(i for i in map(int, ids) if i != self.separator)
+
+    def save(self, folder: Path) -> None:  # noqa: D102
+        _write_kind(folder, {"kind": "bytes"})
+
+
+class BPETokenizer:
+    """Byte-level BPE; every token is a byte string, `token_bytes[i]` that of token i."""
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        self.backend = backend
+        # Outside the backend's vocabulary: text that spells some special token stays text.
+        self.separator = backend.get_vocab_size()
+        self.vocab_size = self.separator + 1
+        byte_of = {character: byte for byte, character in _byte_alphabet().items()}
+        self.token_bytes = [b""] * self.vocab_size
+        for token, index in backend.get_vocab().items():
+            self.token_bytes[index] = bytes(byte_of[character] for character in token)
+        self._lengths = np.array([len(token) for token in self.token_bytes])
+        self._single = np.array([backend.token_to_id(_byte_alphabet()[byte]) for byte in range(256)])
+
+    @classmethod
+    def train(cls, texts: Iterable[bytes], vocab_size: int) -> BPETokenizer:
+        """Train on texts; short ones may give fewer than `vocab_size` tokens.
+
+        Args:
+            texts: byte strings; bytes that are not UTF-8 are left out of the training.
+            vocab_size: tokens to end up with, separator included; at least 257.
+        """
+        if vocab_size < 257:
+            raise ArgumentError(f"vocab_size={vocab_size}; 256 bytes and the separator need 257 or more")
+        backend = tokenizers.Tokenizer(models.BPE())
+        pieces = pre_tokenizers.Split(tokenizers.Regex(PATTERN), behavior="isolated")
+        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([pieces, to_bytes])
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size - 1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        )
+        backend.train_from_iterator((text.decode("utf-8", "ignore") for text in texts), trainer)
+        return cls(backend)
+
+    def encode(self, texts: Sequence[bytes]) -> list[np.ndarray]:  # noqa: D102
+        try:
+            strings = [text.decode() for text in texts]
+        except UnicodeDecodeError:
+            return [self._encode_any(text) for text in texts]
+        encodings = self.backend.encode_batch_fast(strings, add_special_tokens=False)
+        return [np.array(encoding.ids, np.int64) for encoding in encodings]
+
+    def _encode_any(self, text: bytes) -> np.ndarray:
+        # Bytes that are not UTF-8 become one token each; what lies between them is encoded as usual.
+        ids: list[int] = []
+        run = ""
+        for character in [*text.decode("utf-8", "surrogateescape"), None]:
+            if character is not None and not "\udc80" <= character <= "\udcff":
+                run += character
+                continue
+            ids += self.backend.encode(run, add_special_tokens=False).ids
+            run = ""
+            if character is not None:
+                ids.append(int(self._single[ord(character) - 0xDC00]))
+        return np.array(ids, np.int64)
+
+    def encode_counted(self, texts: Sequence[bytes]) -> list[tuple[np.ndarray, np.ndarray]]:  # noqa: D102
+        return [(ids, self._lengths[ids]) for ids in self.encode(texts)]
+
+    def decode(self, ids: Iterable[int]) -> bytes:  # noqa: D102
+        return b"".join(self.token_bytes[i] for i in ids)
+
+    def save(self, folder: Path) -> None:  # noqa: D102
+        self.backend.save(str(folder / TOKENIZER_FILE))
+        _write_kind(folder, {"kind": "bpe"})
+
+
+class HuggingFaceTokenizer:
+    """A `tokenizer.json` of the Hugging Face kind, with the folder's own bos or eos token as separator.
+
+    Bytes are counted by each token's offsets in the text, so they sum to the text's length under any normalizer; among
+    the tokens of one character, the first has all of its bytes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            self.backend = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+        except Exception as error:  # the library raises plain Exception
+            raise DataError(f"data.tokenizer: {folder / TOKENIZER_FILE} is no readable tokenizer: {error}") from error
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        # Text that spells a special token is text.
+        self.backend.encode_special_tokens = True
+        vocabulary = self.backend.get_vocab()
+        self.separator = _separator(folder, vocabulary)
+        self.vocab_size = max(self.separator, *vocabulary.values()) + 1
+
+    def encode(self, texts: Sequence[bytes]) -> list[np.ndarray]:  # noqa: D102
+        encodings = self.backend.encode_batch_fast(_decoded(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.int64) for encoding in encodings]
+
+    def encode_counted(self, texts: Sequence[bytes]) -> list[tuple[np.ndarray, np.ndarray]]:  # noqa: D102
+        strings = _decoded(texts)
+        encodings = self.backend.encode_batch(strings, add_special_tokens=False)
+        return [
+            (np.array(encoding.ids, np.int64), _bytes_by_offset(string, encoding.offsets))
+            for string, encoding in zip(strings, encodings, strict=True)
+        ]
+
+    def decode(self, ids: Iterable[int]) -> bytes:  # noqa: D102
+        kept = [int(i) for i in ids if i != self.separator]
+        return self.backend.decode(kept, skip_special_tokens=False).encode()
+
+    def save(self, folder: Path) -> None:  # noqa: D102
+        for name in (TOKENIZER_FILE, "tokenizer_config.json"):
+            if (self.folder / name).exists():
+                shutil.copyfile(self.folder / name, folder / name)
+        _write_kind(folder, {"kind": "huggingface"})
+
+
+def load(folder: Path) -> Tokenizer:
+    """The tokenizer that `save` wrote into a folder."""
+    kind = json.loads((folder / KIND_FILE).read_text())["kind"]
+    if kind == "bytes":
+        return ByteTokenizer()
+    if kind == "bpe":
+        return BPETokenizer(tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_FILE)))
+    return HuggingFaceTokenizer(folder)
+
+
+def huggingface_folder(path: str) -> Path:
+    """The folder that `data.tokenizer=path` names; DataError if it holds no tokenizer.json."""
+    folder = Path(path).expanduser()
+    if folder.name == TOKENIZER_FILE:
+        folder = folder.parent
+    if not (folder / TOKENIZER_FILE).is_file():
+        there = sorted(entry.name for entry in folder.iterdir())[:8] if folder.is_dir() else None
+        state = (
+            "no such folder" if there is None else f"no {TOKENIZER_FILE} in it, only {', '.join(there) or 'nothing'}"
+        )
+        raise DataError(f"data.tokenizer={path}: {state}; allowed are bpe, bytes, or a folder with a {TOKENIZER_FILE}")
+    return folder
+
+
+def _separator(folder: Path, vocabulary: dict[str, int]) -> int:
+    config = folder / "tokenizer_config.json"
+    named = json.loads(config.read_text()) if config.exists() else {}
+    for key in ("bos_token", "eos_token"):
+        token = named.get(key)
+        token = token.get("content") if isinstance(token, dict) else token
+        if token in vocabulary:
+            return vocabulary[token]
+    return max(vocabulary.values()) + 1
+
+
+def _bytes_by_offset(string: str, offsets: list[tuple[int, int]]) -> np.ndarray:
+    # Token i stands for what lies between the furthest end before it and its own; the last also for what is left.
+    position = np.zeros(len(string) + 1, np.int64)
+    np.cumsum([len(character.encode()) for character in string], out=position[1:])
+    if not offsets:
+        return np.zeros(0, np.int64)
+    ends = np.maximum.accumulate(np.array([end for _, end in offsets], np.int64))
+    ends[-1] = len(string)
+    return np.diff(position[ends], prepend=0)
+
+
+def _decoded(texts: Sequence[bytes]) -> list[str]:
+    try:
+        return [text.decode() for text in texts]
+    except UnicodeDecodeError as error:
+        raise DataError(f"data.tokenizer: a Hugging Face tokenizer takes UTF-8 text only: {error}") from error
+
+
+def _byte_alphabet() -> dict[int, str]:
+    """The printable character that byte-level BPE writes for each byte: itself, or the next one from 256 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def _write_kind(folder: Path, kind: dict) -> None:
+    (folder / KIND_FILE).write_text(json.dumps(kind))
