@@ -11,8 +11,11 @@ checkpoint of any engine on any number of ranks continues on any other.
 from __future__ import annotations
 
 import os
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
 
 import torch
 import torch.distributed as dist
@@ -50,10 +53,12 @@ def create_engine(
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 weight.copy_(state(f"weight/{name}"))
+    shapes = parameter_shapes(model)
     if config.name == "ddp":
         engine = DdpEngine(model, optimizer)
     else:
         engine = ZeroEngine(model, int(config.name.removeprefix("zero")), optimizer, accumulation)
+    engine.shapes = shapes
     if state is not None:
         engine.load(state, step)
     return engine
@@ -63,6 +68,8 @@ class Engine(ABC):
     """A model with its optimizer, spread over the ranks."""
 
     model: Transformer
+    shapes: dict[str, tuple[int, ...]]
+    """Shape of each parameter, in the order of `tensors`."""
 
     def train_step(self, batches: Sequence[dict], lr: float) -> tuple[Tensor, Tensor]:
         """One optimizer step over this rank's shards of its micro-batches.
@@ -170,12 +177,13 @@ class ZeroEngine(Engine):
         deepspeed = import_deepspeed(next(model.parameters()).device)
         self.model, self.stage = model, stage
         self._safe = deepspeed.utils
-        self._engine, self._zero, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=adamw(model, config),
-            config=_deepspeed_config(model, stage, config, accumulation),
-            dist_init_required=False,
-        )
+        with redirect_stdout(StringIO()):  # it prints how much memory it uses
+            self._engine, self._zero, _, _ = deepspeed.initialize(
+                model=model,
+                optimizer=adamw(model, config),
+                config=_deepspeed_config(model, stage, config, accumulation),
+                dist_init_required=False,
+            )
         # The optimizer that DeepSpeed wraps makes its state in its first step, group by group, and DeepSpeed finds
         # the first group's only; made here, the state of every group is found, and a checkpoint has a place to go.
         for master in self._masters():
@@ -247,12 +255,19 @@ class ZeroEngine(Engine):
         raise AttributeError(f"{type(self._zero).__name__} of this DeepSpeed version keeps its fp32 weights elsewhere")
 
 
+def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shape of each parameter of a model that no engine has divided."""
+    return {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+
+
 def import_deepspeed(device: torch.device) -> object:
     """DeepSpeed, kept from compiling an operator for CPU communication that takes minutes and needs a compiler."""
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # torchrun sets it; DeepSpeed refuses to be without
     import deepspeed
 
-    deepspeed.logger.setLevel("WARNING")
+    deepspeed.logger.setLevel("ERROR")
+    # It calls collectives by names that torch has deprecated; each call would say so.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, dist_init_required=False)
