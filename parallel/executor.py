@@ -4,8 +4,8 @@
 Operators take no Python objects, so mask and partition come as text, the group by its name, and document boundaries as
 a tensor (their values must not become compile-time constants).
 
-Legend: B sequences of S tokens in all; this rank holds T = B * s rows; H query heads, Hk key heads, D head dimension,
-Dv the value's.
+Legend: B sequences of S query and Sk key tokens in all; this rank holds T query rows and Tk key rows of them; H query
+heads, Hk key heads, D head dimension, Dv the value's.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ class Call:
         partition: name or `Partition.spec()`.
         group: name of the process group; empty for one device.
         batch: B.
-        seqlen: S, tokens of one sequence over all ranks.
+        seqlen: S, query tokens of one sequence over all ranks.
+        key_seqlen: Sk, key tokens of one sequence over all ranks; as in self-attention if equal to S and there are no
+            query boundaries, otherwise queries are aligned to the end of the keys.
         scale: factor of the scores.
         kernel: name for `ringflash.kernels.select`.
         deterministic: gradients repeat bit for bit.
@@ -48,6 +50,7 @@ class Call:
     group: str
     batch: int
     seqlen: int
+    key_seqlen: int
     scale: float
     kernel: str
     deterministic: bool
@@ -59,11 +62,13 @@ def attention(
     key: Tensor,
     value: Tensor,
     boundaries: Tensor | None,
+    query_boundaries: Tensor | None,
     mask: str,
     partition: str,
     group: str,
     batch: int,
     seqlen: int,
+    key_seqlen: int,
     scale: float,
     kernel: str,
     deterministic: bool,
@@ -72,15 +77,18 @@ def attention(
 
     Args:
         query: (T, H, D), this rank's rows in ascending global order.
-        key: (T, Hk, D).
-        value: (T, Hk, Dv).
-        boundaries: (documents + 1,) int64 global document boundaries over B * S tokens, or None. On the CPU; on one
+        key: (Tk, Hk, D).
+        value: (Tk, Hk, Dv).
+        boundaries: (documents + 1,) int64 global document boundaries over B * Sk keys, or None. On the CPU; on one
             device also where the query is.
+        query_boundaries: the same for the B * S queries, where they differ; document i of the queries sees document i
+            of the keys.
         mask: see `Call`; so are the remaining arguments.
         partition: see `Call`.
         group: see `Call`.
         batch: see `Call`.
         seqlen: see `Call`.
+        key_seqlen: see `Call`.
         scale: see `Call`.
         kernel: see `Call`.
         deterministic: see `Call`.
@@ -88,8 +96,8 @@ def attention(
     Returns:
         out (T, H, Dv) in the query's dtype, lse (H, T) fp32.
     """
-    call = Call(mask, partition, group, batch, seqlen, scale, kernel, deterministic)
-    program, transport = _prepare(call, boundaries, query, key, value)
+    call = Call(mask, partition, group, batch, seqlen, key_seqlen, scale, kernel, deterministic)
+    program, transport = _prepare(call, boundaries, query_boundaries, query, key, value)
     kernels = select(query.device, query.dtype, query.shape[-1], value.shape[-1], kernel)
     accumulator = torch.promote_types(query.dtype, torch.float32)
     carry = None
@@ -123,18 +131,20 @@ def attention_backward(
     out: Tensor,
     lse: Tensor,
     boundaries: Tensor | None,
+    query_boundaries: Tensor | None,
     mask: str,
     partition: str,
     group: str,
     batch: int,
     seqlen: int,
+    key_seqlen: int,
     scale: float,
     kernel: str,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attention` with respect to query, key and value; same arguments, and those of its results."""
-    call = Call(mask, partition, group, batch, seqlen, scale, kernel, deterministic)
-    program, transport = _prepare(call, boundaries, query, key, value)
+    call = Call(mask, partition, group, batch, seqlen, key_seqlen, scale, kernel, deterministic)
+    program, transport = _prepare(call, boundaries, query_boundaries, query, key, value)
     kernels = select(query.device, query.dtype, query.shape[-1], value.shape[-1], kernel)
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     delta = kernels.row_delta(dout, out, dlse)
@@ -249,20 +259,22 @@ def _receive_keys(
 
 
 def _prepare(
-    call: Call, boundaries: Tensor | None, query: Tensor, key: Tensor, value: Tensor
+    call: Call, boundaries: Tensor | None, query_boundaries: Tensor | None, query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Program, PointToPoint | None]:
     """The program of this rank and its transport, after making sure that all ranks are about to do the same."""
     device = query.device
+    if not call.group and boundaries is not None and boundaries.device.type != "cpu":
+        return _device_program(call, boundaries, query_boundaries, device), None
+    documents = _as_tuple(boundaries), _as_tuple(query_boundaries)
     if not call.group:
-        if boundaries is None or boundaries.device.type == "cpu":
-            return _cached_program(call, _as_tuple(boundaries), None, device), None
-        everything = _with_rows(boundaries, call)
-        return local_program(Mask.from_spec(call.mask), everything, call.batch * call.seqlen, device), None
+        program = _cached_program(call, documents, None, device)
+        _check_rows(call, query.shape[0] - program.queries, key.shape[0] - program.keys, 0)
+        return program, None
     group = dist.distributed_c10d._resolve_process_group(call.group)
-    documents = _as_tuple(boundaries)
     program = _cached_program(call, documents, group, device)
+    surplus = query.shape[0] - program.queries, key.shape[0] - program.keys
     heads = (query.shape[1], key.shape[1], value.shape[1])
-    _agree(group, call, documents, query.dtype, heads, query.shape[2:] + value.shape[2:], query.shape[0] - program.rows)
+    _agree(group, call, documents, query.dtype, heads, query.shape[2:] + value.shape[2:], surplus)
     return program, _transport(group, device)
 
 
@@ -270,50 +282,70 @@ def _prepare(
 def _agree(
     group: dist.ProcessGroup,
     call: Call,
-    boundaries: tuple[int, ...] | None,
+    boundaries: tuple[tuple[int, ...] | None, ...],
     dtype: torch.dtype,
     heads: tuple[int, ...],
     head_dims: tuple[int, ...],
-    surplus_tokens: int,
+    surplus_tokens: tuple[int, int],
 ) -> None:
     """Compare a call with the other ranks; the cache remembers those that agreed."""
     values = asdict(call)
     del values["group"]
-    values["cu_seqlens"] = None if boundaries is None else hashlib.sha256(repr(boundaries).encode()).hexdigest()[:16]
+    values["cu_seqlens"] = hashlib.sha256(repr(boundaries).encode()).hexdigest()[:16]
     values |= {"dtype": str(dtype), "heads": heads, "head_dim": head_dims, "surplus_tokens": surplus_tokens}
     agreement(group).check(values)
-    if surplus_tokens:
+    _check_rows(call, *surplus_tokens, group.rank())
+
+
+def _check_rows(call: Call, queries: int, keys: int, rank: int) -> None:
+    if queries or keys:
         raise ArgumentError(
-            f"query has {surplus_tokens:+d} tokens against what partition {call.partition!r} of {call.batch} x "
-            f"{call.seqlen} tokens gives rank {group.rank()}; pass seqlen where lengths do not divide evenly"
+            f"query has {queries:+d} and key {keys:+d} tokens against what partition {call.partition!r} of "
+            f"{call.batch} x {call.seqlen} queries and {call.batch} x {call.key_seqlen} keys gives rank {rank}; "
+            "pass seqlen where lengths do not divide evenly"
         )
 
 
 @lru_cache(maxsize=256)
 def _cached_program(
-    call: Call, boundaries: tuple[int, ...] | None, group: dist.ProcessGroup | None, device: torch.device
+    call: Call,
+    documents: tuple[tuple[int, ...] | None, tuple[int, ...] | None],
+    group: dist.ProcessGroup | None,
+    device: torch.device,
 ) -> Program:
-    total = call.batch * call.seqlen
-    mask = Mask.from_spec(call.mask)
-    if boundaries is not None:
-        mask = mask & Mask.documents(boundaries)
-    whole = mask & Mask.documents([i * call.seqlen for i in range(call.batch + 1)])
+    rows = Mask.documents(*([i * tokens for i in range(call.batch + 1)] for tokens in (call.key_seqlen, call.seqlen)))
+    mask = Mask.from_spec(call.mask) & rows
+    if documents[0] is not None:
+        mask = mask & Mask.documents(*documents)
     if group is None:
-        return local_program(whole, torch.tensor(whole.boundaries, device=device), total, device)
-    deal = resolve(call.partition, call.seqlen, group.size(), whole, call.batch).repeat(call.batch)
-    return rank_program(ring(whole, deal), whole, group.rank(), device)
+        bounds = (
+            None if x is None else torch.tensor(x, device=device) for x in (mask.boundaries, mask.query_boundaries)
+        )
+        return local_program(mask, *bounds, call.batch * call.seqlen, call.batch * call.key_seqlen, device)
+    queries, keys = (
+        resolve(call.partition, tokens, group.size(), mask, call.batch).repeat(call.batch)
+        for tokens in (call.seqlen, call.key_seqlen)
+    )
+    return rank_program(ring(mask, queries, keys), mask, group.rank(), device)
+
+
+def _device_program(call: Call, boundaries: Tensor, query_boundaries: Tensor | None, device: torch.device) -> Program:
+    """One rank's program from boundaries that the host must not read."""
+    mask = Mask.from_spec(call.mask)
+    if call.batch > 1 and (query_boundaries is not None or isinstance(mask.prefix, tuple)):
+        raise ArgumentError(
+            f"cu_seqlens on {boundaries.device} with a batch of {call.batch}: pass one packed sequence, or cu_seqlens "
+            "on the CPU"
+        )
+    bounds = [None if x is None else x.to(torch.int64) for x in (boundaries, query_boundaries)]
+    if call.batch > 1:
+        rows = torch.arange(0, call.batch + 1, device=device) * call.seqlen
+        bounds[0] = torch.cat([bounds[0], rows]).sort().values
+    return local_program(mask, *bounds, call.batch * call.seqlen, call.batch * call.key_seqlen, device)
 
 
 def _as_tuple(boundaries: Tensor | None) -> tuple[int, ...] | None:
     return None if boundaries is None else tuple(boundaries.tolist())
-
-
-def _with_rows(boundaries: Tensor, call: Call) -> Tensor:
-    boundaries = boundaries.to(torch.int64)
-    if call.batch == 1:
-        return boundaries
-    rows = torch.arange(0, call.batch + 1, device=boundaries.device) * call.seqlen
-    return torch.cat([boundaries, rows]).sort().values
 
 
 @lru_cache(maxsize=64)
@@ -322,7 +354,7 @@ def _transport(group: dist.ProcessGroup, device: torch.device) -> PointToPoint:
 
 
 @attention.register_fake
-def _(query, key, value, boundaries, mask, partition, group, batch, seqlen, scale, kernel, deterministic):  # noqa: ANN001, ANN202
+def _(query, key, value, *rest):  # noqa: ANN001, ANN002, ANN202
     out = query.new_empty(*query.shape[:-1], value.shape[-1])
     return out, query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
 
@@ -333,18 +365,18 @@ def _(dout, dlse, query, key, value, *rest):  # noqa: ANN001, ANN002, ANN202
 
 
 def _save(ctx, inputs, output) -> None:  # noqa: ANN001
-    query, key, value, boundaries, *ctx.settings = inputs
-    ctx.save_for_backward(query, key, value, *output, boundaries)
+    query, key, value, boundaries, query_boundaries, *ctx.settings = inputs
+    ctx.save_for_backward(query, key, value, *output, boundaries, query_boundaries)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, dout: Tensor | None, dlse: Tensor | None):  # noqa: ANN001, ANN202
-    query, key, value, out, lse, boundaries = ctx.saved_tensors
-    nothing = (None,) * (1 + len(ctx.settings))
+    query, key, value, *rest = ctx.saved_tensors
+    nothing = (None,) * (2 + len(ctx.settings))
     if dout is None and dlse is None:
         return (None, None, None, *nothing)
-    dout = torch.zeros_like(out) if dout is None else dout
-    gradients = attention_backward(dout, dlse, query, key, value, out, lse, boundaries, *ctx.settings)
+    dout = torch.zeros_like(rest[0]) if dout is None else dout
+    gradients = attention_backward(dout, dlse, query, key, value, *rest, *ctx.settings)
     return (*gradients, *nothing)
 
 

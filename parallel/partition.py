@@ -68,6 +68,8 @@ class Partition:
         """
         _check_sizes(length, ranks)
         chunks = max(1, min(BALANCED_CHUNKS_PER_RANK, length // ranks)) * ranks
+        if mask.query_boundaries is not None:
+            raise ArgumentError("partition='balanced' takes self-attention; deal cross attention contiguous or zigzag")
         documents = torch.tensor(mask.boundaries or (0, length))
         if documents[-1] != length:
             raise ArgumentError(f"the mask's documents end at {documents[-1]}; the sequence has {length} positions")

@@ -44,12 +44,14 @@ class Plan:
     """Stages over a partition.
 
     Attributes:
-        partition: which positions each rank holds.
+        partition: which query positions each rank holds.
+        keys: which key positions each rank holds; the same partition in self-attention.
         stages: what happens, in order.
         buffer_tokens: the most key positions that a rank ever receives for one stage.
     """
 
     partition: Partition
+    keys: Partition
     stages: tuple[Stage, ...]
     buffer_tokens: int
 
@@ -64,7 +66,7 @@ class Plan:
         """Transfers of key gradients to their owners after a stage's work in the backward pass."""
         transfers = []
         for rank, work in enumerate(self.stages[stage].work):
-            for owner, owned in enumerate(self.partition.segments):
+            for owner, owned in enumerate(self.keys.segments):
                 segments = intersect(work, owned) if owner != rank else ()
                 if segments:
                     transfers.append(Transfer(rank, owner, segments))
@@ -75,12 +77,18 @@ class Plan:
         return sum(count(transfer.segments) for stage in self.stages for transfer in stage.sends)
 
 
-def ring(mask: Mask, partition: Partition) -> Plan:
+def ring(mask: Mask, partition: Partition, keys: Partition | None = None) -> Plan:
     """Each block of keys travels from its owner to the next rank, stage by stage, as far as somebody needs it.
 
     After Liu et al., Ring Attention (arXiv 2310.01889), except that only the positions that a later rank still needs
     are passed on: a window's ring ends early, and a causal ring drops what lies in the future of all that follow.
+
+    Args:
+        mask: which keys a query position sees.
+        partition: how queries are dealt.
+        keys: how keys are dealt, to as many ranks; like the queries if None.
     """
+    keys = keys or partition
     ranks = partition.ranks
     needed = [
         normalize(interval for segment in segments for interval in mask.keys_needed(segment))
@@ -88,7 +96,7 @@ def ring(mask: Mask, partition: Partition) -> Plan:
     ]
     work = [[()] * ranks for _ in range(ranks)]
     sends: list[list[Transfer]] = [[] for _ in range(ranks)]
-    for owner, owned in enumerate(partition.segments):
+    for owner, owned in enumerate(keys.segments):
         wanted: Segments = ()
         for hop in reversed(range(ranks)):
             rank = (owner + hop) % ranks
@@ -100,4 +108,4 @@ def ring(mask: Mask, partition: Partition) -> Plan:
     stages = [Stage(tuple(w), tuple(sorted(s, key=lambda t: t.source))) for w, s in zip(work, sends, strict=True)]
     while len(stages) > 1 and not any(stages[-1].work):
         stages.pop()
-    return Plan(partition, tuple(stages), max(partition.counts()))
+    return Plan(partition, keys, tuple(stages), max(keys.counts()))

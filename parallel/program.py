@@ -65,40 +65,50 @@ class StageProgram:
 
 @dataclass(frozen=True)
 class Program:
-    """All stages for one rank, and how many rows it holds."""
+    """All stages for one rank, and how many query and key rows it holds."""
 
-    rows: int
+    queries: int
+    keys: int
     stages: tuple[StageProgram, ...]
 
 
-def local_program(mask: Mask, boundaries: Tensor | None, length: int, device: torch.device) -> Program:
-    """One rank that holds everything; `boundaries` may live on the device and is not read by the host."""
-    positions = torch.arange(length, device=device)
-    intervals = key_intervals(mask, boundaries, positions, positions) if length else None
-    everything = slice(0, length)
-    return Program(length, (StageProgram(intervals, everything, True, (), (), everything, (), ()),))
+def local_program(
+    mask: Mask,
+    boundaries: Tensor | None,
+    query_boundaries: Tensor | None,
+    queries: int,
+    keys: int,
+    device: torch.device,
+) -> Program:
+    """One rank that holds all queries and keys; boundaries may live on the device and are not read by the host."""
+    rows = torch.arange(queries, device=device), torch.arange(keys, device=device)
+    intervals = key_intervals(mask, boundaries, *rows, query_boundaries) if queries and keys else None
+    everything = slice(0, keys)
+    return Program(queries, keys, (StageProgram(intervals, everything, True, (), (), everything, (), ()),))
 
 
 def rank_program(plan: Plan, mask: Mask, rank: int, device: torch.device) -> Program:
     """One rank's part of a plan."""
-    boundaries = None if mask.boundaries is None else torch.tensor(mask.boundaries)
+    boundaries, query_boundaries = (
+        None if x is None else torch.tensor(x) for x in (mask.boundaries, mask.query_boundaries)
+    )
     queries = plan.partition.positions(rank)
     last = max((i for i, stage in enumerate(plan.stages) if stage.work[rank]), default=-1)
     stages = []
-    held = plan.partition.segments[rank]
+    held = plan.keys.segments[rank]
     for index, stage in enumerate(plan.stages):
         arrivals = plan.arrivals(index + 1, rank) if index + 1 < len(plan.stages) else ()
         work = stage.work[rank]
         intervals = None
         if work and len(queries):
-            intervals = _to(key_intervals(mask, boundaries, queries, _positions(work)), device)
+            intervals = _to(key_intervals(mask, boundaries, queries, _positions(work), query_boundaries), device)
         coming = [segment for transfer in arrivals for segment in transfer.segments]
         stages.append(
             StageProgram(
                 intervals=intervals,
                 work=_rows(held, work, device),
                 is_last=index == last,
-                sends=tuple(_outgoing(t, held, plan.partition, device) for t in stage.sends if t.source == rank),
+                sends=tuple(_outgoing(t, held, plan.keys, device) for t in stage.sends if t.source == rank),
                 arrivals=tuple(Shipment(t.source, slice(None), count(t.segments)) for t in arrivals),
                 arrival_order=_ascending_order(coming, device),
                 returns=tuple(
@@ -107,19 +117,19 @@ def rank_program(plan: Plan, mask: Mask, rank: int, device: torch.device) -> Pro
                     if t.source == rank
                 ),
                 contributions=tuple(
-                    Shipment(t.source, _rows(plan.partition.segments[rank], t.segments, device), count(t.segments))
+                    Shipment(t.source, _rows(plan.keys.segments[rank], t.segments, device), count(t.segments))
                     for t in plan.returns(index)
                     if t.destination == rank
                 ),
             )
         )
         held = tuple(sorted(coming))
-    return Program(len(queries), tuple(stages))
+    return Program(len(queries), plan.keys.counts()[rank], tuple(stages))
 
 
-def _outgoing(transfer: Transfer, held: Segments, partition: Partition, device: torch.device) -> Shipment:
+def _outgoing(transfer: Transfer, held: Segments, keys: Partition, device: torch.device) -> Shipment:
     local = not contains(held, transfer.segments)
-    source = partition.segments[transfer.source] if local else held
+    source = keys.segments[transfer.source] if local else held
     return Shipment(transfer.destination, _rows(source, transfer.segments, device), count(transfer.segments), local)
 
 

@@ -23,7 +23,7 @@ def verify(plan: Plan, mask: Mask) -> None:
     """
     for index, stage in enumerate(plan.stages):
         _check_ranks(index, stage, plan.partition.ranks)
-    for rank, held in enumerate(plan.partition.segments):
+    for rank, held in enumerate(plan.keys.segments):
         done: Segments = ()
         for index, stage in enumerate(plan.stages):
             arrived = _arrived(plan, index, rank)
@@ -32,8 +32,10 @@ def verify(plan: Plan, mask: Mask) -> None:
             _check_sends(index, rank, stage.sends, held, arrived)
             if count(arrived) > plan.buffer_tokens:
                 raise PlanError(f"stage {index}, rank {rank}: {count(arrived)} tokens arrive in {plan.buffer_tokens}")
-        seen = normalize(interval for segment in held for interval in mask.keys_needed(segment))
-        needed = intersect(seen, ((0, plan.partition.length),))  # masks without a right bound know no end
+        seen = normalize(
+            interval for segment in plan.partition.segments[rank] for interval in mask.keys_needed(segment)
+        )
+        needed = intersect(seen, ((0, plan.keys.length),))  # masks without a right bound know no end
         if not contains(done, needed):
             raise PlanError(f"rank {rank}: sees {needed}, attends only {done}")
     if plan.stages and plan.stages[-1].sends:

@@ -13,23 +13,30 @@ from ringflash.kernels.intervals import KeyIntervals
 from ringflash.mask import UNBOUNDED, Mask
 
 
-def position_bounds(mask: Mask, boundaries: Tensor | None, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def position_bounds(
+    mask: Mask, boundaries: Tensor | None, queries: Tensor, query_boundaries: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """First and one-behind-last visible key position of each query position.
 
     Args:
         mask: rules; its own document boundaries are not read.
-        boundaries: (documents + 1,) int64 on the positions' device, or None for one document without end.
-        positions: (T,) int64 global query positions.
+        boundaries: (documents + 1,) int64 on the queries' device, or None for one document without end.
+        queries: (T,) int64 global query positions.
+        query_boundaries: (documents + 1,) int64, the queries' own where they differ from the keys' `boundaries`.
 
     Returns:
         start, stop, sink_start, sink_stop: (T,) int64 global positions.
     """
+    positions = queries
     if boundaries is None:
-        index = torch.zeros_like(positions)
-        begin, end = index, torch.full_like(positions, UNBOUNDED)
+        index = torch.zeros_like(queries)
+        begin, end = index, torch.full_like(queries, UNBOUNDED)
     else:
-        index = torch.searchsorted(boundaries, positions, right=True) - 1
+        own = boundaries if query_boundaries is None else query_boundaries
+        index = torch.searchsorted(own, queries, right=True) - 1
         begin, end = boundaries[index], boundaries[index + 1]
+        if query_boundaries is not None:
+            positions = queries - own[index + 1] + end
     start, stop = begin, end
     if mask.right is not None:
         stop = torch.minimum(stop, positions + mask.right + 1)
@@ -47,11 +54,15 @@ def position_bounds(mask: Mask, boundaries: Tensor | None, positions: Tensor) ->
     if mask.sink_left is not None:
         start = torch.maximum(start, positions - mask.sink_left)
     sink_stop = torch.maximum(sink_start, torch.minimum(begin + mask.sink, start))
-    return start, stop, sink_start, sink_stop
+    return start, torch.maximum(start, stop), sink_start, sink_stop
 
 
 def key_intervals(
-    mask: Mask, boundaries: Tensor | None, query_positions: Tensor, key_positions: Tensor
+    mask: Mask,
+    boundaries: Tensor | None,
+    query_positions: Tensor,
+    key_positions: Tensor,
+    query_boundaries: Tensor | None = None,
 ) -> KeyIntervals:
     """Visible rows of a key tensor for each row of a query tensor.
 
@@ -60,8 +71,9 @@ def key_intervals(
         boundaries: as in `position_bounds`.
         query_positions: (T,) int64, ascending global positions of the query rows.
         key_positions: (S,) int64, ascending global positions of the key rows.
+        query_boundaries: as in `position_bounds`.
     """
-    bounds = position_bounds(mask, boundaries, query_positions)
+    bounds = position_bounds(mask, boundaries, query_positions, query_boundaries)
     rows = [torch.searchsorted(key_positions, bound).to(torch.int32) for bound in bounds]
     sink = rows[2:] if mask.sink else (None, None)
     return KeyIntervals(rows[0], rows[1], key_positions.shape[0], *sink)

@@ -48,6 +48,9 @@ class Mask:
         sink: the first `sink` tokens of a document stay visible beyond `sink_left`.
         sink_left: like `left`, but sink tokens are exempt from it.
         boundaries: ascending document boundaries (0, ..., total); a query sees its own document only.
+        query_boundaries: the queries' own boundaries where they differ from the keys' (cross attention, or a cache
+            longer than the queries). Document i of the queries sees document i of the keys, aligned at their ends: the
+            last query stands at the position of the last key.
     """
 
     left: int | None = None
@@ -57,6 +60,7 @@ class Mask:
     sink: int = 0
     sink_left: int | None = None
     boundaries: tuple[int, ...] | None = None
+    query_boundaries: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.prefix, tuple) and self.boundaries and len(self.prefix) != len(self.boundaries) - 1:
@@ -94,17 +98,20 @@ class Mask:
         return Mask(left=left, right=right)
 
     @staticmethod
-    def documents(cu_seqlens: Sequence[int]) -> Mask:
+    def documents(cu_seqlens: Sequence[int], query_cu_seqlens: Sequence[int] | None = None) -> Mask:
         """Documents laid end to end; a query sees its own document only.
 
         Args:
             cu_seqlens: ascending boundaries, first 0, last the total number of tokens. Empty documents are allowed.
+            query_cu_seqlens: boundaries of the queries, as many, where they differ from those of the keys.
         """
-        bounds = tuple(int(x) for x in cu_seqlens)
-        if len(bounds) < 2 or bounds[0] != 0 or any(a > b for a, b in itertools.pairwise(bounds)):
-            shown = f"{bounds[:6]}{'...' if len(bounds) > 6 else ''}"
-            raise ArgumentError(f"cu_seqlens={shown}; it must start at 0, never decrease, and end at the total length")
-        return Mask(boundaries=bounds)
+        keys = _checked_boundaries("cu_seqlens", cu_seqlens)
+        queries = keys if query_cu_seqlens is None else _checked_boundaries("query_cu_seqlens", query_cu_seqlens)
+        if len(queries) != len(keys):
+            raise ArgumentError(
+                f"query_cu_seqlens has {len(queries)} boundaries, cu_seqlens {len(keys)}; make them agree"
+            )
+        return Mask(boundaries=keys, query_boundaries=None if queries == keys else queries)
 
     @staticmethod
     def chunked(size: int) -> Mask:
@@ -129,6 +136,7 @@ class Mask:
         """Pairs that both masks allow."""
         if self.sink and other.sink and self.sink != other.sink:
             raise ArgumentError(f"cannot intersect windows with different sinks: {self.sink} and {other.sink}")
+        boundaries, query_boundaries = _refine(self, other)
         return Mask(
             left=_least(self.left, other.left),
             right=_least(self.right, other.right),
@@ -136,7 +144,8 @@ class Mask:
             chunks=tuple(sorted({*self.chunks, *other.chunks})),
             sink=max(self.sink, other.sink),
             sink_left=_least(self.sink_left, other.sink_left),
-            boundaries=_refine(self.boundaries, other.boundaries),
+            boundaries=boundaries,
+            query_boundaries=query_boundaries,
         )
 
     # Text form
@@ -156,16 +165,17 @@ class Mask:
 
     def without_documents(self) -> Mask:
         """The same rules with the document boundaries left out, for callers that carry them as a tensor."""
-        return replace(self, boundaries=None)
+        return replace(self, boundaries=None, query_boundaries=None)
 
-    def document_of(self, position: int) -> tuple[int, int, int]:
-        """Index, start and stop of the document that holds a position (the whole line without documents)."""
-        if self.boundaries is None:
-            return 0, 0, UNBOUNDED
-        index = bisect_right(self.boundaries, position) - 1
-        if not 0 <= index < len(self.boundaries) - 1:
-            raise ArgumentError(f"position {position} lies outside the documents, which end at {self.boundaries[-1]}")
-        return index, self.boundaries[index], self.boundaries[index + 1]
+    def document_of(self, query: int) -> int:
+        """Index of the document that holds a query position; 0 without documents."""
+        bounds = self.query_boundaries or self.boundaries
+        if bounds is None:
+            return 0
+        index = bisect_right(bounds, query) - 1
+        if not 0 <= index < len(bounds) - 1:
+            raise ArgumentError(f"position {query} lies outside the documents, which end at {bounds[-1]}")
+        return index
 
     def key_interval(self, position: int) -> Interval:
         """Keys that the query at `position` sees, without the sink prefix."""
@@ -191,8 +201,8 @@ class Mask:
     def classify(self, queries: Interval, keys: Interval) -> Visibility:
         """EMPTY only if no pair of the rectangle is visible, FULL only if every pair is.
 
-        Without sinks both are exact. With sinks a rectangle that prefix and window cover together, or one that lies
-        between them, may count as PARTIAL.
+        For self-attention without sinks both are exact. With sinks a rectangle that prefix and window cover together,
+        or one that lies between them, may count as PARTIAL; so may queries that stand before the first key.
         """
         first, stop = queries
         if first >= stop or keys[0] >= keys[1]:
@@ -209,14 +219,17 @@ class Mask:
 
     def _may_see(self, queries: Interval, keys: Interval, part: int) -> bool:
         # Both ends never decrease: queries whose interval ends behind keys[0] are a suffix, those whose interval
-        # starts before keys[1] a prefix. A key interval is never empty (it holds its query), a sink interval may be.
+        # starts before keys[1] a prefix. In self-attention a key interval is never empty, since it holds its query.
         positions = range(*queries)
         low = bisect_right(positions, keys[0], key=lambda p: self._intervals(p)[part][1])
         high = bisect_left(positions, keys[1], key=lambda p: self._intervals(p)[part][0])
         return low < high
 
-    def _intervals(self, position: int) -> tuple[Interval, Interval]:
-        index, begin, end = self.document_of(position)
+    def _intervals(self, query: int) -> tuple[Interval, Interval]:
+        """Sink interval and key interval of a query; `position` is the query's place among the keys."""
+        index = self.document_of(query)
+        begin, end = (0, UNBOUNDED) if self.boundaries is None else self.boundaries[index : index + 2]
+        position = query if self.query_boundaries is None else query - self.query_boundaries[index + 1] + end
         start, stop = begin, end
         if self.right is not None:
             stop = min(stop, position + self.right + 1)
@@ -232,7 +245,15 @@ class Mask:
         if self.sink_left is not None:
             start = max(start, position - self.sink_left)
         sink_stop = max(sink_start, min(begin + self.sink, start))
-        return (sink_start, sink_stop), (start, stop)
+        return (sink_start, sink_stop), (start, max(start, stop))
+
+
+def _checked_boundaries(name: str, cu_seqlens: Sequence[int]) -> tuple[int, ...]:
+    bounds = tuple(int(x) for x in cu_seqlens)
+    if len(bounds) < 2 or bounds[0] != 0 or any(a > b for a, b in itertools.pairwise(bounds)):
+        shown = f"{bounds[:6]}{'...' if len(bounds) > 6 else ''}"
+        raise ArgumentError(f"{name}={shown}; it must start at 0, never decrease, and end at the total length")
+    return bounds
 
 
 def _least(a: int | None, b: int | None) -> int | None:
@@ -251,9 +272,16 @@ def _least_prefix(a: int | tuple[int, ...] | None, b: int | tuple[int, ...] | No
     return tuple(min(pair) for pair in zip(*spread, strict=True))
 
 
-def _refine(a: tuple[int, ...] | None, b: tuple[int, ...] | None) -> tuple[int, ...] | None:
-    if a is None or b is None:
-        return b if a is None else a
-    if a[-1] != b[-1]:
-        raise ArgumentError(f"cannot intersect documents of {a[-1]} tokens with documents of {b[-1]} tokens")
-    return a if a == b else tuple(sorted({*a, *b}))
+def _refine(a: Mask, b: Mask) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+    """Boundaries of keys and of queries that separate what either mask separates."""
+    if a.boundaries is None or b.boundaries is None:
+        whole = b if a.boundaries is None else a
+        return whole.boundaries, whole.query_boundaries
+    pairs_a, pairs_b = (tuple(zip(m.boundaries, m.query_boundaries or m.boundaries, strict=True)) for m in (a, b))
+    if pairs_a[-1] != pairs_b[-1]:
+        raise ArgumentError(f"cannot intersect documents that end at {pairs_a[-1][0]} and at {pairs_b[-1][0]} tokens")
+    pairs = next((x for x, y in ((pairs_a, pairs_b), (pairs_b, pairs_a)) if set(y) <= set(x)), None)
+    keys, queries = zip(*(pairs or sorted({*pairs_a, *pairs_b})), strict=True)
+    if any(x > y for x, y in itertools.pairwise(queries)):
+        raise ArgumentError("cannot intersect documents whose query and key boundaries cross")
+    return keys, None if queries == keys else queries
