@@ -1,0 +1,108 @@
+"""README and docs say what is so: their code runs, their links and tests exist, their pictures are the code's own."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ringflash.launch import plan
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+PAGES = [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").rglob("*.md"))]
+PAGE_NAMES = [str(page.relative_to(CHECKOUT)) for page in PAGES]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """Fenced blocks of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def links(page: Path) -> list[tuple[str, str]]:
+    """(text, target) of each link to a file of this repository."""
+    found = re.findall(r"\[([^\]]*)\]\(([^)\s]+)\)", page.read_text())
+    return [(text, target) for text, target in found if "://" not in target and not target.startswith("#")]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Shell commands of a page, as words without comments."""
+    lines = "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=PAGE_NAMES)
+def test_links_lead_to_files(page: Path) -> None:
+    missing = [target for _, target in links(page) if not (page.parent / target.split("#")[0]).exists()]
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=PAGE_NAMES)
+def test_tests_named_in_links_exist(page: Path) -> None:
+    for text, target in links(page):
+        if text.strip("`").startswith("test_") and not text.strip("`").endswith(".py"):
+            tree = ast.parse((page.parent / target).read_text())
+            names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+            assert text.strip("`") in names, f"{target} has no {text}"
+
+
+def test_each_row_of_what_is_supported_links_a_test() -> None:
+    section = (CHECKOUT / "README.md").read_text().split("## What is supported")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")][2:]
+    assert len(rows) > 5
+    assert [row for row in rows if "](tests/" not in row] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=PAGE_NAMES)
+def test_make_targets_and_scripts_exist(page: Path) -> None:
+    targets = set(re.findall(r"^([a-z]+):", (CHECKOUT / "Makefile").read_text(), flags=re.MULTILINE))
+    for words in commands(page):
+        if words[0] == "make":
+            assert {word for word in words[1:] if "=" not in word} <= targets, words
+        for word in words:
+            if word.startswith(("launch/", "tests/")):
+                assert (CHECKOUT / word.split("::")[0]).exists(), words
+
+
+@pytest.mark.parametrize("page", PAGES, ids=PAGE_NAMES)
+def test_overrides_are_keys_of_the_configuration(page: Path) -> None:
+    from hydra import compose, initialize_config_module
+
+    from ringflash.configs.schema import register
+
+    register()
+    for words in commands(page):
+        arguments = [word for word in words if word.startswith("ARGS=")]
+        if "launch/train.py" in words:
+            overrides = words[words.index("launch/train.py") + 1 :]
+        elif words[:2] == ["make", "train"] and arguments:
+            overrides = shlex.split(arguments[0].removeprefix("ARGS="))
+        else:
+            continue
+        with initialize_config_module("ringflash.configs", version_base="1.3"):
+            compose("config", overrides=overrides)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_python_in_the_readme_runs_alone_and_on_two_ranks(ranks: int, tmp_path: Path) -> None:
+    examples = blocks(CHECKOUT / "README.md", "python")
+    assert examples
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for number, example in enumerate(examples):
+        script = tmp_path / f"example_{number}.py"
+        script.write_text(example)
+        command = [sys.executable, *launcher, script.name]
+        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_picture_of_the_plan_is_what_the_code_draws(tmp_path: Path) -> None:
+    plan.main(["--svg", str(tmp_path / "plan.svg")])
+    drawn = (tmp_path / "plan.svg").read_text()
+    assert drawn == (CHECKOUT / "docs/plan.svg").read_text(), "python launch/plan.py --svg docs/plan.svg"
