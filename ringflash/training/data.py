@@ -126,10 +126,11 @@ def prepare(config: DataConfig, cache_dir: str | Path | None = None) -> Corpus:
     if config.max_bytes is not None and config.max_bytes < 1:
         raise ArgumentError(f"data.max_bytes={config.max_bytes}; allowed is 1 and more, or null for all of the text")
     cache = Path(cache_dir or config.cache_dir).expanduser()
+    files, settings = source_files(config.path), _settings(config)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with _locked(cache / "lock"):
-            return _open(_find_or_build(config, cache))
+            return _open(_find_or_build(config, files, settings, cache))
     except OSError as error:
         raise DataError(f"data.cache_dir={cache}: cannot keep tokens there: {error}") from error
 
@@ -174,10 +175,8 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _find_or_build(config: DataConfig, cache: Path) -> Path:
+def _find_or_build(config: DataConfig, files: list[Path], settings: dict, cache: Path) -> Path:
     # Names, sizes and times of the sources tell whether they were read before; then they need not be read again.
-    files = source_files(config.path)
-    settings = _settings(config)
     seen = [(str(file.resolve()), stat.st_size, stat.st_mtime_ns) for file in files for stat in [_stat(file)]]
     pointer = cache / f"{_digest([settings, seen])}.ref"
     if pointer.exists() and _complete(cache / pointer.read_text()):
@@ -203,9 +202,11 @@ def _settings(config: DataConfig) -> dict:
     del settings["cache_dir"], settings["path"]
     if config.tokenizer not in ("bpe", "bytes"):
         folder = tokenizing.huggingface_folder(config.tokenizer)
-        settings["tokenizer"] = [
-            hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.glob("token*.json"))
-        ]
+        try:
+            shapes_tokens = [file.read_bytes() for file in sorted(folder.glob("token*.json"))]
+        except OSError as error:
+            raise DataError(f"data.tokenizer: cannot read {error.filename}: {error.strerror}") from error
+        settings["tokenizer"] = [hashlib.sha256(content).hexdigest() for content in shapes_tokens]
     return settings
 
 

@@ -12,18 +12,16 @@ S is the sequence length in tokens, B the sequences of a batch on one data rank.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ringflash.errors import ArgumentError, CheckpointError, DataError
+from ringflash.sharding import IGNORED_LABEL
 
 if TYPE_CHECKING:
     from ringflash.training.data import Documents
-
-IGNORED = -100
-"""Label of a token that is not predicted."""
 
 
 class PackedBatches:
@@ -92,14 +90,27 @@ class PackedBatches:
         self.samples = int(state["samples"])
 
 
-class ValidationBatches:
-    """Batches over all documents once, in a fixed order, with all that bits per byte needs.
+class CountedBatch(NamedTuple):
+    """A validation batch and what it amounts to.
 
-    Each is {"input_ids": (B, S) int64, "labels": (B, S) int64, not shifted, "cu_seqlens": boundaries over B * S,
-    "num_tokens": predictions in the batch, "num_bytes": bytes that they stand for}. Over all batches of all data ranks
-    every token is predicted once, and the bytes sum to the text's: bits per byte is
-    (sum of losses in nats) / ln 2 / (sum of num_bytes), for any first part of the batches too.
-    The end is filled with sequences of padding (labels -100), so that all data ranks get equally many batches.
+    Attributes:
+        batch: {"input_ids": (B, S) int64, "labels": (B, S) int64, not shifted, -100 in padding, "cu_seqlens"}, which
+            `ringflash.shard_batch` takes.
+        num_tokens: predictions in the batch.
+        num_bytes: bytes of text that they stand for.
+    """
+
+    batch: dict[str, Any]
+    num_tokens: int
+    num_bytes: int
+
+
+class ValidationBatches:
+    """All documents once, in a fixed order, as `CountedBatch`es; may be iterated again and again.
+
+    Over all batches of all data ranks every token is predicted once, and the bytes sum to the text's. So bits per byte
+    is (sum of losses in nats) / ln 2 / (sum of num_bytes), also over the first batches only. Padding at the end makes
+    the batches of all data ranks equally many.
     """
 
     def __init__(self, documents: Documents, seqlen: int, batch: int, data_rank: int = 0, data_ranks: int = 1) -> None:
@@ -114,15 +125,15 @@ class ValidationBatches:
     def __len__(self) -> int:
         return -(-self.samples // (self.batch * self.data_ranks))
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[CountedBatch]:
         for number in range(len(self)):
             first = number * self.batch * self.data_ranks + self.data_rank
             yield self._batch([first + i * self.data_ranks for i in range(self.batch)])
 
-    def _batch(self, samples: list[int]) -> dict[str, Any]:
+    def _batch(self, samples: list[int]) -> CountedBatch:
         tokens, counts = self.documents.tokens, self.documents.token_bytes
-        input_ids = np.full((self.batch, self.seqlen), tokens[0], np.int64)
-        labels = np.full((self.batch, self.seqlen), IGNORED, np.int64)
+        input_ids = np.full((self.batch, self.seqlen), self.documents.tokens[0], np.int64)
+        labels = np.full((self.batch, self.seqlen), IGNORED_LABEL, np.int64)
         num_bytes = np.zeros((self.batch, self.seqlen), np.int64)
         cu_seqlens, num_tokens = [0], 0
         for row, sample in enumerate(samples):
@@ -134,14 +145,13 @@ class ValidationBatches:
             labels[row, :there] = input_ids[row, :there]
             cu_seqlens += bounds if there == self.seqlen else [*bounds, (row + 1) * self.seqlen]
             num_tokens += there - len(bounds)
-        return {
+        batch = {
             "input_ids": torch.from_numpy(input_ids),
             "labels": torch.from_numpy(labels),
             "cu_seqlens": cu_seqlens,
-            "num_tokens": num_tokens,
-            # A row's first token is predicted in the row before, or is a separator.
-            "num_bytes": int(num_bytes[:, 1:].sum()),
         }
+        # A row's first token is predicted in the row before, or is a separator.
+        return CountedBatch(batch, num_tokens, int(num_bytes[:, 1:].sum()))
 
 
 class _Stream:

@@ -62,8 +62,8 @@ def read_documents(file: Path, text_field: str) -> Iterator[bytes]:
         else:
             documents = _read_text(file)
         yield from (document for document in documents if document)
-    except OSError as error:
-        raise DataError(f"data.path: cannot read {file}: {error.strerror or error}") from error
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        raise DataError(f"data.path: cannot read {file}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _walk(root: Path, left_out: Collection[str] = ()) -> list[Path]:
@@ -110,11 +110,7 @@ def _read_jsonl(file: Path, text_field: str) -> Iterator[bytes]:
 
 
 def _read_parquet(file: Path, text_field: str) -> Iterator[bytes]:
-    try:
-        table = pyarrow.parquet.ParquetFile(file)
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"data.path: {file} is no readable parquet file: {error}") from error
-    with table:
+    with pyarrow.parquet.ParquetFile(file) as table:
         schema = table.schema_arrow
         if text_field not in schema.names:
             there = ", ".join(schema.names)
