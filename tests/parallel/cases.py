@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,25 +74,36 @@ class Shape:
     head_dim: int = 16
 
 
-def inputs(shape: Shape, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Global q, k, v and the gradient of out, (B, S, H or Hk, D), the same on every rank."""
+def inputs(shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Global q, k, v and the gradient of out, (B, S, H or Hk, D), the same wherever they are made."""
     generator = torch.Generator().manual_seed(seed)
     heads = (shape.heads, shape.key_heads, shape.key_heads, shape.heads)
     sizes = ((shape.batch, shape.length, count, shape.head_dim) for count in heads)
     return tuple(torch.randn(size, generator=generator).to(dtype) for size in sizes)
 
 
+def visible_in_batch(mask: Mask, batch: int, length: int) -> Tensor:
+    """`visible` over the B * S tokens of a batch laid end to end, where each sequence is a document of its own."""
+    return visible(mask & Mask.documents(range(0, batch * length + 1, length)), batch * length)
+
+
 RESULTS = ("out", "dq", "dk", "dv")
 
 
-def exact(tensors: tuple[Tensor, ...], seen: Tensor, scale: float | None = None) -> dict[str, Tensor]:
-    """Attention and its gradients by definition in float64; seen is (S, S), or (B, S, S)."""
-    return _differentiate(_softmax_attention, tuple(x.double() for x in tensors), seen, scale)
+def exact(tensors: Sequence[Tensor], seen: Tensor, scale: float | None = None) -> dict[str, Tensor]:
+    """Attention and its gradients by definition in float64; seen is (B * S, B * S)."""
+    return _differentiate(_attention_by_definition, tuple(x.double() for x in tensors), seen, scale)
 
 
-def torchs_own(tensors: tuple[Tensor, ...], seen: Tensor, scale: float | None = None) -> dict[str, Tensor]:
+def torchs_own(tensors: Sequence[Tensor], seen: Tensor, scale: float | None = None) -> dict[str, Tensor]:
     """The same by torch's scaled_dot_product_attention in the dtype of the inputs: the yardstick for errors."""
-    return _differentiate(_torch_attention, tensors, seen, scale)
+    return _differentiate(_torch_attention, tuple(tensors), seen, scale)
+
+
+def log_sum_exp(query: Tensor, key: Tensor, seen: Tensor, scale: float | None = None) -> Tensor:
+    """(B, H, S) float64 by definition."""
+    scores = _scores(query.double().flatten(0, 1), key.double().flatten(0, 1), seen, scale)
+    return scores.logsumexp(-1).unflatten(1, query.shape[:2]).transpose(0, 1)
 
 
 def errors(results: dict[str, Tensor], oracle: dict[str, Tensor]) -> dict[str, float]:
@@ -101,35 +113,37 @@ def errors(results: dict[str, Tensor], oracle: dict[str, Tensor]) -> dict[str, f
     return {name: (results[name].double() - oracle[name]).abs().max().item() for name in RESULTS}
 
 
-def assert_as_exact_as_torch(results: dict, tensors: tuple[Tensor, ...], seen: Tensor, scale: float | None = None):
+def assert_as_exact_as_torch(
+    results: dict[str, Tensor], tensors: Sequence[Tensor], seen: Tensor, scale: float | None = None
+) -> None:
     """At most twice the error of torch's own attention in the same dtype against float64, plus 1e-5."""
     oracle = exact(tensors, seen, scale)
     found = errors(results, oracle)
     allowed = {name: 2 * error + 1e-5 for name, error in errors(torchs_own(tensors, seen, scale), oracle).items()}
-    # `not <=` instead of `>`: a NaN is an error too
-    bad = [name for name in RESULTS if not found[name] <= allowed[name]]
+    bad = [name for name in RESULTS if not found[name] <= allowed[name]]  # a NaN is an error too
     assert not bad, f"{bad}: errors {found}, allowed {allowed}"
 
 
-def _differentiate(attention, tensors, seen, scale):
+def _differentiate(attention: Callable, tensors: tuple[Tensor, ...], seen: Tensor, scale: float | None) -> dict:
     *leaves, dout = (x.detach().clone() for x in tensors)
     leaves = [x.requires_grad_() for x in leaves]
-    out = attention(*leaves, seen, scale)
+    out = attention(*(x.flatten(0, 1) for x in leaves), seen, scale).unflatten(0, dout.shape[:2])
     gradients = torch.autograd.grad(out, leaves, dout)
     return dict(zip(RESULTS, (out.detach(), *gradients), strict=True))
 
 
-def _softmax_attention(q, k, v, seen, scale):
-    group = q.shape[2] // k.shape[2]
-    k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
-    scores = torch.einsum("bthd,bshd->bhts", q, k) * (scale or q.shape[-1] ** -0.5)
-    seen = seen.expand(q.shape[0], *seen.shape[-2:])[:, None]
-    return torch.einsum("bhts,bshd->bthd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+def _scores(q: Tensor, k: Tensor, seen: Tensor, scale: float | None) -> Tensor:
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scores = torch.einsum("thd,shd->hts", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return scores.masked_fill(~seen, -torch.inf)
 
 
-def _torch_attention(q, k, v, seen, scale):
-    seen = seen.expand(q.shape[0], *seen.shape[-2:])[:, None]
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=seen, scale=scale, enable_gqa=True
-    ).transpose(1, 2)
+def _attention_by_definition(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float | None) -> Tensor:
+    v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    return torch.einsum("hts,shd->thd", _scores(q, k, seen, scale).softmax(-1), v)
+
+
+def _torch_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float | None) -> Tensor:
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    attention = torch.nn.functional.scaled_dot_product_attention
+    return attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True)[0].transpose(0, 1)
