@@ -5,9 +5,10 @@ It also states the contract that all kernels share. They differ in speed and mem
     out[t, h] = sum_s softmax_s(scale * query[t, h] . key[s, h // group]) value[s, h // group],  s visible to t
     lse[h, t] = log sum_s exp(scale * query[t, h] . key[s, h // group])
 
-A row that sees no key has out 0, lse -inf and zero gradients. `carry` is the state after earlier launches over other
-keys: the result is then the attention over all keys so far, merged by their log-sum-exp (Liu et al., Ring Attention,
-arXiv 2310.01889; Milakov & Gimelshein, arXiv 1805.02867).
+`modifiers` change scores and weights as ringflash.kernels.modifiers says. Rows that see no key have out 0, lse -inf
+and zero gradients. `carry` is the state after earlier launches over other keys: the result is then the attention over
+all keys so far, merged by their log-sum-exp (Liu et al., Ring Attention, arXiv 2310.01889; Milakov & Gimelshein,
+arXiv 1805.02867).
 
 Legend: T query rows, S key rows, H query heads, Hk key heads (H a multiple of Hk), D head dimension, Dv value's.
 """
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ringflash.kernels.intervals import KeyIntervals
+from ringflash.kernels.modifiers import Modifiers, kept
 
 Carry = tuple[Tensor, Tensor]
 """(out (T, H, Dv) fp32, lse (H, T) fp32) after the launches so far."""
@@ -30,6 +32,7 @@ def attend(
     intervals: KeyIntervals,
     *,
     scale: float,
+    modifiers: Modifiers | None = None,
     carry: Carry | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Carry:
@@ -41,13 +44,16 @@ def attend(
         value: (S, Hk, Dv), last dimension contiguous.
         intervals: visible key rows of each query row.
         scale: factor of the scores before the softmax.
+        modifiers: softcap, ALiBi, dropout and padding, if any.
         carry: result over earlier keys, fp32; implementations may overwrite it.
         out_dtype: dtype of the returned out; the query's if None. Stages before the last ask for float32.
 
     Returns:
         out (T, H, Dv) in out_dtype and lse (H, T) fp32, natural logarithm.
     """
-    weights, lse = _weights(query, key, intervals, scale)
+    scores, _ = _scores(query, key, intervals, scale, modifiers)
+    lse = torch.logsumexp(scores, dim=-1)
+    weights = torch.exp(scores - lse[..., None].nan_to_num(neginf=0.0)) * _dropout_factor(modifiers, query)
     out = torch.einsum("hts,shd->thd", weights, _per_query_head(value, query.shape[1]))
     if carry is not None:
         earlier_out, earlier_lse = carry[0].double(), carry[1].double()
@@ -67,6 +73,7 @@ def attend_backward(
     intervals: KeyIntervals,
     *,
     scale: float,
+    modifiers: Modifiers | None = None,
     carry: Tensor | None = None,
     dquery_dtype: torch.dtype | None = None,
     dkey_dtype: torch.dtype | None = None,
@@ -83,6 +90,7 @@ def attend_backward(
         delta: (H, T) fp32 from `row_delta`.
         intervals: visible key rows of each query row.
         scale: factor of the scores before the softmax.
+        modifiers: as in `attend`.
         carry: (T, H, D) fp32, gradient of query from earlier launches, to be added to; may be overwritten.
         dquery_dtype: dtype of the returned query gradient; the query's if None.
         dkey_dtype: dtype of the returned key and value gradients; the key's if None.
@@ -92,14 +100,14 @@ def attend_backward(
         dquery (T, H, D), dkey (S, Hk, D), dvalue (S, Hk, Dv). Key rows that no query sees get zeros.
     """
     heads, key_heads = query.shape[1], key.shape[1]
-    scores = torch.einsum("thd,shd->hts", query.double(), _per_query_head(key, heads)) * scale
-    hidden = ~intervals.visible()
-    weights = torch.exp(scores - lse.double()[..., None].nan_to_num(neginf=0.0)).masked_fill(hidden, 0.0)
-    dweights = torch.einsum("thd,shd->hts", dout.double(), _per_query_head(value, heads))
-    dscores = weights * (dweights - delta.double()[..., None]) * scale
+    scores, slope = _scores(query, key, intervals, scale, modifiers)
+    weights = torch.exp(scores - lse.double()[..., None].nan_to_num(neginf=0.0))
+    factor = _dropout_factor(modifiers, query)
+    dweights = torch.einsum("thd,shd->hts", dout.double(), _per_query_head(value, heads)) * factor
+    dscores = weights * (dweights - delta.double()[..., None]) * slope
     dquery = torch.einsum("hts,shd->thd", dscores, _per_query_head(key, heads))
     dkey = torch.einsum("hts,thd->shd", dscores, query.double()).unflatten(1, (key_heads, -1)).sum(2)
-    dvalue = torch.einsum("hts,thd->shd", weights, dout.double()).unflatten(1, (key_heads, -1)).sum(2)
+    dvalue = torch.einsum("hts,thd->shd", weights * factor, dout.double()).unflatten(1, (key_heads, -1)).sum(2)
     if carry is not None:
         dquery = dquery + carry
     key_dtype = dkey_dtype or key.dtype
@@ -118,11 +126,29 @@ def row_delta(dout: Tensor, out: Tensor, dlse: Tensor | None = None) -> Tensor:
     return (delta if dlse is None else delta - dlse).float().contiguous()
 
 
-def _weights(query: Tensor, key: Tensor, intervals: KeyIntervals, scale: float) -> tuple[Tensor, Tensor]:
+def _scores(
+    query: Tensor, key: Tensor, intervals: KeyIntervals, scale: float, modifiers: Modifiers | None
+) -> tuple[Tensor, Tensor | float]:
+    """Modified scores (H, T, S), -inf where hidden, and their derivative by query . key."""
     scores = torch.einsum("thd,shd->hts", query.double(), _per_query_head(key, query.shape[1])) * scale
-    scores = scores.masked_fill(~intervals.visible(), -torch.inf)
-    lse = torch.logsumexp(scores, dim=-1)
-    return torch.exp(scores - lse[..., None].nan_to_num(neginf=0.0)), lse
+    slope: Tensor | float = scale
+    hidden = ~intervals.visible()
+    if modifiers is not None:
+        if modifiers.softcap:
+            bent = torch.tanh(scores / modifiers.softcap)
+            scores, slope = modifiers.softcap * bent, scale * (1 - bent * bent)
+        if modifiers.slopes is not None:
+            distance = modifiers.query_positions.double()[:, None] - modifiers.key_positions.double()[None, :]
+            scores = scores - modifiers.slopes.double().T[..., None] * distance.abs()
+        if modifiers.key_visible is not None:
+            hidden = hidden | (modifiers.key_visible == 0)
+    return scores.masked_fill(hidden, -torch.inf), slope
+
+
+def _dropout_factor(modifiers: Modifiers | None, query: Tensor) -> Tensor | float:
+    if modifiers is None or not modifiers.dropout:
+        return 1.0
+    return kept(modifiers, query.shape[1]).double() / (1 - modifiers.dropout)
 
 
 def _per_query_head(x: Tensor, heads: int) -> Tensor:

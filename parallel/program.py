@@ -15,7 +15,7 @@ from ringflash.mask import Mask
 from ringflash.parallel.partition import Partition
 from ringflash.parallel.plan import Plan, Transfer
 from ringflash.parallel.segments import Segments, contains, count
-from ringflash.parallel.visibility import key_intervals
+from ringflash.parallel.visibility import key_intervals, places
 
 Rows = slice | Tensor
 """Rows of a tensor: a slice where they lie together (no copy), otherwise their indices."""
@@ -45,6 +45,7 @@ class StageProgram:
     Attributes:
         intervals: visible keys among the rows attended; None if the stage has no work here.
         work: rows attended, of the keys at hand.
+        key_positions: (S,) int32 global positions of the rows attended.
         is_last: no later stage has work here, so the result may leave in the model's dtype.
         sends: keys to send while attending.
         arrivals: keys that come for the next stage, in the order in which they are laid end to end.
@@ -55,6 +56,7 @@ class StageProgram:
 
     intervals: KeyIntervals | None
     work: Rows
+    key_positions: Tensor
     is_last: bool
     sends: tuple[Shipment, ...]
     arrivals: tuple[Shipment, ...]
@@ -65,10 +67,18 @@ class StageProgram:
 
 @dataclass(frozen=True)
 class Program:
-    """All stages for one rank, and how many query and key rows it holds."""
+    """All stages for one rank.
+
+    Attributes:
+        queries: number of query rows that the rank holds.
+        keys: number of key rows that it holds.
+        query_positions: (T,) int32 place of each query row among the keys.
+        stages: what it does, in order.
+    """
 
     queries: int
     keys: int
+    query_positions: Tensor
     stages: tuple[StageProgram, ...]
 
 
@@ -81,10 +91,11 @@ def local_program(
     device: torch.device,
 ) -> Program:
     """One rank that holds all queries and keys; boundaries may live on the device and are not read by the host."""
-    rows = torch.arange(queries, device=device), torch.arange(keys, device=device)
-    intervals = key_intervals(mask, boundaries, *rows, query_boundaries) if queries and keys else None
-    everything = slice(0, keys)
-    return Program(queries, keys, (StageProgram(intervals, everything, True, (), (), everything, (), ()),))
+    query, key = torch.arange(queries, device=device), torch.arange(keys, device=device)
+    intervals = key_intervals(mask, boundaries, query, key, query_boundaries) if queries and keys else None
+    rows = slice(0, keys)
+    stage = StageProgram(intervals, rows, key.int(), True, (), (), rows, (), ())
+    return Program(queries, keys, places(boundaries, query, query_boundaries).int(), (stage,))
 
 
 def rank_program(plan: Plan, mask: Mask, rank: int, device: torch.device) -> Program:
@@ -107,6 +118,7 @@ def rank_program(plan: Plan, mask: Mask, rank: int, device: torch.device) -> Pro
             StageProgram(
                 intervals=intervals,
                 work=_rows(held, work, device),
+                key_positions=_positions(work).int().to(device),
                 is_last=index == last,
                 sends=tuple(_outgoing(t, held, plan.keys, device) for t in stage.sends if t.source == rank),
                 arrivals=tuple(Shipment(t.source, slice(None), count(t.segments)) for t in arrivals),
@@ -124,7 +136,8 @@ def rank_program(plan: Plan, mask: Mask, rank: int, device: torch.device) -> Pro
             )
         )
         held = tuple(sorted(coming))
-    return Program(len(queries), plan.keys.counts()[rank], tuple(stages))
+    among_keys = places(boundaries, queries, query_boundaries).int().to(device)
+    return Program(len(queries), plan.keys.counts()[rank], among_keys, tuple(stages))
 
 
 def _outgoing(transfer: Transfer, held: Segments, keys: Partition, device: torch.device) -> Shipment:

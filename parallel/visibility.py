@@ -27,7 +27,6 @@ def position_bounds(
     Returns:
         start, stop, sink_start, sink_stop: (T,) int64 global positions.
     """
-    positions = queries
     if boundaries is None:
         index = torch.zeros_like(queries)
         begin, end = index, torch.full_like(queries, UNBOUNDED)
@@ -35,8 +34,7 @@ def position_bounds(
         own = boundaries if query_boundaries is None else query_boundaries
         index = torch.searchsorted(own, queries, right=True) - 1
         begin, end = boundaries[index], boundaries[index + 1]
-        if query_boundaries is not None:
-            positions = queries - own[index + 1] + end
+    positions = places(boundaries, queries, query_boundaries)
     start, stop = begin, end
     if mask.right is not None:
         stop = torch.minimum(stop, positions + mask.right + 1)
@@ -55,6 +53,17 @@ def position_bounds(
         start = torch.maximum(start, positions - mask.sink_left)
     sink_stop = torch.maximum(sink_start, torch.minimum(begin + mask.sink, start))
     return start, torch.maximum(start, stop), sink_start, sink_stop
+
+
+def places(boundaries: Tensor | None, queries: Tensor, query_boundaries: Tensor | None = None) -> Tensor:
+    """Place of each query among the keys, (T,) int64; arguments as in `position_bounds`.
+
+    A query's own position, unless queries have boundaries of their own: then documents are aligned at their ends.
+    """
+    if query_boundaries is None:
+        return queries
+    document = torch.searchsorted(query_boundaries, queries, right=True)
+    return queries - query_boundaries[document] + boundaries[document]
 
 
 def key_intervals(

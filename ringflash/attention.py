@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-import ringflash.parallel.executor  # noqa: F401  registers torch.ops.ringflash
+import ringflash.parallel.operators  # noqa: F401  registers torch.ops.ringflash
 from ringflash.errors import ArgumentError
 from ringflash.mask import Mask
 from ringflash.parallel.mesh import Group, group_name, group_size
@@ -110,6 +110,9 @@ class DistributedFlashAttention(nn.Module):
             value.flatten(0, 1),
             boundaries,
             None,
+            None,
+            None,
+            None,
             self.mask.spec(),
             self.partition if isinstance(self.partition, str) else self.partition.spec(),
             group_name(self.group),
@@ -117,6 +120,8 @@ class DistributedFlashAttention(nn.Module):
             seqlen,
             seqlen,
             query.shape[-1] ** -0.5 if self.scale is None else self.scale,
+            0.0,
+            0.0,
             self.kernel,
             self.deterministic,
         )

@@ -1,0 +1,149 @@
+"""What a call to attention asks for, and the program that answers it, made once and kept.
+
+Legend: B sequences of S query and Sk key tokens over all ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ringflash.errors import ArgumentError
+from ringflash.mask import Mask
+from ringflash.parallel.agreement import agreement
+from ringflash.parallel.partition import resolve
+from ringflash.parallel.plan import ring
+from ringflash.parallel.program import Program, local_program, rank_program
+from ringflash.parallel.transport import PointToPoint
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of the operators that are not tensors.
+
+    Attributes:
+        mask: `Mask.spec()`, without document boundaries.
+        partition: name or `Partition.spec()`.
+        group: name of the process group; empty for one device.
+        batch: B.
+        seqlen: S, query tokens of one sequence over all ranks.
+        key_seqlen: Sk, key tokens of one sequence over all ranks; as in self-attention if equal to S and there are no
+            query boundaries, otherwise queries are aligned to the end of the keys.
+        scale: factor of the scores.
+        softcap: see `ringflash.kernels.modifiers`; 0 for none.
+        dropout: see `ringflash.kernels.modifiers`; 0 for none.
+        kernel: name for `ringflash.kernels.select`.
+        deterministic: gradients repeat bit for bit.
+    """
+
+    mask: str
+    partition: str
+    group: str
+    batch: int
+    seqlen: int
+    key_seqlen: int
+    scale: float
+    softcap: float
+    dropout: float
+    kernel: str
+    deterministic: bool
+
+
+def prepare(
+    call: Call, boundaries: Tensor | None, query_boundaries: Tensor | None, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Program, PointToPoint | None]:
+    """The program of this rank and its transport, after making sure that all ranks are about to do the same."""
+    device = query.device
+    if not call.group and boundaries is not None and boundaries.device.type != "cpu":
+        return _device_program(call, boundaries, query_boundaries, device), None
+    documents = _as_tuple(boundaries), _as_tuple(query_boundaries)
+    if not call.group:
+        program = _cached_program(call, documents, None, device)
+        _check_rows(call, query.shape[0] - program.queries, key.shape[0] - program.keys, 0)
+        return program, None
+    group = dist.distributed_c10d._resolve_process_group(call.group)
+    program = _cached_program(call, documents, group, device)
+    surplus = query.shape[0] - program.queries, key.shape[0] - program.keys
+    heads = (query.shape[1], key.shape[1], value.shape[1])
+    _agree(group, call, documents, query.dtype, heads, query.shape[2:] + value.shape[2:], surplus)
+    return program, _transport(group, device)
+
+
+@lru_cache(maxsize=1024)
+def _agree(
+    group: dist.ProcessGroup,
+    call: Call,
+    boundaries: tuple[tuple[int, ...] | None, ...],
+    dtype: torch.dtype,
+    heads: tuple[int, ...],
+    head_dims: tuple[int, ...],
+    surplus_tokens: tuple[int, int],
+) -> None:
+    """Compare a call with the other ranks; the cache remembers those that agreed."""
+    values = asdict(call)
+    del values["group"]
+    values["cu_seqlens"] = hashlib.sha256(repr(boundaries).encode()).hexdigest()[:16]
+    values |= {"dtype": str(dtype), "heads": heads, "head_dim": head_dims, "surplus_tokens": surplus_tokens}
+    agreement(group).check(values)
+    _check_rows(call, *surplus_tokens, group.rank())
+
+
+def _check_rows(call: Call, queries: int, keys: int, rank: int) -> None:
+    if queries or keys:
+        raise ArgumentError(
+            f"query has {queries:+d} and key {keys:+d} tokens against what partition {call.partition!r} of "
+            f"{call.batch} x {call.seqlen} queries and {call.batch} x {call.key_seqlen} keys gives rank {rank}; "
+            "pass seqlen where lengths do not divide evenly"
+        )
+
+
+@lru_cache(maxsize=256)
+def _cached_program(
+    call: Call,
+    documents: tuple[tuple[int, ...] | None, tuple[int, ...] | None],
+    group: dist.ProcessGroup | None,
+    device: torch.device,
+) -> Program:
+    rows = Mask.documents(*([i * tokens for i in range(call.batch + 1)] for tokens in (call.key_seqlen, call.seqlen)))
+    mask = Mask.from_spec(call.mask) & rows
+    if documents[0] is not None:
+        mask = mask & Mask.documents(*documents)
+    if group is None:
+        bounds = (
+            None if x is None else torch.tensor(x, device=device) for x in (mask.boundaries, mask.query_boundaries)
+        )
+        return local_program(mask, *bounds, call.batch * call.seqlen, call.batch * call.key_seqlen, device)
+    queries, keys = (
+        resolve(call.partition, tokens, group.size(), mask, call.batch).repeat(call.batch)
+        for tokens in (call.seqlen, call.key_seqlen)
+    )
+    return rank_program(ring(mask, queries, keys), mask, group.rank(), device)
+
+
+def _device_program(call: Call, boundaries: Tensor, query_boundaries: Tensor | None, device: torch.device) -> Program:
+    """One rank's program from boundaries that the host must not read."""
+    mask = Mask.from_spec(call.mask)
+    if call.batch > 1 and (query_boundaries is not None or isinstance(mask.prefix, tuple)):
+        raise ArgumentError(
+            f"cu_seqlens on {boundaries.device} with a batch of {call.batch}: pass one packed sequence, or cu_seqlens "
+            "on the CPU"
+        )
+    bounds = [None if x is None else x.to(torch.int64) for x in (boundaries, query_boundaries)]
+    if call.batch > 1:
+        rows = torch.arange(0, call.batch + 1, device=device) * call.seqlen
+        bounds[0] = torch.cat([bounds[0], rows]).sort().values
+    return local_program(mask, *bounds, call.batch * call.seqlen, call.batch * call.key_seqlen, device)
+
+
+def _as_tuple(boundaries: Tensor | None) -> tuple[int, ...] | None:
+    return None if boundaries is None else tuple(boundaries.tolist())
+
+
+@lru_cache(maxsize=64)
+def _transport(group: dist.ProcessGroup, device: torch.device) -> PointToPoint:
+    return PointToPoint(group, device)
