@@ -110,9 +110,8 @@ def _cached_program(
     device: torch.device,
 ) -> Program:
     rows = Mask.documents(*([i * tokens for i in range(call.batch + 1)] for tokens in (call.key_seqlen, call.seqlen)))
-    mask = Mask.from_spec(call.mask) & rows
-    if documents[0] is not None:
-        mask = mask & Mask.documents(*documents)
+    # Documents meet the rows of the batch first: a prefix for each document counts them, empty ones too.
+    mask = Mask.from_spec(call.mask) & (rows if documents[0] is None else Mask.documents(*documents) & rows)
     if group is None:
         bounds = (
             None if x is None else torch.tensor(x, device=device) for x in (mask.boundaries, mask.query_boundaries)

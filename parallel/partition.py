@@ -106,6 +106,12 @@ class Partition:
         return json.dumps(self.segments)
 
 
+def check_name(partition: str | Partition) -> None:
+    """Raise ArgumentError unless this is a `Partition` or a known name."""
+    if not isinstance(partition, Partition) and partition not in NAMES:
+        raise ArgumentError(f"partition={partition!r}; allowed are {', '.join(NAMES)} or a Partition")
+
+
 def resolve(partition: str | Partition, length: int, ranks: int, mask: Mask, batch: int = 1) -> Partition:
     """The partition of one sequence that a name, a `Partition` or its `spec` stands for.
 
@@ -128,7 +134,7 @@ def resolve(partition: str | Partition, length: int, ranks: int, mask: Mask, bat
         return Partition.balanced(mask if batch == 1 else _same_for_each_row(mask, length, batch), length, ranks)
     if isinstance(partition, str):
         if not partition.startswith("["):
-            raise ArgumentError(f"partition={partition!r}; allowed are {', '.join(NAMES)} or a Partition")
+            check_name(partition)
         segments = tuple(tuple((start, stop) for start, stop in rank) for rank in json.loads(partition))
         partition = Partition(sum(count(rank) for rank in segments), segments)
     if partition.ranks != ranks or partition.length != length:

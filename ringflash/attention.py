@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-import ringflash.parallel.operators  # noqa: F401  registers torch.ops.ringflash
 from ringflash.errors import ArgumentError
+from ringflash.functional import attention
 from ringflash.mask import Mask
-from ringflash.parallel.mesh import Group, group_name, group_size
-from ringflash.parallel.partition import NAMES, Partition
+from ringflash.parallel.mesh import Group, group_size
+from ringflash.parallel.partition import Partition, check_name
 
 
 class DistributedFlashAttention(nn.Module):
@@ -51,8 +50,7 @@ class DistributedFlashAttention(nn.Module):
         deterministic: bool = False,
     ) -> None:
         super().__init__()
-        if isinstance(partition, str) and partition not in NAMES:
-            raise ArgumentError(f"partition={partition!r}; allowed are {', '.join(NAMES)} or a Partition")
+        check_name(partition)
         if group is not None and not isinstance(group, dist.ProcessGroup | DeviceMesh):
             raise ArgumentError(f"group={group!r}; allowed are a ProcessGroup, a one-dimensional DeviceMesh, or None")
         self.mask = Mask.causal() if mask is None else mask
@@ -98,82 +96,20 @@ class DistributedFlashAttention(nn.Module):
         seqlen: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Like `forward`; returns also the log-sum-exp of each row, (B, H, s) fp32."""
-        query, key, value = _autocast(query, key, value)
-        check_inputs(query, key, value)
-        batch, tokens = query.shape[:2]
-        ranks = group_size(self.group)
-        seqlen = tokens * ranks if seqlen is None else seqlen
-        boundaries = _boundaries(self.mask, cu_seqlens, batch * seqlen, ranks)
-        out, lse = torch.ops.ringflash.attention(
-            query.flatten(0, 1),
-            key.flatten(0, 1),
-            value.flatten(0, 1),
-            boundaries,
-            None,
-            None,
-            None,
-            None,
-            self.mask.spec(),
-            self.partition if isinstance(self.partition, str) else self.partition.spec(),
-            group_name(self.group),
-            batch,
-            seqlen,
-            seqlen,
-            query.shape[-1] ** -0.5 if self.scale is None else self.scale,
-            0.0,
-            0.0,
-            self.kernel,
-            self.deterministic,
+        return attention(
+            query,
+            key,
+            value,
+            mask=self.mask,
+            cu_seqlens=cu_seqlens,
+            seqlen=seqlen,
+            group=self.group,
+            partition=self.partition,
+            scale=self.scale,
+            kernel=self.kernel,
+            deterministic=self.deterministic,
         )
-        return out.unflatten(0, (batch, tokens)), lse.unflatten(1, (batch, tokens)).transpose(0, 1)
 
     def extra_repr(self) -> str:
         """What distinguishes this module."""
         return f"mask={self.mask}, ranks={group_size(self.group)}, partition={self.partition!r}, kernel={self.kernel!r}"
-
-
-def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Raise ArgumentError unless query (B, s, H, D), key (B, s, Hk, D) and value (B, s, Hk, Dv) go together."""
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.dim() != 4:
-            raise ArgumentError(f"{name} has shape {tuple(tensor.shape)}; allowed is (batch, seqlen, heads, head_dim)")
-        if tensor.dtype != query.dtype or tensor.device != query.device:
-            raise ArgumentError(
-                f"{name} is {tensor.dtype} on {tensor.device}, query {query.dtype} on {query.device}; make them agree"
-            )
-        if not tensor.dtype.is_floating_point:
-            raise ArgumentError(f"{name} is {tensor.dtype}; allowed are float32, float16 and bfloat16")
-    if key.shape[:2] != query.shape[:2] or value.shape[:3] != key.shape[:3] or key.shape[3] != query.shape[3]:
-        raise ArgumentError(
-            f"shapes do not go together: query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
-        )
-    if key.shape[2] == 0 or query.shape[2] % key.shape[2]:
-        raise ArgumentError(f"query has {query.shape[2]} heads, key {key.shape[2]}; the first must be a multiple")
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
-
-
-def _boundaries(mask: Mask, cu_seqlens: Sequence[int] | Tensor | None, total: int, ranks: int) -> Tensor | None:
-    """Global document boundaries as an int64 tensor, those of the mask included."""
-    if cu_seqlens is None:
-        return None if mask.boundaries is None else torch.tensor(_ending_at(total, mask.boundaries))
-    if isinstance(cu_seqlens, Tensor):
-        if cu_seqlens.device.type != "cpu" and (ranks > 1 or mask.boundaries is not None):
-            raise ArgumentError(
-                f"cu_seqlens is on {cu_seqlens.device}; with {ranks} ranks it must be on the CPU, where plans are made"
-            )
-        if mask.boundaries is None:
-            return cu_seqlens.to(torch.int64)
-    given = mask & Mask.documents(_ending_at(total, [int(x) for x in cu_seqlens]))
-    return torch.tensor(given.boundaries)
-
-
-def _ending_at(total: int, boundaries: Sequence[int]) -> Sequence[int]:
-    if boundaries[-1] != total:
-        raise ArgumentError(f"cu_seqlens ends at {boundaries[-1]}; the batch has {total} tokens over all ranks")
-    return boundaries

@@ -1,0 +1,215 @@
+"""`attention`: the one function under every front, with every feature, on one device or on many.
+
+Legend: B sequences; S query and Sk key tokens of one sequence over all ranks, s and sk of them on this rank; H query
+heads, Hk key heads, D head dimension, Dv the value's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+import ringflash.parallel.operators  # noqa: F401  registers torch.ops.ringflash
+from ringflash.errors import ArgumentError
+from ringflash.mask import Mask
+from ringflash.parallel.mesh import Group, group_name, group_rank, group_size
+from ringflash.parallel.partition import Partition, check_name, resolve
+
+Boundaries = Sequence[int] | Tensor | None
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Mask | None = None,
+    cu_seqlens: Boundaries = None,
+    query_cu_seqlens: Boundaries = None,
+    seqlen: int | None = None,
+    key_seqlen: int | None = None,
+    group: Group = None,
+    partition: str | Partition = "zigzag",
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    dropout: float = 0.0,
+    key_padding_mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    kernel: str = "auto",
+    deterministic: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Exact attention of this rank's queries to the keys of all ranks.
+
+    Args:
+        query: (B, s, H, D), fp32, fp16 or bf16.
+        key: (B, sk, Hk, D), same dtype; H a multiple of Hk.
+        value: (B, sk, Hk, Dv), same dtype.
+        mask: which keys a query may see, over global positions; causal if None. Where queries and keys differ in
+            length, the last query stands at the last key.
+        cu_seqlens: global document boundaries over the B * Sk keys laid end to end, (documents + 1,); on the host if
+            there is more than one rank.
+        query_cu_seqlens: those of the B * S queries, where they differ.
+        seqlen: S; needed only where not every rank holds the same number of queries.
+        key_seqlen: Sk; likewise for keys.
+        group: a ProcessGroup or one-dimensional DeviceMesh over whose ranks each sequence is dealt. None is the default
+            group if torch.distributed is initialised, and one device otherwise.
+        partition: how tokens are dealt; see `ringflash.shard`.
+        scale: factor of the scores before the softmax; 1 / sqrt(D) if None.
+        softcap: scores become softcap * tanh(score / softcap); 0 for none.
+        alibi_slopes: fp32 (H,), or (B, H), or (documents, H) with cu_seqlens; slope * distance is taken from a score.
+        dropout: probability of dropping a pair. Seeded from torch's generator of the query's device: ranks that were
+            given the same `torch.manual_seed` drop what one device would.
+        key_padding_mask: (B, sk) bool, False for keys that nobody may see.
+        sinks: (H,) learned logits that join each row's softmax without a value, as in gpt-oss.
+        kernel: "auto", or the name of one implementation (see `ringflash.kernels.select`).
+        deterministic: gradients repeat bit for bit.
+
+    Returns:
+        out (B, s, H, Dv) in the query's dtype, and the log-sum-exp (B, H, s) fp32, both differentiable.
+
+    Raises:
+        ArgumentError: an argument is not supported; raised before any communication.
+        RankMismatchError: ranks disagree on an argument.
+    """
+    query, key, value = _autocast(query, key, value)
+    check_tensors(query, key, value)
+    _check_numbers(softcap, dropout, scale)
+    check_name(partition)
+    mask = Mask.causal() if mask is None else mask
+    (batch, tokens, _, dim), key_tokens, ranks = query.shape, key.shape[1], group_size(group)
+    seqlen = tokens * ranks if seqlen is None else seqlen
+    key_seqlen = (seqlen if key_tokens == tokens else key_tokens * ranks) if key_seqlen is None else key_seqlen
+    boundaries, query_boundaries = _boundaries(mask, cu_seqlens, query_cu_seqlens, ranks)
+    out, lse = torch.ops.ringflash.attention(
+        query.flatten(0, 1),
+        key.flatten(0, 1),
+        value.flatten(0, 1),
+        boundaries,
+        query_boundaries,
+        None
+        if alibi_slopes is None
+        else _slopes_of_rows(alibi_slopes, query, mask, boundaries, query_boundaries, seqlen, group, partition),
+        torch.randint(2**62, (1,), device=query.device) if dropout else None,
+        _visible_keys(key_padding_mask, key),
+        mask.spec(),
+        partition if isinstance(partition, str) else partition.spec(),
+        group_name(group),
+        batch,
+        seqlen,
+        key_seqlen,
+        dim**-0.5 if scale is None else scale,
+        float(softcap),
+        float(dropout),
+        kernel,
+        deterministic,
+    )
+    out, lse = out.unflatten(0, (batch, tokens)), lse.unflatten(1, (batch, tokens)).transpose(0, 1)
+    return (out, lse) if sinks is None else _with_sinks(out, lse, sinks)
+
+
+def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raise ArgumentError unless query (B, s, H, D), key (B, sk, Hk, D) and value (B, sk, Hk, Dv) go together."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != 4:
+            raise ArgumentError(f"{name} has shape {tuple(tensor.shape)}; allowed is (batch, seqlen, heads, head_dim)")
+        if tensor.dtype != query.dtype or tensor.device != query.device:
+            raise ArgumentError(
+                f"{name} is {tensor.dtype} on {tensor.device}, query {query.dtype} on {query.device}; make them agree"
+            )
+        if not tensor.dtype.is_floating_point:
+            raise ArgumentError(f"{name} is {tensor.dtype}; allowed are float32, float16 and bfloat16")
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            raise ArgumentError(f"{name} has strides {tensor.stride()}; its last dimension must be contiguous")
+    if key.shape[0] != query.shape[0] or value.shape[:3] != key.shape[:3] or key.shape[3] != query.shape[3]:
+        raise ArgumentError(
+            f"shapes do not go together: query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+        )
+    if key.shape[2] == 0 or query.shape[2] % key.shape[2]:
+        raise ArgumentError(f"query has {query.shape[2]} heads, key {key.shape[2]}; the first must be a multiple")
+
+
+def _check_numbers(softcap: float, dropout: float, scale: float | None) -> None:
+    if softcap < 0:
+        raise ArgumentError(f"softcap={softcap}; allowed are 0 for none, and positive numbers")
+    if not 0 <= dropout < 1:
+        raise ArgumentError(f"dropout={dropout}; allowed is 0 <= dropout < 1")
+    if scale is not None and not 0 < scale < float("inf"):
+        raise ArgumentError(f"scale={scale}; allowed are positive numbers, or None for 1 / sqrt(head_dim)")
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
+
+
+def _boundaries(
+    mask: Mask, cu_seqlens: Boundaries, query_cu_seqlens: Boundaries, ranks: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Document boundaries of keys and of queries as tensors, those of the mask included."""
+    if query_cu_seqlens is not None and cu_seqlens is None:
+        raise ArgumentError("query_cu_seqlens is given without cu_seqlens, the boundaries of the keys")
+    given = [cu_seqlens, query_cu_seqlens]
+    for name, x in zip(("cu_seqlens", "query_cu_seqlens"), given, strict=True):
+        if isinstance(x, Tensor) and x.device.type != "cpu" and (ranks > 1 or mask.boundaries is not None):
+            raise ArgumentError(f"{name} is on {x.device}; plans for {ranks} ranks are made on the CPU, pass it there")
+    if mask.boundaries is not None:
+        lists = [None if x is None else [int(i) for i in x] for x in given]
+        whole = mask if lists[0] is None else mask & Mask.documents(*lists)
+        given = [whole.boundaries, whole.query_boundaries]
+    return tuple(None if x is None else torch.as_tensor(x) for x in given)
+
+
+def _slopes_of_rows(
+    slopes: Tensor,
+    query: Tensor,
+    mask: Mask,
+    boundaries: Tensor | None,
+    query_boundaries: Tensor | None,
+    seqlen: int,
+    group: Group,
+    partition: str | Partition,
+) -> Tensor:
+    """The ALiBi slopes of each of this rank's rows, (B * s, H) fp32."""
+    batch, tokens, heads, _ = query.shape
+    own = boundaries if query_boundaries is None else query_boundaries
+    documents = batch if own is None else own.shape[0] - 1
+    allowed = {(heads,), (batch, heads), (documents, heads)}
+    if tuple(slopes.shape) not in allowed or slopes.dtype != torch.float32:
+        raise ArgumentError(f"alibi_slopes is {slopes.dtype} {tuple(slopes.shape)}; allowed is float32 of {allowed}")
+    if slopes.dim() == 1:
+        return slopes.expand(batch * tokens, heads)
+    if own is None:
+        return slopes.repeat_interleave(tokens, dim=0)
+    rows = torch.arange(tokens, device=own.device)
+    if group_size(group) > 1:
+        whole = mask & Mask.documents(own.tolist())
+        rows = resolve(partition, seqlen, group_size(group), whole, batch).positions(group_rank(group))
+    rows = (rows + torch.arange(batch, device=own.device)[:, None] * seqlen).flatten()
+    if slopes.shape[0] == documents:
+        return slopes[(torch.searchsorted(own, rows, right=True) - 1).to(slopes.device)]
+    return slopes[(rows // seqlen).to(slopes.device)]
+
+
+def _visible_keys(key_padding_mask: Tensor | None, key: Tensor) -> Tensor | None:
+    if key_padding_mask is None:
+        return None
+    if key_padding_mask.dtype != torch.bool or key_padding_mask.shape != key.shape[:2]:
+        raise ArgumentError(
+            f"key_padding_mask is {key_padding_mask.dtype} {tuple(key_padding_mask.shape)}; allowed is bool "
+            f"{tuple(key.shape[:2])}, True for keys that may be seen"
+        )
+    return key_padding_mask.flatten().to(torch.uint8)
+
+
+def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """One more logit per head in the softmax: rows shrink by their share of the sum, exp(lse - lse with sink)."""
+    if sinks.shape != (out.shape[2],):
+        raise ArgumentError(f"sinks has shape {tuple(sinks.shape)}; allowed is ({out.shape[2]},), one for each head")
+    sink = sinks.float()[None, :, None]
+    share = torch.sigmoid(lse - sink).transpose(1, 2)[..., None]
+    return (out.float() * share).to(out.dtype), torch.logaddexp(lse, sink)
