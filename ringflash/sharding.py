@@ -115,6 +115,8 @@ def shard_batch(
     unknown = set(batch) - {"input_ids", "labels", "cu_seqlens"}
     if unknown:
         raise ArgumentError(f"batch has {sorted(unknown)}; allowed are input_ids, labels, cu_seqlens")
+    if "input_ids" not in batch:
+        raise ArgumentError(f"batch has {sorted(batch)}; input_ids is missing")
     input_ids = batch["input_ids"]
     labels = batch.get("labels", input_ids)
     if input_ids.dim() != 2 or labels.shape != input_ids.shape:
@@ -172,7 +174,7 @@ class _Unshard(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN001
-        gradient = gradient.contiguous()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # others may hold what autograd handed us
         dist.all_reduce(gradient, group=ctx.group)
         mine = ctx.deal.positions(ctx.group.rank()).to(gradient.device)
         return gradient.index_select(ctx.dim, mine), None, None, None
