@@ -33,20 +33,15 @@ import tokenizers
 from ringflash.configs.schema import DataConfig
 from ringflash.errors import ArgumentError, DataError
 from ringflash.training import tokenizer as tokenizing
+from ringflash.training.building import build, gather, sample, write_atomically
 from ringflash.training.packing import PackedBatches, ValidationBatches
-from ringflash.training.sources import read_documents, source_files
+from ringflash.training.sources import source_files
 from ringflash.training.tokenizer import Tokenizer
 
-__all__ = ["Corpus", "Documents", "PackedBatches", "ValidationBatches", "prepare", "split"]
+__all__ = ["Corpus", "Documents", "PackedBatches", "ValidationBatches", "prepare"]
 
 FORMAT = 1
 """Raise it when the cached files or their meaning change."""
-
-TOKENIZER_BYTES = 64 << 20
-"""A BPE is trained on at most this much text."""
-
-PIECE_BYTES, GROUP_BYTES = 1 << 20, 16 << 20
-"""Longer documents are encoded in pieces, cut at line ends; a group of pieces is encoded in parallel."""
 
 
 @dataclass(frozen=True)
@@ -135,35 +130,6 @@ def prepare(config: DataConfig, cache_dir: str | Path | None = None) -> Corpus:
         raise DataError(f"data.cache_dir={cache}: cannot keep tokens there: {error}") from error
 
 
-def split(lengths: np.ndarray, fraction: float) -> np.ndarray:
-    """Which of at least two documents are held out, as a boolean array.
-
-    Every 1/fraction-th document by length is held out: short and long ones in the proportion of the whole, never the
-    longest (of the standard library it is one file of 6 %), always at least one.
-    """
-    order = np.argsort(-np.asarray(lengths), kind="stable")
-    steps = np.floor(np.arange(len(order) + 1) * fraction + 0.5)
-    chosen = order[(np.diff(steps) > 0) & (np.arange(len(order)) > 0)]
-    held_out = np.zeros(len(order), bool)
-    held_out[chosen if len(chosen) else order[len(order) // 2]] = True
-    return held_out
-
-
-def sample(text: np.ndarray, spans: np.ndarray, max_bytes: int) -> list[np.ndarray]:
-    """Text of the spans, or of a fixed random choice of them that is cut to `max_bytes`."""
-    lengths = spans[:, 1] - spans[:, 0]
-    order = np.arange(len(spans))
-    if lengths.sum() > max_bytes:
-        order = np.random.default_rng(0).permutation(order)
-        stop = np.searchsorted(np.cumsum(lengths[order]), max_bytes) + 1
-        order = order[:stop]
-    chosen, left = [], max_bytes
-    for start, end in spans[order]:
-        chosen.append(text[start : min(end, start + left)])
-        left -= len(chosen[-1])
-    return chosen
-
-
 # Finding and keeping
 
 
@@ -185,13 +151,13 @@ def _find_or_build(config: DataConfig, files: list[Path], settings: dict, cache:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     try:
-        sha256, lengths = _gather(config, files, work / "text.bin")
+        sha256, lengths = gather(config, files, work / "text.bin")
         folder = cache / _digest([settings, sha256])[:32]
         if not _complete(folder):
-            _build(config, sha256, lengths, work)
+            build(config, sha256, lengths, work)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(work, folder)
-        _write_atomically(pointer, folder.name)
+        write_atomically(pointer, folder.name)
         return folder
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -246,117 +212,3 @@ def _open(folder: Path) -> Corpus:
 
 def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-# Building
-
-
-def _gather(config: DataConfig, files: list[Path], target: Path) -> tuple[str, np.ndarray]:
-    """Write all documents end to end; returns a SHA-256 of text and lengths, and the lengths."""
-    digest, lengths, left = hashlib.sha256(), [], config.max_bytes
-    with target.open("wb") as out:
-        for document in (document for file in files for document in read_documents(file, config.text_field)):
-            if left is not None:
-                document = document[:left].decode(errors="ignore").encode()
-                left -= len(document)
-            out.write(document)
-            digest.update(document)
-            lengths.append(len(document))
-            if left is not None and left <= 3:  # less than a character may need
-                break
-    if not sum(lengths):
-        raise DataError(f"data.path={config.path}: no text in its {len(files)} files")
-    array = np.array(lengths, np.int64)
-    digest.update(array.tobytes())
-    return digest.hexdigest(), array
-
-
-def _build(config: DataConfig, sha256: str, lengths: np.ndarray, work: Path) -> None:
-    text = np.memmap(work / "text.bin", np.uint8, "r")
-    train, validation = _spans(text, lengths, config.validation_fraction)
-    if config.tokenizer == "bytes":
-        tokenizer: Tokenizer = tokenizing.ByteTokenizer()
-    elif config.tokenizer == "bpe":
-        chosen = sample(text, train, TOKENIZER_BYTES)
-        tokenizer = tokenizing.BPETokenizer.train((document.tobytes() for document in chosen), config.vocab_size)
-    else:
-        tokenizer = tokenizing.HuggingFaceTokenizer(tokenizing.huggingface_folder(config.tokenizer))
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    _write_tokens(tokenizer, text, train, work, "train", dtype)
-    _write_tokens(tokenizer, text, validation, work, "validation", dtype)
-    tokenizer.save(work)
-    sizes = {file.name: file.stat().st_size for file in sorted(work.iterdir())}
-    _write_atomically(work / "meta.json", json.dumps({"sha256": sha256, "dtype": dtype.name, "sizes": sizes}))
-
-
-def _spans(text: np.ndarray, lengths: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    ends = np.cumsum(lengths)
-    spans = np.stack([ends - lengths, ends], axis=1)
-    if len(spans) > 1:
-        held_out = split(lengths, fraction)
-        return spans[~held_out], np.random.default_rng(0).permutation(spans[held_out])
-    # One document: its last part is held out, from a line's start on if there is one.
-    cut = max(1, int(len(text) * (1 - fraction)))
-    ahead = text[cut : cut + PIECE_BYTES].tobytes()
-    cut += _line_end(ahead, 0) or _character_start(ahead)
-    if cut >= len(text):
-        raise DataError(f"data.path: one document of {len(text)} bytes is too short to hold a part of it out")
-    return np.array([[0, cut]]), np.array([[cut, len(text)]])
-
-
-def _write_tokens(
-    tokenizer: Tokenizer, text: np.ndarray, spans: np.ndarray, work: Path, part: str, dtype: np.dtype
-) -> None:
-    counted = part == "validation"
-    offsets, total = [], 0
-    with contextlib.ExitStack() as files:
-        out = files.enter_context((work / f"{part}.tokens.bin").open("wb"))
-        counts = files.enter_context((work / f"{part}.token_bytes.bin").open("wb")) if counted else None
-        for group in _groups(text, spans):
-            pieces = [piece for _, piece in group]
-            encoded = tokenizer.encode_counted(pieces) if counted else [(ids, None) for ids in tokenizer.encode(pieces)]
-            for (opens, _), (ids, num_bytes) in zip(group, encoded, strict=True):
-                head = [tokenizer.separator] if opens else []
-                offsets += [total] if opens else []
-                total += len(head) + len(ids)
-                out.write(np.array(head, dtype).tobytes() + ids.astype(dtype).tobytes())
-                if counts is not None and num_bytes is not None:
-                    counts.write(np.array([0] * len(head), np.uint32).tobytes() + num_bytes.astype(np.uint32).tobytes())
-    np.save(work / f"{part}.offsets.npy", np.array([*offsets, total], np.int64))
-    np.save(work / f"{part}.spans.npy", spans)
-
-
-def _groups(text: np.ndarray, spans: np.ndarray) -> Iterator[list[tuple[bool, bytes]]]:
-    """Pieces of documents, each with whether it opens its document, in groups to encode at once."""
-    group, size = [], 0
-    for start, end in spans:
-        position = start
-        while position < end:
-            piece = text[position : min(end, position + PIECE_BYTES)].tobytes()
-            if position + len(piece) < end:
-                piece = piece[: _line_end(piece, -1) or _character_start(piece, last=True)]
-            group.append((position == start, piece))
-            position += len(piece)
-            size += len(piece)
-            if size >= GROUP_BYTES:
-                yield group
-                group, size = [], 0
-    if group:
-        yield group
-
-
-def _line_end(piece: bytes, which: int) -> int:
-    """Just behind the first (0) or last (-1) line end; 0 if there is none."""
-    return (piece.find(b"\n") if which == 0 else piece.rfind(b"\n")) + 1
-
-
-def _character_start(piece: bytes, last: bool = False) -> int:
-    """The first or last place in a piece of UTF-8 where a character starts."""
-    places = range(len(piece) - 1, 0, -1) if last else range(len(piece))
-    return next((i for i in places if piece[i] & 0xC0 != 0x80), len(piece))

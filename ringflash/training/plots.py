@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -50,8 +49,7 @@ def plot_run(
         figure.suptitle(title)
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
-    with matplotlib.rc_context({"font.size": 11}):
-        figure.savefig(temporary, dpi=120, format="png")
+    figure.savefig(temporary, dpi=120, format="png")
     temporary.replace(path)
 
 
@@ -64,16 +62,30 @@ def _draw_curves(axes: Axes, train: Curve, validation: Curve, baselines: Mapping
     if validation:
         steps, values = np.array(validation, float).T
         axes.plot(steps, values, "o-", color=VALIDATION, label=f"validation (last {values[-1]:.2f})")
-    for name, value in baselines.items():
-        axes.axhline(value, color=BASELINE, linestyle="--", linewidth=1)
-        axes.annotate(
-            f"{name} {value:.2f}", (1, value), xycoords=("axes fraction", "data"), xytext=(-4, 3),
-            textcoords="offset points", ha="right", color=BASELINE, fontsize=9,
-        )  # fmt: skip
-    axes.grid(alpha=0.25)
     axes.set_ylim(bottom=0)
+    _draw_baselines(axes, baselines)
+    axes.grid(alpha=0.25)
     if train or validation:
         axes.legend(loc="lower left")
+
+
+def _draw_baselines(axes: Axes, baselines: Mapping[str, float]) -> None:
+    above = np.inf
+    for name, value in sorted(baselines.items(), key=lambda item: -item[1]):
+        # Where a line is close to the one above it, its label stands below it.
+        crowded = above - value < 0.05 * axes.get_ylim()[1]
+        above = value
+        axes.axhline(value, color=BASELINE, linestyle="--", linewidth=1)
+        axes.annotate(
+            f"{name} {value:.2f}",
+            xy=(1, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(-4, -12 if crowded else 3),
+            textcoords="offset points",
+            ha="right",
+            color=BASELINE,
+            fontsize=9,
+        )
 
 
 def _draw_positions(axes: Axes, positions: Sequence[PositionBin]) -> None:

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from ringflash import shard_batch
 from ringflash.configs.schema import DataConfig
 from ringflash.errors import ArgumentError, CheckpointError, DataError
-from ringflash.training import data
-from ringflash.training.data import Documents, PackedBatches, ValidationBatches, prepare, split
+from ringflash.training import building, data
+from ringflash.training.building import split
+from ringflash.training.data import Documents, PackedBatches, ValidationBatches, prepare
 from ringflash.training.sources import read_documents, source_files
 
 SEPARATOR = 256
@@ -230,10 +231,9 @@ def test_only_one_of_several_ranks_builds_while_the_others_wait(text_folder, tmp
     def slow_build(*arguments):
         builds.append(1)
         time.sleep(0.3)
-        build(*arguments)
+        building.build(*arguments)
 
-    build = data._build
-    monkeypatch.setattr(data, "_build", slow_build)
+    monkeypatch.setattr(data, "build", slow_build)
     config = DataConfig(path=str(text_folder), tokenizer="bytes", cache_dir=str(tmp_path / "cache"))
     with ThreadPoolExecutor(4) as ranks:
         corpora = list(ranks.map(prepare, [config] * 4))
@@ -261,9 +261,18 @@ def test_one_file_is_cut_at_a_line_into_train_and_validation(tmp_path):
     assert 0.03 < (end - cut) / end < 0.05
 
 
+def test_one_file_of_one_line_is_cut_between_characters(tmp_path):
+    (tmp_path / "book.txt").write_text("漢字" * 500 + "\n")
+    corpus = prepare(DataConfig(path=str(tmp_path / "book.txt"), tokenizer="bytes"), tmp_path / "cache")
+    for part in (corpus.train, corpus.validation):
+        ((start, end),) = part.spans
+        part.text[start:end].tobytes().decode()
+    assert 0.04 < corpus.validation.num_bytes / 3001 < 0.06
+
+
 def test_long_documents_are_encoded_in_pieces_without_loss(tmp_path, monkeypatch):
-    monkeypatch.setattr("ringflash.training.data.PIECE_BYTES", 50)
-    monkeypatch.setattr("ringflash.training.data.GROUP_BYTES", 120)
+    monkeypatch.setattr("ringflash.training.building.PIECE_BYTES", 50)
+    monkeypatch.setattr("ringflash.training.building.GROUP_BYTES", 120)
     text = ("漢字" * 40 + "\n" + "word " * 30 + "\n\n  end") * 3
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "b.txt").write_text(text[::-1])

@@ -5,8 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ringflash.configs.schema import DataConfig
 from ringflash.errors import ArgumentError
-from ringflash.training.ngram import NgramModel
+from ringflash.training.data import prepare
+from ringflash.training.ngram import NgramModel, baselines
 
 documents = st.lists(st.text("aab", min_size=0, max_size=8).map(str.encode), min_size=1, max_size=5)
 
@@ -67,3 +69,14 @@ def test_longer_contexts_help_where_they_should():
 def test_order_is_checked():
     with pytest.raises(ArgumentError, match="order=8"):
         NgramModel([], 8)
+
+
+def test_baselines_are_fit_on_the_training_part_and_scored_on_the_other(tmp_path):
+    for i in range(10):
+        (tmp_path / f"{i}.txt").write_text(f"text number {i} says: " + "good day\n" * (20 - i))
+    corpus = prepare(DataConfig(path=str(tmp_path), tokenizer="bytes"), tmp_path / ".cache")
+    bits = baselines(corpus)
+    assert list(bits) == ["unigram", "bigram", "trigram", "4-gram", "5-gram"]
+    train, validation = corpus.train.sample(10**6), corpus.validation.sample(10**6)
+    assert list(bits.values()) == NgramModel(train, 5).bits_per_byte(validation)
+    assert bits["5-gram"] < bits["unigram"]

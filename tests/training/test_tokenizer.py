@@ -121,6 +121,35 @@ def test_huggingface_refuses_what_is_not_utf8(huggingface):
         huggingface.encode([b"\xff"])
 
 
+def test_huggingface_folder_of_a_byte_level_bpe_gives_its_tokens(bpe, tmp_path):
+    bpe.save(tmp_path)
+    loaded = HuggingFaceTokenizer(tmp_path)
+    text = SAMPLE + "naïve 漢字 🙂".encode()
+    ((ids, counts),) = loaded.encode_counted([text])
+    assert np.array_equal(ids, bpe.encode([text])[0])
+    assert counts.sum() == len(text)
+    assert loaded.decode([loaded.separator, *ids]) == text
+
+
+@given(text=st.text(alphabet="ab 漢é🙂\n", min_size=1, max_size=30))
+def test_huggingface_counts_bytes_under_prefix_spaces_and_byte_fallback(sentencepiece, text):
+    ((_, counts),) = sentencepiece.encode_counted([text.encode()])
+    assert counts.sum() == len(text.encode())
+    assert counts.min() >= 0
+
+
+@pytest.fixture(scope="module")
+def sentencepiece(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b"]
+    backend = tokenizers.Tokenizer(
+        models.BPE({word: i for i, word in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True)
+    )
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.save(str(folder / "tokenizer.json"))
+    return HuggingFaceTokenizer(folder)
+
+
 def test_huggingface_folder_says_what_is_missing(tmp_path):
     with pytest.raises(DataError, match="no such folder"):
         huggingface_folder(str(tmp_path / "none"))
