@@ -2,8 +2,8 @@
 
 The visible pairs of a launch are cut into few large rectangles (tiles). A document under a causal mask is one tile
 however long it is, the interior of a window needs no mask, and what nobody sees is never computed. On CPU a tile is one
-call of torch's fused operator, which returns the log-sum-exp; elsewhere it is a pair of matrix products. Tiles of the
-same rows are merged by their log-sum-exp, so memory grows with T and never with T x S.
+call of torch's fused operator, which returns the log-sum-exp; elsewhere, and where value has another head dimension, it
+is a few matrix products. Tiles of the same rows are merged by their log-sum-exp: memory grows with T, not with T x S.
 
 Arithmetic is float32 for fp16, bf16 and fp32, and float64 for float64. The contract is that of reference.py.
 
@@ -20,7 +20,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.reference import Carry
@@ -69,12 +68,12 @@ def attend(
         out, lse = carry[0].to(dtype), carry[1].to(dtype)
     out_HGTD, lse_HGT = _grouped(out, key.shape[1]), lse.unflatten(0, (key.shape[1], -1))
     q, k, v = _operands(query, key, value)
-    fused = query.device.type == "cpu"
+    fused = _has_fused(query, value)
     tile_forward = _fused_forward if fused else _matmul_forward
     for tile in _tiles(intervals, fused):
         rows, keys = tile.rows, tile.keys
         tile_out, tile_lse = tile_forward(q[:, :, rows], k[:, :, keys], v[:, :, keys], scale, tile, intervals)
-        _merge(out_HGTD[:, :, rows], lse_HGT[:, :, rows], tile_out[..., : value.shape[2]], tile_lse)
+        _merge(out_HGTD[:, :, rows], lse_HGT[:, :, rows], tile_out, tile_lse)
     return out.to(out_dtype), lse.float()
 
 
@@ -103,19 +102,19 @@ def attend_backward(
     dq_HGTD, dk_HSD, dv_HSD = _grouped(dquery, key_heads), dkey.transpose(0, 1), dvalue.transpose(0, 1)
 
     q, k, v = _operands(query, key, value)
-    do = _grouped(_operand(dout, dtype, v.shape[-1]), key_heads)
+    do = _grouped(_operand(dout, dtype), key_heads)
     do, out = _stand_in_for_out(do, delta.to(dtype).unflatten(0, (key_heads, -1)))
     # A row without keys has lse -inf and only hidden pairs; 0 keeps exp(hidden - lse) at 0 instead of nan.
     lse_HGT = lse.to(dtype).nan_to_num(neginf=0.0).unflatten(0, (key_heads, -1))
-    fused = query.device.type == "cpu"
+    fused = _has_fused(query, value)
     tile_backward = _fused_backward if fused else _matmul_backward
     for tile in _tiles(intervals, fused):
         rows, keys = tile.rows, tile.keys
         of_rows = (do[:, :, rows], out[:, :, rows], lse_HGT[:, :, rows], q[:, :, rows])
         dq, dk, dv = tile_backward(*of_rows, k[:, :, keys], v[:, :, keys], scale, tile, intervals)
-        dq_HGTD[:, :, rows] += dq[..., : query.shape[2]]
-        dk_HSD[:, keys] += dk[..., : key.shape[2]]
-        dv_HSD[:, keys] += dv[..., : value.shape[2]]
+        dq_HGTD[:, :, rows] += dq
+        dk_HSD[:, keys] += dk
+        dv_HSD[:, keys] += dv
     dkey_dtype = dkey_dtype or key.dtype
     return dquery.to(dquery_dtype or query.dtype), dkey.to(dkey_dtype), dvalue.to(dkey_dtype)
 
@@ -130,6 +129,11 @@ def row_delta(dout: Tensor, out: Tensor, dlse: Tensor | None = None) -> Tensor:
 # Operands
 
 
+def _has_fused(query: Tensor, value: Tensor) -> bool:
+    """Whether torch's fused operator takes these."""
+    return query.device.type == "cpu" and query.shape[2] == value.shape[2]
+
+
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -137,17 +141,14 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 def _operands(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value as (Hk, G, rows, D) in the accumulator's dtype; all G share their key head's memory."""
     heads, key_heads, dtype = query.shape[1], key.shape[1], _accumulator(query.dtype)
-    # The fused operator wants one width for all three. Zero columns add nothing to scores, and zeros to out.
-    width = max(query.shape[2], value.shape[2])
-    q, k, v = (_grouped(_operand(x, dtype, width), key_heads) for x in (query, key, value))
+    q, k, v = (_grouped(_operand(x, dtype), key_heads) for x in (query, key, value))
     return q, k.expand(-1, heads // key_heads, -1, -1), v.expand(-1, heads // key_heads, -1, -1)
 
 
-def _operand(x: Tensor, dtype: torch.dtype, width: int) -> Tensor:
-    if x.shape[2] < width:
-        return pad(x.to(dtype), (0, width - x.shape[2]))
+def _operand(x: Tensor, dtype: torch.dtype) -> Tensor:
     x = x.to(dtype)
     # BLAS takes a row stride of at least the width; gradients of sums come with strides of 0.
+    width = x.shape[2]
     plain = x.stride(2) == 1 and x.stride(0) >= width and x.stride(1) >= width
     return x if plain else x.clone(memory_format=torch.contiguous_format)
 

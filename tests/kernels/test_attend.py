@@ -1,0 +1,219 @@
+"""Every implementation against float64, within the one tolerance of oracle.py, over masks, shapes, dtypes and launches.
+
+The Triton kernels run here on GPUs only; test_triton_*.py runs them in the interpreter.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import (
+    LAYOUTS,
+    Problem,
+    Results,
+    any_intervals,
+    assert_accurate,
+    assert_same,
+    draw_problem,
+    errors,
+    exact,
+    monotone_intervals,
+    run,
+    to_device,
+    torch_own,
+)
+
+from ringflash.kernels import blockwise, reference
+from ringflash.kernels.intervals import KeyIntervals, causal_intervals, dense_intervals
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def named(x: object) -> str:
+    return str(x).removeprefix("torch.")
+
+
+@st.composite
+def problems(draw: st.DrawFn, dtype: torch.dtype, longest: int) -> Problem:
+    """Any problem: grouped heads, head dimensions from 16 to 256, layouts, and scales about the usual one."""
+    key_heads, group = draw(st.sampled_from([(1, 1), (2, 1), (1, 3), (2, 2)]))
+    dims = st.sampled_from([16, 24, 32, 64, 40, 72, 128, 136, 256])
+    dim = draw(dims)
+    value_dim = draw(st.just(dim) | dims)
+    return draw_problem(
+        draw(any_intervals(longest)),
+        (key_heads * group, key_heads),
+        (dim, value_dim),
+        dtype,
+        seed=draw(st.integers(0, 2**32 - 1)),
+        layout=draw(st.sampled_from(LAYOUTS)),
+        scale=draw(st.floats(0.25, 2.0)) * dim**-0.5,
+    )
+
+
+def check(kernels: ModuleType, problem: Problem, data: st.DataObject) -> None:
+    """Accurate in one launch, and with the keys in up to three launches in either order."""
+    cuts = data.draw(st.lists(st.integers(0, problem.intervals.key_count), max_size=2))
+    out_dtype = data.draw(st.sampled_from([None, torch.float32]))
+    results = run(kernels, problem, cuts, backwards=data.draw(st.booleans()), out_dtype=out_dtype)
+    dtype = out_dtype or problem.query.dtype
+    assert [results.out.dtype, results.dkey.dtype, results.dvalue.dtype] == [dtype] * 3
+    assert results.lse.dtype == torch.float32
+    assert_accurate(results, problem)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=named)
+@settings(max_examples=40)
+@given(st.data())
+def test_blockwise_is_as_accurate_as_torch(dtype: torch.dtype, data: st.DataObject) -> None:
+    check(blockwise, data.draw(problems(dtype, 400)), data)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=named)
+@settings(max_examples=20)
+@given(st.data())
+def test_matrix_product_tiles_are_as_accurate_as_torch(dtype: torch.dtype, data: st.DataObject) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blockwise, "_has_fused", lambda query, value: False)  # as on devices other than the CPU
+        patch.setattr(blockwise, "BLOCK", (48, 80))  # several blocks also in small problems
+        check(blockwise, data.draw(problems(dtype, 200)), data)
+
+
+@settings(max_examples=25)
+@given(st.data())
+def test_the_reference_in_launches_is_the_reference_in_one(data: st.DataObject) -> None:
+    check(reference, data.draw(problems(torch.float32, 60)), data)
+
+
+@pytest.mark.parametrize("queries", [0, 5])
+@pytest.mark.parametrize("keys", [0, 7])
+@pytest.mark.parametrize("kernels", [reference, blockwise], ids=["reference", "blockwise"])
+def test_no_rows_and_no_keys_give_zeros(kernels: ModuleType, queries: int, keys: int) -> None:
+    intervals = monotone_intervals(queries, keys, seed=0, sink=True)
+    problem = draw_problem(intervals, (4, 2), (16, 24), torch.float32)
+    results = run(kernels, problem)
+    assert_accurate(results, problem)
+    if not keys:
+        assert results.lse.isneginf().all()
+        assert not results.out.any()
+
+
+def test_rows_without_keys_keep_the_carry() -> None:
+    problem = draw_problem(dense_intervals(6, 9), (2, 2), (16, 16), torch.float32)
+    out, lse = blockwise.attend(problem.query, problem.key, problem.value, problem.intervals, scale=1.0)
+    nothing = KeyIntervals(*torch.tensor([[4] * 6, [2] * 6], dtype=torch.int32), key_count=9)
+    carry = (out.clone(), lse.clone())
+    kept = blockwise.attend(problem.query, problem.key, problem.value, nothing, scale=1.0, carry=carry)
+    assert torch.equal(kept[0], out)
+    assert torch.equal(kept[1], lse)
+
+
+# On GPUs
+
+# Each row is compiled once or a few times, so there are few; masks and lengths change nothing that is compiled.
+GPU_CASES = {
+    "bf16-d64": (torch.bfloat16, (4, 2), (64, 64), False, 0),
+    "bf16-d128-ring": (torch.bfloat16, (4, 1), (128, 128), False, 2),
+    "bf16-d256": (torch.bfloat16, (2, 2), (256, 256), False, 0),
+    "bf16-d128-sink": (torch.bfloat16, (4, 2), (128, 128), True, 0),
+    "bf16-d16": (torch.bfloat16, (2, 2), (16, 16), False, 0),
+    "bf16-d192-v128": (torch.bfloat16, (2, 2), (192, 128), False, 0),
+    "fp16-d128": (torch.float16, (2, 1), (128, 128), False, 0),
+    "fp16-d40-v72-ring": (torch.float16, (3, 3), (40, 72), False, 1),
+    "fp32-d64": (torch.float32, (2, 1), (64, 64), False, 0),
+    "fp32-d128-v64-sink-ring": (torch.float32, (2, 2), (128, 64), True, 1),
+}
+
+
+def gpu_kernels(name: str) -> ModuleType:
+    return importlib.import_module(f"ringflash.kernels.{name}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", GPU_CASES.values(), ids=GPU_CASES)
+@pytest.mark.parametrize("name", ["triton", "blockwise"])
+@settings(max_examples=25)
+@given(st.data())
+def test_gpu_kernels_are_as_accurate_as_torch(name: str, case: tuple, data: st.DataObject) -> None:
+    dtype, heads, dims, sink, cut_count = case
+    intervals = to_device(data.draw(any_intervals(2000, sink)), "cuda")
+    problem = draw_problem(intervals, heads, dims, dtype, seed=data.draw(st.integers(0, 2**32 - 1)))
+    cuts = [data.draw(st.integers(0, intervals.key_count)) for _ in range(cut_count)]
+    assert_accurate(run(gpu_kernels(name), problem, cuts, backwards=data.draw(st.booleans())), problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gpu_kernels_take_any_layout(layout: str) -> None:
+    intervals = causal_intervals(517, 1031, "cuda")
+    problem = draw_problem(intervals, (4, 2), (64, 64), torch.bfloat16, layout=layout)
+    assert_accurate(run(gpu_kernels("triton"), problem), problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("queries", [0, 5])
+@pytest.mark.parametrize("keys", [0, 7])
+def test_no_rows_and_no_keys_give_zeros_on_gpus(queries: int, keys: int) -> None:
+    intervals = to_device(monotone_intervals(queries, keys, seed=0, sink=False), "cuda")
+    problem = draw_problem(intervals, (4, 2), (64, 64), torch.bfloat16)
+    assert_accurate(run(gpu_kernels("triton"), problem), problem)
+
+
+@pytest.mark.gpu
+def test_gpu_kernels_are_as_accurate_as_torch_on_a_long_ragged_problem() -> None:
+    problem = draw_problem(causal_intervals(5003, 6007, "cuda"), (2, 1), (128, 128), torch.float16)
+    assert_accurate(run(gpu_kernels("triton"), problem), problem)
+
+
+@pytest.mark.gpu
+def test_error_on_gpus_does_not_grow_with_the_number_of_launches() -> None:
+    problem = draw_problem(causal_intervals(2048, 2048, "cuda"), (4, 1), (128, 128), torch.bfloat16)
+    right, kernels = exact(problem), gpu_kernels("triton")
+    one, eight = (errors(run(kernels, problem, cuts), right) for cuts in ((), range(256, 2048, 256)))
+    for name, error in eight.items():
+        assert error <= 1.1 * one[name] + 1e-5, f"{name}: {error:.3g} in eight launches, {one[name]:.3g} in one"
+
+
+@pytest.mark.gpu
+def test_deterministic_gradients_repeat_bit_for_bit_on_gpus() -> None:
+    problem = draw_problem(causal_intervals(3001, 3001, "cuda"), (4, 2), (64, 64), torch.bfloat16)
+    first = run(gpu_kernels("triton"), problem, deterministic=True)
+    for _ in range(5):
+        assert_same(run(gpu_kernels("triton"), problem, deterministic=True), first)
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_32_bits_on_gpus() -> None:
+    """More than 2^31 elements in every tensor; the last rows are compared, which lie behind them."""
+    tokens, window, last = 1_100_000, 64, 200
+    if torch.cuda.mem_get_info()[0] < 60 * 2**30:
+        pytest.skip("needs 60 GiB of free GPU memory")
+    row = torch.arange(tokens, device="cuda", dtype=torch.int32)
+    intervals = KeyIntervals((row - window).clamp(min=0), row + 1, tokens)
+    random = torch.Generator("cuda").manual_seed(0)
+    query, key, value, dout = (
+        torch.empty(tokens, 16, 128, device="cuda", dtype=torch.bfloat16).normal_(generator=random) for _ in range(4)
+    )
+    whole = Problem(query, key, value, dout, torch.zeros(16, tokens, device="cuda"), intervals, 128**-0.5)
+    results = run(gpu_kernels("triton"), whole)
+    # The rows before `last` + window see other keys than in the cut problem, so only the rows behind are compared.
+    first = tokens - last - window
+    cut = Problem(
+        *(x[first:].clone() for x in (query, key, value, dout)),
+        torch.zeros(16, tokens - first, device="cuda"),
+        KeyIntervals(intervals.start[first:].sub(first).clamp(min=0), intervals.stop[first:] - first, tokens - first),
+        whole.scale,
+    )
+    tail = Results(*(x[..., -last:] if x is results.lse else x[-last:] for x in vars(results).values()))
+    right, theirs = (
+        Results(*(x[..., -last:] if x is r.lse else x[-last:] for x in vars(r).values()))
+        for r in (exact(cut), torch_own(cut))
+    )
+    theirs_errors = errors(theirs, right)
+    for name, error in errors(tail, right).items():
+        assert error <= 2 * theirs_errors[name] + 1e-5, name

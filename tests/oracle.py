@@ -1,0 +1,276 @@
+"""What every kernel is held against: float64 for truth, torch's own attention for how far off one may be.
+
+    problem = draw_problem(intervals, heads=(4, 2), dims=(64, 64), dtype=torch.bfloat16)
+    assert_accurate(run(blockwise, problem), problem)
+
+There is one tolerance, in `assert_accurate`.
+
+Legend: T query rows, S key rows, H query heads, Hk key heads, D head dimension, Dv value's.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from types import ModuleType
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from ringflash.kernels import reference
+from ringflash.kernels.intervals import KeyIntervals, causal_intervals, dense_intervals
+from ringflash.mask import Mask
+
+LAYOUTS = ("plain", "heads first", "part of wider rows", "one row for all")
+
+
+@dataclass(frozen=True, repr=False)
+class Problem:
+    """Inputs of attention and the gradients that reach its results."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    dout: Tensor
+    dlse: Tensor
+    intervals: KeyIntervals
+    scale: float
+
+    def __repr__(self) -> str:
+        """Shapes and bounds only: what a failing example has to show."""
+        tensors = ", ".join(
+            f"{x.name} {tuple(t.shape)} strides {t.stride()}"
+            for x in fields(self)
+            if isinstance(t := getattr(self, x.name), Tensor)
+        )
+        bounds = [bound.tolist() for pair in self.intervals.ranges() for bound in pair]
+        return f"Problem({self.query.dtype}, {tensors}, scale {self.scale}, bounds {bounds})"
+
+
+@dataclass(frozen=True)
+class Results:
+    out: Tensor
+    lse: Tensor
+    dquery: Tensor
+    dkey: Tensor
+    dvalue: Tensor
+
+
+def draw_problem(
+    intervals: KeyIntervals,
+    heads: tuple[int, int],
+    dims: tuple[int, int],
+    dtype: torch.dtype,
+    seed: int = 0,
+    layout: str = "plain",
+    scale: float | None = None,
+) -> Problem:
+    """A random problem on the intervals' device; gradients are zero for rows without keys."""
+    (query_heads, key_heads), (dim, value_dim) = heads, dims
+    device = intervals.start.device
+    random = torch.Generator(device).manual_seed(seed)
+
+    def tensor(rows: int, heads: int, dim: int) -> Tensor:
+        if layout == "heads first":
+            return torch.randn(heads, rows, dim, generator=random, device=device).to(dtype).transpose(0, 1)
+        if layout == "part of wider rows":
+            return torch.randn(rows, heads, dim + 8, generator=random, device=device).to(dtype)[..., :dim]
+        return torch.randn(rows, heads, dim, generator=random, device=device).to(dtype)
+
+    query = tensor(intervals.query_count, query_heads, dim)
+    key, value = (tensor(intervals.key_count, key_heads, x) for x in dims)
+    dout = tensor(intervals.query_count, query_heads, value_dim) * value_dim**-0.5  # so that all gradients are about 1
+    dlse = torch.randn(query_heads, intervals.query_count, generator=random, device=device)
+    if layout == "one row for all" and intervals.query_count:  # as the gradient of a sum over tokens
+        dout = dout[:1].expand_as(dout)
+    return Problem(query, key, value, dout, dlse * has_keys(intervals), intervals, scale or dim**-0.5)
+
+
+def has_keys(intervals: KeyIntervals) -> Tensor:
+    """(T,) whether a row sees any key."""
+    return torch.stack([start < stop for start, stop in intervals.ranges()]).any(0)
+
+
+def run(
+    kernels: ModuleType,
+    problem: Problem,
+    cuts: Sequence[int] = (),
+    backwards: bool = False,
+    out_dtype: torch.dtype | None = None,
+    deterministic: bool = False,
+) -> Results:
+    """A problem solved by one implementation, its keys cut into launches that pass the state on as a ring does."""
+    edges = [0, *sorted(cuts), problem.intervals.key_count]
+    launches = list(itertools.pairwise(edges))
+    launches = launches[::-1] if backwards else launches
+    operands = [
+        (problem.query, problem.key[a:b], problem.value[a:b], between(problem.intervals, a, b)) for a, b in launches
+    ]
+    accumulator = torch.promote_types(problem.query.dtype, torch.float32)
+    carry = None
+    for index, launch in enumerate(operands):
+        dtype = out_dtype if index == len(operands) - 1 else accumulator
+        carry = kernels.attend(*launch, scale=problem.scale, carry=carry, out_dtype=dtype)
+    out, lse = carry
+    dquery, dkeys, dvalues = None, {}, {}
+    delta = kernels.row_delta(problem.dout, out.to(problem.query.dtype), problem.dlse)
+    for index, (query, key, value, intervals) in enumerate(operands):
+        dquery, dkeys[launches[index]], dvalues[launches[index]] = kernels.attend_backward(
+            problem.dout,
+            query,
+            key,
+            value,
+            lse,
+            delta,
+            intervals,
+            scale=problem.scale,
+            carry=dquery,
+            dquery_dtype=None if index == len(operands) - 1 else accumulator,
+            dkey_dtype=out_dtype,
+            deterministic=deterministic,
+        )
+    dkey, dvalue = (torch.cat([parts[edge] for edge in sorted(parts)]) for parts in (dkeys, dvalues))
+    return Results(out, lse, dquery, dkey, dvalue)
+
+
+def between(intervals: KeyIntervals, first: int, last: int) -> KeyIntervals:
+    """The intervals of a launch that holds only the keys [first, last)."""
+    shown = [(bound.clamp(first, last) - first) for pair in intervals.ranges() for bound in pair]
+    return KeyIntervals(shown[0], shown[1], last - first, *shown[2:])
+
+
+def exact(problem: Problem) -> Results:
+    """float64 results of the reference."""
+    operands = (problem.query.double(), problem.key.double(), problem.value.double())
+    out, lse = reference.attend(*operands, problem.intervals, scale=problem.scale)
+    delta = reference.row_delta(problem.dout, out, problem.dlse)
+    gradients = reference.attend_backward(problem.dout, *operands, lse, delta, problem.intervals, scale=problem.scale)
+    return Results(out, lse, *gradients)
+
+
+def torch_own(problem: Problem) -> Results:
+    """Results of torch's scaled_dot_product_attention and autograd in the problem's own dtype, with a dense mask."""
+    query, key, value = (x.detach().clone().requires_grad_() for x in (problem.query, problem.key, problem.value))
+    key_HSD, value_HSD = (
+        x.repeat_interleave(query.shape[1] // x.shape[1], dim=1).transpose(0, 1) for x in (key, value)
+    )
+    query_HTD = query.transpose(0, 1)
+    visible = problem.intervals.visible().clone()
+    blind = ~visible.any(1)
+    visible[blind, 0] = True  # torch promises nothing for rows without keys: show one, and take no notice of them
+    out = scaled_dot_product_attention(
+        query_HTD[None], key_HSD[None], value_HSD[None], attn_mask=visible, scale=problem.scale
+    )[0].transpose(0, 1)
+    scores = (query_HTD.float() @ key_HSD.float().mT * problem.scale).masked_fill(~visible, -torch.inf)
+    lse = torch.logsumexp(scores, -1)
+    dout = problem.dout.masked_fill(blind[:, None, None], 0)
+    gradients = torch.autograd.grad((out, lse), (query, key, value), (dout, problem.dlse))
+    out = out.detach().masked_fill(blind[:, None, None], 0)
+    return Results(out, lse.detach().masked_fill(blind, -torch.inf), *gradients)
+
+
+def assert_accurate(results: Results, problem: Problem) -> None:
+    """The tolerance: at most twice the error of torch's own attention in the same dtype, and 1e-5.
+
+    Torch's error is the largest over at least 128 rows: on a handful of rows either side may be right by chance.
+    """
+    truth = exact(problem)
+    torch_errors = [errors(torch_own(p), exact(p)) for p in _alike(problem, rows=128)]
+    for name, error in errors(results, truth).items():
+        allowed = 2 * max((x[name] for x in torch_errors), default=0.0) + 1e-5
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def _alike(problem: Problem, rows: int) -> Iterator[Problem]:
+    """The problem, and as many others with the same intervals and magnitudes as `rows` rows take."""
+    queries = problem.intervals.query_count
+    if queries and problem.intervals.key_count:
+        for shift in range(-(-rows // queries)):
+            query, dout = problem.query.roll(shift, 2), problem.dout.roll(2 * shift + 1, 2)
+            yield replace(problem, query=query, dout=dout if shift else problem.dout)
+
+
+def errors(results: Results, right: Results) -> dict[str, float]:
+    """Largest error of each result by its name."""
+    pairs = {field.name: (getattr(results, field.name), getattr(right, field.name)) for field in fields(Results)}
+    for name, (x, y) in pairs.items():
+        assert x.shape == y.shape, f"{name} has shape {tuple(x.shape)}, not {tuple(y.shape)}"
+    return {name: largest_error(x, y) for name, (x, y) in pairs.items()}
+
+
+def largest_error(x: Tensor, right: Tensor) -> float:
+    """Largest absolute difference; infinite unless both are infinite at the same places."""
+    if not right.numel():
+        return 0.0
+    difference = (x.double() - right.double()).abs().masked_fill(x.double() == right.double(), 0)
+    return difference.nan_to_num(nan=torch.inf).max().item()
+
+
+def assert_same(a: Results, b: Results) -> None:
+    """Equal bit for bit."""
+    for field in fields(Results):
+        assert torch.equal(getattr(a, field.name), getattr(b, field.name)), field.name
+
+
+def to_device(intervals: KeyIntervals, device: str) -> KeyIntervals:
+    """The same intervals on another device."""
+    bounds = [bound.to(device) for pair in intervals.ranges() for bound in pair]
+    return KeyIntervals(bounds[0], bounds[1], intervals.key_count, *bounds[2:])
+
+
+# Random intervals
+
+
+@st.composite
+def any_intervals(draw: st.DrawFn, longest: int, sink: bool | None = None) -> KeyIntervals:
+    """Intervals of every kind that reaches a kernel, up to `longest` rows and keys; with or without sinks if asked."""
+    kinds = ["monotone", "mask", "mask"] if sink else ["monotone", "mask", "mask", "dense", "causal"]
+    kind = draw(st.sampled_from(kinds))
+    if kind == "mask":
+        return draw(mask_intervals(longest, sink))
+    queries, keys = draw(st.integers(1, longest)), draw(st.integers(1, longest))
+    if kind == "dense":
+        return dense_intervals(queries, keys)
+    if kind == "causal":
+        return causal_intervals(queries, keys)
+    return monotone_intervals(
+        queries, keys, draw(st.integers(0, 2**32 - 1)), draw(st.booleans()) if sink is None else sink
+    )
+
+
+def monotone_intervals(queries: int, keys: int, seed: int, sink: bool) -> KeyIntervals:
+    """Bounds that never decrease and promise nothing else: rows may be empty, steps are of any size."""
+    random = torch.Generator().manual_seed(seed)
+    start, stop, sink_start, sink_stop = (
+        torch.randint(0, keys + 1, (queries,), generator=random, dtype=torch.int32).sort().values for _ in range(4)
+    )
+    if not sink:
+        return KeyIntervals(start, stop, keys)
+    return KeyIntervals(start, stop, keys, sink_start, torch.minimum(sink_stop, start))
+
+
+@st.composite
+def mask_intervals(draw: st.DrawFn, longest: int, sink: bool | None = None) -> KeyIntervals:
+    """A mask over global positions, seen by a rank that holds one or two segments of queries and of keys."""
+    total = draw(st.integers(1, 2 * longest))
+    mask = Mask.causal() if draw(st.booleans()) else Mask.bidirectional()
+    if draw(st.booleans()):
+        mask &= Mask.documents([0, *sorted(draw(st.lists(st.integers(0, total), max_size=12))), total])
+    sinks = draw(st.integers(1, 8)) if sink or (sink is None and draw(st.booleans())) else 0
+    if sinks or draw(st.booleans()):
+        mask &= Mask.sliding_window(draw(st.integers(0, total)), draw(st.none() | st.integers(0, total)), sinks)
+    queries, keys = (draw(_segments(total, longest)) for _ in range(2))
+    bounds = torch.tensor([[*mask.key_interval(p), *mask.sink_interval(p)] for p in queries.tolist()]).T.contiguous()
+    start, stop, sink_start, sink_stop = torch.searchsorted(keys, bounds).to(torch.int32)
+    return KeyIntervals(start, stop, len(keys), *((sink_start, sink_stop) if sinks else ()))
+
+
+@st.composite
+def _segments(draw: st.DrawFn, total: int, longest: int) -> Tensor:
+    """Ascending positions below `total`, in one segment or two."""
+    edges = sorted(draw(st.lists(st.integers(0, total), min_size=4, max_size=4)))
+    held = [*range(edges[0], edges[1]), *range(edges[2], edges[3])] if draw(st.booleans()) else [*range(edges[3])]
+    return torch.tensor(held[-longest:] or [edges[0] - (edges[0] == total)])
