@@ -103,7 +103,9 @@ class Partition:
 
     def spec(self) -> str:
         """The partition as a string from which `resolve` makes it again."""
-        return json.dumps(self.segments)
+        # JSON written by hand, because torch.compile traces this and cannot trace the json module.
+        shares = [", ".join([f"[{start}, {stop}]" for start, stop in share]) for share in self.segments]
+        return "[" + ", ".join([f"[{share}]" for share in shares]) + "]"
 
 
 def check_name(partition: str | Partition) -> None:

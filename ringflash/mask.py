@@ -16,7 +16,7 @@ import itertools
 import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from ringflash.errors import ArgumentError
 
@@ -152,8 +152,16 @@ class Mask:
 
     def spec(self) -> str:
         """The rules as text, without the document boundaries; `from_spec` reads it."""
-        rules = asdict(self.without_documents())
-        return json.dumps({name: value for name, value in rules.items() if value not in (None, ())})
+        rules = {
+            "left": self.left,
+            "right": self.right,
+            "prefix": list(self.prefix) if isinstance(self.prefix, tuple) else self.prefix,
+            "chunks": list(self.chunks) or None,
+            "sink": self.sink or None,
+            "sink_left": self.sink_left,
+        }
+        # JSON written by hand, because torch.compile traces this and cannot trace the json module.
+        return "{" + ", ".join([f'"{name}": {value}' for name, value in rules.items() if value is not None]) + "}"
 
     @staticmethod
     def from_spec(spec: str) -> Mask:
