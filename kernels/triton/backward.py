@@ -10,10 +10,10 @@ Legend: M query rows, N key rows, D head dimension of keys, V of values.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+import triton
+import triton.language as tl
 from ringflash.errors import ArgumentError
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.triton.blocks import (
@@ -211,7 +211,7 @@ def attend_backward(
     carry: Tensor | None = None,
     dquery_dtype: torch.dtype | None = None,
     dkey_dtype: torch.dtype | None = None,
-    deterministic: bool = False,  # noqa: ARG001 - these kernels always are
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ringflash.kernels.reference.attend_backward. A carry is overwritten where it can hold the result."""
     check_operands(query, key, value, intervals, scale)
@@ -262,7 +262,7 @@ def launch_key_gradients(
         GROUP=heads // key_heads, M=tiles.queries, N=tiles.keys, DIM=dim, PADDED_DIM=padded(dim),
         VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded(value_dim),
         HAS_SINK=intervals.has_sink, DESCRIPTORS=descriptors,
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        **tiles.options(),
     )  # fmt: skip
     return dkey, dvalue
 
@@ -301,7 +301,7 @@ def launch_query_gradient(
         GROUP=heads // key_heads, M=tiles.queries, N=tiles.keys, DIM=dim, PADDED_DIM=padded(dim),
         VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded(value_dim),
         HAS_CARRY=carry is not None, HAS_SINK=intervals.has_sink, DESCRIPTORS=descriptors,
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        **tiles.options(),
     )  # fmt: skip
     return dquery
 

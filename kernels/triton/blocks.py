@@ -26,15 +26,17 @@ def load_block(
     are 64-bit up to the first row, 32-bit within a block.
     """
     if DESCRIPTOR:
-        return x.load([head, row, 0]).reshape(BLOCK, PADDED_DIM)
-    block_row = tl.arange(0, BLOCK)
-    column = tl.arange(0, PADDED_DIM)
-    first = x + tl.cast(head, tl.int64) * head_stride + tl.cast(row, tl.int64) * row_stride
-    pointers = first + block_row[:, None] * row_stride + column[None, :]
-    inside = row + block_row[:, None] < rows
-    if DIM != PADDED_DIM:
-        inside = inside & (column[None, :] < DIM)
-    return tl.load(pointers, mask=inside, other=0.0)
+        block = x.load([head, row, 0]).reshape(BLOCK, PADDED_DIM)
+    else:
+        block_row = tl.arange(0, BLOCK)
+        column = tl.arange(0, PADDED_DIM)
+        first = x + tl.cast(head, tl.int64) * head_stride + tl.cast(row, tl.int64) * row_stride
+        pointers = first + block_row[:, None] * row_stride + column[None, :]
+        inside = row + block_row[:, None] < rows
+        if DIM != PADDED_DIM:
+            inside = inside & (column[None, :] < DIM)
+        block = tl.load(pointers, mask=inside, other=0.0)
+    return block
 
 
 @triton.jit

@@ -10,10 +10,10 @@ Legend: M query rows of a tile, N key rows of a block, D head dimension of keys,
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+import triton
+import triton.language as tl
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.reference import Carry
 from ringflash.kernels.triton.blocks import (
@@ -181,6 +181,6 @@ def launch_forward(
         GROUP=heads // key_heads, M=tiles.queries, N=tiles.keys, DIM=dim, PADDED_DIM=padded(dim),
         VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded(value_dim),
         HAS_CARRY=carry is not None, HAS_SINK=intervals.has_sink, DESCRIPTORS=descriptors,
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        **tiles.options(),
     )  # fmt: skip
     return out, lse

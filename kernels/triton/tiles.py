@@ -11,8 +11,8 @@ import functools
 from dataclasses import dataclass
 
 import torch
-import triton
 
+import triton
 from ringflash.errors import ArgumentError
 
 
@@ -26,6 +26,7 @@ class Tiles:
         warps: warps in a program.
         stages: blocks in flight between memory and the matrix units.
         descriptors: whether blocks are read by the tensor memory engine instead of by pointers.
+        registers: most registers a thread may take, so that more programs share a multiprocessor; None for no bound.
     """
 
     queries: int
@@ -33,6 +34,12 @@ class Tiles:
     warps: int
     stages: int
     descriptors: bool = False
+    registers: int | None = None
+
+    def options(self) -> dict[str, int]:
+        """What the compiler is told."""
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return options if self.registers is None else {**options, "maxnreg": self.registers}
 
 
 @functools.cache
@@ -84,22 +91,22 @@ _FORWARD = {
         64: Tiles(128, 128, 4, 3, True),
         128: Tiles(128, 64, 8, 3, True),
         256: Tiles(128, 64, 8, 2, True),
-        "fp32": Tiles(64, 32, 4, 2),
-        "fp32 wide": Tiles(32, 32, 4, 1),
+        "fp32": Tiles(32, 32, 8, 1),
+        "fp32 wide": Tiles(16, 32, 8, 1),
     },
     "ampere": {
         64: Tiles(128, 64, 4, 3),
         128: Tiles(128, 64, 8, 3),
         256: Tiles(64, 64, 8, 2),
-        "fp32": Tiles(64, 32, 4, 2),
-        "fp32 wide": Tiles(32, 32, 4, 1),
+        "fp32": Tiles(32, 32, 8, 1),
+        "fp32 wide": Tiles(16, 32, 8, 1),
     },
     "consumer": {
         64: Tiles(128, 64, 4, 3),
         128: Tiles(128, 32, 4, 2),
         256: Tiles(64, 32, 4, 2),
-        "fp32": Tiles(32, 32, 4, 2),
-        "fp32 wide": Tiles(16, 32, 4, 1),
+        "fp32": Tiles(32, 32, 8, 1),
+        "fp32 wide": Tiles(16, 32, 8, 1),
     },
     "cdna": {
         64: Tiles(128, 64, 4, 2),
@@ -115,22 +122,22 @@ _KEY_GRADIENT = {
         64: Tiles(64, 128, 8, 3, True),
         128: Tiles(64, 128, 8, 2, True),
         256: Tiles(64, 64, 8, 1, True),
-        "fp32": Tiles(32, 32, 4, 1),
-        "fp32 wide": Tiles(16, 32, 4, 1),
+        "fp32": Tiles(16, 32, 8, 1),
+        "fp32 wide": Tiles(16, 16, 8, 1),
     },
     "ampere": {
         64: Tiles(64, 128, 8, 2),
         128: Tiles(32, 128, 8, 2),
         256: Tiles(32, 64, 8, 1),
-        "fp32": Tiles(32, 32, 4, 1),
-        "fp32 wide": Tiles(16, 32, 4, 1),
+        "fp32": Tiles(16, 32, 8, 1),
+        "fp32 wide": Tiles(16, 16, 8, 1),
     },
     "consumer": {
         64: Tiles(32, 128, 8, 2),
         128: Tiles(32, 64, 4, 2),
         256: Tiles(16, 32, 4, 1),
-        "fp32": Tiles(16, 32, 4, 1),
-        "fp32 wide": Tiles(16, 16, 4, 1),
+        "fp32": Tiles(16, 32, 8, 1),
+        "fp32 wide": Tiles(16, 16, 8, 1),
     },
     "cdna": {
         64: Tiles(32, 128, 4, 1),
@@ -146,22 +153,22 @@ _QUERY_GRADIENT = {
         64: Tiles(128, 64, 8, 3, True),
         128: Tiles(128, 64, 8, 2, True),
         256: Tiles(64, 64, 8, 1, True),
-        "fp32": Tiles(32, 32, 4, 1),
-        "fp32 wide": Tiles(32, 16, 4, 1),
+        "fp32": Tiles(16, 16, 8, 1),
+        "fp32 wide": Tiles(16, 16, 8, 1),
     },
     "ampere": {
         64: Tiles(128, 64, 8, 2),
         128: Tiles(128, 32, 8, 2),
         256: Tiles(64, 32, 8, 1),
-        "fp32": Tiles(32, 32, 4, 1),
-        "fp32 wide": Tiles(32, 16, 4, 1),
+        "fp32": Tiles(16, 16, 8, 1),
+        "fp32 wide": Tiles(16, 16, 8, 1),
     },
     "consumer": {
         64: Tiles(128, 32, 8, 2),
         128: Tiles(64, 32, 4, 2),
         256: Tiles(32, 16, 4, 1),
-        "fp32": Tiles(32, 16, 4, 1),
-        "fp32 wide": Tiles(16, 16, 4, 1),
+        "fp32": Tiles(16, 16, 8, 1),
+        "fp32 wide": Tiles(16, 16, 8, 1),
     },
     "cdna": {
         64: Tiles(128, 32, 4, 1),

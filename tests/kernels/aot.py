@@ -1,0 +1,124 @@
+"""Compiles Triton kernels for chips that are not there, and reads what they would use of them.
+
+The compiler that ships with triton needs no GPU. Kernels are compiled as the launchers launch them: the launcher runs
+on tensors without storage, and a stand-in for the kernel catches its arguments.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+"""Bytes of shared memory that one program may use."""
+
+_POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel uses."""
+
+    registers: int
+    spilled: int
+    """Bytes (NVIDIA: stores of one thread; AMD: vector registers times 4)."""
+    shared: int
+    warnings: tuple[str, ...]
+    """What ptxas says about wgmma that it had to serialise."""
+    assembly: str
+
+
+class Caught:
+    """Stands for a kernel: `Caught(kernel)[grid](*arguments, **constants)` records the call instead of launching."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return self._record
+
+    def _record(self, *arguments, **keywords):
+        self.arguments = dict(zip(self.kernel.arg_names, arguments, strict=False))
+        self.constants = {name: x for name, x in keywords.items() if name in self.kernel.arg_names}
+        self.options = {name: x for name, x in keywords.items() if name not in self.kernel.arg_names}
+
+
+def catch(module, kernel_name: str, launch) -> Caught:
+    """The call of `module.kernel_name` that `launch()` makes."""
+    caught = Caught(getattr(module, kernel_name))
+    with mock.patch.object(module, kernel_name, caught):
+        launch()
+    return caught
+
+
+def compile_for(target: str, call: Caught) -> Resources:
+    """Compile a caught call for one of TARGETS."""
+    names, unspecialised = call.kernel.arg_names, call.kernel.do_not_specialize or ()
+    signature, constants, attributes = {}, {}, {}
+    for index, name in enumerate(names):
+        x = call.constants[name] if name in call.constants else call.arguments[name]
+        if name in call.constants or x is None:
+            signature[name], constants[(index,)] = "constexpr", x
+        elif isinstance(x, torch.Tensor):
+            signature[name], attributes[(index,)] = _POINTERS[x.dtype], [["tt.divisibility", 16]]
+        elif isinstance(x, float):
+            signature[name] = "fp32"
+        elif isinstance(x, int):
+            signature[name] = "i32"
+            if name not in unspecialised and x % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = f"tensordesc<{_POINTERS[x.base.dtype][1:]}{list(x.block_shape)}>"
+    source = ASTSource(call.kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=TARGETS[target], options=call.options)
+    return _read_amd(compiled) if TARGETS[target].backend == "hip" else _read_nvidia(compiled, target)
+
+
+def _read_nvidia(compiled, target: str) -> Resources:
+    from triton.backends.nvidia.compiler import get_ptxas  # absent from builds without the NVIDIA backend
+
+    chip = target + ("" if target == "sm_80" else "a")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(compiled.asm["ptx"])
+        command = [get_ptxas(TARGETS[target].arch).path, "-v", f"--gpu-name={chip}", source, "-o", Path(folder, "out")]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return Resources(
+        registers=int(re.search(r"Used (\d+) registers", report)[1]),
+        spilled=int(re.search(r"(\d+) bytes spill stores", report)[1]),
+        shared=compiled.metadata.shared,
+        warnings=tuple(line for line in report.splitlines() if re.search(r"C75\d\d|serializ", line)),
+        assembly=compiled.asm["ptx"],
+    )
+
+
+def _read_amd(compiled) -> Resources:
+    text = compiled.asm["amdgcn"]
+    return Resources(
+        registers=int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1]),
+        spilled=4 * int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1]),
+        shared=compiled.metadata.shared,
+        warnings=(),
+        assembly=text,
+    )
