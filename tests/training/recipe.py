@@ -1,0 +1,110 @@
+"""Small training runs that tests hand to the workers, and the plain PyTorch run they must equal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from ringflash import shard_batch
+from ringflash.configs.schema import AttentionConfig, EngineConfig, ModelConfig, OptimizerConfig
+from ringflash.training import checkpoint
+from ringflash.training.engine import create_engine, parameter_shapes
+from ringflash.training.model import Transformer
+
+# Sizes that neither 2 nor 4 ranks divide. Adam's first steps would turn rounding into whole steps where a gradient is
+# almost zero; a large eps makes the update linear in the gradient.
+MODEL = ModelConfig(30, 50, 2, 3, 1)
+OPTIMIZER = OptimizerConfig(lr=1e-1, eps=1e-2, weight_decay=0.1, clip=0.3)
+VOCABULARY, SEQLEN, SEQUENCES = 65, 101, 4
+DOCUMENTS = ([0, 17, 101], [0, 101], [0, 50, 51, 101], [0, 99, 101])
+
+
+def build(group=None, model=MODEL, **options):
+    torch.manual_seed(0)
+    return Transformer(model, VOCABULARY, AttentionConfig(), group, **options)
+
+
+def batches(step):
+    """The four sequences of a step, each with its documents."""
+    ids = torch.randint(VOCABULARY, (SEQUENCES, SEQLEN), generator=torch.Generator().manual_seed(step))
+    return [{"input_ids": ids[i : i + 1], "cu_seqlens": DOCUMENTS[i]} for i in range(SEQUENCES)]
+
+
+def together(rows):
+    """One batch of several sequences."""
+    bounds = [0]
+    for index, row in enumerate(rows):
+        bounds += [index * SEQLEN + bound for bound in row["cu_seqlens"][1:]]
+    return {"input_ids": torch.cat([row["input_ids"] for row in rows]), "cu_seqlens": bounds}
+
+
+def steps(
+    name,
+    degree,
+    first=0,
+    last=2,
+    micro_batch=SEQUENCES,
+    dtype=torch.float32,
+    folder=None,
+    resume=None,
+    tied=True,
+    optimizer=OPTIMIZER,
+    **options,
+):
+    """Train from step `first` to `last` on all ranks of this worker's pool.
+
+    Returns [(loss, gradient norm), ...] and the engine's state; saves to `folder` at the end, starts from `resume`.
+    """
+    world = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world // degree, degree), mesh_dim_names=("data", "sequence"))
+    group, data_rank, data_ranks = mesh["sequence"].get_group(), mesh["data"].get_local_rank(), world // degree
+    model = build(group, ModelConfig(30, 50, 2, 3, 1, tie_word_embeddings=tied), dtype=dtype, **options)
+    found = None if resume is None else checkpoint.Checkpoint(Path(resume))
+    if found is not None:
+        found.check_shapes(parameter_shapes(model))
+        assert found.state == {"step": first}
+    accumulation = SEQUENCES // (micro_batch * data_ranks)
+    read = None if found is None else found.read
+    engine = create_engine(model, EngineConfig(name), optimizer, accumulation, read, first)
+    curve = []
+    for step in range(first, last):
+        mine = batches(step)[data_rank::data_ranks]
+        micro = [together(mine[i : i + micro_batch]) for i in range(0, len(mine), micro_batch)]
+        loss, norm = engine.train_step([shard_batch(batch, group) for batch in micro], optimizer.lr)
+        curve.append((loss.item(), norm.item()))
+    if folder is not None:
+        checkpoint.save(Path(folder), last, engine.tensors(), engine.shapes, {"step": last}, keep=9)
+    return curve, {name: tensor.detach().clone() for name, tensor in engine.tensors()}
+
+
+def plain(last=2, tied=True, optimizer=OPTIMIZER):
+    """The same run on one device without any engine: torch's cross entropy, autograd and AdamW over the whole step."""
+    model = build(model=ModelConfig(30, 50, 2, 3, 1, tie_word_embeddings=tied))
+    matrices = [weight for weight in model.parameters() if weight.dim() == 2]
+    vectors = [weight for weight in model.parameters() if weight.dim() == 1]
+    adam = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": optimizer.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=optimizer.lr,
+        betas=(optimizer.beta1, optimizer.beta2),
+        eps=optimizer.eps,
+    )
+    curve = []
+    for step in range(last):
+        batch = together(batches(step))
+        dealt = shard_batch(batch)
+        labels = dealt.pop("labels")
+        loss = torch.nn.functional.cross_entropy(model(**dealt).flatten(0, 1), labels.flatten(), ignore_index=-100)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optimizer.clip or float("inf"))
+        adam.step()
+        adam.zero_grad()
+        curve.append((loss.item(), norm.item()))
+    state = {}
+    for name, weight in model.named_parameters():
+        state[f"weight/{name}"] = weight.detach()
+        for moment in ("exp_avg", "exp_avg_sq"):
+            state[f"{moment}/{name}"] = adam.state[weight][moment]
+    return curve, state

@@ -1,0 +1,251 @@
+"""Checkpoints: whole or not there, found damaged before use, and at home under every engine and number of ranks."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import signal
+
+import pytest
+import recipe
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from test_engine import assert_same
+
+from ringflash.errors import CheckpointError
+from ringflash.training import checkpoint
+from ringflash.training.checkpoint import Checkpoint
+from ringflash.training.optimizer import MOMENTS
+
+SHAPES = {"embed.weight": (7, 3), "norm.weight": (3,)}
+FILES = (checkpoint.WEIGHTS, checkpoint.OPTIMIZER, checkpoint.STATE)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _alone():
+    """`save` is a collective; here of one rank."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def tensors(step):
+    generator = torch.Generator().manual_seed(step)
+    for name, shape in SHAPES.items():
+        for kind in ("weight", *MOMENTS):
+            yield f"{kind}/{name}", torch.randn(shape, generator=generator)
+
+
+def save(root, step, keep=9):
+    return checkpoint.save(root, step, tensors(step), SHAPES, {"step": step, "text": "ß"}, keep)
+
+
+def assert_holds(path, step):
+    found = Checkpoint(path)
+    assert found.state == {"step": step, "text": "ß"}
+    for name, tensor in tensors(step):
+        assert torch.equal(found.read(name), tensor)
+
+
+def test_what_was_saved_is_read_back_and_is_plain_safetensors(tmp_path):
+    path = save(tmp_path, 5)
+    assert_holds(path, 5)
+    weights = load_file(path / checkpoint.WEIGHTS)
+    assert weights.keys() == SHAPES.keys()
+    assert torch.equal(weights["norm.weight"], dict(tensors(5))["weight/norm.weight"])
+    assert (tmp_path / "latest").read_text() == path.name
+
+
+@pytest.mark.parametrize("file", [*FILES, checkpoint.MANIFEST])
+@given(data=st.data())
+def test_a_flipped_bit_anywhere_is_found_and_its_file_named(tmp_path_factory, file, data):
+    path = save(tmp_path_factory.mktemp("run"), 1)
+    content = bytearray((path / file).read_bytes())
+    bit = data.draw(st.integers(0, 8 * len(content) - 1))
+    content[bit // 8] ^= 1 << bit % 8
+    (path / file).write_bytes(content)
+    if file != checkpoint.MANIFEST:
+        with pytest.raises(CheckpointError, match=f"{path / file} is damaged"):
+            Checkpoint(path)
+        return
+    try:  # a manifest that still says the same, like one with other white space, does no harm
+        assert_holds(path, 1)
+    except CheckpointError as error:
+        assert str(path) in str(error)  # noqa: PT017
+
+
+@pytest.mark.parametrize("file", [*FILES, checkpoint.MANIFEST])
+def test_a_short_or_absent_file_is_named(tmp_path, file):
+    path = save(tmp_path, 1)
+    content = (path / file).read_bytes()
+    (path / file).write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match=f"{path / file}"):
+        Checkpoint(path)
+    (path / file).unlink()
+    with pytest.raises(CheckpointError, match=f"{path / file}: No such file"):
+        Checkpoint(path)
+
+
+def test_the_newest_complete_checkpoint_wins(tmp_path):
+    assert checkpoint.newest(tmp_path / "none") is None
+    first, second = save(tmp_path, 90), save(tmp_path, 100)
+    assert checkpoint.newest(tmp_path) == second
+    (tmp_path / "step-00000200.partial").mkdir()
+    (tmp_path / "step-00000300").mkdir()
+    (tmp_path / "latest").unlink()
+    assert checkpoint.newest(tmp_path) == second
+    (second / checkpoint.MANIFEST).unlink()
+    assert checkpoint.newest(tmp_path) == first
+
+
+def test_only_the_newest_are_kept_and_what_a_killed_run_left_is_removed(tmp_path):
+    (tmp_path / "step-00000001.partial").mkdir()
+    for step in (10, 9, 11, 100):
+        save(tmp_path, step, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000011", "step-00000100"]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "said"),
+    [
+        ({"embed.weight": (7, 4), "norm.weight": (3,)}, r"embed.weight is \(7, 3\) there and \(7, 4\) here"),
+        ({"embed.weight": (7, 3)}, r"norm.weight is \(3,\) there and absent here"),
+        ({**SHAPES, "head.weight": (7, 3)}, r"head.weight is absent there and \(7, 3\) here"),
+    ],
+    ids=["shape", "missing_here", "missing_there"],
+)
+def test_a_checkpoint_of_another_model_is_refused_by_parameter(tmp_path, shapes, said):
+    with pytest.raises(CheckpointError, match=said):
+        Checkpoint(save(tmp_path, 1)).check_shapes(shapes)
+
+
+class _FailingWrites:
+    """Lets so many writes, renames and syncs pass, then the disk is full."""
+
+    def __init__(self, monkeypatch, passing):
+        self.left = passing
+        for owner, name in (
+            (checkpoint._HashedFile, "write"),
+            (os, "fsync"),
+            (os, "replace"),
+            (checkpoint.Path, "rename"),
+            (checkpoint.Path, "mkdir"),
+        ):
+            monkeypatch.setattr(owner, name, self._wrap(getattr(owner, name)))
+
+    def _wrap(self, function):
+        def limited(*args, **kwargs):
+            self.left -= 1
+            if self.left < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return function(*args, **kwargs)
+
+        return limited
+
+
+def test_a_disk_that_is_full_at_any_moment_leaves_a_good_checkpoint(tmp_path):
+    failures = 0
+    for passing in range(100):
+        root = tmp_path / str(passing)
+        first = save(root, 1)
+        with pytest.MonkeyPatch.context() as patch:
+            _FailingWrites(patch, passing)
+            try:
+                save(root, 2)
+                break
+            except CheckpointError as error:
+                failures += 1
+                assert "No space left on device" in str(error)  # noqa: PT017
+                assert "the last good one is" in str(error)  # noqa: PT017
+        found = checkpoint.newest(root)
+        assert_holds(found, 1 if found == first else 2)
+        assert_holds(save(root, 3), 3)
+    assert failures > 15
+
+
+def _save_beyond_the_limit(folder):
+    """The kernel itself refuses to let a file grow, halfway through rank 0's weights."""
+    recipe.steps("zero2", degree=2, last=1, folder=folder)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    try:
+        recipe.steps("zero2", degree=2, last=2, folder=folder)
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+def test_every_rank_hears_that_rank_0_could_not_write(pool, tmp_path):
+    said = pool(2).run(_save_beyond_the_limit, str(tmp_path))
+    assert said[0] == said[1]
+    assert "step-00000002: not saved: [Errno 27] File too large" in said[0]
+    assert f"the last good one is {tmp_path / 'step-00000001'}" in said[0]
+    assert not list(tmp_path.glob("*.partial"))
+    Checkpoint(tmp_path / "step-00000001")
+
+
+def _open(path):
+    try:
+        Checkpoint(path)
+    except CheckpointError as error:
+        return str(error)
+
+
+def test_every_rank_refuses_a_damaged_checkpoint(pool, tmp_path):
+    path = save(tmp_path, 1)
+    with open(path / checkpoint.OPTIMIZER, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 4]))
+    assert (
+        pool(2).run(_open, path)
+        == [f"{path / checkpoint.OPTIMIZER} is damaged: its SHA-256 is not the one in {checkpoint.MANIFEST}"] * 2
+    )
+
+
+def test_an_unknown_format_is_refused(tmp_path):
+    path = save(tmp_path, 1)
+    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
+    (path / checkpoint.MANIFEST).write_text(json.dumps({**manifest, "format": 99}))
+    with pytest.raises(CheckpointError, match="format 99; this version reads format 1"):
+        Checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (("ddp", 2), ("ddp", 1)),
+        (("zero2", 2), ("ddp", 1)),
+        (("zero1", 2), ("zero2", 2)),
+        (("zero3", 2), ("zero1", 4)),
+        (("ddp", 2), ("zero3", 4)),
+        (("zero3", 4), ("zero3", 2)),
+    ],
+    ids=lambda side: f"{side[0]}x{side[1]}",
+)
+def test_a_run_goes_on_under_another_engine_and_number_of_ranks(pool, tmp_path, before, after):
+    expected = recipe.plain(last=4)
+    (name, ranks), (next_name, next_ranks) = before, after
+    pool(ranks).run(recipe.steps, name, degree=ranks, folder=str(tmp_path))
+    path = str(tmp_path / "step-00000002")
+    for curve, state in pool(next_ranks).run(
+        recipe.steps, next_name, degree=min(next_ranks, 2), micro_batch=1, first=2, last=4, resume=path
+    ):
+        assert_same((curve, state), (expected[0][2:], expected[1]))
+
+
+@pytest.mark.parametrize("name", ["ddp", "zero1", "zero2", "zero3"])
+def test_a_resumed_bf16_run_equals_one_that_never_stopped(pool, tmp_path, name):
+    options = {"degree": 2, "dtype": torch.bfloat16}
+    curve, state = pool(2).run(recipe.steps, name, last=4, **options)[0]
+    pool(2).run(recipe.steps, name, folder=str(tmp_path), **options)
+    resumed = pool(2).run(recipe.steps, name, first=2, last=4, resume=str(tmp_path / "step-00000002"), **options)[0]
+    assert resumed[0] == curve[2:]
+    assert all(torch.equal(resumed[1][key], state[key]) for key in state)

@@ -1,0 +1,104 @@
+"""A training step is the same function whatever the engine, the sharding and the accumulation."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import recipe
+import torch
+
+from ringflash.configs.schema import EngineConfig
+from ringflash.training.engine import create_engine
+from ringflash.training.optimizer import learning_rate
+
+ENGINES = ("ddp", "zero1", "zero2", "zero3")
+
+
+def assert_same(result, expected):
+    """Losses, norms, weights and moments agree up to some roundings of fp32, of each tensor's largest value."""
+    curve, state = result
+    torch.testing.assert_close(torch.tensor(curve), torch.tensor(expected[0]), rtol=1e-5, atol=1e-5)
+    assert state.keys() == expected[1].keys()
+    for name, tensor in state.items():
+        largest = expected[1][name].abs().max().item()
+        torch.testing.assert_close(
+            tensor, expected[1][name], rtol=0, atol=2e-5 * largest, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("micro_batch", [4, 1], ids=["one_batch", "accumulated"])
+@pytest.mark.parametrize("name", ENGINES)
+def test_two_sequence_ranks_train_as_one_device_does(pool, name, micro_batch):
+    expected = recipe.plain()
+    for result in pool(2).run(recipe.steps, name, degree=2, micro_batch=micro_batch):
+        assert_same(result, expected)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_data_and_sequence_ranks_together_train_as_one_device_does(pool, name):
+    expected = recipe.plain()
+    for result in pool(4).run(recipe.steps, name, degree=2, micro_batch=1):
+        assert_same(result, expected)
+
+
+@pytest.mark.parametrize("name", ["ddp", "zero3"])
+def test_data_ranks_alone_train_as_one_device_does(pool, name):
+    expected = recipe.plain(tied=False)
+    for result in pool(2).run(recipe.steps, name, degree=1, micro_batch=2, tied=False):
+        assert_same(result, expected)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_no_clipping_means_none(pool, name):
+    free = dataclasses.replace(recipe.OPTIMIZER, clip=0.0, lr=1e-2)
+    expected = recipe.plain(optimizer=free)
+    assert expected[0][0][1] > 0.3  # clipping would have changed it
+    for result in pool(2).run(recipe.steps, name, degree=2, optimizer=free):
+        assert_same(result, expected)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_activation_checkpointing_changes_nothing(pool, name):
+    expected = pool(2).run(recipe.steps, name, degree=2)
+    for result, same in zip(
+        pool(2).run(recipe.steps, name, degree=2, activation_checkpointing=True), expected, strict=True
+    ):
+        assert result[0] == same[0]
+        assert all(torch.equal(result[1][key], same[1][key]) for key in same[1])
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_bf16_keeps_master_weights_in_fp32(pool, name):
+    curve, state = pool(2).run(recipe.steps, name, degree=2, dtype=torch.bfloat16)[0]
+    expected, _ = recipe.plain()
+    torch.testing.assert_close(torch.tensor(curve), torch.tensor(expected), rtol=0.02, atol=0.02)
+    weight = state["weight/layers.0.mlp.up_proj.weight"]
+    assert weight.dtype == torch.float32
+    assert not torch.equal(weight, weight.bfloat16().float())
+
+
+def _all_masked(name):
+    model = recipe.build(None)
+    engine = create_engine(model, EngineConfig(name), recipe.OPTIMIZER)
+    ids = torch.zeros(1, 8, dtype=torch.int64)
+    batch = {"input_ids": ids, "position_ids": ids, "labels": torch.full_like(ids, -100), "seqlen": 16}
+    loss, norm = engine.train_step([batch], 1e-3)
+    return loss.item(), norm.item(), all(torch.isfinite(weight).all() for _, weight in engine.tensors())
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_step_without_labels_leaves_finite_weights(pool, name):
+    assert pool(2).run(_all_masked, name) == [(0.0, 0.0, True)] * 2
+
+
+def test_learning_rate_warms_up_then_falls_to_its_floor():
+    config = dataclasses.replace(recipe.OPTIMIZER, lr=2.0, warmup_steps=4, min_lr_ratio=0.25)
+    rates = [learning_rate(config, step, steps=20) for step in range(20)]
+    assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
+    assert all(a > b for a, b in itertools.pairwise(rates[4:]))
+    assert rates[4] == 2.0
+    assert math.isclose(rates[19], 0.5)
+    assert learning_rate(config, 30, steps=20) == rates[19]
