@@ -109,9 +109,7 @@ def _cached_program(
     group: dist.ProcessGroup | None,
     device: torch.device,
 ) -> Program:
-    rows = Mask.documents(*([i * tokens for i in range(call.batch + 1)] for tokens in (call.key_seqlen, call.seqlen)))
-    # Documents meet the rows of the batch first: a prefix for each document counts them, empty ones too.
-    mask = Mask.from_spec(call.mask) & (rows if documents[0] is None else Mask.documents(*documents) & rows)
+    mask = Mask.from_spec(call.mask) & _separated(call, documents)
     if group is None:
         bounds = (
             None if x is None else torch.tensor(x, device=device) for x in (mask.boundaries, mask.query_boundaries)
@@ -122,6 +120,17 @@ def _cached_program(
         for tokens in (call.seqlen, call.key_seqlen)
     )
     return rank_program(ring(mask, queries, keys), mask, group.rank(), device)
+
+
+def _separated(call: Call, documents: tuple[tuple[int, ...] | None, tuple[int, ...] | None]) -> Mask:
+    """The rows of the batch, and the documents within them."""
+    lengths = (call.key_seqlen, call.seqlen)
+    rows = Mask.documents(*([i * tokens for i in range(call.batch + 1)] for tokens in lengths))
+    for name, bounds, tokens in zip(("cu_seqlens", "query_cu_seqlens"), documents, lengths, strict=True):
+        if bounds is not None and bounds[-1:] != (call.batch * tokens,):
+            raise ArgumentError(f"{name}={bounds}; it must end at {call.batch} x {tokens} tokens over all ranks")
+    # Documents first: a prefix for each document counts them, empty ones too.
+    return rows if documents[0] is None else Mask.documents(*documents) & rows
 
 
 def _device_program(call: Call, boundaries: Tensor, query_boundaries: Tensor | None, device: torch.device) -> Program:
