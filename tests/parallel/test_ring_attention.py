@@ -296,33 +296,57 @@ def test_weight_gradients_under_ddp_over_data_and_sequence_ranks_equal_one_devic
 # The operator
 
 
-def _compiled(backend, group_is_used):
-    problem = Problem(Mask.causal() & Mask.sliding_window(20), Shape(length=40))
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if group_is_used else (0, 1)
+def _compiled(backend, mask, partition, documents):
+    length = 40
+    problem = Problem(mask, Shape(length=length), partition)
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     rows = problem.rows(rank, ranks)
     *leaves, dout = (x[:, rows] for x in problem.inputs())
-    module = DistributedFlashAttention(problem.mask)
+    module = DistributedFlashAttention(mask, partition=partition)
 
     def layer(q, k, v, cu_seqlens):
-        return module(q * 2, k, v + 1, cu_seqlens=cu_seqlens, seqlen=40).sin()
+        return module(q * 2, k, v + 1, cu_seqlens=cu_seqlens, seqlen=length).sin()
 
-    results = []
-    for function in (layer, torch.compile(layer, fullgraph=True, backend=backend)):
-        for cuts in ((0, 40), (0, 13, 40), (0, 13, 20, 40)):
-            inner = [x.detach().clone().requires_grad_() for x in leaves]
-            out = function(*inner, torch.tensor(cuts))
-            results.append((out, *torch.autograd.grad(out, inner, dout)))
-    half = len(results) // 2
-    for plain, compiled in zip(results[:half], results[half:], strict=True):
-        torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-5)
+    def gradients(function, cu_seqlens):
+        inner = [x.detach().clone().requires_grad_() for x in leaves]
+        out = function(*inner, cu_seqlens)
+        return (out, *torch.autograd.grad(out, inner, dout))
 
-
-def test_it_compiles_without_graph_breaks_on_one_device():
-    _compiled("inductor", False)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    for cuts in documents:
+        cu_seqlens = None if cuts is None else torch.tensor([0, *cuts, length])
+        expected = gradients(layer, cu_seqlens)
+        torch.testing.assert_close(gradients(compiled, cu_seqlens), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_it_compiles_without_graph_breaks_on_two_ranks(pool):
-    pool(2).run(_compiled, "aot_eager", True, timeout=120)
+def test_it_compiles_by_inductor_without_graph_breaks():
+    _compiled("inductor", Mask.causal() & Mask.sliding_window(20), "zigzag", [[13]])
+
+
+@pytest.mark.parametrize(
+    ("mask", "documents"),
+    [
+        (Mask.causal(), [None, [], [13], [7, 13], [3, 20]]),
+        (Mask.prefix_lm([3, 5]) & Mask.chunked(9), [[20], [31]]),
+        (Mask.sliding_window(5, sink=2), [None, [13]]),
+    ],
+    ids=["causal", "prefix-chunked", "window-sink"],
+)
+def test_it_traces_without_graph_breaks_on_one_device(mask, documents):
+    _compiled("aot_eager", mask, "zigzag", documents)
+
+
+OWN = Partition(40, (((0, 9), (30, 40)), ((9, 30),)))
+
+
+@pytest.mark.parametrize(
+    ("partition", "documents"),
+    [("zigzag", [None, [13], [7, 20]]), (OWN, [None, [13]]), ("balanced", [None])],
+    ids=["zigzag", "own", "balanced"],
+)
+def test_it_traces_without_graph_breaks_on_two_ranks(pool, partition, documents):
+    pool(2).run(_compiled, "aot_eager", Mask.causal(), partition, documents, timeout=120)
 
 
 class Recorder(TorchDispatchMode):
@@ -396,8 +420,9 @@ def _strided_inputs():
     assert torch.equal(attend(*packed.split([4, 2, 2], dim=2)), expected)
     heads_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
     assert torch.equal(attend(*heads_first), expected)
-    interleaved = [torch.stack([x, x], dim=-1)[..., 0] for x in (q, k, v)]
-    torch.testing.assert_close(attend(*interleaved), expected)
+    interleaved = torch.stack([q, q], dim=-1)[..., 0]
+    with pytest.raises(ArgumentError, match=r"query has strides.*contiguous"):
+        attend(interleaved, k, v)
     leaf = q.clone().requires_grad_()
     attend(leaf, k, v).sum().backward()  # the gradient of a sum has strides of 0
     again = q.clone().requires_grad_()
