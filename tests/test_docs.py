@@ -79,7 +79,7 @@ def test_overrides_are_keys_of_the_configuration(page: Path) -> None:
     for words in commands(page):
         arguments = [word for word in words if word.startswith("ARGS=")]
         if "launch/train.py" in words:
-            overrides = words[words.index("launch/train.py") + 1 :]
+            overrides = [word for word in words[words.index("launch/train.py") + 1 :] if "=" in word]
         elif words[:2] == ["make", "train"] and arguments:
             overrides = shlex.split(arguments[0].removeprefix("ARGS="))
         else:
