@@ -7,13 +7,15 @@ names code to run: `_target_` is refused like any other key that the schema lack
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
 
-from ringflash.configs.schema import Config, ModelConfig
+from ringflash.configs.schema import Config, ModelConfig, register
 from ringflash.errors import ArgumentError, RankMismatchError
 
 CHOICES = {
@@ -50,6 +52,16 @@ AT_LEAST_ZERO = (
     "optimizer.clip",
 )
 SHARES = ("optimizer.min_lr_ratio", "optimizer.beta1", "optimizer.beta2", "data.validation_fraction")
+
+
+def load(overrides: Sequence[str] = ()) -> Config:
+    """The configuration that a command line of these overrides gives, for notebooks and tests.
+
+    Example: load(["model=llama3_1b", "train.seqlen=131072"])
+    """
+    register()
+    with initialize_config_module("ringflash.configs", version_base="1.3"):
+        return typed(compose("config", list(overrides)))
 
 
 def typed(config: DictConfig) -> Config:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ringflash.sharding import IGNORED_LABEL
 
-CHUNK_ELEMENTS = 2**25
-"""Logits that may exist at once: 128 MiB in fp32."""
+CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**27}
+"""Logits that may exist at once: as many as stay in a core's cache, or as keep a GPU busy (512 MiB in fp32)."""
 
 
 def cross_entropy_sum(x_TC: Tensor, weight_VC: Tensor, labels_T: Tensor) -> Tensor:
@@ -52,10 +52,9 @@ class _CrossEntropySum(torch.autograd.Function):
         dweight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         for rows in _chunks(x, weight):
-            losses, logits, log_sum = _chunk(x[rows], weight, labels[rows])
+            losses, softmax = _chunk(x[rows], weight, labels[rows])
             total += losses.sum()
-            if need_x or need_weight:
-                dlogits = _logit_gradient(logits, log_sum, labels[rows]).to(x.dtype)
+            dlogits = _logit_gradient(softmax, labels[rows]).to(x.dtype)
             if need_x:
                 dx[rows] = dlogits @ weight
             if need_weight:
@@ -72,19 +71,22 @@ class _CrossEntropySum(torch.autograd.Function):
 
 
 def _chunks(x: Tensor, weight: Tensor) -> list[slice]:
-    size = max(1, CHUNK_ELEMENTS // weight.shape[0])
+    size = max(1, CHUNK_ELEMENTS[x.device.type] // weight.shape[0])
     return [slice(begin, begin + size) for begin in range(0, x.shape[0], size)]
 
 
-def _chunk(x: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _chunk(x: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross entropies and softmax of some tokens; one buffer of logits, one pass of exponentials."""
     logits = (x @ weight.T).float()
-    log_sum = logits.logsumexp(-1)
     picked = logits.gather(-1, labels.clamp(min=0)[:, None])[:, 0]
-    return (log_sum - picked).masked_fill(labels == IGNORED_LABEL, 0.0), logits, log_sum
+    largest = logits.amax(-1)
+    softmax = logits.sub_(largest[:, None]).exp_()
+    total = softmax.sum(-1)
+    losses = (largest + total.log() - picked).masked_fill(labels == IGNORED_LABEL, 0.0)
+    return losses, softmax.div_(total[:, None])
 
 
-def _logit_gradient(logits: Tensor, log_sum: Tensor, labels: Tensor) -> Tensor:
-    """Softmax - onehot(label), zero rows where the label is ignored; overwrites the logits."""
-    gradient = logits.sub_(log_sum[:, None]).exp_()
-    gradient.scatter_add_(-1, labels.clamp(min=0)[:, None], torch.full_like(log_sum, -1.0)[:, None])
-    return gradient.masked_fill_((labels == IGNORED_LABEL)[:, None], 0.0)
+def _logit_gradient(softmax: Tensor, labels: Tensor) -> Tensor:
+    """Softmax - onehot(label), zero rows where the label is ignored; overwrites the softmax."""
+    softmax.scatter_add_(-1, labels.clamp(min=0)[:, None], softmax.new_full((len(labels), 1), -1.0))
+    return softmax.masked_fill_((labels == IGNORED_LABEL)[:, None], 0.0)

@@ -1,0 +1,183 @@
+"""The model against Transformers' Llama, its published sizes, its loss against torch's, and what is recomputed."""
+
+from __future__ import annotations
+
+import pytest
+import recipe
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ringflash import ArgumentError, shard_batch
+from ringflash.configs.schema import AttentionConfig, ModelConfig, RopeScalingConfig
+from ringflash.kernels import blockwise
+from ringflash.parallel.transport.point_to_point import PointToPoint
+from ringflash.training import loss
+from ringflash.training.config import load
+from ringflash.training.model import Transformer, attention_mask
+
+SCALING = RopeScalingConfig(factor=8.0, original_max_position_embeddings=64)
+
+
+@pytest.mark.parametrize("scaling", [None, SCALING], ids=["plain", "scaled"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_computes_what_transformers_llama_computes(tied, scaling):
+    transformers = pytest.importorskip("transformers")
+    rope = {"rope_type": "default", "rope_theta": 500.0}
+    if scaling is not None:
+        rope = {"rope_type": "llama3", "rope_theta": 500.0, **vars(scaling)}
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=65,
+            hidden_size=48,
+            intermediate_size=80,
+            num_hidden_layers=2,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            head_dim=16,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=tied,
+            rope_parameters=rope,
+            max_position_embeddings=512,
+        )
+    ).eval()
+    config = ModelConfig(48, 80, 2, 6, 2, 16, rope_theta=500.0, rope_scaling=scaling, tie_word_embeddings=tied)
+    ours = Transformer(config, 65)
+    ours.load_state_dict({name.removeprefix("model."): weight for name, weight in theirs.state_dict().items()})
+    ids = torch.randint(65, (2, 200))
+    dealt = shard_batch({"input_ids": ids})
+    dealt.pop("labels")
+    with torch.no_grad():
+        torch.testing.assert_close(ours(**dealt), theirs(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("llama3_1b", 1_235_814_400), ("llama3_8b", 8_030_261_248)], ids=["1b", "8b"]
+)
+def test_presets_have_the_published_number_of_parameters(name, parameters):
+    config = load([f"model={name}"]).model
+    with torch.device("meta"):
+        model = Transformer(config, config.vocab_size)
+    assert sum(weight.numel() for weight in model.parameters()) == parameters
+
+
+def test_a_packed_document_is_computed_as_if_it_were_alone():
+    model = recipe.build()
+    ids = torch.randint(recipe.VOCABULARY, (1, 60))
+    losses = model(**shard_batch({"input_ids": ids, "cu_seqlens": [0, 23, 60]}), per_token=True)
+    for start, stop in ((0, 23), (23, 60)):
+        alone = model(**shard_batch({"input_ids": ids[:, start:stop]}), per_token=True)
+        torch.testing.assert_close(losses[:, start:stop], alone, rtol=1e-5, atol=1e-5)
+
+
+def _sharded_losses(attention):
+    torch.manual_seed(0)
+    model = Transformer(recipe.MODEL, recipe.VOCABULARY, attention)
+    batch = recipe.together(recipe.batches(0))
+    return model(**shard_batch(batch, None, attention.partition, attention_mask(attention)), per_token=True)
+
+
+MASKS = {
+    "causal": AttentionConfig(),
+    "contiguous": AttentionConfig(partition="contiguous"),
+    "window": AttentionConfig(mask="sliding_window", window=20, sink=2),
+    "chunked": AttentionConfig(mask="chunked", chunk=32),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_sharded_losses_sum_to_those_of_one_device(pool, name):
+    whole = _sharded_losses(MASKS[name]).double().sum()
+    parts = pool(2).run(_sharded_losses, MASKS[name])
+    torch.testing.assert_close(sum(part.double().sum() for part in parts), whole, rtol=1e-6, atol=0)
+
+
+def test_masks_differ():
+    sums = {_sharded_losses(MASKS[name]).sum().item() for name in ("causal", "window", "chunked")}
+    assert len(sums) == 3
+
+
+class _Counted:
+    """Calls of the attention kernel and of the transport, while it is entered."""
+
+    def __enter__(self):
+        self.calls = {"attend": 0, "exchange": 0}
+        self._patch = pytest.MonkeyPatch()
+        for owner, name in ((blockwise, "attend"), (PointToPoint, "exchange")):
+            self._patch.setattr(owner, name, self._counting(name, getattr(owner, name)))
+        return self.calls
+
+    def __exit__(self, *_):
+        self._patch.undo()
+
+    def _counting(self, name, function):
+        def counted(*args, **kwargs):
+            self.calls[name] += 1
+            return function(*args, **kwargs)
+
+        return counted
+
+
+def _count_calls(activation_checkpointing):
+    model = recipe.build(activation_checkpointing=activation_checkpointing)
+    dealt = shard_batch(recipe.together(recipe.batches(0)))
+    products = []
+    for layer in model.layers:
+        layer.mlp.up_proj.register_forward_hook(lambda *_: products.append(1))
+    with _Counted() as calls:
+        model(**dealt).backward()
+    return calls, len(products), [weight.grad for weight in model.parameters()]
+
+
+def test_checkpointed_blocks_run_their_products_twice_but_attention_and_its_transfers_once(pool):
+    for plain, saving in zip(pool(2).run(_count_calls, False), pool(2).run(_count_calls, True), strict=True):
+        assert plain[0] == saving[0]
+        assert plain[0]["attend"] >= 2
+        assert plain[0]["exchange"] >= 2
+        assert (plain[1], saving[1]) == (2, 4)
+        assert all(torch.equal(a, b) for a, b in zip(plain[2], saving[2], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_key_value_heads": 2}, "num_attention_heads=3 is not divisible by model.num_key_value_heads=2"),
+        ({"hidden_size": 31}, "hidden_size=31 is not divisible by model.num_attention_heads=3"),
+        ({"hidden_size": 33}, "head_dim=11"),
+        ({"head_dim": 258}, "head_dim=258"),
+    ],
+)
+def test_shapes_that_do_not_fit_together_are_refused_by_name(change, said):
+    config = ModelConfig(**{**vars(recipe.MODEL), **change})
+    with pytest.raises(ArgumentError, match=said):
+        Transformer(config, 65)
+
+
+@given(
+    tokens=st.integers(1, 40),
+    chunk=st.integers(1, 200),
+    ignored=st.floats(0, 1),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 99),
+)
+def test_chunked_loss_and_gradients_are_those_of_torch(tokens, chunk, ignored, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, 8, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(17, 8, generator=generator).requires_grad_()
+    labels = torch.randint(17, (tokens,), generator=generator)
+    labels[torch.rand(tokens, generator=generator) < ignored] = -100
+    exact = torch.nn.functional.cross_entropy(
+        x.double() @ weight.to(dtype).double().T, labels, reduction="none", ignore_index=-100
+    )
+    expected = torch.autograd.grad(exact.sum() * 0.3, (x, weight), allow_unused=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(loss.CHUNK_ELEMENTS, "cpu", chunk)
+        total = loss.cross_entropy_sum(x, weight, labels)
+        found = torch.autograd.grad(total * 0.3, (x, weight))
+        each = loss.cross_entropy(x, weight, labels)
+    close = {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.03, "atol": 0.1}
+    torch.testing.assert_close(total.double(), exact.sum(), rtol=close["rtol"], atol=close["atol"] * tokens)
+    torch.testing.assert_close(each.double(), exact, **close)
+    for gradient, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(gradient, reference, **close)
+    assert not found[0][labels == -100].any()
