@@ -90,3 +90,17 @@ def test_a_failing_test_run_fails_make(folder: Path) -> None:
     installed(folder, gpus=0)
     script(folder / ".venv/bin/python", "exit 1")
     assert make(folder, "test").returncode != 0
+
+
+def test_clean_removes_the_environment_and_keeps_runs(folder: Path) -> None:
+    installed(folder, gpus=0)
+    (folder / "runs/mine").mkdir(parents=True)
+    assert make(folder, "clean").returncode == 0
+    assert not (folder / ".venv").exists()
+    assert (folder / "runs/mine").is_dir()
+
+
+def test_help_comes_first_and_names_every_target(folder: Path) -> None:
+    phony = next(line for line in (folder / "Makefile").read_text().splitlines() if line.startswith(".PHONY:"))
+    shown = make(folder).stdout
+    assert [target for target in phony.split()[1:] if f"make {target}" not in shown and target != "help"] == []
