@@ -1,0 +1,190 @@
+"""Checks and times the Hopper kernels on one GPU, beside cuDNN in the same process.
+
+    python docs/benchmarks/hopper.py check 128               errors against float64 over masks, layouts, tails, carries
+    python docs/benchmarks/hopper.py time 128 out.json       TFLOP/s by sequence length, causal and full
+    python docs/benchmarks/hopper.py tune 128 out.json       the same for other shapes of the launch
+
+FLOPs are counted over visible pairs; backward counts 2.5 x forward. Times are medians of CUDA events.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from triton.testing import do_bench
+
+from ringflash.kernels import hopper, reference
+from ringflash.kernels.hopper import forward
+from ringflash.kernels.intervals import KeyIntervals, causal_intervals, dense_intervals
+
+HEADS = {64: 32, 128: 16, 256: 8}
+TOKENS = 32768
+LENGTHS = (2048, 8192, 16384, 32768)
+
+
+def document_intervals(lengths: list[int], causal: bool, window: int | None = None) -> KeyIntervals:
+    """Rows of documents laid end to end that see only their own document (and only `window` keys up to themselves)."""
+    ends = torch.tensor(lengths).cumsum(0)
+    start = torch.repeat_interleave(ends - torch.tensor(lengths), torch.tensor(lengths))
+    stop = torch.repeat_interleave(ends, torch.tensor(lengths))
+    row = torch.arange(int(ends[-1]))
+    if causal:
+        stop = row + 1
+    if window:
+        start = torch.maximum(start, row + 1 - window)
+    return KeyIntervals(start.int().cuda(), stop.int().cuda(), int(ends[-1]))
+
+
+def cases() -> dict[str, tuple[KeyIntervals, int, int]]:
+    """Intervals, query heads and key heads by name; lengths are odd on purpose."""
+    return {
+        "causal": (causal_intervals(1000, 1000, "cuda"), 4, 4),
+        "causal, grouped": (causal_intervals(1153, 1153, "cuda"), 8, 2),
+        "full, longer keys": (dense_intervals(777, 1301, "cuda"), 6, 3),
+        "causal, more keys": (causal_intervals(300, 1100, "cuda"), 4, 4),
+        "rows without keys": (causal_intervals(1000, 300, "cuda"), 4, 2),
+        "window": (document_intervals([1500], True, 300), 4, 2),
+        "documents": (document_intervals([5, 200, 1, 130, 64, 700, 33, 128], True), 4, 2),
+        "documents, full": (document_intervals([5, 200, 1, 130, 64, 300, 33, 128], False), 4, 4),
+        "one row": (dense_intervals(1, 1, "cuda"), 2, 1),
+        "short": (dense_intervals(63, 65, "cuda"), 2, 2),
+        "decode": (dense_intervals(3, 3000, "cuda"), 8, 1),
+        "many tiles": (causal_intervals(4000, 4000, "cuda"), 12, 4),
+    }
+
+
+def random(shape: tuple[int, ...], dtype: torch.dtype, head_major: bool = False) -> Tensor:
+    """Normal values; with `head_major` the memory order is (heads, rows, dim)."""
+    if head_major:
+        return torch.randn(shape[1], shape[0], shape[2], device="cuda").to(dtype).transpose(0, 1)
+    return torch.randn(shape, device="cuda").to(dtype)
+
+
+def distance(x: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of what is expected."""
+    x, expected = x.double(), expected.double()
+    return ((x - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+
+
+def check_forward(dim: int, dtype: torch.dtype) -> bool:
+    """Print one line for each case; whether all are right."""
+    fine = True
+    for name, (intervals, heads, key_heads) in cases().items():
+        rows, keys = intervals.query_count, intervals.key_count
+        head_major = name in ("causal", "window")
+        q = random((rows, heads, dim), dtype, head_major)
+        k, v = (random((keys, key_heads, dim), dtype, head_major) for _ in range(2))
+        scale = dim**-0.5
+        q = q * (4 if name == "many tiles" else 1)  # sharper weights make row maxima grow late
+        earlier = (torch.randn(rows, heads, dim, device="cuda"), torch.randn(heads, rows, device="cuda"))
+        earlier[1][:, ::7] = -torch.inf
+        earlier[0][::7] = 0
+        for carried, out_dtype in ((False, dtype), (False, torch.float32), (True, torch.float32), (True, dtype)):
+            carry = tuple(x.clone() for x in earlier) if carried else None
+            out, lse = hopper.attend(q, k, v, intervals, scale=scale, carry=carry, out_dtype=out_dtype)
+            again = tuple(x.clone() for x in earlier) if carried else None
+            out2, lse2 = hopper.attend(q, k, v, intervals, scale=scale, carry=again, out_dtype=out_dtype)
+            torch.cuda.synchronize()
+            expected = reference.attend(q, k, v, intervals, scale=scale, carry=earlier if carried else None, out_dtype=torch.float64)
+            error = distance(out, expected[0])
+            finite = expected[1].isfinite()
+            lse_error = (lse - expected[1])[finite].abs().max().item() if finite.any() else 0.0
+            same = torch.equal(out, out2) and torch.equal(lse, lse2)
+            right = error < (6e-3 if dtype == torch.bfloat16 else 1e-3) and lse_error < 2e-3 and same
+            right &= torch.equal(lse.isfinite(), finite) and out.dtype == out_dtype
+            fine &= right
+            print(f"{'ok ' if right else 'BAD'} D{dim} {str(dtype)[6:]:8s} {name:20s} carry={carried!s:5} out={str(out_dtype)[6:]:8s} "
+                  f"error {error:.1e} lse {lse_error:.1e}{'' if same else ' NOT REPEATABLE'}", flush=True)
+    return fine
+
+
+def median_ms(run: Callable[[], object]) -> float:
+    """Median time of one call."""
+    return do_bench(run, warmup=20, rep=80, return_mode="median")
+
+
+def pairs(intervals: KeyIntervals) -> int:
+    """Visible (row, key) pairs."""
+    return int((intervals.stop.long() - intervals.start.long()).clamp(min=0).sum())
+
+
+def forward_variants(dim: int) -> dict[str, forward.ForwardTiles]:
+    """Launch shapes to compare with the one in use."""
+    base = forward.FORWARD_TILES[dim]
+    changes = {
+        "no turns": {"take_turns": False},
+        "turns": {"take_turns": True},
+        "always rescale": {"rare_rescale": False},
+        "one tile a program": {"persistent": False},
+        "no turns, one tile a program": {"take_turns": False, "persistent": False},
+        "plain": {"take_turns": False, "persistent": False, "rare_rescale": False},
+    }
+    variants = {name: dataclasses.replace(base, **change) for name, change in changes.items()}
+    return {"in use": base} | {name: tiles for name, tiles in variants.items() if tiles != base}
+
+
+def time_forward(dim: int, variants: dict[str, forward.ForwardTiles], lengths: tuple[int, ...]) -> list[dict]:
+    """One row for each implementation, length and mask."""
+    heads, rows = HEADS[dim], []
+    for causal in (True, False):
+        for length in lengths:
+            batch = TOKENS // length
+            intervals = document_intervals([length] * batch, causal)
+            q, k, v = (random((TOKENS, heads, dim), torch.bfloat16) for _ in range(3))
+            scale, flops = dim**-0.5, 4 * pairs(intervals) * heads * dim
+            per_batch = [x.view(batch, length, heads, dim).transpose(1, 2) for x in (q, k, v)]
+
+            def cudnn(tensors=per_batch, causal=causal):
+                with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                    return F.scaled_dot_product_attention(*tensors, is_causal=causal)
+
+            runs = {"cudnn": cudnn}
+            for name, tiles in variants.items():
+                runs[name] = lambda tiles=tiles: forward.launch_forward(q, k, v, intervals, scale, None, q.dtype, tiles)
+            for name, run in runs.items():
+                ms = median_ms(run)
+                rows.append({"impl": name, "pass": "forward", "dim": dim, "heads": heads, "causal": causal,
+                             "batch": batch, "seqlen": length, "ms": ms, "tflops": flops / ms / 1e9})
+    return rows
+
+
+def print_table(rows: list[dict]) -> None:
+    """One line for each implementation, pass and mask; columns are sequence lengths."""
+    lengths = sorted({row["seqlen"] for row in rows})
+    keys = dict.fromkeys((row["pass"], row["causal"], row["impl"]) for row in rows)
+    for key in keys:
+        cells = {r["seqlen"]: r["tflops"] for r in rows if (r["pass"], r["causal"], r["impl"]) == key}
+        print(f"D{rows[0]['dim']} {key[0]:8s} {'causal' if key[1] else 'full':6s} {key[2]:30s}",
+              *(f"{cells.get(n, float('nan')):6.0f}" for n in lengths), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["check", "time", "tune"])
+    parser.add_argument("dim", type=int, choices=sorted(HEADS))
+    parser.add_argument("path", nargs="?", help="JSON file for the rows")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    if arguments.action == "check":
+        fine = [check_forward(arguments.dim, dtype) for dtype in (torch.bfloat16, torch.float16)]
+        sys.exit(0 if all(fine) else 1)
+    if arguments.action == "tune":
+        rows = time_forward(arguments.dim, forward_variants(arguments.dim), (2048, 8192, 32768))
+    else:
+        rows = time_forward(arguments.dim, {"ringflash": forward.FORWARD_TILES[arguments.dim]}, LENGTHS)
+    print_table(rows)
+    if arguments.path:
+        with open(arguments.path, "w") as file:
+            json.dump({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}, file, indent=0)
+
+
+if __name__ == "__main__":
+    main()

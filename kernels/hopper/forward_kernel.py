@@ -1,0 +1,383 @@
+"""Forward kernel: one producer warp that loads, two warpgroups of 64 query rows each that compute.
+
+In a step of the key loop a warpgroup has the scores of block j and the weights-times-values of block j-1 in flight on
+the tensor cores, and does the softmax of block j under the latter (Shah et al., FlashAttention-3, arXiv 2407.08608).
+The two warpgroups take turns on the tensor cores, so that one's softmax also runs under the other's products.
+
+A carry is the online softmax's initial state, so merging earlier launches costs a load.
+
+Legend: T query rows, S key rows, H query heads, Hk key heads, D head dimension, M query rows of a tile, N key rows of
+a block.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from ringflash.kernels.hopper.compat import (
+    WARPGROUP,
+    async_load,
+    async_store,
+    give_turn,
+    release,
+    store_wait,
+    wait_turn,
+)
+from ringflash.kernels.hopper.schedule import (
+    Schedule,
+    key_span,
+    needs_mask,
+    place_in_turn,
+    stage_and_parity,
+    tile_and_head,
+    turns_of,
+)
+
+LN_2 = gl.constexpr(0.6931471805599453)
+LOG2_E = gl.constexpr(1.4426950408889634)
+LOWEST = gl.constexpr(-1e30)
+"""Row maximum before any key: finite, so that a hidden score (-inf) less the maximum is -inf and not nan."""
+
+ROWS = gl.constexpr(64)
+"""Query rows of a warpgroup."""
+
+
+class Ring(NamedTuple):
+    """Stages of shared memory that the producer fills and the consumers give back, with their barriers."""
+
+    blocks: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+
+
+class Problem(NamedTuple):
+    """What all warps need to know of the launch."""
+
+    start_ptr: gl.tensor
+    stop_ptr: gl.tensor
+    query_rows: gl.tensor
+    schedule: Schedule
+
+
+class Result(NamedTuple):
+    """Where the consumers' results go, and where the carry comes from."""
+
+    out_desc: gl.tensor
+    out_ptr: gl.tensor
+    lse_ptr: gl.tensor
+    carry_out_ptr: gl.tensor
+    carry_lse_ptr: gl.tensor
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "query_rows", "tiles", "heads", "section", "query_head_stride", "key_head_stride", "value_head_stride",
+    ]
+)  # fmt: skip
+def attend_kernel(
+    query_desc, key_desc, value_desc, out_desc, out_ptr, lse_ptr, carry_out_ptr, carry_lse_ptr,
+    start_ptr, stop_ptr, query_rows, tiles, heads, section,
+    query_head_stride, key_head_stride, value_head_stride, scale_log2,
+    GROUP: gl.constexpr, STAGES: gl.constexpr, HAS_CARRY: gl.constexpr, FLOAT_OUT: gl.constexpr,
+    TAKE_TURNS: gl.constexpr, OWN_STAGING: gl.constexpr, RARE_RESCALE: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """See `launch_forward` for the arguments."""
+    queries = allocate_ring(query_desc, 2, 1)
+    keys = allocate_ring(key_desc, STAGES, 2)
+    values = allocate_ring(value_desc, STAGES, 2)
+    # The result leaves through shared memory. Where that has no room of its own it takes the query's place, and the
+    # next tile's query cannot be loaded under this tile's last steps.
+    if OWN_STAGING:
+        staging = gl.allocate_shared_memory(
+            query_desc.dtype, [2, ROWS, query_desc.block_type.shape[1]], query_desc.layout
+        )
+    else:
+        staging = queries.blocks
+    fence_async_shared()
+    problem = Problem(start_ptr, stop_ptr, query_rows, Schedule(tiles, heads, section))
+    result = Result(out_desc, out_ptr, lse_ptr, carry_out_ptr, carry_lse_ptr)
+    gl.warp_specialize(
+        [
+            (consume, (problem, result, queries, keys, values, staging, scale_log2,
+                       0, STAGES, HAS_CARRY, FLOAT_OUT, TAKE_TURNS, OWN_STAGING, RARE_RESCALE)),
+            (consume, (problem, result, queries, keys, values, staging, scale_log2,
+                       1, STAGES, HAS_CARRY, FLOAT_OUT, TAKE_TURNS, OWN_STAGING, RARE_RESCALE)),
+            (produce, (problem, query_desc, key_desc, value_desc, queries, keys, values,
+                       query_head_stride, key_head_stride, value_head_stride, GROUP, STAGES)),
+        ],
+        [4, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )  # fmt: skip
+
+
+@gluon.jit
+def allocate_ring(desc, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
+    """Room for STAGES tiles of a descriptor, each given back by so many warpgroups."""
+    blocks = gl.allocate_shared_memory(
+        desc.dtype, [STAGES, desc.block_type.shape[0], desc.block_type.shape[1]], desc.layout
+    )
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=CONSUMERS * WARPGROUP)
+    return Ring(blocks, full, empty)
+
+
+@gluon.jit
+def fill(ring, desc, row, column, stage, parity):
+    """Load the tile at (row, column) into a stage as soon as its consumers have given it back."""
+    mbarrier.wait(ring.empty.index(stage), parity ^ 1)
+    mbarrier.expect(ring.full.index(stage), desc.block_type.nbytes)
+    async_load(desc, [row, column], ring.full.index(stage), ring.blocks.index(stage))
+
+
+@gluon.jit
+def produce(
+    problem, query_desc, key_desc, value_desc, queries, keys, values,
+    query_head_stride, key_head_stride, value_head_stride, GROUP: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The producer warp: queries of both warpgroups, then key and value blocks in turn, tile after tile."""
+    N: gl.constexpr = key_desc.block_type.shape[0]
+    step = 0
+    for turn in range(turns_of(problem.schedule)):
+        tile, head = tile_and_head(problem.schedule, place_in_turn(turn))
+        first_row = tile * (2 * ROWS)
+        span = key_span(problem.start_ptr, problem.stop_ptr, first_row, problem.query_rows, 2 * ROWS, N)
+        key_column = head // GROUP * key_head_stride
+        value_column = head // GROUP * value_head_stride
+        for half in gl.static_range(2):
+            fill(queries, query_desc, first_row + half * ROWS, head * query_head_stride, half, turn & 1)
+        for block in range(span.blocks):
+            stage, parity = stage_and_parity(step, STAGES)
+            fill(keys, key_desc, span.begin + block * N, key_column, stage, parity)
+            fill(values, value_desc, span.begin + block * N, value_column, stage, parity)
+            step += 1
+
+
+@gluon.jit
+def consume(
+    problem, result, queries, keys, values, staging, scale_log2,
+    HALF: gl.constexpr, STAGES: gl.constexpr, HAS_CARRY: gl.constexpr, FLOAT_OUT: gl.constexpr,
+    TAKE_TURNS: gl.constexpr, OWN_STAGING: gl.constexpr, RARE_RESCALE: gl.constexpr,
+):  # fmt: skip
+    """A consumer warpgroup: the first (HALF 0) or second 64 rows of each tile."""
+    N: gl.constexpr = keys.blocks.shape[1]
+    if TAKE_TURNS and HALF == 1:
+        give_turn("8")  # the first turn is the first warpgroup's
+    step = 0
+    for turn in range(turns_of(problem.schedule)):
+        tile, head = tile_and_head(problem.schedule, place_in_turn(turn))
+        first_row = tile * (2 * ROWS)
+        span = key_span(problem.start_ptr, problem.stop_ptr, first_row, problem.query_rows, 2 * ROWS, N)
+        attend_tile(
+            problem, result, queries, keys, values, staging, span, first_row + HALF * ROWS, head, step, turn,
+            scale_log2, HALF, STAGES, HAS_CARRY, FLOAT_OUT, TAKE_TURNS, OWN_STAGING, RARE_RESCALE,
+        )  # fmt: skip
+        step += span.blocks
+    if not FLOAT_OUT:
+        store_wait(0)  # shared memory must outlive the last store's reading of it
+
+
+@gluon.jit
+def attend_tile(
+    problem, result, queries, keys, values, staging, span, first_row, head, step, turn, scale_log2,
+    HALF: gl.constexpr, STAGES: gl.constexpr, HAS_CARRY: gl.constexpr, FLOAT_OUT: gl.constexpr,
+    TAKE_TURNS: gl.constexpr, OWN_STAGING: gl.constexpr, RARE_RESCALE: gl.constexpr,
+):  # fmt: skip
+    """One warpgroup's 64 rows over all of their key blocks, from the initial state to the stored result."""
+    N: gl.constexpr = keys.blocks.shape[1]
+    D: gl.constexpr = keys.blocks.shape[2]
+    dtype: gl.constexpr = keys.blocks.dtype
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2)
+
+    rows = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
+    inside = rows < problem.query_rows
+    row_start = gl.load(problem.start_ptr + rows, mask=inside, other=0)
+    row_stop = gl.load(problem.stop_ptr + rows, mask=inside, other=0)
+    out, maximum, total = initial_state(problem, result, first_row, head, HAS_CARRY, D, SCORES, OUT)
+    no_scores = gl.zeros([ROWS, N], gl.float32, SCORES)
+    query = queries.blocks.index(HALF)
+
+    # The first block has no earlier one to overlap with.
+    stage, parity = stage_and_parity(step, STAGES)
+    mbarrier.wait(queries.full.index(HALF), turn & 1)
+    mbarrier.wait(keys.full.index(stage), parity)
+    if TAKE_TURNS:
+        wait_turn("8" if HALF == 0 else "9")
+    scores_token = warpgroup_mma(
+        query, keys.blocks.index(stage).permute((1, 0)), no_scores, use_acc=False, is_async=True
+    )
+    if TAKE_TURNS:
+        give_turn("9" if HALF == 0 else "8")
+    scores = warpgroup_mma_wait(0, deps=[scores_token])
+    release(keys.empty.index(stage))
+    if needs_mask(span, span.begin, N):
+        scores = hide(scores, row_start, row_stop, span.begin, N, SCORES)
+    weights, rescale, maximum, total = softmax_step(scores, maximum, total, scale_log2, RARE_RESCALE)
+    weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
+    if HAS_CARRY:
+        out = out * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
+    mbarrier.wait(values.full.index(stage), parity)
+
+    for block in range(1, span.blocks):
+        earlier = stage
+        stage, parity = stage_and_parity(step + block, STAGES)
+        mbarrier.wait(keys.full.index(stage), parity)
+        if TAKE_TURNS:
+            wait_turn("8" if HALF == 0 else "9")
+        scores_token = warpgroup_mma(
+            query, keys.blocks.index(stage).permute((1, 0)), no_scores, use_acc=False, is_async=True
+        )
+        out_token = warpgroup_mma(weights, values.blocks.index(earlier), out, is_async=True)
+        if TAKE_TURNS:
+            give_turn("9" if HALF == 0 else "8")
+        scores = warpgroup_mma_wait(1, deps=[scores_token])
+        release(keys.empty.index(stage))
+        if needs_mask(span, span.begin + block * N, N):
+            scores = hide(scores, row_start, row_stop, span.begin + block * N, N, SCORES)
+        weights, rescale, maximum, total = softmax_step(scores, maximum, total, scale_log2, RARE_RESCALE)
+        weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
+        # This wait is for the next step, but stands here: a branch between the softmax and the wait for the tensor
+        # cores keeps ptxas from moving that wait in front of the softmax.
+        mbarrier.wait(values.full.index(stage), parity)
+        out = warpgroup_mma_wait(0, deps=[out_token])
+        release(values.empty.index(earlier))
+        factor = gl.convert_layout(rescale, gl.SliceLayout(1, OUT))
+        out = rescale_if_needed(out, factor, D) if RARE_RESCALE else out * factor[:, None]
+
+    if OWN_STAGING or FLOAT_OUT:
+        release(queries.empty.index(HALF))
+    out_token = warpgroup_mma(weights, values.blocks.index(stage), out, is_async=True)
+    total_or_one = gl.where(total > 0.0, total, 1.0)
+    lse = gl.where(total > 0.0, (maximum + gl.log2(total_or_one)) * LN_2, float("-inf"))
+    gl.store(result.lse_ptr + head * problem.query_rows + rows, lse, mask=inside)
+    out = warpgroup_mma_wait(0, deps=[out_token])
+    release(values.empty.index(stage))
+    out = out * gl.convert_layout(1.0 / total_or_one, gl.SliceLayout(1, OUT))[:, None]
+    store_out(problem, result, staging.index(HALF), out, first_row, head, FLOAT_OUT, D, OUT)
+    if not (OWN_STAGING or FLOAT_OUT):
+        store_wait(0)
+        release(queries.empty.index(HALF))
+
+
+@gluon.jit
+def initial_state(
+    problem, result, first_row, head, HAS_CARRY: gl.constexpr, D: gl.constexpr, SCORES: gl.constexpr, OUT: gl.constexpr
+):
+    """Accumulator, row maximum (of scores times log2 e) and row sum before the first block: nothing, or the carry."""
+    out = gl.zeros([ROWS, D], gl.float32, OUT)
+    maximum = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
+    total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SCORES))
+    if HAS_CARRY:
+        rows = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
+        pointers = result.carry_lse_ptr + head * problem.query_rows + rows
+        lse = gl.load(pointers, mask=rows < problem.query_rows, other=float("-inf"))
+        maximum = gl.maximum(lse * LOG2_E, LOWEST)
+        total = gl.where(lse == float("-inf"), 0.0, 1.0)
+        offsets, inside = tile_offsets(problem, first_row, D, OUT)
+        out = gl.load(tile_pointer(problem, result.carry_out_ptr, first_row, head, D) + offsets, mask=inside, other=0.0)
+    return out, maximum, total
+
+
+@gluon.jit
+def softmax_step(scores, maximum, total, scale_log2, RARE_RESCALE: gl.constexpr):
+    """Weights of a block against the row maximum, and the factor that brings earlier sums to it.
+
+    With RARE_RESCALE a maximum stays until it is outgrown by 2^8: weights up to 256 lose no precision, and the
+    accumulator needs no rescaling meanwhile.
+    """
+    new_maximum = gl.max(scores, 1) * scale_log2
+    if RARE_RESCALE:
+        new_maximum = gl.where(new_maximum > maximum + 8.0, new_maximum, maximum)
+    else:
+        new_maximum = gl.maximum(maximum, new_maximum)
+    weights = gl.exp2(scores * scale_log2 - new_maximum[:, None])
+    rescale = gl.exp2(maximum - new_maximum)
+    return weights, rescale, new_maximum, total * rescale + gl.sum(weights, 1)
+
+
+def _rescale_assembly(count: int) -> tuple[str, str]:
+    """PTX (and its operands) that multiplies a thread's `count` accumulators by their rows' factors unless all are one.
+
+    A branch that a warp takes as one. The accumulators 0 and 2 of a thread are of its two rows.
+    """
+    products = " ".join(f"mul.f32 ${i}, ${i}, ${2 * count + i};" for i in range(count))
+    text = (
+        f"{{ .reg .pred one; setp.eq.f32 one, ${2 * count}, 0f3F800000;"
+        f" setp.eq.and.f32 one, ${2 * count + 2}, 0f3F800000, one;"
+        f" vote.sync.all.pred one, one, 0xffffffff; @one bra.uni DONE; {products} DONE: }}"
+    )
+    return text, ",".join(["=f"] * count + [str(i) for i in range(count)] + ["f"] * count)
+
+
+_RESCALE = {count: tuple(map(gl.constexpr, _rescale_assembly(count))) for count in (32, 64, 128)}
+RESCALE_32, OPERANDS_32 = _RESCALE[32]
+RESCALE_64, OPERANDS_64 = _RESCALE[64]
+RESCALE_128, OPERANDS_128 = _RESCALE[128]
+
+
+@gluon.jit
+def rescale_if_needed(out, rescale, D: gl.constexpr):
+    """`out` times each row's factor; no work in a warp whose factors are all one."""
+    out, factor = gl.broadcast(out, rescale[:, None])
+    if D == 64:
+        return gl.inline_asm_elementwise(
+            RESCALE_32, OPERANDS_32, [out, factor], dtype=gl.float32, is_pure=False, pack=32
+        )
+    elif D == 128:
+        return gl.inline_asm_elementwise(
+            RESCALE_64, OPERANDS_64, [out, factor], dtype=gl.float32, is_pure=False, pack=64
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            RESCALE_128, OPERANDS_128, [out, factor], dtype=gl.float32, is_pure=False, pack=128
+        )
+
+
+@gluon.jit
+def hide(scores, row_start, row_stop, first_key, N: gl.constexpr, SCORES: gl.constexpr):
+    """-inf where a row does not see a key."""
+    keys = first_key + gl.arange(0, N, gl.SliceLayout(0, SCORES))[None, :]
+    return gl.where((keys >= row_start[:, None]) & (keys < row_stop[:, None]), scores, float("-inf"))
+
+
+@gluon.jit
+def store_out(
+    problem, result, staging, out, first_row, head, FLOAT_OUT: gl.constexpr, D: gl.constexpr, OUT: gl.constexpr
+):
+    """Write a warpgroup's rows: straight from registers in fp32 (whole sectors), through shared memory in 16 bits."""
+    if FLOAT_OUT:
+        offsets, inside = tile_offsets(problem, first_row, D, OUT)
+        gl.store(tile_pointer(problem, result.out_ptr, first_row, head, D) + offsets, out, mask=inside)
+    else:
+        store_wait(0)  # the earlier tile's store has read the buffer
+        staging.store(out.to(staging.dtype))
+        fence_async_shared()
+        async_store(result.out_desc, [first_row, head * D], staging)
+
+
+@gluon.jit
+def tile_pointer(problem, base, first_row, head, D: gl.constexpr):
+    """The first element of a warpgroup's rows in a contiguous (T, H, D) tensor."""
+    return base + (first_row.to(gl.int64) * problem.schedule.heads + head) * D
+
+
+@gluon.jit
+def tile_offsets(problem, first_row, D: gl.constexpr, OUT: gl.constexpr):
+    """Offsets of a warpgroup's rows from `tile_pointer`, and which of them exist."""
+    rows = gl.arange(0, ROWS, gl.SliceLayout(1, OUT))[:, None]
+    columns = gl.arange(0, D, gl.SliceLayout(0, OUT))[None, :]
+    return rows * (problem.schedule.heads * D) + columns, (first_row + rows < problem.query_rows) & (columns < D)

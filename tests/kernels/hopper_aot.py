@@ -1,0 +1,124 @@
+"""Compiles the Hopper kernels for sm_90 without a GPU, as the launchers launch them, and reads the machine code."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.experimental.gluon._runtime import GluonASTSource
+
+POINTERS = {
+    "torch.float16": "*fp16",
+    "torch.bfloat16": "*bf16",
+    "torch.float32": "*fp32",
+    "torch.int32": "*i32",
+    "torch.int64": "*i64",
+}
+KEPT = ("HGMMA", "WARPGROUP.DEPBAR", "BAR.SYNC", "BAR.ARV", "SYNCS", "ARRIVES", "MUFU.EX2", "F2FP", "UTMA", "BRA")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one compiled kernel uses, and the order of its instructions.
+
+    Attributes:
+        spilled: bytes of registers that a thread stores to memory.
+        shared: bytes of shared memory of a program.
+        warnings: what ptxas says about wgmma that it serialised.
+        blocks: basic blocks by label, in order; each a list of the instructions of interest.
+    """
+
+    spilled: int
+    shared: int
+    warnings: list[str]
+    blocks: dict[str, list[str]]
+
+
+class Caught:
+    """Stands for a kernel: records the call instead of launching."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return self._record
+
+    def _record(self, *arguments, num_warps, **constants):
+        self.arguments = dict(zip(self.kernel.arg_names, arguments, strict=False)) | constants
+        self.constants = constants
+        self.num_warps = num_warps
+
+
+def catch(module, kernel_name: str, launch) -> Caught:
+    """The call of `module.kernel_name` that `launch()` makes."""
+    caught = Caught(getattr(module, kernel_name))
+    with mock.patch.object(module, kernel_name, caught):
+        launch()
+    return caught
+
+
+def compile_call(call: Caught) -> Compiled:
+    """Compile a caught call for sm_90."""
+    signature, constants, attributes = {}, {}, {}
+    for index, name in enumerate(call.kernel.arg_names):
+        x = call.arguments[name]
+        if name in call.constants or x is None:
+            signature[name], constants[(index,)] = "constexpr", x
+        elif isinstance(x, float):
+            signature[name] = "fp32"
+        elif isinstance(x, int):
+            signature[name] = "i32"
+        elif hasattr(x, "block_shape"):
+            shape = ",".join(map(str, x.block_shape))
+            signature[name] = f"tensordesc<{POINTERS[str(x.base.dtype)][1:]}[{shape}],{x.layout!r}>"
+        else:
+            signature[name], attributes[(index,)] = POINTERS[str(x.dtype)], [["tt.divisibility", 16]]
+    source = GluonASTSource(call.kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": call.num_warps})
+    report, code = assemble(compiled.asm["ptx"])
+    return Compiled(
+        spilled=int(re.search(r"(\d+) bytes spill stores", report)[1]),
+        shared=compiled.metadata.shared,
+        warnings=[line for line in report.splitlines() if re.search(r"C75\d\d|serializ", line)],
+        blocks=basic_blocks(code),
+    )
+
+
+def assemble(ptx: str) -> tuple[str, str]:
+    """ptxas' report and the disassembly."""
+    ptxas = get_ptxas(90).path
+    with tempfile.TemporaryDirectory() as folder:
+        source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        source.write_text(ptx)
+        command = [ptxas, "-v", "--gpu-name=sm_90a", source, "-o", binary]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        disassembler = os.path.join(os.path.dirname(ptxas), "nvdisasm")
+        code = subprocess.run([disassembler, "-c", binary], capture_output=True, text=True, check=True).stdout
+    return report, code
+
+
+def basic_blocks(code: str) -> dict[str, list[str]]:
+    """Instructions of interest by basic block; waits and barriers with their number."""
+    blocks, block = {"entry": []}, "entry"
+    for line in code.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            block = label[1]
+            blocks[block] = []
+        elif found := re.search(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)(.*)", line):
+            name, rest = found.groups()
+            kept = next((k for k in KEPT if name.startswith(k)), None)
+            if kept == "WARPGROUP.DEPBAR":
+                kept += " " + re.search(r"0x\d+", rest)[0]
+            elif kept == "BRA" and (target := re.search(r"\.L_x_\d+", rest)):
+                kept += " " + target[0]
+            if kept:
+                blocks[block].append(kept)
+    return blocks

@@ -1,0 +1,50 @@
+"""The Hopper kernels compile for sm_90 without a GPU and stay within registers, shared memory and instruction order."""
+
+import itertools
+from unittest import mock
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from hopper_aot import Compiled, catch, compile_call
+
+from ringflash.kernels.hopper import forward
+from ringflash.kernels.intervals import causal_intervals
+
+SHARED_LIMIT = 232448
+
+
+def compile_forward(dim: int, dtype: torch.dtype, carry: bool, out_dtype: torch.dtype) -> Compiled:
+    query = torch.empty(1000, 8, dim, dtype=dtype, device="meta")
+    key = torch.empty(1200, 2, dim, dtype=dtype, device="meta")
+    state = (torch.empty(1000, 8, dim, device="meta"), torch.empty(8, 1000, device="meta")) if carry else None
+
+    def launch():
+        tiles = forward.FORWARD_TILES[dim]
+        intervals = causal_intervals(1000, 1200, "meta")
+        forward.launch_forward(query, key, key, intervals, 0.1, state, out_dtype, tiles)
+
+    with mock.patch.object(forward, "multiprocessors", return_value=132):
+        return compile_call(catch(forward, "attend_kernel", launch))
+
+
+def softmax_before_wait(blocks: dict[str, list[str]]) -> int:
+    """Loops in which a block with the softmax is left before the block that waits for all outstanding products."""
+    found = 0
+    for here, following in itertools.pairwise(blocks):
+        softmax = blocks[here].count("MUFU.EX2") >= 16 and not any("DEPBAR 0x0" in x for x in blocks[here])
+        found += softmax and bool(blocks[following]) and blocks[following][0] == "WARPGROUP.DEPBAR 0x0"
+    return found
+
+
+# Bytes a thread may spill: none in a plain launch; a carry's loads need pointers beside the accumulator, once a tile.
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize(("carry", "spill_budget"), [(False, 0), (True, 160)])
+def test_forward_fits_and_keeps_the_softmax_before_the_wait(dim, carry, spill_budget):
+    compiled = compile_forward(dim, torch.bfloat16, carry, torch.float32 if carry else torch.bfloat16)
+    assert compiled.warnings == []
+    assert compiled.spilled <= spill_budget
+    assert compiled.shared < SHARED_LIMIT
+    assert softmax_before_wait(compiled.blocks) == 2, "one loop in each of the two consumer warpgroups"
