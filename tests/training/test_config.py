@@ -1,0 +1,130 @@
+"""Configuration: every group composes, and whatever is wrong is refused by its key's name before training starts."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from hydra.errors import HydraException
+
+import ringflash.configs.schema
+from ringflash.configs.schema import Config
+from ringflash.errors import ArgumentError, RankMismatchError
+from ringflash.training.config import accumulation, agree, check, flatten, load
+from ringflash.training.loop import vocabulary
+
+FOLDER = Path(ringflash.configs.schema.__file__).parent
+FILES = sorted(FOLDER.glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}={file.stem}")
+def test_every_file_of_every_group_composes_to_values_that_pass(file):
+    config = load([f"{file.parent.name}={file.stem}"])
+    assert isinstance(config, Config)
+    check(config, world_size=1)
+
+
+def test_the_default_is_the_main_job():
+    config = load()
+    check(config, world_size=2)
+    assert config.train.seqlen >= 4096
+    assert config.data.path is None
+    assert accumulation(config, world_size=2) == config.train.global_batch
+
+
+def _message(error):
+    """What Hydra shows: the error and its cause."""
+    return f"{error}\n{error.__cause__}"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.layers=3", "model.layers"),
+        ("modle=tiny", "modle"),
+        ("model=huge", "model/huge"),
+        ("train.steps=many", "train.steps"),
+        ("model.hidden_size=1.5", "model.hidden_size"),
+        ("train.steps=null", "train.steps"),
+        ("model.rope_scaling.factr=2", "model.rope_scaling.factr"),
+        ("model._target_=os.system", "model._target_"),
+        ("_target_=os.system", "_target_"),
+        ("+model.layers=3", "model.layers"),
+        ("+model._target_=os.system", "model._target_"),
+        ("+_target_=os.system", "_target_"),
+        ("+extra.key=1", "extra"),
+        ("++train.stepz=1", "train.stepz"),
+    ],
+)
+def test_wrong_keys_and_types_are_refused_by_name(override, said):
+    with pytest.raises((HydraException, ArgumentError)) as caught:
+        load([override])
+    assert said in _message(caught.value)
+
+
+def test_no_file_names_code_to_run():
+    assert FILES
+    for file in [*FILES, FOLDER / "config.yaml"]:
+        assert "_target_" not in file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "said"),
+    [
+        (["engine.name=fsdp"], 1, "engine.name='fsdp'; allowed are ddp, zero1, zero2, zero3"),
+        (["engine.precision=fp8"], 1, "engine.precision='fp8'"),
+        (["device=tpu"], 1, "device='tpu'; allowed are auto, cuda, cpu"),
+        (["attention.mask=none"], 1, "attention.mask='none'"),
+        (["attention.partition=striped"], 1, "attention.partition='striped'"),
+        (["train.steps=0"], 1, "train.steps=0; allowed are 1 and more"),
+        (["train.sequence_degree=0"], 1, "train.sequence_degree=0"),
+        (["optimizer.clip=-1"], 1, "optimizer.clip=-1.0; allowed are 0 and more"),
+        (["optimizer.lr=0"], 1, "optimizer.lr=0.0; it must be positive"),
+        (["optimizer.beta2=1"], 1, "optimizer.beta2=1.0"),
+        (["train.sequence_degree=2"], 3, "train.sequence_degree=2 does not divide the 3 ranks"),
+        (["train.sequence_degree=8"], 4, "train.sequence_degree=8 does not divide the 4 ranks"),
+        (["train.sequence_degree=1"], 4, "train.global_batch=1 is not divisible by train.micro_batch=1 x 4"),
+        (["train.global_batch=6", "train.micro_batch=4"], 2, "train.global_batch=6 is not divisible"),
+        (["train.seqlen=3"], 4, "train.seqlen=3 is shorter than the 4 ranks"),
+        (["model.num_attention_heads=5"], 1, "model.num_attention_heads=5 is not divisible"),
+        (["model.num_key_value_heads=3"], 1, "model.num_key_value_heads=3"),
+        (["model.rope_scaling.factor=0"], 1, "model.rope_scaling="),
+        (["model.head_dim=33"], 1, "model.head_dim=33"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, list) else None,
+)
+def test_values_that_cannot_work_are_refused_by_name(overrides, ranks, said):
+    config = load(overrides)
+    with pytest.raises(ArgumentError) as caught:
+        check(config, ranks)
+    assert said in str(caught.value)
+
+
+def test_every_key_of_the_checks_exists():
+    from ringflash.training import config as module
+
+    assert flatten(Config()).keys() >= {*module.CHOICES, *module.AT_LEAST_ONE, *module.AT_LEAST_ZERO, *module.SHARES}
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused():
+    tiny = load().model
+    assert vocabulary(tiny, 257) == 320
+    with pytest.raises(ArgumentError, match=r"model\.vocab_size=256 is less than the 257 tokens"):
+        vocabulary(dataclasses.replace(tiny, vocab_size=256), 257)
+
+
+def _agree_but_for(rank, key, value):
+    import torch.distributed as dist
+
+    agree(load([f"{key}={value}"] if dist.get_rank() == rank else []))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_with_other_configurations_are_named_on_every_rank(pool, rank):
+    default = load().train.micro_batch
+    said = f"rank 1 was started with train.micro_batch={7 if rank else default}, rank 0 with train.micro_batch="
+    for outcome in pool(2).outcomes(_agree_but_for, rank, "train.micro_batch", 7):
+        assert isinstance(outcome.error, RankMismatchError)
+        assert said in str(outcome.error)
+    pool(2).run(_agree_but_for, 0, "train.micro_batch", default)
