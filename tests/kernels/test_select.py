@@ -1,0 +1,104 @@
+"""Which kernels are chosen, and what a forced kernel that cannot run says."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ringflash.errors import ArgumentError
+from ringflash.kernels import select as module
+from ringflash.kernels.select import select
+
+
+def chosen(*arguments: object) -> str:
+    return select(*arguments).__name__.removeprefix("ringflash.kernels.")
+
+
+@pytest.fixture
+def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "triton" else find(name, *rest)
+    )
+    module._select.cache_clear()
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles = pytest.importorskip("ringflash.kernels.triton.tiles")
+    monkeypatch.setattr(tiles, "chip_of", lambda device: "hopper")
+    module._select.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", module.DTYPES)
+def test_cpu_tensors_go_to_torch_operators(dtype: torch.dtype) -> None:
+    assert chosen("cpu", dtype, 64) == "blockwise"
+
+
+@pytest.mark.parametrize("name", ["reference", "blockwise"])
+def test_a_named_kernel_is_taken(name: str) -> None:
+    kernels = select(torch.device("cpu"), torch.float32, 20, 36, name)
+    assert kernels.__name__ == f"ringflash.kernels.{name}"
+    assert all(callable(getattr(kernels, function)) for function in ("attend", "attend_backward", "row_delta"))
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_gpu_tensors_go_to_triton_where_it_takes_them() -> None:
+    assert chosen("cuda", torch.bfloat16, 128) == "triton"
+    assert chosen("cuda", torch.bfloat16, 192, 128) == "triton"
+    assert chosen("cuda", torch.float64, 128) == "blockwise"
+    assert chosen("cuda", torch.bfloat16, 20) == "blockwise"
+    assert chosen("cuda", torch.bfloat16, 64, 264) == "blockwise"
+
+
+@pytest.mark.usefixtures("without_triton")
+def test_without_triton_gpu_tensors_go_to_torch_operators() -> None:
+    assert chosen("cuda", torch.bfloat16, 128) == "blockwise"
+
+
+@pytest.mark.usefixtures("without_triton")
+def test_forced_triton_says_that_the_package_is_missing() -> None:
+    with pytest.raises(ArgumentError, match="kernel='triton' cannot run: the package triton is not installed"):
+        select("cuda", torch.bfloat16, 128, kernel="triton")
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+@pytest.mark.parametrize(
+    ("dtype", "dims", "missing"),
+    [
+        (torch.float64, (64, 64), "float64"),
+        (torch.float16, (20, 64), "head_dim=20"),
+        (torch.float16, (64, 264), "value_head_dim=264"),
+    ],
+)
+def test_forced_triton_names_what_it_does_not_take(dtype: torch.dtype, dims: tuple[int, int], missing: str) -> None:
+    with pytest.raises(ArgumentError, match=f"kernel='triton' cannot run: .*{missing}"):
+        select("cuda", dtype, *dims, "triton")
+
+
+def test_unknown_kernels_and_dtypes_are_refused_with_what_is_allowed() -> None:
+    with pytest.raises(ArgumentError, match="kernel='fast'; allowed are auto, reference, blockwise, triton"):
+        select("cpu", torch.float32, 64, kernel="fast")
+    with pytest.raises(ArgumentError, match=r"query is torch\.int64; allowed are torch\.float16"):
+        select("cpu", torch.int64, 64)
+
+
+def test_cpu_machines_import_no_gpu_kernels() -> None:
+    program = """
+import sys, torch
+from ringflash.kernels.select import select
+select("cpu", torch.float32, 64)
+print([name for name in sys.modules if name.startswith(("ringflash.kernels.triton", "ringflash.kernels.hopper"))])
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    assert ran.stdout.strip() == "[]"
+
+
+@pytest.mark.gpu
+def test_the_gpu_at_hand_takes_triton() -> None:
+    assert chosen("cuda", torch.bfloat16, 128) == "triton"
+    assert chosen("cuda", torch.float32, 64) == "triton"
