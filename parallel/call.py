@@ -85,10 +85,11 @@ def _agree(
     surplus_tokens: tuple[int, int],
 ) -> None:
     """Compare a call with the other ranks; the cache remembers those that agreed."""
-    values = asdict(call)
+    # In the order in which a disagreement is reported: what others follow from comes first.
+    values = {"dtype": str(dtype), "heads": heads, "head_dim": head_dims} | asdict(call)
     del values["group"]
     values["cu_seqlens"] = hashlib.sha256(repr(boundaries).encode()).hexdigest()[:16]
-    values |= {"dtype": str(dtype), "heads": heads, "head_dim": head_dims, "surplus_tokens": surplus_tokens}
+    values["surplus_tokens"] = surplus_tokens
     agreement(group).check(values)
     _check_rows(call, *surplus_tokens, group.rank())
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ringflash.errors import ArgumentError
 from ringflash.mask import Mask
+from ringflash.parallel.agreement import agreement
 from ringflash.parallel.mesh import Group, group_rank, group_size, process_group
 from ringflash.parallel.partition import Partition, resolve
 
@@ -80,10 +81,21 @@ def unshard(
         dist.all_reduce(tokens, group=ranks)
         seqlen = int(tokens)
     deal = _resolve(seqlen, group, partition, mask)
-    if x.shape[dim] != deal.counts()[ranks.rank()]:
+    surplus = x.shape[dim] - deal.counts()[ranks.rank()]
+    others = [size for i, size in enumerate(x.shape) if i != dim % x.dim()]
+    agreement(ranks).check(
+        {
+            "dtype": str(x.dtype),
+            "dim": dim,
+            "other dimensions": others,
+            "partition": deal.spec(),
+            "surplus rows": surplus,
+        }
+    )
+    if surplus:
         raise ArgumentError(
             f"x has {x.shape[dim]} rows in dimension {dim}; partition {partition!r} of {seqlen} tokens gives rank "
-            f"{ranks.rank()} {deal.counts()[ranks.rank()]}"
+            f"{ranks.rank()} {x.shape[dim] - surplus}"
         )
     return _Unshard.apply(x, dim, ranks, deal)
 
