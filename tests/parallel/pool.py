@@ -1,4 +1,4 @@
-"""Long-lived gloo workers for tests: starting a rank costs seconds, handing it a function costs a millisecond.
+"""Long-lived gloo workers for tests: handing a function to a running rank costs a millisecond.
 
     def ranks_agree(value):                                # a function of a module, so that it pickles by name
         gathered = [None] * dist.get_world_size()
@@ -8,9 +8,12 @@
     def test_ranks_agree(pool):                            # the fixture of conftest.py
         assert pool(2).run(ranks_agree, 7) == [[7, 7], [7, 7]]
 
-Every rank has one thread and the default gloo process group. A rank's exception is raised again in the parent with
-the traceback of each rank that failed. Nothing waits for ever: after the timeout, or shortly after another rank has
-failed, ranks that have not answered are killed with their stacks shown, and the next call starts a fresh pool.
+Workers are forked from a server that has imported torch, which takes seconds once and then tenths of a second for a
+pool of any size. Every rank has one thread and the default gloo process group. A rank's exception is raised again in
+the parent with the traceback of each rank that failed. Nothing waits for ever: after the timeout, or shortly after
+another rank has failed, ranks that have not answered are killed with their stacks shown, and the next call starts a
+fresh pool.
+
 Tests in another folder put this folder on `sys.path` and import `Pools`.
 """
 
@@ -32,6 +35,9 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+PRELOAD = ["torch._dynamo", "torch.distributed.device_mesh", "ringflash", "hypothesis", "pytest"]
+"""Imported once, before workers are forked; torch imports its compiler at the first call of a custom operator."""
 
 START_TIMEOUT = 120.0
 """Seconds until every rank has imported torch and joined its group, on a busy machine."""
@@ -55,16 +61,25 @@ class Outcome:
 class Pool:
     """`size` worker processes joined by gloo; started at the first call and again after a call that broke them."""
 
-    def __init__(self, size: int, timeout: float = 60.0, grace: float = 10.0, group_timeout: float = 60.0) -> None:
+    def __init__(
+        self,
+        size: int,
+        timeout: float = 60.0,
+        grace: float = 10.0,
+        group_timeout: float = 60.0,
+        backend: str = "gloo",
+    ) -> None:
         """Describe a pool; nothing starts yet.
 
         Args:
             size: number of ranks.
             timeout: seconds a call may take.
             grace: seconds the other ranks have to answer once one has failed.
-            group_timeout: seconds after which gloo itself gives up on a peer.
+            group_timeout: seconds after which the backend itself gives up on a peer.
+            backend: of the default process group; one that names nccl gives rank r the CUDA device r.
         """
-        self.size, self.timeout, self.grace, self.group_timeout = size, timeout, grace, group_timeout
+        self.size, self.timeout, self.grace = size, timeout, grace
+        self.group_timeout, self.backend = group_timeout, backend
         self._folder: str | None = None
         self._workers: list[multiprocessing.process.BaseProcess] = []
         self._pipes: list[Connection] = []
@@ -113,11 +128,12 @@ class Pool:
         self._workers, self._pipes, self._folder = [], [], None
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
         self._folder = tempfile.mkdtemp(prefix="ringflash-pool-")
         for rank in range(self.size):
             pipe, end = context.Pipe()
-            args = (rank, self.size, self._folder, self.group_timeout, end)
+            args = (rank, self.size, self._folder, self.group_timeout, self.backend, end)
             worker = context.Process(target=_serve, args=args, daemon=True)
             worker.start()
             end.close()
@@ -185,7 +201,7 @@ class Pools:
             pool.close()
 
 
-def _serve(rank: int, size: int, folder: str, group_timeout: float, pipe: Connection) -> None:
+def _serve(rank: int, size: int, folder: str, group_timeout: float, backend: str, pipe: Connection) -> None:
     """Body of a worker: join the group, then answer calls until the parent goes away."""
     with open(Path(folder, f"stack{rank}"), "w") as stacks:
         faulthandler.register(signal.SIGUSR1, file=stacks)
@@ -194,8 +210,10 @@ def _serve(rank: int, size: int, folder: str, group_timeout: float, pipe: Connec
         import torch.distributed as dist
 
         torch.set_num_threads(1)
+        if "nccl" in backend:
+            torch.cuda.set_device(rank)
         dist.init_process_group(
-            "gloo",
+            backend,
             init_method=f"file://{folder}/rendezvous",
             rank=rank,
             world_size=size,

@@ -10,7 +10,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
 
-from ringflash import ArgumentError, DistributedFlashAttention, Mask, Partition, positions, shard, shard_batch, unshard
+from ringflash import (
+    ArgumentError,
+    DistributedFlashAttention,
+    Mask,
+    Partition,
+    RankMismatchError,
+    positions,
+    shard,
+    shard_batch,
+    unshard,
+)
 from ringflash.parallel.partition import resolve
 
 
@@ -109,8 +119,10 @@ def test_groups_may_be_mesh_dimensions_or_process_groups(pool):
 
 def _wrong_share():
     rows = 4 if dist.get_rank() == 0 else 6
-    with pytest.raises(ArgumentError, match=r"(4|6) rows.*10"):
+    with pytest.raises(RankMismatchError, match=r"surplus rows: -1 on rank 0; 1 on rank 1"):
         unshard(torch.zeros(2, rows), 1)
+    with pytest.raises(ArgumentError, match=r"6 rows.*10 tokens.*5"):
+        unshard(torch.zeros(2, 6), 1, seqlen=10)
 
 
 def test_shares_that_no_partition_deals_are_refused_on_every_rank(pool):
@@ -119,8 +131,8 @@ def test_shares_that_no_partition_deals_are_refused_on_every_rank(pool):
 
 def _wrong_share_of_one():
     rows = 5 + (dist.get_rank() == 1)
-    with pytest.raises((ArgumentError, RuntimeError), match=r"rows|tokens"):
-        unshard(torch.zeros(2, rows), 1, seqlen=10)
+    with pytest.raises(RankMismatchError, match=r"surplus rows: 0 on rank 0; 1 on rank 1"):
+        unshard(torch.zeros(3, rows), 1, seqlen=10)
 
 
 def test_one_rank_with_a_wrong_share_is_found_on_every_rank(pool):

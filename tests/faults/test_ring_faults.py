@@ -1,0 +1,186 @@
+"""Ranks that disagree, die or stall: every rank gets an error that says who and what, and nothing hangs.
+
+Each test starts processes of its own, because they end in a state that no other test should meet.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "parallel"))
+from pool import Pool
+
+from ringflash import ArgumentError, DistributedFlashAttention, Mask, RankMismatchError, unshard
+from ringflash.parallel.agreement import Agreement, agreement
+
+PROMPT = 10.0
+"""Seconds within which a disagreement must be an error on every rank."""
+
+
+def _attend(odd_rank, differs):
+    """Forward and backward in which one rank has other arguments than the rest."""
+    arguments = {"dtype": torch.float32, "heads": 4, "key_heads": 2, "head_dim": 16, "batch": 1, "rows": 6}
+    arguments |= {"mask": Mask.causal(), "partition": "contiguous", "scale": None, "cu_seqlens": None}
+    if dist.get_rank() == odd_rank:
+        assert set(differs) <= set(arguments)
+        arguments |= differs
+    heads = (arguments["heads"], arguments["key_heads"], arguments["key_heads"])
+    query, key, value = (
+        torch.randn(arguments["batch"], arguments["rows"], count, arguments["head_dim"], dtype=arguments["dtype"])
+        for count in heads
+    )
+    attend = DistributedFlashAttention(arguments["mask"], partition=arguments["partition"], scale=arguments["scale"])
+    attend(query.requires_grad_(), key, value, cu_seqlens=arguments["cu_seqlens"]).sum().backward()
+
+
+DISAGREEMENTS = {
+    "dtype": ({"dtype": torch.float16}, ("dtype", "float32", "float16")),
+    "heads": ({"heads": 8}, ("heads", "4", "8")),
+    "key heads": ({"key_heads": 4}, ("heads", "2", "4")),
+    "head dimension": ({"head_dim": 32}, ("head_dim", "16", "32")),
+    "tokens": ({"rows": 7}, ("seqlen", "18", "21")),
+    "batch": ({"batch": 2}, ("batch", "1", "2")),
+    "mask": ({"mask": Mask.sliding_window(3)}, ("mask", "right", "left")),
+    "documents": ({"cu_seqlens": [0, 5, 18]}, ("cu_seqlens",)),
+    "partition": ({"partition": "zigzag"}, ("partition", "contiguous", "zigzag")),
+    "scale": ({"scale": 0.5}, ("scale", "0.25", "0.5")),
+}
+
+
+@pytest.mark.parametrize("odd_rank", [0, 2])
+@pytest.mark.parametrize("what", DISAGREEMENTS)
+def test_ranks_that_disagree_are_told_on_every_rank_who_and_what(what, odd_rank):
+    differs, words = DISAGREEMENTS[what]
+    with Pool(3, timeout=PROMPT) as pool:
+        outcomes = pool.outcomes(_attend, odd_rank, differs)
+    for outcome in outcomes:
+        assert isinstance(outcome.error, RankMismatchError), outcome.details or "no error"
+        message = str(outcome.error)
+        assert all(word in message for word in words), message
+        assert f"on rank {odd_rank}" in message
+        assert outcome.seconds < PROMPT
+
+
+def test_a_disagreement_after_calls_that_agreed_is_found_too():
+    with Pool(2, timeout=PROMPT) as pool:
+        for outcome in pool.outcomes(_attend_then_change):
+            assert isinstance(outcome.error, RankMismatchError), outcome.details or "no error"
+            assert "18 on rank 0; 20 on rank 1" in str(outcome.error)
+
+
+def _attend_then_change():
+    attend = DistributedFlashAttention(Mask.causal())
+    for rows in (6, 8, 9 + dist.get_rank()):
+        x = torch.randn(1, rows, 2, 16)
+        attend(x, x, x)
+
+
+def _wrong_share(rows_of_rank):
+    x = torch.randn(1, rows_of_rank[dist.get_rank()], 2, 16)
+    DistributedFlashAttention(Mask.causal(), partition="contiguous")(x, x, x, seqlen=11)
+
+
+def test_one_rank_with_a_wrong_share_of_an_uneven_length_is_an_error_on_every_rank():
+    with Pool(2, timeout=PROMPT) as pool:
+        for outcome in pool.outcomes(_wrong_share, (5, 7)):
+            assert isinstance(outcome.error, RankMismatchError | ArgumentError), outcome.details or "no error"
+            assert "rank 1" in str(outcome.error)
+        for outcome in pool.outcomes(_wrong_share, (6, 7)):
+            assert isinstance(outcome.error, RankMismatchError | ArgumentError), outcome.details or "no error"
+
+
+def _unshard_differently(differs):
+    odd = dist.get_rank() == 1
+    x = torch.zeros(2, 5 + (odd and differs == "rows"), 3 + (odd and differs == "width"))
+    x = x.half() if odd and differs == "dtype" else x
+    unshard(x, 1, partition="zigzag" if odd and differs == "partition" else "contiguous", seqlen=10)
+
+
+@pytest.mark.parametrize("differs", ["rows", "width", "dtype", "partition"])
+def test_unshard_of_different_shares_is_an_error_on_every_rank(differs):
+    with Pool(2, timeout=PROMPT) as pool:
+        for outcome in pool.outcomes(_unshard_differently, differs):
+            assert isinstance(outcome.error, RankMismatchError | ArgumentError), outcome.details or "no error"
+            assert "rank 1" in str(outcome.error)
+
+
+def _come_alone():
+    values = {"seqlen": 6}
+    agreement(dist.group.WORLD).check(values)
+    if dist.get_rank() == 1:
+        agreement(dist.group.WORLD).check({"seqlen": 8}, patience=timedelta(seconds=1))
+
+
+def test_a_rank_that_does_not_come_is_named_with_what_it_did_last():
+    with Pool(2, timeout=PROMPT) as pool:
+        first, second = pool.outcomes(_come_alone)
+    assert first.error is None
+    assert isinstance(second.error, RankMismatchError)
+    assert "rank 0 has not come" in str(second.error)
+    assert '{"seqlen": 6}' in str(second.error)
+
+
+def _ring(steps, victim, deed):
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    attend = DistributedFlashAttention(Mask.causal())
+    leaf = torch.randn(1, 256, 2, 32, generator=generator).requires_grad_()
+    for step in range(steps):
+        if step == 5 and dist.get_rank() == victim:
+            deed()
+        attend(leaf, leaf, leaf).sum().backward()
+
+
+def _kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _leave():
+    os._exit(3)
+
+
+def _stall():
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("deed", [_kill, _leave])
+@pytest.mark.parametrize("victim", [0, 2])
+def test_peers_of_a_rank_that_dies_raise_at_once(victim, deed):
+    with Pool(3, timeout=30.0, grace=PROMPT, group_timeout=120.0) as pool:
+        begin = time.monotonic()
+        outcomes = pool.outcomes(_ring, 10**6, victim, deed)
+        assert time.monotonic() - begin < 2 * PROMPT
+    for outcome in outcomes:
+        expected = "died" if outcome.rank == victim else "onnection"
+        assert expected in str(outcome.error), outcome.details
+
+
+def test_peers_of_a_rank_that_stalls_raise_when_the_groups_timeout_is_over():
+    with Pool(2, timeout=30.0, grace=1.0, group_timeout=3.0) as pool:
+        outcomes = pool.outcomes(_ring, 10**6, 1, _stall)
+    assert "imed out" in str(outcomes[0].error), outcomes[0].details
+    assert 2.0 < outcomes[0].seconds < 15.0
+    assert "had not answered" in str(outcomes[1].error)
+
+
+def test_a_comparison_is_made_once_for_each_new_signature():
+    with Pool(2, timeout=PROMPT) as pool:
+        pool.run(_compare_once)
+
+
+def _compare_once():
+    comparer = Agreement(dist.group.WORLD)
+    comparer.check({"seqlen": 6})
+    begin = time.monotonic()
+    for _ in range(200):
+        comparer.check({"seqlen": 6})
+    assert time.monotonic() - begin < 0.5
+    comparer.check({"seqlen": 7})
