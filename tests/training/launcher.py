@@ -1,0 +1,38 @@
+"""Starting launch/train.py as a user does, in processes of its own, on a small text."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+CHECKOUT = Path(__file__).parents[2]
+
+
+def command(ranks, *overrides):
+    """The command line; ranks=None starts one process without torchrun."""
+    start = [sys.executable]
+    if ranks is not None:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return [*start, str(CHECKOUT / "launch" / "train.py"), "experiment=smoke", *overrides]
+
+
+def launch(folder, ranks, *overrides, timeout=240):
+    """Run to the end with `folder` as working directory."""
+    return subprocess.run(
+        command(ranks, *overrides), cwd=folder, env=environment(), capture_output=True, text=True, timeout=timeout
+    )
+
+
+def environment():
+    """One thread each, and nothing of a surrounding torchrun."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def losses(run):
+    """{step: training loss} of a run's log, later entries over earlier ones."""
+    entries = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    return {entry["step"]: entry["train/loss"] for entry in entries if "train/loss" in entry}

@@ -1,0 +1,88 @@
+"""launch/train.py from its command line: what a run leaves behind, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import yaml
+from launcher import launch, losses
+
+from ringflash.training.checkpoint import Checkpoint
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of two ranks, and its output."""
+    folder = tmp_path_factory.mktemp("cli")
+    return folder, launch(folder, 2, "run_dir=run")
+
+
+def test_a_run_learns_and_leaves_log_checkpoint_results_and_picture(finished):
+    folder, result = finished
+    assert result.returncode == 0, result.stderr
+    run = folder / "run"
+    curve = losses(run)
+    assert sorted(curve) == list(range(1, 21))
+    assert curve[1] == pytest.approx(math.log(512), abs=0.3)
+    assert curve[20] < curve[1] - 0.5
+    results = json.loads((run / "results.json").read_text())
+    assert results["step"] == 20
+    assert 0 < results["bits_per_byte"] < 8
+    assert list(results["baselines"])[:3] == ["unigram", "bigram", "trigram"]
+    assert results["loss_by_context"][0]["first"] == 1
+    assert (run / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert list((run / "tensorboard").glob("events*"))
+    assert Checkpoint(run / "checkpoints" / "step-00000020").state["step"] == 20
+    assert yaml.safe_load((run / "config.yaml").read_text())["name"] == "smoke"
+
+
+def test_progress_shows_loss_speed_and_time_and_the_end_compares_with_ngrams(finished):
+    _, result = finished
+    for said in ("loss", "tokens/s", "s/step", "left", "bits per byte", "trigram", "this model"):
+        assert said in result.stdout
+
+
+def test_nothing_is_written_outside_the_run_and_the_cache(finished):
+    folder, _ = finished
+    assert sorted(path.name for path in folder.iterdir()) == ["run", "runs"]
+    assert [path.name for path in (folder / "runs").iterdir()] == ["cache"]
+
+
+def test_one_process_without_torchrun_goes_on_with_a_run_of_two_ranks(finished, tmp_path):
+    folder, _ = finished
+    run = folder / "run"
+    result = launch(
+        tmp_path,
+        None,
+        "run_dir=longer",
+        f"checkpoint.resume={run / 'checkpoints' / 'step-00000020'}",
+        f"data.cache_dir={folder / 'runs' / 'cache'}",
+        "train.steps=22",
+        "engine=zero2",
+        "logging=quiet",
+    )
+    assert result.returncode == 0, result.stderr
+    curve = losses(tmp_path / "longer")
+    assert sorted(curve) == [21, 22]
+    assert curve[21] == pytest.approx(losses(run)[20], abs=0.5)
+    assert not (tmp_path / "longer" / "tensorboard").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["data.path=nowhere"], "DataError: data.path=nowhere: no such file or folder"),
+        (["checkpoint.resume=nowhere"], "CheckpointError: nowhere: no such checkpoint"),
+        (["+model._target_=os.system"], "ArgumentError: model._target_ is no configuration key"),
+        (["model.layers=3"], "Key 'layers' not in 'ModelConfig'"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_a_mistake_is_answered_in_a_few_lines_that_name_it(tmp_path, overrides, said):
+    result = launch(tmp_path, None, *overrides)
+    assert result.returncode != 0
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(result.stderr.splitlines()) <= 8
