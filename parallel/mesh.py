@@ -1,13 +1,25 @@
-"""Process groups, as users give them: nothing, a ProcessGroup, or a named dimension of a DeviceMesh."""
+"""Process groups, as users give them: nothing, a ProcessGroup, a named dimension of a DeviceMesh, or one device."""
 
 from __future__ import annotations
+
+import enum
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ringflash.errors import ArgumentError
 
-Group = dist.ProcessGroup | DeviceMesh | None
+
+class OneDevice(enum.Enum):
+    """Type of `ONE_DEVICE`."""
+
+    ONE_DEVICE = "one device"
+
+
+ONE_DEVICE = OneDevice.ONE_DEVICE
+"""A group for calls that never communicate, whether torch.distributed is initialised or not."""
+
+Group = dist.ProcessGroup | DeviceMesh | OneDevice | None
 """None is the default group if torch.distributed is initialised, and one device otherwise."""
 
 
@@ -17,6 +29,8 @@ def process_group(group: Group) -> dist.ProcessGroup | None:
     Raises:
         ArgumentError: a DeviceMesh of more than one dimension, or a group that this rank is not in.
     """
+    if group is ONE_DEVICE:
+        return None
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             raise ArgumentError(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ringflash.errors import UnsupportedError
 from ringflash.parallel.call import Call
 from ringflash.parallel.executor import Inputs, backward, forward
 
@@ -110,3 +111,24 @@ def _differentiate(ctx, dout: Tensor | None, dlse: Tensor | None):  # noqa: ANN0
 
 
 attention.register_autograd(_differentiate, setup_context=_save)
+
+
+def _differentiate_twice(ctx, *_) -> None:  # noqa: ANN001, ANN002
+    raise UnsupportedError(
+        "attention has no second derivative: its gradient cannot be differentiated again. Take the first gradient "
+        "without create_graph=True, or use torch's scaled_dot_product_attention with SDPBackend.MATH"
+    )
+
+
+attention_backward.register_autograd(_differentiate_twice)
+
+
+def _vmap(info, in_dims, *_) -> None:  # noqa: ANN001, ANN002
+    raise UnsupportedError(
+        "attention does not run under torch.vmap: give the mapped dimension as the batch dimension of query, key and "
+        "value instead"
+    )
+
+
+attention.register_vmap(_vmap)
+attention_backward.register_vmap(_vmap)

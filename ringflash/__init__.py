@@ -17,9 +17,23 @@ if (_checkout / "pyproject.toml").is_file() and (_checkout / "kernels").is_dir()
     __path__.append(str(_checkout))
 
 from ringflash.attention import DistributedFlashAttention  # noqa: E402
-from ringflash.errors import ArgumentError, RankMismatchError, RingflashError  # noqa: E402
+from ringflash.errors import ArgumentError, RankMismatchError, RingflashError, UnsupportedError  # noqa: E402
+from ringflash.flash_attn import (  # noqa: E402
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
 from ringflash.mask import Mask  # noqa: E402
 from ringflash.parallel.partition import Partition  # noqa: E402
+from ringflash.ring_flash_attn import (  # noqa: E402
+    ring_flash_attn_func,
+    ring_flash_attn_qkvpacked_func,
+    ring_flash_attn_varlen_func,
+    ring_flash_attn_varlen_qkvpacked_func,
+)
 from ringflash.sharding import positions, shard, shard_batch, unshard  # noqa: E402
 
 __all__ = [
@@ -29,7 +43,18 @@ __all__ = [
     "Partition",
     "RankMismatchError",
     "RingflashError",
+    "UnsupportedError",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
     "positions",
+    "ring_flash_attn_func",
+    "ring_flash_attn_qkvpacked_func",
+    "ring_flash_attn_varlen_func",
+    "ring_flash_attn_varlen_qkvpacked_func",
     "shard",
     "shard_batch",
     "unshard",

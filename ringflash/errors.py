@@ -13,6 +13,10 @@ class RankMismatchError(RingflashError, RuntimeError):
     """Ranks of one group disagree on an argument or a configuration value."""
 
 
+class UnsupportedError(RingflashError, NotImplementedError):
+    """A transformation of attention that does not exist here: second derivatives, forward-mode derivatives, vmap."""
+
+
 class CheckpointError(RingflashError, RuntimeError):
     """A checkpoint is incomplete, damaged, or belongs to another model."""
 

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import ringflash.parallel.operators  # noqa: F401  registers torch.ops.ringflash
-from ringflash.errors import ArgumentError
+from ringflash.errors import ArgumentError, UnsupportedError
 from ringflash.mask import Mask
 from ringflash.parallel.mesh import Group, group_name, group_rank, group_size
 from ringflash.parallel.partition import Partition, check_name, resolve
@@ -36,6 +37,7 @@ def attention(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     dropout: float = 0.0,
+    dropout_seed: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     sinks: Tensor | None = None,
     kernel: str = "auto",
@@ -55,13 +57,16 @@ def attention(
         seqlen: S; needed only where not every rank holds the same number of queries.
         key_seqlen: Sk; likewise for keys.
         group: a ProcessGroup or one-dimensional DeviceMesh over whose ranks each sequence is dealt. None is the default
-            group if torch.distributed is initialised, and one device otherwise.
+            group if torch.distributed is initialised, and one device otherwise; `ringflash.parallel.mesh.ONE_DEVICE`
+            never communicates.
         partition: how tokens are dealt; see `ringflash.shard`.
         scale: factor of the scores before the softmax; 1 / sqrt(D) if None.
         softcap: scores become softcap * tanh(score / softcap); 0 for none.
         alibi_slopes: fp32 (H,), or (B, H), or (documents, H) with cu_seqlens; slope * distance is taken from a score.
-        dropout: probability of dropping a pair. Seeded from torch's generator of the query's device: ranks that were
-            given the same `torch.manual_seed` drop what one device would.
+        dropout: probability of dropping a pair.
+        dropout_seed: (1,) int64 on the query's device, the same on all ranks; with it everything that is dropped is
+            given. None draws one from torch's generator of that device: ranks that were given the same
+            `torch.manual_seed` drop what one device would.
         key_padding_mask: (B, sk) bool, False for keys that nobody may see.
         sinks: (H,) learned logits that join each row's softmax without a value, as in gpt-oss.
         kernel: "auto", or the name of one implementation (see `ringflash.kernels.select`).
@@ -73,9 +78,11 @@ def attention(
     Raises:
         ArgumentError: an argument is not supported; raised before any communication.
         RankMismatchError: ranks disagree on an argument.
+        UnsupportedError: asked for second derivatives, for forward-mode derivatives, or under torch.vmap.
     """
     query, key, value = _autocast(query, key, value)
     check_tensors(query, key, value)
+    _check_reverse_mode(query, key, value)
     _check_numbers(softcap, dropout, scale)
     check_name(partition)
     mask = Mask.causal() if mask is None else mask
@@ -92,7 +99,7 @@ def attention(
         None
         if alibi_slopes is None
         else _slopes_of_rows(alibi_slopes, query, mask, boundaries, query_boundaries, seqlen, group, partition),
-        torch.randint(2**62, (1,), device=query.device) if dropout else None,
+        _seed(dropout, dropout_seed, query),
         _visible_keys(key_padding_mask, key),
         mask.spec(),
         partition if isinstance(partition, str) else partition.spec(),
@@ -115,6 +122,8 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:
             raise ArgumentError(f"{name} has shape {tuple(tensor.shape)}; allowed is (batch, seqlen, heads, head_dim)")
+        if tensor.shape[0] == 0:
+            raise ArgumentError(f"{name} has shape {tuple(tensor.shape)}; the batch must hold at least one sequence")
         if tensor.dtype != query.dtype or tensor.device != query.device:
             raise ArgumentError(
                 f"{name} is {tensor.dtype} on {tensor.device}, query {query.dtype} on {query.device}; make them agree"
@@ -138,6 +147,25 @@ def _check_numbers(softcap: float, dropout: float, scale: float | None) -> None:
         raise ArgumentError(f"dropout={dropout}; allowed is 0 <= dropout < 1")
     if scale is not None and not 0 < scale < float("inf"):
         raise ArgumentError(f"scale={scale}; allowed are positive numbers, or None for 1 / sqrt(head_dim)")
+
+
+def _check_reverse_mode(*tensors: Tensor) -> None:
+    # Without this check torch takes the tangent of an operator that has no formula for it to be zero.
+    if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise UnsupportedError("attention has no forward-mode derivative (torch.func.jvp); take gradients in reverse")
+
+
+def _seed(dropout: float, given: Tensor | None, query: Tensor) -> Tensor | None:
+    if given is not None:
+        if given.shape != (1,) or given.dtype != torch.int64 or given.device != query.device:
+            raise ArgumentError(
+                f"dropout_seed is {given.dtype} {tuple(given.shape)} on {given.device}; allowed is int64 (1,) on "
+                f"{query.device}"
+            )
+        if not dropout:
+            raise ArgumentError("dropout_seed is given, but dropout is 0")
+        return given
+    return torch.randint(2**62, (1,), device=query.device) if dropout else None
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -179,8 +207,11 @@ def _slopes_of_rows(
     own = boundaries if query_boundaries is None else query_boundaries
     documents = batch if own is None else own.shape[0] - 1
     allowed = {(heads,), (batch, heads), (documents, heads)}
-    if tuple(slopes.shape) not in allowed or slopes.dtype != torch.float32:
-        raise ArgumentError(f"alibi_slopes is {slopes.dtype} {tuple(slopes.shape)}; allowed is float32 of {allowed}")
+    if tuple(slopes.shape) not in allowed or slopes.dtype != torch.float32 or slopes.device != query.device:
+        raise ArgumentError(
+            f"alibi_slopes is {slopes.dtype} {tuple(slopes.shape)} on {slopes.device}; allowed is float32 of "
+            f"{' or '.join(map(str, sorted(allowed)))} on {query.device}"
+        )
     if slopes.dim() == 1:
         return slopes.expand(batch * tokens, heads)
     if own is None:
@@ -191,7 +222,7 @@ def _slopes_of_rows(
         rows = resolve(partition, seqlen, group_size(group), whole, batch).positions(group_rank(group))
     rows = (rows + torch.arange(batch, device=own.device)[:, None] * seqlen).flatten()
     if slopes.shape[0] == documents:
-        return slopes[(torch.searchsorted(own, rows, right=True) - 1).to(slopes.device)]
+        return slopes[(torch.searchsorted(own.long(), rows, right=True) - 1).to(slopes.device)]
     return slopes[(rows // seqlen).to(slopes.device)]
 
 

@@ -1,0 +1,168 @@
+"""The arguments of flash-attn's functions, checked and put in the words of `ringflash.functional.attention`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ringflash.errors import ArgumentError
+from ringflash.functional import attention
+from ringflash.mask import Mask
+from ringflash.parallel.mesh import Group
+from ringflash.parallel.partition import Partition
+from ringflash.probabilities import signed_probabilities
+
+Attention = Tensor | tuple[Tensor, Tensor, Tensor | None]
+"""out, or (out, softmax_lse, S_dmask) if these were asked for."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments that all functions share, checked, in the words of `ringflash.functional.attention`."""
+
+    dropout: float
+    scale: float | None
+    mask: Mask
+    softcap: float
+    alibi_slopes: Tensor | None
+    deterministic: bool
+    return_attn_probs: bool
+
+    @staticmethod
+    def of(
+        dropout_p: float,
+        softmax_scale: float | None,
+        causal: bool,
+        window_size: tuple[int, int],
+        softcap: float,
+        alibi_slopes: Tensor | None,
+        deterministic: bool,
+        return_attn_probs: bool,
+    ) -> Options:
+        """Options from flash-attn's arguments."""
+        if not 0 <= dropout_p < 1:
+            raise ArgumentError(f"dropout_p={dropout_p}; allowed is 0 <= dropout_p < 1")
+        if softmax_scale is not None and not 0 < softmax_scale < float("inf"):
+            raise ArgumentError(f"softmax_scale={softmax_scale}; allowed are positive numbers, or None")
+        if len(window_size) != 2 or min(window_size) < -1:
+            raise ArgumentError(f"window_size={window_size}; allowed is (left, right), each -1 for no bound, or more")
+        left, right = (None if x == -1 else int(x) for x in window_size)
+        return Options(
+            dropout_p,
+            softmax_scale,
+            Mask.sliding_window(left, 0 if causal else right),
+            max(softcap, 0.0),
+            alibi_slopes,
+            deterministic,
+            return_attn_probs,
+        )
+
+    def draw_seed(self, q: Tensor) -> Tensor | None:
+        """A seed for dropout that can be used twice; None where nobody will."""
+        return torch.randint(2**62, (1,), device=q.device) if self.dropout and self.return_attn_probs else None
+
+    def probabilities(
+        self,
+        q: Tensor,
+        k: Tensor,
+        lse: Tensor,
+        seed: Tensor | None,
+        boundaries: tuple[Tensor, Tensor],
+        longest: tuple[int, int],
+    ) -> Tensor | None:
+        """S_dmask of packed q (total_q, nheads, headdim) and k, from lse (nheads, total_q)."""
+        if seed is None:
+            return None
+        return signed_probabilities(
+            q,
+            k,
+            lse,
+            seed,
+            boundaries[0].to(q.device),
+            boundaries[1].to(q.device),
+            longest,
+            mask=self.mask,
+            scale=q.shape[-1] ** -0.5 if self.scale is None else self.scale,
+            softcap=self.softcap,
+            alibi_slopes=self.alibi_slopes,
+            dropout=self.dropout,
+        )
+
+
+def attend_batch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: Options,
+    group: Group,
+    partition: str | Partition = "zigzag",
+    seqlen_q: int | None = None,
+    seqlen_k: int | None = None,
+) -> Attention:
+    """Attention of a batch of sequences of one length, (batch, s, nheads, headdim); see `ring_flash_attn_func`."""
+    q, k, v = (rows_together(name, x, 4) for name, x in (("q", q), ("k", k), ("v", v)))
+    seed = options.draw_seed(q)
+    out, lse = attention(
+        q,
+        k,
+        v,
+        mask=options.mask,
+        seqlen=seqlen_q,
+        key_seqlen=seqlen_k,
+        group=group,
+        partition=partition,
+        scale=options.scale,
+        softcap=options.softcap,
+        alibi_slopes=options.alibi_slopes,
+        dropout=options.dropout,
+        dropout_seed=seed,
+        deterministic=options.deterministic,
+    )
+    if not options.return_attn_probs:
+        return out
+    edges = torch.arange(q.shape[0] + 1, device=q.device)
+    boundaries, longest = (edges * q.shape[1], edges * k.shape[1]), (q.shape[1], k.shape[1])
+    packed = q.flatten(0, 1), k.flatten(0, 1), lse.transpose(0, 1).flatten(1)
+    return out, lse, options.probabilities(*packed, seed, boundaries, longest)
+
+
+def unpack(name: str, packed: Tensor, count: int, dims: int) -> tuple[Tensor, ...]:
+    """Views of `count` tensors stacked in front of the heads, (..., count, nheads, headdim)."""
+    if packed.dim() != dims or packed.shape[-3] != count:
+        shape = f"({'batch, seqlen' if dims == 5 else 'total'}, {count}, nheads, headdim)"
+        raise ArgumentError(f"{name} has shape {tuple(packed.shape)}; allowed is {shape}")
+    return packed.unbind(-3)
+
+
+def rows_together(name: str, x: Tensor, dims: int) -> Tensor:
+    """The tensor with a contiguous last dimension, copied if it has another, after a look at its shape."""
+    if x.dim() != dims:
+        allowed = "(batch, seqlen, nheads, headdim)" if dims == 4 else "(total, nheads, headdim)"
+        raise ArgumentError(f"{name} has shape {tuple(x.shape)}; allowed is {allowed}")
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def check_boundaries(name: str, cu_seqlens: Tensor, longest: int, q: Tensor, total: int | None) -> None:
+    """What can be checked of boundaries without waiting for a device."""
+    if (
+        not isinstance(cu_seqlens, Tensor)
+        or cu_seqlens.dim() != 1
+        or cu_seqlens.dtype not in (torch.int32, torch.int64)
+    ):
+        raise ArgumentError(f"{name}={cu_seqlens}; allowed is a one-dimensional int32 tensor")
+    if cu_seqlens.shape[0] < 2:
+        raise ArgumentError(f"{name} has {cu_seqlens.shape[0]} entries; allowed is the number of sequences + 1, from 2")
+    if cu_seqlens.device.type != "cpu" and cu_seqlens.device != q.device:
+        raise ArgumentError(f"{name} is on {cu_seqlens.device}, q on {q.device}; pass it there or on the CPU")
+    if longest < 0:
+        raise ArgumentError(f"{name.replace('cu', 'max').replace('seqlens', 'seqlen')}={longest}; allowed is 0 or more")
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if total is not None and cu_seqlens[-1] > total:
+        raise ArgumentError(f"{name} ends at {int(cu_seqlens[-1])}, behind the last of {total} tokens")
+    if (found := int(cu_seqlens.diff().max())) > longest:
+        raise ArgumentError(
+            f"{name.replace('cu', 'max').replace('seqlens', 'seqlen')}={longest}; the longest sequence has {found}"
+        )
