@@ -263,6 +263,7 @@ def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 def import_deepspeed(device: torch.device) -> object:
     """DeepSpeed, kept from compiling an operator for CPU communication that takes minutes and needs a compiler."""
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # torchrun sets it; DeepSpeed refuses to be without
+    os.environ["DS_ACCELERATOR"] = device.type  # it would take a GPU that is there even if device=cpu
     import deepspeed
 
     deepspeed.logger.setLevel("ERROR")
