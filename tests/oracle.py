@@ -22,6 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ringflash.kernels import reference
 from ringflash.kernels.intervals import KeyIntervals, causal_intervals, dense_intervals
+from ringflash.kernels.modifiers import Modifiers, kept
 from ringflash.mask import Mask
 
 LAYOUTS = ("plain", "heads first", "part of wider rows", "one row for all")
@@ -38,6 +39,12 @@ class Problem:
     dlse: Tensor
     intervals: KeyIntervals
     scale: float
+    modifiers: Modifiers | None = None
+
+    def visible(self) -> Tensor:
+        """(T, S) pairs that mask and padding show."""
+        padding = None if self.modifiers is None else self.modifiers.key_visible
+        return self.intervals.visible() if padding is None else self.intervals.visible() & (padding != 0)
 
     def __repr__(self) -> str:
         """Shapes and bounds only: what a failing example has to show."""
@@ -47,7 +54,7 @@ class Problem:
             if isinstance(t := getattr(self, x.name), Tensor)
         )
         bounds = [bound.tolist() for pair in self.intervals.ranges() for bound in pair]
-        return f"Problem({self.query.dtype}, {tensors}, scale {self.scale}, bounds {bounds})"
+        return f"Problem({self.query.dtype}, {tensors}, scale {self.scale}, {self.modifiers}, bounds {bounds})"
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,7 @@ def draw_problem(
     seed: int = 0,
     layout: str = "plain",
     scale: float | None = None,
+    modifiers: Modifiers | None = None,
 ) -> Problem:
     """A random problem on the intervals' device; gradients are zero for rows without keys."""
     (query_heads, key_heads), (dim, value_dim) = heads, dims
@@ -86,12 +94,8 @@ def draw_problem(
     dlse = torch.randn(query_heads, intervals.query_count, generator=random, device=device)
     if layout == "one row for all" and intervals.query_count:  # as the gradient of a sum over tokens
         dout = dout[:1].expand_as(dout)
-    return Problem(query, key, value, dout, dlse * has_keys(intervals), intervals, scale or dim**-0.5)
-
-
-def has_keys(intervals: KeyIntervals) -> Tensor:
-    """(T,) whether a row sees any key."""
-    return torch.stack([start < stop for start, stop in intervals.ranges()]).any(0)
+    problem = Problem(query, key, value, dout, dlse, intervals, scale or dim**-0.5, modifiers)
+    return replace(problem, dlse=dlse * problem.visible().any(1))
 
 
 def run(
@@ -109,11 +113,12 @@ def run(
     operands = [
         (problem.query, problem.key[a:b], problem.value[a:b], between(problem.intervals, a, b)) for a, b in launches
     ]
+    settings = [{"scale": problem.scale, **_modifiers(problem.modifiers, a, b)} for a, b in launches]
     accumulator = torch.promote_types(problem.query.dtype, torch.float32)
     carry = None
     for index, launch in enumerate(operands):
         dtype = out_dtype if index == len(operands) - 1 else accumulator
-        carry = kernels.attend(*launch, scale=problem.scale, carry=carry, out_dtype=dtype)
+        carry = kernels.attend(*launch, **settings[index], carry=carry, out_dtype=dtype)
     out, lse = carry
     dquery, dkeys, dvalues = None, {}, {}
     delta = kernels.row_delta(problem.dout, out.to(problem.query.dtype), problem.dlse)
@@ -126,7 +131,7 @@ def run(
             lse,
             delta,
             intervals,
-            scale=problem.scale,
+            **settings[index],
             carry=dquery,
             dquery_dtype=None if index == len(operands) - 1 else accumulator,
             dkey_dtype=out_dtype,
@@ -142,34 +147,64 @@ def between(intervals: KeyIntervals, first: int, last: int) -> KeyIntervals:
     return KeyIntervals(shown[0], shown[1], last - first, *shown[2:])
 
 
+def _modifiers(modifiers: Modifiers | None, first: int, last: int) -> dict[str, Modifiers]:
+    if modifiers is None:
+        return {}
+    of_keys = {name: getattr(modifiers, name) for name in ("key_positions", "key_visible")}
+    return {"modifiers": replace(modifiers, **{n: x if x is None else x[first:last] for n, x in of_keys.items()})}
+
+
 def exact(problem: Problem) -> Results:
     """float64 results of the reference."""
     operands = (problem.query.double(), problem.key.double(), problem.value.double())
-    out, lse = reference.attend(*operands, problem.intervals, scale=problem.scale)
+    settings = {"scale": problem.scale, "modifiers": problem.modifiers}
+    out, lse = reference.attend(*operands, problem.intervals, **settings)
     delta = reference.row_delta(problem.dout, out, problem.dlse)
-    gradients = reference.attend_backward(problem.dout, *operands, lse, delta, problem.intervals, scale=problem.scale)
+    gradients = reference.attend_backward(problem.dout, *operands, lse, delta, problem.intervals, **settings)
     return Results(out, lse, *gradients)
 
 
 def torch_own(problem: Problem) -> Results:
-    """Results of torch's scaled_dot_product_attention and autograd in the problem's own dtype, with a dense mask."""
+    """Results of torch's own attention and autograd in the problem's dtype, with a dense mask.
+
+    That is scaled_dot_product_attention, or the usual few lines of eager torch for modifiers that it does not have.
+    """
     query, key, value = (x.detach().clone().requires_grad_() for x in (problem.query, problem.key, problem.value))
     key_HSD, value_HSD = (
         x.repeat_interleave(query.shape[1] // x.shape[1], dim=1).transpose(0, 1) for x in (key, value)
     )
     query_HTD = query.transpose(0, 1)
-    visible = problem.intervals.visible().clone()
+    visible = problem.visible().clone()
     blind = ~visible.any(1)
     visible[blind, 0] = True  # torch promises nothing for rows without keys: show one, and take no notice of them
-    out = scaled_dot_product_attention(
-        query_HTD[None], key_HSD[None], value_HSD[None], attn_mask=visible, scale=problem.scale
-    )[0].transpose(0, 1)
-    scores = (query_HTD.float() @ key_HSD.float().mT * problem.scale).masked_fill(~visible, -torch.inf)
-    lse = torch.logsumexp(scores, -1)
+    if problem.modifiers is None:
+        out_HTD = scaled_dot_product_attention(
+            query_HTD[None], key_HSD[None], value_HSD[None], attn_mask=visible, scale=problem.scale
+        )[0]
+    else:
+        scores = _modified(query_HTD @ key_HSD.mT * problem.scale, problem).masked_fill(~visible, -torch.inf)
+        weights = torch.softmax(scores, -1, dtype=torch.float32)
+        if problem.modifiers.dropout:
+            weights = weights * kept(problem.modifiers, len(query_HTD)) / (1 - problem.modifiers.dropout)
+        out_HTD = weights.to(query.dtype) @ value_HSD
+    out = out_HTD.transpose(0, 1)
+    scores = _modified(query_HTD.float() @ key_HSD.float().mT * problem.scale, problem)
+    lse = torch.logsumexp(scores.masked_fill(~visible, -torch.inf), -1)
     dout = problem.dout.masked_fill(blind[:, None, None], 0)
     gradients = torch.autograd.grad((out, lse), (query, key, value), (dout, problem.dlse))
     out = out.detach().masked_fill(blind[:, None, None], 0)
     return Results(out, lse.detach().masked_fill(blind, -torch.inf), *gradients)
+
+
+def _modified(scores: Tensor, problem: Problem) -> Tensor:
+    """Scores after softcap and ALiBi, in their own dtype."""
+    modifiers = problem.modifiers
+    if modifiers is not None and modifiers.softcap:
+        scores = modifiers.softcap * torch.tanh(scores / modifiers.softcap)
+    if modifiers is not None and modifiers.slopes is not None:
+        far = (modifiers.query_positions[:, None] - modifiers.key_positions).abs()
+        scores = scores - (modifiers.slopes.T[..., None] * far).to(scores.dtype)
+    return scores
 
 
 def assert_accurate(results: Results, problem: Problem) -> None:
@@ -221,7 +256,23 @@ def to_device(intervals: KeyIntervals, device: str) -> KeyIntervals:
     return KeyIntervals(bounds[0], bounds[1], intervals.key_count, *bounds[2:])
 
 
-# Random intervals
+# Random modifiers and intervals
+
+
+@st.composite
+def any_modifiers(draw: st.DrawFn, intervals: KeyIntervals, heads: int) -> Modifiers:
+    """Any of softcap, ALiBi, dropout and padding, together; positions as a rank with a part of the line has them."""
+    queries, keys = intervals.query_count, intervals.key_count
+    random = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    return Modifiers(
+        softcap=draw(st.sampled_from([0.0, 3.0])),
+        slopes=torch.rand(queries, heads, generator=random) / 8 if draw(st.booleans()) else None,
+        dropout=draw(st.sampled_from([0.0, 0.0, 0.3])),
+        seed=torch.tensor([draw(st.integers(0, 2**63 - 1))]),
+        query_positions=torch.arange(queries, dtype=torch.int32) + draw(st.integers(0, 100)),
+        key_positions=torch.arange(keys, dtype=torch.int32) + draw(st.integers(0, 100)),
+        key_visible=(torch.rand(keys, generator=random) < 0.8).byte() if draw(st.booleans()) else None,
+    )
 
 
 @st.composite

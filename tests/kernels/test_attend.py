@@ -6,6 +6,7 @@ The Triton kernels run here on GPUs only; test_triton_*.py runs them in the inte
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -17,6 +18,7 @@ from oracle import (
     Problem,
     Results,
     any_intervals,
+    any_modifiers,
     assert_accurate,
     assert_same,
     draw_problem,
@@ -28,8 +30,9 @@ from oracle import (
     torch_own,
 )
 
-from ringflash.kernels import blockwise, reference
+from ringflash.kernels import blockwise, reference, tiling
 from ringflash.kernels.intervals import KeyIntervals, causal_intervals, dense_intervals
+from ringflash.kernels.tile_math import MatrixProducts
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -75,12 +78,22 @@ def test_blockwise_is_as_accurate_as_torch(dtype: torch.dtype, data: st.DataObje
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=named)
+@settings(max_examples=30)
+@given(st.data())
+def test_blockwise_with_modifiers_is_as_accurate_as_torch(dtype: torch.dtype, data: st.DataObject) -> None:
+    problem = data.draw(problems(dtype, 150))
+    modifiers = data.draw(any_modifiers(problem.intervals, problem.query.shape[1]))
+    problem = replace(problem, modifiers=modifiers)
+    check(blockwise, replace(problem, dlse=problem.dlse * problem.visible().any(1)), data)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=named)
 @settings(max_examples=20)
 @given(st.data())
 def test_matrix_product_tiles_are_as_accurate_as_torch(dtype: torch.dtype, data: st.DataObject) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blockwise, "_has_fused", lambda query, value: False)  # as on devices other than the CPU
-        patch.setattr(blockwise, "BLOCK", (48, 80))  # several blocks also in small problems
+        patch.setattr(blockwise, "_tile_math", lambda *operands: MatrixProducts)  # as on devices other than the CPU
+        patch.setattr(tiling, "BLOCK", (48, 80))  # several blocks also in small problems
         check(blockwise, data.draw(problems(dtype, 200)), data)
 
 

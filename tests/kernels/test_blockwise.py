@@ -11,26 +11,27 @@ from hypothesis import given, settings
 from oracle import any_intervals, assert_accurate, assert_same, draw_problem, run
 
 from ringflash.kernels import blockwise
-from ringflash.kernels.blockwise import Kind, Tile
 from ringflash.kernels.intervals import KeyIntervals, causal_intervals, dense_intervals
+from ringflash.kernels.tile_math import Fused, MatrixProducts
+from ringflash.kernels.tiling import STRIP, Kind, Tile, tiles, visible
 
 
 def shown(tile: Tile, intervals: KeyIntervals) -> torch.Tensor:
     rows, keys = tile.rows.stop - tile.rows.start, tile.keys.stop - tile.keys.start
     if tile.kind is Kind.PARTIAL:
-        return blockwise._visible(tile, intervals)
+        return visible(tile, intervals)
     if tile.kind is Kind.CAUSAL:
         assert rows == keys
     every = torch.ones(rows, keys, dtype=torch.bool)
     return every.tril() if tile.kind is Kind.CAUSAL else every
 
 
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("large", [True, False])
 @settings(max_examples=150)
 @given(any_intervals(500))
-def test_tiles_show_each_visible_pair_once(fused: bool, intervals: KeyIntervals) -> None:
+def test_tiles_show_each_visible_pair_once(large: bool, intervals: KeyIntervals) -> None:
     times = torch.zeros(intervals.query_count, intervals.key_count, dtype=torch.int32)
-    for tile in blockwise._tiles(intervals, fused):
+    for tile in tiles(intervals, large):
         times[tile.rows, tile.keys] += shown(tile, intervals)
     right = sum(
         (
@@ -44,27 +45,25 @@ def test_tiles_show_each_visible_pair_once(fused: bool, intervals: KeyIntervals)
 @settings(max_examples=150)
 @given(any_intervals(500))
 def test_masks_are_narrow_and_little_is_computed_in_vain(intervals: KeyIntervals) -> None:
-    visible = sum(int((stop - start).clamp(min=0).sum()) for start, stop in intervals.ranges())
+    pairs = sum(int((stop - start).clamp(min=0).sum()) for start, stop in intervals.ranges())
     computed = 0
-    for tile in blockwise._tiles(intervals, fused=True):
+    for tile in tiles(intervals, large=True):
         rows, keys = tile.rows.stop - tile.rows.start, tile.keys.stop - tile.keys.start
-        assert tile.kind is not Kind.PARTIAL or rows <= blockwise.STRIP
+        assert tile.kind is not Kind.PARTIAL or rows <= STRIP
         computed += rows * keys
-    assert computed <= 2 * visible + 2 * blockwise.STRIP * intervals.query_count
+    assert computed <= 2 * pairs + 2 * STRIP * intervals.query_count
 
 
 def test_a_causal_launch_is_one_tile_and_a_document_each_one_more() -> None:
-    assert blockwise._tiles(causal_intervals(5000, 5000), fused=True) == [
-        Tile(slice(0, 5000), slice(0, 5000), Kind.CAUSAL, 0)
-    ]
+    assert tiles(causal_intervals(5000, 5000), large=True) == [Tile(slice(0, 5000), slice(0, 5000), Kind.CAUSAL, 0)]
     row = torch.arange(5000, dtype=torch.int32)
     packed = KeyIntervals(torch.where(row < 2000, 0, 2000).int(), row + 1, 5000)
-    assert [tile.rows for tile in blockwise._tiles(packed, fused=True)] == [slice(0, 2000), slice(2000, 5000)]
+    assert [tile.rows for tile in tiles(packed, large=True)] == [slice(0, 2000), slice(2000, 5000)]
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_a_loss_of_the_log_sum_exp_alone_has_its_gradient(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blockwise, "_has_fused", lambda query, value: fused)
+@pytest.mark.parametrize("math", [Fused, MatrixProducts])
+def test_a_loss_of_the_log_sum_exp_alone_has_its_gradient(math: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blockwise, "_tile_math", lambda *operands: math)
     problem = draw_problem(causal_intervals(150, 200), (4, 2), (32, 32), torch.float32)
     problem = replace(problem, dout=torch.zeros_like(problem.dout))
     assert_accurate(run(blockwise, problem), problem)
@@ -80,9 +79,9 @@ def test_gradients_of_any_size_survive(size: float) -> None:
         torch.testing.assert_close(getattr(sized, name) / size, getattr(plain, name), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_float64_passes_gradcheck(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blockwise, "_has_fused", lambda query, value: fused)
+@pytest.mark.parametrize("math", [Fused, MatrixProducts])
+def test_float64_passes_gradcheck(math: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blockwise, "_tile_math", lambda *operands: math)
     intervals = KeyIntervals(*torch.tensor([[0, 0, 1, 3], [2, 0, 4, 5]], dtype=torch.int32).sort().values, 6)
 
     class Attend(torch.autograd.Function):
@@ -108,9 +107,9 @@ def test_gradients_repeat_bit_for_bit() -> None:
     assert_same(run(blockwise, problem), run(blockwise, problem, deterministic=True))
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_memory_grows_with_the_rows_and_not_with_the_pairs(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blockwise, "_has_fused", lambda query, value: fused)
+@pytest.mark.parametrize("math", [Fused, MatrixProducts])
+def test_memory_grows_with_the_rows_and_not_with_the_pairs(math: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blockwise, "_tile_math", lambda *operands: math)
 
     def peak(rows: int) -> int:
         problem = draw_problem(dense_intervals(rows, rows), (1, 1), (16, 16), torch.float32)

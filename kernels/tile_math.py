@@ -1,0 +1,150 @@
+"""Attention within one tile, in two ways: by torch's fused CPU operator, or by matrix products on any device.
+
+Both are used as modules are: `prepare` once for a backward launch, `forward` and `backward` for each tile.
+
+Legend: Hk key heads, G query heads of each, R rows and K keys of the tile, D head dimension, Dv value's. Tensors come
+as (Hk, G, R, D) and (Hk, G, K, D); key and value repeat along G without taking memory.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ringflash.kernels.intervals import KeyIntervals
+from ringflash.kernels.modifiers import Modifiers, kept
+from ringflash.kernels.tiling import Kind, Tile, visible
+
+
+class Launch(NamedTuple):
+    """What all tiles of a launch share."""
+
+    intervals: KeyIntervals
+    scale: float
+    modifiers: Modifiers | None
+
+
+class Fused:
+    """Tiles of torch's fused CPU operator; no modifiers, one head dimension for all."""
+
+    @staticmethod
+    def prepare(dout: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """A pair (dout, out) whose row products are `delta`.
+
+        The fused backward takes out only to form sum_d dout * out. That sum is given here, with the log-sum-exp's
+        gradient already in it, so out becomes the multiple of dout that has it. A sum of squares loses nothing to
+        cancellation.
+        """
+        largest = dout.abs().amax(-1, keepdim=True)
+        # Where dout (all but) vanishes and delta does not, as for a loss of the log-sum-exp alone, no multiple reaches
+        # it: a dout too small to be seen beside delta takes its place.
+        least = delta.abs()[..., None] * 2.0**-60
+        dout = torch.where(largest < least, least, dout)
+        largest = torch.maximum(largest, least)
+        direction = dout / torch.where(largest > 0, largest, 1)
+        square = (direction * direction).sum(-1, keepdim=True)
+        factor = delta[..., None] / (largest * square)
+        return dout, direction * torch.where(largest > 0, factor, 0)
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile, launch: Launch) -> tuple[Tensor, Tensor]:
+        """(out, lse) of the tile's rows over the tile's keys."""
+        mask = visible(tile, launch.intervals)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, is_causal=tile.kind is Kind.CAUSAL, attn_mask=_additive(mask, q.dtype), scale=launch.scale
+        )
+        # The operator reports 0 for a row whose every key is masked.
+        return out, lse if mask is None else lse.masked_fill(~mask.any(1), -torch.inf)
+
+    @staticmethod
+    def backward(
+        dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, tile: Tile, launch: Launch
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(dq, dk, dv) of the tile's pairs, dk and dv (Hk, K, D); `dout` and `out` as prepared."""
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dout,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            dropout_p=0.0,
+            is_causal=tile.kind is Kind.CAUSAL,
+            attn_mask=_additive(visible(tile, launch.intervals), q.dtype),
+            scale=launch.scale,
+        )
+        return dq, dk.sum(1), dv.sum(1)
+
+
+class MatrixProducts:
+    """Tiles of plain matrix products, with everything that `Modifiers` can ask for."""
+
+    @staticmethod
+    def prepare(dout: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """What `backward` takes as its first two arguments."""
+        return dout, delta[..., None]
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile, launch: Launch) -> tuple[Tensor, Tensor]:
+        """See `Fused.forward`."""
+        scores, _ = _scores(q, k, tile, launch)
+        lse = torch.logsumexp(scores, -1)
+        weights = scores.sub_(lse.nan_to_num(neginf=0.0)[..., None]).exp_()
+        if launch.modifiers is not None and launch.modifiers.dropout:
+            weights *= _dropout_factor(weights, tile, launch.modifiers)
+        return _by_key_head(weights, v), lse
+
+    @staticmethod
+    def backward(
+        dout: Tensor, delta: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, tile: Tile, launch: Launch
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Fused.backward`."""
+        scores, slope = _scores(q, k, tile, launch)
+        weights = scores.sub_(lse[..., None]).exp_()
+        dweights = _by_key_head(dout, v.mT)
+        shown = weights
+        if launch.modifiers is not None and launch.modifiers.dropout:
+            factor = _dropout_factor(weights, tile, launch.modifiers)
+            dweights, shown = dweights.mul_(factor), weights * factor
+        dscores = dweights.sub_(delta).mul_(weights).mul_(slope)
+        dk = dscores.flatten(1, 2).mT @ q.flatten(1, 2)
+        dv = shown.flatten(1, 2).mT @ dout.flatten(1, 2)
+        return _by_key_head(dscores, k), dk, dv
+
+
+def _scores(q: Tensor, k: Tensor, tile: Tile, launch: Launch) -> tuple[Tensor, Tensor | float]:
+    """Modified scores (Hk, G, R, K), -inf where hidden, and their derivative by q . k."""
+    scores = _by_key_head(q, k.mT).mul_(launch.scale)
+    slope: Tensor | float = launch.scale
+    mask, modifiers = visible(tile, launch.intervals), launch.modifiers
+    if modifiers is not None:
+        if modifiers.softcap:
+            bent = torch.tanh(scores / modifiers.softcap)
+            scores, slope = bent * modifiers.softcap, (1 - bent * bent) * launch.scale
+        if modifiers.slopes is not None:
+            far = modifiers.query_positions[tile.rows, None] - modifiers.key_positions[None, tile.keys]
+            slopes = modifiers.slopes[tile.rows].T.unflatten(0, q.shape[:2])[..., None]
+            scores = scores - slopes.to(scores.dtype) * far.abs()
+        if modifiers.key_visible is not None:
+            shown = modifiers.key_visible[None, tile.keys] != 0
+            mask = shown if mask is None else mask & shown
+    return scores if mask is None else scores.masked_fill_(~mask, -torch.inf), slope
+
+
+def _dropout_factor(weights: Tensor, tile: Tile, modifiers: Modifiers) -> Tensor:
+    heads = weights.shape[0] * weights.shape[1]
+    pairs = kept(modifiers, heads, tile.rows, tile.keys).unflatten(0, weights.shape[:2])
+    return pairs.to(weights.dtype) / (1 - modifiers.dropout)
+
+
+def _by_key_head(x: Tensor, of_keys: Tensor) -> Tensor:
+    """Rows of (Hk, G, R, n) times the (n, m) matrix of their key head."""
+    return (x.flatten(1, 2) @ of_keys[:, 0]).unflatten(1, x.shape[1:3])
+
+
+def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if mask is None:
+        return None
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)

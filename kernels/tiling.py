@@ -1,0 +1,145 @@
+"""Cuts the visible pairs of a launch into few rectangles, for kernels that work rectangle by rectangle.
+
+A document under a causal mask is one tile however long it is, the interior of a window needs no mask, and what nobody
+sees is in no tile.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ringflash.kernels.intervals import KeyIntervals
+
+STRIP = 128
+"""Rows of a tile whose rows see different keys, unless they follow one of the two patterns of `_strips`."""
+
+BLOCK = (256, 1024)
+"""Most rows and keys of a small tile: bounds its scores to 1 MiB for each head."""
+
+
+class Kind(enum.Enum):
+    """Which pairs of a tile are visible."""
+
+    FULL = "all of them"
+    CAUSAL = "row i of the tile sees its keys up to i; as many keys as rows"
+    PARTIAL = "each pair has to be looked at"
+
+
+class Tile(NamedTuple):
+    """A rectangle of query rows x key rows, and which range of the rows it shows: 0 for keys, 1 for sink keys."""
+
+    rows: slice
+    keys: slice
+    kind: Kind
+    range: int
+
+
+def tiles(intervals: KeyIntervals, large: bool) -> list[Tile]:
+    """The tiles of a launch, each visible pair in exactly one.
+
+    Args:
+        intervals: what each row sees; read in one copy, and the list is kept with them.
+        large: FULL and CAUSAL tiles may be of any size; else tiles are BLOCK at most, and none is CAUSAL.
+    """
+
+    def build() -> list[Tile]:
+        if not intervals.query_count:
+            return []
+        bounds = torch.stack([bound for pair in intervals.ranges() for bound in pair]).cpu().numpy().astype(np.int64)
+        ranges = bounds.reshape(-1, 2, intervals.query_count)
+        return list(_large_tiles(ranges) if large else _small_tiles(ranges))
+
+    return intervals._cached(("tiles", large), build)
+
+
+def visible(tile: Tile, intervals: KeyIntervals) -> Tensor | None:
+    """(R, K) visible pairs of a PARTIAL tile."""
+    if tile.kind is not Kind.PARTIAL:
+        return None
+    column = torch.arange(tile.keys.start, tile.keys.stop, device=intervals.start.device)
+    start, stop = intervals.ranges()[tile.range]
+    return (start[tile.rows, None] <= column) & (column < stop[tile.rows, None])
+
+
+def _large_tiles(ranges: np.ndarray) -> Iterator[Tile]:
+    ranges[:, 1] = ranges.max(1)  # a range that ends before it starts is empty
+    for first, last in _strips(ranges):
+        for index, (start, stop) in enumerate(ranges[:, :, first:last]):
+            for rows, keys, kind in _strip_tiles(start, stop):
+                yield Tile(slice(first + rows, last), slice(*keys), kind, index)
+
+
+def _strips(ranges: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Runs of rows to be cut into tiles together.
+
+    A run of any length in which every row sees the same keys, or one key more than the row before (as within a causal
+    document), needs no mask at all. Rows of no such run go STRIP at a time.
+    """
+    steps = np.diff(ranges)
+    still = (steps[0, 0] == 0) & (steps[1:] == 0).all((0, 1))
+    link = np.where(still & (steps[0, 1] <= 1), steps[0, 1] + 1, 0)  # to the row before: 1 same keys, 2 one more
+    before = np.concatenate([[0], link[:-1]])
+    edges = np.flatnonzero((link == 0) | ((link != before) & (before != 0))) + 1
+    edges = np.concatenate([[0], edges, [ranges.shape[2]]])
+    done = 0
+    for run in np.flatnonzero(np.diff(edges) >= STRIP):
+        yield from _short_strips(ranges, done, edges[run])
+        yield edges[run], edges[run + 1]
+        done = edges[run + 1]
+    yield from _short_strips(ranges, done, ranges.shape[2])
+
+
+def _short_strips(ranges: np.ndarray, first: int, last: int) -> Iterator[tuple[int, int]]:
+    for row in range(first, last, STRIP):
+        yield from _thrifty(ranges, row, min(row + STRIP, last))
+
+
+def _thrifty(ranges: np.ndarray, first: int, last: int) -> Iterator[tuple[int, int]]:
+    """Halves a strip while most of what its rows span together is hidden, as where documents are many."""
+    count, start, stop = last - first, ranges[:, 0, first:last], ranges[:, 1, first:last]
+    visible = (stop - start).sum()
+    hidden = count * (stop[:, -1] - start[:, 0]).sum() - visible
+    if count > 1 and hidden > max(visible, count * STRIP):
+        yield from _thrifty(ranges, first, first + count // 2)
+        yield from _thrifty(ranges, first + count // 2, last)
+    else:
+        yield first, last
+
+
+def _strip_tiles(start: np.ndarray, stop: np.ndarray) -> Iterator[tuple[int, tuple[int, int], Kind]]:
+    """(first row of the strip, keys, kind) of the tiles of one strip."""
+    seeing = np.flatnonzero(start < stop)
+    if not seeing.size:
+        return
+    skipped = int(seeing[0])
+    start, stop = start[skipped:].tolist(), stop[skipped:].tolist()
+    rising = len(stop) > 1 and stop == list(range(stop[0], stop[0] + len(stop)))
+    # Keys that all rows see lie between; the causal tile takes the first row's last key too.
+    inner = (start[-1], stop[0] - rising)
+    constant = start[0] == start[-1]
+    if inner[1] - inner[0] < STRIP and not (constant and (rising or stop[0] == stop[-1])):
+        yield skipped, (start[0], stop[-1]), Kind.PARTIAL
+        return
+    if start[0] < inner[0]:
+        yield skipped, (start[0], inner[0]), Kind.PARTIAL
+    if inner[0] < inner[1]:
+        yield skipped, inner, Kind.FULL
+    if inner[1] < stop[-1]:
+        yield skipped, (inner[1], stop[-1]), Kind.CAUSAL if rising else Kind.PARTIAL
+
+
+def _small_tiles(ranges: np.ndarray) -> Iterator[Tile]:
+    row_count = ranges.shape[2]
+    for first in range(0, row_count, BLOCK[0]):
+        last = min(first + BLOCK[0], row_count)
+        for index, (start, stop) in enumerate(ranges[:, :, first:last].tolist()):
+            for key in range(start[0], stop[-1], BLOCK[1]):
+                key_last = min(key + BLOCK[1], stop[-1])
+                full = start[-1] <= key and key_last <= stop[0]
+                yield Tile(slice(first, last), slice(key, key_last), Kind.FULL if full else Kind.PARTIAL, index)
