@@ -249,14 +249,16 @@ def _attend_to_batch(partition, rules, size, seqlen, cu_seqlens):
     return unshard(out, 1, partition=partition, mask=mask if size == 1 else rules)
 
 
-@pytest.mark.parametrize("partition", PARTITIONS)
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize(("size", "partition"), [*((1, kind) for kind in PARTITIONS), (2, "contiguous"), (2, "zigzag")])
 def test_a_dealt_batch_an_attention_and_unshard_give_what_one_device_gives(pool, size, partition):
-    if partition == "balanced" and size > 1:
-        pytest.skip("balanced takes one packed sequence")
     rules, seqlen = Mask.causal() & Mask.sliding_window(9, sink=2), 29
     cu_seqlens = [0, 3, 20, size * seqlen]
     tensors = inputs(Shape(batch=size, length=seqlen))
     expected = exact(tensors, visible_in_batch(rules & Mask.documents(cu_seqlens), size, seqlen))["out"]
     for whole in pool(3).run(_attend_to_batch, partition, rules, size, seqlen, cu_seqlens):
         torch.testing.assert_close(whole.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_balanced_refuses_a_batch_whose_sequences_have_different_documents(pool):
+    with pytest.raises(ArgumentError, match=r"balanced.*batch of 2"):
+        pool(3).run(_attend_to_batch, "balanced", Mask.causal(), 2, 29, [0, 3, 20, 58])
