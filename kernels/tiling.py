@@ -19,8 +19,8 @@ from ringflash.kernels.intervals import KeyIntervals
 STRIP = 128
 """Rows of a tile whose rows see different keys, unless they follow one of the two patterns of `_strips`."""
 
-BLOCK = (256, 1024)
-"""Most rows and keys of a small tile: bounds its scores to 1 MiB for each head."""
+BLOCK = (128, 512)
+"""Most rows and keys of a small tile: its scores, 256 KiB a head, stay in cache."""
 
 
 class Kind(enum.Enum):
