@@ -17,8 +17,6 @@ from transformers import LlamaForCausalLM
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
 
-pytestmark = pytest.mark.xdist_group("ways")
-
 
 def run(folder: Path, *arguments: str | Path, path: Path | None = None) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -9,13 +9,10 @@ import tomllib
 import zipfile
 from pathlib import Path, PurePosixPath
 
-import pytest
 from checkout import CHECKOUT, tracked_files
 
 SETUPTOOLS = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["tool"]["setuptools"]
 FOLDERS = {folder: package.replace(".", "/") for package, folder in SETUPTOOLS["package-dir"].items()}
-
-pytestmark = pytest.mark.xdist_group("wheel")
 
 
 def packaged_files() -> dict[str, str]:
