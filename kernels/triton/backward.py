@@ -30,12 +30,12 @@ from ringflash.kernels.triton.tiles import Tiles, chip_of, key_gradient_tiles, q
 
 @triton.jit
 def dkey_stretch(
-    dk_ND, dv_NV, k_ND, v_NV, begin, end, column_N, start, stop,
+    dk_ND, dv_NV, k_ND, v_NV, begin, end, interior, right, column_N, start, stop,
     query, dout, lse, delta, head, query_count, q_row, q_head, do_row, do_head, scale_log2,
-    MASKED: tl.constexpr, M: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    MASK: tl.constexpr, M: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the query rows [begin, end) of one head give to the gradients of a key tile."""
+    """Adds what the query rows [begin, end) of a head give to the gradients of a key tile. MASK: see attend_stretch."""
     head_rows = tl.cast(head, tl.int64) * query_count
     for row in tl.range(begin, end, M):
         row_M = row + tl.arange(0, M)
@@ -45,7 +45,8 @@ def dkey_stretch(
         # Transposed, so that weights and dscores are left operands as they come, without a way through memory.
         scores_NM = tl.dot(k_ND, q_MD.T, input_precision="ieee")
         weights_NM = tl.exp2(scores_NM * scale_log2 - lse_M[None, :])
-        if MASKED:  # also hides rows without any key, whose lse is -inf
+        # The mask also hides rows without any key, whose lse is -inf.
+        if MASK == "all" or (MASK == "edges" and (row < interior or row >= right)):
             row_start_M = tl.load(start + row_M, mask=exists_M, other=0)
             row_stop_M = tl.load(stop + row_M, mask=exists_M, other=0)
             weights_NM = tl.where(visible(column_N, row_start_M, row_stop_M).T, weights_NM, 0.0)
@@ -64,7 +65,8 @@ def dkey_kernel(
     query_count, key_count, tile_count, key_heads, scale, scale_log2,
     q_row, q_head, k_row, k_head, v_row, v_head, do_row, do_head,
     GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr, HAS_SINK: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr,
+    HAS_SINK: tl.constexpr, SPLIT: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Program = (key head, tile in `order`), the last fastest; walks over the query rows that see the tile."""
     key_head = tl.program_id(0) // tile_count
@@ -82,29 +84,24 @@ def dkey_kernel(
     any_end = tl.load(rows + tile * 4 + 3)
     interior = any_begin + tl.cdiv(all_begin - any_begin, M) * M
     right = interior + tl.maximum(all_end - interior, 0) // M * M
+    bounds = (any_begin, interior, right, any_end) if SPLIT else (any_begin, any_end)
     for member in tl.range(0, GROUP):
         head = key_head * GROUP + member
         if HAS_SINK:
+            sink_begin = tl.load(sink_rows + tile * 4)
+            sink_end = tl.load(sink_rows + tile * 4 + 3)
             dk_ND, dv_NV = dkey_stretch(
-                dk_ND, dv_NV, k_ND, v_NV, tl.load(sink_rows + tile * 4), tl.load(sink_rows + tile * 4 + 3), column_N,
-                sink_start, sink_stop, query, dout, lse, delta, head, query_count, q_row, q_head, do_row, do_head,
-                scale_log2, True, M, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
+                dk_ND, dv_NV, k_ND, v_NV, sink_begin, sink_end, sink_end, sink_end, column_N, sink_start, sink_stop,
+                query, dout, lse, delta, head, query_count, q_row, q_head, do_row, do_head, scale_log2,
+                "all", M, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
             )  # fmt: skip
-        dk_ND, dv_NV = dkey_stretch(
-            dk_ND, dv_NV, k_ND, v_NV, any_begin, interior, column_N,
-            start, stop, query, dout, lse, delta, head, query_count, q_row, q_head, do_row, do_head,
-            scale_log2, True, M, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
-        )  # fmt: skip
-        dk_ND, dv_NV = dkey_stretch(
-            dk_ND, dv_NV, k_ND, v_NV, interior, right, column_N,
-            start, stop, query, dout, lse, delta, head, query_count, q_row, q_head, do_row, do_head,
-            scale_log2, False, M, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
-        )  # fmt: skip
-        dk_ND, dv_NV = dkey_stretch(
-            dk_ND, dv_NV, k_ND, v_NV, right, any_end, column_N,
-            start, stop, query, dout, lse, delta, head, query_count, q_row, q_head, do_row, do_head,
-            scale_log2, True, M, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
-        )  # fmt: skip
+        for part in tl.static_range(3 if SPLIT else 1):
+            dk_ND, dv_NV = dkey_stretch(
+                dk_ND, dv_NV, k_ND, v_NV, bounds[part], bounds[part + 1], interior, right, column_N, start, stop,
+                query, dout, lse, delta, head, query_count, q_row, q_head, do_row, do_head, scale_log2,
+                ("none" if part == 1 else "all") if SPLIT else "edges",
+                M, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
+            )  # fmt: skip
 
     dk_offsets = block_offsets(key_head, column, key_heads, N, DIM, PADDED_DIM)
     dk_inside = block_inside(column, key_count, N, DIM, PADDED_DIM)
@@ -116,18 +113,18 @@ def dkey_kernel(
 
 @triton.jit
 def dquery_stretch(
-    dq_MD, q_MD, do_MV, lse_M, delta_M, begin, end,
+    dq_MD, q_MD, do_MV, lse_M, delta_M, begin, end, interior, right,
     key, value, key_head, key_count, k_row, k_head, v_row, v_head,
     row_start_M, row_stop_M, scale_log2,
-    MASKED: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    MASK: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the keys [begin, end) give to the gradient of a tile of query rows."""
+    """Adds what the keys [begin, end) give to the gradient of a tile of query rows; MASK as in attend_stretch."""
     for column in tl.range(begin, end, N):
         k_ND = load_block(key, key_head, column, key_count, k_row, k_head, N, DIM, PADDED_DIM, DESCRIPTORS)
         scores_MN = tl.dot(q_MD, k_ND.T, input_precision="ieee")
         weights_MN = tl.exp2(scores_MN * scale_log2 - lse_M[:, None])
-        if MASKED:
+        if MASK == "all" or (MASK == "edges" and (column < interior or column >= right)):
             seen_MN = visible(column + tl.arange(0, N), row_start_M, row_stop_M)
             weights_MN = tl.where(seen_MN, weights_MN, 0.0)
         v_NV = load_block(
@@ -146,7 +143,7 @@ def dquery_kernel(
     q_row, q_head, k_row, k_head, v_row, v_head, do_row, do_head,
     GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr,
-    HAS_CARRY: tl.constexpr, HAS_SINK: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    HAS_CARRY: tl.constexpr, HAS_SINK: tl.constexpr, SPLIT: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Programs and their walk over keys are those of the forward kernel."""
     program = tl.program_id(0)
@@ -167,28 +164,23 @@ def dquery_kernel(
     if HAS_SINK:
         row_start_M = tl.load(sink_start + row_M, mask=exists_M, other=0)
         row_stop_M = tl.load(sink_stop + row_M, mask=exists_M, other=0)
+        sink_begin = tl.load(sink_start + first_row)
+        sink_end = tl.load(sink_stop + last_row)
         dq_MD = dquery_stretch(
-            dq_MD, q_MD, do_MV, lse_M, delta_M, tl.load(sink_start + first_row), tl.load(sink_stop + last_row),
+            dq_MD, q_MD, do_MV, lse_M, delta_M, sink_begin, sink_end, sink_end, sink_end,
             key, value, key_head, key_count, k_row, k_head, v_row, v_head, row_start_M, row_stop_M, scale_log2,
-            True, N, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
+            "all", N, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
         )  # fmt: skip
     row_start_M = tl.load(start + row_M, mask=exists_M, other=0)
     row_stop_M = tl.load(stop + row_M, mask=exists_M, other=0)
-    dq_MD = dquery_stretch(
-        dq_MD, q_MD, do_MV, lse_M, delta_M, begin, interior,
-        key, value, key_head, key_count, k_row, k_head, v_row, v_head, row_start_M, row_stop_M, scale_log2,
-        True, N, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
-    )  # fmt: skip
-    dq_MD = dquery_stretch(
-        dq_MD, q_MD, do_MV, lse_M, delta_M, interior, right,
-        key, value, key_head, key_count, k_row, k_head, v_row, v_head, row_start_M, row_stop_M, scale_log2,
-        False, N, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
-    )  # fmt: skip
-    dq_MD = dquery_stretch(
-        dq_MD, q_MD, do_MV, lse_M, delta_M, right, end,
-        key, value, key_head, key_count, k_row, k_head, v_row, v_head, row_start_M, row_stop_M, scale_log2,
-        True, N, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
-    )  # fmt: skip
+    bounds = (begin, interior, right, end) if SPLIT else (begin, end)
+    for part in tl.static_range(3 if SPLIT else 1):
+        dq_MD = dquery_stretch(
+            dq_MD, q_MD, do_MV, lse_M, delta_M, bounds[part], bounds[part + 1], interior, right,
+            key, value, key_head, key_count, k_row, k_head, v_row, v_head, row_start_M, row_stop_M, scale_log2,
+            ("none" if part == 1 else "all") if SPLIT else "edges",
+            N, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
+        )  # fmt: skip
 
     offsets = block_offsets(head, first_row, heads, M, DIM, PADDED_DIM)
     inside = block_inside(first_row, query_count, M, DIM, PADDED_DIM)
@@ -261,7 +253,7 @@ def launch_key_gradients(
         *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *dout.stride()[:2],
         GROUP=heads // key_heads, M=tiles.queries, N=tiles.keys, DIM=dim, PADDED_DIM=padded(dim),
         VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded(value_dim),
-        HAS_SINK=intervals.has_sink, DESCRIPTORS=descriptors,
+        HAS_SINK=intervals.has_sink, SPLIT=tiles.split, DESCRIPTORS=descriptors,
         **tiles.options(),
     )  # fmt: skip
     return dkey, dvalue
@@ -300,7 +292,7 @@ def launch_query_gradient(
         *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *dout.stride()[:2],
         GROUP=heads // key_heads, M=tiles.queries, N=tiles.keys, DIM=dim, PADDED_DIM=padded(dim),
         VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded(value_dim),
-        HAS_CARRY=carry is not None, HAS_SINK=intervals.has_sink, DESCRIPTORS=descriptors,
+        HAS_CARRY=carry is not None, HAS_SINK=intervals.has_sink, SPLIT=tiles.split, DESCRIPTORS=descriptors,
         **tiles.options(),
     )  # fmt: skip
     return dquery

@@ -31,23 +31,26 @@ from ringflash.kernels.triton.tiles import Tiles, chip_of, forward_tiles
 
 @triton.jit
 def attend_stretch(
-    acc_MV, maximum_M, sum_M, q_MD, begin, end,
+    acc_MV, maximum_M, sum_M, q_MD, begin, end, interior, right,
     key, value, key_head, key_count, k_row, k_head, v_row, v_head,
     row_start_M, row_stop_M, scale_log2,
-    MASKED: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    MASK: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the keys [begin, end)."""
+    """Online softmax over the keys [begin, end).
+
+    MASK says which blocks are masked: "all", "none", or "edges", which are those outside [interior, right).
+    """
     for column in tl.range(begin, end, N):
         k_ND = load_block(key, key_head, column, key_count, k_row, k_head, N, DIM, PADDED_DIM, DESCRIPTORS)
         scores_MN = tl.dot(q_MD, k_ND.T, input_precision="ieee")
         # A score modifier would act here, on scores_MN, and by its derivative in backward.py's weights_and_dscores.
-        if MASKED:
+        if MASK == "all" or (MASK == "edges" and (column < interior or column >= right)):
             seen_MN = visible(column + tl.arange(0, N), row_start_M, row_stop_M)
             scores_MN = tl.where(seen_MN, scores_MN, float("-inf"))
         new_maximum_M = tl.maximum(maximum_M, tl.max(scores_MN, 1) * scale_log2)
         offset_M = new_maximum_M
-        if MASKED:  # a row may have seen no key so far: -inf - -inf is not a number
+        if MASK != "none":  # a row may have seen no key so far: -inf - -inf is not a number
             offset_M = tl.where(new_maximum_M == float("-inf"), 0.0, new_maximum_M)
         weights_MN = tl.exp2(scores_MN * scale_log2 - offset_M[:, None])
         decay_M = tl.exp2(maximum_M - offset_M)
@@ -67,7 +70,7 @@ def attend_kernel(
     query_count, key_count, tile_count, heads, scale_log2, q_row, q_head, k_row, k_head, v_row, v_head,
     GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr,
-    HAS_CARRY: tl.constexpr, HAS_SINK: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    HAS_CARRY: tl.constexpr, HAS_SINK: tl.constexpr, SPLIT: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Program = (key head, tile in `order`, query head of the group), the last fastest.
 
@@ -99,28 +102,23 @@ def attend_kernel(
     if HAS_SINK:
         row_start_M = tl.load(sink_start + row_M, mask=exists_M, other=0)
         row_stop_M = tl.load(sink_stop + row_M, mask=exists_M, other=0)
+        sink_begin = tl.load(sink_start + first_row)
+        sink_end = tl.load(sink_stop + last_row)
         acc_MV, maximum_M, sum_M = attend_stretch(
-            acc_MV, maximum_M, sum_M, q_MD, tl.load(sink_start + first_row), tl.load(sink_stop + last_row),
+            acc_MV, maximum_M, sum_M, q_MD, sink_begin, sink_end, sink_end, sink_end,
             key, value, key_head, key_count, k_row, k_head, v_row, v_head, row_start_M, row_stop_M, scale_log2,
-            True, N, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
+            "all", N, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
         )  # fmt: skip
     row_start_M = tl.load(start + row_M, mask=exists_M, other=0)
     row_stop_M = tl.load(stop + row_M, mask=exists_M, other=0)
-    acc_MV, maximum_M, sum_M = attend_stretch(
-        acc_MV, maximum_M, sum_M, q_MD, begin, interior,
-        key, value, key_head, key_count, k_row, k_head, v_row, v_head, row_start_M, row_stop_M, scale_log2,
-        True, N, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
-    )  # fmt: skip
-    acc_MV, maximum_M, sum_M = attend_stretch(
-        acc_MV, maximum_M, sum_M, q_MD, interior, right,
-        key, value, key_head, key_count, k_row, k_head, v_row, v_head, row_start_M, row_stop_M, scale_log2,
-        False, N, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
-    )  # fmt: skip
-    acc_MV, maximum_M, sum_M = attend_stretch(
-        acc_MV, maximum_M, sum_M, q_MD, right, end,
-        key, value, key_head, key_count, k_row, k_head, v_row, v_head, row_start_M, row_stop_M, scale_log2,
-        True, N, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
-    )  # fmt: skip
+    bounds = (begin, interior, right, end) if SPLIT else (begin, end)
+    for part in tl.static_range(3 if SPLIT else 1):
+        acc_MV, maximum_M, sum_M = attend_stretch(
+            acc_MV, maximum_M, sum_M, q_MD, bounds[part], bounds[part + 1], interior, right,
+            key, value, key_head, key_count, k_row, k_head, v_row, v_head, row_start_M, row_stop_M, scale_log2,
+            ("none" if part == 1 else "all") if SPLIT else "edges",
+            N, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
+        )  # fmt: skip
 
     some_M = sum_M > 0.0
     divisor_M = tl.where(some_M, sum_M, 1.0)
@@ -180,7 +178,7 @@ def launch_forward(
         *query.stride()[:2], *key.stride()[:2], *value.stride()[:2],
         GROUP=heads // key_heads, M=tiles.queries, N=tiles.keys, DIM=dim, PADDED_DIM=padded(dim),
         VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded(value_dim),
-        HAS_CARRY=carry is not None, HAS_SINK=intervals.has_sink, DESCRIPTORS=descriptors,
+        HAS_CARRY=carry is not None, HAS_SINK=intervals.has_sink, SPLIT=tiles.split, DESCRIPTORS=descriptors,
         **tiles.options(),
     )  # fmt: skip
     return out, lse

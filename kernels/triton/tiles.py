@@ -27,6 +27,7 @@ class Tiles:
         stages: blocks in flight between memory and the matrix units.
         descriptors: whether blocks are read by the tensor memory engine instead of by pointers.
         registers: most registers a thread may take, so that more programs share a multiprocessor; None for no bound.
+        split: whether masked edges and unmasked interior are loops of their own, or one loop that asks each block.
     """
 
     queries: int
@@ -35,6 +36,7 @@ class Tiles:
     stages: int
     descriptors: bool = False
     registers: int | None = None
+    split: bool = True
 
     def options(self) -> dict[str, int]:
         """What the compiler is told."""
