@@ -128,9 +128,8 @@ class DdpEngine(Engine):
         self.model = model
         self.clip = config.clip
         device = next(model.parameters()).device
-        self._wrapped = DistributedDataParallel(
-            model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
-        )
+        # Without device_ids, which would move the host's document boundaries to the GPU on every step.
+        self._wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
         self.optimizer = adamw(model, config)
 
     @property
