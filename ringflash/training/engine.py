@@ -127,7 +127,6 @@ class DdpEngine(Engine):
     def __init__(self, model: Transformer, config: OptimizerConfig) -> None:
         self.model = model
         self.clip = config.clip
-        device = next(model.parameters()).device
         # Without device_ids, which would move the host's document boundaries to the GPU on every step.
         self._wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
         self.optimizer = adamw(model, config)
