@@ -1,6 +1,7 @@
 """What a call to attention asks for, and the program that answers it, made once and kept.
 
-Legend: B sequences of S query and Sk key tokens over all ranks.
+Legend: B sequences of S query and Sk key tokens over all ranks; this rank holds T query rows and Tk key rows of them;
+H query heads, Hk key heads, D head dimension, Dv the value's.
 """
 
 from __future__ import annotations
@@ -54,14 +55,44 @@ class Call:
     deterministic: bool
 
 
-def prepare(
-    call: Call, boundaries: Tensor | None, query_boundaries: Tensor | None, query: Tensor, key: Tensor, value: Tensor
-) -> tuple[Program, PointToPoint | None]:
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors of a call.
+
+    Attributes:
+        query: (T, H, D), this rank's rows in ascending global order.
+        key: (Tk, Hk, D).
+        value: (Tk, Hk, Dv).
+        boundaries: (documents + 1,) int64 global document boundaries over B * Sk keys, or None. On the CPU; on one
+            device also where the query is.
+        query_boundaries: the same for the B * S queries, where they differ; document i of the queries sees document i
+            of the keys.
+        slopes: (T, H) fp32 ALiBi slopes of this rank's rows, or None.
+        seed: (1,) int64 where the query is, for dropout; the same on every rank.
+        key_visible: (Tk,) uint8, 0 for keys that are padding, or None.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    boundaries: Tensor | None
+    query_boundaries: Tensor | None
+    slopes: Tensor | None
+    seed: Tensor | None
+    key_visible: Tensor | None
+
+    def keys(self) -> tuple[Tensor, ...]:
+        """What travels: key, value and, if any, which keys are visible."""
+        return (self.key, self.value) if self.key_visible is None else (self.key, self.value, self.key_visible)
+
+
+def prepare(call: Call, inputs: Inputs) -> tuple[Program, PointToPoint | None]:
     """The program of this rank and its transport, after making sure that all ranks are about to do the same."""
+    query, key, value, boundaries = inputs.query, inputs.key, inputs.value, inputs.boundaries
     device = query.device
     if not call.group and boundaries is not None and boundaries.device.type != "cpu":
-        return _device_program(call, boundaries, query_boundaries, device), None
-    documents = _as_tuple(boundaries), _as_tuple(query_boundaries)
+        return _device_program(call, boundaries, inputs.query_boundaries, device), None
+    documents = _as_tuple(boundaries), _as_tuple(inputs.query_boundaries)
     if not call.group:
         program = _cached_program(call, documents, None, device)
         _check_rows(call, query.shape[0] - program.queries, key.shape[0] - program.keys, 0)
@@ -70,7 +101,8 @@ def prepare(
     program = _cached_program(call, documents, group, device)
     surplus = query.shape[0] - program.queries, key.shape[0] - program.keys
     heads = (query.shape[1], key.shape[1], value.shape[1])
-    _agree(group, call, documents, query.dtype, heads, query.shape[2:] + value.shape[2:], surplus)
+    given = (inputs.slopes is not None, inputs.key_visible is not None)
+    _agree(group, call, documents, query.dtype, heads, query.shape[2:] + value.shape[2:], given, surplus)
     return program, _transport(group, device)
 
 
@@ -82,6 +114,7 @@ def _agree(
     dtype: torch.dtype,
     heads: tuple[int, ...],
     head_dims: tuple[int, ...],
+    given: tuple[bool, bool],
     surplus_tokens: tuple[int, int],
 ) -> None:
     """Compare a call with the other ranks; the cache remembers those that agreed."""
@@ -89,6 +122,7 @@ def _agree(
     values = {"dtype": str(dtype), "heads": heads, "head_dim": head_dims} | asdict(call)
     del values["group"]
     values["cu_seqlens"] = hashlib.sha256(repr(boundaries).encode()).hexdigest()[:16]
+    values["alibi_slopes given"], values["key_padding_mask given"] = given
     values["surplus_tokens"] = surplus_tokens
     agreement(group).check(values)
     _check_rows(call, *surplus_tokens, group.rank())

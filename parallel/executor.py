@@ -6,54 +6,21 @@ H query heads, Hk key heads, D head dimension, Dv the value's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from ringflash.kernels.modifiers import Modifiers
 from ringflash.kernels.select import select
-from ringflash.parallel.call import Call, prepare
+from ringflash.parallel.call import Call, Inputs, prepare
 from ringflash.parallel.gradients import KeyGradients
 from ringflash.parallel.program import Program, StageProgram
 from ringflash.parallel.transport import Pending, PointToPoint
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """The tensors of a call.
-
-    Attributes:
-        query: (T, H, D), this rank's rows in ascending global order.
-        key: (Tk, Hk, D).
-        value: (Tk, Hk, Dv).
-        boundaries: (documents + 1,) int64 global document boundaries over B * Sk keys, or None. On the CPU; on one
-            device also where the query is.
-        query_boundaries: the same for the B * S queries, where they differ; document i of the queries sees document i
-            of the keys.
-        slopes: (T, H) fp32 ALiBi slopes of this rank's rows, or None.
-        seed: (1,) int64 where the query is, for dropout; the same on every rank.
-        key_visible: (Tk,) uint8, 0 for keys that are padding, or None.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    boundaries: Tensor | None
-    query_boundaries: Tensor | None
-    slopes: Tensor | None
-    seed: Tensor | None
-    key_visible: Tensor | None
-
-    def keys(self) -> tuple[Tensor, ...]:
-        """What travels: key, value and, if any, which keys are visible."""
-        return (self.key, self.value) if self.key_visible is None else (self.key, self.value, self.key_visible)
-
-
 def forward(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
     """Attention of this rank's queries to the keys of all ranks: out (T, H, Dv) like the query, lse (H, T) fp32."""
     query, value = inputs.query, inputs.value
-    program, transport = prepare(call, inputs.boundaries, inputs.query_boundaries, query, inputs.key, value)
+    program, transport = prepare(call, inputs)
     kernels = select(query.device, query.dtype, query.shape[-1], value.shape[-1], call.kernel)
     accumulator = torch.promote_types(query.dtype, torch.float32)
     carry = None
@@ -92,7 +59,7 @@ def backward(
         call: what `forward` was given.
     """
     query, key, value = inputs.query, inputs.key, inputs.value
-    program, transport = prepare(call, inputs.boundaries, inputs.query_boundaries, query, key, value)
+    program, transport = prepare(call, inputs)
     kernels = select(query.device, query.dtype, query.shape[-1], value.shape[-1], call.kernel)
     accumulator = torch.promote_types(query.dtype, torch.float32)
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()

@@ -2,7 +2,7 @@
 
 They are opaque to torch.compile, known to autograd, and can be named in a selective-checkpoint policy. Operators take
 no Python objects, so mask and partition come as text, the group by its name, and document boundaries as a tensor
-(their values must not become compile-time constants). Tensors and numbers mean what `executor.Inputs` and `call.Call`
+(their values must not become compile-time constants). Tensors and numbers mean what `call.Inputs` and `call.Call`
 say of the arguments of the same name.
 """
 
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ringflash.errors import UnsupportedError
-from ringflash.parallel.call import Call
-from ringflash.parallel.executor import Inputs, backward, forward
+from ringflash.parallel.call import Call, Inputs
+from ringflash.parallel.executor import backward, forward
 
 
 @torch.library.custom_op("ringflash::attention", mutates_args=())
