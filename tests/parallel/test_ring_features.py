@@ -1,0 +1,251 @@
+"""Score modifiers and queries that differ from keys in length mean the same on any number of ranks.
+
+Oracle: the definition in float64, one sequence at a time. Dropout, which has no closed definition here, is held against
+one device with the same seed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import visible
+from ring import place_in
+
+from ringflash import ArgumentError, Mask, RankMismatchError
+from ringflash.functional import attention
+from ringflash.parallel.partition import resolve
+
+HEADS, KEY_HEADS, DIM = 4, 2, 16
+NAMES = ("query", "key", "value", "sinks")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Arguments of `attention`; per-key arguments are given whole and cut by `share`."""
+
+    mask: Mask = field(default_factory=Mask.causal)
+    batch: int = 1
+    queries: int = 37
+    keys: int = 37
+    partition: str = "zigzag"
+    padding: bool = False
+    sinks: bool = False
+    arguments: dict = field(default_factory=dict)
+
+    def tensors(self):
+        """query, key, value, sinks, the gradient of out, and the padding mask."""
+        generator = torch.Generator().manual_seed(3)
+        sizes = ((self.queries, HEADS), (self.keys, KEY_HEADS), (self.keys, KEY_HEADS))
+        query, key, value = (torch.randn(self.batch, n, h, DIM, generator=generator) for n, h in sizes)
+        sinks = torch.randn(HEADS, generator=generator)
+        dout = torch.randn(query.shape, generator=generator)
+        visible_keys = torch.rand(self.batch, self.keys, generator=generator) > 0.3
+        return query, key, value, sinks, dout, visible_keys
+
+    def rows(self, rank, ranks):
+        """Query rows and key rows of a rank."""
+        return [
+            torch.tensor(
+                [p for a, b in resolve(self.partition, n, ranks, self.mask).segments[rank] for p in range(a, b)]
+            ).long()
+            for n in (self.queries, self.keys)
+        ]
+
+
+def run(case, rank=0, ranks=1):
+    """Out and gradients of this rank's rows; those of the sinks are this rank's part of a sum."""
+    query, key, value, sinks, dout, visible_keys = case.tensors()
+    query_rows, key_rows = case.rows(rank, ranks)
+    leaves = [query[:, query_rows], key[:, key_rows], value[:, key_rows], sinks]
+    leaves = [x.clone().requires_grad_() for x in leaves]
+    torch.manual_seed(11)
+    out, _ = attention(
+        *leaves[:3],
+        mask=case.mask,
+        seqlen=case.queries,
+        key_seqlen=case.keys,
+        partition=case.partition,
+        key_padding_mask=visible_keys[:, key_rows] if case.padding else None,
+        sinks=leaves[3] if case.sinks else None,
+        **case.arguments,
+    )
+    (out * dout[:, query_rows]).sum().backward()
+    return [out.detach(), *(torch.zeros_like(x) if x.grad is None else x.grad for x in leaves)]
+
+
+def _run_share(case):
+    return run(case, *place_in(None))
+
+
+def on_ranks(pool, ranks, case):
+    shares = pool(ranks).run(_run_share, case)
+    whole = [torch.full_like(x, torch.nan) for x in (case.tensors()[0], *case.tensors()[:3])]
+    for rank, share in enumerate(shares):
+        query_rows, key_rows = case.rows(rank, ranks)
+        for x, part, rows in zip(whole, share, (query_rows, query_rows, key_rows, key_rows), strict=False):
+            x[:, rows] = part
+    return [*whole, sum(share[4] for share in shares)]
+
+
+def by_definition(case):
+    query, key, value, sinks, dout, visible_keys = case.tensors()
+    leaves = [x.double().requires_grad_() for x in (query, key, value, sinks)]
+    scale = case.arguments.get("scale", DIM**-0.5)
+    softcap, slopes = case.arguments.get("softcap", 0.0), case.arguments.get("alibi_slopes")
+    if case.queries == case.keys:
+        seen = visible(case.mask, case.keys)
+    else:
+        aligned = case.mask & Mask.documents([0, case.keys], [0, case.queries])
+        seen = torch.zeros(case.queries, case.keys, dtype=torch.bool)
+        for row in range(case.queries):
+            for start, stop in (aligned.sink_interval(row), aligned.key_interval(row)):
+                seen[row, start : min(stop, case.keys)] = True
+    places = torch.arange(case.queries) + case.keys - case.queries
+    distance = (places[:, None] - torch.arange(case.keys)).abs()
+    outs = []
+    for row in range(case.batch):
+        k, v = (x[row].repeat_interleave(HEADS // KEY_HEADS, dim=1) for x in leaves[1:3])
+        scores = torch.einsum("thd,shd->hts", leaves[0][row], k) * scale
+        scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+        if slopes is not None:
+            slope = slopes if slopes.dim() == 1 else slopes[row]
+            scores = scores - slope.double()[:, None, None] * distance
+        hidden = ~(seen & visible_keys[row] if case.padding else seen)
+        scores = scores.masked_fill(hidden, -torch.inf)
+        if case.sinks:
+            sink = leaves[3][:, None, None].expand(-1, case.queries, 1)
+            weights = torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
+        else:
+            weights = scores.masked_fill(hidden.all(-1)[:, None], 0.0).softmax(-1).masked_fill(hidden, 0.0)
+        outs.append(torch.einsum("hts,shd->thd", weights, v))
+    out = torch.stack(outs)
+    (out * dout).sum().backward()
+    return [out.detach(), *(torch.zeros_like(x) if x.grad is None else x.grad for x in leaves)]
+
+
+SLOPES = torch.tensor([0.5, 0.25, 0.03, 0.0])
+
+CASES = {
+    "softcap": Case(arguments={"softcap": 3.0}),
+    "alibi": Case(arguments={"alibi_slopes": SLOPES}),
+    "alibi-bidirectional": Case(Mask.bidirectional(), arguments={"alibi_slopes": SLOPES}),
+    "alibi-of-each-sequence": Case(batch=2, arguments={"alibi_slopes": torch.stack([SLOPES, SLOPES.flip(0)])}),
+    "padding": Case(batch=2, padding=True),
+    "padding-bidirectional": Case(Mask.bidirectional(), batch=2, padding=True),
+    "sinks": Case(sinks=True),
+    "sinks-window": Case(Mask.sliding_window(6), sinks=True),
+    "sinks-padding": Case(Mask.sliding_window(2), sinks=True, padding=True),
+    "everything": Case(
+        Mask.causal() & Mask.sliding_window(20, sink=3),
+        batch=2,
+        padding=True,
+        sinks=True,
+        arguments={"softcap": 4.0, "alibi_slopes": SLOPES, "scale": 0.4},
+    ),
+    "more-keys": Case(queries=11, keys=37),
+    "more-queries": Case(queries=37, keys=11),
+    "cross": Case(Mask.bidirectional(), batch=2, queries=9, keys=40),
+    "more-keys-window": Case(Mask.sliding_window(7, sink=2), queries=11, keys=37),
+    "more-keys-alibi-softcap": Case(queries=5, keys=37, arguments={"softcap": 3.0, "alibi_slopes": SLOPES}),
+    "one-query": Case(queries=1, keys=37),
+}
+
+
+@pytest.mark.parametrize("partition", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_every_feature_equals_its_definition(pool, ranks, name, partition):
+    case = Case(**{**CASES[name].__dict__, "partition": partition})
+    for what, found, expected in zip(("out", *NAMES), on_ranks(pool, ranks, case), by_definition(case), strict=True):
+        torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=2e-5, msg=lambda m, x=what: f"{x}: {m}")
+
+
+@pytest.mark.parametrize("partition", ["contiguous", "zigzag", "balanced"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(arguments={"dropout": 0.3}),
+        Case(batch=2, padding=True, sinks=True, arguments={"dropout": 0.5, "softcap": 5.0, "alibi_slopes": SLOPES}),
+        Case(Mask.causal() & Mask.documents([0, 5, 21, 37]), arguments={"dropout": 0.1}),
+    ],
+    ids=["causal", "with-all", "documents"],
+)
+def test_dropout_drops_the_same_pairs_on_any_number_of_ranks(pool, case, partition):
+    case = Case(**{**case.__dict__, "partition": partition})
+    alone = run(case)
+    without = run(Case(**{**case.__dict__, "arguments": {**case.arguments, "dropout": 0.0}}))
+    assert (alone[0] - without[0]).abs().max() > 0.05
+    for ranks in (2, 4):
+        for found, expected in zip(on_ranks(pool, ranks, case), alone, strict=True):
+            torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
+
+
+def _slopes_of_documents(cu_seqlens, slopes):
+    rank, ranks = place_in(None)
+    case = Case()
+    query, key, value = case.tensors()[:3]
+    rows, _ = case.rows(rank, ranks)
+    mine = (x[:, rows] for x in (query, key, value))
+    return attention(*mine, cu_seqlens=cu_seqlens, alibi_slopes=slopes, seqlen=case.queries)[0]
+
+
+def test_each_document_may_have_its_own_slopes(pool):
+    case, cuts = Case(), [0, 5, 21, 37]
+    slopes = torch.stack([SLOPES, SLOPES.flip(0), 2 * SLOPES])
+    query, key, value = case.tensors()[:3]
+    expected = torch.empty_like(query)
+    for document, (start, stop) in enumerate(pairwise(cuts)):
+        parts = (x[:, start:stop] for x in (query, key, value))
+        expected[:, start:stop] = attention(*parts, alibi_slopes=slopes[document])[0]
+    for ranks in (1, 2, 3):
+        whole = torch.empty_like(query)
+        for rank, share in enumerate(pool(ranks).run(_slopes_of_documents, cuts, slopes)):
+            whole[:, case.rows(rank, ranks)[0]] = share
+        torch.testing.assert_close(whole, expected, atol=1e-5, rtol=1e-5)
+
+
+def _disagree(name, values):
+    rank = dist.get_rank()
+    x = torch.randn(1, 6, 2, 16)
+    arguments = {name: values[rank]} if values[rank] is not None else {}
+    with pytest.raises(RankMismatchError, match=name):
+        attention(x, x, x, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("softcap", (2.0, 3.0)),
+        ("dropout", (0.1, 0.2)),
+        ("key_padding_mask", (None, torch.ones(1, 6, dtype=torch.bool))),
+        ("alibi_slopes", (None, torch.ones(2))),
+    ],
+)
+def test_ranks_with_different_features_are_told(pool, name, values):
+    pool(2).run(_disagree, name, values, timeout=15)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"softcap": -1.0}, "softcap=-1.0"),
+        ({"dropout": 1.0}, "dropout=1.0"),
+        ({"dropout": -0.1}, "dropout=-0.1"),
+        ({"scale": 0.0}, "scale=0.0"),
+        ({"alibi_slopes": torch.ones(3)}, r"alibi_slopes.*\(3,\)"),
+        ({"alibi_slopes": torch.ones(2).double()}, r"alibi_slopes.*float64"),
+        ({"key_padding_mask": torch.ones(1, 5, dtype=torch.bool)}, r"key_padding_mask.*\(1, 5\)"),
+        ({"key_padding_mask": torch.ones(1, 6)}, r"key_padding_mask.*float32"),
+        ({"sinks": torch.ones(3)}, r"sinks.*\(3,\)"),
+        ({"query_cu_seqlens": [0, 6]}, "query_cu_seqlens"),
+    ],
+    ids=str,
+)
+def test_values_that_are_not_supported_are_refused_by_name(arguments, message):
+    x = torch.randn(1, 6, 2, 16)
+    with pytest.raises(ArgumentError, match=message):
+        attention(x, x, x, **arguments)
