@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from ringflash.errors import ArgumentError
 from ringflash.kernels.intervals import KeyIntervals
+from ringflash.kernels.modifiers import Modifiers
 from ringflash.kernels.triton.blocks import (
     LOG2_E,
     block_inside,
@@ -200,13 +201,14 @@ def attend_backward(
     intervals: KeyIntervals,
     *,
     scale: float,
+    modifiers: Modifiers | None = None,
     carry: Tensor | None = None,
     dquery_dtype: torch.dtype | None = None,
     dkey_dtype: torch.dtype | None = None,
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ringflash.kernels.reference.attend_backward. A carry is overwritten where it can hold the result."""
-    check_operands(query, key, value, intervals, scale)
+    check_operands(query, key, value, intervals, scale, modifiers)
     if dout.dtype != query.dtype:
         raise ArgumentError(f"dout is {dout.dtype}; allowed is the query's dtype, {query.dtype}")
     chip, dim = chip_of(query.device), max(query.shape[2], value.shape[2])

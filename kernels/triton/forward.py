@@ -15,6 +15,7 @@ from torch import Tensor
 import triton
 import triton.language as tl
 from ringflash.kernels.intervals import KeyIntervals
+from ringflash.kernels.modifiers import Modifiers
 from ringflash.kernels.reference import Carry
 from ringflash.kernels.triton.blocks import (
     LN_2,
@@ -133,11 +134,12 @@ def attend(
     intervals: KeyIntervals,
     *,
     scale: float,
+    modifiers: Modifiers | None = None,
     carry: Carry | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Carry:
     """See ringflash.kernels.reference.attend. A carry is overwritten where its tensors can hold the result."""
-    check_operands(query, key, value, intervals, scale)
+    check_operands(query, key, value, intervals, scale, modifiers)
     tiles = forward_tiles(chip_of(query.device), query.dtype, max(query.shape[2], value.shape[2]))
     return launch_forward(query, key, value, intervals, scale, carry, out_dtype or query.dtype, tiles)
 

@@ -8,13 +8,18 @@ from torch import Tensor
 import triton
 from ringflash.errors import ArgumentError
 from ringflash.kernels.intervals import KeyIntervals
+from ringflash.kernels.modifiers import Modifiers
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def check_operands(query: Tensor, key: Tensor, value: Tensor, intervals: KeyIntervals, scale: float) -> None:
+def check_operands(
+    query: Tensor, key: Tensor, value: Tensor, intervals: KeyIntervals, scale: float, modifiers: Modifiers | None
+) -> None:
     """Raise ArgumentError for what the kernels cannot compute."""
+    if modifiers is not None:
+        raise ArgumentError(f"modifiers={modifiers}; the Triton kernels apply none, the blockwise kernels apply all")
     if query.dtype not in DTYPES or key.dtype != query.dtype or value.dtype != query.dtype:
         raise ArgumentError(
             f"query, key, value are {query.dtype}, {key.dtype}, {value.dtype}; allowed is one of "
