@@ -54,12 +54,13 @@ def any_mask(draw: st.DrawFn, length: int) -> Mask:
     return mask
 
 
-def visible(mask: Mask, length: int) -> Tensor:
-    """Dense (query, key) matrix of a mask, from the intervals that define it."""
-    seen = torch.zeros(length, length, dtype=torch.bool)
-    for query in range(length):
+def visible(mask: Mask, queries: int, keys: int | None = None) -> Tensor:
+    """Dense (query, key) matrix of a mask, from the intervals that define it; as many keys as queries if None."""
+    keys = queries if keys is None else keys
+    seen = torch.zeros(queries, keys, dtype=torch.bool)
+    for query in range(queries):
         for start, stop in (mask.sink_interval(query), mask.key_interval(query)):
-            seen[query, start : min(stop, length)] = True
+            seen[query, start : min(stop, keys)] = True
     return seen
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -24,17 +24,18 @@ def positions(segments) -> list[int]:
 
 def simulate(plan: Plan, mask: Mask) -> torch.Tensor:
     """Walk a plan with sets of positions, knowing nothing of the verifier; count how often each pair is computed."""
-    ranks, length = len(plan.partition.segments), plan.partition.length
-    held = [positions(segments) for segments in plan.partition.segments]
-    seen, computed = visible(mask, length), torch.zeros(length, length, dtype=torch.int64)
+    ranks = len(plan.partition.segments)
+    queries, held = ([positions(own) for own in deal.segments] for deal in (plan.partition, plan.keys))
+    seen = visible(mask, plan.partition.length, plan.keys.length)
+    computed = torch.zeros(seen.shape, dtype=torch.int64)
     present = [set(own) for own in held]
     for stage in plan.stages:
         for rank in range(ranks):
             keys = positions(stage.work[rank])
             assert set(keys) <= present[rank], "attends keys that are not there"
-            if keys and held[rank]:
-                queries, keys = torch.tensor(held[rank])[:, None], torch.tensor(keys)
-                computed[queries, keys] += seen[queries, keys]
+            if keys and queries[rank]:
+                rows, columns = torch.tensor(queries[rank])[:, None], torch.tensor(keys)
+                computed[rows, columns] += seen[rows, columns]
         arriving: list[list[int]] = [[] for _ in range(ranks)]
         for transfer in stage.sends:
             moved = positions(transfer.segments)
@@ -48,8 +49,8 @@ def simulate(plan: Plan, mask: Mask) -> torch.Tensor:
 
 
 def check_by_brute_force(plan: Plan, mask: Mask) -> None:
-    assert torch.equal(simulate(plan, mask), visible(mask, plan.partition.length).long())
-    assert plan.buffer_tokens <= max(len(positions(own)) for own in plan.partition.segments), "memory above O(S/P)"
+    assert torch.equal(simulate(plan, mask), visible(mask, plan.partition.length, plan.keys.length).long())
+    assert plan.buffer_tokens <= max(len(positions(own)) for own in plan.keys.segments), "memory above O(S/P)"
 
 
 @st.composite
@@ -81,6 +82,20 @@ def test_the_verifier_accepts_every_ring(problem):
 def test_a_ring_computes_every_visible_pair_exactly_once_by_brute_force(problem):
     mask, partition = problem
     check_by_brute_force(ring(mask, partition), mask)
+
+
+@settings(max_examples=300, **QUICKLY)
+@given(
+    data=st.data(), ranks=st.integers(1, 9), cuts=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=6)
+)
+def test_queries_and_keys_of_unequal_lengths_too(data, ranks, cuts):
+    keys, queries = ([0, *accumulate(lengths)] for lengths in zip((5, 7), *cuts, strict=True))
+    rules = data.draw(any_mask(max(keys[-1], 1))).without_documents()
+    mask = rules & Mask.documents(keys, queries)
+    kinds = st.sampled_from([Partition.contiguous, Partition.zigzag])
+    plan = ring(mask, data.draw(kinds)(queries[-1], ranks), data.draw(kinds)(keys[-1], ranks))
+    verify(plan, mask)
+    check_by_brute_force(plan, mask)
 
 
 @pytest.mark.parametrize("kind", PARTITIONS)

@@ -96,14 +96,8 @@ def by_definition(case):
     leaves = [x.double().requires_grad_() for x in (query, key, value, sinks)]
     scale = case.arguments.get("scale", DIM**-0.5)
     softcap, slopes = case.arguments.get("softcap", 0.0), case.arguments.get("alibi_slopes")
-    if case.queries == case.keys:
-        seen = visible(case.mask, case.keys)
-    else:
-        aligned = case.mask & Mask.documents([0, case.keys], [0, case.queries])
-        seen = torch.zeros(case.queries, case.keys, dtype=torch.bool)
-        for row in range(case.queries):
-            for start, stop in (aligned.sink_interval(row), aligned.key_interval(row)):
-                seen[row, start : min(stop, case.keys)] = True
+    aligned = case.mask & Mask.documents([0, case.keys], [0, case.queries])
+    seen = visible(case.mask if case.queries == case.keys else aligned, case.queries, case.keys)
     places = torch.arange(case.queries) + case.keys - case.queries
     distance = (places[:, None] - torch.arange(case.keys)).abs()
     outs = []
