@@ -90,7 +90,7 @@ class Case:
     @property
     def plain(self) -> bool:
         """Whether torch's fused attention can do it."""
-        return not (self.softcap or self.alibi or self.dropout or self.sinks)
+        return not (self.softcap or self.alibi or self.dropout)
 
 
 @dataclass(frozen=True)
@@ -165,12 +165,19 @@ def exact(case: Case, given: Tensors) -> Answer:
     return solve(lambda *x: by_definition(case, wide, *x), wide)
 
 
-def torchs_own(case: Case, given: Tensors) -> Answer:
-    """torch's fused attention where it has all features; else the same formula in torch's own operators.
+def torchs_own_errors(case: Case, given: Tensors) -> list[float]:
+    """Largest errors of torch's fused attention, and where it lacks a feature of the formula in torch's own operators.
 
     As in attention that is written out for a model, scores and softmax are then in float32 and weights in the dtype.
+    That keeps weights for the backward pass, which fused attention does not: so the errors of fused attention count
+    there too, without the features, and with values as large as dropout makes them.
     """
-    return solve(lambda *x: (_fused if case.plain else by_definition)(case, given, *x), given)
+    if case.plain:
+        return largest_errors(solve(lambda *x: _fused(case, given, *x), given), exact(case, given))
+    written_out = largest_errors(solve(lambda *x: by_definition(case, given, *x), given), exact(case, given))
+    plain = replace(case, softcap=0.0, alibi="", dropout=0.0)
+    alike = replace(given, value=given.value / (1 - case.dropout), slopes=None, dropout_seed=None)
+    return [max(pair) for pair in zip(written_out, torchs_own_errors(plain, alike), strict=True)]
 
 
 def by_definition(
@@ -206,7 +213,11 @@ def _fused(
     # torch promises nothing for rows without keys: show all, and take no notice of them.
     out = scaled_dot_product_attention(q[None], k[None], v[None], visible | blind[:, None], scale=case.scale)[0]
     scores = (q.float() @ k.float().mT * case.scale).masked_fill(~visible, -torch.inf)
-    return out.transpose(0, 1).masked_fill(blind[:, None, None], 0), scores.logsumexp(-1)
+    out, lse = out.transpose(0, 1).masked_fill(blind[:, None, None], 0), scores.logsumexp(-1)
+    if sinks is None:
+        return out, lse
+    with_sink = torch.logaddexp(lse, sinks[:, None])
+    return (out * torch.exp(lse - with_sink).T[..., None]).to(out.dtype), with_sink
 
 
 def kept(case: Case, given: Tensors) -> Tensor:
@@ -247,10 +258,9 @@ def assert_as_exact_as_torch(found: Answer, case: Case, given: Tensors) -> None:
     """
     names = ("out", "lse", "dquery", "dkey", "dvalue", "dsinks")
     right = exact(case, given)
-    allowed = [largest_errors(torchs_own(case, given), right)]
+    allowed = [torchs_own_errors(case, given)]
     for seed in range(1, min(12, -(-128 // max(1, case.queries)))):
-        like = tensors(replace(case, seed=case.seed + seed))
-        allowed.append(largest_errors(torchs_own(case, like), exact(case, like)))
+        allowed.append(torchs_own_errors(case, tensors(replace(case, seed=case.seed + seed))))
     for name, error, limits in zip(names, largest_errors(found, right), zip(*allowed, strict=True), strict=False):
         assert error <= 2 * max(limits) + 1e-5, f"{name}: error {error:.3g}, torch's own {max(limits):.3g}"
 
