@@ -182,29 +182,30 @@ def torch_own(problem: Problem) -> Results:
             query_HTD[None], key_HSD[None], value_HSD[None], attn_mask=visible, scale=problem.scale
         )[0]
     else:
-        scores = _modified(query_HTD @ key_HSD.mT * problem.scale, problem).masked_fill(~visible, -torch.inf)
+        scores = _masked_scores(query_HTD, key_HSD, visible, problem)
         weights = torch.softmax(scores, -1, dtype=torch.float32)
         if problem.modifiers.dropout:
             weights = weights * kept(problem.modifiers, len(query_HTD)) / (1 - problem.modifiers.dropout)
         out_HTD = weights.to(query.dtype) @ value_HSD
     out = out_HTD.transpose(0, 1)
-    scores = _modified(query_HTD.float() @ key_HSD.float().mT * problem.scale, problem)
-    lse = torch.logsumexp(scores.masked_fill(~visible, -torch.inf), -1)
+    # Gradients of lse pass through scores in the problem's dtype, as those of out do; its values are float32's.
+    lse = torch.logsumexp(_masked_scores(query_HTD, key_HSD, visible, problem).float(), -1)
     dout = problem.dout.masked_fill(blind[:, None, None], 0)
     gradients = torch.autograd.grad((out, lse), (query, key, value), (dout, problem.dlse))
+    lse = torch.logsumexp(_masked_scores(query_HTD.float(), key_HSD.float(), visible, problem), -1)
     out = out.detach().masked_fill(blind[:, None, None], 0)
     return Results(out, lse.detach().masked_fill(blind, -torch.inf), *gradients)
 
 
-def _modified(scores: Tensor, problem: Problem) -> Tensor:
-    """Scores after softcap and ALiBi, in their own dtype."""
-    modifiers = problem.modifiers
+def _masked_scores(query_HTD: Tensor, key_HSD: Tensor, visible: Tensor, problem: Problem) -> Tensor:
+    """(H, T, S) after softcap and ALiBi, in the dtype of query."""
+    scores, modifiers = query_HTD @ key_HSD.mT * problem.scale, problem.modifiers
     if modifiers is not None and modifiers.softcap:
         scores = modifiers.softcap * torch.tanh(scores / modifiers.softcap)
     if modifiers is not None and modifiers.slopes is not None:
         far = (modifiers.query_positions[:, None] - modifiers.key_positions).abs()
         scores = scores - (modifiers.slopes.T[..., None] * far).to(scores.dtype)
-    return scores
+    return scores.masked_fill(~visible, -torch.inf)
 
 
 def assert_accurate(results: Results, problem: Problem) -> None:

@@ -5,7 +5,6 @@ The Triton kernels run here on GPUs only; test_triton_*.py runs them in the inte
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import replace
 from types import ModuleType
 
@@ -21,6 +20,7 @@ from oracle import (
     any_modifiers,
     assert_accurate,
     assert_same,
+    between,
     draw_problem,
     errors,
     exact,
@@ -30,8 +30,10 @@ from oracle import (
     torch_own,
 )
 
+from ringflash.errors import ArgumentError
 from ringflash.kernels import blockwise, reference, tiling
 from ringflash.kernels.intervals import KeyIntervals, causal_intervals, dense_intervals
+from ringflash.kernels.select import NAMES, select
 from ringflash.kernels.tile_math import MatrixProducts
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -141,92 +143,122 @@ GPU_CASES = {
     "fp32-d64": (torch.float32, (2, 1), (64, 64), False, 0),
     "fp32-d128-v64-sink-ring": (torch.float32, (2, 2), (128, 64), True, 1),
 }
+on_gpu_kernels = pytest.mark.parametrize("name", [x for x in NAMES if x not in ("auto", "reference", "blockwise")])
 
 
-def gpu_kernels(name: str) -> ModuleType:
-    return importlib.import_module(f"ringflash.kernels.{name}")
+def kernels_for(name: str, dtype: torch.dtype, dims: tuple[int, int]) -> ModuleType:
+    """The named kernels, if they run on this."""
+    try:
+        return select("cuda", dtype, *dims, name)
+    except ArgumentError as reason:
+        pytest.skip(str(reason))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", GPU_CASES.values(), ids=GPU_CASES)
-@pytest.mark.parametrize("name", ["triton", "blockwise"])
-@settings(max_examples=25)
+@pytest.mark.parametrize("name", [x for x in NAMES if x not in ("auto", "reference")])
+@settings(max_examples=20)
 @given(st.data())
 def test_gpu_kernels_are_as_accurate_as_torch(name: str, case: tuple, data: st.DataObject) -> None:
     dtype, heads, dims, sink, cut_count = case
+    kernels = kernels_for(name, dtype, dims)
     intervals = to_device(data.draw(any_intervals(2000, sink)), "cuda")
     problem = draw_problem(intervals, heads, dims, dtype, seed=data.draw(st.integers(0, 2**32 - 1)))
     cuts = [data.draw(st.integers(0, intervals.key_count)) for _ in range(cut_count)]
-    assert_accurate(run(gpu_kernels(name), problem, cuts, backwards=data.draw(st.booleans())), problem)
+    assert_accurate(run(kernels, problem, cuts, backwards=data.draw(st.booleans())), problem)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_gpu_kernels_take_any_layout(layout: str) -> None:
+@on_gpu_kernels
+def test_gpu_kernels_take_any_layout(name: str, layout: str) -> None:
     intervals = causal_intervals(517, 1031, "cuda")
     problem = draw_problem(intervals, (4, 2), (64, 64), torch.bfloat16, layout=layout)
-    assert_accurate(run(gpu_kernels("triton"), problem), problem)
+    assert_accurate(run(kernels_for(name, torch.bfloat16, (64, 64)), problem), problem)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("queries", [0, 5])
 @pytest.mark.parametrize("keys", [0, 7])
-def test_no_rows_and_no_keys_give_zeros_on_gpus(queries: int, keys: int) -> None:
+@on_gpu_kernels
+def test_no_rows_and_no_keys_give_zeros_on_gpus(name: str, queries: int, keys: int) -> None:
     intervals = to_device(monotone_intervals(queries, keys, seed=0, sink=False), "cuda")
     problem = draw_problem(intervals, (4, 2), (64, 64), torch.bfloat16)
-    assert_accurate(run(gpu_kernels("triton"), problem), problem)
+    assert_accurate(run(kernels_for(name, torch.bfloat16, (64, 64)), problem), problem)
 
 
 @pytest.mark.gpu
-def test_gpu_kernels_are_as_accurate_as_torch_on_a_long_ragged_problem() -> None:
+@on_gpu_kernels
+def test_gpu_kernels_are_as_accurate_as_torch_on_a_long_ragged_problem(name: str) -> None:
     problem = draw_problem(causal_intervals(5003, 6007, "cuda"), (2, 1), (128, 128), torch.float16)
-    assert_accurate(run(gpu_kernels("triton"), problem), problem)
+    assert_accurate(run(kernels_for(name, torch.float16, (128, 128)), problem), problem)
 
 
 @pytest.mark.gpu
-def test_error_on_gpus_does_not_grow_with_the_number_of_launches() -> None:
+@on_gpu_kernels
+def test_error_on_gpus_does_not_grow_with_the_number_of_launches(name: str) -> None:
     problem = draw_problem(causal_intervals(2048, 2048, "cuda"), (4, 1), (128, 128), torch.bfloat16)
-    right, kernels = exact(problem), gpu_kernels("triton")
+    right, kernels = exact(problem), kernels_for(name, torch.bfloat16, (128, 128))
     one, eight = (errors(run(kernels, problem, cuts), right) for cuts in ((), range(256, 2048, 256)))
-    for name, error in eight.items():
-        assert error <= 1.1 * one[name] + 1e-5, f"{name}: {error:.3g} in eight launches, {one[name]:.3g} in one"
+    for result, error in eight.items():
+        assert error <= 1.1 * one[result] + 1e-5, f"{result}: {error:.3g} in eight launches, {one[result]:.3g} in one"
 
 
 @pytest.mark.gpu
-def test_deterministic_gradients_repeat_bit_for_bit_on_gpus() -> None:
+@on_gpu_kernels
+def test_deterministic_gradients_repeat_bit_for_bit_on_gpus(name: str) -> None:
     problem = draw_problem(causal_intervals(3001, 3001, "cuda"), (4, 2), (64, 64), torch.bfloat16)
-    first = run(gpu_kernels("triton"), problem, deterministic=True)
-    for _ in range(5):
-        assert_same(run(gpu_kernels("triton"), problem, deterministic=True), first)
+    kernels = kernels_for(name, torch.bfloat16, (64, 64))
+    first = run(kernels, problem, deterministic=True)
+    for _ in range(20):
+        assert_same(run(kernels, problem, deterministic=True), first)
 
 
 @pytest.mark.gpu
-def test_offsets_beyond_32_bits_on_gpus() -> None:
-    """More than 2^31 elements in every tensor; the last rows are compared, which lie behind them."""
-    tokens, window, last = 1_100_000, 64, 200
+@on_gpu_kernels
+def test_offsets_beyond_32_bits_on_gpus(name: str) -> None:
+    """Every tensor holds more than 2^31 elements; the last rows are compared, which lie behind that."""
     if torch.cuda.mem_get_info()[0] < 60 * 2**30:
         pytest.skip("needs 60 GiB of free GPU memory")
-    row = torch.arange(tokens, device="cuda", dtype=torch.int32)
+    kernels = kernels_for(name, torch.bfloat16, (128, 128))
+    whole = windowed_problem(1_100_000, window=64, device="cuda")
+    assert whole.query.numel() > 2**31
+    assert_last_rows_accurate(kernels, whole, window=64, count=200)
+
+
+def windowed_problem(tokens: int, window: int, device: str) -> Problem:
+    row = torch.arange(tokens, device=device, dtype=torch.int32)
     intervals = KeyIntervals((row - window).clamp(min=0), row + 1, tokens)
-    random = torch.Generator("cuda").manual_seed(0)
-    query, key, value, dout = (
-        torch.empty(tokens, 16, 128, device="cuda", dtype=torch.bfloat16).normal_(generator=random) for _ in range(4)
+    random = torch.Generator(device).manual_seed(0)
+    tensors = (
+        torch.empty(tokens, 16, 128, device=device, dtype=torch.bfloat16).normal_(generator=random) for _ in range(4)
     )
-    whole = Problem(query, key, value, dout, torch.zeros(16, tokens, device="cuda"), intervals, 128**-0.5)
-    results = run(gpu_kernels("triton"), whole)
-    # The rows before `last` + window see other keys than in the cut problem, so only the rows behind are compared.
-    first = tokens - last - window
+    return Problem(*tensors, torch.zeros(16, tokens, device=device), intervals, 128**-0.5)
+
+
+def assert_last_rows_accurate(kernels: ModuleType, whole: Problem, window: int, count: int) -> None:
+    """Hold the last `count` rows against the same problem without the rows that they do not depend on."""
+    first = whole.intervals.query_count - count - window
+
+    def last(results: Results) -> Results:
+        ends = {name: x[:, -count:] if name == "lse" else x[-count:] for name, x in vars(results).items()}
+        return Results(**ends)
+
     cut = Problem(
-        *(x[first:].clone() for x in (query, key, value, dout)),
-        torch.zeros(16, tokens - first, device="cuda"),
-        KeyIntervals(intervals.start[first:].sub(first).clamp(min=0), intervals.stop[first:] - first, tokens - first),
+        *(x[first:].clone() for x in (whole.query, whole.key, whole.value, whole.dout)),
+        whole.dlse[:, first:],
+        between(
+            KeyIntervals(whole.intervals.start[first:], whole.intervals.stop[first:], whole.intervals.key_count),
+            first,
+            whole.intervals.key_count,
+        ),
         whole.scale,
     )
-    tail = Results(*(x[..., -last:] if x is results.lse else x[-last:] for x in vars(results).values()))
-    right, theirs = (
-        Results(*(x[..., -last:] if x is r.lse else x[-last:] for x in vars(r).values()))
-        for r in (exact(cut), torch_own(cut))
-    )
-    theirs_errors = errors(theirs, right)
-    for name, error in errors(tail, right).items():
-        assert error <= 2 * theirs_errors[name] + 1e-5, name
+    right = last(exact(cut))
+    theirs = errors(last(torch_own(cut)), right)
+    for name, error in errors(last(run(kernels, whole)), right).items():
+        assert error <= 2 * theirs[name] + 1e-5, name
+
+
+def test_the_comparison_of_last_rows_is_right_where_all_can_be_seen() -> None:
+    assert_last_rows_accurate(blockwise, windowed_problem(400, window=30, device="cpu"), window=30, count=100)
