@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,20 +19,26 @@ def chosen(*arguments: object) -> str:
     return select(*arguments).__name__.removeprefix("ringflash.kernels.")
 
 
+@pytest.fixture(autouse=True)
+def fresh_choices() -> Iterator[None]:
+    """Choices are remembered; those made on a pretended machine must not outlive it."""
+    module._select.cache_clear()
+    yield
+    module._select.cache_clear()
+
+
 @pytest.fixture
 def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "triton" else find(name, *rest)
     )
-    module._select.cache_clear()
 
 
 @pytest.fixture
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     tiles = pytest.importorskip("ringflash.kernels.triton.tiles")
     monkeypatch.setattr(tiles, "chip_of", lambda device: "hopper")
-    module._select.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", module.DTYPES)
