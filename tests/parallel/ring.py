@@ -111,3 +111,20 @@ def one_device(problem: Problem, device: str = "cpu") -> dict[str, Tensor]:
     gradients = torch.autograd.grad(out, leaves, dout)
     results = zip((*RESULTS, "lse"), (out.detach(), *gradients, lse.detach().transpose(1, 2)), strict=True)
     return {name: x.cpu() for name, x in results}
+
+
+class Layer(torch.nn.Module):
+    """Projections around the attention, so that weights have gradients."""
+
+    def __init__(self, group, heads=4, key_heads=2, head_dim=16):
+        super().__init__()
+        self.sizes = (heads, key_heads, key_heads)
+        generator = torch.Generator().manual_seed(5)
+        self.project = torch.nn.ParameterList(
+            torch.nn.Parameter(torch.randn(32, n * head_dim, generator=generator) * 32**-0.5) for n in self.sizes
+        )
+        self.attend = DistributedFlashAttention(Mask.causal(), group)
+
+    def forward(self, x, seqlen):
+        q, k, v = ((x @ w).unflatten(-1, (n, -1)) for w, n in zip(self.project, self.sizes, strict=True))
+        return self.attend(q, k, v, seqlen=seqlen)
