@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.testing import do_bench
 
 from ringflash.kernels import hopper, reference
-from ringflash.kernels.hopper import forward
+from ringflash.kernels.hopper import backward, forward
 from ringflash.kernels.intervals import KeyIntervals, causal_intervals, dense_intervals
 
 HEADS = {64: 32, 128: 16, 256: 8}
@@ -57,7 +57,7 @@ def cases() -> dict[str, tuple[KeyIntervals, int, int]]:
         "one row": (dense_intervals(1, 1, "cuda"), 2, 1),
         "short": (dense_intervals(63, 65, "cuda"), 2, 2),
         "decode": (dense_intervals(3, 3000, "cuda"), 8, 1),
-        "many tiles": (causal_intervals(4000, 4000, "cuda"), 12, 4),
+        "many tiles": (causal_intervals(2100, 2100, "cuda"), 16, 8),
     }
 
 
@@ -71,7 +71,8 @@ def random(shape: tuple[int, ...], dtype: torch.dtype, head_major: bool = False)
 def distance(x: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm of what is expected."""
     x, expected = x.double(), expected.double()
-    return ((x - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+    size = max(expected.norm().item(), 0.05 * expected.numel() ** 0.5)  # some gradients are zero but for rounding
+    return (x - expected).norm().item() / size
 
 
 def check_forward(dim: int, dtype: torch.dtype) -> bool:
@@ -93,7 +94,9 @@ def check_forward(dim: int, dtype: torch.dtype) -> bool:
             again = tuple(x.clone() for x in earlier) if carried else None
             out2, lse2 = hopper.attend(q, k, v, intervals, scale=scale, carry=again, out_dtype=out_dtype)
             torch.cuda.synchronize()
-            expected = reference.attend(q, k, v, intervals, scale=scale, carry=earlier if carried else None, out_dtype=torch.float64)
+            expected = reference.attend(
+                q, k, v, intervals, scale=scale, carry=earlier if carried else None, out_dtype=torch.float64
+            )
             error = distance(out, expected[0])
             finite = expected[1].isfinite()
             lse_error = (lse - expected[1])[finite].abs().max().item() if finite.any() else 0.0
@@ -101,8 +104,48 @@ def check_forward(dim: int, dtype: torch.dtype) -> bool:
             right = error < (6e-3 if dtype == torch.bfloat16 else 1e-3) and lse_error < 2e-3 and same
             right &= torch.equal(lse.isfinite(), finite) and out.dtype == out_dtype
             fine &= right
-            print(f"{'ok ' if right else 'BAD'} D{dim} {str(dtype)[6:]:8s} {name:20s} carry={carried!s:5} out={str(out_dtype)[6:]:8s} "
-                  f"error {error:.1e} lse {lse_error:.1e}{'' if same else ' NOT REPEATABLE'}", flush=True)
+            print(
+                f"{'ok ' if right else 'BAD'} D{dim} {str(dtype)[6:]:8s} {name:20s} carry={carried!s:5} out={str(out_dtype)[6:]:8s} "
+                f"error {error:.1e} lse {lse_error:.1e}{'' if same else ' NOT REPEATABLE'}",
+                flush=True,
+            )
+    return fine
+
+
+def check_backward(dim: int, dtype: torch.dtype) -> bool:
+    """Print one line for each case; whether all are right."""
+    fine, scale = True, dim**-0.5
+    for name, (intervals, heads, key_heads) in cases().items():
+        rows, keys = intervals.query_count, intervals.key_count
+        head_major = name in ("causal", "window")
+        q, dout = (random((rows, heads, dim), dtype, head_major) for _ in range(2))
+        k, v = (random((keys, key_heads, dim), dtype, head_major) for _ in range(2))
+        out, lse = reference.attend(q, k, v, intervals, scale=scale)
+        delta = hopper.row_delta(dout, out)
+        earlier = torch.randn(rows, heads, dim, device="cuda")
+        arguments = (dout, q, k, v, lse, delta, intervals)
+        expected = reference.attend_backward(
+            *arguments, scale=scale, dquery_dtype=torch.float64, dkey_dtype=torch.float64
+        )
+        for carried, key_dtype in ((False, dtype), (True, torch.float32)):
+            given = {"scale": scale, "dkey_dtype": key_dtype, "dquery_dtype": torch.float32 if carried else dtype}
+            results = [
+                hopper.attend_backward(*arguments, carry=earlier.clone() if carried else None, **given)
+                for _ in range(2)
+            ]
+            torch.cuda.synchronize()
+            wanted = (expected[0] + (earlier if carried else 0), *expected[1:])
+            errors = [distance(x, y) for x, y in zip(results[0], wanted, strict=True)]
+            same = all(torch.equal(x, y) for x, y in zip(results[0][1:], results[1][1:], strict=True))
+            tolerance = 8e-3 if dtype == torch.bfloat16 else 1e-3
+            right = same and all(error < tolerance for error in errors)
+            fine &= right
+            print(
+                f"{'ok ' if right else 'BAD'} D{dim} {str(dtype)[6:]:8s} backward {name:20s} carry={carried!s:5} "
+                f"dkey={str(key_dtype)[6:]:8s} errors {' '.join(f'{e:.1e}' for e in errors)}"
+                f"{'' if same else ' NOT REPEATABLE'}",
+                flush=True,
+            )
     return fine
 
 
@@ -119,16 +162,13 @@ def pairs(intervals: KeyIntervals) -> int:
 def forward_variants(dim: int) -> dict[str, forward.ForwardTiles]:
     """Launch shapes to compare with the one in use."""
     base = forward.FORWARD_TILES[dim]
+    small = {"registers": (160, 24), "consumers": 3}
     changes = {
-        "no turns": {"take_turns": False},
-        "turns": {"take_turns": True},
-        "always rescale": {"rare_rescale": False},
-        "one tile a program": {"persistent": False},
-        "no turns, one tile a program": {"take_turns": False, "persistent": False},
-        "plain": {"take_turns": False, "persistent": False, "rare_rescale": False},
-    }
-    variants = {name: dataclasses.replace(base, **change) for name, change in changes.items()}
-    return {"in use": base} | {name: tiles for name, tiles in variants.items() if tiles != base}
+        64: {"3 x 128": small, "3 x 64": small | {"keys": 64}},
+        128: {"3 x 64": small | {"keys": 64, "stages": 4}},
+        256: {},
+    }[dim] | {"one tile a program": {"persistent": False}}
+    return {"in use": base} | {name: dataclasses.replace(base, **change) for name, change in changes.items()}
 
 
 def time_forward(dim: int, variants: dict[str, forward.ForwardTiles], lengths: tuple[int, ...]) -> list[dict]:
@@ -151,8 +191,67 @@ def time_forward(dim: int, variants: dict[str, forward.ForwardTiles], lengths: t
                 runs[name] = lambda tiles=tiles: forward.launch_forward(q, k, v, intervals, scale, None, q.dtype, tiles)
             for name, run in runs.items():
                 ms = median_ms(run)
-                rows.append({"impl": name, "pass": "forward", "dim": dim, "heads": heads, "causal": causal,
-                             "batch": batch, "seqlen": length, "ms": ms, "tflops": flops / ms / 1e9})
+                rows.append(
+                    {
+                        "impl": name,
+                        "pass": "forward",
+                        "dim": dim,
+                        "heads": heads,
+                        "causal": causal,
+                        "batch": batch,
+                        "seqlen": length,
+                        "ms": ms,
+                        "tflops": flops / ms / 1e9,
+                    }
+                )
+    return rows
+
+
+def time_backward(dim: int, lengths: tuple[int, ...], parts: bool) -> list[dict]:
+    """As time_forward; with `parts` also the main kernel without making and rounding the query's gradient."""
+    heads, rows = HEADS[dim], []
+    for causal in (True, False):
+        for length in lengths:
+            batch = TOKENS // length
+            intervals = document_intervals([length] * batch, causal)
+            q, k, v, dout = (random((TOKENS, heads, dim), torch.bfloat16) for _ in range(4))
+            scale, flops = dim**-0.5, 10 * pairs(intervals) * heads * dim
+            out, lse = hopper.attend(q, k, v, intervals, scale=scale)
+
+            def ours(q=q, k=k, v=v, out=out, lse=lse, dout=dout, intervals=intervals):
+                delta = hopper.row_delta(dout, out)
+                return hopper.attend_backward(dout, q, k, v, lse, delta, intervals, scale=scale)
+
+            delta, carry = hopper.row_delta(dout, out), torch.zeros(q.shape, device="cuda")
+
+            def kernel(q=q, k=k, v=v, lse=lse, dout=dout, intervals=intervals, delta=delta, carry=carry):
+                given = {"scale": scale, "carry": carry, "dquery_dtype": torch.float32}
+                return hopper.attend_backward(dout, q, k, v, lse, delta, intervals, **given)
+
+            leaves = [x.view(batch, length, heads, dim).transpose(1, 2).detach().requires_grad_() for x in (q, k, v)]
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                result = F.scaled_dot_product_attention(*leaves, is_causal=causal)
+            gradient = dout.view(batch, length, heads, dim).transpose(1, 2)
+
+            def cudnn(result=result, leaves=leaves, gradient=gradient):
+                return torch.autograd.grad(result, leaves, gradient, retain_graph=True)
+
+            runs = {"cudnn": cudnn, "ringflash": ours} | ({"ringflash, kernel alone": kernel} if parts else {})
+            for name, run in runs.items():
+                ms = median_ms(run)
+                rows.append(
+                    {
+                        "impl": name,
+                        "pass": "backward",
+                        "dim": dim,
+                        "heads": heads,
+                        "causal": causal,
+                        "batch": batch,
+                        "seqlen": length,
+                        "ms": ms,
+                        "tflops": flops / ms / 1e9,
+                    }
+                )
     return rows
 
 
@@ -162,8 +261,11 @@ def print_table(rows: list[dict]) -> None:
     keys = dict.fromkeys((row["pass"], row["causal"], row["impl"]) for row in rows)
     for key in keys:
         cells = {r["seqlen"]: r["tflops"] for r in rows if (r["pass"], r["causal"], r["impl"]) == key}
-        print(f"D{rows[0]['dim']} {key[0]:8s} {'causal' if key[1] else 'full':6s} {key[2]:30s}",
-              *(f"{cells.get(n, float('nan')):6.0f}" for n in lengths), flush=True)
+        print(
+            f"D{rows[0]['dim']} {key[0]:8s} {'causal' if key[1] else 'full':6s} {key[2]:30s}",
+            *(f"{cells.get(n, float('nan')):6.0f}" for n in lengths),
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -174,16 +276,22 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     if arguments.action == "check":
-        fine = [check_forward(arguments.dim, dtype) for dtype in (torch.bfloat16, torch.float16)]
+        dtypes = (torch.bfloat16, torch.float16)
+        fine = [check(arguments.dim, dtype) for check in (check_forward, check_backward) for dtype in dtypes]
         sys.exit(0 if all(fine) else 1)
-    if arguments.action == "tune":
-        rows = time_forward(arguments.dim, forward_variants(arguments.dim), (2048, 8192, 32768))
-    else:
-        rows = time_forward(arguments.dim, {"ringflash": forward.FORWARD_TILES[arguments.dim]}, LENGTHS)
+    tune = arguments.action == "tune"
+    lengths = (2048, 8192, 32768) if tune else LENGTHS
+    in_use = {"ringflash": forward.FORWARD_TILES[arguments.dim]}
+    rows = time_forward(arguments.dim, forward_variants(arguments.dim) if tune else in_use, lengths)
     print_table(rows)
+    backward_rows = time_backward(arguments.dim, lengths, parts=tune)
+    print_table(backward_rows)
+    rows += backward_rows
     if arguments.path:
         with open(arguments.path, "w") as file:
-            json.dump({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}, file, indent=0)
+            json.dump(
+                {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}, file, indent=0
+            )
 
 
 if __name__ == "__main__":

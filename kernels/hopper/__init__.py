@@ -5,7 +5,8 @@ Read in the order the data takes: operands (what the kernels apply to, and tenso
 what differs between triton's versions.
 """
 
+from ringflash.kernels.hopper.backward import attend_backward, row_delta
 from ringflash.kernels.hopper.forward import attend
 from ringflash.kernels.hopper.operands import supports, supports_intervals
 
-__all__ = ["attend", "supports", "supports_intervals"]
+__all__ = ["attend", "attend_backward", "row_delta", "supports", "supports_intervals"]

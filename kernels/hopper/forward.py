@@ -7,39 +7,45 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ringflash.kernels import triton as portable
 from ringflash.kernels.hopper.forward_kernel import LOG2_E, ROWS, attend_kernel
-from ringflash.kernels.hopper.operands import addressable, check_operands, descriptor, head_section, multiprocessors
+from ringflash.kernels.hopper.operands import (
+    addressable,
+    check_operands,
+    descriptor,
+    head_section,
+    multiprocessors,
+    supports_intervals,
+)
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.reference import Carry
 
 
 @dataclass(frozen=True)
 class ForwardTiles:
-    """Shape of a forward launch. All of them take 128 query rows a tile.
+    """Shape of a forward launch.
 
     Attributes:
+        consumers: warpgroups that compute, 2 or 3, with 64 query rows of a tile each.
         keys: key rows of a block.
-        stages: blocks of keys, and of values, in shared memory.
-        take_turns: whether the two warpgroups take turns on the tensor cores.
+        stages: blocks of keys, and of values, in shared memory; a power of two.
         own_staging: whether the result has shared memory of its own on its way out.
-        persistent: whether a program takes several tiles, loading the next one under the last steps of this one.
-        rare_rescale: whether the accumulator is rescaled only when a row's maximum has grown much.
         registers: of a thread of the consumers and of the producer.
+        persistent: whether a program takes several tiles, loading the next one under the last steps of this one.
     """
 
+    consumers: int
     keys: int
     stages: int
-    take_turns: bool
     own_staging: bool
-    persistent: bool
-    rare_rescale: bool = True
     registers: tuple[int, int] = (240, 24)
+    persistent: bool = True
 
 
 FORWARD_TILES = {
-    64: ForwardTiles(keys=128, stages=4, take_turns=True, own_staging=True, persistent=True),
-    128: ForwardTiles(keys=128, stages=2, take_turns=True, own_staging=True, persistent=True),
-    256: ForwardTiles(keys=64, stages=2, take_turns=False, own_staging=False, persistent=True),
+    64: ForwardTiles(consumers=2, keys=128, stages=4, own_staging=True),
+    128: ForwardTiles(consumers=2, keys=128, stages=2, own_staging=True),
+    256: ForwardTiles(consumers=2, keys=64, stages=2, own_staging=False),
 }
 """By head dimension; docs/benchmarks/kernels.md has the measurements behind them."""
 
@@ -54,8 +60,13 @@ def attend(
     carry: Carry | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Carry:
-    """See ringflash.kernels.reference.attend. A carry is overwritten where its tensors can hold the result."""
+    """See ringflash.kernels.reference.attend. A carry is overwritten where its tensors can hold the result.
+
+    Masks that `supports_intervals` gives a reason against go to the portable kernels.
+    """
     check_operands(query, key, value, intervals, scale)
+    if supports_intervals(intervals):
+        return portable.attend(query, key, value, intervals, scale=scale, carry=carry, out_dtype=out_dtype)
     tiles = FORWARD_TILES[query.shape[2]]
     return launch_forward(query, key, value, intervals, scale, carry, out_dtype or query.dtype, tiles)
 
@@ -84,7 +95,7 @@ def launch_forward(
 
     query, key, value = addressable(query), addressable(key), addressable(value)
     rows = ROWS.value
-    tile_count = -(-query_rows // (2 * rows))
+    tile_count = -(-query_rows // (tiles.consumers * rows))
     programs = tile_count * heads
     if tiles.persistent:
         programs = min(programs, multiprocessors(query.device))
@@ -96,10 +107,11 @@ def launch_forward(
         None if float_out else descriptor(out, rows, dim),
         out if float_out else None,
         lse, carry_out, carry_lse, intervals.start, intervals.stop,
+        torch.zeros(1, dtype=torch.int32, device=query.device),
         query_rows, tile_count, heads, head_section(key_rows, key_heads, heads // key_heads, dim),
         query.stride(1), key.stride(1), value.stride(1), scale * LOG2_E.value,
-        GROUP=heads // key_heads, STAGES=tiles.stages, HAS_CARRY=carry is not None, FLOAT_OUT=float_out,
-        TAKE_TURNS=tiles.take_turns, OWN_STAGING=tiles.own_staging, RARE_RESCALE=tiles.rare_rescale,
+        GROUP=heads // key_heads, CONSUMERS=tiles.consumers, STAGES=tiles.stages,
+        HAS_CARRY=carry is not None, FLOAT_OUT=float_out, OWN_STAGING=tiles.own_staging,
         CONSUMER_REGISTERS=tiles.registers[0], PRODUCER_REGISTERS=tiles.registers[1],
         num_warps=4,
     )  # fmt: skip

@@ -1,8 +1,8 @@
-"""Forward kernel: one producer warp that loads, two warpgroups of 64 query rows each that compute.
+"""Forward kernel: one producer warp that loads, two or three warpgroups of 64 query rows each that compute.
 
 In a step of the key loop a warpgroup has the scores of block j and the weights-times-values of block j-1 in flight on
 the tensor cores, and does the softmax of block j under the latter (Shah et al., FlashAttention-3, arXiv 2407.08608).
-The two warpgroups take turns on the tensor cores, so that one's softmax also runs under the other's products.
+Meanwhile the other warpgroups' products fill what gaps it leaves.
 
 A carry is the online softmax's initial state, so merging earlier launches costs a load.
 
@@ -27,19 +27,19 @@ from ringflash.kernels.hopper.compat import (
     WARPGROUP,
     async_load,
     async_store,
-    give_turn,
     release,
     store_wait,
-    wait_turn,
 )
 from ringflash.kernels.hopper.schedule import (
     Schedule,
+    Tickets,
+    allocate_tickets,
+    draw,
     key_span,
     needs_mask,
-    place_in_turn,
+    read,
     stage_and_parity,
     tile_and_head,
-    turns_of,
 )
 
 LN_2 = gl.constexpr(0.6931471805599453)
@@ -66,6 +66,7 @@ class Problem(NamedTuple):
     stop_ptr: gl.tensor
     query_rows: gl.tensor
     schedule: Schedule
+    tickets: Tickets
 
 
 class Result(NamedTuple):
@@ -85,39 +86,57 @@ class Result(NamedTuple):
 )  # fmt: skip
 def attend_kernel(
     query_desc, key_desc, value_desc, out_desc, out_ptr, lse_ptr, carry_out_ptr, carry_lse_ptr,
-    start_ptr, stop_ptr, query_rows, tiles, heads, section,
+    start_ptr, stop_ptr, counter_ptr, query_rows, tiles, heads, section,
     query_head_stride, key_head_stride, value_head_stride, scale_log2,
-    GROUP: gl.constexpr, STAGES: gl.constexpr, HAS_CARRY: gl.constexpr, FLOAT_OUT: gl.constexpr,
-    TAKE_TURNS: gl.constexpr, OWN_STAGING: gl.constexpr, RARE_RESCALE: gl.constexpr,
+    GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, HAS_CARRY: gl.constexpr,
+    FLOAT_OUT: gl.constexpr, OWN_STAGING: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """See `launch_forward` for the arguments."""
-    queries = allocate_ring(query_desc, 2, 1)
-    keys = allocate_ring(key_desc, STAGES, 2)
-    values = allocate_ring(value_desc, STAGES, 2)
+    queries = allocate_ring(query_desc, CONSUMERS, 1)
+    keys = allocate_ring(key_desc, STAGES, CONSUMERS)
+    values = allocate_ring(value_desc, STAGES, CONSUMERS)
+    tickets = allocate_tickets(counter_ptr, CONSUMERS)
     # The result leaves through shared memory. Where that has no room of its own it takes the query's place, and the
     # next tile's query cannot be loaded under this tile's last steps.
     if OWN_STAGING:
         staging = gl.allocate_shared_memory(
-            query_desc.dtype, [2, ROWS, query_desc.block_type.shape[1]], query_desc.layout
+            query_desc.dtype, [CONSUMERS, ROWS, query_desc.block_type.shape[1]], query_desc.layout
         )
     else:
         staging = queries.blocks
     fence_async_shared()
-    problem = Problem(start_ptr, stop_ptr, query_rows, Schedule(tiles, heads, section))
+    problem = Problem(start_ptr, stop_ptr, query_rows, Schedule(tiles, heads, section), tickets)
     result = Result(out_desc, out_ptr, lse_ptr, carry_out_ptr, carry_lse_ptr)
-    gl.warp_specialize(
-        [
-            (consume, (problem, result, queries, keys, values, staging, scale_log2,
-                       0, STAGES, HAS_CARRY, FLOAT_OUT, TAKE_TURNS, OWN_STAGING, RARE_RESCALE)),
-            (consume, (problem, result, queries, keys, values, staging, scale_log2,
-                       1, STAGES, HAS_CARRY, FLOAT_OUT, TAKE_TURNS, OWN_STAGING, RARE_RESCALE)),
-            (produce, (problem, query_desc, key_desc, value_desc, queries, keys, values,
-                       query_head_stride, key_head_stride, value_head_stride, GROUP, STAGES)),
-        ],
-        [4, 1],
-        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-    )  # fmt: skip
+    gl.static_assert(CONSUMERS == 2 or CONSUMERS == 3)
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (consume, (problem, result, queries, keys, values, staging, scale_log2,
+                           0, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING)),
+                (consume, (problem, result, queries, keys, values, staging, scale_log2,
+                           1, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING)),
+                (produce, (problem, query_desc, key_desc, value_desc, queries, keys, values,
+                           query_head_stride, key_head_stride, value_head_stride, GROUP, STAGES)),
+            ],
+            [4, 1],
+            [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (consume, (problem, result, queries, keys, values, staging, scale_log2,
+                           0, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING)),
+                (consume, (problem, result, queries, keys, values, staging, scale_log2,
+                           1, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING)),
+                (consume, (problem, result, queries, keys, values, staging, scale_log2,
+                           2, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING)),
+                (produce, (problem, query_desc, key_desc, value_desc, queries, keys, values,
+                           query_head_stride, key_head_stride, value_head_stride, GROUP, STAGES)),
+            ],
+            [4, 4, 1],
+            [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -147,44 +166,53 @@ def produce(
     problem, query_desc, key_desc, value_desc, queries, keys, values,
     query_head_stride, key_head_stride, value_head_stride, GROUP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The producer warp: queries of both warpgroups, then key and value blocks in turn, tile after tile."""
+    """The producer warp: queries of all warpgroups, then key and value blocks in turn, tile after tile."""
+    CONSUMERS: gl.constexpr = queries.blocks.shape[0]
+    M: gl.constexpr = CONSUMERS * ROWS
     N: gl.constexpr = key_desc.block_type.shape[0]
     step = 0
-    for turn in range(turns_of(problem.schedule)):
-        tile, head = tile_and_head(problem.schedule, place_in_turn(turn))
-        first_row = tile * (2 * ROWS)
-        span = key_span(problem.start_ptr, problem.stop_ptr, first_row, problem.query_rows, 2 * ROWS, N)
+    turn = 0
+    place = gl.program_id(0)
+    while place < problem.schedule.tiles * problem.schedule.heads:
+        tile, head = tile_and_head(problem.schedule, place)
+        first_row = tile * M
+        span = key_span(problem.start_ptr, problem.stop_ptr, first_row, problem.query_rows, M, N)
         key_column = head // GROUP * key_head_stride
         value_column = head // GROUP * value_head_stride
-        for half in gl.static_range(2):
-            fill(queries, query_desc, first_row + half * ROWS, head * query_head_stride, half, turn & 1)
+        for part in gl.static_range(CONSUMERS):
+            fill(queries, query_desc, first_row + part * ROWS, head * query_head_stride, part, turn & 1)
         for block in range(span.blocks):
             stage, parity = stage_and_parity(step, STAGES)
             fill(keys, key_desc, span.begin + block * N, key_column, stage, parity)
             fill(values, value_desc, span.begin + block * N, value_column, stage, parity)
             step += 1
+        place = draw(problem.tickets, turn)
+        turn += 1
 
 
 @gluon.jit
 def consume(
     problem, result, queries, keys, values, staging, scale_log2,
-    HALF: gl.constexpr, STAGES: gl.constexpr, HAS_CARRY: gl.constexpr, FLOAT_OUT: gl.constexpr,
-    TAKE_TURNS: gl.constexpr, OWN_STAGING: gl.constexpr, RARE_RESCALE: gl.constexpr,
+    PART: gl.constexpr, STAGES: gl.constexpr, HAS_CARRY: gl.constexpr, FLOAT_OUT: gl.constexpr,
+    OWN_STAGING: gl.constexpr,
 ):  # fmt: skip
-    """A consumer warpgroup: the first (HALF 0) or second 64 rows of each tile."""
+    """A consumer warpgroup: rows PART * 64 to PART * 64 + 64 of each tile."""
+    M: gl.constexpr = queries.blocks.shape[0] * ROWS
     N: gl.constexpr = keys.blocks.shape[1]
-    if TAKE_TURNS and HALF == 1:
-        give_turn("8")  # the first turn is the first warpgroup's
     step = 0
-    for turn in range(turns_of(problem.schedule)):
-        tile, head = tile_and_head(problem.schedule, place_in_turn(turn))
-        first_row = tile * (2 * ROWS)
-        span = key_span(problem.start_ptr, problem.stop_ptr, first_row, problem.query_rows, 2 * ROWS, N)
+    turn = 0
+    place = gl.program_id(0)
+    while place < problem.schedule.tiles * problem.schedule.heads:
+        tile, head = tile_and_head(problem.schedule, place)
+        first_row = tile * M
+        span = key_span(problem.start_ptr, problem.stop_ptr, first_row, problem.query_rows, M, N)
         attend_tile(
-            problem, result, queries, keys, values, staging, span, first_row + HALF * ROWS, head, step, turn,
-            scale_log2, HALF, STAGES, HAS_CARRY, FLOAT_OUT, TAKE_TURNS, OWN_STAGING, RARE_RESCALE,
+            problem, result, queries, keys, values, staging, span, first_row + PART * ROWS, head, step, turn,
+            scale_log2, PART, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING,
         )  # fmt: skip
         step += span.blocks
+        place = read(problem.tickets, turn)
+        turn += 1
     if not FLOAT_OUT:
         store_wait(0)  # shared memory must outlive the last store's reading of it
 
@@ -192,8 +220,8 @@ def consume(
 @gluon.jit
 def attend_tile(
     problem, result, queries, keys, values, staging, span, first_row, head, step, turn, scale_log2,
-    HALF: gl.constexpr, STAGES: gl.constexpr, HAS_CARRY: gl.constexpr, FLOAT_OUT: gl.constexpr,
-    TAKE_TURNS: gl.constexpr, OWN_STAGING: gl.constexpr, RARE_RESCALE: gl.constexpr,
+    PART: gl.constexpr, STAGES: gl.constexpr, HAS_CARRY: gl.constexpr, FLOAT_OUT: gl.constexpr,
+    OWN_STAGING: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup's 64 rows over all of their key blocks, from the initial state to the stored result."""
     N: gl.constexpr = keys.blocks.shape[1]
@@ -209,24 +237,20 @@ def attend_tile(
     row_stop = gl.load(problem.stop_ptr + rows, mask=inside, other=0)
     out, maximum, total = initial_state(problem, result, first_row, head, HAS_CARRY, D, SCORES, OUT)
     no_scores = gl.zeros([ROWS, N], gl.float32, SCORES)
-    query = queries.blocks.index(HALF)
+    query = queries.blocks.index(PART)
 
     # The first block has no earlier one to overlap with.
     stage, parity = stage_and_parity(step, STAGES)
-    mbarrier.wait(queries.full.index(HALF), turn & 1)
+    mbarrier.wait(queries.full.index(PART), turn & 1)
     mbarrier.wait(keys.full.index(stage), parity)
-    if TAKE_TURNS:
-        wait_turn("8" if HALF == 0 else "9")
     scores_token = warpgroup_mma(
         query, keys.blocks.index(stage).permute((1, 0)), no_scores, use_acc=False, is_async=True
     )
-    if TAKE_TURNS:
-        give_turn("9" if HALF == 0 else "8")
     scores = warpgroup_mma_wait(0, deps=[scores_token])
     release(keys.empty.index(stage))
     if needs_mask(span, span.begin, N):
         scores = hide(scores, row_start, row_stop, span.begin, N, SCORES)
-    weights, rescale, maximum, total = softmax_step(scores, maximum, total, scale_log2, RARE_RESCALE)
+    weights, rescale, maximum, total = softmax_step(scores, maximum, total, scale_log2)
     weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
     if HAS_CARRY:
         out = out * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
@@ -236,19 +260,15 @@ def attend_tile(
         earlier = stage
         stage, parity = stage_and_parity(step + block, STAGES)
         mbarrier.wait(keys.full.index(stage), parity)
-        if TAKE_TURNS:
-            wait_turn("8" if HALF == 0 else "9")
         scores_token = warpgroup_mma(
             query, keys.blocks.index(stage).permute((1, 0)), no_scores, use_acc=False, is_async=True
         )
         out_token = warpgroup_mma(weights, values.blocks.index(earlier), out, is_async=True)
-        if TAKE_TURNS:
-            give_turn("9" if HALF == 0 else "8")
         scores = warpgroup_mma_wait(1, deps=[scores_token])
         release(keys.empty.index(stage))
         if needs_mask(span, span.begin + block * N, N):
             scores = hide(scores, row_start, row_stop, span.begin + block * N, N, SCORES)
-        weights, rescale, maximum, total = softmax_step(scores, maximum, total, scale_log2, RARE_RESCALE)
+        weights, rescale, maximum, total = softmax_step(scores, maximum, total, scale_log2)
         weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
         # This wait is for the next step, but stands here: a branch between the softmax and the wait for the tensor
         # cores keeps ptxas from moving that wait in front of the softmax.
@@ -256,10 +276,10 @@ def attend_tile(
         out = warpgroup_mma_wait(0, deps=[out_token])
         release(values.empty.index(earlier))
         factor = gl.convert_layout(rescale, gl.SliceLayout(1, OUT))
-        out = rescale_if_needed(out, factor, D) if RARE_RESCALE else out * factor[:, None]
+        out = rescale_if_needed(out, factor, D)
 
     if OWN_STAGING or FLOAT_OUT:
-        release(queries.empty.index(HALF))
+        release(queries.empty.index(PART))
     out_token = warpgroup_mma(weights, values.blocks.index(stage), out, is_async=True)
     total_or_one = gl.where(total > 0.0, total, 1.0)
     lse = gl.where(total > 0.0, (maximum + gl.log2(total_or_one)) * LN_2, float("-inf"))
@@ -267,10 +287,10 @@ def attend_tile(
     out = warpgroup_mma_wait(0, deps=[out_token])
     release(values.empty.index(stage))
     out = out * gl.convert_layout(1.0 / total_or_one, gl.SliceLayout(1, OUT))[:, None]
-    store_out(problem, result, staging.index(HALF), out, first_row, head, FLOAT_OUT, D, OUT)
+    store_out(problem, result, staging.index(PART), out, first_row, head, FLOAT_OUT, D, OUT)
     if not (OWN_STAGING or FLOAT_OUT):
         store_wait(0)
-        release(queries.empty.index(HALF))
+        release(queries.empty.index(PART))
 
 
 @gluon.jit
@@ -293,17 +313,14 @@ def initial_state(
 
 
 @gluon.jit
-def softmax_step(scores, maximum, total, scale_log2, RARE_RESCALE: gl.constexpr):
+def softmax_step(scores, maximum, total, scale_log2):
     """Weights of a block against the row maximum, and the factor that brings earlier sums to it.
 
-    With RARE_RESCALE a maximum stays until it is outgrown by 2^8: weights up to 256 lose no precision, and the
-    accumulator needs no rescaling meanwhile.
+    A maximum stays until it is outgrown by 2^8: weights up to 256 lose no precision, and the accumulator needs no
+    rescaling meanwhile.
     """
     new_maximum = gl.max(scores, 1) * scale_log2
-    if RARE_RESCALE:
-        new_maximum = gl.where(new_maximum > maximum + 8.0, new_maximum, maximum)
-    else:
-        new_maximum = gl.maximum(maximum, new_maximum)
+    new_maximum = gl.where(new_maximum > maximum + 8.0, new_maximum, maximum)
     weights = gl.exp2(scores * scale_log2 - new_maximum[:, None])
     rescale = gl.exp2(maximum - new_maximum)
     return weights, rescale, new_maximum, total * rescale + gl.sum(weights, 1)

@@ -56,8 +56,7 @@ def check_operands(query: Tensor, key: Tensor, value: Tensor, intervals: KeyInte
             f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}; allowed are "
             "(T, H, D), (S, Hk, D), (S, Hk, D) with H a multiple of Hk"
         )
-    missing = supports(query.device, query.dtype, query.shape[2], value.shape[2]) or supports_intervals(intervals)
-    if missing:
+    if missing := supports(query.device, query.dtype, query.shape[2], value.shape[2]):
         raise ArgumentError(f"kernel='hopper' cannot run: {missing}")
     if intervals.query_count != query.shape[0] or intervals.key_count != key.shape[0]:
         raise ArgumentError(

@@ -5,8 +5,8 @@ which for causal, document and window masks is longest first within a document a
 And tiles that read the same keys run at about the same time: heads are taken in sections whose keys and values fit in
 the second-level cache together, rows within a section, heads innermost.
 
-A launch has one program for each tile, or fewer programs that take several tiles each, forth and back through the
-numbers (the program with the longest tile of one turn gets the shortest of the next).
+A launch has one program for each multiprocessor. Each starts with the tile of its own number and then draws tickets, so
+that no program waits for another and the loads of a tile run under the last steps of the one before.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from typing import NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from ringflash.kernels.hopper.compat import WARPGROUP, release
 
 
 class Schedule(NamedTuple):
@@ -23,6 +26,15 @@ class Schedule(NamedTuple):
     tiles: gl.tensor
     heads: gl.tensor
     section: gl.tensor
+
+
+class Tickets(NamedTuple):
+    """How the producer warp tells the consumers the next tile: two numbers in shared memory, with their barriers."""
+
+    counter_ptr: gl.tensor
+    numbers: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
 
 
 class Span(NamedTuple):
@@ -35,19 +47,37 @@ class Span(NamedTuple):
 
 
 @gluon.jit
-def turns_of(schedule):
-    """Tiles that this program works on."""
-    programs = gl.num_programs(0)
-    full_turns = schedule.tiles * schedule.heads // programs
-    return full_turns + gl.where(place_in_turn(full_turns) < schedule.tiles * schedule.heads, 1, 0)
+def allocate_tickets(counter_ptr, READERS: gl.constexpr):
+    """Tickets that READERS warpgroups read; counter_ptr is an int32 zero."""
+    LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    numbers = gl.allocate_shared_memory(gl.int32, [2, 1], LAYOUT)
+    full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=READERS * WARPGROUP)
+    return Tickets(counter_ptr, numbers, full, empty)
 
 
 @gluon.jit
-def place_in_turn(turn):
-    """Number of the tile that this program takes in its given turn: forth in even turns, back in odd ones."""
-    programs = gl.num_programs(0)
-    program = gl.program_id(0)
-    return turn * programs + gl.where(turn % 2 == 0, program, programs - 1 - program)
+def draw(tickets, turn):
+    """Draw the tile of the next turn, for the producer warp, and pass it on."""
+    slot, parity = stage_and_parity(turn, 2)
+    number = gl.atomic_add(tickets.counter_ptr, 1) + gl.num_programs(0)
+    mbarrier.wait(tickets.empty.index(slot), parity ^ 1)
+    tickets.numbers.index(slot).store(gl.full([1], number, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+    mbarrier.arrive(tickets.full.index(slot), count=1)
+    return number
+
+
+@gluon.jit
+def read(tickets, turn):
+    """The tile of the next turn, for a consumer warpgroup."""
+    slot, parity = stage_and_parity(turn, 2)
+    mbarrier.wait(tickets.full.index(slot), parity)
+    number = gl.max(tickets.numbers.index(slot).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+    release(tickets.empty.index(slot))
+    return number
 
 
 @gluon.jit

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 from hopper_aot import Compiled, catch, compile_call
 
-from ringflash.kernels.hopper import forward
+from ringflash.kernels.hopper import backward, forward
 from ringflash.kernels.intervals import causal_intervals
 
 SHARED_LIMIT = 232448
@@ -28,6 +28,21 @@ def compile_forward(dim: int, dtype: torch.dtype, carry: bool, out_dtype: torch.
 
     with mock.patch.object(forward, "multiprocessors", return_value=132):
         return compile_call(catch(forward, "attend_kernel", launch))
+
+
+def compile_backward(dim: int, dtype: torch.dtype, dkey_dtype: torch.dtype) -> Compiled:
+    query = torch.empty(1000, 8, dim, dtype=dtype, device="meta")
+    key = torch.empty(1200, 2, dim, dtype=dtype, device="meta")
+    numbers = torch.empty(8, 1000, device="meta")
+
+    def launch():
+        tiles = backward.BACKWARD_TILES[dim]
+        arguments = (query, query, key, key, numbers, numbers, causal_intervals(1000, 1200, "meta"), 0.1, None)
+        backward.launch_backward(*arguments, dtype, dkey_dtype, tiles)
+
+    name = "attend_backward_wide_kernel" if dim == 256 else "attend_backward_kernel"
+    with mock.patch.object(backward, "prepare_rows", return_value=((numbers, numbers), 1024)):
+        return compile_call(catch(backward, name, launch))
 
 
 def softmax_before_wait(blocks: dict[str, list[str]]) -> int:
@@ -48,3 +63,13 @@ def test_forward_fits_and_keeps_the_softmax_before_the_wait(dim, carry, spill_bu
     assert compiled.spilled <= spill_budget
     assert compiled.shared < SHARED_LIMIT
     assert softmax_before_wait(compiled.blocks) == 2, "one loop in each of the two consumer warpgroups"
+
+
+# Two accumulators for keys and values fill most of the registers; what spills is read once a step or less.
+@pytest.mark.parametrize(("dim", "spill_budget"), [(64, 64), (128, 64), (256, 160)])
+@pytest.mark.parametrize("dkey_dtype", [torch.bfloat16, torch.float32])
+def test_backward_fits(dim, dkey_dtype, spill_budget):
+    compiled = compile_backward(dim, torch.bfloat16, dkey_dtype)
+    assert compiled.warnings == []
+    assert compiled.spilled <= spill_budget
+    assert compiled.shared < SHARED_LIMIT

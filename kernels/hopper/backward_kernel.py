@@ -1,0 +1,342 @@
+"""Backward kernel for head dimensions 64 and 128: a program keeps 128 key rows and walks over the query rows they see.
+
+One producer warp loads; two warpgroups have 64 of the key rows each and compute, transposed so that what they feed to
+the tensor cores next is already in registers (Shah et al., FlashAttention-3, arXiv 2407.08608):
+
+    scores  = K Q^T            weights  = exp2(scale * scores - lse)       dV += weights dO
+    dweights = V dO^T - delta  dscores = weights * dweights                dK += dscores Q       dQ += dscores^T K
+
+Only dscores passes through shared memory, because a query row's gradient sums over both warpgroups' keys: each computes
+half of dQ from both halves of dscores and adds it to global memory in fp32. A step's products are issued so that each
+piece of arithmetic runs under some of them: the exponentials under dweights, dscores under dV, the way out of dQ under
+dK and the next step's scores.
+
+Legend: M query rows of a block, N key rows of a tile, D head dimension.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from ringflash.kernels.hopper.compat import (
+    WARPGROUP,
+    async_add,
+    async_load,
+    async_store,
+    release,
+    store_wait,
+    wait_turn,
+)
+from ringflash.kernels.hopper.schedule import stage_and_parity
+
+HALF = gl.constexpr(64)
+"""Key rows of a warpgroup; also rows and columns of the part of dQ that it computes in a step."""
+
+
+class Stream(NamedTuple):
+    """Blocks of a query-side tensor and a number for each of their rows, in stages of shared memory with barriers."""
+
+    blocks: gl.shared_memory_descriptor
+    numbers: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+
+
+class Rows(NamedTuple):
+    """The query rows that a key tile visits, in `blocks` blocks from row `begin` on, for each head of a group.
+
+    Blocks within full_begin to full_end need no mask.
+    """
+
+    begin: gl.tensor
+    blocks: gl.tensor
+    full_begin: gl.tensor
+    full_end: gl.tensor
+    query_rows: gl.tensor
+    padded_rows: gl.tensor
+    first_head: gl.tensor
+
+
+class Sums(NamedTuple):
+    """Where gradients go."""
+
+    dquery_desc: gl.tensor
+    dkey_desc: gl.tensor
+    dvalue_desc: gl.tensor
+    dkey_ptr: gl.tensor
+    dvalue_ptr: gl.tensor
+    key_rows: gl.tensor
+    key_heads: gl.tensor
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "query_rows", "padded_rows", "key_rows", "key_heads", "section",
+        "query_head_stride", "dout_head_stride", "key_head_stride", "value_head_stride",
+    ]
+)  # fmt: skip
+def attend_backward_kernel(
+    query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc,
+    dquery_desc, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, rows_of_key_ptr, rows_of_tile_ptr,
+    query_rows, padded_rows, key_rows, key_heads, section,
+    query_head_stride, dout_head_stride, key_head_stride, value_head_stride, scale,
+    GROUP: gl.constexpr, STAGES: gl.constexpr, FLOAT_OUT: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """See `launch_backward` for the arguments."""
+    M: gl.constexpr = query_desc.block_type.shape[0]
+    N: gl.constexpr = key_desc.block_type.shape[0]
+    dtype: gl.constexpr = query_desc.dtype
+    queries = allocate_stream(query_desc, lse_desc, STAGES)
+    douts = allocate_stream(dout_desc, delta_desc, STAGES)
+    key = gl.allocate_shared_memory(dtype, [1, N, key_desc.block_type.shape[1]], key_desc.layout)
+    value = gl.allocate_shared_memory(dtype, [1, N, value_desc.block_type.shape[1]], value_desc.layout)
+    DSCORES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, M], dtype)
+    dscores = gl.allocate_shared_memory(dtype, [2, N, M], DSCORES)
+    dquery = gl.allocate_shared_memory(gl.float32, [2, HALF, HALF], dquery_desc.layout)
+    loaded = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(loaded.index(i), count=1)
+    fence_async_shared()
+
+    key_tile, key_head = key_tile_and_head(key_rows, key_heads, section, N)
+    first_key = key_tile * N
+    rows = visiting_rows(rows_of_tile_ptr, key_tile, query_rows, padded_rows, key_rows, key_head * GROUP, M, N)
+    sums = Sums(dquery_desc, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, key_rows, key_heads)
+    gl.warp_specialize(
+        [
+            (consume, (rows, sums, queries, douts, key, value, dscores, dquery, loaded, rows_of_key_ptr,
+                       first_key, key_head, scale, 0, GROUP, FLOAT_OUT)),
+            (consume, (rows, sums, queries, douts, key, value, dscores, dquery, loaded, rows_of_key_ptr,
+                       first_key, key_head, scale, 1, GROUP, FLOAT_OUT)),
+            (produce, (rows, query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc, queries, douts,
+                       key, value, loaded, first_key, key_head * key_head_stride, key_head * value_head_stride,
+                       query_head_stride, dout_head_stride, GROUP)),
+        ],
+        [4, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )  # fmt: skip
+
+
+@gluon.jit
+def key_tile_and_head(key_rows, key_heads, section, N: gl.constexpr):
+    """This program's key tile and head, in the mirrored order of schedule.py: tiles from the first, seen by most."""
+    tiles = (key_rows + N - 1) // N
+    per_section = tiles * section
+    within = gl.program_id(0) % per_section
+    return within // section, gl.program_id(0) // per_section * section + within % section
+
+
+@gluon.jit
+def visiting_rows(
+    table_ptr, key_tile, query_rows, padded_rows, key_rows, first_head, M: gl.constexpr, N: gl.constexpr
+):  # fmt: skip
+    """The query rows of a key tile, from its entry in `KeyIntervals.key_tile_rows`; one block at least."""
+    entry = table_ptr + key_tile * 4
+    begin = gl.load(entry) // 4 * 4  # as the tensor memory engine wants the first of a row's numbers, 16 bytes aligned
+    blocks = gl.maximum((gl.load(entry + 3) - begin + M - 1) // M, 1)
+    # Rows behind the last key are zeros, whose weights must not reach dQ as infinity times zero: mask the whole tile.
+    full_end = gl.where((key_tile + 1) * N > key_rows, 0, gl.load(entry + 2))
+    return Rows(begin, blocks, gl.load(entry + 1), full_end, query_rows, padded_rows, first_head)
+
+
+@gluon.jit
+def allocate_stream(desc, numbers_desc, STAGES: gl.constexpr):
+    """Room for STAGES blocks of a descriptor, each given back by both warpgroups."""
+    blocks = gl.allocate_shared_memory(
+        desc.dtype, [STAGES, desc.block_type.shape[0], desc.block_type.shape[1]], desc.layout
+    )
+    numbers = gl.allocate_shared_memory(gl.float32, [STAGES, desc.block_type.shape[0]], numbers_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2 * WARPGROUP)
+    return Stream(blocks, numbers, full, empty)
+
+
+@gluon.jit
+def fill(stream, desc, numbers_desc, row, column, number, stage, parity):
+    """Load the block at (row, column) and its rows' numbers into a stage once both warpgroups have given it back."""
+    mbarrier.wait(stream.empty.index(stage), parity ^ 1)
+    mbarrier.expect(stream.full.index(stage), desc.block_type.nbytes + numbers_desc.block_type.nbytes)
+    async_load(desc, [row, column], stream.full.index(stage), stream.blocks.index(stage))
+    async_load(numbers_desc, [number], stream.full.index(stage), stream.numbers.index(stage))
+
+
+@gluon.jit
+def produce(
+    rows, query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc, queries, douts, key, value, loaded,
+    first_key, key_column, value_column, query_head_stride, dout_head_stride, GROUP: gl.constexpr,
+):  # fmt: skip
+    """The producer warp: the tile's keys and values, then query-side blocks, head after head of the group."""
+    M: gl.constexpr = query_desc.block_type.shape[0]
+    QUERY_STAGES: gl.constexpr = queries.blocks.shape[0]
+    DOUT_STAGES: gl.constexpr = douts.blocks.shape[0]
+    mbarrier.expect(loaded.index(0), key_desc.block_type.nbytes)
+    async_load(key_desc, [first_key, key_column], loaded.index(0), key.index(0))
+    mbarrier.expect(loaded.index(1), value_desc.block_type.nbytes)
+    async_load(value_desc, [first_key, value_column], loaded.index(1), value.index(0))
+    step = 0
+    for member in range(GROUP):
+        head = rows.first_head + member
+        for block in range(rows.blocks):
+            row = rows.begin + block * M
+            number = head * rows.padded_rows + row
+            stage, parity = stage_and_parity(step, QUERY_STAGES)
+            fill(queries, query_desc, lse_desc, row, head * query_head_stride, number, stage, parity)
+            stage, parity = stage_and_parity(step, DOUT_STAGES)
+            fill(douts, dout_desc, delta_desc, row, head * dout_head_stride, number, stage, parity)
+            step += 1
+
+
+@gluon.jit
+def consume(
+    rows, sums, queries, douts, key, value, dscores, dquery, loaded, rows_of_key_ptr, first_key, key_head, scale,
+    PART: gl.constexpr, GROUP: gl.constexpr, FLOAT_OUT: gl.constexpr,
+):  # fmt: skip
+    """A consumer warpgroup: key rows PART * 64 to PART * 64 + 64 of the tile."""
+    STAGES: gl.constexpr = queries.blocks.shape[0]
+    M: gl.constexpr = queries.blocks.shape[1]
+    D: gl.constexpr = key.shape[2]
+    dtype: gl.constexpr = key.dtype
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    FACTOR: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUMS, k_width=2)
+    DQUERY: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
+
+    own_key = key.index(0).slice(PART * HALF, HALF, 0)
+    own_value = value.index(0).slice(PART * HALF, HALF, 0)
+    key_index = first_key + PART * HALF + gl.arange(0, HALF, gl.SliceLayout(1, SCORES))
+    seeing = rows_of_key_ptr + key_index * 4
+    first_seeing = gl.load(seeing, mask=key_index < sums.key_rows, other=0)
+    last_seeing = gl.load(seeing + 3, mask=key_index < sums.key_rows, other=0)
+    dkey = gl.zeros([HALF, D], gl.float32, SUMS)
+    dvalue = gl.zeros([HALF, D], gl.float32, SUMS)
+    no_scores = gl.zeros([HALF, M], gl.float32, SCORES)
+    no_dquery = gl.zeros([HALF, HALF], gl.float32, DQUERY)
+    scale_log2 = scale * 1.4426950408889634
+
+    mbarrier.wait(loaded.index(0), 0)
+    mbarrier.wait(loaded.index(1), 0)
+    mbarrier.wait(queries.full.index(0), 0)
+    scores_token = warpgroup_mma(
+        own_key, queries.blocks.index(0).permute((1, 0)), no_scores, use_acc=False, is_async=True
+    )
+    scores = warpgroup_mma_wait(0, deps=[scores_token])
+
+    block = 0
+    member = 0
+    steps = rows.blocks * GROUP
+    for step in range(steps):
+        stage, parity = stage_and_parity(step, STAGES)
+        row = rows.begin + block * M
+        own_key = key.index(unseen_zero(row)).slice(PART * HALF, HALF, 0)
+        mbarrier.wait(douts.full.index(stage), parity)
+        minus_delta, _ = gl.broadcast(douts.numbers.index(stage).load(COLUMNS)[None, :], no_scores)
+        dweights_token = warpgroup_mma(own_value, douts.blocks.index(stage).permute((1, 0)), minus_delta, is_async=True)
+        if (row < rows.full_begin) | (row + M > rows.full_end):
+            scores = hide(scores, first_seeing, last_seeing, row, M, COLUMNS)
+        weights = gl.exp2(scores * scale_log2 - queries.numbers.index(stage).load(COLUMNS)[None, :])
+        weights_factor = gl.convert_layout(weights.to(dtype), FACTOR)
+        dvalue_token = warpgroup_mma(weights_factor, douts.blocks.index(stage), dvalue, is_async=True)
+        dweights = warpgroup_mma_wait(1, deps=[dweights_token])
+        rounded = (weights * dweights).to(dtype)
+        dscores_factor = gl.convert_layout(rounded, FACTOR)
+        # Two buffers: whoever writes one again has passed the barrier of the step between, and so has the other
+        # warpgroup, whose dQ of the step before it is then done.
+        shared = dscores.index(step & 1)
+        shared.slice(PART * HALF, HALF, 0).store(rounded)
+        fence_async_shared()
+        wait_turn("8")
+        dvalue = warpgroup_mma_wait(0, deps=[dvalue_token])
+        release(douts.empty.index(stage))
+
+        if D == 64:  # half of the rows
+            dquery_token = warpgroup_mma(
+                shared.slice(PART * HALF, HALF, 1).permute((1, 0)),
+                key.index(unseen_zero(row)),
+                no_dquery,
+                use_acc=False,
+                is_async=True,
+            )
+        else:  # half of the columns
+            dquery_token = warpgroup_mma(
+                shared.permute((1, 0)),
+                key.index(unseen_zero(row)).slice(PART * HALF, HALF, 1),
+                no_dquery,
+                use_acc=False,
+                is_async=True,
+            )
+        # The last step has no next one: its product is of old numbers and unused.
+        next_stage, next_parity = stage_and_parity(step + 1, STAGES)
+        mbarrier.wait(queries.full.index(next_stage), next_parity, pred=step + 1 < steps)
+        scores_token = warpgroup_mma(
+            own_key, queries.blocks.index(next_stage).permute((1, 0)), no_scores, use_acc=False, is_async=True
+        )
+        dkey_token = warpgroup_mma(dscores_factor, queries.blocks.index(stage), dkey, is_async=True)
+
+        part_of_dquery = warpgroup_mma_wait(2, deps=[dquery_token])
+        store_wait(0)
+        dquery.index(PART).store(part_of_dquery * scale)
+        fence_async_shared()
+        head = rows.first_head + member
+        if D == 64:
+            async_add(sums.dquery_desc, [row + PART * HALF, head * D], dquery.index(PART))
+        else:
+            async_add(sums.dquery_desc, [row, head * D + PART * HALF], dquery.index(PART))
+        scores, dkey = warpgroup_mma_wait(0, deps=[scores_token, dkey_token])
+        release(queries.empty.index(stage))
+        last = block + 1 == rows.blocks
+        member = gl.where(last, member + 1, member)
+        block = gl.where(last, 0, block + 1)
+
+    # Both warpgroups have read all of the keys: theirs were last read for dQ, before the last wait of each.
+    wait_turn("8")
+    first_row = first_key + PART * HALF
+    store_sum(sums, sums.dvalue_desc, sums.dvalue_ptr, dvalue, own_value, first_row, key_head, FLOAT_OUT, SUMS)
+    store_sum(sums, sums.dkey_desc, sums.dkey_ptr, dkey * scale, own_key, first_row, key_head, FLOAT_OUT, SUMS)
+    store_wait(0)
+
+
+@gluon.jit
+def unseen_zero(row):
+    """Zero, which the compiler does not know of a row number.
+
+    It would otherwise compute the addresses of all pieces of the keys and values before the loop, and then keep them
+    in memory for want of registers.
+    """
+    return row >> 31
+
+
+@gluon.jit
+def hide(scores, first_seeing, last_seeing, row, M: gl.constexpr, COLUMNS: gl.constexpr):
+    """-inf where a query row does not see a key: before the key's first row or from the one behind its last row on."""
+    index = (row + gl.arange(0, M, COLUMNS))[None, :]
+    return gl.where((index >= first_seeing[:, None]) & (index < last_seeing[:, None]), scores, float("-inf"))
+
+
+@gluon.jit
+def store_sum(sums, desc, ptr, total, staging, first_row, key_head, FLOAT_OUT: gl.constexpr, SUMS: gl.constexpr):
+    """Write 64 key rows' gradient: straight from registers in fp32, through the rows' own place in 16 bits."""
+    D: gl.constexpr = staging.shape[1]
+    if FLOAT_OUT:
+        row = gl.arange(0, HALF, gl.SliceLayout(1, SUMS))[:, None]
+        column = gl.arange(0, D, gl.SliceLayout(0, SUMS))[None, :]
+        base = ptr + (first_row.to(gl.int64) * sums.key_heads + key_head) * D
+        inside = (first_row + row < sums.key_rows) & (column < D)
+        gl.store(base + row * (sums.key_heads * D) + column, total, mask=inside)
+    else:
+        staging.store(total.to(staging.dtype))
+        fence_async_shared()
+        async_store(desc, [first_row, key_head * D], staging)

@@ -1,0 +1,212 @@
+"""Backward kernel for head dimension 256: as backward_kernel, with another split of the work between the warpgroups.
+
+A program keeps 64 key rows. Each warpgroup has half of the keys for the scores and dweights, and half of the columns
+for the three sums, whose accumulators would not fit otherwise. So weights and dscores both pass through shared memory,
+and scores stand with the queries as rows.
+
+Legend: M query rows of a block, N key rows of a tile, D head dimension.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from ringflash.kernels.hopper.backward_kernel import (
+    HALF,
+    Sums,
+    allocate_stream,
+    key_tile_and_head,
+    produce,
+    unseen_zero,
+    visiting_rows,
+)
+from ringflash.kernels.hopper.compat import async_add, async_store, release, store_wait, wait_turn
+from ringflash.kernels.hopper.schedule import stage_and_parity
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "query_rows", "padded_rows", "key_rows", "key_heads", "section",
+        "query_head_stride", "dout_head_stride", "key_head_stride", "value_head_stride",
+    ]
+)  # fmt: skip
+def attend_backward_wide_kernel(
+    query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc,
+    dquery_desc, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, rows_of_key_ptr, rows_of_tile_ptr,
+    query_rows, padded_rows, key_rows, key_heads, section,
+    query_head_stride, dout_head_stride, key_head_stride, value_head_stride, scale,
+    GROUP: gl.constexpr, STAGES: gl.constexpr, FLOAT_OUT: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """See `launch_backward` for the arguments. Only the queries have STAGES stages; there is room for one of dout."""
+    M: gl.constexpr = query_desc.block_type.shape[0]
+    N: gl.constexpr = key_desc.block_type.shape[0]
+    dtype: gl.constexpr = query_desc.dtype
+    queries = allocate_stream(query_desc, lse_desc, STAGES)
+    douts = allocate_stream(dout_desc, delta_desc, 1)
+    key = gl.allocate_shared_memory(dtype, [1, N, key_desc.block_type.shape[1]], key_desc.layout)
+    value = gl.allocate_shared_memory(dtype, [1, N, value_desc.block_type.shape[1]], value_desc.layout)
+    # Swizzled over half a row, so that each warpgroup's half is a block of its own.
+    SQUARE: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
+    weights = gl.allocate_shared_memory(dtype, [2, M, N], SQUARE)
+    dscores = gl.allocate_shared_memory(dtype, [2, M, N], SQUARE)
+    dquery = gl.allocate_shared_memory(gl.float32, [2, HALF, HALF], dquery_desc.layout)
+    loaded = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(loaded.index(i), count=1)
+    fence_async_shared()
+
+    key_tile, key_head = key_tile_and_head(key_rows, key_heads, section, N)
+    first_key = key_tile * N
+    rows = visiting_rows(rows_of_tile_ptr, key_tile, query_rows, padded_rows, key_rows, key_head * GROUP, M, N)
+    sums = Sums(dquery_desc, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, key_rows, key_heads)
+    gl.warp_specialize(
+        [
+            (consume_wide, (rows, sums, queries, douts, key, value, weights, dscores, dquery, loaded,
+                            rows_of_key_ptr, first_key, key_head, scale, 0, GROUP, FLOAT_OUT)),
+            (consume_wide, (rows, sums, queries, douts, key, value, weights, dscores, dquery, loaded,
+                            rows_of_key_ptr, first_key, key_head, scale, 1, GROUP, FLOAT_OUT)),
+            (produce, (rows, query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc, queries, douts,
+                       key, value, loaded, first_key, key_head * key_head_stride, key_head * value_head_stride,
+                       query_head_stride, dout_head_stride, GROUP)),
+        ],
+        [4, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )  # fmt: skip
+
+
+@gluon.jit
+def consume_wide(
+    rows, sums, queries, douts, key, value, weights_buffers, dscores_buffers, dquery, loaded, rows_of_key_ptr,
+    first_key, key_head, scale, PART: gl.constexpr, GROUP: gl.constexpr, FLOAT_OUT: gl.constexpr,
+):  # fmt: skip
+    """A consumer warpgroup: half of the tile's keys, then half of the columns."""
+    STAGES: gl.constexpr = queries.blocks.shape[0]
+    M: gl.constexpr = queries.blocks.shape[1]
+    N: gl.constexpr = key.shape[1]
+    D: gl.constexpr = key.shape[2]
+    dtype: gl.constexpr = key.dtype
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N // 2, 16])
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D // 2, 16])
+    DQUERY: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
+    ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
+
+    key_index = first_key + PART * (N // 2) + gl.arange(0, N // 2, gl.SliceLayout(0, SCORES))
+    dkey = gl.zeros([N, D // 2], gl.float32, SUMS)
+    dvalue = gl.zeros([N, D // 2], gl.float32, SUMS)
+    no_scores = gl.zeros([M, N // 2], gl.float32, SCORES)
+    no_dquery = gl.zeros([HALF, HALF], gl.float32, DQUERY)
+    scale_log2 = scale * 1.4426950408889634
+    mbarrier.wait(loaded.index(0), 0)
+    mbarrier.wait(loaded.index(1), 0)
+
+    block = 0
+    member = 0
+    for step in range(rows.blocks * GROUP):
+        stage, parity = stage_and_parity(step, STAGES)
+        row = rows.begin + block * M
+        head = rows.first_head + member
+        query = queries.blocks.index(stage)
+        dout = douts.blocks.index(0)
+        keys_now = key.index(unseen_zero(row))
+        values_now = value.index(unseen_zero(row))
+        own_key = keys_now.slice(PART * (N // 2), N // 2, 0)
+        own_value = values_now.slice(PART * (N // 2), N // 2, 0)
+        mbarrier.wait(queries.full.index(stage), parity)
+        scores_token = warpgroup_mma(query, own_key.permute((1, 0)), no_scores, use_acc=False, is_async=True)
+        mbarrier.wait(douts.full.index(0), step & 1)
+        dweights_token = warpgroup_mma(dout, own_value.permute((1, 0)), no_scores, use_acc=False, is_async=True)
+        scores = warpgroup_mma_wait(1, deps=[scores_token])
+        if (row < rows.full_begin) | (row + M > rows.full_end):
+            index = (row + gl.arange(0, M, ROWS))[:, None]
+            inside = key_index < sums.key_rows
+            seeing = rows_of_key_ptr + (key_index + unseen_zero(row)) * 4
+            after_first = index >= gl.load(seeing, mask=inside, other=0)[None, :]
+            before_last = index < gl.load(seeing + 3, mask=inside, other=0)[None, :]
+            scores = gl.where(after_first & before_last, scores, float("-inf"))
+        weights = gl.exp2(scores * scale_log2 - queries.numbers.index(stage).load(ROWS)[:, None])
+        # Two buffers of each, as in backward_kernel.
+        all_weights = weights_buffers.index(step & 1)
+        all_dscores = dscores_buffers.index(step & 1)
+        all_weights.slice(PART * (N // 2), N // 2, 1).store(weights.to(dtype))
+        minus_delta = douts.numbers.index(0).load(ROWS)[:, None]
+        dweights = warpgroup_mma_wait(0, deps=[dweights_token]) + minus_delta
+        all_dscores.slice(PART * (N // 2), N // 2, 1).store((weights * dweights).to(dtype))
+        fence_async_shared()
+        wait_turn("8")
+
+        dvalue_token = warpgroup_mma(
+            all_weights.permute((1, 0)), dout.slice(PART * (D // 2), D // 2, 1), dvalue, is_async=True
+        )
+        first_token = warpgroup_mma(
+            all_dscores, keys_now.slice(PART * (D // 2), HALF, 1), no_dquery, use_acc=False, is_async=True
+        )
+        dkey_token = warpgroup_mma(
+            all_dscores.permute((1, 0)), query.slice(PART * (D // 2), D // 2, 1), dkey, is_async=True
+        )
+        second_token = warpgroup_mma(
+            all_dscores, keys_now.slice(PART * (D // 2) + HALF, HALF, 1), no_dquery, use_acc=False, is_async=True
+        )
+        dvalue = warpgroup_mma_wait(3, deps=[dvalue_token])
+        release(douts.empty.index(0))
+        add_dquery(
+            sums, dquery.index(PART), warpgroup_mma_wait(2, deps=[first_token]) * scale, row, head * D + PART * (D // 2)
+        )
+        dkey = warpgroup_mma_wait(1, deps=[dkey_token])
+        release(queries.empty.index(stage))
+        add_dquery(
+            sums,
+            dquery.index(PART),
+            warpgroup_mma_wait(0, deps=[second_token]) * scale,
+            row,
+            head * D + PART * (D // 2) + HALF,
+        )
+        last = block + 1 == rows.blocks
+        member = gl.where(last, member + 1, member)
+        block = gl.where(last, 0, block + 1)
+
+    wait_turn("8")  # both warpgroups have read all of the keys and values
+    store_columns(
+        sums, sums.dvalue_desc, sums.dvalue_ptr, dvalue, value.index(0), first_key, key_head, PART, FLOAT_OUT, SUMS
+    )
+    store_columns(
+        sums, sums.dkey_desc, sums.dkey_ptr, dkey * scale, key.index(0), first_key, key_head, PART, FLOAT_OUT, SUMS
+    )
+    store_wait(0)
+
+
+@gluon.jit
+def add_dquery(sums, staging, part, row, column):
+    """Add a piece of dQ to global memory."""
+    store_wait(0)
+    staging.store(part)
+    fence_async_shared()
+    async_add(sums.dquery_desc, [row, column], staging)
+
+
+@gluon.jit
+def store_columns(
+    sums, desc, ptr, total, staging, first_row, key_head,
+    PART: gl.constexpr, FLOAT_OUT: gl.constexpr, SUMS: gl.constexpr,
+):  # fmt: skip
+    """Write half of the columns of the key rows' gradient, in fp32 or through the rows' own place in 16 bits."""
+    N: gl.constexpr = staging.shape[0]
+    D: gl.constexpr = staging.shape[1]
+    if FLOAT_OUT:
+        row = gl.arange(0, N, gl.SliceLayout(1, SUMS))[:, None]
+        column = PART * (D // 2) + gl.arange(0, D // 2, gl.SliceLayout(0, SUMS))[None, :]
+        base = ptr + (first_row.to(gl.int64) * sums.key_heads + key_head) * D
+        inside = (first_row + row < sums.key_rows) & (column < D)
+        gl.store(base + row * (sums.key_heads * D) + column, total, mask=inside)
+    else:
+        half = staging.slice(PART * (D // 2), D // 2, 1)
+        half.store(total.to(staging.dtype))
+        fence_async_shared()
+        async_store(desc, [first_row, key_head * D + PART * (D // 2)], half)
