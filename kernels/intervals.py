@@ -37,6 +37,11 @@ class KeyIntervals:
     sink_stop: Tensor | None = None
     _cache: dict = field(default_factory=dict, repr=False)
 
+    def __post_init__(self) -> None:
+        for name in ("start", "stop", "sink_start", "sink_stop"):
+            if (bound := getattr(self, name)) is not None:  # kernels read row t at address t
+                object.__setattr__(self, name, bound.to(torch.int32).contiguous())
+
     @property
     def query_count(self) -> int:
         """T, the number of query rows."""

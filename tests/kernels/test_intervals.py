@@ -93,3 +93,12 @@ def test_causal_aligns_to_the_last_key(queries: int, keys: int) -> None:
     right = torch.ones(queries, keys).tril(keys - queries).bool()
     assert torch.equal(causal_intervals(queries, keys).visible(), right)
     assert dense_intervals(queries, keys).visible().all()
+
+
+def test_bounds_may_come_strided_and_in_any_integer_type() -> None:
+    plain = causal_intervals(6, 9)
+    columns = torch.stack([plain.start, plain.stop], dim=1).long()
+    intervals = KeyIntervals(columns[:, 0], columns[:, 1], 9)
+    assert all(bound.is_contiguous() and bound.dtype == torch.int32 for bound in (intervals.start, intervals.stop))
+    assert torch.equal(intervals.visible(), plain.visible())
+    assert torch.equal(intervals.key_tile_rows(4), plain.key_tile_rows(4))
