@@ -212,7 +212,8 @@ def attend_backward(
     if dout.dtype != query.dtype:
         raise ArgumentError(f"dout is {dout.dtype}; allowed is the query's dtype, {query.dtype}")
     chip, dim = chip_of(query.device), max(query.shape[2], value.shape[2])
-    operands = (query, key, value, dout if dout.stride(2) == 1 else dout.contiguous(), lse, delta)
+    dout = dout if dout.stride(2) == 1 else dout.contiguous()
+    operands = (query, key, value, dout, lse.contiguous(), delta.contiguous())
     dkey, dvalue = launch_key_gradients(
         *operands, intervals, scale, dkey_dtype or key.dtype, key_gradient_tiles(chip, query.dtype, dim)
     )

@@ -178,6 +178,21 @@ def test_gpu_kernels_take_any_layout(name: str, layout: str) -> None:
 
 
 @pytest.mark.gpu
+@on_gpu_kernels
+def test_gpu_kernels_take_row_statistics_of_any_stride(name: str) -> None:
+    kernels = kernels_for(name, torch.bfloat16, (64, 64))
+    problem = draw_problem(causal_intervals(300, 300, "cuda"), (4, 2), (64, 64), torch.bfloat16)
+    operands, scale = (problem.query, problem.key, problem.value), problem.scale
+    out, lse = kernels.attend(*operands, problem.intervals, scale=scale)
+    delta = kernels.row_delta(problem.dout, out)
+    plain, strided = (
+        kernels.attend_backward(problem.dout, *operands, *rows, problem.intervals, scale=scale, deterministic=True)
+        for rows in ((lse, delta), (lse.T.contiguous().T, delta.T.contiguous().T))
+    )
+    assert all(torch.equal(a, b) for a, b in zip(plain, strided, strict=True))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("queries", [0, 5])
 @pytest.mark.parametrize("keys", [0, 7])
 @on_gpu_kernels
