@@ -1,0 +1,116 @@
+"""The Triton kernels against float64 without a GPU, in Triton's interpreter.
+
+The interpreter is chosen when triton is first imported, so the tests below run in a pytest of their own, which the one
+test of the ordinary run starts. bfloat16 products are wrong in the interpreter; GPU tests cover them.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import triton
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import LAYOUTS, Problem, any_intervals, assert_accurate, assert_same, draw_problem, run
+
+from ringflash.errors import ArgumentError
+from ringflash.kernels import triton as kernels
+from ringflash.kernels.intervals import KeyIntervals, causal_intervals, dense_intervals
+from ringflash.kernels.modifiers import Modifiers
+from ringflash.kernels.triton import backward, forward
+from ringflash.kernels.triton.tiles import Tiles
+
+if not triton.knobs.runtime.interpret:
+
+    def test_triton_kernels_pass_their_tests_in_the_interpreter() -> None:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+
+else:
+    # Blocks of unequal sides, so that many fit into small problems and a mistaken side shows.
+    TILES = {
+        "three-loops": Tiles(32, 16, 4, 1),
+        "one-loop": Tiles(16, 32, 4, 1, split=False),
+        "descriptors": Tiles(32, 16, 4, 1, descriptors=True),
+    }
+
+    @pytest.fixture(params=TILES.values(), ids=TILES, scope="module")
+    def tiles(request: pytest.FixtureRequest):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(forward, "forward_tiles", lambda *row: request.param)
+            patch.setattr(backward, "key_gradient_tiles", lambda *row: request.param)
+            patch.setattr(backward, "query_gradient_tiles", lambda *row: request.param)
+            yield request.param
+
+    @st.composite
+    def problems(draw: st.DrawFn, dtype: torch.dtype) -> Problem:
+        key_heads, group = draw(st.sampled_from([(1, 1), (2, 1), (1, 3), (2, 2)]))
+        dim, value_dim = draw(st.sampled_from([(16, 16), (24, 24), (40, 16), (16, 72)]))
+        heads, layout = (key_heads * group, key_heads), draw(st.sampled_from(LAYOUTS))
+        intervals, seed = draw(any_intervals(70)), draw(st.integers(0, 2**32 - 1))
+        return draw_problem(intervals, heads, (dim, value_dim), dtype, seed=seed, layout=layout)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+    @settings(max_examples=12)
+    @given(data=st.data())
+    def test_as_accurate_as_torch_in_one_launch_and_in_several(
+        tiles: Tiles, dtype: torch.dtype, data: st.DataObject
+    ) -> None:
+        problem = data.draw(problems(dtype))
+        cuts = data.draw(st.lists(st.integers(0, problem.intervals.key_count), max_size=2))
+        assert_accurate(run(kernels, problem, cuts, backwards=data.draw(st.booleans())), problem)
+
+    @pytest.mark.parametrize("dim", [8, 104, 256])
+    def test_the_least_an_odd_and_the_widest_head_dimension(tiles: Tiles, dim: int) -> None:
+        problem = draw_problem(causal_intervals(37, 53), (2, 1), (dim, dim), torch.float32)
+        assert_accurate(run(kernels, problem), problem)
+
+    @pytest.mark.parametrize("queries", [0, 1, 5])
+    @pytest.mark.parametrize("keys", [0, 1, 7])
+    def test_few_or_no_rows_and_keys(tiles: Tiles, queries: int, keys: int) -> None:
+        problem = draw_problem(dense_intervals(queries, keys), (2, 1), (16, 24), torch.float32)
+        assert_accurate(run(kernels, problem), problem)
+
+    def test_carry_is_overwritten_and_rows_without_keys_keep_it(tiles: Tiles) -> None:
+        problem = draw_problem(dense_intervals(40, 50), (2, 2), (16, 16), torch.float32)
+        out, lse = kernels.attend(problem.query, problem.key, problem.value, problem.intervals, scale=1.0)
+        carry = (out.clone(), lse.clone())
+        nothing = KeyIntervals(*torch.tensor([[9] * 40, [9] * 40], dtype=torch.int32), key_count=50)
+        merged = kernels.attend(problem.query, problem.key, problem.value, nothing, scale=1.0, carry=carry)
+        assert [x.data_ptr() for x in merged] == [x.data_ptr() for x in carry]
+        assert torch.equal(merged[0], out)
+        torch.testing.assert_close(merged[1], lse, rtol=1e-6, atol=0)  # once through base 2 and back
+
+    def test_gradients_repeat_bit_for_bit(tiles: Tiles) -> None:
+        problem = draw_problem(causal_intervals(60, 60), (4, 2), (16, 16), torch.float16)
+        assert_same(run(kernels, problem, deterministic=True), run(kernels, problem, deterministic=True))
+
+    def attend_with(**changed: object) -> None:
+        problem = draw_problem(causal_intervals(4, 4), (2, 2), (16, 16), torch.float32)
+        arguments = {"query": problem.query, "key": problem.key, "value": problem.value, "scale": 1.0, **changed}
+        kernels.attend(intervals=problem.intervals, **arguments)
+
+    @pytest.mark.parametrize(
+        ("changed", "message"),
+        [
+            ({"scale": 0.0}, "scale=0.0"),
+            ({"query": torch.zeros(4, 2, 16).double()}, "float64"),
+            ({"key": torch.zeros(4, 2, 16).half()}, "float16"),
+            ({"query": torch.zeros(4, 3, 16)}, "multiple of Hk"),
+            ({"query": torch.zeros(5, 2, 16)}, "intervals are for 4 query"),
+            ({"value": torch.zeros(4, 2, 12)}, "value head dimension 12"),
+            ({"value": torch.zeros(4, 2, 264)}, "value head dimension 264"),
+            ({"key": torch.zeros(4, 16, 2).mT}, "key strides"),
+            ({"modifiers": Modifiers(softcap=1.0)}, "modifiers="),
+        ],
+        ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+    )
+    def test_refused_arguments_are_named(changed: dict, message: str) -> None:
+        with pytest.raises(ArgumentError, match=message):
+            attend_with(**changed)
