@@ -255,6 +255,14 @@ def time_backward(dim: int, lengths: tuple[int, ...], parts: bool) -> list[dict]
     return rows
 
 
+def compile_variants(dim: int) -> None:
+    """Launch every shape once on little data, so that a later `tune` finds it in Triton's cache."""
+    q, intervals = random((128, HEADS[dim], dim), torch.bfloat16), causal_intervals(128, 128, "cuda")
+    for tiles in forward_variants(dim).values():
+        out, lse = forward.launch_forward(q, q, q, intervals, dim**-0.5, None, q.dtype, tiles)
+    hopper.attend_backward(out, q, q, q, lse, hopper.row_delta(out, out), intervals, scale=dim**-0.5)
+
+
 def print_table(rows: list[dict]) -> None:
     """One line for each implementation, pass and mask; columns are sequence lengths."""
     lengths = sorted({row["seqlen"] for row in rows})
@@ -270,13 +278,17 @@ def print_table(rows: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["check", "time", "tune"])
+    parser.add_argument("action", choices=["check", "compile", "time", "tune"])
     parser.add_argument("dim", type=int, choices=sorted(HEADS))
     parser.add_argument("path", nargs="?", help="JSON file for the rows")
+    parser.add_argument("--dtypes", default="bfloat16,float16", help="for check")
     arguments = parser.parse_args()
     torch.manual_seed(0)
+    if arguments.action == "compile":
+        compile_variants(arguments.dim)
+        return
     if arguments.action == "check":
-        dtypes = (torch.bfloat16, torch.float16)
+        dtypes = [getattr(torch, name) for name in arguments.dtypes.split(",")]
         fine = [check(arguments.dim, dtype) for check in (check_forward, check_backward) for dtype in dtypes]
         sys.exit(0 if all(fine) else 1)
     tune = arguments.action == "tune"

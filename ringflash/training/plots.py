@@ -62,7 +62,8 @@ def _draw_curves(axes: Axes, train: Curve, validation: Curve, baselines: Mapping
     if validation:
         steps, values = np.array(validation, float).T
         axes.plot(steps, values, "o-", color=VALIDATION, label=f"validation (last {values[-1]:.2f})")
-    axes.set_ylim(bottom=0)
+    heights = [value for _, value in (*train, *validation) if np.isfinite(value)]
+    axes.set_ylim(0, 1.08 * max([*heights, *baselines.values()], default=1.0))
     _draw_baselines(axes, baselines)
     axes.grid(alpha=0.25)
     if train or validation:
