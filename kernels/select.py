@@ -17,9 +17,11 @@ import torch
 
 from ringflash.errors import ArgumentError
 
-NAMES = ("auto", "reference", "blockwise", "triton")
-"""What `kernel` may be. "auto" is the fastest that can run: "triton" on a GPU that it supports, else "blockwise"."""
+NAMES = ("auto", "reference", "blockwise", "triton", "hopper")
+"""What `kernel` may be. "auto" is the first of `AUTO_ON_GPUS` that can run, and else, as on CPUs, "blockwise"."""
 
+AUTO_ON_GPUS = ("triton",)
+"""The fastest first. "hopper" is to stand in front once its tests have passed on a GPU (`pytest -m gpu`)."""
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """What some kernel computes; float64 is for checks and never runs on Triton."""
@@ -31,6 +33,7 @@ def select(
     head_dim: int,
     value_head_dim: int | None = None,
     kernel: str = "auto",
+    modifiers: bool = False,
 ) -> ModuleType:
     """The module whose `attend`, `attend_backward` and `row_delta` to call.
 
@@ -40,6 +43,7 @@ def select(
         head_dim: head dimension of query and key.
         value_head_dim: head dimension of value; that of query and key if None.
         kernel: one of `NAMES`.
+        modifiers: whether scores or weights are modified (see `ringflash.kernels.modifiers`).
 
     Raises:
         ArgumentError: the kernel is unknown or cannot run on this; says what is missing.
@@ -48,32 +52,40 @@ def select(
         >>> select("cpu", torch.float32, 64).__name__
         'ringflash.kernels.blockwise'
     """
-    return _select(torch.device(device), dtype, head_dim, value_head_dim or head_dim, kernel)
+    return _select(torch.device(device), dtype, head_dim, value_head_dim or head_dim, kernel, modifiers)
 
 
 @functools.cache
-def _select(device: torch.device, dtype: torch.dtype, head_dim: int, value_head_dim: int, kernel: str) -> ModuleType:
+def _select(
+    device: torch.device, dtype: torch.dtype, head_dim: int, value_head_dim: int, kernel: str, modifiers: bool
+) -> ModuleType:
     if kernel not in NAMES:
         raise ArgumentError(f"kernel={kernel!r}; allowed are {', '.join(NAMES)}")
     if dtype not in DTYPES:
         raise ArgumentError(f"query is {dtype}; allowed are {', '.join(str(x) for x in DTYPES)}")
+    problem = (device, dtype, head_dim, value_head_dim, modifiers)
     if kernel == "auto":
-        on_gpu = device.type == "cuda"
-        kernel = (
-            "triton" if on_gpu and _missing_for_triton(device, dtype, head_dim, value_head_dim) is None else "blockwise"
-        )
-    elif kernel == "triton" and (missing := _missing_for_triton(device, dtype, head_dim, value_head_dim)):
-        raise ArgumentError(f"kernel='triton' cannot run: {missing}")
+        on_gpu = AUTO_ON_GPUS if device.type == "cuda" else ()
+        kernel = next((name for name in on_gpu if _missing(name, *problem) is None), "blockwise")
+    elif missing := _missing(kernel, *problem):
+        raise ArgumentError(f"kernel={kernel!r} cannot run: {missing}")
     return importlib.import_module(f"ringflash.kernels.{kernel}")
 
 
-def _missing_for_triton(device: torch.device, dtype: torch.dtype, head_dim: int, value_head_dim: int) -> str | None:
+def _missing(
+    kernel: str, device: torch.device, dtype: torch.dtype, head_dim: int, value_head_dim: int, modifiers: bool
+) -> str | None:
+    """Why a kernel cannot run, in words; None if it can."""
+    if kernel in ("reference", "blockwise"):
+        return None
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    from ringflash.kernels.triton.tiles import chip_of
-
+    if modifiers:
+        return "it applies no softcap, ALiBi slopes, dropout or key padding; blockwise does"
+    if kernel == "hopper":
+        return importlib.import_module("ringflash.kernels.hopper").supports(device, dtype, head_dim, value_head_dim)
     try:
-        chip_of(device)
+        importlib.import_module("ringflash.kernels.triton.tiles").chip_of(device)
     except ArgumentError as error:
         return str(error)
     if dtype == torch.float64:

@@ -60,6 +60,7 @@ def test_gpu_tensors_go_to_triton_where_it_takes_them() -> None:
     assert chosen("cuda", torch.float64, 128) == "blockwise"
     assert chosen("cuda", torch.bfloat16, 20) == "blockwise"
     assert chosen("cuda", torch.bfloat16, 64, 264) == "blockwise"
+    assert chosen("cuda", torch.bfloat16, 64, 64, "auto", True) == "blockwise"
 
 
 @pytest.mark.usefixtures("without_triton")
@@ -87,8 +88,16 @@ def test_forced_triton_names_what_it_does_not_take(dtype: torch.dtype, dims: tup
         select("cuda", dtype, *dims, "triton")
 
 
+@pytest.mark.parametrize("name", ["triton", "hopper"])
+def test_forced_gpu_kernels_say_what_they_need(name: str) -> None:
+    with pytest.raises(ArgumentError, match=f"kernel='{name}' cannot run: device.*cpu.* GPUs|kernel='{name}' .* CUDA"):
+        select("cpu", torch.bfloat16, 128, kernel=name)
+    with pytest.raises(ArgumentError, match=f"kernel='{name}' cannot run: it applies no softcap.*; blockwise does"):
+        select("cpu", torch.bfloat16, 128, kernel=name, modifiers=True)
+
+
 def test_unknown_kernels_and_dtypes_are_refused_with_what_is_allowed() -> None:
-    with pytest.raises(ArgumentError, match="kernel='fast'; allowed are auto, reference, blockwise, triton"):
+    with pytest.raises(ArgumentError, match="kernel='fast'; allowed are auto, reference, blockwise, triton, hopper"):
         select("cpu", torch.float32, 64, kernel="fast")
     with pytest.raises(ArgumentError, match=r"query is torch\.int64; allowed are torch\.float16"):
         select("cpu", torch.int64, 64)
