@@ -6,6 +6,8 @@ H query heads, Hk key heads, D head dimension, Dv the value's.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ def forward(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
     """Attention of this rank's queries to the keys of all ranks: out (T, H, Dv) like the query, lse (H, T) fp32."""
     query, value = inputs.query, inputs.value
     program, transport = prepare(call, inputs)
-    kernels = select(query.device, query.dtype, query.shape[-1], value.shape[-1], call.kernel)
+    kernels = _kernels(inputs, call)
     accumulator = torch.promote_types(query.dtype, torch.float32)
     carry = None
     held = local = inputs.keys()
@@ -60,7 +62,7 @@ def backward(
     """
     query, key, value = inputs.query, inputs.key, inputs.value
     program, transport = prepare(call, inputs)
-    kernels = select(query.device, query.dtype, query.shape[-1], value.shape[-1], call.kernel)
+    kernels = _kernels(inputs, call)
     accumulator = torch.promote_types(query.dtype, torch.float32)
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     delta = kernels.row_delta(dout, out, dlse)
@@ -94,10 +96,20 @@ def backward(
     return torch.zeros_like(query) if dquery is None else dquery, dkey, dvalue
 
 
+def _kernels(inputs: Inputs, call: Call) -> ModuleType:
+    query, value = inputs.query, inputs.value
+    modified = _has_modifiers(inputs, call)
+    return select(query.device, query.dtype, query.shape[-1], value.shape[-1], call.kernel, modified)
+
+
+def _has_modifiers(inputs: Inputs, call: Call) -> bool:
+    return bool(call.softcap or call.dropout) or inputs.slopes is not None or inputs.key_visible is not None
+
+
 def _modifiers(
     inputs: Inputs, call: Call, program: Program, stage: StageProgram, at_hand: list[Tensor]
 ) -> dict[str, Modifiers]:
-    if not call.softcap and not call.dropout and inputs.slopes is None and inputs.key_visible is None:
+    if not _has_modifiers(inputs, call):
         return {}
     modifiers = Modifiers(
         softcap=call.softcap,
