@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,17 +15,18 @@ from ringflash.training import checkpoint
 from ringflash.training.engine import create_engine, parameter_shapes
 from ringflash.training.model import Transformer
 
-# Sizes that neither 2 nor 4 ranks divide. Adam's first steps would turn rounding into whole steps where a gradient is
+# Sizes that 2 and 4 ranks do not divide. Adam's first steps would turn rounding into whole steps where a gradient is
 # almost zero; a large eps makes the update linear in the gradient.
-MODEL = ModelConfig(30, 50, 2, 3, 1)
+MODEL = ModelConfig(33, 50, 2, 3, 1, head_dim=16)
 OPTIMIZER = OptimizerConfig(lr=1e-1, eps=1e-2, weight_decay=0.1, clip=0.3)
 VOCABULARY, SEQLEN, SEQUENCES = 65, 101, 4
 DOCUMENTS = ([0, 17, 101], [0, 101], [0, 50, 51, 101], [0, 99, 101])
 
 
-def build(group=None, model=MODEL, **options):
+def build(group=None, model=MODEL, device="cpu", **options):
+    """The same initial weights on every device."""
     torch.manual_seed(0)
-    return Transformer(model, VOCABULARY, AttentionConfig(), group, **options)
+    return Transformer(model, VOCABULARY, AttentionConfig(), group, **options).to(device)
 
 
 def batches(step):
@@ -52,6 +54,7 @@ def steps(
     resume=None,
     tied=True,
     optimizer=OPTIMIZER,
+    device="cpu",
     **options,
 ):
     """Train from step `first` to `last` on all ranks of this worker's pool.
@@ -59,9 +62,9 @@ def steps(
     Returns [(loss, gradient norm), ...] and the engine's state; saves to `folder` at the end, starts from `resume`.
     """
     world = dist.get_world_size()
-    mesh = init_device_mesh("cpu", (world // degree, degree), mesh_dim_names=("data", "sequence"))
+    mesh = init_device_mesh(device, (world // degree, degree), mesh_dim_names=("data", "sequence"))
     group, data_rank, data_ranks = mesh["sequence"].get_group(), mesh["data"].get_local_rank(), world // degree
-    model = build(group, ModelConfig(30, 50, 2, 3, 1, tie_word_embeddings=tied), dtype=dtype, **options)
+    model = build(group, replace(MODEL, tie_word_embeddings=tied), device=device, dtype=dtype, **options)
     found = None if resume is None else checkpoint.Checkpoint(Path(resume))
     if found is not None:
         found.check_shapes(parameter_shapes(model))
@@ -73,6 +76,8 @@ def steps(
     for step in range(first, last):
         mine = batches(step)[data_rank::data_ranks]
         micro = [together(mine[i : i + micro_batch]) for i in range(0, len(mine), micro_batch)]
+        for batch in micro:
+            batch["input_ids"] = batch["input_ids"].to(device)
         loss, norm = engine.train_step([shard_batch(batch, group) for batch in micro], optimizer.lr)
         curve.append((loss.item(), norm.item()))
     if folder is not None:
@@ -82,7 +87,7 @@ def steps(
 
 def plain(last=2, tied=True, optimizer=OPTIMIZER):
     """The same run on one device without any engine: torch's cross entropy, autograd and AdamW over the whole step."""
-    model = build(model=ModelConfig(30, 50, 2, 3, 1, tie_word_embeddings=tied))
+    model = build(model=replace(MODEL, tie_word_embeddings=tied))
     matrices = [weight for weight in model.parameters() if weight.dim() == 2]
     vectors = [weight for weight in model.parameters() if weight.dim() == 1]
     adam = torch.optim.AdamW(

@@ -171,14 +171,21 @@ def test_a_disk_that_is_full_at_any_moment_leaves_a_good_checkpoint(tmp_path):
 def _save_beyond_the_limit(folder):
     """The kernel itself refuses to let a file grow, halfway through rank 0's weights."""
     recipe.steps("zero2", degree=2, last=1, folder=folder)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-    try:
-        recipe.steps("zero2", degree=2, last=2, folder=folder)
-    except CheckpointError as error:
-        return str(error)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    unlimited = checkpoint.save
+
+    def limited(*args, **kwargs):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        try:
+            return unlimited(*args, **kwargs)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save", limited)
+        with pytest.raises(CheckpointError) as caught:
+            recipe.steps("zero2", degree=2, last=2, folder=folder)
+    return str(caught.value)
 
 
 def test_every_rank_hears_that_rank_0_could_not_write(pool, tmp_path):

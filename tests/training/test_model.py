@@ -19,12 +19,12 @@ from ringflash.training.model import Transformer, attention_mask
 SCALING = RopeScalingConfig(factor=8.0, original_max_position_embeddings=64)
 
 
-@pytest.mark.parametrize("scaling", [None, SCALING], ids=["plain", "scaled"])
+@pytest.mark.parametrize("scaling", [RopeScalingConfig(), SCALING], ids=["plain", "scaled"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_computes_what_transformers_llama_computes(tied, scaling):
     transformers = pytest.importorskip("transformers")
     rope = {"rope_type": "default", "rope_theta": 500.0}
-    if scaling is not None:
+    if scaling.factor != 1:
         rope = {"rope_type": "llama3", "rope_theta": 500.0, **vars(scaling)}
     theirs = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
@@ -142,8 +142,8 @@ def test_checkpointed_blocks_run_their_products_twice_but_attention_and_its_tran
     ("change", "said"),
     [
         ({"num_key_value_heads": 2}, "num_attention_heads=3 is not divisible by model.num_key_value_heads=2"),
-        ({"hidden_size": 31}, "hidden_size=31 is not divisible by model.num_attention_heads=3"),
-        ({"hidden_size": 33}, "head_dim=11"),
+        ({"hidden_size": 31, "head_dim": None}, "hidden_size=31 is not divisible by model.num_attention_heads=3"),
+        ({"head_dim": None}, "head_dim=11"),
         ({"head_dim": 258}, "head_dim=258"),
     ],
 )

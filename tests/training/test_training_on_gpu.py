@@ -1,0 +1,51 @@
+"""Training on a GPU: each engine in bf16 follows the fp32 run on a CPU, and goes on from its checkpoint."""
+
+from __future__ import annotations
+
+import pytest
+import recipe
+import torch
+import torch.distributed as dist
+
+from ringflash import shard_batch
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def _one_gpu():
+    torch.cuda.set_device(0)
+    device = torch.device("cuda", 0)
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=device)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_one_gpu")
+@pytest.mark.parametrize("name", ["ddp", "zero1", "zero2", "zero3"])
+def test_bf16_follows_the_cpu_run_and_resumes(tmp_path, name):
+    if name != "ddp":
+        pytest.importorskip("deepspeed")
+    options = {"degree": 1, "device": "cuda", "dtype": torch.bfloat16, "activation_checkpointing": True}
+    expected, weights = recipe.plain(last=4)
+    curve, state = recipe.steps(name, last=4, **options)
+    torch.testing.assert_close(torch.tensor(curve), torch.tensor(expected), rtol=0.03, atol=0.03)
+    for key in ("weight/embed_tokens.weight", "weight/layers.0.mlp.up_proj.weight"):
+        assert (state[key].cpu() - weights[key]).norm() < 0.05 * weights[key].norm()
+    recipe.steps(name, last=2, folder=str(tmp_path), **options)
+    resumed, _ = recipe.steps(name, first=2, last=4, resume=str(tmp_path / "step-00000002"), **options)
+    torch.testing.assert_close(torch.tensor(resumed), torch.tensor(curve[2:]), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.usefixtures("_one_gpu")
+def test_fp32_gradients_are_those_of_the_cpu():
+    gradients = []
+    for device in ("cpu", "cuda"):
+        model = recipe.build(device=device)
+        batch = recipe.together(recipe.batches(0))
+        batch["input_ids"] = batch["input_ids"].to(device)
+        model(**shard_batch(batch)).backward()
+        gradients.append({name: weight.grad.cpu() for name, weight in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        largest = gradient.abs().max().item()
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=1e-3 * largest)
