@@ -106,7 +106,7 @@ def largest_difference(x: Tensor, right: Tensor) -> float:
     if not right.numel():
         return 0.0
     x, right = x.double().cpu(), right.double().cpu()
-    return (x - right).abs().masked_fill(x == right, 0).nan_to_num(nan=torch.inf).max().item()
+    return (x - right).abs().masked_fill(x == right, 0).nan_to_num(nan=torch.inf, posinf=torch.inf).max().item()
 
 
 # The check of this machine
