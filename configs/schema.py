@@ -16,8 +16,8 @@ from omegaconf import MISSING
 class RopeScalingConfig:
     """Llama-3's stretching of the slow rotary frequencies to contexts beyond the original one."""
 
-    factor: float = 8.0
-    """Frequencies below the low bound are divided by this."""
+    factor: float = 1.0
+    """Frequencies below the low bound are divided by this; 1: all stay as they are."""
     low_freq_factor: float = 1.0
     """Frequencies of fewer turns than this within the original context count as low."""
     high_freq_factor: float = 4.0
@@ -46,8 +46,8 @@ class ModelConfig:
     """Rows of the embedding; null: the tokenizer's size rounded up to a multiple of 64."""
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
-    rope_scaling: RopeScalingConfig | None = None
-    """Llama-3 frequency scaling; null: none."""
+    rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
+    """Llama-3 frequency scaling."""
     rms_norm_eps: float = 1e-5
     """Added to the mean square in RMSNorm."""
     tie_word_embeddings: bool = True

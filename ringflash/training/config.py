@@ -71,7 +71,7 @@ def typed(config: DictConfig) -> Config:
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """{"train.steps": 300, ...} of a Config; a nested null stays one key."""
+    """{"train.steps": 300, ...} of a Config."""
     flat = {}
     for entry in dataclasses.fields(config):
         value = getattr(config, entry.name)
@@ -112,6 +112,10 @@ def check_model(model: ModelConfig) -> None:
         raise ArgumentError(
             f"model.hidden_size={model.hidden_size} is not divisible by model.num_attention_heads={heads}; "
             "change one of them or give model.head_dim"
+        )
+    if model.rope_scaling.factor <= 0 or model.rope_scaling.low_freq_factor >= model.rope_scaling.high_freq_factor:
+        raise ArgumentError(
+            f"model.rope_scaling={model.rope_scaling}; factor must be positive, low_freq_factor below high_freq_factor"
         )
     width = head_dim(model)
     if width % 2 or not 2 <= width <= 256:
@@ -183,6 +187,11 @@ def _check_ranks(config: Config, world_size: int) -> None:
         raise ArgumentError(
             f"train.global_batch={train.global_batch} is not divisible by train.micro_batch={train.micro_batch} x "
             f"{data_ranks} data-parallel groups ({world_size} ranks / sequence degree {degree})"
+        )
+    if config.attention.partition == "balanced" and train.micro_batch > 1:
+        raise ArgumentError(
+            "attention.partition=balanced levels the work of one packed sequence, so "
+            f"train.micro_batch={train.micro_batch} must be 1 (train.global_batch may be more)"
         )
     if train.seqlen < degree:
         raise ArgumentError(f"train.seqlen={train.seqlen} is shorter than the {degree} ranks that share a sequence")

@@ -86,6 +86,7 @@ def test_no_file_names_code_to_run():
         (["train.sequence_degree=8"], 4, "train.sequence_degree=8 does not divide the 4 ranks"),
         (["train.sequence_degree=1"], 4, "train.global_batch=1 is not divisible by train.micro_batch=1 x 4"),
         (["train.global_batch=6", "train.micro_batch=4"], 2, "train.global_batch=6 is not divisible"),
+        (["attention=chunked", "train.global_batch=2", "train.micro_batch=2"], 1, "train.micro_batch=2 must be 1"),
         (["train.seqlen=3"], 4, "train.seqlen=3 is shorter than the 4 ranks"),
         (["model.num_attention_heads=5"], 1, "model.num_attention_heads=5 is not divisible"),
         (["model.num_key_value_heads=3"], 1, "model.num_key_value_heads=3"),
