@@ -133,7 +133,8 @@ def flash_attn_varlen_func(
 ) -> Attention:
     """Attention of sequences of any lengths, laid end to end; arguments not listed are the module's.
 
-    Boundaries on the queries' device stay there. Queries behind the last sequence get 0, as if they saw no key.
+    Boundaries on the queries' device stay there. Queries behind the last sequence get 0, as if they saw no key; keys
+    and values there are not seen, but must be finite.
 
     Own arguments:
         q: (total_q, nheads, headdim).
@@ -155,9 +156,8 @@ def flash_attn_varlen_func(
     )
     if block_table is not None:
         check_boundaries("cu_seqlens_k", cu_seqlens_k, max_seqlen_k, q, None)
-        k, v = (
-            _gather_pages(name, x, block_table, cu_seqlens_k, max_seqlen_k) for name, x in (("k", k), ("v", v))
-        )  # fmt: skip
+        k = _gather_pages("k", k, block_table, cu_seqlens_k, max_seqlen_k)
+        v = _gather_pages("v", v, block_table, cu_seqlens_k, max_seqlen_k)
     return _packed(q, k, v, (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k), options)
 
 
@@ -260,7 +260,7 @@ def _packed(
 
 
 def _gather_pages(name: str, pages: Tensor, block_table: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
-    """The sequences that lie in pages, end to end: (batch * longest, heads, dim), of which the last rows mean nothing.
+    """Sequences that lie in pages, end to end: (batch * longest, heads, dim); rows behind the last repeat the first.
 
     Args:
         name: argument that holds the pages.
@@ -283,6 +283,7 @@ def _gather_pages(name: str, pages: Tensor, block_table: Tensor, cu_seqlens: Ten
         return pages.new_empty(0, *pages.shape[2:])
     edges = cu_seqlens.to(pages.device, torch.int64)
     row = torch.arange(batch * min(longest, width * page_size), device=pages.device)
+    row = torch.where(row < edges[-1], row, 0)  # so that no row holds what was never written, which may be NaN
     sequence = (torch.searchsorted(edges, row, right=True) - 1).clamp(max=batch - 1)
     offset = (row - edges[sequence]).clamp(max=width * page_size - 1)
     page = block_table[sequence, offset // page_size].clamp(min=0)  # entries behind a sequence's end are often -1

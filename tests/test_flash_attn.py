@@ -225,27 +225,34 @@ def test_pages_give_what_contiguous_keys_give(data: st.DataObject) -> None:
     needed = [-(-keys // page_size) for _, keys in case.lengths]
     order = torch.randperm(sum(needed) + 2, generator=random)
     table = torch.full((len(needed), max(needed) + 1), -1, dtype=torch.int32)
+    for n, pages in enumerate(order[: sum(needed)].split(needed)):
+        table[n, : needed[n]] = pages.int()
     edges = [torch.tensor(x, dtype=torch.int32) for x in case.edges()]
-    paged = [torch.full((len(order), page_size, *x.shape[1:]), torch.nan) for x in (problem.key, problem.value)]
-    for n, count in enumerate(needed):
-        table[n, :count] = order[sum(needed[:n]) : sum(needed[: n + 1])].int()
-        for i in range(count):
-            first, last = edges[1][n] + i * page_size, min(edges[1][n] + (i + 1) * page_size, edges[1][n + 1])
-            for pages, x in zip(paged, (problem.key, problem.value), strict=True):
-                pages[table[n, i], : last - first] = x[first:last]
+    rows = torch.tensor(  # where each key lies
+        [
+            int(table[n, i // page_size]) * page_size + i % page_size
+            for n, (_, m) in enumerate(case.lengths)
+            for i in range(m)
+        ]
+    ).long()
+    paged = [torch.full((len(order) * page_size, *x.shape[1:]), torch.nan) for x in (problem.key, problem.value)]
+    for pages, x in zip(paged, (problem.key, problem.value), strict=True):
+        pages[rows] = x
     longest = [max(x) + 3 for x in zip(*case.lengths, strict=True)]
     leaves = [x.requires_grad_() for x in (problem.query, problem.key, problem.value)]
     torch.manual_seed(0)
     expected = flash_attn_varlen_func(*leaves, *edges, *longest, **options(case, problem))
     torch.manual_seed(0)
-    paged = [pages.nan_to_num().requires_grad_() for pages in paged]
+    paged = [pages.unflatten(0, (-1, page_size)).requires_grad_() for pages in paged]
     found = flash_attn_varlen_func(leaves[0], *paged, *edges, *longest, **options(case, problem), block_table=table)
     for x, y in zip(found, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
     of_keys = torch.autograd.grad((expected[0] * problem.dout).sum(), leaves)
     of_pages = torch.autograd.grad((found[0] * problem.dout).sum(), (leaves[0], *paged))
-    for x, y in zip(of_pages, of_keys, strict=True):
-        torch.testing.assert_close(x.sum(), y.sum(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(of_pages[0], of_keys[0], rtol=1e-5, atol=1e-5)
+    for x, y in zip(of_pages[1:], of_keys[1:], strict=True):
+        torch.testing.assert_close(x.flatten(0, 1)[rows], y, rtol=1e-5, atol=1e-5)
+        assert x.count_nonzero() == y.count_nonzero()  # nothing elsewhere
 
 
 # torch's machinery
