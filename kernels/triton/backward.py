@@ -32,7 +32,7 @@ from ringflash.kernels.triton.tiles import Tiles, chip_of, key_gradient_tiles, q
 @triton.jit
 def dkey_stretch(
     dk_ND, dv_NV, k_ND, v_NV, begin, end, interior, right, column_N, start, stop,
-    query, dout, lse, delta, head, query_count, q_row, q_head, do_row, do_head, scale_log2,
+    query, dout, lse_and_delta, head, query_count, q_row, q_head, do_row, do_head, scale_log2,
     MASK: tl.constexpr, M: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
@@ -42,7 +42,9 @@ def dkey_stretch(
         row_M = row + tl.arange(0, M)
         exists_M = row_M < query_count
         q_MD = load_block(query, head, row, query_count, q_row, q_head, M, DIM, PADDED_DIM, DESCRIPTORS)
-        lse_M = tl.load(lse + head_rows + row_M, mask=exists_M, other=0.0) * LOG2_E
+        # One load for both, because each costs the program a barrier a block.
+        pair_M2 = (head_rows + row_M)[:, None] * 2 + tl.arange(0, 2)[None, :]
+        lse_M, delta_M = tl.split(tl.load(lse_and_delta + pair_M2, mask=exists_M[:, None], other=0.0))
         # Transposed, so that weights and dscores are left operands as they come, without a way through memory.
         scores_NM = tl.dot(k_ND, q_MD.T, input_precision="ieee")
         weights_NM = tl.exp2(scores_NM * scale_log2 - lse_M[None, :])
@@ -53,7 +55,6 @@ def dkey_stretch(
             weights_NM = tl.where(visible(column_N, row_start_M, row_stop_M).T, weights_NM, 0.0)
         do_MV = load_block(dout, head, row, query_count, do_row, do_head, M, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS)
         dv_NV = tl.dot(weights_NM.to(do_MV.dtype), do_MV, dv_NV, input_precision="ieee")
-        delta_M = tl.load(delta + head_rows + row_M, mask=exists_M, other=0.0)
         dweights_NM = tl.dot(v_NV, do_MV.T, input_precision="ieee")
         dscores_NM = weights_NM * (dweights_NM - delta_M[None, :])
         dk_ND = tl.dot(dscores_NM.to(q_MD.dtype), q_MD, dk_ND, input_precision="ieee")
@@ -62,7 +63,7 @@ def dkey_stretch(
 
 @triton.jit(do_not_specialize=["query_count", "key_count", "tile_count"])
 def dkey_kernel(
-    query, key, value, dout, lse, delta, dkey, dvalue, start, stop, sink_start, sink_stop, rows, sink_rows, order,
+    query, key, value, dout, lse_and_delta, dkey, dvalue, start, stop, sink_start, sink_stop, rows, sink_rows, order,
     query_count, key_count, tile_count, key_heads, scale, scale_log2,
     q_row, q_head, k_row, k_head, v_row, v_head, do_row, do_head,
     GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
@@ -93,13 +94,13 @@ def dkey_kernel(
             sink_end = tl.load(sink_rows + tile * 4 + 3)
             dk_ND, dv_NV = dkey_stretch(
                 dk_ND, dv_NV, k_ND, v_NV, sink_begin, sink_end, sink_end, sink_end, column_N, sink_start, sink_stop,
-                query, dout, lse, delta, head, query_count, q_row, q_head, do_row, do_head, scale_log2,
+                query, dout, lse_and_delta, head, query_count, q_row, q_head, do_row, do_head, scale_log2,
                 "all", M, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
             )  # fmt: skip
         for part in tl.static_range(3 if SPLIT else 1):
             dk_ND, dv_NV = dkey_stretch(
                 dk_ND, dv_NV, k_ND, v_NV, bounds[part], bounds[part + 1], interior, right, column_N, start, stop,
-                query, dout, lse, delta, head, query_count, q_row, q_head, do_row, do_head, scale_log2,
+                query, dout, lse_and_delta, head, query_count, q_row, q_head, do_row, do_head, scale_log2,
                 ("none" if part == 1 else "all") if SPLIT else "edges",
                 M, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
             )  # fmt: skip
@@ -124,14 +125,14 @@ def dquery_stretch(
     for column in tl.range(begin, end, N):
         k_ND = load_block(key, key_head, column, key_count, k_row, k_head, N, DIM, PADDED_DIM, DESCRIPTORS)
         scores_MN = tl.dot(q_MD, k_ND.T, input_precision="ieee")
-        weights_MN = tl.exp2(scores_MN * scale_log2 - lse_M[:, None])
-        if MASK == "all" or (MASK == "edges" and (column < interior or column >= right)):
-            seen_MN = visible(column + tl.arange(0, N), row_start_M, row_stop_M)
-            weights_MN = tl.where(seen_MN, weights_MN, 0.0)
         v_NV = load_block(
             value, key_head, column, key_count, v_row, v_head, N, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS
         )
         dweights_MN = tl.dot(do_MV, v_NV.T, input_precision="ieee")
+        weights_MN = tl.exp2(scores_MN * scale_log2 - lse_M[:, None])
+        if MASK == "all" or (MASK == "edges" and (column < interior or column >= right)):
+            seen_MN = visible(column + tl.arange(0, N), row_start_M, row_stop_M)
+            weights_MN = tl.where(seen_MN, weights_MN, 0.0)
         dscores_MN = weights_MN * (dweights_MN - delta_M[:, None])
         dq_MD = tl.dot(dscores_MN.to(k_ND.dtype), k_ND, dq_MD, input_precision="ieee")
     return dq_MD
@@ -248,7 +249,7 @@ def launch_key_gradients(
         operand(key, tiles.keys, descriptors),
         operand(value, tiles.keys, descriptors),
         operand(dout, tiles.queries, descriptors),
-        lse, delta, dkey, dvalue,
+        torch.stack((lse * LOG2_E.value, delta), -1), dkey, dvalue,
         intervals.start, intervals.stop, intervals.sink_start, intervals.sink_stop,
         intervals.key_tile_rows(tiles.keys),
         intervals.key_tile_rows(tiles.keys, sink=True) if intervals.has_sink else None, order,

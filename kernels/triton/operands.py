@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-import triton
 from ringflash.errors import ArgumentError
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.modifiers import Modifiers
@@ -47,7 +46,7 @@ def check_operands(
 
 def padded(dim: int) -> int:
     """Columns of a block that holds `dim`: the matrix units need a power of two, at least 16."""
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, 1 << (dim - 1).bit_length())  # triton.next_power_of_2 takes 6 us
 
 
 def describable(*tensors: Tensor) -> bool:

@@ -90,8 +90,8 @@ def _row(dtype: torch.dtype, dim: int) -> int | str:
 # multiply-add units to be exact, from registers, hence small blocks.
 _FORWARD = {
     "hopper": {
-        64: Tiles(128, 128, 4, 3, True),
-        128: Tiles(128, 64, 8, 3, True),
+        64: Tiles(128, 64, 4, 4, True),
+        128: Tiles(128, 128, 8, 3, True, split=False),
         256: Tiles(128, 64, 8, 2, True),
         "fp32": Tiles(32, 32, 8, 1),
         "fp32 wide": Tiles(16, 32, 8, 1),
@@ -121,9 +121,9 @@ _FORWARD = {
 }
 _KEY_GRADIENT = {
     "hopper": {
-        64: Tiles(64, 128, 8, 3, True),
-        128: Tiles(64, 128, 8, 2, True),
-        256: Tiles(64, 64, 8, 1, True),
+        64: Tiles(128, 64, 4, 2, True, split=False),
+        128: Tiles(64, 64, 4, 2, True, split=False),
+        256: Tiles(64, 64, 8, 1, True, split=False),
         "fp32": Tiles(16, 32, 8, 1),
         "fp32 wide": Tiles(16, 16, 8, 1),
     },
@@ -153,8 +153,8 @@ _KEY_GRADIENT = {
 _QUERY_GRADIENT = {
     "hopper": {
         64: Tiles(128, 64, 8, 3, True),
-        128: Tiles(128, 64, 8, 2, True),
-        256: Tiles(64, 64, 8, 1, True),
+        128: Tiles(128, 64, 8, 3, True),
+        256: Tiles(128, 64, 8, 1, True, split=False),
         "fp32": Tiles(16, 16, 8, 1),
         "fp32 wide": Tiles(16, 16, 8, 1),
     },
