@@ -14,6 +14,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -105,8 +106,9 @@ def check_forward(dim: int, dtype: torch.dtype) -> bool:
             right &= torch.equal(lse.isfinite(), finite) and out.dtype == out_dtype
             fine &= right
             print(
-                f"{'ok ' if right else 'BAD'} D{dim} {str(dtype)[6:]:8s} {name:20s} carry={carried!s:5} out={str(out_dtype)[6:]:8s} "
-                f"error {error:.1e} lse {lse_error:.1e}{'' if same else ' NOT REPEATABLE'}",
+                f"{'ok ' if right else 'BAD'} D{dim} {str(dtype)[6:]:8s} {name:20s} "
+                f"carry={carried!s:5} out={str(out_dtype)[6:]:8s} error {error:.1e} lse {lse_error:.1e}"
+                f"{'' if same else ' NOT REPEATABLE'}",
                 flush=True,
             )
     return fine
@@ -162,12 +164,25 @@ def pairs(intervals: KeyIntervals) -> int:
 def forward_variants(dim: int) -> dict[str, forward.ForwardTiles]:
     """Launch shapes to compare with the one in use."""
     base = forward.FORWARD_TILES[dim]
-    small = {"registers": (160, 24), "consumers": 3}
     changes = {
-        64: {"3 x 128": small, "3 x 64": small | {"keys": 64}},
-        128: {"3 x 64": small | {"keys": 64, "stages": 4}},
+        64: {"2 consumers": {"consumers": 2, "registers": (240, 24)}},
+        128: {"one tile a program": {"persistent": False}},
+        256: {"one tile a program": {"persistent": False}},
+    }[dim]
+    return {"in use": base} | {name: dataclasses.replace(base, **change) for name, change in changes.items()}
+
+
+def backward_variants(dim: int) -> dict[str, backward.BackwardTiles]:
+    """As forward_variants."""
+    base = backward.BACKWARD_TILES[dim]
+    changes = {
+        64: {},
+        128: {
+            "early weights, 2 stages": {"stages": (2, 2)},
+            "late weights": {"stages": (2, 2), "early_weights": False},
+        },
         256: {},
-    }[dim] | {"one tile a program": {"persistent": False}}
+    }[dim]
     return {"in use": base} | {name: dataclasses.replace(base, **change) for name, change in changes.items()}
 
 
@@ -181,34 +196,25 @@ def time_forward(dim: int, variants: dict[str, forward.ForwardTiles], lengths: t
             q, k, v = (random((TOKENS, heads, dim), torch.bfloat16) for _ in range(3))
             scale, flops = dim**-0.5, 4 * pairs(intervals) * heads * dim
             per_batch = [x.view(batch, length, heads, dim).transpose(1, 2) for x in (q, k, v)]
-
-            def cudnn(tensors=per_batch, causal=causal):
-                with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-                    return F.scaled_dot_product_attention(*tensors, is_causal=causal)
-
-            runs = {"cudnn": cudnn}
-            for name, tiles in variants.items():
-                runs[name] = lambda tiles=tiles: forward.launch_forward(q, k, v, intervals, scale, None, q.dtype, tiles)
-            for name, run in runs.items():
-                ms = median_ms(run)
-                rows.append(
-                    {
-                        "impl": name,
-                        "pass": "forward",
-                        "dim": dim,
-                        "heads": heads,
-                        "causal": causal,
-                        "batch": batch,
-                        "seqlen": length,
-                        "ms": ms,
-                        "tflops": flops / ms / 1e9,
-                    }
-                )
+            launch = partial(forward.launch_forward, q, k, v, intervals, scale, None, q.dtype)
+            runs = {"cudnn": partial(cudnn_forward, per_batch, causal)}
+            runs |= {name: partial(launch, tiles) for name, tiles in variants.items()}
+            rows += time_all(
+                runs,
+                flops,
+                {"pass": "forward", "dim": dim, "heads": heads, "causal": causal, "batch": batch, "seqlen": length},
+            )
     return rows
 
 
-def time_backward(dim: int, lengths: tuple[int, ...], parts: bool) -> list[dict]:
-    """As time_forward; with `parts` also the main kernel without making and rounding the query's gradient."""
+def cudnn_forward(tensors: list[Tensor], causal: bool) -> Tensor:
+    """The peer that ships in torch."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return F.scaled_dot_product_attention(*tensors, is_causal=causal)
+
+
+def time_backward(dim: int, variants: dict[str, backward.BackwardTiles], lengths: tuple[int, ...]) -> list[dict]:
+    """As time_forward; all that a training step's backward does, delta and rounding included."""
     heads, rows = HEADS[dim], []
     for causal in (True, False):
         for length in lengths:
@@ -218,41 +224,33 @@ def time_backward(dim: int, lengths: tuple[int, ...], parts: bool) -> list[dict]
             scale, flops = dim**-0.5, 10 * pairs(intervals) * heads * dim
             out, lse = hopper.attend(q, k, v, intervals, scale=scale)
 
-            def ours(q=q, k=k, v=v, out=out, lse=lse, dout=dout, intervals=intervals):
-                delta = hopper.row_delta(dout, out)
-                return hopper.attend_backward(dout, q, k, v, lse, delta, intervals, scale=scale)
-
-            delta, carry = hopper.row_delta(dout, out), torch.zeros(q.shape, device="cuda")
-
-            def kernel(q=q, k=k, v=v, lse=lse, dout=dout, intervals=intervals, delta=delta, carry=carry):
-                given = {"scale": scale, "carry": carry, "dquery_dtype": torch.float32}
-                return hopper.attend_backward(dout, q, k, v, lse, delta, intervals, **given)
+            def ours(
+                tiles: backward.BackwardTiles,
+                data: tuple = (dout, q, k, v, lse),
+                out: Tensor = out,
+                intervals: KeyIntervals = intervals,
+            ) -> object:
+                delta = hopper.row_delta(data[0], out)
+                return backward.launch_backward(*data, delta, intervals, dim**-0.5, None, out.dtype, out.dtype, tiles)
 
             leaves = [x.view(batch, length, heads, dim).transpose(1, 2).detach().requires_grad_() for x in (q, k, v)]
             with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
                 result = F.scaled_dot_product_attention(*leaves, is_causal=causal)
             gradient = dout.view(batch, length, heads, dim).transpose(1, 2)
-
-            def cudnn(result=result, leaves=leaves, gradient=gradient):
-                return torch.autograd.grad(result, leaves, gradient, retain_graph=True)
-
-            runs = {"cudnn": cudnn, "ringflash": ours} | ({"ringflash, kernel alone": kernel} if parts else {})
-            for name, run in runs.items():
-                ms = median_ms(run)
-                rows.append(
-                    {
-                        "impl": name,
-                        "pass": "backward",
-                        "dim": dim,
-                        "heads": heads,
-                        "causal": causal,
-                        "batch": batch,
-                        "seqlen": length,
-                        "ms": ms,
-                        "tflops": flops / ms / 1e9,
-                    }
-                )
+            runs = {"cudnn": partial(torch.autograd.grad, result, leaves, gradient, retain_graph=True)}
+            runs |= {name: partial(ours, tiles) for name, tiles in variants.items()}
+            rows += time_all(
+                runs,
+                flops,
+                {"pass": "backward", "dim": dim, "heads": heads, "causal": causal, "batch": batch, "seqlen": length},
+            )
     return rows
+
+
+def time_all(runs: dict[str, Callable[[], object]], flops: int, case: dict) -> list[dict]:
+    """A row for each implementation of one case."""
+    times = {name: median_ms(run) for name, run in runs.items()}
+    return [{"impl": name, **case, "ms": ms, "tflops": flops / ms / 1e9} for name, ms in times.items()]
 
 
 def compile_variants(dim: int) -> None:
@@ -260,7 +258,9 @@ def compile_variants(dim: int) -> None:
     q, intervals = random((128, HEADS[dim], dim), torch.bfloat16), causal_intervals(128, 128, "cuda")
     for tiles in forward_variants(dim).values():
         out, lse = forward.launch_forward(q, q, q, intervals, dim**-0.5, None, q.dtype, tiles)
-    hopper.attend_backward(out, q, q, q, lse, hopper.row_delta(out, out), intervals, scale=dim**-0.5)
+    delta = hopper.row_delta(out, out)
+    for tiles in backward_variants(dim).values():
+        backward.launch_backward(out, q, q, q, lse, delta, intervals, dim**-0.5, None, q.dtype, q.dtype, tiles)
 
 
 def print_table(rows: list[dict]) -> None:
@@ -292,11 +292,12 @@ def main() -> None:
         fine = [check(arguments.dim, dtype) for check in (check_forward, check_backward) for dtype in dtypes]
         sys.exit(0 if all(fine) else 1)
     tune = arguments.action == "tune"
-    lengths = (2048, 8192, 32768) if tune else LENGTHS
-    in_use = {"ringflash": forward.FORWARD_TILES[arguments.dim]}
-    rows = time_forward(arguments.dim, forward_variants(arguments.dim) if tune else in_use, lengths)
+    dim = arguments.dim
+    forwards = forward_variants(dim) if tune else {"ringflash": forward.FORWARD_TILES[dim]}
+    backwards = backward_variants(dim) if tune else {"ringflash": backward.BACKWARD_TILES[dim]}
+    rows = time_forward(dim, forwards, LENGTHS)
     print_table(rows)
-    backward_rows = time_backward(arguments.dim, lengths, parts=tune)
+    backward_rows = time_backward(dim, backwards, LENGTHS)
     print_table(backward_rows)
     rows += backward_rows
     if arguments.path:

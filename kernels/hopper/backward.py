@@ -16,6 +16,7 @@ from ringflash.kernels.hopper.backward_kernel import HALF, attend_backward_kerne
 from ringflash.kernels.hopper.backward_wide_kernel import attend_backward_wide_kernel
 from ringflash.kernels.hopper.operands import addressable, check_operands, descriptor, head_section, supports_intervals
 from ringflash.kernels.intervals import KeyIntervals
+from ringflash.kernels.modifiers import Modifiers
 
 row_delta = portable.row_delta
 
@@ -27,20 +28,22 @@ class BackwardTiles:
     Attributes:
         keys: key rows of a tile.
         queries: query rows of a block.
-        stages: blocks of queries, and of out's gradient, in shared memory; a power of two.
+        stages: blocks of queries and of out's gradient in shared memory; powers of two.
+        early_weights: whether a step computes the next one's weights under its last product.
         registers: of a thread of the consumers and of the producer.
     """
 
     keys: int
     queries: int
-    stages: int
+    stages: tuple[int, int]
+    early_weights: bool
     registers: tuple[int, int] = (240, 24)
 
 
 BACKWARD_TILES = {
-    64: BackwardTiles(keys=128, queries=128, stages=2),
-    128: BackwardTiles(keys=128, queries=64, stages=2),
-    256: BackwardTiles(keys=64, queries=64, stages=2),
+    64: BackwardTiles(keys=128, queries=128, stages=(2, 2), early_weights=False),
+    128: BackwardTiles(keys=128, queries=64, stages=(4, 2), early_weights=True),
+    256: BackwardTiles(keys=64, queries=64, stages=(2, 1), early_weights=False),
 }
 """By head dimension; docs/benchmarks/kernels.md has the measurements behind them."""
 
@@ -55,6 +58,7 @@ def attend_backward(
     intervals: KeyIntervals,
     *,
     scale: float,
+    modifiers: Modifiers | None = None,
     carry: Tensor | None = None,
     dquery_dtype: torch.dtype | None = None,
     dkey_dtype: torch.dtype | None = None,
@@ -65,7 +69,7 @@ def attend_backward(
     Programs add to the query's gradient in whatever order they get there, so the deterministic form is the portable
     kernels', and so are masks that `supports_intervals` gives a reason against.
     """
-    check_operands(query, key, value, intervals, scale)
+    check_operands(query, key, value, intervals, scale, modifiers)
     arguments = (dout, query, key, value, lse, delta, intervals)
     if deterministic or supports_intervals(intervals):
         return portable.attend_backward(
@@ -117,7 +121,8 @@ def launch_backward(
         intervals.key_tile_rows(1), intervals.key_tile_rows(tiles.keys),
         query_rows, padded_rows, key_rows, key_heads, head_section(query_rows * 2 * group, key_heads, 1, dim),
         query.stride(1), dout.stride(1), key.stride(1), value.stride(1), scale,
-        GROUP=group, STAGES=tiles.stages, FLOAT_OUT=float_out,
+        GROUP=group, QUERY_STAGES=tiles.stages[0], DOUT_STAGES=tiles.stages[1],
+        EARLY_WEIGHTS=tiles.early_weights, FLOAT_OUT=float_out,
         CONSUMER_REGISTERS=tiles.registers[0], PRODUCER_REGISTERS=tiles.registers[1],
         num_warps=4,
     )  # fmt: skip

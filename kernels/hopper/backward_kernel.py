@@ -7,9 +7,8 @@ the tensor cores next is already in registers (Shah et al., FlashAttention-3, ar
     dweights = V dO^T - delta  dscores = weights * dweights                dK += dscores Q       dQ += dscores^T K
 
 Only dscores passes through shared memory, because a query row's gradient sums over both warpgroups' keys: each computes
-half of dQ from both halves of dscores and adds it to global memory in fp32. A step's products are issued so that each
-piece of arithmetic runs under some of them: the exponentials under dweights, dscores under dV, the way out of dQ under
-dK and the next step's scores.
+half of dQ from both halves of dscores and adds it to global memory in fp32. A step's products are issued so that its
+arithmetic runs under them: dscores under dV, the way out of dQ and the next step's exponentials under dK.
 
 Legend: M query rows of a block, N key rows of a tile, D head dimension.
 """
@@ -89,15 +88,15 @@ def attend_backward_kernel(
     dquery_desc, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, rows_of_key_ptr, rows_of_tile_ptr,
     query_rows, padded_rows, key_rows, key_heads, section,
     query_head_stride, dout_head_stride, key_head_stride, value_head_stride, scale,
-    GROUP: gl.constexpr, STAGES: gl.constexpr, FLOAT_OUT: gl.constexpr,
-    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    GROUP: gl.constexpr, QUERY_STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr, EARLY_WEIGHTS: gl.constexpr,
+    FLOAT_OUT: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """See `launch_backward` for the arguments."""
     M: gl.constexpr = query_desc.block_type.shape[0]
     N: gl.constexpr = key_desc.block_type.shape[0]
     dtype: gl.constexpr = query_desc.dtype
-    queries = allocate_stream(query_desc, lse_desc, STAGES)
-    douts = allocate_stream(dout_desc, delta_desc, STAGES)
+    queries = allocate_stream(query_desc, lse_desc, QUERY_STAGES)
+    douts = allocate_stream(dout_desc, delta_desc, DOUT_STAGES)
     key = gl.allocate_shared_memory(dtype, [1, N, key_desc.block_type.shape[1]], key_desc.layout)
     value = gl.allocate_shared_memory(dtype, [1, N, value_desc.block_type.shape[1]], value_desc.layout)
     DSCORES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, M], dtype)
@@ -115,9 +114,9 @@ def attend_backward_kernel(
     gl.warp_specialize(
         [
             (consume, (rows, sums, queries, douts, key, value, dscores, dquery, loaded, rows_of_key_ptr,
-                       first_key, key_head, scale, 0, GROUP, FLOAT_OUT)),
+                       first_key, key_head, scale, 0, GROUP, EARLY_WEIGHTS, FLOAT_OUT)),
             (consume, (rows, sums, queries, douts, key, value, dscores, dquery, loaded, rows_of_key_ptr,
-                       first_key, key_head, scale, 1, GROUP, FLOAT_OUT)),
+                       first_key, key_head, scale, 1, GROUP, EARLY_WEIGHTS, FLOAT_OUT)),
             (produce, (rows, query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc, queries, douts,
                        key, value, loaded, first_key, key_head * key_head_stride, key_head * value_head_stride,
                        query_head_stride, dout_head_stride, GROUP)),
@@ -202,10 +201,11 @@ def produce(
 @gluon.jit
 def consume(
     rows, sums, queries, douts, key, value, dscores, dquery, loaded, rows_of_key_ptr, first_key, key_head, scale,
-    PART: gl.constexpr, GROUP: gl.constexpr, FLOAT_OUT: gl.constexpr,
+    PART: gl.constexpr, GROUP: gl.constexpr, EARLY_WEIGHTS: gl.constexpr, FLOAT_OUT: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup: key rows PART * 64 to PART * 64 + 64 of the tile."""
-    STAGES: gl.constexpr = queries.blocks.shape[0]
+    QUERY_STAGES: gl.constexpr = queries.blocks.shape[0]
+    DOUT_STAGES: gl.constexpr = douts.blocks.shape[0]
     M: gl.constexpr = queries.blocks.shape[1]
     D: gl.constexpr = key.shape[2]
     dtype: gl.constexpr = key.dtype
@@ -230,29 +230,31 @@ def consume(
     mbarrier.wait(loaded.index(0), 0)
     mbarrier.wait(loaded.index(1), 0)
     mbarrier.wait(queries.full.index(0), 0)
-    scores_token = warpgroup_mma(
-        own_key, queries.blocks.index(0).permute((1, 0)), no_scores, use_acc=False, is_async=True
-    )
-    scores = warpgroup_mma_wait(0, deps=[scores_token])
+    token = warpgroup_mma(own_key, queries.blocks.index(0).permute((1, 0)), no_scores, use_acc=False, is_async=True)
+    # What a step hands to the next: weights, computed under dK, or where registers are short the scores.
+    coming = warpgroup_mma_wait(0, deps=[token])
+    if EARLY_WEIGHTS:
+        coming = weigh(coming, queries.numbers.index(0), rows, rows.begin, first_seeing, last_seeing, scale_log2)
 
     block = 0
     member = 0
     steps = rows.blocks * GROUP
     for step in range(steps):
-        stage, parity = stage_and_parity(step, STAGES)
+        stage = stage_and_parity(step, QUERY_STAGES)[0]
+        dout_stage, parity = stage_and_parity(step, DOUT_STAGES)
+        dout = douts.blocks.index(dout_stage)
         row = rows.begin + block * M
         own_key = key.index(unseen_zero(row)).slice(PART * HALF, HALF, 0)
-        mbarrier.wait(douts.full.index(stage), parity)
-        minus_delta, _ = gl.broadcast(douts.numbers.index(stage).load(COLUMNS)[None, :], no_scores)
-        dweights_token = warpgroup_mma(own_value, douts.blocks.index(stage).permute((1, 0)), minus_delta, is_async=True)
-        if (row < rows.full_begin) | (row + M > rows.full_end):
-            scores = hide(scores, first_seeing, last_seeing, row, M, COLUMNS)
-        weights = gl.exp2(scores * scale_log2 - queries.numbers.index(stage).load(COLUMNS)[None, :])
-        weights_factor = gl.convert_layout(weights.to(dtype), FACTOR)
-        dvalue_token = warpgroup_mma(weights_factor, douts.blocks.index(stage), dvalue, is_async=True)
+        mbarrier.wait(douts.full.index(dout_stage), parity)
+        minus_delta, _ = gl.broadcast(douts.numbers.index(dout_stage).load(COLUMNS)[None, :], no_scores)
+        dweights_token = warpgroup_mma(own_value, dout.permute((1, 0)), minus_delta, is_async=True)
+        if EARLY_WEIGHTS:
+            weights = coming
+        else:
+            weights = weigh(coming, queries.numbers.index(stage), rows, row, first_seeing, last_seeing, scale_log2)
+        dvalue_token = warpgroup_mma(gl.convert_layout(weights.to(dtype), FACTOR), dout, dvalue, is_async=True)
         dweights = warpgroup_mma_wait(1, deps=[dweights_token])
         rounded = (weights * dweights).to(dtype)
-        dscores_factor = gl.convert_layout(rounded, FACTOR)
         # Two buffers: whoever writes one again has passed the barrier of the step between, and so has the other
         # warpgroup, whose dQ of the step before it is then done.
         shared = dscores.index(step & 1)
@@ -260,30 +262,23 @@ def consume(
         fence_async_shared()
         wait_turn("8")
         dvalue = warpgroup_mma_wait(0, deps=[dvalue_token])
-        release(douts.empty.index(stage))
+        release(douts.empty.index(dout_stage))
 
         if D == 64:  # half of the rows
+            dscores_part = shared.slice(PART * HALF, HALF, 1).permute((1, 0))
             dquery_token = warpgroup_mma(
-                shared.slice(PART * HALF, HALF, 1).permute((1, 0)),
-                key.index(unseen_zero(row)),
-                no_dquery,
-                use_acc=False,
-                is_async=True,
+                dscores_part, key.index(unseen_zero(row)), no_dquery, use_acc=False, is_async=True
             )
         else:  # half of the columns
-            dquery_token = warpgroup_mma(
-                shared.permute((1, 0)),
-                key.index(unseen_zero(row)).slice(PART * HALF, HALF, 1),
-                no_dquery,
-                use_acc=False,
-                is_async=True,
-            )
-        # The last step has no next one: its product is of old numbers and unused.
-        next_stage, next_parity = stage_and_parity(step + 1, STAGES)
-        mbarrier.wait(queries.full.index(next_stage), next_parity, pred=step + 1 < steps)
+            key_part = key.index(unseen_zero(row)).slice(PART * HALF, HALF, 1)
+            dquery_token = warpgroup_mma(shared.permute((1, 0)), key_part, no_dquery, use_acc=False, is_async=True)
+        # The last step has no next one: its scores are of old numbers and unused.
+        next_stage, parity = stage_and_parity(step + 1, QUERY_STAGES)
+        mbarrier.wait(queries.full.index(next_stage), parity, pred=step + 1 < steps)
         scores_token = warpgroup_mma(
             own_key, queries.blocks.index(next_stage).permute((1, 0)), no_scores, use_acc=False, is_async=True
         )
+        dscores_factor = gl.convert_layout(rounded, FACTOR)
         dkey_token = warpgroup_mma(dscores_factor, queries.blocks.index(stage), dkey, is_async=True)
 
         part_of_dquery = warpgroup_mma_wait(2, deps=[dquery_token])
@@ -295,11 +290,19 @@ def consume(
             async_add(sums.dquery_desc, [row + PART * HALF, head * D], dquery.index(PART))
         else:
             async_add(sums.dquery_desc, [row, head * D + PART * HALF], dquery.index(PART))
-        scores, dkey = warpgroup_mma_wait(0, deps=[scores_token, dkey_token])
-        release(queries.empty.index(stage))
         last = block + 1 == rows.blocks
         member = gl.where(last, member + 1, member)
         block = gl.where(last, 0, block + 1)
+
+        coming = warpgroup_mma_wait(1, deps=[scores_token])
+        if EARLY_WEIGHTS:
+            lse = queries.numbers.index(next_stage)
+            coming = weigh(coming, lse, rows, rows.begin + block * M, first_seeing, last_seeing, scale_log2)
+        # Waited for in the next step, but here it keeps ptxas from moving the wait below in front of the exponentials.
+        dout_stage, parity = stage_and_parity(step + 1, DOUT_STAGES)
+        mbarrier.wait(douts.full.index(dout_stage), parity, pred=step + 1 < steps)
+        dkey = warpgroup_mma_wait(0, deps=[dkey_token])
+        release(queries.empty.index(stage))
 
     # Both warpgroups have read all of the keys: theirs were last read for dQ, before the last wait of each.
     wait_turn("8")
@@ -320,10 +323,17 @@ def unseen_zero(row):
 
 
 @gluon.jit
-def hide(scores, first_seeing, last_seeing, row, M: gl.constexpr, COLUMNS: gl.constexpr):
-    """-inf where a query row does not see a key: before the key's first row or from the one behind its last row on."""
-    index = (row + gl.arange(0, M, COLUMNS))[None, :]
-    return gl.where((index >= first_seeing[:, None]) & (index < last_seeing[:, None]), scores, float("-inf"))
+def weigh(scores, lse, rows, row, first_seeing, last_seeing, scale_log2):
+    """Weights of the query rows from `row` on; none where a row does not see a key.
+
+    A key is seen by the rows first_seeing to last_seeing, without the latter. lse has factor log2 e.
+    """
+    M: gl.constexpr = scores.shape[1]
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, scores.type.layout)
+    if (row < rows.full_begin) | (row + M > rows.full_end):
+        index = (row + gl.arange(0, M, COLUMNS))[None, :]
+        scores = gl.where((index >= first_seeing[:, None]) & (index < last_seeing[:, None]), scores, float("-inf"))
+    return gl.exp2(scores * scale_log2 - lse.load(COLUMNS)[None, :])
 
 
 @gluon.jit

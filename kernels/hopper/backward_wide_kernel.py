@@ -42,15 +42,16 @@ def attend_backward_wide_kernel(
     dquery_desc, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, rows_of_key_ptr, rows_of_tile_ptr,
     query_rows, padded_rows, key_rows, key_heads, section,
     query_head_stride, dout_head_stride, key_head_stride, value_head_stride, scale,
-    GROUP: gl.constexpr, STAGES: gl.constexpr, FLOAT_OUT: gl.constexpr,
-    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    GROUP: gl.constexpr, QUERY_STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr, EARLY_WEIGHTS: gl.constexpr,
+    FLOAT_OUT: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """See `launch_backward` for the arguments. Only the queries have STAGES stages; there is room for one of dout."""
+    """See `launch_backward` for the arguments."""
+    gl.static_assert(not EARLY_WEIGHTS)
     M: gl.constexpr = query_desc.block_type.shape[0]
     N: gl.constexpr = key_desc.block_type.shape[0]
     dtype: gl.constexpr = query_desc.dtype
-    queries = allocate_stream(query_desc, lse_desc, STAGES)
-    douts = allocate_stream(dout_desc, delta_desc, 1)
+    queries = allocate_stream(query_desc, lse_desc, QUERY_STAGES)
+    douts = allocate_stream(dout_desc, delta_desc, DOUT_STAGES)
     key = gl.allocate_shared_memory(dtype, [1, N, key_desc.block_type.shape[1]], key_desc.layout)
     value = gl.allocate_shared_memory(dtype, [1, N, value_desc.block_type.shape[1]], value_desc.layout)
     # Swizzled over half a row, so that each warpgroup's half is a block of its own.

@@ -18,6 +18,7 @@ from ringflash.kernels.hopper.operands import (
     supports_intervals,
 )
 from ringflash.kernels.intervals import KeyIntervals
+from ringflash.kernels.modifiers import Modifiers
 from ringflash.kernels.reference import Carry
 
 
@@ -43,7 +44,7 @@ class ForwardTiles:
 
 
 FORWARD_TILES = {
-    64: ForwardTiles(consumers=2, keys=128, stages=4, own_staging=True),
+    64: ForwardTiles(consumers=3, keys=128, stages=4, own_staging=True, registers=(160, 24)),
     128: ForwardTiles(consumers=2, keys=128, stages=2, own_staging=True),
     256: ForwardTiles(consumers=2, keys=64, stages=2, own_staging=False),
 }
@@ -57,6 +58,7 @@ def attend(
     intervals: KeyIntervals,
     *,
     scale: float,
+    modifiers: Modifiers | None = None,
     carry: Carry | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Carry:
@@ -64,7 +66,7 @@ def attend(
 
     Masks that `supports_intervals` gives a reason against go to the portable kernels.
     """
-    check_operands(query, key, value, intervals, scale)
+    check_operands(query, key, value, intervals, scale, modifiers)
     if supports_intervals(intervals):
         return portable.attend(query, key, value, intervals, scale=scale, carry=carry, out_dtype=out_dtype)
     tiles = FORWARD_TILES[query.shape[2]]

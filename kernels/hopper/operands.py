@@ -11,6 +11,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ringflash.errors import ArgumentError
 from ringflash.kernels.intervals import KeyIntervals
+from ringflash.kernels.modifiers import Modifiers
 
 HEAD_DIMS = (64, 128, 256)
 GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
@@ -47,8 +48,12 @@ def supports_intervals(intervals: KeyIntervals) -> str | None:
     return "the mask has sink tokens; it takes one key range for each row" if intervals.has_sink else None
 
 
-def check_operands(query: Tensor, key: Tensor, value: Tensor, intervals: KeyIntervals, scale: float) -> None:
+def check_operands(
+    query: Tensor, key: Tensor, value: Tensor, intervals: KeyIntervals, scale: float, modifiers: Modifiers | None
+) -> None:
     """Raise ArgumentError for what the kernels cannot compute."""
+    if modifiers is not None:
+        raise ArgumentError(f"modifiers={modifiers}; the Hopper kernels apply none, the blockwise kernels apply all")
     if key.dtype != query.dtype or value.dtype != query.dtype:
         raise ArgumentError(f"query, key, value are {query.dtype}, {key.dtype}, {value.dtype}; all three must agree")
     if query.shape[1] % key.shape[1] or value.shape[:2] != key.shape[:2] or key.shape[2] != query.shape[2]:

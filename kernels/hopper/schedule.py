@@ -37,15 +37,6 @@ class Tickets(NamedTuple):
     empty: gl.shared_memory_descriptor
 
 
-class Span(NamedTuple):
-    """Blocks that a tile visits: `blocks` of them from row `begin` on; rows full_begin to full_end need no mask."""
-
-    begin: gl.tensor
-    blocks: gl.tensor
-    full_begin: gl.tensor
-    full_end: gl.tensor
-
-
 @gluon.jit
 def allocate_tickets(counter_ptr, READERS: gl.constexpr):
     """Tickets that READERS warpgroups read; counter_ptr is an int32 zero."""
@@ -91,21 +82,20 @@ def tile_and_head(schedule, place):
 
 @gluon.jit
 def key_span(start_ptr, stop_ptr, first_row, rows, M: gl.constexpr, N: gl.constexpr):
-    """Key blocks of N rows that the query rows first_row to first_row + M see; at least one, hidden if need be.
+    """Where the key blocks begin that the query rows first_row to first_row + M see, and how many of N rows there are.
 
-    Bounds never decrease along rows, so the tile's first and last row give them all.
+    At least one, hidden if need be. Bounds never decrease along rows, so the first and last row give them.
     """
-    last_row = gl.minimum(first_row + M, rows) - 1
     begin = gl.load(start_ptr + first_row)
-    end = gl.load(stop_ptr + last_row)
-    blocks = gl.maximum((end - begin + N - 1) // N, 1)
-    return Span(begin, blocks, gl.load(start_ptr + last_row), gl.load(stop_ptr + first_row))
+    end = gl.load(stop_ptr + gl.minimum(first_row + M, rows) - 1)
+    return begin, gl.maximum((end - begin + N - 1) // N, 1)
 
 
 @gluon.jit
-def needs_mask(span, first, N: gl.constexpr):
-    """Whether some row of the tile does not see all of the block of N rows at `first`."""
-    return (first < span.full_begin) | (first + N > span.full_end)
+def seen_by_all(start_ptr, stop_ptr, first_row, rows, M: gl.constexpr):
+    """Key rows that all of the query rows first_row to first_row + M see: the first and the one behind the last."""
+    last_row = gl.minimum(first_row + M, rows) - 1
+    return gl.load(start_ptr + last_row), gl.load(stop_ptr + gl.minimum(first_row, last_row))
 
 
 @gluon.jit

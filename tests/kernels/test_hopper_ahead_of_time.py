@@ -62,7 +62,7 @@ def test_forward_fits_and_keeps_the_softmax_before_the_wait(dim, carry, spill_bu
     assert compiled.warnings == []
     assert compiled.spilled <= spill_budget
     assert compiled.shared < SHARED_LIMIT
-    assert softmax_before_wait(compiled.blocks) == 2, "one loop in each of the two consumer warpgroups"
+    assert softmax_before_wait(compiled.blocks) == forward.FORWARD_TILES[dim].consumers, "one loop in each warpgroup"
 
 
 # Two accumulators for keys and values fill most of the registers; what spills is read once a step or less.
