@@ -224,9 +224,17 @@ def _alike(problem: Problem, rows: int) -> Iterator[Problem]:
     """The problem, and as many others with the same intervals and magnitudes as `rows` rows take."""
     queries = problem.intervals.query_count
     if queries and problem.intervals.key_count:
-        for shift in range(-(-rows // queries)):
-            query, dout = problem.query.roll(shift, 2), problem.dout.roll(2 * shift + 1, 2)
-            yield replace(problem, query=query, dout=dout if shift else problem.dout)
+        yield problem
+        for seed in range(1, -(-rows // queries)):
+            generator = torch.Generator().manual_seed(seed)
+            fresh = {name: _redrawn(getattr(problem, name), generator) for name in ("query", "key", "value", "dout")}
+            yield replace(problem, **fresh)
+
+
+def _redrawn(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Normal numbers of the same mean square, shape, dtype and device."""
+    size = x.double().square().mean().sqrt()
+    return (torch.randn(x.shape, generator=generator).to(x.device) * size).to(x.dtype)
 
 
 def errors(results: Results, right: Results) -> dict[str, float]:
