@@ -1,8 +1,8 @@
 """Block shapes, warps and pipeline stages by chip, dtype and head dimension: one table, nothing is tuned at run time.
 
-So two runs of one program on one kind of chip launch the same kernels and round alike. The figures behind the Hopper
-rows are in docs/benchmarks/portable.md; the other rows follow from shared memory and registers as noted beside them,
-and tests/kernels/test_triton_ahead_of_time.py compiles every row and bounds its spills.
+So two runs of one program on one kind of chip launch the same kernels and round alike. Hopper's 16-bit rows are the
+fastest of docs/benchmarks/tiles.json. No other chip was at hand: those rows are the largest blocks that fit registers
+and shared memory, which tests/kernels/test_triton_ahead_of_time.py checks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Tiles:
         warps: warps in a program.
         stages: blocks in flight between memory and the matrix units.
         descriptors: whether blocks are read by the tensor memory engine instead of by pointers.
-        registers: most registers a thread may take, so that more programs share a multiprocessor; None for no bound.
+        registers: most registers a thread may take, so that more programs share a multiprocessor; None: no bound.
         split: whether masked edges and unmasked interior are loops of their own, or one loop that asks each block.
     """
 
@@ -46,7 +46,7 @@ class Tiles:
 
 @functools.cache
 def chip_of(device: torch.device) -> str:
-    """The row of the table: "hopper", "ampere", "consumer", "cdna" or "interpreter"."""
+    """The row of the table: "hopper", "blackwell", "ampere", "consumer", "cdna" or "interpreter"."""
     if device.type == "cpu" and triton.knobs.runtime.interpret:
         return "interpreter"
     if device.type != "cuda":
@@ -60,8 +60,8 @@ def chip_of_capability(capability: tuple[int, int]) -> str:
     """The row of the table for an NVIDIA compute capability."""
     if capability < (8, 0):
         raise ArgumentError(f"compute capability {capability[0]}.{capability[1]}; the Triton kernels need 8.0 or newer")
-    if capability[0] in (9, 10):
-        return "hopper"  # 227 KiB of shared memory a program, tensor memory engine
+    if capability[0] in (9, 10):  # 227 KiB of shared memory a program, tensor memory engine
+        return "hopper" if capability[0] == 9 else "blackwell"
     return "ampere" if capability in ((8, 0), (8, 7)) else "consumer"  # 163 KiB and 99 KiB
 
 
@@ -121,9 +121,9 @@ _FORWARD = {
 }
 _KEY_GRADIENT = {
     "hopper": {
-        64: Tiles(128, 64, 4, 2, True, split=False),
+        64: Tiles(64, 64, 4, 3, True, split=False),
         128: Tiles(64, 64, 4, 2, True, split=False),
-        256: Tiles(64, 64, 8, 1, True, split=False),
+        256: Tiles(64, 64, 8, 2, True),
         "fp32": Tiles(16, 32, 8, 1),
         "fp32 wide": Tiles(16, 16, 8, 1),
     },
@@ -154,7 +154,7 @@ _QUERY_GRADIENT = {
     "hopper": {
         64: Tiles(128, 64, 8, 3, True),
         128: Tiles(128, 64, 8, 3, True),
-        256: Tiles(128, 64, 8, 1, True, split=False),
+        256: Tiles(128, 32, 8, 3, True),
         "fp32": Tiles(16, 16, 8, 1),
         "fp32 wide": Tiles(16, 16, 8, 1),
     },
@@ -181,3 +181,9 @@ _QUERY_GRADIENT = {
     },
     "interpreter": dict.fromkeys((64, 128, 256, "fp32", "fp32 wide"), Tiles(32, 16, 4, 1)),
 }
+
+# Blackwell takes Hopper's rows where they fit: its products pass operands through shared memory that Hopper's keep in
+# registers. Not measured on a chip.
+_FORWARD["blackwell"] = _FORWARD["hopper"]
+_KEY_GRADIENT["blackwell"] = {**_KEY_GRADIENT["hopper"], 256: Tiles(64, 64, 8, 1, True)}
+_QUERY_GRADIENT["blackwell"] = {**_QUERY_GRADIENT["hopper"], 256: Tiles(64, 64, 8, 1, True)}

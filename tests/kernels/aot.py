@@ -20,11 +20,18 @@ from triton.compiler import ASTSource
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+SHARED_LIMIT = {
+    "sm_80": 163 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "gfx942": 64 * 1024,
+}
 """Bytes of shared memory that one program may use."""
 
 _POINTERS = {
@@ -98,7 +105,7 @@ def compile_for(target: str, call: Caught) -> Resources:
 def _read_nvidia(compiled, target: str) -> Resources:
     from triton.backends.nvidia.compiler import get_ptxas  # absent from builds without the NVIDIA backend
 
-    chip = target + ("" if target == "sm_80" else "a")
+    chip = target + ("a" if TARGETS[target].arch >= 90 else "")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(compiled.asm["ptx"])

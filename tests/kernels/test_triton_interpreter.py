@@ -57,7 +57,7 @@ else:
         return draw_problem(intervals, heads, (dim, value_dim), dtype, seed=seed, layout=layout)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-    @settings(max_examples=12)
+    @settings(max_examples=8)
     @given(data=st.data())
     def test_as_accurate_as_torch_in_one_launch_and_in_several(
         tiles: Tiles, dtype: torch.dtype, data: st.DataObject

@@ -1,0 +1,111 @@
+"""Every Triton kernel compiles for chips that are not there, within their registers and shared memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from aot import SHARED_LIMIT, Resources, catch, compile_for
+
+from ringflash.errors import ArgumentError
+from ringflash.kernels.intervals import KeyIntervals
+from ringflash.kernels.triton import backward, forward, tiles
+
+CHIPS = {"sm_80": "ampere", "sm_89": "consumer", "sm_90": "hopper", "sm_100": "blackwell", "gfx942": "cdna"}
+"""The row of the table of tiles that a target takes."""
+
+SPILLED = 128
+"""Bytes of a thread's registers that a kernel may keep in memory."""
+
+SPILLED_KNOWINGLY = {
+    # Two stages and spills measured a sixth faster on an H100 than one stage without (docs/benchmarks/tiles.json).
+    ("sm_90", "dkey", 256, torch.bfloat16): 1024,
+    # float32 is exact on the plain units, whose operands all lie in registers.
+    ("sm_90", "dkey", 128, torch.float32): 1024,
+    ("sm_90", "dquery", 128, torch.float32): 1024,
+}
+
+
+def launch(kernel: str, chip: str, dim: int, dtype: torch.dtype, sink: bool, carried: bool):
+    """The call that launches a kernel for 16 query and 4 key heads; the tensors are never read."""
+    rows = 4096
+    query, dout, out = (torch.empty(rows, 16, dim, dtype=dtype) for _ in range(3))
+    key, value = (torch.empty(rows, 4, dim, dtype=dtype) for _ in range(2))
+    bounds = torch.arange(rows, dtype=torch.int32)
+    intervals = KeyIntervals(bounds, bounds + 1, rows, *((bounds, bounds) if sink else ()))
+    lse = torch.empty(16, rows)
+    if kernel == "attend":
+        carry = (out.float(), lse) if carried else None
+        shape = tiles.forward_tiles(chip, dtype, dim)
+        call = lambda: forward.launch_forward(query, key, value, intervals, 1.0, carry, dtype, shape)  # noqa: E731
+        return catch(forward, "attend_kernel", call)
+    operands = (query, key, value, dout, lse, lse, intervals, 1.0)
+    if kernel == "dkey":
+        shape = tiles.key_gradient_tiles(chip, dtype, dim)
+        return catch(backward, "dkey_kernel", lambda: backward.launch_key_gradients(*operands, dtype, shape))
+    carry = out.float() if carried else None
+    shape = tiles.query_gradient_tiles(chip, dtype, dim)
+    return catch(backward, "dquery_kernel", lambda: backward.launch_query_gradient(*operands, carry, dtype, shape))
+
+
+def check(resources: Resources, target: str, kernel: str, dim: int, dtype: torch.dtype) -> None:
+    assert resources.spilled <= SPILLED_KNOWINGLY.get((target, kernel, dim, dtype), SPILLED)
+    assert resources.shared <= SHARED_LIMIT[target]
+    assert not resources.warnings
+
+
+@pytest.mark.parametrize("kernel", ["attend", "dkey", "dquery"])
+@pytest.mark.parametrize(
+    ("target", "dim"), [(t, dim) for t in CHIPS for dim in (64, 128, 256) if (t, dim) != ("sm_89", 64)]
+)
+def test_kernels_compile_for_every_chip_without_spills(target: str, dim: int, kernel: str) -> None:
+    call = launch(kernel, CHIPS[target], dim, torch.bfloat16, sink=False, carried=False)
+    check(compile_for(target, call), target, kernel, dim, torch.bfloat16)
+
+
+@pytest.mark.parametrize("kernel", ["attend", "dkey", "dquery"])
+def test_kernels_with_sink_and_carry_fit_hopper(kernel: str) -> None:
+    call = launch(kernel, "hopper", 128, torch.bfloat16, sink=True, carried=True)
+    check(compile_for("sm_90", call), "sm_90", kernel, 128, torch.bfloat16)
+
+
+@pytest.mark.parametrize("kernel", ["attend", "dkey", "dquery"])
+def test_exact_float32_kernels_fit_hopper(kernel: str) -> None:
+    call = launch(kernel, "hopper", 128, torch.float32, sink=False, carried=False)
+    check(compile_for("sm_90", call), "sm_90", kernel, 128, torch.float32)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_row_delta_compiles(target: str) -> None:
+    dout = torch.empty(64, 4, 128, dtype=torch.bfloat16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backward, "chip_of", lambda device: CHIPS[target])
+        call = catch(backward, "delta_kernel", lambda: backward.row_delta(dout, dout, torch.empty(4, 64)))
+    resources = compile_for(target, call)
+    assert resources.spilled == 0
+
+
+def test_hopper_reads_by_the_tensor_memory_engine_and_multiplies_asynchronously() -> None:
+    call = launch("attend", "hopper", 128, torch.bfloat16, sink=False, carried=False)
+    assembly = compile_for("sm_90", call).assembly
+    assert "cp.async.bulk.tensor" in assembly
+    assert "wgmma.mma_async" in assembly
+
+
+@pytest.mark.parametrize(
+    ("capability", "chip"),
+    [
+        ((8, 0), "ampere"),
+        ((8, 6), "consumer"),
+        ((8, 9), "consumer"),
+        ((9, 0), "hopper"),
+        ((10, 3), "blackwell"),
+        ((12, 0), "consumer"),
+    ],
+)
+def test_chips_are_told_by_their_capability(capability: tuple[int, int], chip: str) -> None:
+    assert tiles.chip_of_capability(capability) == chip
+
+
+def test_chips_before_ampere_are_refused() -> None:
+    with pytest.raises(ArgumentError, match=r"7\.5"):
+        tiles.chip_of_capability((7, 5))
