@@ -165,7 +165,7 @@ def forward_variants(dim: int) -> dict[str, forward.ForwardTiles]:
     """Launch shapes to compare with the one in use."""
     base = forward.FORWARD_TILES[dim]
     changes = {
-        64: {"2 consumers": {"consumers": 2, "registers": (240, 24)}},
+        64: {"3 consumers": {"consumers": 3, "registers": (160, 24)}},
         128: {"one tile a program": {"persistent": False}},
         256: {"one tile a program": {"persistent": False}},
     }[dim]
@@ -178,8 +178,8 @@ def backward_variants(dim: int) -> dict[str, backward.BackwardTiles]:
     changes = {
         64: {},
         128: {
-            "early weights, 2 stages": {"stages": (2, 2)},
-            "late weights": {"stages": (2, 2), "early_weights": False},
+            "early weights": {"stages": (4, 2), "early_weights": True},
+            "early weights, 2 stages": {"early_weights": True},
         },
         256: {},
     }[dim]

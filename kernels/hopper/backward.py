@@ -42,7 +42,7 @@ class BackwardTiles:
 
 BACKWARD_TILES = {
     64: BackwardTiles(keys=128, queries=128, stages=(2, 2), early_weights=False),
-    128: BackwardTiles(keys=128, queries=64, stages=(4, 2), early_weights=True),
+    128: BackwardTiles(keys=128, queries=64, stages=(2, 2), early_weights=False),
     256: BackwardTiles(keys=64, queries=64, stages=(2, 1), early_weights=False),
 }
 """By head dimension; docs/benchmarks/kernels.md has the measurements behind them."""
@@ -64,7 +64,7 @@ def attend_backward(
     dkey_dtype: torch.dtype | None = None,
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See ringflash.kernels.reference.attend_backward. A carry is overwritten.
+    """See ringflash.kernels.reference.attend_backward. A carry is overwritten; dout is rounded to the dtype of query.
 
     Programs add to the query's gradient in whatever order they get there, so the deterministic form is the portable
     kernels', and so are masks that `supports_intervals` gives a reason against.

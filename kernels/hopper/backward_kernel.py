@@ -7,8 +7,9 @@ the tensor cores next is already in registers (Shah et al., FlashAttention-3, ar
     dweights = V dO^T - delta  dscores = weights * dweights                dK += dscores Q       dQ += dscores^T K
 
 Only dscores passes through shared memory, because a query row's gradient sums over both warpgroups' keys: each computes
-half of dQ from both halves of dscores and adds it to global memory in fp32. A step's products are issued so that its
-arithmetic runs under them: dscores under dV, the way out of dQ and the next step's exponentials under dK.
+half of dQ from both halves of dscores and adds it to global memory in fp32. A step's products are issued so that each
+piece of arithmetic runs under some of them: the exponentials under dweights (or, with EARLY_WEIGHTS, those of the next
+step under dK), dscores under dV, the way out of dQ under dK and the next step's scores.
 
 Legend: M query rows of a block, N key rows of a tile, D head dimension.
 """
@@ -31,9 +32,9 @@ from ringflash.kernels.hopper.compat import (
     async_add,
     async_load,
     async_store,
+    meet,
     release,
     store_wait,
-    wait_turn,
 )
 from ringflash.kernels.hopper.schedule import stage_and_parity
 
@@ -255,22 +256,22 @@ def consume(
         dvalue_token = warpgroup_mma(gl.convert_layout(weights.to(dtype), FACTOR), dout, dvalue, is_async=True)
         dweights = warpgroup_mma_wait(1, deps=[dweights_token])
         rounded = (weights * dweights).to(dtype)
+        dscores_factor = gl.convert_layout(rounded, FACTOR)
         # Two buffers: whoever writes one again has passed the barrier of the step between, and so has the other
         # warpgroup, whose dQ of the step before it is then done.
         shared = dscores.index(step & 1)
         shared.slice(PART * HALF, HALF, 0).store(rounded)
         fence_async_shared()
-        wait_turn("8")
+        meet("8")
         dvalue = warpgroup_mma_wait(0, deps=[dvalue_token])
         release(douts.empty.index(dout_stage))
 
+        keys_now = key.index(unseen_zero(row))
         if D == 64:  # half of the rows
             dscores_part = shared.slice(PART * HALF, HALF, 1).permute((1, 0))
-            dquery_token = warpgroup_mma(
-                dscores_part, key.index(unseen_zero(row)), no_dquery, use_acc=False, is_async=True
-            )
+            dquery_token = warpgroup_mma(dscores_part, keys_now, no_dquery, use_acc=False, is_async=True)
         else:  # half of the columns
-            key_part = key.index(unseen_zero(row)).slice(PART * HALF, HALF, 1)
+            key_part = keys_now.slice(PART * HALF, HALF, 1)
             dquery_token = warpgroup_mma(shared.permute((1, 0)), key_part, no_dquery, use_acc=False, is_async=True)
         # The last step has no next one: its scores are of old numbers and unused.
         next_stage, parity = stage_and_parity(step + 1, QUERY_STAGES)
@@ -278,7 +279,6 @@ def consume(
         scores_token = warpgroup_mma(
             own_key, queries.blocks.index(next_stage).permute((1, 0)), no_scores, use_acc=False, is_async=True
         )
-        dscores_factor = gl.convert_layout(rounded, FACTOR)
         dkey_token = warpgroup_mma(dscores_factor, queries.blocks.index(stage), dkey, is_async=True)
 
         part_of_dquery = warpgroup_mma_wait(2, deps=[dquery_token])
@@ -290,22 +290,24 @@ def consume(
             async_add(sums.dquery_desc, [row + PART * HALF, head * D], dquery.index(PART))
         else:
             async_add(sums.dquery_desc, [row, head * D + PART * HALF], dquery.index(PART))
+        if EARLY_WEIGHTS:
+            coming = warpgroup_mma_wait(1, deps=[scores_token])
+            next_row = rows.begin + gl.where(block + 1 == rows.blocks, 0, block + 1) * M
+            lse = queries.numbers.index(next_stage)
+            coming = weigh(coming, lse, rows, next_row, first_seeing, last_seeing, scale_log2)
+            # Waited for in the next step, but here it keeps ptxas from moving the next wait before the exponentials.
+            dout_stage, parity = stage_and_parity(step + 1, DOUT_STAGES)
+            mbarrier.wait(douts.full.index(dout_stage), parity, pred=step + 1 < steps)
+            dkey = warpgroup_mma_wait(0, deps=[dkey_token])
+        else:
+            coming, dkey = warpgroup_mma_wait(0, deps=[scores_token, dkey_token])
+        release(queries.empty.index(stage))
         last = block + 1 == rows.blocks
         member = gl.where(last, member + 1, member)
         block = gl.where(last, 0, block + 1)
 
-        coming = warpgroup_mma_wait(1, deps=[scores_token])
-        if EARLY_WEIGHTS:
-            lse = queries.numbers.index(next_stage)
-            coming = weigh(coming, lse, rows, rows.begin + block * M, first_seeing, last_seeing, scale_log2)
-        # Waited for in the next step, but here it keeps ptxas from moving the wait below in front of the exponentials.
-        dout_stage, parity = stage_and_parity(step + 1, DOUT_STAGES)
-        mbarrier.wait(douts.full.index(dout_stage), parity, pred=step + 1 < steps)
-        dkey = warpgroup_mma_wait(0, deps=[dkey_token])
-        release(queries.empty.index(stage))
-
     # Both warpgroups have read all of the keys: theirs were last read for dQ, before the last wait of each.
-    wait_turn("8")
+    meet("8")
     first_row = first_key + PART * HALF
     store_sum(sums, sums.dvalue_desc, sums.dvalue_ptr, dvalue, own_value, first_row, key_head, FLOAT_OUT, SUMS)
     store_sum(sums, sums.dkey_desc, sums.dkey_ptr, dkey * scale, own_key, first_row, key_head, FLOAT_OUT, SUMS)

@@ -27,7 +27,7 @@ from ringflash.kernels.hopper.backward_kernel import (
     unseen_zero,
     visiting_rows,
 )
-from ringflash.kernels.hopper.compat import async_add, async_store, release, store_wait, wait_turn
+from ringflash.kernels.hopper.compat import async_add, async_store, meet, release, store_wait
 from ringflash.kernels.hopper.schedule import stage_and_parity
 
 
@@ -141,7 +141,7 @@ def consume_wide(
         dweights = warpgroup_mma_wait(0, deps=[dweights_token]) + minus_delta
         all_dscores.slice(PART * (N // 2), N // 2, 1).store((weights * dweights).to(dtype))
         fence_async_shared()
-        wait_turn("8")
+        meet("8")
 
         dvalue_token = warpgroup_mma(
             all_weights.permute((1, 0)), dout.slice(PART * (D // 2), D // 2, 1), dvalue, is_async=True
@@ -173,7 +173,7 @@ def consume_wide(
         member = gl.where(last, member + 1, member)
         block = gl.where(last, 0, block + 1)
 
-    wait_turn("8")  # both warpgroups have read all of the keys and values
+    meet("8")  # both warpgroups have read all of the keys and values
     store_columns(
         sums, sums.dvalue_desc, sums.dvalue_ptr, dvalue, value.index(0), first_key, key_head, PART, FLOAT_OUT, SUMS
     )

@@ -44,18 +44,9 @@ def release(empty):
 
 
 @gluon.jit
-def wait_turn(NAME: gl.constexpr):
-    """Wait at a named barrier of two warpgroups until the other one has called `give_turn` with the same name."""
+def meet(NAME: gl.constexpr):
+    """Wait at a named barrier until both warpgroups are there. Names "8" to "15" are free: the compiler uses 0 to 7."""
     lane = gl.full([128], 0, gl.int32, gl.BlockedLayout([1], [32], [4], [0]))
     gl.inline_asm_elementwise(
         "bar.sync " + NAME + ", 256; mov.b32 $0, $1;", "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def give_turn(NAME: gl.constexpr):
-    """Arrive at a named barrier without waiting. Names "8" to "15" are free: the compiler uses 0 to 7."""
-    lane = gl.full([128], 0, gl.int32, gl.BlockedLayout([1], [32], [4], [0]))
-    gl.inline_asm_elementwise(
-        "bar.arrive " + NAME + ", 256; mov.b32 $0, $1;", "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1
     )

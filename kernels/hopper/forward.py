@@ -44,7 +44,7 @@ class ForwardTiles:
 
 
 FORWARD_TILES = {
-    64: ForwardTiles(consumers=3, keys=128, stages=4, own_staging=True, registers=(160, 24)),
+    64: ForwardTiles(consumers=2, keys=128, stages=4, own_staging=True),
     128: ForwardTiles(consumers=2, keys=128, stages=2, own_staging=True),
     256: ForwardTiles(consumers=2, keys=64, stages=2, own_staging=False),
 }

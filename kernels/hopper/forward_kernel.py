@@ -36,8 +36,8 @@ from ringflash.kernels.hopper.schedule import (
     allocate_tickets,
     draw,
     key_span,
+    needs_mask,
     read,
-    seen_by_all,
     stage_and_parity,
     tile_and_head,
 )
@@ -176,15 +176,15 @@ def produce(
     while place < problem.schedule.tiles * problem.schedule.heads:
         tile, head = tile_and_head(problem.schedule, place)
         first_row = tile * M
-        begin, blocks = key_span(problem.start_ptr, problem.stop_ptr, first_row, problem.query_rows, M, N)
+        span = key_span(problem.start_ptr, problem.stop_ptr, first_row, problem.query_rows, M, N)
         key_column = head // GROUP * key_head_stride
         value_column = head // GROUP * value_head_stride
         for part in gl.static_range(CONSUMERS):
             fill(queries, query_desc, first_row + part * ROWS, head * query_head_stride, part, turn & 1)
-        for block in range(blocks):
+        for block in range(span.blocks):
             stage, parity = stage_and_parity(step, STAGES)
-            fill(keys, key_desc, begin + block * N, key_column, stage, parity)
-            fill(values, value_desc, begin + block * N, value_column, stage, parity)
+            fill(keys, key_desc, span.begin + block * N, key_column, stage, parity)
+            fill(values, value_desc, span.begin + block * N, value_column, stage, parity)
             step += 1
         place = draw(problem.tickets, turn)
         turn += 1
@@ -205,12 +205,12 @@ def consume(
     while place < problem.schedule.tiles * problem.schedule.heads:
         tile, head = tile_and_head(problem.schedule, place)
         first_row = tile * M
-        begin, blocks = key_span(problem.start_ptr, problem.stop_ptr, first_row, problem.query_rows, M, N)
+        span = key_span(problem.start_ptr, problem.stop_ptr, first_row, problem.query_rows, M, N)
         attend_tile(
-            problem, result, queries, keys, values, staging, begin, blocks, first_row + PART * ROWS, head, step, turn,
+            problem, result, queries, keys, values, staging, span, first_row + PART * ROWS, head, step, turn,
             scale_log2, PART, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING,
         )  # fmt: skip
-        step += blocks
+        step += span.blocks
         place = read(problem.tickets, turn)
         turn += 1
     if not FLOAT_OUT:
@@ -219,7 +219,7 @@ def consume(
 
 @gluon.jit
 def attend_tile(
-    problem, result, queries, keys, values, staging, begin, blocks, first_row, head, step, turn, scale_log2,
+    problem, result, queries, keys, values, staging, span, first_row, head, step, turn, scale_log2,
     PART: gl.constexpr, STAGES: gl.constexpr, HAS_CARRY: gl.constexpr, FLOAT_OUT: gl.constexpr,
     OWN_STAGING: gl.constexpr,
 ):  # fmt: skip
@@ -235,7 +235,6 @@ def attend_tile(
     inside = rows < problem.query_rows
     row_start = gl.load(problem.start_ptr + rows, mask=inside, other=0)
     row_stop = gl.load(problem.stop_ptr + rows, mask=inside, other=0)
-    all_begin, all_end = seen_by_all(problem.start_ptr, problem.stop_ptr, first_row, problem.query_rows, ROWS)
     out, maximum, total = initial_state(problem, result, first_row, head, HAS_CARRY, D, SCORES, OUT)
     no_scores = gl.zeros([ROWS, N], gl.float32, SCORES)
     query = queries.blocks.index(PART)
@@ -249,15 +248,15 @@ def attend_tile(
     )
     scores = warpgroup_mma_wait(0, deps=[scores_token])
     release(keys.empty.index(stage))
-    if (begin < all_begin) | (begin + N > all_end):
-        scores = hide(scores, row_start, row_stop, begin, N, SCORES)
+    if needs_mask(span, span.begin, N):
+        scores = hide(scores, row_start, row_stop, span.begin, N, SCORES)
     weights, rescale, maximum, total = softmax_step(scores, maximum, total, scale_log2)
     weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
     if HAS_CARRY:
         out = out * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
     mbarrier.wait(values.full.index(stage), parity)
 
-    for block in range(1, blocks):
+    for block in range(1, span.blocks):
         earlier = stage
         stage, parity = stage_and_parity(step + block, STAGES)
         mbarrier.wait(keys.full.index(stage), parity)
@@ -267,9 +266,8 @@ def attend_tile(
         out_token = warpgroup_mma(weights, values.blocks.index(earlier), out, is_async=True)
         scores = warpgroup_mma_wait(1, deps=[scores_token])
         release(keys.empty.index(stage))
-        first_key = begin + block * N
-        if (first_key < all_begin) | (first_key + N > all_end):
-            scores = hide(scores, row_start, row_stop, first_key, N, SCORES)
+        if needs_mask(span, span.begin + block * N, N):
+            scores = hide(scores, row_start, row_stop, span.begin + block * N, N, SCORES)
         weights, rescale, maximum, total = softmax_step(scores, maximum, total, scale_log2)
         weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
         # This wait is for the next step, but stands here: a branch between the softmax and the wait for the tensor

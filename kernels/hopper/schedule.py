@@ -37,6 +37,15 @@ class Tickets(NamedTuple):
     empty: gl.shared_memory_descriptor
 
 
+class Span(NamedTuple):
+    """Blocks that a tile visits: `blocks` of them from row `begin` on; rows full_begin to full_end need no mask."""
+
+    begin: gl.tensor
+    blocks: gl.tensor
+    full_begin: gl.tensor
+    full_end: gl.tensor
+
+
 @gluon.jit
 def allocate_tickets(counter_ptr, READERS: gl.constexpr):
     """Tickets that READERS warpgroups read; counter_ptr is an int32 zero."""
@@ -82,20 +91,21 @@ def tile_and_head(schedule, place):
 
 @gluon.jit
 def key_span(start_ptr, stop_ptr, first_row, rows, M: gl.constexpr, N: gl.constexpr):
-    """Where the key blocks begin that the query rows first_row to first_row + M see, and how many of N rows there are.
+    """Key blocks of N rows that the query rows first_row to first_row + M see; at least one, hidden if need be.
 
-    At least one, hidden if need be. Bounds never decrease along rows, so the first and last row give them.
+    Bounds never decrease along rows, so the tile's first and last row give them all.
     """
+    last_row = gl.minimum(first_row + M, rows) - 1
     begin = gl.load(start_ptr + first_row)
-    end = gl.load(stop_ptr + gl.minimum(first_row + M, rows) - 1)
-    return begin, gl.maximum((end - begin + N - 1) // N, 1)
+    end = gl.load(stop_ptr + last_row)
+    blocks = gl.maximum((end - begin + N - 1) // N, 1)
+    return Span(begin, blocks, gl.load(start_ptr + last_row), gl.load(stop_ptr + first_row))
 
 
 @gluon.jit
-def seen_by_all(start_ptr, stop_ptr, first_row, rows, M: gl.constexpr):
-    """Key rows that all of the query rows first_row to first_row + M see: the first and the one behind the last."""
-    last_row = gl.minimum(first_row + M, rows) - 1
-    return gl.load(start_ptr + last_row), gl.load(stop_ptr + gl.minimum(first_row, last_row))
+def needs_mask(span, first, N: gl.constexpr):
+    """Whether some row of the tile does not see all of the block of N rows at `first`."""
+    return (first < span.full_begin) | (first + N > span.full_end)
 
 
 @gluon.jit
