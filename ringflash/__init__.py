@@ -26,6 +26,7 @@ from ringflash.flash_attn import (  # noqa: E402
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
+from ringflash.kvcache import flash_attn_with_kvcache  # noqa: E402
 from ringflash.mask import Mask  # noqa: E402
 from ringflash.parallel.partition import Partition  # noqa: E402
 from ringflash.ring_flash_attn import (  # noqa: E402
@@ -50,6 +51,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
     "positions",
     "ring_flash_attn_func",
     "ring_flash_attn_qkvpacked_func",

@@ -1,0 +1,368 @@
+"""Attention of few queries to a long cache: the keys of each sequence are shared out over the whole chip.
+
+A program takes one key head of one sequence, a tile of query rows and one of several parts of the keys. The rows of a
+tile are the G query heads of that key head for each query, so keys and values are read once for all of them (Ainslie
+et al., arXiv 2305.13245). Programs of different parts leave fp32 results that a second kernel merges by their
+log-sum-exp, in a fixed order: the same bits every time (split-KV as in Dao et al., Flash-Decoding, 2023).
+
+What decides is how many bytes are on their way to a multiprocessor: `DecodeTiles` keeps two blocks of keys and values
+in flight for each of several programs, over 100 KiB on Hopper, a few times what memory latency asks for.
+
+Legend: M query rows of a tile, N key rows of a block, D head dimension of keys, V of values.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import triton
+import triton.language as tl
+from ringflash.errors import ArgumentError
+from ringflash.kernels.decode import Cache, Rotary, Rules
+from ringflash.kernels.triton.append import (
+    append,
+    index_constants,
+    index_operands,
+    index_strides,
+    load_turned,
+    rotary_operands,
+    sequence_entry,
+    tokens_before,
+)
+from ringflash.kernels.triton.blocks import LN_2, LOG2_E
+from ringflash.kernels.triton.operands import DTYPES, padded
+from ringflash.kernels.triton.tiles import chip_of
+
+__all__ = ["append", "attend", "supports"]
+
+
+@triton.jit
+def load_rows(first_N, inside_N, DIM: tl.constexpr, PADDED_DIM: tl.constexpr):
+    """Rows (N, PADDED_DIM) from pointers to their beginnings; zeros for rows that are not inside."""
+    column_D = tl.arange(0, PADDED_DIM)
+    inside_ND = inside_N[:, None]
+    if DIM != PADDED_DIM:
+        inside_ND = inside_ND & (column_D < DIM)[None, :]
+    return tl.load(first_N[:, None] + column_D[None, :], mask=inside_ND, other=0.0)
+
+
+@triton.jit
+def modified(scores_MN, distance_MN, slope_M, scale, softcap, CAPPED: tl.constexpr, SLOPED: tl.constexpr):
+    """Scores in base 2: scaled, capped, with ALiBi. `scale` has LOG2_E in it, and 2 / softcap where CAPPED."""
+    x_MN = scores_MN * scale
+    if CAPPED:  # tanh(x) = 1 - 2 / (1 + exp(2 x)) at both infinities
+        x_MN = (softcap * LOG2_E) * (1.0 - 2.0 / (1.0 + tl.exp2(x_MN)))
+    if SLOPED:
+        x_MN -= (slope_M * LOG2_E)[:, None] * tl.abs(distance_MN).to(tl.float32)
+    return x_MN
+
+
+@triton.jit(
+    do_not_specialize=[
+        "offset", "appended", "query_count", "capacity", "places", "splits", "tiles", "left", "right", "split_size"
+    ]
+)  # fmt: skip
+def attend_cache_kernel(
+    query, key, value, out, lse, lengths, batch_index, block_table, cos, sin, leftpad, slopes,
+    offset, appended, query_count, capacity, places, key_heads, splits, tiles, split_size, scale, softcap, left, right,
+    table_row, cos_row, sin_row, slopes_row,
+    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
+    GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr, PAGE: tl.constexpr, TURNED: tl.constexpr,
+    INTERLEAVED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    """Program = (sequence, part of its keys, key head, tile of query rows), the last fastest.
+
+    So programs that run at one time read the same pages of memory, in which the heads of a token lie side by side.
+    Results of part p lie p * split_size queries behind those of part 0 (out), and as many rows (lse).
+    """
+    tile = tl.program_id(0) % tiles
+    key_head = tl.program_id(0) // tiles % key_heads
+    part = tl.program_id(0) // (tiles * key_heads) % splits
+    sequence = tl.cast(tl.program_id(0) // (tiles * key_heads) // splits, tl.int64)
+
+    used = tokens_before(sequence, lengths, offset)
+    total = used + appended
+    row_M = tile * M + tl.arange(0, M)
+    query_M = row_M // GROUP
+    exists_M = query_M < query_count
+    head_M = key_head * GROUP + row_M % GROUP
+    place_M = total - query_count + query_M
+    first_query = tile * M // GROUP
+    last_query = tl.minimum((tile * M + M - 1) // GROUP, query_count - 1)
+
+    # Rows of the cache that some row of the tile sees, and each row's own.
+    begin = 0
+    if leftpad is not None:
+        begin = tl.maximum(tl.load(leftpad + sequence), 0)
+    end = tl.minimum(total, capacity)
+    start_M = tl.zeros([M], tl.int32) + begin
+    stop_M = tl.zeros([M], tl.int32) + end
+    if HAS_LEFT:
+        start_M = tl.maximum(start_M, place_M - left)
+        begin = tl.maximum(begin, total - query_count + first_query - left)
+    if HAS_RIGHT:
+        stop_M = tl.minimum(stop_M, place_M + right + 1)
+        end = tl.minimum(end, total - query_count + last_query + right + 1)
+    # Blocks begin at multiples of N, so that none lies in two pages if N divides a page.
+    first_block = begin // N
+    blocks = tl.maximum(tl.cdiv(tl.maximum(end, 0), N) - first_block, 0)
+    share = tl.cdiv(blocks, splits)
+    from_block = first_block + tl.minimum(part * share, blocks)
+    to_block = first_block + tl.minimum(part * share + share, blocks)
+
+    turn_M = used + (query_M if HAS_LEFT or HAS_RIGHT else tl.zeros([M], tl.int32))
+    q_MD = load_turned(
+        query + sequence * q_batch + tl.cast(query_M, tl.int64) * q_row + head_M * q_head, exists_M, turn_M,
+        cos, sin, cos_row, sin_row, places, DIM, PADDED_DIM, TURNED, INTERLEAVED,
+    )  # fmt: skip
+    slope_M = tl.zeros([M], tl.float32)
+    if slopes is not None:
+        slope_M = tl.load(slopes + sequence * slopes_row + head_M, mask=exists_M, other=0.0)
+
+    k_base = key + key_head * k_head
+    v_base = value + key_head * v_head
+    if PAGE == 0:
+        entry = sequence_entry(sequence, batch_index)
+        k_base += entry * k_batch
+        v_base += entry * v_batch
+    else:
+        block_table += sequence * table_row
+    maximum_M = tl.full([M], float("-inf"), tl.float32)
+    sum_M = tl.zeros([M], tl.float32)
+    acc_MV = tl.zeros([M, PADDED_VALUE_DIM], tl.float32)
+    for block in tl.range(from_block, to_block):
+        column = block * N
+        column_N = column + tl.arange(0, N)
+        inside_N = (column_N >= begin) & (column_N < end)
+        if PAGE == 0:
+            k_first_N = k_base + tl.cast(column, tl.int64) * k_row + tl.arange(0, N) * k_row
+            v_first_N = v_base + tl.cast(column, tl.int64) * v_row + tl.arange(0, N) * v_row
+        elif PAGE % N == 0:
+            page = tl.load(block_table + column // PAGE).to(tl.int64)
+            k_first_N = k_base + page * k_batch + (column % PAGE + tl.arange(0, N)) * k_row
+            v_first_N = v_base + page * v_batch + (column % PAGE + tl.arange(0, N)) * v_row
+        else:
+            page_N = tl.load(block_table + column_N // PAGE, mask=inside_N, other=0).to(tl.int64)
+            k_first_N = k_base + page_N * k_batch + column_N % PAGE * k_row
+            v_first_N = v_base + page_N * v_batch + column_N % PAGE * v_row
+        k_ND = load_rows(k_first_N, inside_N, DIM, PADDED_DIM)
+        scores_MN = tl.dot(q_MD, k_ND.T, input_precision="ieee")
+        distance_MN = place_M[:, None] - column_N[None, :]
+        scores_MN = modified(scores_MN, distance_MN, slope_M, scale, softcap, CAPPED, slopes is not None)
+        seen_MN = (column_N[None, :] >= start_M[:, None]) & (column_N[None, :] < stop_M[:, None])
+        scores_MN = tl.where(seen_MN, scores_MN, float("-inf"))
+        new_maximum_M = tl.maximum(maximum_M, tl.max(scores_MN, 1))
+        # A row may have seen no key so far: -inf - -inf is not a number.
+        offset_M = tl.where(new_maximum_M == float("-inf"), 0.0, new_maximum_M)
+        weights_MN = tl.exp2(scores_MN - offset_M[:, None])
+        decay_M = tl.exp2(maximum_M - offset_M)
+        sum_M = sum_M * decay_M + tl.sum(weights_MN, 1)
+        v_NV = load_rows(v_first_N, inside_N, VALUE_DIM, PADDED_VALUE_DIM)
+        acc_MV = tl.dot(weights_MN.to(v_NV.dtype), v_NV, acc_MV * decay_M[:, None], input_precision="ieee")
+        maximum_M = new_maximum_M
+
+    divisor_M = tl.where(sum_M > 0.0, sum_M, 1.0)
+    heads = key_heads * GROUP
+    lse_M = (part * split_size + sequence * query_count) * heads + head_M * query_count + query_M
+    tl.store(lse + lse_M, (maximum_M + tl.log2(divisor_M)) * LN_2, mask=exists_M)
+    column_V = tl.arange(0, PADDED_VALUE_DIM)
+    out_M = ((part * split_size + sequence * query_count + query_M) * heads + head_M) * VALUE_DIM
+    inside_MV = exists_M[:, None] & (column_V < VALUE_DIM)[None, :]
+    out_MV = (acc_MV / divisor_M[:, None]).to(out.dtype.element_ty)
+    tl.store(out + out_M[:, None] + column_V[None, :], out_MV, mask=inside_MV)
+
+
+@triton.jit(do_not_specialize=["query_count", "splits", "split_size"])
+def merge_kernel(
+    parts, parts_lse, out, lse, query_count, heads, splits, split_size,
+    VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr, MOST: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Program = one query row of one head: the parts' results weighted by exp(their lse - the lse of all)."""
+    row = tl.cast(tl.program_id(0), tl.int64)
+    sequence, query, head = row // heads // query_count, row // heads % query_count, row % heads
+    lse_row = (sequence * heads + head) * query_count + query
+    part = tl.arange(0, MOST)
+    lses = tl.load(parts_lse + part * (split_size * heads) + lse_row, mask=part < splits, other=float("-inf"))
+    maximum = tl.max(lses, 0)
+    maximum = tl.where(maximum == float("-inf"), 0.0, maximum)
+    total = tl.sum(tl.exp2((lses - maximum) * LOG2_E), 0)
+    column_V = tl.arange(0, PADDED_VALUE_DIM)
+    acc_V = tl.zeros([PADDED_VALUE_DIM], tl.float32)
+    for first in tl.range(0, splits, STEP):
+        part_P = first + tl.arange(0, STEP)
+        part_lse = parts_lse + part_P * (split_size * heads) + lse_row
+        weight_P = tl.exp2((tl.load(part_lse, mask=part_P < splits, other=float("-inf")) - maximum) * LOG2_E)
+        part_out = parts + (part_P * (split_size * heads) + row) * VALUE_DIM
+        inside_PV = (part_P < splits)[:, None] & (column_V < VALUE_DIM)[None, :]
+        acc_V += tl.sum(weight_P[:, None] * tl.load(part_out[:, None] + column_V[None, :], inside_PV, 0.0), 0)
+    divisor = tl.where(total > 0.0, total, 1.0)
+    tl.store(out + row * VALUE_DIM + column_V, (acc_V / divisor).to(out.dtype.element_ty), mask=column_V < VALUE_DIM)
+    tl.store(lse + lse_row, tl.where(total > 0.0, maximum + tl.log2(divisor) * LN_2, float("-inf")))
+
+
+@dataclass(frozen=True)
+class DecodeTiles:
+    """Shape of a launch.
+
+    Attributes:
+        keys: key rows in a block.
+        warps: warps in a program.
+        stages: blocks in flight between memory and the matrix units, and the one in use.
+        resident: programs that share a multiprocessor.
+        queries: most query rows in a tile.
+    """
+
+    keys: int
+    warps: int
+    stages: int
+    resident: int
+    queries: int = 64
+
+
+def decode_tiles(chip: str, dtype: torch.dtype, dim: int) -> DecodeTiles:
+    """Tiles by chip, dtype and the larger head dimension."""
+    if dtype == torch.float32:
+        return _TILES[chip]["fp32" if dim <= 128 else "fp32 wide"]
+    return _TILES[chip][next(row for row in (64, 128, 256, 512) if dim <= row)]
+
+
+# Blocks of keys and values in flight fill the shared memory of `resident` programs: 227 KiB on Hopper, 163 KiB on
+# Ampere, 99 KiB on consumer chips, 64 KiB on CDNA. float32 runs on the plain multiply-add units, from registers.
+_TILES = {
+    "hopper": {
+        64: DecodeTiles(128, 4, 3, 3),
+        128: DecodeTiles(64, 4, 3, 3),
+        256: DecodeTiles(32, 4, 4, 2),
+        512: DecodeTiles(32, 8, 3, 1, queries=16),
+        "fp32": DecodeTiles(16, 8, 3, 3, queries=16),
+        "fp32 wide": DecodeTiles(16, 8, 3, 2, queries=16),
+    },
+    "ampere": {
+        64: DecodeTiles(64, 4, 3, 3),
+        128: DecodeTiles(64, 4, 2, 3),
+        256: DecodeTiles(32, 4, 2, 3, queries=32),
+        512: DecodeTiles(16, 4, 2, 2, queries=16),
+        "fp32": DecodeTiles(16, 8, 3, 2, queries=16),
+        "fp32 wide": DecodeTiles(16, 8, 2, 2, queries=16),
+    },
+    "consumer": {
+        64: DecodeTiles(64, 4, 2, 2),
+        128: DecodeTiles(32, 4, 2, 2),
+        256: DecodeTiles(16, 4, 2, 2, queries=32),
+        512: DecodeTiles(16, 4, 2, 1, queries=16),
+        "fp32": DecodeTiles(16, 8, 2, 2, queries=16),
+        "fp32 wide": DecodeTiles(16, 8, 1, 1, queries=16),
+    },
+    "cdna": {
+        64: DecodeTiles(64, 4, 1, 2),
+        128: DecodeTiles(32, 4, 1, 2),
+        256: DecodeTiles(16, 4, 1, 2),
+        512: DecodeTiles(16, 4, 1, 1, queries=16),
+        "fp32": DecodeTiles(16, 4, 1, 2, queries=16),
+        "fp32 wide": DecodeTiles(16, 4, 1, 1, queries=16),
+    },
+    "interpreter": dict.fromkeys((64, 128, 256, 512, "fp32", "fp32 wide"), DecodeTiles(16, 4, 1, 2, queries=32)),
+}
+MOST_SPLITS = 128
+
+
+def choose_splits(programs: int, blocks: int, slots: int) -> int:
+    """In how many parts to share out the keys of each sequence.
+
+    Args:
+        programs: programs without splitting.
+        blocks: blocks of keys that a sequence may have.
+        slots: programs that the chip runs at one time.
+
+    Four waves of programs even out the differences between multiprocessors, as long as each still has eight blocks to
+    pay for its start and for what it writes. One full wave is worth more than that.
+    """
+    even = min(-(-4 * slots // programs), blocks // 8)
+    full = min(slots // programs, blocks)
+    return max(1, min(max(even, full), MOST_SPLITS))
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a device has; a number for the interpreter to run with."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def supports(device: torch.device, dtype: torch.dtype, dim: int, value_dim: int) -> bool:
+    """Whether these kernels can run."""
+    try:
+        chip_of(device)
+    except ArgumentError:
+        return False
+    most = 256 if dtype == torch.float32 else 512
+    return dtype in DTYPES and all(x % 8 == 0 and 8 <= x <= most for x in (dim, value_dim))
+
+
+def attend(
+    query: Tensor, cache: Cache, rules: Rules, rotary: Rotary | None = None, appended: int = 0, splits: int = 0
+) -> tuple[Tensor, Tensor]:
+    """See ringflash.kernels.decode.attend; `splits` is in how many parts keys are shared out, 0 chooses."""
+    (batch, count, heads, dim), key_heads, value_dim = query.shape, cache.key.shape[2], cache.value.shape[3]
+    tiles = decode_tiles(chip_of(query.device), query.dtype, max(dim, value_dim))
+    rows = count * heads // key_heads
+    tile_rows = min(max(16, 1 << (rows - 1).bit_length()), tiles.queries) if rows else 16
+    programs = batch * key_heads * -(-rows // tile_rows)
+    slots = multiprocessors(query.device) * tiles.resident
+    if splits == 0 and programs:
+        splits = choose_splits(programs, -(-cache.capacity // tiles.keys), slots)
+    return launch(query, cache, rules, rotary, appended, splits, tiles, tile_rows)
+
+
+def launch(
+    query: Tensor,
+    cache: Cache,
+    rules: Rules,
+    rotary: Rotary | None,
+    appended: int,
+    splits: int,
+    tiles: DecodeTiles,
+    tile_rows: int,
+) -> tuple[Tensor, Tensor]:
+    """`attend` with given tiles and splits."""
+    (batch, count, heads, dim), key_heads, value_dim = query.shape, cache.key.shape[2], cache.value.shape[3]
+    group = heads // key_heads
+    tile_count = -(-count * group // tile_rows)
+    out = query.new_empty((batch, count, heads, value_dim))
+    lse = query.new_empty((batch, heads, count), dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
+    parts, parts_lse = out, lse
+    if splits > 1:
+        parts = query.new_empty((splits, *out.shape), dtype=torch.float32)
+        parts_lse = query.new_empty((splits, *lse.shape), dtype=torch.float32)
+    # Any bound as large as this is none; larger numbers would overflow in the kernel.
+    widest = cache.capacity + appended + count
+    slopes, capped = rules.slopes, rules.softcap > 0
+    attend_cache_kernel[(batch * splits * key_heads * tile_count,)](
+        query, cache.key, cache.value, parts, parts_lse, *index_operands(cache), *rotary_operands(rotary),
+        None if cache.leftpad is None else cache.leftpad.contiguous(),
+        slopes if slopes is None or slopes.stride(-1) == 1 else slopes.contiguous(),
+        cache.offset, appended, count, cache.capacity, 0 if rotary is None else rotary.cos.shape[0],
+        key_heads, splits, tile_count, batch * count,
+        rules.scale * LOG2_E.value * (2 / rules.softcap if capped else 1.0), float(rules.softcap),
+        min(rules.left or 0, widest), min(rules.right or 0, widest),
+        *index_strides(cache, rotary), slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0,
+        *query.stride()[:3], *cache.key.stride()[:3], *cache.value.stride()[:3],
+        GROUP=group, M=tile_rows, N=tiles.keys, DIM=dim, PADDED_DIM=padded(dim),
+        VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded(value_dim),
+        HAS_LEFT=rules.left is not None, HAS_RIGHT=rules.right is not None, CAPPED=capped,
+        # Pages are looked up as far ahead of their rows' loads as these are of their use.
+        **index_constants(cache, rotary), num_warps=tiles.warps,
+        num_stages=tiles.stages if cache.block_table is None else 2 * tiles.stages - 1,
+    )  # fmt: skip
+    if splits > 1:
+        merge_kernel[(batch * count * heads,)](
+            parts, parts_lse, out, lse, count, heads, splits, batch * count,
+            VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded(value_dim), MOST=MOST_SPLITS, STEP=32, num_warps=4,
+        )  # fmt: skip
+    return out, lse

@@ -1,0 +1,103 @@
+"""The kernels of the cache compile for chips that are not there and stay within registers and shared memory."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from aot import SHARED_LIMIT, TARGETS, Resources, catch, compile_for
+
+from ringflash.kernels.decode import Cache, Rotary, Rules
+from ringflash.kernels.triton import append as append_module
+from ringflash.kernels.triton import decode
+
+CHIPS = {"sm_80": "ampere", "sm_90": "hopper", "sm_100": "hopper", "gfx942": "cdna"}
+PLAIN = Rules(scale=0.1)
+FULL = Rules(0.1, left=100, right=0, softcap=5.0, slopes=torch.empty(2, 32, device="meta"))
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def cache_of(dim: int, dtype: torch.dtype, page: int | None) -> Cache:
+    if page is None:
+        x = meta(2, 4096, 8, dim, dtype=dtype)
+        return Cache(x, x, meta(2), leftpad=meta(2), batch_index=meta(2))
+    x = meta(64, page, 8, dim, dtype=dtype)
+    return Cache(x, x, meta(2), block_table=meta(2, 32))
+
+
+def compile_attention(
+    target: str, dtype: torch.dtype, dim: int, page: int | None = None, rules: Rules = PLAIN, queries: int = 1
+) -> Resources:
+    """The kernel as `attend` launches it for 32 query heads on 8 key heads."""
+    query, tables = meta(2, queries, 32, dim, dtype=dtype), meta(4096, dim // 2, dtype=dtype)
+    rotary = None if rules is PLAIN else Rotary(tables, tables, interleaved=True)
+
+    def launch() -> None:
+        decode.attend(query, cache_of(dim, dtype, page), rules, rotary, splits=1)
+
+    with (
+        mock.patch.object(decode, "chip_of", return_value=CHIPS[target]),
+        mock.patch.object(decode, "multiprocessors", return_value=132),
+    ):
+        return compile_for(target, catch(decode, "attend_cache_kernel", launch))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("dtype", "dim"),
+    [
+        (torch.bfloat16, 64),
+        (torch.bfloat16, 128),
+        (torch.float16, 256),
+        (torch.bfloat16, 512),
+        (torch.float32, 128),
+        (torch.float32, 256),
+    ],
+    ids=str,
+)
+def test_decoding_spills_nothing_and_shares_a_multiprocessor(target: str, dtype: torch.dtype, dim: int) -> None:
+    compiled = compile_attention(target, dtype, dim)
+    resident = decode.decode_tiles(CHIPS[target], dtype, dim).resident
+    assert compiled.spilled == 0
+    assert compiled.shared * resident <= SHARED_LIMIT[target]
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("page", [None, 16, 256])
+def test_keys_are_copied_16_bytes_at_a_time_as_far_ahead_with_pages_as_without(target: str, page: int | None) -> None:
+    compiled = compile_attention(target, torch.bfloat16, 128, page)
+    tiles = decode.decode_tiles(CHIPS[target], torch.bfloat16, 128)
+    in_a_block = 2 * tiles.keys * 128 * 2 // (16 * 32 * tiles.warps)
+    assert compiled.spilled == 0
+    # The prologue fills all stages but one, the loop fills that.
+    assert compiled.assembly.count("cp.async.cg.shared.global") == tiles.stages * in_a_block
+
+
+# Many rows with every feature leave a few registers short, once a block of keys at most.
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dim", [128, 256])
+def test_prefill_with_every_feature_fits(target: str, dim: int) -> None:
+    compiled = compile_attention(target, torch.bfloat16, dim, 256, FULL, queries=512)
+    assert compiled.spilled <= 256
+    assert compiled.shared <= SHARED_LIMIT[target]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_appending_and_merging_compile(target: str) -> None:
+    new, tables = meta(2, 40, 8, 128, dtype=torch.bfloat16), meta(4096, 32, dtype=torch.bfloat16)
+    cache, rotary = cache_of(128, torch.bfloat16, 256), Rotary(tables, tables, interleaved=False)
+    appending = catch(append_module, "append_kernel", lambda: append_module.append(new, new, cache, rotary))
+    assert compile_for(target, appending).spilled == 0
+
+    tiles = decode.DecodeTiles(64, 4, 2, 2)
+    query = meta(2, 1, 32, 128, dtype=torch.bfloat16)
+    with mock.patch.object(decode, "attend_cache_kernel"):
+        merging = catch(decode, "merge_kernel", lambda: decode.launch(query, cache, PLAIN, None, 0, 8, tiles, 16))
+    assert compile_for(target, merging).spilled == 0
