@@ -25,6 +25,18 @@ from ringflash.kernels.triton.blocks import (
     load_block,
     visible,
 )
+from ringflash.kernels.triton.modifiers import (
+    ModifierOperands,
+    biased,
+    blind_rows_aside,
+    capped,
+    dropped,
+    kept_pairs,
+    modifier_operands,
+    of_keys,
+    of_rows,
+    through_cap,
+)
 from ringflash.kernels.triton.operands import check_operands, describable, operand, padded
 from ringflash.kernels.triton.tiles import Tiles, chip_of, key_gradient_tiles, query_gradient_tiles
 
@@ -33,6 +45,7 @@ from ringflash.kernels.triton.tiles import Tiles, chip_of, key_gradient_tiles, q
 def dkey_stretch(
     dk_ND, dv_NV, k_ND, v_NV, begin, end, interior, right, column_N, start, stop,
     query, dout, lse_and_delta, head, query_count, q_row, q_head, do_row, do_head, scale_log2,
+    modifiers, position_N, shown_N,
     MASK: tl.constexpr, M: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
@@ -46,7 +59,12 @@ def dkey_stretch(
         pair_M2 = (head_rows + row_M)[:, None] * 2 + tl.arange(0, 2)[None, :]
         lse_M, delta_M = tl.split(tl.load(lse_and_delta + pair_M2, mask=exists_M[:, None], other=0.0))
         # Transposed, so that weights and dscores are left operands as they come, without a way through memory.
-        scores_NM = tl.dot(k_ND, q_MD.T, input_precision="ieee")
+        capped_NM = capped(tl.dot(k_ND, q_MD.T, input_precision="ieee"), modifiers)
+        position_M, slope_M = of_rows(modifiers, head, row_M, exists_M)
+        scores_NM = biased(
+            capped_NM, modifiers, position_M[None, :], slope_M[None, :], position_N[:, None], shown_N[:, None]
+        )
+        lse_M = blind_rows_aside(lse_M, modifiers)
         weights_NM = tl.exp2(scores_NM * scale_log2 - lse_M[None, :])
         # The mask also hides rows without any key, whose lse is -inf.
         if MASK == "all" or (MASK == "edges" and (row < interior or row >= right)):
@@ -54,9 +72,15 @@ def dkey_stretch(
             row_stop_M = tl.load(stop + row_M, mask=exists_M, other=0)
             weights_NM = tl.where(visible(column_N, row_start_M, row_stop_M).T, weights_NM, 0.0)
         do_MV = load_block(dout, head, row, query_count, do_row, do_head, M, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS)
-        dv_NV = tl.dot(weights_NM.to(do_MV.dtype), do_MV, dv_NV, input_precision="ieee")
+        dropped_NM = weights_NM
+        if modifiers.seed is not None:
+            kept_NM = kept_pairs(modifiers, head, position_M[None, :], position_N[:, None])
+            dropped_NM = dropped(weights_NM, kept_NM, modifiers)
+        dv_NV = tl.dot(dropped_NM.to(do_MV.dtype), do_MV, dv_NV, input_precision="ieee")
         dweights_NM = tl.dot(v_NV, do_MV.T, input_precision="ieee")
-        dscores_NM = weights_NM * (dweights_NM - delta_M[None, :])
+        if modifiers.seed is not None:
+            dweights_NM = dropped(dweights_NM, kept_NM, modifiers)
+        dscores_NM = through_cap(weights_NM * (dweights_NM - delta_M[None, :]), capped_NM, modifiers)
         dk_ND = tl.dot(dscores_NM.to(q_MD.dtype), q_MD, dk_ND, input_precision="ieee")
     return dk_ND, dv_NV
 
@@ -65,7 +89,7 @@ def dkey_stretch(
 def dkey_kernel(
     query, key, value, dout, lse_and_delta, dkey, dvalue, start, stop, sink_start, sink_stop, rows, sink_rows, order,
     query_count, key_count, tile_count, key_heads, scale, scale_log2,
-    q_row, q_head, k_row, k_head, v_row, v_head, do_row, do_head,
+    q_row, q_head, k_row, k_head, v_row, v_head, do_row, do_head, modifiers,
     GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr,
     HAS_SINK: tl.constexpr, SPLIT: tl.constexpr, DESCRIPTORS: tl.constexpr,
@@ -77,6 +101,7 @@ def dkey_kernel(
     column_N = column + tl.arange(0, N)
     k_ND = load_block(key, key_head, column, key_count, k_row, k_head, N, DIM, PADDED_DIM, DESCRIPTORS)
     v_NV = load_block(value, key_head, column, key_count, v_row, v_head, N, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS)
+    position_N, shown_N = of_keys(modifiers, column_N, key_count)
     dk_ND = tl.zeros([N, PADDED_DIM], tl.float32)
     dv_NV = tl.zeros([N, PADDED_VALUE_DIM], tl.float32)
 
@@ -95,12 +120,14 @@ def dkey_kernel(
             dk_ND, dv_NV = dkey_stretch(
                 dk_ND, dv_NV, k_ND, v_NV, sink_begin, sink_end, sink_end, sink_end, column_N, sink_start, sink_stop,
                 query, dout, lse_and_delta, head, query_count, q_row, q_head, do_row, do_head, scale_log2,
+                modifiers, position_N, shown_N,
                 "all", M, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
             )  # fmt: skip
         for part in tl.static_range(3 if SPLIT else 1):
             dk_ND, dv_NV = dkey_stretch(
                 dk_ND, dv_NV, k_ND, v_NV, bounds[part], bounds[part + 1], interior, right, column_N, start, stop,
                 query, dout, lse_and_delta, head, query_count, q_row, q_head, do_row, do_head, scale_log2,
+                modifiers, position_N, shown_N,
                 ("none" if part == 1 else "all") if SPLIT else "edges",
                 M, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
             )  # fmt: skip
@@ -117,14 +144,18 @@ def dkey_kernel(
 def dquery_stretch(
     dq_MD, q_MD, do_MV, lse_M, delta_M, begin, end, interior, right,
     key, value, key_head, key_count, k_row, k_head, v_row, v_head,
-    row_start_M, row_stop_M, scale_log2,
+    row_start_M, row_stop_M, scale_log2, modifiers, head, position_M, slope_M,
     MASK: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Adds what the keys [begin, end) give to the gradient of a tile of query rows; MASK as in attend_stretch."""
     for column in tl.range(begin, end, N):
         k_ND = load_block(key, key_head, column, key_count, k_row, k_head, N, DIM, PADDED_DIM, DESCRIPTORS)
-        scores_MN = tl.dot(q_MD, k_ND.T, input_precision="ieee")
+        capped_MN = capped(tl.dot(q_MD, k_ND.T, input_precision="ieee"), modifiers)
+        position_N, shown_N = of_keys(modifiers, column + tl.arange(0, N), key_count)
+        scores_MN = biased(
+            capped_MN, modifiers, position_M[:, None], slope_M[:, None], position_N[None, :], shown_N[None, :]
+        )
         v_NV = load_block(
             value, key_head, column, key_count, v_row, v_head, N, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS
         )
@@ -133,7 +164,10 @@ def dquery_stretch(
         if MASK == "all" or (MASK == "edges" and (column < interior or column >= right)):
             seen_MN = visible(column + tl.arange(0, N), row_start_M, row_stop_M)
             weights_MN = tl.where(seen_MN, weights_MN, 0.0)
-        dscores_MN = weights_MN * (dweights_MN - delta_M[:, None])
+        if modifiers.seed is not None:
+            kept_MN = kept_pairs(modifiers, head, position_M[:, None], position_N[None, :])
+            dweights_MN = dropped(dweights_MN, kept_MN, modifiers)
+        dscores_MN = through_cap(weights_MN * (dweights_MN - delta_M[:, None]), capped_MN, modifiers)
         dq_MD = tl.dot(dscores_MN.to(k_ND.dtype), k_ND, dq_MD, input_precision="ieee")
     return dq_MD
 
@@ -142,7 +176,7 @@ def dquery_stretch(
 def dquery_kernel(
     query, key, value, dout, lse, delta, dquery, carry, start, stop, sink_start, sink_stop, order,
     query_count, key_count, tile_count, heads, scale, scale_log2,
-    q_row, q_head, k_row, k_head, v_row, v_head, do_row, do_head,
+    q_row, q_head, k_row, k_head, v_row, v_head, do_row, do_head, modifiers,
     GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr,
     HAS_CARRY: tl.constexpr, HAS_SINK: tl.constexpr, SPLIT: tl.constexpr, DESCRIPTORS: tl.constexpr,
@@ -158,6 +192,8 @@ def dquery_kernel(
     exists_M = row_M < query_count
     head_rows = tl.cast(head, tl.int64) * query_count
     lse_M = tl.load(lse + head_rows + row_M, mask=exists_M, other=0.0) * LOG2_E
+    lse_M = blind_rows_aside(lse_M, modifiers)
+    position_M, slope_M = of_rows(modifiers, head, row_M, exists_M)
     delta_M = tl.load(delta + head_rows + row_M, mask=exists_M, other=0.0)
     q_MD = load_block(query, head, first_row, query_count, q_row, q_head, M, DIM, PADDED_DIM, DESCRIPTORS)
     do_MV = load_block(dout, head, first_row, query_count, do_row, do_head, M, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS)
@@ -171,6 +207,7 @@ def dquery_kernel(
         dq_MD = dquery_stretch(
             dq_MD, q_MD, do_MV, lse_M, delta_M, sink_begin, sink_end, sink_end, sink_end,
             key, value, key_head, key_count, k_row, k_head, v_row, v_head, row_start_M, row_stop_M, scale_log2,
+            modifiers, head, position_M, slope_M,
             "all", N, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
         )  # fmt: skip
     row_start_M = tl.load(start + row_M, mask=exists_M, other=0)
@@ -180,6 +217,7 @@ def dquery_kernel(
         dq_MD = dquery_stretch(
             dq_MD, q_MD, do_MV, lse_M, delta_M, bounds[part], bounds[part + 1], interior, right,
             key, value, key_head, key_count, k_row, k_head, v_row, v_head, row_start_M, row_stop_M, scale_log2,
+            modifiers, head, position_M, slope_M,
             ("none" if part == 1 else "all") if SPLIT else "edges",
             N, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
         )  # fmt: skip
@@ -214,12 +252,11 @@ def attend_backward(
         raise ArgumentError(f"dout is {dout.dtype}; allowed is the query's dtype, {query.dtype}")
     chip, dim = chip_of(query.device), max(query.shape[2], value.shape[2])
     dout = dout if dout.stride(2) == 1 else dout.contiguous()
-    operands = (query, key, value, dout, lse.contiguous(), delta.contiguous())
-    dkey, dvalue = launch_key_gradients(
-        *operands, intervals, scale, dkey_dtype or key.dtype, key_gradient_tiles(chip, query.dtype, dim)
-    )
+    modified = modifier_operands(modifiers, scale)
+    operands = (query, key, value, dout, lse.contiguous(), delta.contiguous(), intervals, scale, modified)
+    dkey, dvalue = launch_key_gradients(*operands, dkey_dtype or key.dtype, key_gradient_tiles(chip, query.dtype, dim))
     dquery = launch_query_gradient(
-        *operands, intervals, scale, carry, dquery_dtype or query.dtype, query_gradient_tiles(chip, query.dtype, dim)
+        *operands, carry, dquery_dtype or query.dtype, query_gradient_tiles(chip, query.dtype, dim)
     )
     return dquery, dkey, dvalue
 
@@ -233,6 +270,7 @@ def launch_key_gradients(
     delta: Tensor,
     intervals: KeyIntervals,
     scale: float,
+    modifiers: ModifierOperands,
     dkey_dtype: torch.dtype,
     tiles: Tiles,
 ) -> tuple[Tensor, Tensor]:
@@ -254,7 +292,7 @@ def launch_key_gradients(
         intervals.key_tile_rows(tiles.keys),
         intervals.key_tile_rows(tiles.keys, sink=True) if intervals.has_sink else None, order,
         query_count, key_count, order.shape[0], key_heads, scale, scale * LOG2_E.value,
-        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *dout.stride()[:2],
+        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *dout.stride()[:2], modifiers,
         GROUP=heads // key_heads, M=tiles.queries, N=tiles.keys, DIM=dim, PADDED_DIM=padded(dim),
         VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded(value_dim),
         HAS_SINK=intervals.has_sink, SPLIT=tiles.split, DESCRIPTORS=descriptors,
@@ -272,6 +310,7 @@ def launch_query_gradient(
     delta: Tensor,
     intervals: KeyIntervals,
     scale: float,
+    modifiers: ModifierOperands,
     carry: Tensor | None,
     dquery_dtype: torch.dtype,
     tiles: Tiles,
@@ -293,7 +332,7 @@ def launch_query_gradient(
         lse, delta, dquery, carry,
         intervals.start, intervals.stop, intervals.sink_start, intervals.sink_stop, order,
         query_count, key_count, order.shape[0], heads, scale, scale * LOG2_E.value,
-        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *dout.stride()[:2],
+        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *dout.stride()[:2], modifiers,
         GROUP=heads // key_heads, M=tiles.queries, N=tiles.keys, DIM=dim, PADDED_DIM=padded(dim),
         VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded(value_dim),
         HAS_CARRY=carry is not None, HAS_SINK=intervals.has_sink, SPLIT=tiles.split, DESCRIPTORS=descriptors,

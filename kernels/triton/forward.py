@@ -26,6 +26,16 @@ from ringflash.kernels.triton.blocks import (
     load_block,
     visible,
 )
+from ringflash.kernels.triton.modifiers import (
+    ModifierOperands,
+    biased,
+    capped,
+    dropped,
+    kept_pairs,
+    modifier_operands,
+    of_keys,
+    of_rows,
+)
 from ringflash.kernels.triton.operands import check_operands, describable, operand, padded
 from ringflash.kernels.triton.tiles import Tiles, chip_of, forward_tiles
 
@@ -34,7 +44,7 @@ from ringflash.kernels.triton.tiles import Tiles, chip_of, forward_tiles
 def attend_stretch(
     acc_MV, maximum_M, sum_M, q_MD, begin, end, interior, right,
     key, value, key_head, key_count, k_row, k_head, v_row, v_head,
-    row_start_M, row_stop_M, scale_log2,
+    row_start_M, row_stop_M, scale_log2, modifiers, head, position_M, slope_M,
     MASK: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
@@ -45,17 +55,26 @@ def attend_stretch(
     for column in tl.range(begin, end, N):
         k_ND = load_block(key, key_head, column, key_count, k_row, k_head, N, DIM, PADDED_DIM, DESCRIPTORS)
         scores_MN = tl.dot(q_MD, k_ND.T, input_precision="ieee")
-        # A score modifier would act here, on scores_MN, and by its derivative in backward.py's weights_and_dscores.
+        position_N, shown_N = of_keys(modifiers, column + tl.arange(0, N), key_count)
+        scores_MN = capped(scores_MN, modifiers)
+        scores_MN = biased(
+            scores_MN, modifiers, position_M[:, None], slope_M[:, None], position_N[None, :], shown_N[None, :]
+        )
         if MASK == "all" or (MASK == "edges" and (column < interior or column >= right)):
             seen_MN = visible(column + tl.arange(0, N), row_start_M, row_stop_M)
             scores_MN = tl.where(seen_MN, scores_MN, float("-inf"))
         new_maximum_M = tl.maximum(maximum_M, tl.max(scores_MN, 1) * scale_log2)
         offset_M = new_maximum_M
-        if MASK != "none":  # a row may have seen no key so far: -inf - -inf is not a number
+        if (
+            MASK != "none" or modifiers.key_visible is not None
+        ):  # a row may have seen no key so far: -inf - -inf is not a number
             offset_M = tl.where(new_maximum_M == float("-inf"), 0.0, new_maximum_M)
         weights_MN = tl.exp2(scores_MN * scale_log2 - offset_M[:, None])
         decay_M = tl.exp2(maximum_M - offset_M)
         sum_M = sum_M * decay_M + tl.sum(weights_MN, 1)
+        if modifiers.seed is not None:
+            kept_MN = kept_pairs(modifiers, head, position_M[:, None], position_N[None, :])
+            weights_MN = dropped(weights_MN, kept_MN, modifiers)
         acc_MV = acc_MV * decay_M[:, None]
         v_NV = load_block(
             value, key_head, column, key_count, v_row, v_head, N, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS
@@ -68,7 +87,7 @@ def attend_stretch(
 @triton.jit(do_not_specialize=["query_count", "key_count", "tile_count"])
 def attend_kernel(
     query, key, value, out, lse, carry_out, carry_lse, start, stop, sink_start, sink_stop, order,
-    query_count, key_count, tile_count, heads, scale_log2, q_row, q_head, k_row, k_head, v_row, v_head,
+    query_count, key_count, tile_count, heads, scale_log2, q_row, q_head, k_row, k_head, v_row, v_head, modifiers,
     GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr,
     HAS_CARRY: tl.constexpr, HAS_SINK: tl.constexpr, SPLIT: tl.constexpr, DESCRIPTORS: tl.constexpr,
@@ -99,6 +118,7 @@ def attend_kernel(
         acc_MV = tl.zeros([M, PADDED_VALUE_DIM], tl.float32)
 
     q_MD = load_block(query, head, first_row, query_count, q_row, q_head, M, DIM, PADDED_DIM, DESCRIPTORS)
+    position_M, slope_M = of_rows(modifiers, head, row_M, exists_M)
     begin, interior, right, end = key_stretches(start, stop, first_row, last_row, N)
     if HAS_SINK:
         row_start_M = tl.load(sink_start + row_M, mask=exists_M, other=0)
@@ -108,6 +128,7 @@ def attend_kernel(
         acc_MV, maximum_M, sum_M = attend_stretch(
             acc_MV, maximum_M, sum_M, q_MD, sink_begin, sink_end, sink_end, sink_end,
             key, value, key_head, key_count, k_row, k_head, v_row, v_head, row_start_M, row_stop_M, scale_log2,
+            modifiers, head, position_M, slope_M,
             "all", N, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
         )  # fmt: skip
     row_start_M = tl.load(start + row_M, mask=exists_M, other=0)
@@ -117,6 +138,7 @@ def attend_kernel(
         acc_MV, maximum_M, sum_M = attend_stretch(
             acc_MV, maximum_M, sum_M, q_MD, bounds[part], bounds[part + 1], interior, right,
             key, value, key_head, key_count, k_row, k_head, v_row, v_head, row_start_M, row_stop_M, scale_log2,
+            modifiers, head, position_M, slope_M,
             ("none" if part == 1 else "all") if SPLIT else "edges",
             N, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
         )  # fmt: skip
@@ -141,7 +163,8 @@ def attend(
     """See ringflash.kernels.reference.attend. A carry is overwritten where its tensors can hold the result."""
     check_operands(query, key, value, intervals, scale, modifiers)
     tiles = forward_tiles(chip_of(query.device), query.dtype, max(query.shape[2], value.shape[2]))
-    return launch_forward(query, key, value, intervals, scale, carry, out_dtype or query.dtype, tiles)
+    operands = modifier_operands(modifiers, scale)
+    return launch_forward(query, key, value, intervals, scale, operands, carry, out_dtype or query.dtype, tiles)
 
 
 def launch_forward(
@@ -150,6 +173,7 @@ def launch_forward(
     value: Tensor,
     intervals: KeyIntervals,
     scale: float,
+    modifiers: ModifierOperands,
     carry: Carry | None,
     out_dtype: torch.dtype,
     tiles: Tiles,
@@ -177,7 +201,7 @@ def launch_forward(
         out, lse, carry_out, carry_lse,
         intervals.start, intervals.stop, intervals.sink_start, intervals.sink_stop, order,
         query_count, key_count, order.shape[0], heads, scale * LOG2_E.value,
-        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2],
+        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], modifiers,
         GROUP=heads // key_heads, M=tiles.queries, N=tiles.keys, DIM=dim, PADDED_DIM=padded(dim),
         VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded(value_dim),
         HAS_CARRY=carry is not None, HAS_SINK=intervals.has_sink, SPLIT=tiles.split, DESCRIPTORS=descriptors,

@@ -8,6 +8,7 @@ from torch import Tensor
 from ringflash.errors import ArgumentError
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.modifiers import Modifiers
+from ringflash.kernels.triton.modifiers import check_modifiers
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -17,8 +18,6 @@ def check_operands(
     query: Tensor, key: Tensor, value: Tensor, intervals: KeyIntervals, scale: float, modifiers: Modifiers | None
 ) -> None:
     """Raise ArgumentError for what the kernels cannot compute."""
-    if modifiers is not None:
-        raise ArgumentError(f"modifiers={modifiers}; the Triton kernels apply none, the blockwise kernels apply all")
     if query.dtype not in DTYPES or key.dtype != query.dtype or value.dtype != query.dtype:
         raise ArgumentError(
             f"query, key, value are {query.dtype}, {key.dtype}, {value.dtype}; allowed is one of "
@@ -42,6 +41,8 @@ def check_operands(
         )
     if not 0.0 < scale < float("inf"):
         raise ArgumentError(f"scale={scale}; allowed are positive finite numbers")
+    if modifiers is not None:
+        check_modifiers(modifiers, query, key)
 
 
 def padded(dim: int) -> int:

@@ -40,6 +40,7 @@ _POINTERS = {
     torch.float32: "*fp32",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.uint8: "*u8",
 }
 
 
@@ -81,25 +82,37 @@ def catch(module, kernel_name: str, launch) -> Caught:
 
 def compile_for(target: str, call: Caught) -> Resources:
     """Compile a caught call for one of TARGETS."""
-    names, unspecialised = call.kernel.arg_names, call.kernel.do_not_specialize or ()
+    unspecialised = call.kernel.do_not_specialize or ()
     signature, constants, attributes = {}, {}, {}
-    for index, name in enumerate(names):
-        x = call.constants[name] if name in call.constants else call.arguments[name]
-        if name in call.constants or x is None:
-            signature[name], constants[(index,)] = "constexpr", x
-        elif isinstance(x, torch.Tensor):
-            signature[name], attributes[(index,)] = _POINTERS[x.dtype], [["tt.divisibility", 16]]
-        elif isinstance(x, float):
-            signature[name] = "fp32"
-        elif isinstance(x, int):
-            signature[name] = "i32"
-            if name not in unspecialised and x % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
+    for index, name in enumerate(call.kernel.arg_names):
+        if name in call.constants:
+            signature[name], constants[(index,)] = "constexpr", call.constants[name]
         else:
-            signature[name] = f"tensordesc<{_POINTERS[x.base.dtype][1:]}{list(x.block_shape)}>"
+            specialised = name not in unspecialised
+            signature[name] = _type_of(call.arguments[name], (index,), specialised, constants, attributes)
     source = ASTSource(call.kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=TARGETS[target], options=call.options)
     return _read_amd(compiled) if TARGETS[target].backend == "hip" else _read_nvidia(compiled, target)
+
+
+def _type_of(x, path: tuple[int, ...], specialised: bool, constants: dict, attributes: dict) -> str | tuple:
+    """The type of an argument as Triton's launcher finds it; notes at `path` what it knows of the value beside."""
+    if isinstance(x, tuple):
+        types = [_type_of(y, (*path, i), specialised, constants, attributes) for i, y in enumerate(x)]
+        return type(x)(*types) if hasattr(x, "_fields") else tuple(types)
+    if x is None:
+        constants[path] = None
+        return "constexpr"
+    if isinstance(x, torch.Tensor):
+        attributes[path] = [["tt.divisibility", 16]]
+        return _POINTERS[x.dtype]
+    if isinstance(x, float):
+        return "fp32"
+    if isinstance(x, int):
+        if specialised and x % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "i32"
+    return f"tensordesc<{_POINTERS[x.base.dtype][1:]}{list(x.block_shape)}>"
 
 
 def _read_nvidia(compiled, target: str) -> Resources:

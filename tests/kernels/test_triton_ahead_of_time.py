@@ -8,7 +8,9 @@ from aot import SHARED_LIMIT, Resources, catch, compile_for
 
 from ringflash.errors import ArgumentError
 from ringflash.kernels.intervals import KeyIntervals
+from ringflash.kernels.modifiers import Modifiers
 from ringflash.kernels.triton import backward, forward, tiles
+from ringflash.kernels.triton.modifiers import modifier_operands
 
 CHIPS = {"sm_80": "ampere", "sm_89": "consumer", "sm_90": "hopper", "sm_100": "blackwell", "gfx942": "cdna"}
 """The row of the table of tiles that a target takes."""
@@ -25,7 +27,9 @@ SPILLED_KNOWINGLY = {
 }
 
 
-def launch(kernel: str, chip: str, dim: int, dtype: torch.dtype, sink: bool, carried: bool):
+def launch(
+    kernel: str, chip: str, dim: int, dtype: torch.dtype, sink: bool, carried: bool, modifiers: Modifiers | None = None
+):
     """The call that launches a kernel for 16 query and 4 key heads; the tensors are never read."""
     rows = 4096
     query, dout, out = (torch.empty(rows, 16, dim, dtype=dtype) for _ in range(3))
@@ -33,12 +37,13 @@ def launch(kernel: str, chip: str, dim: int, dtype: torch.dtype, sink: bool, car
     bounds = torch.arange(rows, dtype=torch.int32)
     intervals = KeyIntervals(bounds, bounds + 1, rows, *((bounds, bounds) if sink else ()))
     lse = torch.empty(16, rows)
+    modified = modifier_operands(modifiers, 1.0)
     if kernel == "attend":
         carry = (out.float(), lse) if carried else None
         shape = tiles.forward_tiles(chip, dtype, dim)
-        call = lambda: forward.launch_forward(query, key, value, intervals, 1.0, carry, dtype, shape)  # noqa: E731
+        call = lambda: forward.launch_forward(query, key, value, intervals, 1.0, modified, carry, dtype, shape)  # noqa: E731
         return catch(forward, "attend_kernel", call)
-    operands = (query, key, value, dout, lse, lse, intervals, 1.0)
+    operands = (query, key, value, dout, lse, lse, intervals, 1.0, modified)
     if kernel == "dkey":
         shape = tiles.key_gradient_tiles(chip, dtype, dim)
         return catch(backward, "dkey_kernel", lambda: backward.launch_key_gradients(*operands, dtype, shape))
