@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ringflash.errors import ArgumentError
 from ringflash.functional import attention
 from ringflash.mask import Mask
-from ringflash.parallel.mesh import Group, group_size
+from ringflash.parallel.mesh import Group, OneDevice, group_size
 from ringflash.parallel.partition import Partition, check_name
 
 
@@ -23,7 +23,7 @@ class DistributedFlashAttention(nn.Module):
     """Exact attention of this rank's tokens to the tokens of all ranks.
 
     Args:
-        mask: which keys a query may see, over global positions.
+        mask: which keys a query may see, over global positions; causal if None.
         group: a ProcessGroup or one-dimensional DeviceMesh over whose ranks each sequence is dealt. None is the default
             group if torch.distributed is initialised, and one device otherwise.
         partition: how tokens are dealt: "zigzag", "contiguous", "balanced" (for the mask), or a `Partition` of one
@@ -31,6 +31,8 @@ class DistributedFlashAttention(nn.Module):
         scale: factor of the scores before the softmax; 1 / sqrt(D) if None.
         kernel: "auto", or the name of one implementation (see `ringflash.kernels.select`).
         deterministic: gradients repeat bit for bit.
+        softcap: scores become softcap * tanh(score / softcap); 0 for none.
+        dropout: probability of dropping a pair while training; see `ringflash.functional.attention` for its seed.
 
     Example:
         >>> attend = DistributedFlashAttention(Mask.causal() & Mask.sliding_window(1023))
@@ -48,10 +50,12 @@ class DistributedFlashAttention(nn.Module):
         scale: float | None = None,
         kernel: str = "auto",
         deterministic: bool = False,
+        softcap: float = 0.0,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         check_name(partition)
-        if group is not None and not isinstance(group, dist.ProcessGroup | DeviceMesh):
+        if group is not None and not isinstance(group, dist.ProcessGroup | DeviceMesh | OneDevice):
             raise ArgumentError(f"group={group!r}; allowed are a ProcessGroup, a one-dimensional DeviceMesh, or None")
         self.mask = Mask.causal() if mask is None else mask
         self.group = group
@@ -59,6 +63,8 @@ class DistributedFlashAttention(nn.Module):
         self.scale = scale
         self.kernel = kernel
         self.deterministic = deterministic
+        self.softcap = softcap
+        self.dropout = dropout
 
     def forward(
         self,
@@ -67,6 +73,9 @@ class DistributedFlashAttention(nn.Module):
         value: Tensor,
         cu_seqlens: Sequence[int] | Tensor | None = None,
         seqlen: int | None = None,
+        alibi_slopes: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Attention output for this rank's tokens.
 
@@ -77,6 +86,9 @@ class DistributedFlashAttention(nn.Module):
             cu_seqlens: global document boundaries over the B * S tokens laid end to end: (documents + 1,), on the host
                 if there is more than one rank.
             seqlen: S; needed only where not every rank holds the same number of tokens.
+            alibi_slopes: fp32 (H,), or (B, H), or (documents, H) with cu_seqlens.
+            key_padding_mask: (B, s) bool, False for this rank's keys that nobody may see.
+            sinks: (H,) learned logits that join each row's softmax without a value, as in gpt-oss.
 
         Returns:
             (B, s, H, Dv) in the query's dtype.
@@ -85,7 +97,7 @@ class DistributedFlashAttention(nn.Module):
             ArgumentError: an argument is not supported; raised before any communication.
             RankMismatchError: ranks disagree on an argument.
         """
-        return self.forward_with_lse(query, key, value, cu_seqlens, seqlen)[0]
+        return self.forward_with_lse(query, key, value, cu_seqlens, seqlen, alibi_slopes, key_padding_mask, sinks)[0]
 
     def forward_with_lse(
         self,
@@ -94,6 +106,9 @@ class DistributedFlashAttention(nn.Module):
         value: Tensor,
         cu_seqlens: Sequence[int] | Tensor | None = None,
         seqlen: int | None = None,
+        alibi_slopes: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Like `forward`; returns also the log-sum-exp of each row, (B, H, s) fp32."""
         return attention(
@@ -106,6 +121,11 @@ class DistributedFlashAttention(nn.Module):
             group=self.group,
             partition=self.partition,
             scale=self.scale,
+            softcap=self.softcap,
+            alibi_slopes=alibi_slopes,
+            dropout=self.dropout if self.training else 0.0,
+            key_padding_mask=key_padding_mask,
+            sinks=sinks,
             kernel=self.kernel,
             deterministic=self.deterministic,
         )
