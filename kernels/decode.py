@@ -161,6 +161,9 @@ def attend(
         out (B, S, H, V) in the query's dtype and lse (B, H, S) fp32, natural logarithm.
     """
     (batch, count, _, _), key_heads, wide = query.shape, cache.key.shape[2], _wide(query.dtype)
+    if query.numel() == 0:
+        shape = (*query.shape[:3], cache.value.shape[3])
+        return query.new_empty(shape), query.new_empty((shape[0], shape[2], count), dtype=torch.float32)
     used, index = cache.used(batch), torch.arange(count, device=query.device)
     if rotary is not None:
         query = rotary.turn(query, used[:, None] + (index if rules.local else torch.zeros_like(index)))
@@ -174,7 +177,7 @@ def attend(
         start_BS = torch.maximum(start_BS, place_BS - rules.left)
 
     # Bounds of the walk: on the CPU values are at hand, elsewhere reading them would be a wait.
-    bounds = (int(start_BS.min()), int(stop_BS.max())) if query.device.type == "cpu" and query.numel() else None
+    bounds = (int(start_BS.min()), int(stop_BS.max())) if query.device.type == "cpu" else None
     begin, end = (0, cache.capacity) if bounds is None else (max(bounds[0], 0), bounds[1])
     query_BKGSD = query.to(wide).unflatten(2, (key_heads, -1)).permute(0, 2, 3, 1, 4)
     shape = query_BKGSD.shape[:4]

@@ -84,8 +84,8 @@ def flash_attn_with_kvcache(
     """
     _check_no_gradient(q, k_cache, v_cache, k, v)
     _check_tensors(q, k_cache, v_cache, k, v, cache_batch_idx, block_table)
-    rows = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     _check_indices(q, cache_seqlens, cache_batch_idx, cache_leftpad, block_table)
+    rows = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     _check_rotary(q, k, rotary_cos, rotary_sin, rows)
     left, right = _check_scores(q, softmax_scale, causal, window_size, alibi_slopes, num_splits)
     if k is not None and cache_seqlens is None:

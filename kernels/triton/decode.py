@@ -237,7 +237,7 @@ _TILES = {
     "hopper": {
         64: DecodeTiles(128, 4, 3, 3),
         128: DecodeTiles(64, 4, 3, 3),
-        256: DecodeTiles(32, 4, 4, 2),
+        256: DecodeTiles(32, 4, 4, 2, queries=32),
         512: DecodeTiles(32, 8, 3, 1, queries=16),
         "fp32": DecodeTiles(16, 8, 3, 3, queries=16),
         "fp32 wide": DecodeTiles(16, 8, 3, 2, queries=16),

@@ -9,13 +9,13 @@ import torch
 
 pytest.importorskip("triton")
 
-from aot import SHARED_LIMIT, TARGETS, Resources, catch, compile_for
+from aot import SHARED_LIMIT, Resources, catch, compile_for
 
 from ringflash.kernels.decode import Cache, Rotary, Rules
 from ringflash.kernels.triton import append as append_module
 from ringflash.kernels.triton import decode
 
-CHIPS = {"sm_80": "ampere", "sm_90": "hopper", "sm_100": "hopper", "gfx942": "cdna"}
+CHIPS = {"sm_80": "ampere", "sm_89": "consumer", "sm_90": "hopper", "sm_100": "hopper", "gfx942": "cdna"}
 PLAIN = Rules(scale=0.1)
 FULL = Rules(0.1, left=100, right=0, softcap=5.0, slopes=torch.empty(2, 32, device="meta"))
 
@@ -49,7 +49,7 @@ def compile_attention(
         return compile_for(target, catch(decode, "attend_cache_kernel", launch))
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", CHIPS)
 @pytest.mark.parametrize(
     ("dtype", "dim"),
     [
@@ -81,23 +81,32 @@ def test_keys_are_copied_16_bytes_at_a_time_as_far_ahead_with_pages_as_without(t
 
 
 # Many rows with every feature leave a few registers short, once a block of keys at most.
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("dim", [128, 256])
+@pytest.mark.parametrize(("target", "dim"), [("sm_80", 128), ("sm_90", 128), ("sm_90", 256), ("gfx942", 256)])
 def test_prefill_with_every_feature_fits(target: str, dim: int) -> None:
     compiled = compile_attention(target, torch.bfloat16, dim, 256, FULL, queries=512)
-    assert compiled.spilled <= 256
+    assert compiled.spilled <= 64
     assert compiled.shared <= SHARED_LIMIT[target]
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", CHIPS)
 def test_appending_and_merging_compile(target: str) -> None:
     new, tables = meta(2, 40, 8, 128, dtype=torch.bfloat16), meta(4096, 32, dtype=torch.bfloat16)
     cache, rotary = cache_of(128, torch.bfloat16, 256), Rotary(tables, tables, interleaved=False)
     appending = catch(append_module, "append_kernel", lambda: append_module.append(new, new, cache, rotary))
-    assert compile_for(target, appending).spilled == 0
+    assert compile_for(target, appending).spilled <= 16  # 32 rows a program
 
     tiles = decode.DecodeTiles(64, 4, 2, 2)
     query = meta(2, 1, 32, 128, dtype=torch.bfloat16)
     with mock.patch.object(decode, "attend_cache_kernel"):
         merging = catch(decode, "merge_kernel", lambda: decode.launch(query, cache, PLAIN, None, 0, 8, tiles, 16))
     assert compile_for(target, merging).spilled == 0
+
+
+@pytest.mark.parametrize("programs", [1, 8, 128, 512, 5000])
+@pytest.mark.parametrize("blocks", [1, 7, 128, 1024, 16384])
+def test_chosen_parts_fill_the_chip_and_are_not_too_short(programs: int, blocks: int) -> None:
+    slots = 396
+    splits = decode.choose_splits(programs, blocks, slots)
+    assert 1 <= splits <= min(decode.MOST_SPLITS, blocks)
+    assert splits in (decode.MOST_SPLITS, blocks) or programs * (splits + 1) > slots, "one more would still fit"
+    assert splits == 1 or programs * splits <= 4 * slots + programs
