@@ -80,9 +80,9 @@ def _missing(
         return None
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    if modifiers:
-        return "it applies no softcap, ALiBi slopes, dropout or key padding; blockwise does"
     if kernel == "hopper":
+        if modifiers:
+            return "it applies no softcap, ALiBi slopes, dropout or key padding; triton and blockwise do"
         return importlib.import_module("ringflash.kernels.hopper").supports(device, dtype, head_dim, value_head_dim)
     try:
         importlib.import_module("ringflash.kernels.triton.tiles").chip_of(device)

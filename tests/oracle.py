@@ -271,16 +271,41 @@ def to_device(intervals: KeyIntervals, device: str) -> KeyIntervals:
 @st.composite
 def any_modifiers(draw: st.DrawFn, intervals: KeyIntervals, heads: int) -> Modifiers:
     """Any of softcap, ALiBi, dropout and padding, together; positions as a rank with a part of the line has them."""
-    queries, keys = intervals.query_count, intervals.key_count
-    random = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
-    return Modifiers(
+    return draw_modifiers(
+        intervals,
+        heads,
+        draw(st.integers(0, 2**63 - 1)),
         softcap=draw(st.sampled_from([0.0, 3.0])),
-        slopes=torch.rand(queries, heads, generator=random) / 8 if draw(st.booleans()) else None,
-        dropout=draw(st.sampled_from([0.0, 0.0, 0.3])),
-        seed=torch.tensor([draw(st.integers(0, 2**63 - 1))]),
-        query_positions=torch.arange(queries, dtype=torch.int32) + draw(st.integers(0, 100)),
-        key_positions=torch.arange(keys, dtype=torch.int32) + draw(st.integers(0, 100)),
-        key_visible=(torch.rand(keys, generator=random) < 0.8).byte() if draw(st.booleans()) else None,
+        slopes=draw(st.sampled_from([None, *SLOPES])),
+        dropout=draw(st.sampled_from([0.0, 0.0, 0.3, 0.6])),
+        padding=draw(st.booleans()),
+    )
+
+
+SLOPES = {
+    "of each row": lambda random, rows, heads: torch.rand(rows, heads, generator=random),
+    "of all rows": lambda random, rows, heads: torch.rand(heads, generator=random).expand(rows, heads),
+    "heads first": lambda random, rows, heads: torch.rand(heads, rows, generator=random).T,
+}
+
+
+def draw_modifiers(
+    intervals: KeyIntervals, heads: int, seed: int, softcap: float, slopes: str | None, dropout: float, padding: bool
+) -> Modifiers:
+    """Modifiers of the named kinds on the intervals' device; positions from 0 to 100 on."""
+    queries, keys, device = intervals.query_count, intervals.key_count, intervals.start.device
+    random = torch.Generator().manual_seed(seed)
+    first_query, first_key = torch.randint(0, 100, (2,), generator=random).tolist()
+    drawn_slopes = None if slopes is None else SLOPES[slopes](random, queries, heads)
+    visible = torch.rand(keys, generator=random) < 0.8
+    return Modifiers(
+        softcap=softcap,
+        slopes=None if drawn_slopes is None else drawn_slopes.to(device) / 8,
+        dropout=dropout,
+        seed=torch.tensor([seed], device=device),
+        query_positions=torch.arange(queries, dtype=torch.int32, device=device) + first_query,
+        key_positions=torch.arange(keys, dtype=torch.int32, device=device) + first_key,
+        key_visible=visible.byte().to(device) if padding else None,
     )
 
 

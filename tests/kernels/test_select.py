@@ -60,7 +60,17 @@ def test_gpu_tensors_go_to_triton_where_it_takes_them() -> None:
     assert chosen("cuda", torch.float64, 128) == "blockwise"
     assert chosen("cuda", torch.bfloat16, 20) == "blockwise"
     assert chosen("cuda", torch.bfloat16, 64, 264) == "blockwise"
-    assert chosen("cuda", torch.bfloat16, 64, 64, "auto", True) == "blockwise"
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_modified_scores_go_to_triton_also_where_hopper_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    hopper = pytest.importorskip("ringflash.kernels.hopper")
+    monkeypatch.setattr(hopper, "supports", lambda *problem: None)
+    monkeypatch.setattr(module, "AUTO_ON_GPUS", ("hopper", "triton"))
+    assert chosen("cuda", torch.bfloat16, 128, 128, "auto", False) == "hopper"
+    assert chosen("cuda", torch.bfloat16, 128, 128, "auto", True) == "triton"
+    assert chosen("cuda", torch.bfloat16, 128, 128, "triton", True) == "triton"
+    assert chosen("cuda", torch.bfloat16, 20, 20, "auto", True) == "blockwise"
 
 
 @pytest.mark.usefixtures("without_triton")
@@ -92,8 +102,12 @@ def test_forced_triton_names_what_it_does_not_take(dtype: torch.dtype, dims: tup
 def test_forced_gpu_kernels_say_what_they_need(name: str) -> None:
     with pytest.raises(ArgumentError, match=f"kernel='{name}' cannot run: device.*cpu.* GPUs|kernel='{name}' .* CUDA"):
         select("cpu", torch.bfloat16, 128, kernel=name)
-    with pytest.raises(ArgumentError, match=f"kernel='{name}' cannot run: it applies no softcap.*; blockwise does"):
-        select("cpu", torch.bfloat16, 128, kernel=name, modifiers=True)
+
+
+def test_forced_hopper_says_that_it_modifies_no_scores() -> None:
+    pytest.importorskip("ringflash.kernels.hopper")
+    with pytest.raises(ArgumentError, match=r"kernel='hopper' cannot run: .* no softcap.*; triton and blockwise do"):
+        select("cuda", torch.bfloat16, 128, kernel="hopper", modifiers=True)
 
 
 def test_unknown_kernels_and_dtypes_are_refused_with_what_is_allowed() -> None:

@@ -9,18 +9,28 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import LAYOUTS, Problem, any_intervals, assert_accurate, assert_same, draw_problem, run
+from oracle import (
+    LAYOUTS,
+    Problem,
+    any_intervals,
+    any_modifiers,
+    assert_accurate,
+    assert_same,
+    draw_problem,
+    run,
+)
 
 from ringflash.errors import ArgumentError
 from ringflash.kernels import triton as kernels
 from ringflash.kernels.intervals import KeyIntervals, causal_intervals, dense_intervals
-from ringflash.kernels.modifiers import Modifiers
+from ringflash.kernels.modifiers import Modifiers, kept
 from ringflash.kernels.triton import backward, forward
 from ringflash.kernels.triton.tiles import Tiles
 
@@ -66,6 +76,50 @@ else:
         cuts = data.draw(st.lists(st.integers(0, problem.intervals.key_count), max_size=2))
         assert_accurate(run(kernels, problem, cuts, backwards=data.draw(st.booleans())), problem)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+    @settings(max_examples=5)
+    @given(data=st.data())
+    def test_modified_scores_are_as_accurate_as_torch(tiles: Tiles, dtype: torch.dtype, data: st.DataObject) -> None:
+        problem = data.draw(problems(dtype))
+        modifiers = data.draw(any_modifiers(problem.intervals, problem.query.shape[1]))
+        problem = replace(problem, modifiers=modifiers)
+        problem = replace(problem, dlse=problem.dlse * problem.visible().any(1))
+        cuts = data.draw(st.lists(st.integers(0, problem.intervals.key_count), max_size=1))
+        assert_accurate(run(kernels, problem, cuts), problem)
+
+    @pytest.mark.parametrize("shown", [slice(40, 53), slice(0, 1), slice(0, 0)], ids=["last", "first", "none"])
+    def test_blocks_whose_keys_are_all_padding(tiles: Tiles, shown: slice) -> None:
+        visible = torch.zeros(53, dtype=torch.uint8)
+        visible[shown] = 1
+        intervals, modifiers = dense_intervals(37, 53), Modifiers(key_visible=visible)
+        problem = draw_problem(intervals, (2, 1), (16, 16), torch.float32, modifiers=modifiers)
+        results = run(kernels, problem)
+        assert_accurate(results, problem)
+        assert results.lse.isneginf().all() == (not visible.any())
+
+    @pytest.mark.parametrize("dropout", [0.1, 0.5, 0.9])
+    def test_dropout_drops_the_pairs_of_its_definition(tiles: Tiles, dropout: float) -> None:
+        """Keys and values are unit vectors, so each number of the results shows the fate of one pair."""
+        queries, keys, heads = 40, 50, 3
+        modifiers = Modifiers(
+            dropout=dropout,
+            seed=torch.tensor([-(2**62) - 987654321]),
+            query_positions=torch.arange(queries, dtype=torch.int32) + 2**31 - queries,
+            key_positions=torch.arange(keys, dtype=torch.int32) * 41943041,
+        )
+        unit = torch.eye(64)[:, None].expand(64, heads, 64)
+        query, key = torch.zeros(queries, heads, 64), unit[:keys].contiguous()
+        launch = {"intervals": dense_intervals(queries, keys), "scale": 1.0, "modifiers": modifiers}
+        out, lse = kernels.attend(query, key, key, **launch)
+        delta = torch.zeros_like(lse)
+        dquery, _, _ = kernels.attend_backward(torch.ones_like(query), query, key, key, lse, delta, **launch)
+        rows_apart = unit[:queries].contiguous()
+        _, _, dvalue = kernels.attend_backward(rows_apart, query, key, key, lse, delta, **launch)
+        right = kept(modifiers, heads)
+        assert torch.equal(out[..., :keys].transpose(0, 1) != 0, right)
+        assert torch.equal(dquery[..., :keys].transpose(0, 1) != 0, right)
+        assert torch.equal(dvalue[..., :queries].permute(1, 2, 0) != 0, right)
+
     @pytest.mark.parametrize("dim", [8, 104, 256])
     def test_the_least_an_odd_and_the_widest_head_dimension(tiles: Tiles, dim: int) -> None:
         problem = draw_problem(causal_intervals(37, 53), (2, 1), (dim, dim), torch.float32)
@@ -107,7 +161,12 @@ else:
             ({"value": torch.zeros(4, 2, 12)}, "value head dimension 12"),
             ({"value": torch.zeros(4, 2, 264)}, "value head dimension 264"),
             ({"key": torch.zeros(4, 16, 2).mT}, "key strides"),
-            ({"modifiers": Modifiers(softcap=1.0)}, "modifiers="),
+            ({"modifiers": Modifiers(softcap=-1.0)}, r"softcap=-1\.0"),
+            ({"modifiers": Modifiers(dropout=1.0)}, r"dropout=1\.0"),
+            ({"modifiers": Modifiers(dropout=0.5)}, "seed=None"),
+            ({"modifiers": Modifiers(slopes=torch.zeros(4, 2))}, "query_positions=None"),
+            ({"modifiers": Modifiers(slopes=torch.zeros(2, 4))}, r"slopes is torch\.float32 \(2, 4\)"),
+            ({"modifiers": Modifiers(key_visible=torch.ones(4).bool())}, r"key_visible is torch\.bool"),
         ],
         ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
     )
