@@ -1,23 +1,33 @@
 """Ranks find out that they disagree before the first transfer that would hang or mix up numbers.
 
-Send and receive check neither sizes nor dtypes, so ranks compare what they are about to do once for every new
-signature. The comparison goes through the key-value store of torch.distributed, not through a collective: a rank
-that does not come is found by name, and a rank that has come before with another signature is quoted.
+Send and receive check neither sizes nor dtypes, so ranks compare what they are about to do whenever it is something
+new, or follows on something that it has not followed on before. The comparison goes through the key-value store of
+torch.distributed, not through a collective: a rank that does not come is found by name, one that came before with
+another signature is quoted, and one that raised an error instead says which.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
-from functools import lru_cache
+from functools import cache
 
 import torch.distributed as dist
 
 from ringflash.errors import RankMismatchError
 
-PATIENCE = timedelta(minutes=5)
-"""How long to wait for a rank that has not yet come to a comparison."""
+REMEMBERED = 4096
+"""Comparisons that need not be made again; packed documents give a new one with every step."""
+
+RAISED = "raised"
+"""Key under which a rank posts its error in place of a signature."""
+
+
+def signature(values: Mapping[str, object]) -> str:
+    """What ranks compare: names and values as JSON text, in the order in which a disagreement is to be reported."""
+    return json.dumps(values, default=str)
 
 
 class Agreement:
@@ -25,34 +35,54 @@ class Agreement:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.rank, self.ranks = group.rank(), group.size()
-        default_store = dist.distributed_c10d._get_default_store()
-        self._store = dist.PrefixStore(f"ringflash/{group.group_name}", default_store)
-        self._seen: set[str] = set()
+        store = dist.PrefixStore(f"ringflash/{group.group_name}", dist.distributed_c10d._get_default_store())
+        # The store may outlive the group, as torchrun's does, and hold what an earlier group of this name compared.
+        life = store.add(f"lives/{self.rank}", 1)
+        self._store = dist.PrefixStore(str(life), store)
+        self._seen: set[tuple[str, str]] = set()
+        self._last = ""
         self._turn = 0
 
-    def check(self, values: Mapping[str, object], patience: timedelta = PATIENCE) -> None:
-        """Compare a signature with all ranks, unless this very signature was compared before.
+    def check(self, text: str, patience: timedelta | None = None) -> None:
+        """Compare a signature with all ranks, unless it repeats the last one or once agreed right behind that one.
 
         Args:
-            values: name -> value; compared by their JSON text.
-            patience: how long to wait for the other ranks.
+            text: from `signature`.
+            patience: how long to wait for the other ranks; as long as torch.distributed was told to if None.
 
         Raises:
             RankMismatchError: on every rank, naming the argument, the ranks and their values.
         """
-        text = json.dumps(values, sort_keys=True, default=str)
-        if text in self._seen:
-            return
+        step = (self._last, text)
+        if text != self._last and step not in self._seen:
+            self._compare(text, self._store.timeout if patience is None else patience)
+            if len(self._seen) >= REMEMBERED:  # all ranks remember the same, so all forget at once
+                self._seen.clear()
+            self._seen.add(step)
+        self._last = text
+
+    def tell(self, error: Exception) -> None:
+        """Let ranks that wait for this one's next signature know that it raised an error instead."""
+        self._post(signature({RAISED: f"{type(error).__name__}: {error}"}))
+
+    def _compare(self, text: str, patience: timedelta) -> None:
+        turn = self._post(text)
+        others = [json.loads(self._read(turn, rank, patience)) for rank in range(self.ranks)]
+        for rank, other in enumerate(others):
+            if RAISED in other:
+                raise RankMismatchError(f"rank {rank} raised an error instead of coming to attention: {other[RAISED]}")
+        for name in others[self.rank]:
+            shown = [json.dumps(other.get(name)) for other in others]
+            if len(set(shown)) > 1:
+                raise RankMismatchError(f"ranks disagree on {name}: {_by_value(shown)}")
+        if turn:  # every rank has come to this turn, so none still reads the one before
+            self._store.delete_key(f"{turn - 1}/{self.rank}")
+
+    def _post(self, text: str) -> int:
         turn, self._turn = self._turn, self._turn + 1
         self._store.set(f"latest/{self.rank}", text)
         self._store.set(f"{turn}/{self.rank}", text)
-        texts = [self._read(turn, rank, patience) for rank in range(self.ranks)]
-        others = [json.loads(other) for other in texts]
-        for name in values:
-            shown = [json.dumps(other.get(name), default=str) for other in others]
-            if len(set(shown)) > 1:
-                raise RankMismatchError(f"ranks disagree on {name}: {_by_value(shown)}")
-        self._seen.add(text)
+        return turn
 
     def _read(self, turn: int, rank: int, patience: timedelta) -> str:
         try:
@@ -67,10 +97,20 @@ class Agreement:
         return self._store.get(f"{turn}/{rank}").decode()
 
 
-@lru_cache(maxsize=64)
+@cache
 def agreement(group: dist.ProcessGroup) -> Agreement:
     """The `Agreement` of a process group; one for as long as the group lives."""
     return Agreement(group)
+
+
+@contextmanager
+def errors_told(group: dist.ProcessGroup) -> Iterator[None]:
+    """Around what one rank may fail at before the ranks compare: the others hear of the error and do not wait."""
+    try:
+        yield
+    except Exception as error:
+        agreement(group).tell(error)
+        raise
 
 
 def _by_value(shown: list[str]) -> str:

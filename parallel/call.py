@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ringflash.errors import ArgumentError
 from ringflash.mask import Mask
-from ringflash.parallel.agreement import agreement
+from ringflash.parallel.agreement import agreement, errors_told, signature
 from ringflash.parallel.partition import resolve
 from ringflash.parallel.plan import ring
 from ringflash.parallel.program import Program, local_program, rank_program
@@ -98,17 +98,20 @@ def prepare(call: Call, inputs: Inputs) -> tuple[Program, PointToPoint | None]:
         _check_rows(call, query.shape[0] - program.queries, key.shape[0] - program.keys, 0)
         return program, None
     group = dist.distributed_c10d._resolve_process_group(call.group)
-    program = _cached_program(call, documents, group, device)
+    with errors_told(group):
+        program = _cached_program(call, documents, group, device)
     surplus = query.shape[0] - program.queries, key.shape[0] - program.keys
     heads = (query.shape[1], key.shape[1], value.shape[1])
     given = (inputs.slopes is not None, inputs.key_visible is not None)
-    _agree(group, call, documents, query.dtype, heads, query.shape[2:] + value.shape[2:], given, surplus)
+    agreement(group).check(
+        _signature(call, documents, query.dtype, heads, query.shape[2:] + value.shape[2:], given, surplus)
+    )
+    _check_rows(call, *surplus, group.rank())
     return program, _transport(group, device)
 
 
 @lru_cache(maxsize=1024)
-def _agree(
-    group: dist.ProcessGroup,
+def _signature(
     call: Call,
     boundaries: tuple[tuple[int, ...] | None, ...],
     dtype: torch.dtype,
@@ -116,16 +119,15 @@ def _agree(
     head_dims: tuple[int, ...],
     given: tuple[bool, bool],
     surplus_tokens: tuple[int, int],
-) -> None:
-    """Compare a call with the other ranks; the cache remembers those that agreed."""
+) -> str:
+    """What must be the same on all ranks."""
     # In the order in which a disagreement is reported: what others follow from comes first.
     values = {"dtype": str(dtype), "heads": heads, "head_dim": head_dims} | asdict(call)
     del values["group"]
     values["cu_seqlens"] = hashlib.sha256(repr(boundaries).encode()).hexdigest()[:16]
     values["alibi_slopes given"], values["key_padding_mask given"] = given
     values["surplus_tokens"] = surplus_tokens
-    agreement(group).check(values)
-    _check_rows(call, *surplus_tokens, group.rank())
+    return signature(values)
 
 
 def _check_rows(call: Call, queries: int, keys: int, rank: int) -> None:

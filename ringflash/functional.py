@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
 
 import ringflash.parallel.operators  # noqa: F401  registers torch.ops.ringflash
 from ringflash.errors import ArgumentError, UnsupportedError
 from ringflash.mask import Mask
-from ringflash.parallel.mesh import Group, group_name, group_rank, group_size
+from ringflash.parallel.agreement import agreement
+from ringflash.parallel.mesh import Group, group_name, group_rank, group_size, process_group
 from ringflash.parallel.partition import Partition, check_name, resolve
 
 Boundaries = Sequence[int] | Tensor | None
@@ -80,41 +82,55 @@ def attention(
         RankMismatchError: ranks disagree on an argument.
         UnsupportedError: asked for second derivatives, for forward-mode derivatives, or under torch.vmap.
     """
-    query, key, value = _autocast(query, key, value)
-    check_tensors(query, key, value)
-    _check_reverse_mode(query, key, value)
-    _check_numbers(softcap, dropout, scale)
-    check_name(partition)
-    mask = Mask.causal() if mask is None else mask
-    (batch, tokens, _, dim), key_tokens, ranks = query.shape, key.shape[1], group_size(group)
-    seqlen = tokens * ranks if seqlen is None else seqlen
-    key_seqlen = (seqlen if key_tokens == tokens else key_tokens * ranks) if key_seqlen is None else key_seqlen
-    boundaries, query_boundaries = _boundaries(mask, cu_seqlens, query_cu_seqlens, ranks)
-    out, lse = torch.ops.ringflash.attention(
-        query.flatten(0, 1),
-        key.flatten(0, 1),
-        value.flatten(0, 1),
-        boundaries,
-        query_boundaries,
-        None
-        if alibi_slopes is None
-        else _slopes_of_rows(alibi_slopes, query, mask, boundaries, query_boundaries, seqlen, group, partition),
-        _seed(dropout, dropout_seed, query),
-        _visible_keys(key_padding_mask, key),
-        mask.spec(),
-        partition if isinstance(partition, str) else partition.spec(),
-        group_name(group),
-        batch,
-        seqlen,
-        key_seqlen,
-        dim**-0.5 if scale is None else scale,
-        float(softcap),
-        float(dropout),
-        kernel,
-        deterministic,
-    )
+    try:
+        query, key, value = _autocast(query, key, value)
+        check_tensors(query, key, value)
+        _check_reverse_mode(query, key, value)
+        _check_numbers(softcap, dropout, scale)
+        check_name(partition)
+        mask = Mask.causal() if mask is None else mask
+        (batch, tokens, _, dim), key_tokens, ranks = query.shape, key.shape[1], group_size(group)
+        seqlen = tokens * ranks if seqlen is None else seqlen
+        key_seqlen = (seqlen if key_tokens == tokens else key_tokens * ranks) if key_seqlen is None else key_seqlen
+        boundaries, query_boundaries = _boundaries(mask, cu_seqlens, query_cu_seqlens, ranks)
+        arguments = (
+            query.flatten(0, 1),
+            key.flatten(0, 1),
+            value.flatten(0, 1),
+            boundaries,
+            query_boundaries,
+            None
+            if alibi_slopes is None
+            else _slopes_of_rows(alibi_slopes, query, mask, boundaries, query_boundaries, seqlen, group, partition),
+            _seed(dropout, dropout_seed, query),
+            _visible_keys(key_padding_mask, key),
+            mask.spec(),
+            partition if isinstance(partition, str) else partition.spec(),
+            group_name(group),
+            batch,
+            seqlen,
+            key_seqlen,
+            dim**-0.5 if scale is None else scale,
+            float(softcap),
+            float(dropout),
+            kernel,
+            deterministic,
+        )
+    except Exception as error:
+        _tell_peers(group, error)
+        raise
+    out, lse = torch.ops.ringflash.attention(*arguments)
     out, lse = out.unflatten(0, (batch, tokens)), lse.unflatten(1, (batch, tokens)).transpose(0, 1)
     return (out, lse) if sinks is None else _with_sinks(out, lse, sinks)
+
+
+def _tell_peers(group: Group, error: Exception) -> None:
+    """Other ranks would wait for this one's signature; no traced code may talk to them."""
+    if torch.compiler.is_compiling():
+        return
+    found = process_group(group)
+    if isinstance(found, dist.ProcessGroup) and found.size() > 1:
+        agreement(found).tell(error)
 
 
 def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:

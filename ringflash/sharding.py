@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ringflash.errors import ArgumentError
 from ringflash.mask import Mask
-from ringflash.parallel.agreement import agreement
+from ringflash.parallel.agreement import agreement, errors_told, signature
 from ringflash.parallel.mesh import Group, group_rank, group_size, process_group
 from ringflash.parallel.partition import Partition, resolve
 
@@ -76,22 +76,19 @@ def unshard(
     ranks = process_group(group)
     if ranks is None or ranks.size() == 1:
         return x
+    with errors_told(ranks):
+        others = [*x.shape]
+        others.pop(dim)
+    known = {"dtype": str(x.dtype), "dim": dim, "other dimensions": others, "seqlen": seqlen}
+    agreement(ranks).check(signature(known))
     if seqlen is None:
         tokens = torch.tensor([x.shape[dim]], device=x.device)
         dist.all_reduce(tokens, group=ranks)
         seqlen = int(tokens)
-    deal = _resolve(seqlen, group, partition, mask)
+    with errors_told(ranks):
+        deal = _resolve(seqlen, group, partition, mask)
     surplus = x.shape[dim] - deal.counts()[ranks.rank()]
-    others = [size for i, size in enumerate(x.shape) if i != dim % x.dim()]
-    agreement(ranks).check(
-        {
-            "dtype": str(x.dtype),
-            "dim": dim,
-            "other dimensions": others,
-            "partition": deal.spec(),
-            "surplus rows": surplus,
-        }
-    )
+    agreement(ranks).check(signature({"partition": deal.spec(), "surplus rows": surplus}))
     if surplus:
         raise ArgumentError(
             f"x has {x.shape[dim]} rows in dimension {dim}; partition {partition!r} of {seqlen} tokens gives rank "

@@ -19,8 +19,8 @@ import torch.distributed as dist
 sys.path.append(str(Path(__file__).resolve().parent.parent / "parallel"))
 from pool import Pool
 
-from ringflash import ArgumentError, DistributedFlashAttention, Mask, RankMismatchError, unshard
-from ringflash.parallel.agreement import Agreement, agreement
+from ringflash import ArgumentError, DistributedFlashAttention, Mask, Partition, RankMismatchError, unshard
+from ringflash.parallel.agreement import Agreement, agreement, signature
 
 PROMPT = 10.0
 """Seconds within which a disagreement must be an error on every rank."""
@@ -84,6 +84,50 @@ def _attend_then_change():
         attend(x, x, x)
 
 
+def _attend_then_apart():
+    attend = DistributedFlashAttention(Mask.causal())
+    for rows in (6, 8):
+        attend(*[torch.randn(1, rows, 2, 16)] * 3)
+    attend(*[torch.randn(1, 6 if dist.get_rank() else 8, 2, 16)] * 3)
+
+
+def test_a_rank_that_goes_back_alone_to_a_call_that_agreed_before_gets_no_result():
+    with Pool(2, timeout=30.0, grace=20.0, group_timeout=3.0) as pool:
+        repeats, goes_back = pool.outcomes(_attend_then_apart)
+    assert repeats.error is not None
+    assert isinstance(goes_back.error, RankMismatchError)
+    assert "rank 0 has not come" in str(goes_back.error)
+
+
+REFUSED = {
+    "scale": ({"scale": -1.0}, "scale=-1.0"),
+    "key heads": ({"key_heads": 3}, "query has 4 heads, key 3"),
+    "documents": ({"cu_seqlens": [0, 5, 17]}, r"cu_seqlens=(0, 5, 17)"),
+    "partition": ({"partition": Partition.zigzag(18, 2)}, "to 2 ranks; needed are 18 positions and 3 ranks"),
+}
+
+
+def _attend_refused_once(differs):
+    try:
+        _attend(1, differs)
+    except (ArgumentError, RankMismatchError) as error:
+        said = error
+    _attend(1, {})  # ranks are still in step
+    return said
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_an_error_of_one_rank_is_told_to_those_that_would_wait_for_it(what):
+    differs, words = REFUSED[what]
+    with Pool(3, timeout=PROMPT) as pool:
+        first, odd, last = pool.run(_attend_refused_once, differs)
+    assert isinstance(odd, ArgumentError)
+    for told in (first, last):
+        assert isinstance(told, RankMismatchError)
+        assert f"rank 1 raised an error instead of coming to attention: ArgumentError: {odd}" in str(told)
+        assert words in str(told)
+
+
 def _wrong_share(rows_of_rank):
     x = torch.randn(1, rows_of_rank[dist.get_rank()], 2, 16)
     DistributedFlashAttention(Mask.causal(), partition="contiguous")(x, x, x, seqlen=11)
@@ -113,11 +157,34 @@ def test_unshard_of_different_shares_is_an_error_on_every_rank(differs):
             assert "rank 1" in str(outcome.error)
 
 
+def _unshard_with_and_without_seqlen():
+    unshard(torch.zeros(2, 5), 1, seqlen=10 if dist.get_rank() == 1 else None)
+
+
+def test_unshard_told_the_length_on_some_ranks_only_is_an_error_on_every_rank():
+    with Pool(2, timeout=PROMPT) as pool:
+        for outcome in pool.outcomes(_unshard_with_and_without_seqlen):
+            assert isinstance(outcome.error, RankMismatchError), outcome.details or "no error"
+            assert "seqlen: null on rank 0; 10 on rank 1" in str(outcome.error)
+
+
+def _compare_in_two_lives():
+    Agreement(dist.group.WORLD).check(signature({"seqlen": 6}))
+    if dist.get_rank() == 0:
+        time.sleep(0.5)
+    Agreement(dist.group.WORLD).check(signature({"seqlen": 8}))
+
+
+def test_what_an_earlier_group_of_the_same_name_left_in_the_store_is_not_compared():
+    with Pool(2, timeout=PROMPT) as pool:
+        pool.run(_compare_in_two_lives)
+
+
 def _come_alone():
     values = {"seqlen": 6}
-    agreement(dist.group.WORLD).check(values)
+    agreement(dist.group.WORLD).check(signature(values))
     if dist.get_rank() == 1:
-        agreement(dist.group.WORLD).check({"seqlen": 8}, patience=timedelta(seconds=1))
+        agreement(dist.group.WORLD).check(signature({"seqlen": 8}), patience=timedelta(seconds=1))
 
 
 def test_a_rank_that_does_not_come_is_named_with_what_it_did_last():
@@ -178,9 +245,9 @@ def test_a_comparison_is_made_once_for_each_new_signature():
 
 def _compare_once():
     comparer = Agreement(dist.group.WORLD)
-    comparer.check({"seqlen": 6})
+    comparer.check(signature({"seqlen": 6}))
     begin = time.monotonic()
     for _ in range(200):
-        comparer.check({"seqlen": 6})
+        comparer.check(signature({"seqlen": 6}))
     assert time.monotonic() - begin < 0.5
-    comparer.check({"seqlen": 7})
+    comparer.check(signature({"seqlen": 7}))
