@@ -12,6 +12,7 @@ column "called" is ours without a graph, where launching from Python can be what
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import statistics
@@ -60,7 +61,11 @@ def graphed(run: Callable[[], object]) -> Callable[[], object]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    return graph.replay
+
+    def replay(inputs: Callable[[], object] = run) -> None:  # a graph does not keep the tensors that it reads
+        graph.replay()
+
+    return replay
 
 
 def ours(batch: int, length: int, page: int | None) -> Callable[[], object]:
@@ -159,7 +164,7 @@ def sweep(copy: float) -> None:
             waves = {max(1, min(128, round(w * slots / (batch * KEY_HEADS)))) for w in (0.5, 1, 2, 4, 8)}
             found = {}
             for splits in sorted(waves):
-                run = graphed(lambda s=splits, t=tiles: decode.launch(q, cache, rules, None, 0, s, t, 16))
+                run = graphed(functools.partial(decode.launch, q, cache, rules, None, 0, splits, tiles, 16))
                 found[splits] = f"{size / do_bench(run, warmup=5, rep=20, return_mode='median') / 1e6 / copy:.2f}"
             print(f"{batch} x {length}", shape, found, flush=True)
 

@@ -104,7 +104,7 @@ def append(key: Tensor, value: Tensor, cache: Cache, rotary: Rotary | None = Non
     if key.numel() == 0:
         return
     key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (key, value))
-    rows = min(triton.next_power_of_2(count), 32)
+    rows = min(1 << (count - 1).bit_length(), 32)
     blocks = -(-count // rows)
     append_kernel[(batch * blocks * heads,)](
         key, value, cache.key, cache.value, *index_operands(cache), *rotary_operands(rotary),

@@ -144,12 +144,14 @@ def attend_cache_kernel(
             v_first_N = v_base + tl.cast(column, tl.int64) * v_row + tl.arange(0, N) * v_row
         elif PAGE % N == 0:
             page = tl.load(block_table + column // PAGE).to(tl.int64)
-            k_first_N = k_base + page * k_batch + (column % PAGE + tl.arange(0, N)) * k_row
-            v_first_N = v_base + page * v_batch + (column % PAGE + tl.arange(0, N)) * v_row
+            row = tl.cast(column % PAGE, tl.int64)
+            k_first_N = k_base + page * k_batch + row * k_row + tl.arange(0, N) * k_row
+            v_first_N = v_base + page * v_batch + row * v_row + tl.arange(0, N) * v_row
         else:
             page_N = tl.load(block_table + column_N // PAGE, mask=inside_N, other=0).to(tl.int64)
-            k_first_N = k_base + page_N * k_batch + column_N % PAGE * k_row
-            v_first_N = v_base + page_N * v_batch + column_N % PAGE * v_row
+            row_N = (column_N % PAGE).to(tl.int64)
+            k_first_N = k_base + page_N * k_batch + row_N * k_row
+            v_first_N = v_base + page_N * v_batch + row_N * v_row
         k_ND = load_rows(k_first_N, inside_N, DIM, PADDED_DIM)
         scores_MN = tl.dot(q_MD, k_ND.T, input_precision="ieee")
         distance_MN = place_M[:, None] - column_N[None, :]
@@ -168,10 +170,11 @@ def attend_cache_kernel(
 
     divisor_M = tl.where(sum_M > 0.0, sum_M, 1.0)
     heads = key_heads * GROUP
-    lse_M = (part * split_size + sequence * query_count) * heads + head_M * query_count + query_M
+    result = tl.cast(part, tl.int64) * split_size + sequence * query_count
+    lse_M = result * heads + head_M * query_count + query_M
     tl.store(lse + lse_M, (maximum_M + tl.log2(divisor_M)) * LN_2, mask=exists_M)
     column_V = tl.arange(0, PADDED_VALUE_DIM)
-    out_M = ((part * split_size + sequence * query_count + query_M) * heads + head_M) * VALUE_DIM
+    out_M = ((result + query_M) * heads + head_M) * VALUE_DIM
     inside_MV = exists_M[:, None] & (column_V < VALUE_DIM)[None, :]
     out_MV = (acc_MV / divisor_M[:, None]).to(out.dtype.element_ty)
     tl.store(out + out_M[:, None] + column_V[None, :], out_MV, mask=inside_MV)
@@ -180,29 +183,28 @@ def attend_cache_kernel(
 @triton.jit(do_not_specialize=["query_count", "splits", "split_size"])
 def merge_kernel(
     parts, parts_lse, out, lse, query_count, heads, splits, split_size,
-    VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr, MOST: tl.constexpr, STEP: tl.constexpr,
+    VALUE_DIM: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """Program = one query row of one head: the parts' results weighted by exp(their lse - the lse of all)."""
-    row = tl.cast(tl.program_id(0), tl.int64)
-    sequence, query, head = row // heads // query_count, row // heads % query_count, row % heads
-    lse_row = (sequence * heads + head) * query_count + query
-    part = tl.arange(0, MOST)
-    lses = tl.load(parts_lse + part * (split_size * heads) + lse_row, mask=part < splits, other=float("-inf"))
-    maximum = tl.max(lses, 0)
-    maximum = tl.where(maximum == float("-inf"), 0.0, maximum)
-    total = tl.sum(tl.exp2((lses - maximum) * LOG2_E), 0)
-    column_V = tl.arange(0, PADDED_VALUE_DIM)
-    acc_V = tl.zeros([PADDED_VALUE_DIM], tl.float32)
-    for first in tl.range(0, splits, STEP):
-        part_P = first + tl.arange(0, STEP)
-        part_lse = parts_lse + part_P * (split_size * heads) + lse_row
-        weight_P = tl.exp2((tl.load(part_lse, mask=part_P < splits, other=float("-inf")) - maximum) * LOG2_E)
-        part_out = parts + (part_P * (split_size * heads) + row) * VALUE_DIM
-        inside_PV = (part_P < splits)[:, None] & (column_V < VALUE_DIM)[None, :]
-        acc_V += tl.sum(weight_P[:, None] * tl.load(part_out[:, None] + column_V[None, :], inside_PV, 0.0), 0)
+    """Program = (query row of one head, chunk of its columns): all P parts at once, in one trip to memory.
+
+    Parts are weighted by exp(their lse - the lse of all); those without keys are zeros with an lse of -inf.
+    """
+    row = tl.cast(tl.program_id(0) // CHUNKS, tl.int64)
+    column_V = tl.program_id(0) % CHUNKS * COLUMNS + tl.arange(0, COLUMNS)
+    part_P = tl.cast(tl.arange(0, P), tl.int64)
+    exists_P = part_P < splits
+    part_out_P = parts + (part_P * (split_size * heads) + row) * VALUE_DIM
+    inside_PV = exists_P[:, None] & (column_V < VALUE_DIM)[None, :]
+    out_PV = tl.load(part_out_P[:, None] + column_V[None, :], mask=inside_PV, other=0.0)
+    lse_row = (row // heads // query_count * heads + row % heads) * query_count + row // heads % query_count
+    lse_P = tl.load(parts_lse + part_P * (split_size * heads) + lse_row, mask=exists_P, other=float("-inf"))
+    maximum = tl.max(lse_P, 0)
+    weight_P = tl.exp2((lse_P - tl.where(maximum == float("-inf"), 0.0, maximum)) * LOG2_E)
+    total = tl.sum(weight_P, 0)
     divisor = tl.where(total > 0.0, total, 1.0)
-    tl.store(out + row * VALUE_DIM + column_V, (acc_V / divisor).to(out.dtype.element_ty), mask=column_V < VALUE_DIM)
-    tl.store(lse + lse_row, tl.where(total > 0.0, maximum + tl.log2(divisor) * LN_2, float("-inf")))
+    out_V = tl.sum(out_PV * weight_P[:, None], 0) / divisor
+    tl.store(out + row * VALUE_DIM + column_V, out_V.to(out.dtype.element_ty), mask=column_V < VALUE_DIM)
+    tl.store(lse + lse_row, maximum + tl.log2(divisor) * LN_2)
 
 
 @dataclass(frozen=True)
@@ -355,14 +357,17 @@ def launch(
         *query.stride()[:3], *cache.key.stride()[:3], *cache.value.stride()[:3],
         GROUP=group, M=tile_rows, N=tiles.keys, DIM=dim, PADDED_DIM=padded(dim),
         VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded(value_dim),
-        HAS_LEFT=rules.left is not None, HAS_RIGHT=rules.right is not None, CAPPED=capped,
+        # One query stands at the last key: nothing is to its right.
+        HAS_LEFT=rules.left is not None, HAS_RIGHT=rules.right is not None and count > 1, CAPPED=capped,
         # Pages are looked up as far ahead of their rows' loads as these are of their use.
         **index_constants(cache, rotary), num_warps=tiles.warps,
         num_stages=tiles.stages if cache.block_table is None else 2 * tiles.stages - 1,
     )  # fmt: skip
     if splits > 1:
-        merge_kernel[(batch * count * heads,)](
+        columns = min(64, padded(value_dim))
+        chunks = -(-value_dim // columns)
+        merge_kernel[(batch * count * heads * chunks,)](
             parts, parts_lse, out, lse, count, heads, splits, batch * count,
-            VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded(value_dim), MOST=MOST_SPLITS, STEP=32, num_warps=4,
+            VALUE_DIM=value_dim, COLUMNS=columns, CHUNKS=chunks, P=1 << (splits - 1).bit_length(), num_warps=4,
         )  # fmt: skip
     return out, lse

@@ -98,7 +98,7 @@ def test_appending_and_merging_compile(target: str) -> None:
     tiles = decode.DecodeTiles(64, 4, 2, 2)
     query = meta(2, 1, 32, 128, dtype=torch.bfloat16)
     with mock.patch.object(decode, "attend_cache_kernel"):
-        merging = catch(decode, "merge_kernel", lambda: decode.launch(query, cache, PLAIN, None, 0, 8, tiles, 16))
+        merging = catch(decode, "merge_kernel", lambda: decode.launch(query, cache, PLAIN, None, 0, 128, tiles, 16))
     assert compile_for(target, merging).spilled == 0
 
 

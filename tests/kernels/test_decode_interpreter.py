@@ -52,7 +52,7 @@ else:
 
     @pytest.mark.parametrize("page", [None, 5, 32])
     @pytest.mark.parametrize("splits", [0, 1, 40])
-    def test_more_parts_than_a_step_of_the_merge_and_than_blocks(page: int | None, splits: int) -> None:
+    def test_one_part_and_more_than_there_are_blocks(page: int | None, splits: int) -> None:
         case = CacheCase(1, 1, 1, 500, page, (4, 1), rotary=16, causal=True, splits=splits, seed=5)
         check(case)
         check(replace(case, window=(40, 0)))
