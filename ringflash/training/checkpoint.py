@@ -23,7 +23,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,8 @@ from ringflash.training.optimizer import MOMENTS
 WEIGHTS, OPTIMIZER, STATE, MANIFEST = "weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 FORMAT = 1
 PARTIAL = ".partial"
+
+T = TypeVar("T")
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shape of each parameter by its name."""
@@ -65,7 +67,7 @@ def save(
     if writer is not None:
         writer.attempt(lambda: writer.commit(state))
         writer.attempt(lambda: _prune(root, keep))
-    error = _from_rank_0(None if writer is None else writer.error)
+    error = from_rank_0(None if writer is None else writer.error)
     if error is not None:
         found = newest(root)
         kept = f"the last good one is {found}" if found else "there is no earlier one"
@@ -100,7 +102,7 @@ class Checkpoint:
         self.path = path
         alone = not dist.is_initialized()
         problem = _problem(path) if alone or dist.get_rank() == 0 else None
-        problem = problem if alone else _from_rank_0(problem)
+        problem = problem if alone else from_rank_0(problem)
         if problem is not None:
             raise CheckpointError(problem)
         self.state: dict[str, Any] = json.loads((path / STATE).read_text())
@@ -266,7 +268,8 @@ def _sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def _from_rank_0(value: str | None) -> str | None:
+def from_rank_0(value: T) -> T:
+    """What rank 0 passes, on every rank; a collective."""
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]

@@ -37,12 +37,14 @@ AT_LEAST_ONE = (
     "model.num_hidden_layers",
     "model.num_attention_heads",
     "model.num_key_value_heads",
+    "model.head_dim",
     "model.vocab_size",
     "attention.chunk",
     "checkpoint.keep",
     "logging.every",
 )
 AT_LEAST_ZERO = (
+    "seed",
     "train.validate_every",
     "checkpoint.every",
     "attention.window",

@@ -20,11 +20,11 @@ from omegaconf import OmegaConf
 from torch.distributed.device_mesh import init_device_mesh
 
 from ringflash.configs.schema import Config, ModelConfig
-from ringflash.errors import ArgumentError, CheckpointError, RingflashError
+from ringflash.errors import ArgumentError, CheckpointError, RankMismatchError, RingflashError
 from ringflash.sharding import shard_batch
 from ringflash.training import checkpoint
 from ringflash.training.config import accumulation, compute_dtype, sequence_degree
-from ringflash.training.data import PackedBatches, ValidationBatches, prepare
+from ringflash.training.data import Corpus, PackedBatches, ValidationBatches, prepare
 from ringflash.training.engine import create_engine, parameter_shapes
 from ringflash.training.metrics import PositionBin, PositionLoss, ProgressDisplay, ScalarLog, read_scalars
 from ringflash.training.model import Transformer, attention_mask
@@ -62,7 +62,7 @@ def train(config: Config, device: torch.device) -> Path:
     ):
         progress.note(trainer.description())
         validation = None
-        clock, logged = time.monotonic(), first
+        clock, logged = time.monotonic(), first  # the clock stands still while something is saved or validated
         while trainer.step < steps:
             trainer.train_step()
             step = trainer.step
@@ -73,15 +73,18 @@ def train(config: Config, device: torch.device) -> Path:
                 log.write(step, scalars | {"train/tokens_per_second": speed})
                 progress.update(step, scalars["train/loss"], speed)
             if _due(step, config.checkpoint.every) and step < steps:
+                paused = time.monotonic()
                 try:
                     trainer.save()
                 except CheckpointError as error:  # a disk can be freed; what was learned so far goes on
                     progress.note(f"WARNING: {error}; training goes on")
+                clock += time.monotonic() - paused
             if _due(step, config.train.validate_every) and step < steps:
+                paused = time.monotonic()
                 validation = trainer.validate()
                 log.write(step, {"validation/bits_per_byte": validation.bits_per_byte})
                 progress.note(f"step {step}: validation {validation.bits_per_byte:.4f} bits per byte")
-                clock = time.monotonic()
+                clock += time.monotonic() - paused
         if steps > first:
             progress.note(f"saved {trainer.save()}")
         validation = trainer.validate()
@@ -107,7 +110,7 @@ class Trainer:
         mesh = init_device_mesh(device.type, (world // degree, degree), mesh_dim_names=("data", "sequence"))
         self.data_rank, self.data_ranks, self.degree = mesh["data"].get_local_rank(), world // degree, degree
         self.group = mesh["sequence"].get_group()
-        self.corpus = prepare(config.data)
+        self.corpus = _prepare_alike(config)
         self.accumulation = accumulation(config, world)
         self.batches = PackedBatches(
             self.corpus.train,
@@ -151,10 +154,10 @@ class Trainer:
         """Scalars of the latest step by name; waits for the device.
 
         Raises:
-            RingflashError: the loss is not finite.
+            RingflashError: the loss or the gradient is not finite.
         """
         loss, norm, lr = (float(value) for value in self._latest)
-        if not math.isfinite(loss):
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             raise RingflashError(
                 f"the loss is {loss} at step {self.step}, the gradient's norm {norm}; a lower "
                 f"optimizer.lr={self.config.optimizer.lr} or a longer optimizer.warmup_steps may help"
@@ -187,7 +190,8 @@ class Trainer:
         return Validation(nats / math.log(2) / sums[-1].item(), positions.bins())
 
     def save(self) -> Path:
-        """Write a checkpoint of this step."""
+        """Write a checkpoint of this step; RingflashError instead if it would hold weights that are not finite."""
+        self.scalars()
         state = {
             "step": self.step,
             "data": self.batches.state_dict(),
@@ -230,7 +234,8 @@ class Trainer:
         return shard_batch(on_device, self.group, attention.partition, attention_mask(attention))
 
     def _find_checkpoint(self) -> checkpoint.Checkpoint | None:
-        resume, there = self.config.checkpoint.resume, checkpoint.newest(self.folder / "checkpoints")
+        resume = self.config.checkpoint.resume
+        there = checkpoint.from_rank_0(checkpoint.newest(self.folder / "checkpoints"))
         path = {"auto": there, "never": None}.get(resume, Path(resume))
         found = None if path is None else checkpoint.Checkpoint(path)
         step = 0 if found is None else found.state["step"]
@@ -255,15 +260,36 @@ def _run_folder(config: Config) -> Path:
     """The run's folder, made by rank 0, whose clock names it."""
     box = [config.run_dir or f"runs/{config.name}/{time.strftime('%Y-%m-%d_%H-%M-%S')}"]
     dist.broadcast_object_list(box, src=0)
-    folder = Path(box[0])
+    folder, problem = Path(box[0]), None
     if dist.get_rank() == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
         except OSError as error:
-            raise ArgumentError(f"run_dir={folder}: cannot write there: {error}") from error
-    dist.barrier()
+            problem = str(error)
+    problem = checkpoint.from_rank_0(problem)
+    if problem is not None:
+        raise ArgumentError(f"run_dir={folder}: cannot write there: {problem}")
     return folder
+
+
+def _prepare_alike(config: Config) -> Corpus:
+    """The corpus, once it is sure that all ranks read the same: machines may differ in files and Python versions."""
+    try:
+        corpus, said = prepare(config.data), None
+    except RingflashError as error:
+        corpus, said = error, f"{type(error).__name__}: {error}"
+    read: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(read, said or corpus.train.identity)
+    if isinstance(corpus, RingflashError):
+        raise corpus
+    for rank, other in enumerate(read):
+        if other != read[0]:
+            raise RankMismatchError(
+                f"ranks read different text from data.path={config.data.path}: {read[0]} on rank 0, "
+                f"{other} on rank {rank}"
+            )
+    return corpus
 
 
 def _report(trainer: Trainer, validation: Validation, progress: ProgressDisplay) -> None:

@@ -77,6 +77,8 @@ def test_no_file_names_code_to_run():
         (["device=tpu"], 1, "device='tpu'; allowed are auto, cuda, cpu"),
         (["attention.mask=none"], 1, "attention.mask='none'"),
         (["attention.partition=striped"], 1, "attention.partition='striped'"),
+        (["model.head_dim=0"], 1, "model.head_dim=0; allowed are 1 and more"),
+        (["seed=-1"], 1, "seed=-1; allowed are 0 and more"),
         (["train.steps=0"], 1, "train.steps=0; allowed are 1 and more"),
         (["train.sequence_degree=0"], 1, "train.sequence_degree=0"),
         (["optimizer.clip=-1"], 1, "optimizer.clip=-1.0; allowed are 0 and more"),

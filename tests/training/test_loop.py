@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.distributed as dist
 from launcher import losses
 
-from ringflash.errors import ArgumentError, CheckpointError, RingflashError
+from ringflash.errors import ArgumentError, CheckpointError, DataError, RankMismatchError, RingflashError
+from ringflash.training import loop
+from ringflash.training.checkpoint import Checkpoint, newest
 from ringflash.training.config import agree, check, load
 from ringflash.training.loop import train
 
@@ -72,6 +79,40 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_what_to_change(pool, 
         assert "optimizer.lr=1e+30" in str(outcome.error)
 
 
+def test_weights_that_are_not_finite_replace_no_good_checkpoint(pool, folder):
+    # Nothing is logged, and so nothing is looked at, before the end.
+    job = ("optimizer.lr=1e30", "optimizer.clip=0", "logging.every=6", "checkpoint.every=1", "checkpoint.keep=1")
+    for outcome in pool(1).outcomes(_train, folder, "lost", *job):
+        assert isinstance(outcome.error, RingflashError)
+    weights = Checkpoint(newest(folder / "lost" / "checkpoints")).read("weight/embed_tokens.weight")
+    assert torch.isfinite(weights).all()
+
+
+def _train_by_the_clock(folder):
+    """A step takes one second of a clock that stands still otherwise, a validation or a checkpoint ten."""
+    now = 0.0
+
+    def taking(seconds, method):
+        def timed(trainer):
+            nonlocal now
+            now += seconds
+            return method(trainer)
+
+        return timed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now))
+        for name, seconds in (("train_step", 1), ("validate", 10), ("save", 10)):
+            patch.setattr(loop.Trainer, name, taking(seconds, getattr(loop.Trainer, name)))
+        _train(folder, "speed", "logging.every=3", "train.validate_every=2", "checkpoint.every=4")
+
+
+def test_speed_counts_training_and_neither_validations_nor_checkpoints(pool, folder):
+    pool(1).run(_train_by_the_clock, folder)
+    lines = [json.loads(line) for line in (folder / "speed" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["train/tokens_per_second"] for line in lines if "train/loss" in line] == [2 * 512] * 2
+
+
 @pytest.mark.parametrize(
     ("overrides", "error", "said"),
     [
@@ -86,6 +127,34 @@ def test_a_run_that_does_not_fit_its_checkpoint_is_refused_on_every_rank(pool, f
     for outcome in pool(2).outcomes(_train, folder, "shared", *overrides):
         assert isinstance(outcome.error, error)
         assert said in str(outcome.error)
+
+
+def _train_where_files_differ(folder, differ):
+    mine = folder / f"host{dist.get_rank()}"
+    (mine / "text").mkdir(parents=True, exist_ok=True)
+    if differ != "absent" or dist.get_rank() == 0:
+        (mine / "text" / "a.txt").write_text(f"{dist.get_rank()} ways\n" * 10_000)
+    before = os.getcwd()
+    os.chdir(mine)
+    try:
+        _train(folder, differ, "data.path=text")
+    finally:
+        os.chdir(before)
+
+
+@pytest.mark.parametrize("differ", ["content", "absent"])
+def test_ranks_that_read_different_text_are_told(pool, tmp_path, differ):
+    first, second = pool(2).outcomes(_train_where_files_differ, tmp_path, differ)
+    assert isinstance(first.error, RankMismatchError)
+    assert "data.path=text" in str(first.error)
+    assert isinstance(second.error, RankMismatchError if differ == "content" else DataError)
+
+
+def test_a_run_folder_that_cannot_be_made_is_refused_on_every_rank(pool, tmp_path):
+    (tmp_path / "file").touch()
+    for outcome in pool(2).outcomes(_train, tmp_path, "file/run"):
+        assert isinstance(outcome.error, ArgumentError)
+        assert "cannot write there" in str(outcome.error)
 
 
 def test_a_text_shorter_than_a_sequence_is_refused(pool, folder):
