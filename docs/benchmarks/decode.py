@@ -1,7 +1,7 @@
 """Time attention of one new token to a cache, beside what torch ships and beside copying memory, on one GPU.
 
     python docs/benchmarks/decode.py --out docs/benchmarks
-    python docs/benchmarks/decode.py --sweep            # block shapes and parts, to choose kernels/triton/decode.py's
+    python docs/benchmarks/decode.py --sweep   # block shapes and parts, for kernels/triton/decode_tiles.py
 
 Writes decode.json and decode.md. 32 query heads on 8 key heads of 128, bfloat16. A figure is the bytes of keys and
 values divided by the median time, the second-level cache emptied before each repeat, and stands beside the figure of
@@ -29,6 +29,7 @@ from triton.testing import do_bench
 from ringflash import flash_attn_with_kvcache
 from ringflash.kernels.decode import Cache, Rules
 from ringflash.kernels.triton import decode
+from ringflash.kernels.triton.decode_tiles import DecodeTiles
 
 CASES = [(1, 8192), (1, 32768), (1, 65536), (1, 131072), (4, 8192), (16, 8192), (16, 65536), (64, 8192)]
 HEADS, KEY_HEADS, DIM = 32, 8, 128
@@ -159,7 +160,7 @@ def sweep(copy: float) -> None:
         k, v = (torch.randn(batch, length, KEY_HEADS, DIM, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         cache, rules = Cache(k, v, None, length), Rules(DIM**-0.5)
         for shape in SHAPES:
-            tiles = decode.DecodeTiles(*shape)
+            tiles = DecodeTiles(*shape)
             slots = decode.multiprocessors(q.device) * tiles.resident
             waves = {max(1, min(128, round(w * slots / (batch * KEY_HEADS)))) for w in (0.5, 1, 2, 4, 8)}
             found = {}

@@ -13,7 +13,7 @@ from aot import SHARED_LIMIT, Resources, catch, compile_for
 
 from ringflash.kernels.decode import Cache, Rotary, Rules
 from ringflash.kernels.triton import append as append_module
-from ringflash.kernels.triton import decode
+from ringflash.kernels.triton import decode, decode_tiles
 
 CHIPS = {"sm_80": "ampere", "sm_89": "consumer", "sm_90": "hopper", "sm_100": "hopper", "gfx942": "cdna"}
 PLAIN = Rules(scale=0.1)
@@ -64,7 +64,7 @@ def compile_attention(
 )
 def test_decoding_spills_nothing_and_shares_a_multiprocessor(target: str, dtype: torch.dtype, dim: int) -> None:
     compiled = compile_attention(target, dtype, dim)
-    resident = decode.decode_tiles(CHIPS[target], dtype, dim).resident
+    resident = decode_tiles.decode_tiles(CHIPS[target], dtype, dim).resident
     assert compiled.spilled == 0
     assert compiled.shared * resident <= SHARED_LIMIT[target]
 
@@ -73,7 +73,7 @@ def test_decoding_spills_nothing_and_shares_a_multiprocessor(target: str, dtype:
 @pytest.mark.parametrize("page", [None, 16, 256])
 def test_keys_are_copied_16_bytes_at_a_time_as_far_ahead_with_pages_as_without(target: str, page: int | None) -> None:
     compiled = compile_attention(target, torch.bfloat16, 128, page)
-    tiles = decode.decode_tiles(CHIPS[target], torch.bfloat16, 128)
+    tiles = decode_tiles.decode_tiles(CHIPS[target], torch.bfloat16, 128)
     in_a_block = 2 * tiles.keys * 128 * 2 // (16 * 32 * tiles.warps)
     assert compiled.spilled == 0
     # The prologue fills all stages but one, the loop fills that.
@@ -95,7 +95,7 @@ def test_appending_and_merging_compile(target: str) -> None:
     appending = catch(append_module, "append_kernel", lambda: append_module.append(new, new, cache, rotary))
     assert compile_for(target, appending).spilled <= 16  # 32 rows a program
 
-    tiles = decode.DecodeTiles(64, 4, 2, 2)
+    tiles = decode_tiles.DecodeTiles(64, 4, 2, 2)
     query = meta(2, 1, 32, 128, dtype=torch.bfloat16)
     with mock.patch.object(decode, "attend_cache_kernel"):
         merging = catch(decode, "merge_kernel", lambda: decode.launch(query, cache, PLAIN, None, 0, 128, tiles, 16))
@@ -106,7 +106,7 @@ def test_appending_and_merging_compile(target: str) -> None:
 @pytest.mark.parametrize("blocks", [1, 7, 128, 1024, 16384])
 def test_chosen_parts_fill_the_chip_and_are_not_too_short(programs: int, blocks: int) -> None:
     slots = 396
-    splits = decode.choose_splits(programs, blocks, slots)
-    assert 1 <= splits <= min(decode.MOST_SPLITS, blocks)
-    assert splits in (decode.MOST_SPLITS, blocks) or programs * (splits + 1) > slots, "one more would still fit"
+    splits = decode_tiles.choose_splits(programs, blocks, slots)
+    assert 1 <= splits <= min(decode_tiles.MOST_SPLITS, blocks)
+    assert splits in (decode_tiles.MOST_SPLITS, blocks) or programs * (splits + 1) > slots, "one more would still fit"
     assert splits == 1 or programs * splits <= 4 * slots + programs

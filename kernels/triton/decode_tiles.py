@@ -1,0 +1,94 @@
+"""Block shapes of attention to a cache by chip, dtype and head dimension, and in how many parts to share out keys.
+
+Chosen by arithmetic: tests/kernels/test_decode_ahead_of_time.py shows that nothing spills and that the programs share a
+multiprocessor as counted here. `docs/benchmarks/decode.py --sweep` measures other shapes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class DecodeTiles:
+    """Shape of a launch.
+
+    Attributes:
+        keys: key rows in a block.
+        warps: warps in a program.
+        stages: blocks in flight between memory and the matrix units, and the one in use.
+        resident: programs that share a multiprocessor.
+        queries: most query rows in a tile.
+    """
+
+    keys: int
+    warps: int
+    stages: int
+    resident: int
+    queries: int = 64
+
+
+def decode_tiles(chip: str, dtype: torch.dtype, dim: int) -> DecodeTiles:
+    """Tiles by chip, dtype and the larger head dimension."""
+    if dtype == torch.float32:
+        return _TILES[chip]["fp32" if dim <= 128 else "fp32 wide"]
+    return _TILES[chip][next(row for row in (64, 128, 256, 512) if dim <= row)]
+
+
+# Blocks of keys and values in flight fill the shared memory of `resident` programs: 227 KiB on Hopper, 163 KiB on
+# Ampere, 99 KiB on consumer chips, 64 KiB on CDNA. float32 runs on the plain multiply-add units, from registers.
+_TILES = {
+    "hopper": {
+        64: DecodeTiles(128, 4, 3, 3),
+        128: DecodeTiles(64, 4, 3, 3),
+        256: DecodeTiles(32, 4, 4, 2, queries=32),
+        512: DecodeTiles(32, 8, 3, 1, queries=16),
+        "fp32": DecodeTiles(16, 8, 3, 3, queries=16),
+        "fp32 wide": DecodeTiles(16, 8, 3, 2, queries=16),
+    },
+    "ampere": {
+        64: DecodeTiles(64, 4, 3, 3),
+        128: DecodeTiles(64, 4, 2, 3),
+        256: DecodeTiles(32, 4, 2, 3, queries=32),
+        512: DecodeTiles(16, 4, 2, 2, queries=16),
+        "fp32": DecodeTiles(16, 8, 3, 2, queries=16),
+        "fp32 wide": DecodeTiles(16, 8, 2, 2, queries=16),
+    },
+    "consumer": {
+        64: DecodeTiles(64, 4, 2, 2),
+        128: DecodeTiles(32, 4, 2, 2),
+        256: DecodeTiles(16, 4, 2, 2, queries=32),
+        512: DecodeTiles(16, 4, 2, 1, queries=16),
+        "fp32": DecodeTiles(16, 8, 2, 2, queries=16),
+        "fp32 wide": DecodeTiles(16, 8, 1, 1, queries=16),
+    },
+    "cdna": {
+        64: DecodeTiles(64, 4, 1, 2),
+        128: DecodeTiles(32, 4, 1, 2),
+        256: DecodeTiles(16, 4, 1, 2),
+        512: DecodeTiles(16, 4, 1, 1, queries=16),
+        "fp32": DecodeTiles(16, 4, 1, 2, queries=16),
+        "fp32 wide": DecodeTiles(16, 4, 1, 1, queries=16),
+    },
+    "interpreter": dict.fromkeys((64, 128, 256, 512, "fp32", "fp32 wide"), DecodeTiles(16, 4, 1, 2, queries=32)),
+}
+MOST_SPLITS = 128
+"""Parts that are worth merging."""
+
+
+def choose_splits(programs: int, blocks: int, slots: int) -> int:
+    """In how many parts to share out the keys of each sequence.
+
+    Args:
+        programs: programs without splitting.
+        blocks: blocks of keys that a sequence may have.
+        slots: programs that the chip runs at one time.
+
+    Four waves of programs even out the differences between multiprocessors, as long as each still has eight blocks to
+    pay for its start and for what it writes. One full wave is worth more than that.
+    """
+    even = min(-(-4 * slots // programs), blocks // 8)
+    full = min(slots // programs, blocks)
+    return max(1, min(max(even, full), MOST_SPLITS))
