@@ -122,7 +122,7 @@ def ring_flash_attn_varlen_func(
 
     Args:
         q: (s, nheads, headdim), this rank's tokens of all sequences laid end to end, as `ringflash.shard` deals them
-            for the mask `Mask.documents(cu_seqlens)`.
+            for its mask, documents included.
         k: (s, nheads_k, headdim).
         v: (s, nheads_k, headdim_v).
         cu_seqlens: (sequences + 1,), where each sequence begins among the tokens of all ranks, and the end; a list, or

@@ -30,7 +30,8 @@ def positions(
         seqlen: S.
         group: as in `DistributedFlashAttention`.
         partition: as in `DistributedFlashAttention`.
-        mask: the attention's mask, which partition "balanced" levels the work for; causal if None.
+        mask: the attention's mask with its documents, which partition "balanced" levels the work for; that partition
+            alone looks at it and must have it, because another mask's deal would give attention the wrong tokens.
     """
     return _resolve(seqlen, group, partition, mask).positions(group_rank(group))
 
@@ -136,7 +137,7 @@ def shard_batch(
     documents = Mask.documents([i * seqlen for i in range(size + 1)])
     if batch.get("cu_seqlens") is not None:
         documents = documents & Mask.documents([int(x) for x in batch["cu_seqlens"]])
-    rules = (Mask.causal() if mask is None else mask) & documents
+    rules = _balanced_mask(partition, mask) & documents
     boundaries = torch.tensor(rules.boundaries)
     deal = resolve(partition, seqlen, group_size(group), rules, batch=size)
     mine = deal.positions(group_rank(group)).to(input_ids.device)
@@ -150,7 +151,13 @@ def shard_batch(
 
 
 def _resolve(seqlen: int, group: Group, partition: str | Partition, mask: Mask | None) -> Partition:
-    return resolve(partition, seqlen, group_size(group), Mask.causal() if mask is None else mask)
+    return resolve(partition, seqlen, group_size(group), _balanced_mask(partition, mask))
+
+
+def _balanced_mask(partition: str | Partition, mask: Mask | None) -> Mask:
+    if mask is None and partition == "balanced":
+        raise ArgumentError("mask=None with partition='balanced'; pass the attention's mask, whose work is levelled")
+    return Mask.causal() if mask is None else mask
 
 
 def _next_tokens(labels: Tensor, boundaries: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def _round_trip(size, dim, partition, mask, dtype):
     length=st.integers(1, 40),
     ranks=st.integers(1, 4),
     partition=st.sampled_from(PARTITIONS),
-    mask=st.sampled_from([None, Mask.bidirectional(), Mask.sliding_window(3)]),
+    mask=st.sampled_from([Mask.causal(), Mask.bidirectional(), Mask.sliding_window(3)]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool]),
     data=st.data(),
 )
@@ -72,6 +72,15 @@ def test_a_partition_of_ones_own_and_documents_are_honoured(pool):
     pool(3).run(_round_trip, (2, 61), 1, "balanced", masks(61)["documents-causal"], torch.float32)
 
 
+def test_a_balanced_deal_for_no_mask_is_refused():
+    x = torch.zeros(1, 8)
+    for deal in (lambda: shard(x, 1, partition="balanced"), lambda: positions(8, partition="balanced")):
+        with pytest.raises(ArgumentError, match=r"mask=None with partition='balanced'"):
+            deal()
+    with pytest.raises(ArgumentError, match=r"mask=None with partition='balanced'"):
+        shard_batch({"input_ids": x}, partition="balanced")
+
+
 def test_without_a_process_group_nothing_is_dealt():
     x = _values((3, 7))
     assert torch.equal(shard(x, 1), x)
@@ -83,7 +92,7 @@ def _gradients(partition):
     x = _values((2, 13, 3)).requires_grad_()
     weights = _values((2, 13, 3)) + 1
     held = _held(partition, 13)
-    (shard(x, 1, partition=partition) * weights[:, held]).sum().backward()
+    (shard(x, 1, partition=partition, mask=Mask.causal()) * weights[:, held]).sum().backward()
     expected = torch.zeros_like(x)
     expected[:, held] = weights[:, held]
     assert torch.equal(x.grad, expected)
@@ -92,7 +101,7 @@ def _gradients(partition):
     bias = torch.zeros(2, 13, 3, requires_grad=True)
     share = (dist.get_rank() + 1) * weights
     doubled = 2 * bias  # made before, so its backward runs after, on the gradient that unshard was given too
-    ((doubled + unshard(mine, 1, partition=partition)) * share).sum().backward()
+    ((doubled + unshard(mine, 1, partition=partition, mask=Mask.causal())) * share).sum().backward()
     total = sum(range(1, dist.get_world_size() + 1)) * weights
     torch.testing.assert_close(mine.grad, total[:, held])
     torch.testing.assert_close(bias.grad, 2 * share)
@@ -162,7 +171,7 @@ def _deal(size, seqlen, cu_seqlens, partition):
     batch = {"input_ids": _batch(size, seqlen)}
     if cu_seqlens is not None:
         batch["cu_seqlens"] = cu_seqlens
-    dealt = shard_batch(batch, partition=partition)
+    dealt = shard_batch(batch, partition=partition, mask=Mask.causal())
     boundaries = dealt["cu_seqlens"].tolist()
     mask = Mask.causal() & Mask.documents(boundaries) if size == 1 else None
     held = _held(partition, seqlen, mask)
@@ -217,7 +226,9 @@ def test_every_next_token_is_a_label_on_exactly_one_rank(pool):
 
 
 def _count_labels():
-    dealt = shard_batch({"input_ids": _batch(1, 61), "cu_seqlens": [0, 7, 8, 40, 61]}, partition="balanced")
+    dealt = shard_batch(
+        {"input_ids": _batch(1, 61), "cu_seqlens": [0, 7, 8, 40, 61]}, partition="balanced", mask=Mask.causal()
+    )
     return int((dealt["labels"] != -100).sum())
 
 
