@@ -7,6 +7,7 @@ names code to run: `_target_` is refused like any other key that the schema lack
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -97,8 +98,8 @@ def check(config: Config, world_size: int) -> None:
     for key in SHARES:
         if not 0 <= flat[key] < 1:
             raise ArgumentError(f"{key}={flat[key]}; allowed are 0 up to, not including, 1")
-    if flat["optimizer.lr"] <= 0:
-        raise ArgumentError(f"optimizer.lr={flat['optimizer.lr']}; it must be positive")
+    if not 0 < flat["optimizer.lr"] < math.inf:
+        raise ArgumentError(f"optimizer.lr={flat['optimizer.lr']}; it must be positive and finite")
     check_model(config.model)
     _check_ranks(config, world_size)
 

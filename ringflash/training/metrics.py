@@ -11,9 +11,11 @@ Ranks other than 0 may make the same calls; they show and write nothing.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,20 +51,29 @@ class ScalarLog:
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Log some scalars of one step; what is not finite becomes null in the JSON."""
-        if self._lines is not None:
-            finite = {name: float(value) if math.isfinite(value) else None for name, value in scalars.items()}
-            self._lines.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
-            self._lines.flush()
-        if self._board is not None:
-            for name, value in scalars.items():
-                self._board.add_scalar(name, value, step)
+        """Log some scalars of one step; what is not finite becomes null in the JSON.
+
+        A log that cannot be written, on a full disk say, is given up with a warning; training goes on.
+        """
+        try:
+            if self._lines is not None:
+                finite = {name: float(value) if math.isfinite(value) else None for name, value in scalars.items()}
+                self._lines.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
+                self._lines.flush()
+            if self._board is not None:
+                for name, value in scalars.items():
+                    self._board.add_scalar(name, value, step)
+        except OSError as error:
+            warnings.warn(f"the log stops at step {step}: {error}", stacklevel=2)
+            self.close()
 
     def close(self) -> None:
-        """Write out what is buffered."""
+        """Write out what is buffered, as far as that is possible."""
         for sink in (self._lines, self._board):
             if sink is not None:
-                sink.close()
+                with contextlib.suppress(OSError):
+                    sink.close()
+        self._lines = self._board = None
 
     def __enter__(self) -> ScalarLog:
         return self

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own habit
+from einops import rearrange
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -68,10 +69,11 @@ class Attention(nn.Module):
     def forward(self, x_BTC: Tensor, rotation: tuple[Tensor, Tensor], layout: dict) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         q_BTHD, k_BTKD, v_BTKD = (
-            project(x_BTC).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj)
+            rearrange(project(x_BTC), "B T (H D) -> B T H D", D=self.head_dim)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         out_BTHD = self.attend(rotate(q_BTHD, *rotation), rotate(k_BTKD, *rotation), v_BTKD, **layout)
-        return self.o_proj(out_BTHD.flatten(-2))
+        return self.o_proj(rearrange(out_BTHD, "B T H D -> B T (H D)"))
 
 
 class FeedForward(nn.Module):

@@ -117,3 +117,11 @@ def test_picture_is_written_with_and_without_content(tmp_path):
     assert full.shape == empty.shape
     assert (full != empty).any()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["empty.png", "full.png"]
+
+
+def test_a_log_on_a_full_disk_is_given_up_and_does_not_stop_the_run(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with ScalarLog(tmp_path, tensorboard=False) as log:
+        with pytest.warns(UserWarning, match="the log stops at step 1: .*No space left"):
+            log.write(1, {"loss": 1.0})
+        log.write(2, {"loss": 1.0})
