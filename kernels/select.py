@@ -84,13 +84,15 @@ def _missing(
         if modifiers:
             return "it applies no softcap, ALiBi slopes, dropout or key padding; triton and blockwise do"
         return importlib.import_module("ringflash.kernels.hopper").supports(device, dtype, head_dim, value_head_dim)
+    tiles = importlib.import_module("ringflash.kernels.triton.tiles")
     try:
-        importlib.import_module("ringflash.kernels.triton.tiles").chip_of(device)
+        chip = tiles.chip_of(device)
     except ArgumentError as error:
         return str(error)
     if dtype == torch.float64:
         return f"query is {dtype}; it takes float16, bfloat16 and float32"
+    most = tiles.widest(chip, dtype)
     for name, dim in (("head_dim", head_dim), ("value_head_dim", value_head_dim)):
-        if dim % 8 or not 8 <= dim <= 256:
-            return f"{name}={dim}; it takes multiples of 8 up to 256"
+        if dim % 8 or not 8 <= dim <= most:
+            return f"{name}={dim}; it takes multiples of 8 up to {most} here"
     return None

@@ -254,10 +254,9 @@ def attend_backward(
     dout = dout if dout.stride(2) == 1 else dout.contiguous()
     modified = modifier_operands(modifiers, scale)
     operands = (query, key, value, dout, lse.contiguous(), delta.contiguous(), intervals, scale, modified)
-    dkey, dvalue = launch_key_gradients(*operands, dkey_dtype or key.dtype, key_gradient_tiles(chip, query.dtype, dim))
-    dquery = launch_query_gradient(
-        *operands, carry, dquery_dtype or query.dtype, query_gradient_tiles(chip, query.dtype, dim)
-    )
+    row = (chip, query.dtype, dim, modified.seed is not None)
+    dkey, dvalue = launch_key_gradients(*operands, dkey_dtype or key.dtype, key_gradient_tiles(*row))
+    dquery = launch_query_gradient(*operands, carry, dquery_dtype or query.dtype, query_gradient_tiles(*row))
     return dquery, dkey, dvalue
 
 

@@ -162,8 +162,8 @@ def attend(
 ) -> Carry:
     """See ringflash.kernels.reference.attend. A carry is overwritten where its tensors can hold the result."""
     check_operands(query, key, value, intervals, scale, modifiers)
-    tiles = forward_tiles(chip_of(query.device), query.dtype, max(query.shape[2], value.shape[2]))
-    operands = modifier_operands(modifiers, scale)
+    operands, dim = modifier_operands(modifiers, scale), max(query.shape[2], value.shape[2])
+    tiles = forward_tiles(chip_of(query.device), query.dtype, dim, operands.seed is not None)
     return launch_forward(query, key, value, intervals, scale, operands, carry, out_dtype or query.dtype, tiles)
 
 

@@ -155,7 +155,7 @@ def blind_rows_aside(lse, modifiers):
 def kept_pairs(modifiers, head, query_position, key_position):
     """Which pairs dropout keeps; only with dropout."""
     word, _, _, _ = tl.philox(tl.load(modifiers.seed), key_position, query_position, head, 0)
-    return word >= tl.to_tensor(modifiers.threshold).to(tl.uint32, bitcast=True)
+    return word >= tl.cast(modifiers.threshold, tl.uint32, bitcast=True)
 
 
 @triton.jit

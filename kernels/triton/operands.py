@@ -9,6 +9,7 @@ from ringflash.errors import ArgumentError
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.modifiers import Modifiers
 from ringflash.kernels.triton.modifiers import check_modifiers
+from ringflash.kernels.triton.tiles import chip_of, widest
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -28,9 +29,10 @@ def check_operands(
             f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}; allowed are "
             "(T, H, D), (S, Hk, D), (S, Hk, Dv) with H a multiple of Hk"
         )
+    most = widest(chip_of(query.device), query.dtype)
     for name, dim in (("query", query.shape[2]), ("value", value.shape[2])):
-        if dim % 8 or not 8 <= dim <= 256:
-            raise ArgumentError(f"{name} head dimension {dim}; allowed are multiples of 8 up to 256")
+        if dim % 8 or not 8 <= dim <= most:
+            raise ArgumentError(f"{name} head dimension {dim}; allowed are multiples of 8 up to {most} here")
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.stride(2) != 1:
             raise ArgumentError(f"{name} strides {x.stride()}; the last dimension must be contiguous")

@@ -65,48 +65,61 @@ def chip_of_capability(capability: tuple[int, int]) -> str:
     return "ampere" if capability in ((8, 0), (8, 7)) else "consumer"  # 163 KiB and 99 KiB
 
 
-def forward_tiles(chip: str, dtype: torch.dtype, dim: int) -> Tiles:
+def forward_tiles(chip: str, dtype: torch.dtype, dim: int, dropout: bool = False) -> Tiles:
     """Tiles of the forward kernel; `dim` is the larger head dimension."""
-    return _FORWARD[chip][_row(dtype, dim)]
+    row = _row(dtype, dim)
+    return (dropout and _FORWARD_DROPOUT.get((chip, row))) or _FORWARD[chip][row]
 
 
-def key_gradient_tiles(chip: str, dtype: torch.dtype, dim: int) -> Tiles:
+def key_gradient_tiles(chip: str, dtype: torch.dtype, dim: int, dropout: bool = False) -> Tiles:
     """Tiles of the kernel for the gradients of key and value; `dim` is the larger head dimension."""
-    return _KEY_GRADIENT[chip][_row(dtype, dim)]
+    row = _row(dtype, dim)
+    return (dropout and _KEY_GRADIENT_DROPOUT.get((chip, row))) or _KEY_GRADIENT[chip][row]
 
 
-def query_gradient_tiles(chip: str, dtype: torch.dtype, dim: int) -> Tiles:
+def query_gradient_tiles(chip: str, dtype: torch.dtype, dim: int, dropout: bool = False) -> Tiles:
     """Tiles of the kernel for the gradient of query; `dim` is the larger head dimension."""
-    return _QUERY_GRADIENT[chip][_row(dtype, dim)]
+    row = _row(dtype, dim)
+    return (dropout and _QUERY_GRADIENT_DROPOUT.get((chip, row))) or _QUERY_GRADIENT[chip][row]
+
+
+def widest(chip: str, dtype: torch.dtype) -> int:
+    """The largest head dimension whose blocks fit a chip."""
+    return 512 if _row(dtype, 512) in _FORWARD[chip] else 256
 
 
 def _row(dtype: torch.dtype, dim: int) -> int | str:
     if dtype == torch.float32:
-        return "fp32" if dim <= 128 else "fp32 wide"
-    return 64 if dim <= 64 else 128 if dim <= 128 else 256
+        return "fp32" if dim <= 128 else "fp32 wide" if dim <= 256 else "fp32 widest"
+    return 64 if dim <= 64 else 128 if dim <= 128 else 256 if dim <= 256 else 512
 
 
-# 16-bit rows by head dimension up to 64, 128 and 256; float32 up to 128 and up to 256. float32 runs on the plain
+# 16-bit rows by head dimension up to 64, 128, 256 and 512; float32 up to 128, 256 and 512. float32 runs on the plain
 # multiply-add units to be exact, from registers, hence small blocks.
 _FORWARD = {
     "hopper": {
         64: Tiles(128, 64, 4, 4, True),
         128: Tiles(128, 128, 8, 3, True, split=False),
         256: Tiles(128, 64, 8, 2, True),
+        512: Tiles(64, 32, 8, 2, True),
         "fp32": Tiles(32, 32, 8, 1),
         "fp32 wide": Tiles(16, 32, 8, 1),
+        "fp32 widest": Tiles(16, 16, 8, 1),
     },
     "ampere": {
         64: Tiles(128, 64, 4, 3),
         128: Tiles(128, 64, 8, 3),
         256: Tiles(64, 64, 8, 2),
+        512: Tiles(64, 32, 8, 2),
         "fp32": Tiles(32, 32, 8, 1),
         "fp32 wide": Tiles(16, 32, 8, 1),
+        "fp32 widest": Tiles(16, 16, 8, 1),
     },
     "consumer": {
         64: Tiles(128, 64, 4, 3),
         128: Tiles(128, 32, 4, 2),
         256: Tiles(64, 32, 4, 2),
+        512: Tiles(32, 16, 8, 1),
         "fp32": Tiles(32, 32, 8, 1),
         "fp32 wide": Tiles(16, 32, 8, 1),
     },
@@ -114,30 +127,36 @@ _FORWARD = {
         64: Tiles(128, 64, 4, 2),
         128: Tiles(128, 64, 4, 1),
         256: Tiles(64, 32, 4, 1),
+        512: Tiles(32, 16, 4, 1),
         "fp32": Tiles(32, 32, 4, 1),
         "fp32 wide": Tiles(32, 16, 4, 1),
     },
-    "interpreter": dict.fromkeys((64, 128, 256, "fp32", "fp32 wide"), Tiles(32, 16, 4, 1)),
+    "interpreter": dict.fromkeys((64, 128, 256, 512, "fp32", "fp32 wide", "fp32 widest"), Tiles(32, 16, 4, 1)),
 }
 _KEY_GRADIENT = {
     "hopper": {
         64: Tiles(64, 64, 4, 3, True, split=False),
         128: Tiles(64, 64, 4, 2, True, split=False),
         256: Tiles(64, 64, 8, 2, True),
+        512: Tiles(32, 32, 8, 1),
         "fp32": Tiles(16, 32, 8, 1),
         "fp32 wide": Tiles(16, 16, 8, 1),
+        "fp32 widest": Tiles(16, 16, 8, 1),
     },
     "ampere": {
         64: Tiles(64, 128, 8, 2),
         128: Tiles(32, 128, 8, 2),
         256: Tiles(32, 64, 8, 1),
+        512: Tiles(32, 32, 8, 1),
         "fp32": Tiles(16, 32, 8, 1),
         "fp32 wide": Tiles(16, 16, 8, 1),
+        "fp32 widest": Tiles(16, 16, 8, 1),
     },
     "consumer": {
         64: Tiles(32, 128, 8, 2),
         128: Tiles(32, 64, 4, 2),
         256: Tiles(16, 32, 4, 1),
+        512: Tiles(16, 16, 8, 1),
         "fp32": Tiles(16, 32, 8, 1),
         "fp32 wide": Tiles(16, 16, 8, 1),
     },
@@ -145,30 +164,36 @@ _KEY_GRADIENT = {
         64: Tiles(32, 128, 4, 1),
         128: Tiles(32, 64, 4, 1),
         256: Tiles(16, 64, 4, 1),
+        512: Tiles(16, 16, 4, 1),
         "fp32": Tiles(16, 32, 4, 1),
         "fp32 wide": Tiles(16, 32, 4, 1),
     },
-    "interpreter": dict.fromkeys((64, 128, 256, "fp32", "fp32 wide"), Tiles(16, 32, 4, 1)),
+    "interpreter": dict.fromkeys((64, 128, 256, 512, "fp32", "fp32 wide", "fp32 widest"), Tiles(16, 32, 4, 1)),
 }
 _QUERY_GRADIENT = {
     "hopper": {
         64: Tiles(128, 64, 8, 3, True),
         128: Tiles(128, 64, 8, 3, True),
         256: Tiles(128, 32, 8, 3, True),
+        512: Tiles(32, 32, 8, 1),
         "fp32": Tiles(16, 16, 8, 1),
         "fp32 wide": Tiles(16, 16, 8, 1),
+        "fp32 widest": Tiles(16, 16, 8, 1),
     },
     "ampere": {
         64: Tiles(128, 64, 8, 2),
         128: Tiles(128, 32, 8, 2),
         256: Tiles(64, 32, 8, 1),
+        512: Tiles(32, 32, 8, 1),
         "fp32": Tiles(16, 16, 8, 1),
         "fp32 wide": Tiles(16, 16, 8, 1),
+        "fp32 widest": Tiles(16, 16, 8, 1),
     },
     "consumer": {
         64: Tiles(128, 32, 8, 2),
         128: Tiles(64, 32, 4, 2),
         256: Tiles(32, 16, 4, 1),
+        512: Tiles(16, 16, 8, 1),
         "fp32": Tiles(16, 16, 8, 1),
         "fp32 wide": Tiles(16, 16, 8, 1),
     },
@@ -176,10 +201,11 @@ _QUERY_GRADIENT = {
         64: Tiles(128, 32, 4, 1),
         128: Tiles(64, 32, 4, 1),
         256: Tiles(64, 16, 4, 1),
+        512: Tiles(16, 16, 4, 1),
         "fp32": Tiles(32, 16, 4, 1),
         "fp32 wide": Tiles(32, 16, 4, 1),
     },
-    "interpreter": dict.fromkeys((64, 128, 256, "fp32", "fp32 wide"), Tiles(32, 16, 4, 1)),
+    "interpreter": dict.fromkeys((64, 128, 256, 512, "fp32", "fp32 wide", "fp32 widest"), Tiles(32, 16, 4, 1)),
 }
 
 # Blackwell takes Hopper's rows where they fit: its products pass operands through shared memory that Hopper's keep in
@@ -187,3 +213,29 @@ _QUERY_GRADIENT = {
 _FORWARD["blackwell"] = _FORWARD["hopper"]
 _KEY_GRADIENT["blackwell"] = {**_KEY_GRADIENT["hopper"], 256: Tiles(64, 64, 8, 1, True)}
 _QUERY_GRADIENT["blackwell"] = {**_QUERY_GRADIENT["hopper"], 256: Tiles(64, 64, 8, 1, True)}
+
+# Random words of ten rounds want registers, so dropout takes smaller blocks or more warps where it would spill.
+_FORWARD_DROPOUT = {
+    ("hopper", 64): Tiles(128, 64, 8, 3, True),
+    ("hopper", 128): Tiles(128, 64, 8, 3, True),
+    ("blackwell", 64): Tiles(128, 64, 8, 3, True),
+    ("blackwell", 128): Tiles(128, 64, 8, 3, True),
+    ("ampere", 64): Tiles(128, 64, 8, 3),
+    ("consumer", 64): Tiles(128, 64, 8, 3),
+    ("consumer", 128): Tiles(128, 32, 8, 2),
+}
+_KEY_GRADIENT_DROPOUT = {
+    ("hopper", 128): Tiles(64, 64, 8, 2, True, split=False),
+    ("hopper", 256): Tiles(32, 64, 8, 2, True, split=False),
+    ("ampere", 64): Tiles(32, 128, 8, 2, split=False),
+    ("ampere", 128): Tiles(32, 64, 8, 2, split=False),
+    ("hopper", 512): Tiles(32, 32, 8, 1, split=False),
+    ("blackwell", 256): Tiles(32, 64, 8, 1, True, split=False),
+    ("blackwell", 512): Tiles(32, 32, 8, 1, split=False),
+    ("ampere", 256): Tiles(32, 64, 8, 1, split=False),
+    ("ampere", 512): Tiles(32, 32, 8, 1, split=False),
+    ("consumer", 128): Tiles(32, 64, 8, 2, split=False),
+}
+_QUERY_GRADIENT_DROPOUT = {
+    ("hopper", 256): Tiles(128, 32, 8, 2, True, split=False),
+}

@@ -21,6 +21,7 @@ from oracle import (
     assert_accurate,
     assert_same,
     between,
+    draw_modifiers,
     draw_problem,
     errors,
     exact,
@@ -135,6 +136,7 @@ GPU_CASES = {
     "bf16-d64": (torch.bfloat16, (4, 2), (64, 64), False, 0),
     "bf16-d128-ring": (torch.bfloat16, (4, 1), (128, 128), False, 2),
     "bf16-d256": (torch.bfloat16, (2, 2), (256, 256), False, 0),
+    "bf16-d512": (torch.bfloat16, (2, 1), (512, 512), False, 0),
     "bf16-d128-sink": (torch.bfloat16, (4, 2), (128, 128), True, 0),
     "bf16-d16": (torch.bfloat16, (2, 2), (16, 16), False, 0),
     "bf16-d192-v128": (torch.bfloat16, (2, 2), (192, 128), False, 0),
@@ -143,13 +145,23 @@ GPU_CASES = {
     "fp32-d64": (torch.float32, (2, 1), (64, 64), False, 0),
     "fp32-d128-v64-sink-ring": (torch.float32, (2, 2), (128, 64), True, 1),
 }
+# softcap, slopes, dropout, padding
+GPU_MODIFIED_CASES = {
+    "bf16-d128-all-ring": (torch.bfloat16, (4, 2), (128, 128), False, 1, (3.0, "of each row", 0.3, True)),
+    "bf16-d128-dropout-sink": (torch.bfloat16, (2, 2), (128, 128), True, 0, (0.0, None, 0.6, False)),
+    "bf16-d256-softcap": (torch.bfloat16, (2, 1), (256, 256), False, 0, (3.0, None, 0.0, False)),
+    "fp16-d64-all": (torch.float16, (3, 3), (64, 64), False, 0, (3.0, "heads first", 0.3, True)),
+    "fp16-d128-slopes-padding": (torch.float16, (4, 1), (128, 128), False, 0, (0.0, "of all rows", 0.0, True)),
+    "fp16-d40-v72-dropout-padding-ring": (torch.float16, (2, 1), (40, 72), False, 1, (0.0, None, 0.1, True)),
+    "fp32-d64-all": (torch.float32, (2, 1), (64, 64), False, 0, (3.0, "of each row", 0.3, True)),
+}
 on_gpu_kernels = pytest.mark.parametrize("name", [x for x in NAMES if x not in ("auto", "reference", "blockwise")])
 
 
-def kernels_for(name: str, dtype: torch.dtype, dims: tuple[int, int]) -> ModuleType:
+def kernels_for(name: str, dtype: torch.dtype, dims: tuple[int, int], modifiers: bool = False) -> ModuleType:
     """The named kernels, if they run on this."""
     try:
-        return select("cuda", dtype, *dims, name)
+        return select("cuda", dtype, *dims, name, modifiers)
     except ArgumentError as reason:
         pytest.skip(str(reason))
 
@@ -164,6 +176,21 @@ def test_gpu_kernels_are_as_accurate_as_torch(name: str, case: tuple, data: st.D
     kernels = kernels_for(name, dtype, dims)
     intervals = to_device(data.draw(any_intervals(2000, sink)), "cuda")
     problem = draw_problem(intervals, heads, dims, dtype, seed=data.draw(st.integers(0, 2**32 - 1)))
+    cuts = [data.draw(st.integers(0, intervals.key_count)) for _ in range(cut_count)]
+    assert_accurate(run(kernels, problem, cuts, backwards=data.draw(st.booleans())), problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", GPU_MODIFIED_CASES.values(), ids=GPU_MODIFIED_CASES)
+@pytest.mark.parametrize("name", ["blockwise", "triton"])
+@settings(max_examples=15)
+@given(st.data())
+def test_gpu_kernels_with_modifiers_are_as_accurate_as_torch(name: str, case: tuple, data: st.DataObject) -> None:
+    dtype, heads, dims, sink, cut_count, kinds = case
+    kernels = kernels_for(name, dtype, dims, modifiers=True)
+    intervals, seed = to_device(data.draw(any_intervals(1000, sink)), "cuda"), data.draw(st.integers(0, 2**63 - 1))
+    modifiers = draw_modifiers(intervals, heads[0], seed, *kinds)
+    problem = draw_problem(intervals, heads, dims, dtype, seed=seed, modifiers=modifiers)
     cuts = [data.draw(st.integers(0, intervals.key_count)) for _ in range(cut_count)]
     assert_accurate(run(kernels, problem, cuts, backwards=data.draw(st.booleans())), problem)
 

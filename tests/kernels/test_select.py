@@ -59,7 +59,8 @@ def test_gpu_tensors_go_to_triton_where_it_takes_them() -> None:
     assert chosen("cuda", torch.bfloat16, 192, 128) == "triton"
     assert chosen("cuda", torch.float64, 128) == "blockwise"
     assert chosen("cuda", torch.bfloat16, 20) == "blockwise"
-    assert chosen("cuda", torch.bfloat16, 64, 264) == "blockwise"
+    assert chosen("cuda", torch.bfloat16, 512) == "triton"
+    assert chosen("cuda", torch.bfloat16, 64, 520) == "blockwise"
 
 
 @pytest.mark.usefixtures("on_a_gpu")
@@ -90,7 +91,7 @@ def test_forced_triton_says_that_the_package_is_missing() -> None:
     [
         (torch.float64, (64, 64), "float64"),
         (torch.float16, (20, 64), "head_dim=20"),
-        (torch.float16, (64, 264), "value_head_dim=264"),
+        (torch.float16, (64, 520), "value_head_dim=520"),
     ],
 )
 def test_forced_triton_names_what_it_does_not_take(dtype: torch.dtype, dims: tuple[int, int], missing: str) -> None:

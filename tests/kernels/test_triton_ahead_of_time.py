@@ -18,6 +18,9 @@ CHIPS = {"sm_80": "ampere", "sm_89": "consumer", "sm_90": "hopper", "sm_100": "b
 SPILLED = 128
 """Bytes of a thread's registers that a kernel may keep in memory."""
 
+SPILLED_BY_MODIFIERS = 384
+"""The same with every modifier at once, of which dropout takes most; with one of them a few blocks spill at all."""
+
 SPILLED_KNOWINGLY = {
     # Two stages and spills measured a sixth faster on an H100 than one stage without (docs/benchmarks/tiles.json).
     ("sm_90", "dkey", 256, torch.bfloat16): 1024,
@@ -38,17 +41,18 @@ def launch(
     intervals = KeyIntervals(bounds, bounds + 1, rows, *((bounds, bounds) if sink else ()))
     lse = torch.empty(16, rows)
     modified = modifier_operands(modifiers, 1.0)
+    row = (chip, dtype, dim, modified.seed is not None)
     if kernel == "attend":
         carry = (out.float(), lse) if carried else None
-        shape = tiles.forward_tiles(chip, dtype, dim)
+        shape = tiles.forward_tiles(*row)
         call = lambda: forward.launch_forward(query, key, value, intervals, 1.0, modified, carry, dtype, shape)  # noqa: E731
         return catch(forward, "attend_kernel", call)
     operands = (query, key, value, dout, lse, lse, intervals, 1.0, modified)
     if kernel == "dkey":
-        shape = tiles.key_gradient_tiles(chip, dtype, dim)
+        shape = tiles.key_gradient_tiles(*row)
         return catch(backward, "dkey_kernel", lambda: backward.launch_key_gradients(*operands, dtype, shape))
     carry = out.float() if carried else None
-    shape = tiles.query_gradient_tiles(chip, dtype, dim)
+    shape = tiles.query_gradient_tiles(*row)
     return catch(backward, "dquery_kernel", lambda: backward.launch_query_gradient(*operands, carry, dtype, shape))
 
 
@@ -71,6 +75,39 @@ def test_kernels_compile_for_every_chip_without_spills(target: str, dim: int, ke
 def test_kernels_with_sink_and_carry_fit_hopper(kernel: str) -> None:
     call = launch(kernel, "hopper", 128, torch.bfloat16, sink=True, carried=True)
     check(compile_for("sm_90", call), "sm_90", kernel, 128, torch.bfloat16)
+
+
+@pytest.mark.parametrize("kernel", ["attend", "dkey", "dquery"])
+@pytest.mark.parametrize("target", CHIPS)
+def test_kernels_with_every_modifier_compile_for_every_chip(target: str, kernel: str) -> None:
+    position = torch.empty(4096, dtype=torch.int32)
+    modifiers = Modifiers(
+        softcap=30.0,
+        slopes=torch.empty(4096, 16),
+        dropout=0.1,
+        seed=torch.empty(1, dtype=torch.int64),
+        query_positions=position,
+        key_positions=position,
+        key_visible=position.to(torch.uint8),
+    )
+    resources = compile_for(target, launch(kernel, CHIPS[target], 128, torch.bfloat16, False, False, modifiers))
+    assert resources.spilled <= SPILLED_BY_MODIFIERS
+    assert resources.shared <= SHARED_LIMIT[target]
+    assert not resources.warnings
+
+
+@pytest.mark.parametrize("kernel", ["attend", "dkey", "dquery"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_kernels_for_head_dimension_512_fit(target: str, kernel: str) -> None:
+    call = launch(kernel, CHIPS[target], 512, torch.bfloat16, sink=False, carried=False)
+    check(compile_for(target, call), target, kernel, 512, torch.bfloat16)
+
+
+def test_head_dimensions_that_fit_no_blocks_are_not_offered() -> None:
+    assert tiles.widest("hopper", torch.float32) == 512
+    assert tiles.widest("consumer", torch.bfloat16) == 512
+    assert tiles.widest("consumer", torch.float32) == 256
+    assert tiles.widest("cdna", torch.float32) == 256
 
 
 @pytest.mark.parametrize("kernel", ["attend", "dkey", "dquery"])
