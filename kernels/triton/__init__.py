@@ -1,7 +1,7 @@
 """Portable Triton kernels of the contract in ringflash.kernels.reference: NVIDIA since Ampere, and AMD CDNA.
 
 Read in the order the data takes: tiles (which shapes for which chip), operands (checks and views of the tensors),
-blocks (loading and masking one block), forward, backward.
+blocks (loading and masking one block), modifiers (softcap, ALiBi, dropout, padding), forward, backward.
 """
 
 from ringflash.kernels.triton.backward import attend_backward, row_delta
