@@ -53,7 +53,7 @@ def check_operands(
 ) -> None:
     """Raise ArgumentError for what the kernels cannot compute."""
     if modifiers is not None:
-        raise ArgumentError(f"modifiers={modifiers}; the Hopper kernels apply none, the blockwise kernels apply all")
+        raise ArgumentError(f"modifiers={modifiers}; the Hopper kernels apply none, triton and blockwise apply all")
     if key.dtype != query.dtype or value.dtype != query.dtype:
         raise ArgumentError(f"query, key, value are {query.dtype}, {key.dtype}, {value.dtype}; all three must agree")
     if query.shape[1] % key.shape[1] or value.shape[:2] != key.shape[:2] or key.shape[2] != query.shape[2]:
