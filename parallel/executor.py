@@ -36,7 +36,7 @@ def forward(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
                 *at_hand[:2],
                 stage.intervals,
                 scale=call.scale,
-                **_modifiers(inputs, call, program, stage, at_hand),
+                modifiers=_modifiers(inputs, call, program, stage, at_hand),
                 carry=carry,
                 out_dtype=query.dtype if stage.is_last else accumulator,
             )
@@ -82,7 +82,7 @@ def backward(
                 delta,
                 stage.intervals,
                 scale=call.scale,
-                **_modifiers(inputs, call, program, stage, at_hand),
+                modifiers=_modifiers(inputs, call, program, stage, at_hand),
                 carry=dquery,
                 dquery_dtype=query.dtype if stage.is_last else accumulator,
                 dkey_dtype=accumulator if stage.returns else gradients.dtype,
@@ -108,10 +108,10 @@ def _has_modifiers(inputs: Inputs, call: Call) -> bool:
 
 def _modifiers(
     inputs: Inputs, call: Call, program: Program, stage: StageProgram, at_hand: list[Tensor]
-) -> dict[str, Modifiers]:
+) -> Modifiers | None:
     if not _has_modifiers(inputs, call):
-        return {}
-    modifiers = Modifiers(
+        return None
+    return Modifiers(
         softcap=call.softcap,
         slopes=inputs.slopes,
         dropout=call.dropout,
@@ -120,7 +120,6 @@ def _modifiers(
         key_positions=stage.key_positions,
         key_visible=None if inputs.key_visible is None else at_hand[2],
     )
-    return {"modifiers": modifiers}
 
 
 def _post_keys(
