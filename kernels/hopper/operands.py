@@ -73,10 +73,14 @@ def check_operands(
 
 
 def addressable(x: Tensor) -> Tensor:
-    """`x` (rows, heads, dim) itself where the tensor memory engine can address it, otherwise a contiguous copy."""
+    """`x` (rows, heads, dim) itself where the tensor memory engine can address it, otherwise a contiguous copy.
+
+    It takes addresses and strides of whole 16 bytes and coordinates of 32 bits; a head's columns start at h * its stride.
+    """
     strides = [stride * x.element_size() for stride in x.stride()[:2]]
     aligned = x.data_ptr() % 16 == 0 and strides[0] > 0 and all(stride % 16 == 0 for stride in strides)
-    return x if aligned and x.stride(2) == 1 else x.contiguous()
+    width = (x.shape[1] - 1) * x.stride(1) + x.shape[2]
+    return x if aligned and x.stride(2) == 1 and width < 2**31 else x.contiguous()
 
 
 def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:

@@ -252,8 +252,20 @@ def test_deterministic_gradients_repeat_bit_for_bit_on_gpus(name: str) -> None:
     problem = draw_problem(causal_intervals(3001, 3001, "cuda"), (4, 2), (64, 64), torch.bfloat16)
     kernels = kernels_for(name, torch.bfloat16, (64, 64))
     first = run(kernels, problem, deterministic=True)
-    for _ in range(20):
+    for _ in range(100):
         assert_same(run(kernels, problem, deterministic=True), first)
+
+
+@pytest.mark.gpu
+@on_gpu_kernels
+def test_attention_repeats_bit_for_bit_on_gpus(name: str) -> None:
+    problem = draw_problem(causal_intervals(3001, 3001, "cuda"), (4, 2), (128, 128), torch.bfloat16)
+    kernels = kernels_for(name, torch.bfloat16, (128, 128))
+    first, *repeats = (
+        kernels.attend(problem.query, problem.key, problem.value, problem.intervals, scale=problem.scale)
+        for _ in range(1000)
+    )
+    assert all(torch.equal(a, b) for again in repeats for a, b in zip(again, first, strict=True))
 
 
 @pytest.mark.gpu

@@ -1,0 +1,33 @@
+"""Tensors as the tensor memory engine of Hopper takes them."""
+
+import pytest
+import torch
+
+from ringflash.kernels.hopper.operands import addressable
+
+
+@pytest.mark.parametrize(
+    ("strides", "copied"),
+    [
+        ((5 * 64, 64, 1), False),
+        ((64, 640, 1), False),
+        ((64, 0, 1), False),
+        ((64, 2**29, 1), True),
+        ((5 * 60, 60, 1), True),
+        ((0, 64, 1), True),
+        ((5 * 64, 1, 5), True),
+    ],
+    ids=[
+        "contiguous",
+        "heads outermost",
+        "one head for all",
+        "heads over 2^31 elements",
+        "head not of whole 16 bytes",
+        "one row for all",
+        "strided columns",
+    ],
+)
+def test_tensors_out_of_the_engines_reach_are_copied(strides: tuple[int, int, int], copied: bool) -> None:
+    x = torch.empty_strided((10, 5, 64), strides, dtype=torch.bfloat16, device="meta")
+    assert (addressable(x) is not x) == copied
+    assert addressable(addressable(x)).shape == x.shape
