@@ -75,7 +75,7 @@ def check_operands(
 def addressable(x: Tensor) -> Tensor:
     """`x` (rows, heads, dim) itself where the tensor memory engine can address it, otherwise a contiguous copy.
 
-    It takes addresses and strides of whole 16 bytes and coordinates of 32 bits; a head's columns start at h * its stride.
+    It takes addresses and strides of whole 16 bytes, and coordinates of 32 bits: head h begins at column h * stride.
     """
     strides = [stride * x.element_size() for stride in x.stride()[:2]]
     aligned = x.data_ptr() % 16 == 0 and strides[0] > 0 and all(stride % 16 == 0 for stride in strides)
