@@ -34,9 +34,10 @@ from ringflash.kernels.hopper.schedule import (
     Schedule,
     Tickets,
     allocate_tickets,
+    block_count,
     draw,
     key_span,
-    needs_mask,
+    own_blocks,
     read,
     stage_and_parity,
     tile_and_head,
@@ -176,12 +177,12 @@ def produce(
     while place < problem.schedule.tiles * problem.schedule.heads:
         tile, head = tile_and_head(problem.schedule, place)
         first_row = tile * M
-        span = key_span(problem.start_ptr, problem.stop_ptr, first_row, problem.query_rows, M, N)
+        span = key_span(problem.start_ptr, problem.stop_ptr, first_row, problem.query_rows, M)
         key_column = head // GROUP * key_head_stride
         value_column = head // GROUP * value_head_stride
         for part in gl.static_range(CONSUMERS):
             fill(queries, query_desc, first_row + part * ROWS, head * query_head_stride, part, turn & 1)
-        for block in range(span.blocks):
+        for block in range(block_count(span, N)):
             stage, parity = stage_and_parity(step, STAGES)
             fill(keys, key_desc, span.begin + block * N, key_column, stage, parity)
             fill(values, value_desc, span.begin + block * N, value_column, stage, parity)
@@ -205,12 +206,13 @@ def consume(
     while place < problem.schedule.tiles * problem.schedule.heads:
         tile, head = tile_and_head(problem.schedule, place)
         first_row = tile * M
-        span = key_span(problem.start_ptr, problem.stop_ptr, first_row, problem.query_rows, M, N)
+        span = key_span(problem.start_ptr, problem.stop_ptr, first_row, problem.query_rows, M)
+        blocks = block_count(span, N)
         attend_tile(
-            problem, result, queries, keys, values, staging, span, first_row + PART * ROWS, head, step, turn,
+            problem, result, queries, keys, values, staging, span, blocks, first_row + PART * ROWS, head, step, turn,
             scale_log2, PART, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING,
         )  # fmt: skip
-        step += span.blocks
+        step += blocks
         place = read(problem.tickets, turn)
         turn += 1
     if not FLOAT_OUT:
@@ -219,11 +221,11 @@ def consume(
 
 @gluon.jit
 def attend_tile(
-    problem, result, queries, keys, values, staging, span, first_row, head, step, turn, scale_log2,
+    problem, result, queries, keys, values, staging, span, blocks, first_row, head, step, turn, scale_log2,
     PART: gl.constexpr, STAGES: gl.constexpr, HAS_CARRY: gl.constexpr, FLOAT_OUT: gl.constexpr,
     OWN_STAGING: gl.constexpr,
 ):  # fmt: skip
-    """One warpgroup's 64 rows over all of their key blocks, from the initial state to the stored result."""
+    """One warpgroup's 64 rows over the tile's key blocks that they see, from the initial state to the stored result."""
     N: gl.constexpr = keys.blocks.shape[1]
     D: gl.constexpr = keys.blocks.shape[2]
     dtype: gl.constexpr = keys.blocks.dtype
@@ -238,9 +240,13 @@ def attend_tile(
     out, maximum, total = initial_state(problem, result, first_row, head, HAS_CARRY, D, SCORES, OUT)
     no_scores = gl.zeros([ROWS, N], gl.float32, SCORES)
     query = queries.blocks.index(PART)
+    own = key_span(problem.start_ptr, problem.stop_ptr, first_row, problem.query_rows, ROWS)
+    first, last = own_blocks(span, own, blocks, N)
+    pass_over(keys, values, step, step + first, STAGES)
 
     # The first block has no earlier one to overlap with.
-    stage, parity = stage_and_parity(step, STAGES)
+    first_key = span.begin + first * N
+    stage, parity = stage_and_parity(step + first, STAGES)
     mbarrier.wait(queries.full.index(PART), turn & 1)
     mbarrier.wait(keys.full.index(stage), parity)
     scores_token = warpgroup_mma(
@@ -248,15 +254,14 @@ def attend_tile(
     )
     scores = warpgroup_mma_wait(0, deps=[scores_token])
     release(keys.empty.index(stage))
-    if needs_mask(span, span.begin, N):
-        scores = hide(scores, row_start, row_stop, span.begin, N, SCORES)
+    scores = hide(scores, own, row_start, row_stop, first_key, N, SCORES)
     weights, rescale, maximum, total = softmax_step(scores, maximum, total, scale_log2)
     weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
     if HAS_CARRY:
         out = out * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
     mbarrier.wait(values.full.index(stage), parity)
 
-    for block in range(1, span.blocks):
+    for block in range(first + 1, last):
         earlier = stage
         stage, parity = stage_and_parity(step + block, STAGES)
         mbarrier.wait(keys.full.index(stage), parity)
@@ -266,8 +271,7 @@ def attend_tile(
         out_token = warpgroup_mma(weights, values.blocks.index(earlier), out, is_async=True)
         scores = warpgroup_mma_wait(1, deps=[scores_token])
         release(keys.empty.index(stage))
-        if needs_mask(span, span.begin + block * N, N):
-            scores = hide(scores, row_start, row_stop, span.begin + block * N, N, SCORES)
+        scores = hide(scores, own, row_start, row_stop, span.begin + block * N, N, SCORES)
         weights, rescale, maximum, total = softmax_step(scores, maximum, total, scale_log2)
         weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
         # This wait is for the next step, but stands here: a branch between the softmax and the wait for the tensor
@@ -286,11 +290,23 @@ def attend_tile(
     gl.store(result.lse_ptr + head * problem.query_rows + rows, lse, mask=inside)
     out = warpgroup_mma_wait(0, deps=[out_token])
     release(values.empty.index(stage))
+    pass_over(keys, values, step + last, step + blocks, STAGES)
     out = out * gl.convert_layout(1.0 / total_or_one, gl.SliceLayout(1, OUT))[:, None]
     store_out(problem, result, staging.index(PART), out, first_row, head, FLOAT_OUT, D, OUT)
     if not (OWN_STAGING or FLOAT_OUT):
         store_wait(0)
         release(queries.empty.index(PART))
+
+
+@gluon.jit
+def pass_over(keys, values, step, end, STAGES: gl.constexpr):
+    """Give back the blocks of some steps unread, each once it is full: earlier would count for the round before."""
+    for skipped in range(step, end):
+        stage, parity = stage_and_parity(skipped, STAGES)
+        mbarrier.wait(keys.full.index(stage), parity)
+        release(keys.empty.index(stage))
+        mbarrier.wait(values.full.index(stage), parity)
+        release(values.empty.index(stage))
 
 
 @gluon.jit
@@ -365,10 +381,15 @@ def rescale_if_needed(out, rescale, D: gl.constexpr):
 
 
 @gluon.jit
-def hide(scores, row_start, row_stop, first_key, N: gl.constexpr, SCORES: gl.constexpr):
-    """-inf where a row does not see a key."""
-    keys = first_key + gl.arange(0, N, gl.SliceLayout(0, SCORES))[None, :]
-    return gl.where((keys >= row_start[:, None]) & (keys < row_stop[:, None]), scores, float("-inf"))
+def hide(scores, own, row_start, row_stop, first_key, N: gl.constexpr, SCORES: gl.constexpr):
+    """-inf where a row does not see a key. Most blocks on a border have only hidden keys before it or behind it."""
+    if first_key < own.full_begin:
+        keys = first_key + gl.arange(0, N, gl.SliceLayout(0, SCORES))[None, :]
+        scores = gl.where((keys >= row_start[:, None]) & (keys < row_stop[:, None]), scores, float("-inf"))
+    elif first_key + N > own.full_end:
+        keys = first_key + gl.arange(0, N, gl.SliceLayout(0, SCORES))[None, :]
+        scores = gl.where(keys < row_stop[:, None], scores, float("-inf"))
+    return scores
 
 
 @gluon.jit

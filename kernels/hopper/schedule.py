@@ -38,10 +38,10 @@ class Tickets(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Blocks that a tile visits: `blocks` of them from row `begin` on; rows full_begin to full_end need no mask."""
+    """Key rows from `begin` to `end` that some query rows see; all of them see full_begin to full_end."""
 
     begin: gl.tensor
-    blocks: gl.tensor
+    end: gl.tensor
     full_begin: gl.tensor
     full_end: gl.tensor
 
@@ -90,22 +90,33 @@ def tile_and_head(schedule, place):
 
 
 @gluon.jit
-def key_span(start_ptr, stop_ptr, first_row, rows, M: gl.constexpr, N: gl.constexpr):
-    """Key blocks of N rows that the query rows first_row to first_row + M see; at least one, hidden if need be.
+def key_span(start_ptr, stop_ptr, first_row, query_rows, M: gl.constexpr):
+    """Keys that the query rows first_row to first_row + M see; those of the last row if none of them exists.
 
-    Bounds never decrease along rows, so the tile's first and last row give them all.
+    Bounds never decrease along rows, so the first and the last row give them all.
     """
-    last_row = gl.minimum(first_row + M, rows) - 1
-    begin = gl.load(start_ptr + first_row)
-    end = gl.load(stop_ptr + last_row)
-    blocks = gl.maximum((end - begin + N - 1) // N, 1)
-    return Span(begin, blocks, gl.load(start_ptr + last_row), gl.load(stop_ptr + first_row))
+    first_row = gl.minimum(first_row, query_rows - 1)
+    last_row = gl.minimum(first_row + M, query_rows) - 1
+    return Span(
+        gl.load(start_ptr + first_row),
+        gl.load(stop_ptr + last_row),
+        gl.load(start_ptr + last_row),
+        gl.load(stop_ptr + first_row),
+    )
 
 
 @gluon.jit
-def needs_mask(span, first, N: gl.constexpr):
-    """Whether some row of the tile does not see all of the block of N rows at `first`."""
-    return (first < span.full_begin) | (first + N > span.full_end)
+def block_count(span, N: gl.constexpr):
+    """Blocks of N keys that cover a span; at least one, hidden if need be."""
+    return gl.maximum((span.end - span.begin + N - 1) // N, 1)
+
+
+@gluon.jit
+def own_blocks(span, own, blocks, N: gl.constexpr):
+    """First and last (exclusive) of a tile's blocks that a part of its rows, with the span `own`, sees; at least one."""
+    first = gl.minimum((own.begin - span.begin) // N, blocks - 1)
+    last = gl.minimum((own.end - span.begin + N - 1) // N, blocks)
+    return first, gl.maximum(last, first + 1)
 
 
 @gluon.jit
