@@ -17,8 +17,9 @@ from omegaconf import DictConfig
 
 from ringflash.configs import schema
 from ringflash.configs.schema import Config
-from ringflash.errors import RingflashError
+from ringflash.errors import RingflashError, RunStoppedError
 from ringflash.training.config import agree, check, device_type, typed
+from ringflash.training.interruption import STOPPED, ignore_signals
 from ringflash.training.loop import train
 
 schema.register()
@@ -26,7 +27,10 @@ schema.register()
 
 @hydra.main(config_path="pkg://ringflash.configs", config_name="config", version_base="1.3")
 def main(composed: DictConfig) -> None:
-    """Join the other ranks and train; an error that ringflash raises on purpose is one line, not a traceback."""
+    """Join the other ranks and train; an error that ringflash raises on purpose is one line, not a traceback.
+
+    The exit status is 0 after the last step, 75 if a signal stopped the run and it was saved, otherwise something else.
+    """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
         config = typed(composed)
@@ -34,6 +38,10 @@ def main(composed: DictConfig) -> None:
         device = join(config, rank, world_size)
         agree(config)
         train(config, device)
+    except RunStoppedError as stopped:
+        ignore_signals()
+        print(f"rank {rank}: {stopped}; exit status {STOPPED}", file=sys.stderr, flush=True)
+        sys.exit(STOPPED)
     except RingflashError as error:
         print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         sys.exit(1)

@@ -21,5 +21,9 @@ class CheckpointError(RingflashError, RuntimeError):
     """A checkpoint is incomplete, damaged, or belongs to another model."""
 
 
+class RunStoppedError(RingflashError):
+    """A training run was told to stop by a signal; it has saved a checkpoint and can go on from there."""
+
+
 class DataError(RingflashError, RuntimeError):
     """A data path holds nothing that can be trained on."""

@@ -71,15 +71,19 @@ class Engine(ABC):
     shapes: dict[str, tuple[int, ...]]
     """Shape of each parameter, in the order of `tensors`."""
 
-    def train_step(self, batches: Sequence[dict], lr: float) -> tuple[Tensor, Tensor]:
+    def train_step(
+        self, batches: Sequence[dict], lr: float, stop: Callable[[], bool] = lambda: False
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """One optimizer step over this rank's shards of its micro-batches.
 
         Args:
             batches: arguments of the model for each micro-batch, on its device.
             lr: learning rate.
+            stop: whether this rank wants the run to stop; asked at the step's end.
 
         Returns:
-            Mean loss per token over all ranks, and the gradient's norm before clipping; scalars on the device.
+            Mean loss per token over all ranks, the gradient's norm before clipping, and how many ranks want to stop;
+            scalars on the device.
         """
         self.model.train()
         valid = torch.stack([valid_tokens(batch["labels"]) for batch in batches]).sum()
@@ -90,8 +94,9 @@ class Engine(ABC):
         for index, batch in enumerate(batches):
             total += self.accumulate(batch, share * dist.get_world_size(), last=index == len(batches) - 1)
         norm = self.update(lr)
-        dist.all_reduce(total)
-        return total * share, norm
+        sums = torch.stack([total, torch.full_like(total, float(stop()))])
+        dist.all_reduce(sums)
+        return sums[0] * share, norm, sums[1]
 
     @torch.no_grad()
     def evaluate(self, batch: dict) -> Tensor:

@@ -15,6 +15,8 @@ sys.path.append(str(Path(__file__).parents[1] / "training"))
 
 from launcher import command, environment, launch, losses
 
+from ringflash.training.interruption import STOPPED
+
 JOB = (
     "logging=quiet",
     "logging.baselines=false",
@@ -56,6 +58,57 @@ def test_a_killed_rank_ends_the_run_and_the_next_start_continues_it(whole, tmp_p
     assert result.returncode == 0, result.stderr
     curve = losses(tmp_path / "run")
     assert curve == pytest.approx(expected, rel=1e-4)
+
+
+def _start_and_signal(folder, ranks, job, told, number):
+    """Signal a process of a run in its first steps; returns the exit status and the output."""
+    log = folder / "run" / "metrics.jsonl"
+    started = time.monotonic()
+    with subprocess.Popen(
+        command(ranks, "run_dir=run", *job),
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as run:
+        while not (log.exists() and log.read_text()):
+            assert run.poll() is None
+            assert time.monotonic() < started + 200
+            time.sleep(0.01)
+        os.kill(told(run.pid), number)
+        output, _ = run.communicate(timeout=60)
+    return run.returncode, output
+
+
+@pytest.mark.parametrize(
+    ("ranks", "told", "number"),
+    [
+        (2, lambda launcher: launcher, signal.SIGTERM),
+        (2, lambda launcher: _workers(launcher)[1], signal.SIGINT),
+        (None, lambda process: process, signal.SIGTERM),
+    ],
+    ids=["torchrun", "one_rank", "without_torchrun"],
+)
+def test_a_run_that_is_told_to_stop_saves_its_step_and_the_next_start_continues_it(
+    whole, tmp_path, ranks, told, number
+):
+    folder, _ = whole
+    job = (f"data.cache_dir={folder / 'runs' / 'cache'}", *JOB, "checkpoint.every=0", "train.steps=80")
+    uninterrupted = launch(tmp_path, ranks, "run_dir=whole", *job)
+    assert uninterrupted.returncode == 0, uninterrupted.stderr
+    status, output = _start_and_signal(tmp_path, ranks, job, told, number)
+    done = len(losses(tmp_path / "run"))
+    assert done < 80
+    assert f"told to stop: saved run/checkpoints/step-{done:08}; run_dir=run goes on from there" in output
+    for rank in range(ranks or 1):
+        said = f"rank {rank}: stopped by a signal after step {done} of 80; it is saved; exit status {STOPPED}"
+        assert said in output
+    assert status == (STOPPED if ranks is None else 1)  # torchrun's own status
+    result = launch(tmp_path, ranks, "run_dir=run", *job)
+    assert result.returncode == 0, result.stderr
+    assert f"at step {done}" in result.stdout
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
 def test_a_disk_that_fills_up_costs_checkpoints_but_not_the_run(whole, tmp_path):

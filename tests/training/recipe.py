@@ -78,7 +78,7 @@ def steps(
         micro = [together(mine[i : i + micro_batch]) for i in range(0, len(mine), micro_batch)]
         for batch in micro:
             batch["input_ids"] = batch["input_ids"].to(device)
-        loss, norm = engine.train_step([shard_batch(batch, group) for batch in micro], optimizer.lr)
+        loss, norm, _ = engine.train_step([shard_batch(batch, group) for batch in micro], optimizer.lr)
         curve.append((loss.item(), norm.item()))
     if folder is not None:
         checkpoint.save(Path(folder), last, engine.tensors(), engine.shapes, {"step": last}, keep=9)

@@ -12,7 +12,7 @@ import ringflash.configs.schema
 from ringflash.configs.schema import Config
 from ringflash.errors import ArgumentError, RankMismatchError
 from ringflash.training.config import accumulation, agree, check, flatten, load
-from ringflash.training.loop import vocabulary
+from ringflash.training.trainer import vocabulary
 
 FOLDER = Path(ringflash.configs.schema.__file__).parent
 FILES = sorted(FOLDER.glob("*/*.yaml"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,14 @@ import torch
 import torch.distributed as dist
 from launcher import losses
 
-from ringflash.errors import ArgumentError, CheckpointError, DataError, RankMismatchError, RingflashError
+from ringflash.errors import (
+    ArgumentError,
+    CheckpointError,
+    DataError,
+    RankMismatchError,
+    RingflashError,
+    RunStoppedError,
+)
 from ringflash.training import loop
 from ringflash.training.checkpoint import Checkpoint, newest
 from ringflash.training.config import agree, check, load
@@ -88,15 +96,59 @@ def test_weights_that_are_not_finite_replace_no_good_checkpoint(pool, folder):
     assert torch.isfinite(weights).all()
 
 
+def _train_until_told(folder, run, rank, method, call, *overrides):
+    """One rank receives SIGTERM at the beginning of a call of one of its trainer's methods."""
+    before, calls = signal.getsignal(signal.SIGTERM), 0
+
+    def interrupted(trainer, *arguments):
+        nonlocal calls
+        calls += 1
+        if calls == call and dist.get_rank() == rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(trainer, *arguments)
+
+    original = getattr(loop.Trainer, method)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Trainer, method, interrupted)
+        with pytest.raises(RunStoppedError) as stopped:
+            _train(folder, run, *overrides)
+    assert signal.getsignal(signal.SIGTERM) == before
+    return str(stopped.value)
+
+
+@pytest.mark.parametrize(
+    ("rank", "method", "call", "step", "overrides"),
+    [
+        (0, "train_step", 3, 3, []),
+        (1, "train_step", 6, 6, []),
+        (1, "validate", 1, 2, ["train.validate_every=2"]),
+        (0, "validate", 1, 4, ["train.validate_every=4", "checkpoint.every=2"]),
+        (1, "validate", 1, 6, []),
+        (1, "save", 1, 3, ["checkpoint.every=2"]),
+    ],
+    ids=["in_a_step", "in_the_last_step", "in_a_validation", "once_saved", "in_the_last_validation", "in_a_save"],
+)
+def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_the_run_goes_on_from_there(
+    pool, folder, curve, rank, method, call, step, overrides
+):
+    run = f"told-{method}-{step}"
+    for said in pool(2).run(_train_until_told, folder, run, rank, method, call, *overrides):
+        assert said == f"stopped by a signal after step {step} of 6; it is saved"
+    assert newest(folder / run / "checkpoints").name == f"step-{step:08}"
+    assert not (folder / run / "results.json").exists()
+    assert pool(2).run(_train, folder, run)[0] == curve
+    assert (folder / run / "results.json").exists()
+
+
 def _train_by_the_clock(folder):
     """A step takes one second of a clock that stands still otherwise, a validation or a checkpoint ten."""
     now = 0.0
 
     def taking(seconds, method):
-        def timed(trainer):
+        def timed(trainer, *arguments):
             nonlocal now
             now += seconds
-            return method(trainer)
+            return method(trainer, *arguments)
 
         return timed
 

@@ -1,0 +1,237 @@
+"""What a training run holds on each rank: data, model, engine, and how many steps are behind it.
+
+Ranks form a mesh ("data", "sequence"): those of one sequence group share each sequence, and every group draws its own
+sequences. Everything in here is a collective unless it says otherwise.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from ringflash.configs.schema import Config, ModelConfig
+from ringflash.errors import ArgumentError, RankMismatchError, RingflashError
+from ringflash.sharding import shard_batch
+from ringflash.training import checkpoint
+from ringflash.training.config import accumulation, compute_dtype, sequence_degree
+from ringflash.training.data import Corpus, PackedBatches, ValidationBatches, prepare
+from ringflash.training.engine import create_engine, parameter_shapes
+from ringflash.training.interruption import Answer
+from ringflash.training.metrics import PositionBin, PositionLoss
+from ringflash.training.model import Transformer, attention_mask
+from ringflash.training.optimizer import learning_rate
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Loss on held-out documents: bits per byte, and nats per token by length of context."""
+
+    bits_per_byte: float
+    positions: list[PositionBin]
+
+
+class Trainer:
+    """Model, engine and data of a run, and how many steps are behind it.
+
+    Attributes:
+        step: optimizer steps done.
+        saved: step and path of the latest checkpoint; -1 and None before the first.
+    """
+
+    def __init__(self, config: Config, device: torch.device, folder: Path) -> None:
+        """Build everything, and continue from a checkpoint if the configuration says so and there is one."""
+        self.config, self.device, self.folder = config, device, folder
+        world = dist.get_world_size()
+        degree = sequence_degree(config, world)
+        mesh = init_device_mesh(device.type, (world // degree, degree), mesh_dim_names=("data", "sequence"))
+        self.data_rank, self.data_ranks, self.degree = mesh["data"].get_local_rank(), world // degree, degree
+        self.group = mesh["sequence"].get_group()
+        self.corpus = _prepare_alike(config)
+        self.accumulation = accumulation(config, world)
+        self.batches = PackedBatches(
+            self.corpus.train,
+            config.train.seqlen,
+            config.train.micro_batch,
+            config.seed,
+            self.data_rank,
+            self.data_ranks,
+        )
+        self.vocab_size = vocabulary(config.model, self.corpus.tokenizer.vocab_size)
+        torch.manual_seed(config.seed)
+        with device:
+            model = Transformer(
+                config.model,
+                self.vocab_size,
+                config.attention,
+                self.group,
+                compute_dtype(config),
+                config.engine.activation_checkpointing,
+            )
+        self.parameters = sum(weight.numel() for weight in model.parameters())
+        self.resumed = self._find_checkpoint()
+        self.step = 0
+        if self.resumed is not None:
+            self.resumed.check_shapes(parameter_shapes(model))
+            state = self.resumed.state
+            self.step = state["step"]
+            self.batches.load_state_dict(state["data"])
+            torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["random"])), dtype=torch.uint8))
+        read = None if self.resumed is None else self.resumed.read
+        self.engine = create_engine(model, config.engine, config.optimizer, self.accumulation, read, self.step)
+        self.saved: tuple[int, Path | None] = (-1, None) if self.resumed is None else (self.step, self.resumed.path)
+        self._first_batches: list[dict] | None = None
+        self._answer = Answer()
+
+    def train_step(self, stop: Callable[[], bool]) -> bool:
+        """One optimizer step; returns whether a rank wants to stop, and all ranks have to: see `interruption`.
+
+        Args:
+            stop: whether this rank wants to.
+        """
+        lr = learning_rate(self.config.optimizer, self.step, self.config.train.steps)
+        loss, norm, asked = self.engine.train_step(self._next_batches(), lr, stop)
+        self._latest = loss, norm, lr
+        self.step += 1
+        return self._answer(asked)
+
+    def scalars(self) -> dict[str, float]:
+        """Scalars of the latest step by name; waits for the device.
+
+        Raises:
+            RingflashError: the loss or the gradient is not finite.
+        """
+        loss, norm, lr = (float(value) for value in self._latest)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise RingflashError(
+                f"the loss is {loss} at step {self.step}, the gradient's norm {norm}; a lower "
+                f"optimizer.lr={self.config.optimizer.lr} or a longer optimizer.warmup_steps may help"
+            )
+        scalars = {"train/loss": loss, "train/gradient_norm": norm, "train/learning_rate": lr}
+        scalars["train/bits_per_byte"] = loss / math.log(2) / self.corpus.bytes_per_token
+        scalars["train/epoch"] = self.batches.epoch
+        if self.device.type == "cuda":
+            scalars["train/memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        return scalars
+
+    def validate(self, stop: Callable[[], bool]) -> Validation | None:
+        """Loss over the validation documents, or their first train.validation_sequences sequences.
+
+        Args:
+            stop: whether this rank wants the run to stop; then there is no result, on all ranks.
+        """
+        train = self.config.train
+        batches = ValidationBatches(
+            self.corpus.validation, train.seqlen, train.micro_batch, self.data_rank, self.data_ranks
+        )
+        at_once = train.micro_batch * self.data_ranks
+        limit = len(batches) if train.validation_sequences is None else -(-train.validation_sequences // at_once)
+        positions, num_bytes = PositionLoss(train.seqlen), 0
+        for _, counted in zip(range(limit), batches, strict=False):
+            num_bytes += counted.num_bytes
+            shard = self._deal(counted.batch)
+            positions.add(shard["position_ids"], self.engine.evaluate(shard), shard["labels"])
+            asked = torch.full((), float(stop()), device=self.device)
+            dist.all_reduce(asked)
+            if asked:
+                return None
+        # Every rank of a sequence group counts the bytes of the whole sequence.
+        sums = torch.cat([positions.totals.flatten(), torch.tensor([num_bytes / self.degree])]).to(self.device)
+        dist.all_reduce(sums)
+        positions.totals = sums[:-1].cpu().view_as(positions.totals)
+        nats = positions.totals[0].sum().item()
+        return Validation(nats / math.log(2) / sums[-1].item(), positions.bins())
+
+    def save(self) -> Path:
+        """Write a checkpoint of this step; RingflashError instead if it would hold weights that are not finite."""
+        self.scalars()
+        state = {
+            "step": self.step,
+            "data": self.batches.state_dict(),
+            "random": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
+            "model": dataclasses.asdict(self.config.model) | {"vocab_size": self.vocab_size},
+            "config": dataclasses.asdict(self.config),
+        }
+        path = checkpoint.save(
+            self.folder / "checkpoints",
+            self.step,
+            self.engine.tensors(),
+            self.engine.shapes,
+            state,
+            self.config.checkpoint.keep,
+        )
+        self.saved = self.step, path
+        return path
+
+    def description(self) -> str:
+        """What is trained on what, in a line or two."""
+        train = self.config.train
+        start = f"continuing {self.resumed.path} at step {self.step}" if self.resumed else "from initial weights"
+        return (
+            f"{self.parameters / 1e6:.2f} M parameters, {self.config.engine.name}, {compute_dtype(self.config)} on "
+            f"{dist.get_world_size()} x {self.device.type}: {self.data_ranks} data x {self.degree} sequence ranks, "
+            f"{train.global_batch} x {train.seqlen} tokens a step\n"
+            f"{self.corpus.train.num_tokens:,} training tokens of {self.corpus.bytes_per_token:.2f} bytes; "
+            f"{start}; writing to {self.folder}"
+        )
+
+    def _next_batches(self) -> list[dict]:
+        if self._first_batches is not None:
+            return self._first_batches
+        batches = [self._deal(next(self.batches)) for _ in range(self.accumulation)]
+        if self.config.train.overfit:
+            self._first_batches = batches
+        return batches
+
+    def _deal(self, batch: dict) -> dict:
+        on_device = {name: x.to(self.device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
+        attention = self.config.attention
+        return shard_batch(on_device, self.group, attention.partition, attention_mask(attention))
+
+    def _find_checkpoint(self) -> checkpoint.Checkpoint | None:
+        resume = self.config.checkpoint.resume
+        there = checkpoint.from_rank_0(checkpoint.newest(self.folder / "checkpoints"))
+        path = {"auto": there, "never": None}.get(resume, Path(resume))
+        found = None if path is None else checkpoint.Checkpoint(path)
+        step = 0 if found is None else found.state["step"]
+        if there is not None and checkpoint.step_of(there) > step:
+            raise ArgumentError(
+                f"checkpoint.resume={resume} starts at step {step}, but run_dir={self.folder} already holds "
+                f"{there.name}; give another run_dir"
+            )
+        return found
+
+
+def vocabulary(model: ModelConfig, tokens: int) -> int:
+    """Rows of the embedding for a tokenizer of so many tokens."""
+    if model.vocab_size is None:
+        return -(-tokens // 64) * 64
+    if model.vocab_size < tokens:
+        raise ArgumentError(f"model.vocab_size={model.vocab_size} is less than the {tokens} tokens of the tokenizer")
+    return model.vocab_size
+
+
+def _prepare_alike(config: Config) -> Corpus:
+    """The corpus, once it is sure that all ranks read the same: machines may differ in files and Python versions."""
+    try:
+        corpus, said = prepare(config.data), None
+    except RingflashError as error:
+        corpus, said = error, f"{type(error).__name__}: {error}"
+    read: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(read, said or corpus.train.identity)
+    if isinstance(corpus, RingflashError):
+        raise corpus
+    for rank, other in enumerate(read):
+        if other != read[0]:
+            raise RankMismatchError(
+                f"ranks read different text from data.path={config.data.path}: {read[0]} on rank 0, "
+                f"{other} on rank {rank}"
+            )
+    return corpus
