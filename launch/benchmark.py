@@ -3,7 +3,8 @@
     python launch/benchmark.py suite=kernels                              # one GPU: our kernels, cuDNN, FA2, Flex, ...
     torchrun --nproc-per-node 4 launch/benchmark.py suite=ring            # many: the ring, Ulysses, torch's own
 
-Options are key=value: `suite`, `out` (JSON path), `tokens` (total lengths, comma-separated), `repeats`. Peers whose
+Options are key=value: `suite`, `out` (JSON path), `tokens` (lengths, comma-separated), `cases` (a word in the names of
+those to run), `repeats`. Peers whose
 packages are not installed are named and left out. Times are medians of CUDA events, the slowest rank's where there are
 several; backward counts 2.5 times the forward's operations, a causal mask half of a full one.
 """
@@ -30,6 +31,7 @@ class Options:
     suite: str = "kernels"
     out: str = ""
     tokens: str = ""
+    cases: str = ""
     repeats: int = 20
 
 
@@ -78,13 +80,13 @@ def machine() -> dict[str, object]:
 def print_table(rows: list[Row]) -> None:
     """Implementations as columns, cases as lines."""
     names = list(dict.fromkeys(row.implementation for row in rows))
-    print(f"{'case':28s} {'tokens':>8s} {'':8s} " + " ".join(f"{name:>16s}" for name in names))
+    print(f"{'case':34s} {'tokens':>8s} {'':8s} " + " ".join(f"{name:>17s}" for name in names))
     lines: dict[tuple[str, int, str], dict[str, float]] = {}
     for row in rows:
         lines.setdefault((row.case, row.tokens, row.direction), {})[row.implementation] = row.tflops
     for (case, tokens, direction), found in lines.items():
-        cells = " ".join(f"{found[name]:16.0f}" if name in found else f"{'-':>16s}" for name in names)
-        print(f"{case:28s} {tokens:8d} {direction:8s} {cells}")
+        cells = " ".join(f"{found[name]:17.0f}" if name in found else f"{'-':>17s}" for name in names)
+        print(f"{case:34s} {tokens:8d} {direction:8s} {cells}")
 
 
 def main() -> None:

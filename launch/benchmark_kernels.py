@@ -1,26 +1,29 @@
 """Suite `kernels`: attention on one GPU, forward and backward, beside the peers that are installed.
 
-32,768 tokens in all, as sequences of 2,048 to 32,768; bf16; 16 heads of 128, 32 of 64, 8 of 256. Backward is timed
-alone, with the forward done before. FlexAttention is timed at 16,384 only, since it compiles for each shape.
+Random bf16 inputs. TFLOP/s count visible pairs of query and key; the ratio is to the fastest of cuDNN, FlashAttention-3
+and FlashAttention-4 in the same run. Backward is timed alone, with the forward done before. Options:
+`cases=documents` runs the cases with that word in their names, `tokens=2048,8192` the dense ones of those lengths.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - the name everybody knows it by
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.testing import do_bench
 
 from ringflash import Mask
 from ringflash.errors import ArgumentError
 from ringflash.functional import attention
+from ringflash.kernels.intervals import causal_intervals
 from ringflash.kernels.select import select
+from ringflash.launch import benchmark_peers as peers
 
 if TYPE_CHECKING:
     from ringflash.launch.benchmark import Options, Row
@@ -29,107 +32,173 @@ HEADS = {128: 16, 64: 32, 256: 8}
 TOTAL = 32768
 LENGTHS = (2048, 8192, 16384, 32768)
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""query, key, value (B, S, H, D) to out (B, S, H, D)."""
+
+@dataclass(frozen=True)
+class Case:
+    """One problem: `batch` sequences of `length` tokens, or documents of the given lengths laid end to end."""
+
+    name: str
+    head_dim: int
+    heads: int
+    key_heads: int
+    batch: int
+    length: int
+    causal: bool = True
+    window: int | None = None
+    documents: tuple[int, ...] = ()
+    deterministic: bool = False
+
+    @property
+    def mask(self) -> Mask:
+        """Of one sequence, or of all documents."""
+        mask = Mask.causal() if self.causal else Mask.bidirectional()
+        if self.window is not None:
+            mask &= Mask.sliding_window(self.window, 0)
+        if self.documents:
+            mask &= Mask.documents([0, *itertools.accumulate(self.documents)])
+        return mask
+
+    @property
+    def pairs(self) -> int:
+        """Visible pairs of a query and a key, for each head."""
+        return self.batch * sum(self._pairs(n) for n in self.documents or (self.length,))
+
+    def _pairs(self, n: int) -> int:
+        if not self.causal:
+            return n * n
+        seen = n if self.window is None else min(n, self.window + 1)
+        return seen * (seen + 1) // 2 + (n - seen) * seen
+
+
+def cases(lengths: tuple[int, ...]) -> Iterator[Case]:
+    """Dense ones at every length, and at 65,536 tokens of 32 heads on 8 key heads what long training meets."""
+    for (dim, heads), causal, length in itertools.product(HEADS.items(), (True, False), lengths):
+        name = f"D{dim} {'causal' if causal else 'full'} {length}"
+        yield Case(name, dim, heads, heads, TOTAL // length, length, causal)
+    yield Case("D128 causal 65536 grouped", 128, 32, 8, 1, 65536)
+    yield Case("D128 causal 16384 grouped", 128, 32, 8, 2, 16384)
+    yield Case("D128 causal 16384 multi-head", 128, 32, 32, 2, 16384)
+    yield Case("D128 causal 16384 deterministic", 128, 32, 8, 2, 16384, deterministic=True)
+    yield Case("D128 window 4096 of 65536", 128, 32, 8, 1, 65536, window=4096)
+    for mean in (1024, 4096, 16384):
+        documents = document_lengths(mean, 65536)
+        yield Case(f"D128 documents of mean {mean}", 128, 32, 8, 1, 65536, documents=documents)
+
+
+def document_lengths(mean: int, total: int) -> tuple[int, ...]:
+    """Log-normal lengths (sigma 1) that sum to `total`, the same in every run."""
+    random = torch.Generator().manual_seed(0)
+    lengths: list[int] = []
+    while (left := total - sum(lengths)) > 0:
+        drawn = int(torch.exp(torch.randn((), generator=random) + math.log(mean) - 0.5))
+        lengths.append(min(max(16, drawn), left))
+    return tuple(lengths)
 
 
 def measure(options: Options) -> list[Row]:
-    """Rows of every implementation at every shape."""
-    lengths = [int(x) for x in options.tokens.split(",")] if options.tokens else LENGTHS
-    rows = []
-    for dim, heads in HEADS.items():
-        for causal in (True, False):
-            for length in lengths:
-                rows += _rows(dim, heads, causal, length, options.repeats)
-    for package, what in (("flash_attn_interface", "FlashAttention-3"), ("flash_attn.cute", "FlashAttention-4")):
-        if not _installed(package):
-            print(f"{what} is left out: its package {package} is not installed")
-    return rows
-
-
-def _rows(dim: int, heads: int, causal: bool, length: int, repeats: int) -> list[Row]:
+    """Rows of every implementation for every case."""
     from ringflash.launch.benchmark import Row
 
-    shape = (TOTAL // length, length, heads, dim)
-    query, key, value, dout = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4))
-    leaves = [x.requires_grad_() for x in (query, key, value)]
-    operations = 4 * TOTAL * length * heads * dim * (0.5 if causal else 1.0)
-    case = f"D{dim} {'causal' if causal else 'full'} {heads} heads"
+    lengths = tuple(int(x) for x in options.tokens.split(",")) if options.tokens else LENGTHS
     rows = []
-    for name, attend in _implementations(dim, causal, length).items():
-        out = attend(*leaves)
-        forward = _median(lambda attend=attend: attend(*leaves), repeats)
-        backward = _median(lambda out=out: torch.autograd.grad(out, leaves, dout, retain_graph=True), repeats)
-        for direction, milliseconds, cost in (("fwd", forward, 1.0), ("bwd", backward, 2.5)):
-            tflops = operations * cost / milliseconds / 1e9
-            rows.append(Row(name, case, length, direction, milliseconds, tflops))
-            print(
-                f"{name:20s} {case:22s} {length:6d} {direction} {milliseconds:8.3f} ms {tflops:5.0f} TFLOP/s",
-                flush=True,
-            )
+    for case in cases(lengths):
+        if options.cases not in case.name:
+            continue
+        for name, (milliseconds, direction) in _times(case, options.repeats):
+            operations = 4 * case.pairs * case.heads * case.head_dim * (1.0 if direction == "fwd" else 2.5)
+            rows.append(Row(name, case.name, case.length, direction, milliseconds, operations / milliseconds / 1e9))
+            row = rows[-1]
+            print(f"{name:18s} {case.name:34s} {direction} {milliseconds:9.3f} ms {row.tflops:5.0f}", flush=True)
+    if options.cases in CARRY:
+        rows += _carry_rows(options.repeats)
+    for line in peers.missing():
+        print(line)
+    print_ratios(rows)
     return rows
 
 
-def _implementations(dim: int, causal: bool, length: int) -> dict[str, Attend]:
-    found: dict[str, Attend] = {}
+def _times(case: Case, repeats: int) -> Iterator[tuple[str, tuple[float, str]]]:
+    """Name, median milliseconds and direction of every implementation."""
+    torch.manual_seed(0)
+    shapes = [(case.batch, case.length, n, case.head_dim) for n in (case.heads, case.key_heads, case.key_heads)]
+    leaves = [torch.randn(x, device="cuda", dtype=torch.bfloat16, requires_grad=True) for x in shapes]
+    dout = torch.randn(shapes[0], device="cuda", dtype=torch.bfloat16)
+    time = functools.partial(do_bench, warmup=25, rep=repeats * 5, return_mode="median")
+    for name, attend in _implementations(case).items():
+        out = attend(*leaves)
+        if not case.deterministic:
+            yield name, (time(lambda attend=attend: attend(*leaves)), "fwd")
+        backward = functools.partial(torch.autograd.grad, out, leaves, dout.view_as(out), retain_graph=True)
+        yield name, (time(backward), "bwd")
+        del out, backward
+    for direction, milliseconds in peers.flash_attention_3_jax(case).items():
+        yield "FlashAttention-3", (milliseconds, direction)
+
+
+def _implementations(case: Case) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    found = {}
+    dense = not (case.window or case.documents or case.deterministic)
     for name in ("hopper", "triton"):
         try:
-            select("cuda", torch.bfloat16, dim, kernel=name)
+            select("cuda", torch.bfloat16, case.head_dim, kernel=name)
         except ArgumentError as error:
             print(f"ringflash {name} is left out: {error}")
             continue
-        found[f"ringflash {name}"] = functools.partial(_ours, kernel=name, causal=causal)
-    found["cuDNN"] = functools.partial(_sdpa, backend=SDPBackend.CUDNN_ATTENTION, causal=causal)
-    found["FlashAttention-2"] = functools.partial(_sdpa, backend=SDPBackend.FLASH_ATTENTION, causal=causal)
-    if length == 16384 and dim <= 128:
-        found["FlexAttention"] = _flex(causal, length)
-    if _installed("flash_attn_interface"):
-        from flash_attn_interface import flash_attn_func as flash_attn_3
-
-        found["FlashAttention-3"] = lambda q, k, v: _first(flash_attn_3(q, k, v, causal=causal))
-    if _installed("flash_attn.cute"):
-        from flash_attn.cute import flash_attn_func as flash_attn_4
-
-        found["FlashAttention-4"] = lambda q, k, v: _first(flash_attn_4(q, k, v, causal=causal))
-    return found
+        if name == "hopper" or case.length == 16384 or not dense:
+            found[f"ringflash {name}"] = functools.partial(_ours, case=case, mask=case.mask, kernel=name)
+    if dense and case.heads == case.key_heads:
+        found["cuDNN"] = functools.partial(peers.cudnn, causal=case.causal)
+        if case.length == 16384:
+            found["FlashAttention-2"] = functools.partial(peers.flash_attention_2, causal=case.causal)
+            if case.head_dim <= 128:
+                found["FlexAttention"] = peers.flex(case.causal, case.length)
+    elif dense:
+        found["cuDNN"] = functools.partial(peers.cudnn, causal=case.causal, grouped=True)
+    return found | peers.flash_attention_3(case) | peers.flash_attention_4(case)
 
 
-def _ours(query: Tensor, key: Tensor, value: Tensor, kernel: str, causal: bool) -> Tensor:
-    mask = Mask.causal() if causal else Mask.bidirectional()
-    return attention(query, key, value, mask=mask, kernel=kernel)[0]
+def _ours(query: Tensor, key: Tensor, value: Tensor, case: Case, mask: Mask, kernel: str) -> Tensor:
+    return attention(query, key, value, mask=mask, kernel=kernel, deterministic=case.deterministic)[0]
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, backend: SDPBackend, causal: bool) -> Tensor:
-    with sdpa_kernel(backend):
-        heads_first = (x.transpose(1, 2) for x in (query, key, value))
-        return F.scaled_dot_product_attention(*heads_first, is_causal=causal).transpose(1, 2)
+CARRY = "D128 causal 8192 carry"
 
 
-def _flex(causal: bool, length: int) -> Attend:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+def _carry_rows(repeats: int) -> list[Row]:
+    """The Hopper forward with an earlier launch's state merged in, beside the same launch without one."""
+    from ringflash.launch.benchmark import Row
 
-    compiled = torch.compile(flex_attention)
-    mask = None
-    if causal:
-        mask = create_block_mask(lambda b, h, query, key: query >= key, None, None, length, length, device="cuda")
-
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return compiled(*(x.transpose(1, 2) for x in (query, key, value)), block_mask=mask).transpose(1, 2)
-
-    return attend
-
-
-def _installed(package: str) -> bool:
     try:
-        return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # the parent of a submodule is missing
-        return False
+        kernels = select("cuda", torch.bfloat16, 128, kernel="hopper")
+    except ArgumentError as error:
+        print(f"{CARRY} is left out: {error}")
+        return []
+    tokens, heads = 8192, 16
+    query, key, value = (torch.randn(tokens, heads, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    intervals = causal_intervals(tokens, tokens, "cuda")
+    attend = functools.partial(kernels.attend, query, key, value, intervals, scale=128**-0.5)
+    carry = attend(out_dtype=torch.float32)
+    operations = 2 * tokens * (tokens + 1) * heads * 128
+    rows = []
+    runs = {
+        "ringflash hopper": functools.partial(attend, carry=carry, out_dtype=torch.bfloat16),
+        "no carry": attend,
+    }
+    for name, run in runs.items():
+        milliseconds = do_bench(run, warmup=25, rep=repeats * 5, return_mode="median")
+        rows.append(Row(name, CARRY, tokens, "fwd", milliseconds, operations / milliseconds / 1e9))
+    return rows
 
 
-def _first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
-    return result[0] if isinstance(result, tuple) else result
-
-
-def _median(function: Callable[[], object], repeats: int) -> float:
-    """Median milliseconds over about `repeats` * 5 ms of running."""
-    return do_bench(function, warmup=25, rep=repeats * 5, return_mode="median")
+def print_ratios(rows: list[Row]) -> None:
+    """Our Hopper kernels beside the fastest peer of each case."""
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        found.setdefault((row.case, row.direction), {})[row.implementation] = row.tflops
+    print(f"\n{'case':36s} {'':3s} {'ours':>6s} {'best peer':>10s} {'ratio':>6s}")
+    for (case, direction), speeds in found.items():
+        ours = speeds.get("ringflash hopper")
+        best = max((x for name, x in speeds.items() if name in peers.FASTEST), default=speeds.get("no carry"))
+        if ours and best:
+            print(f"{case:36s} {direction} {ours:6.0f} {best:10.0f} {ours / best:6.2f}")
+    print(flush=True)
