@@ -38,8 +38,11 @@ Point = tuple[float, float]
 def visible_ranges(mask: Mask, queries: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(start, stop) key positions that each query sees: the sink prefix if there is one, then the key interval."""
     boundaries = None if mask.boundaries is None else torch.tensor(mask.boundaries)
-    start, stop, sink_start, sink_stop = position_bounds(mask, boundaries, queries)
-    return [*([(sink_start, sink_stop)] if mask.sink else []), (start, stop)]
+    ranges = []
+    for layer in mask.layers:
+        start, stop, sink_start, sink_stop = position_bounds(layer, boundaries, queries)
+        ranges += [*([(sink_start, sink_stop)] if mask.sink else []), (start, stop)]
+    return ranges
 
 
 def pairs(plan: Plan, mask: Mask, stage: int, rank: int) -> int:

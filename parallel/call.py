@@ -15,12 +15,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringflash.errors import ArgumentError
-from ringflash.mask import Mask
+from ringflash.mask import Mask, check_reach
 from ringflash.parallel.agreement import agreement, errors_told, signature
 from ringflash.parallel.partition import resolve
 from ringflash.parallel.plan import ring
 from ringflash.parallel.program import Program, local_program, rank_program
 from ringflash.parallel.transport import PointToPoint
+
+LONGEST_SHOWN = 200
+"""Characters of a mask that ranks show each other; a layout of blocks may have a million."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,9 @@ def _signature(
     # In the order in which a disagreement is reported: what others follow from comes first.
     values = {"dtype": str(dtype), "heads": heads, "head_dim": head_dims} | asdict(call)
     del values["group"]
+    if len(call.mask) > LONGEST_SHOWN:
+        digest = hashlib.sha256(call.mask.encode()).hexdigest()[:16]
+        values["mask"] = f"{call.mask[:LONGEST_SHOWN]}... (SHA-256 {digest}...)"
     values["cu_seqlens"] = hashlib.sha256(repr(boundaries).encode()).hexdigest()[:16]
     values["alibi_slopes given"], values["key_padding_mask given"] = given
     values["surplus_tokens"] = surplus_tokens
@@ -173,6 +179,9 @@ def _separated(call: Call, documents: tuple[tuple[int, ...] | None, tuple[int, .
 def _device_program(call: Call, boundaries: Tensor, query_boundaries: Tensor | None, device: torch.device) -> Program:
     """One rank's program from boundaries that the host must not read."""
     mask = Mask.from_spec(call.mask)
+    if mask.layout is not None:  # nobody here knows the lengths of the documents; this is the most that they can be
+        check_reach(mask.layout, "queries", call.seqlen)
+        check_reach(mask.layout, "keys", call.key_seqlen)
     if call.batch > 1 and (query_boundaries is not None or isinstance(mask.prefix, tuple)):
         raise ArgumentError(
             f"cu_seqlens on {boundaries.device} with a batch of {call.batch}: pass one packed sequence, or cu_seqlens "

@@ -29,16 +29,16 @@ def forward(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
     held = local = inputs.keys()
     for stage in program.stages:
         coming = _post_keys(transport, stage, local, held)
-        if stage.intervals is not None:
-            at_hand = [x[stage.work] for x in held]
+        at_hand = [x[stage.work] for x in held] if stage.intervals else []
+        for intervals in stage.intervals:
             carry = kernels.attend(
                 query,
                 *at_hand[:2],
-                stage.intervals,
+                intervals,
                 scale=call.scale,
                 modifiers=_modifiers(inputs, call, program, stage, at_hand),
                 carry=carry,
-                out_dtype=query.dtype if stage.is_last else accumulator,
+                out_dtype=query.dtype if stage.is_last and intervals is stage.intervals[-1] else accumulator,
             )
         held = _receive_keys(coming, stage, held)
     if carry is None:
@@ -66,28 +66,30 @@ def backward(
     accumulator = torch.promote_types(query.dtype, torch.float32)
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     delta = kernels.row_delta(dout, out, dlse)
-    gradients = KeyGradients(key, value, keep_fp32=any(stage.contributions for stage in program.stages))
+    several = any(stage.contributions or len(stage.intervals) > 1 for stage in program.stages)
+    gradients = KeyGradients(key, value, keep_fp32=several)
     dquery = None
     held = local = inputs.keys()
     for stage in program.stages:
         coming = _post_keys(transport, stage, local, held)
         partial = None
-        if stage.intervals is not None:
-            at_hand = [x[stage.work] for x in held]
-            dquery, *partial = kernels.attend_backward(
+        at_hand = [x[stage.work] for x in held] if stage.intervals else []
+        for intervals in stage.intervals:
+            dquery, *of_keys = kernels.attend_backward(
                 dout,
                 query,
                 *at_hand[:2],
                 lse,
                 delta,
-                stage.intervals,
+                intervals,
                 scale=call.scale,
                 modifiers=_modifiers(inputs, call, program, stage, at_hand),
                 carry=dquery,
-                dquery_dtype=query.dtype if stage.is_last else accumulator,
+                dquery_dtype=query.dtype if stage.is_last and intervals is stage.intervals[-1] else accumulator,
                 dkey_dtype=accumulator if stage.returns else gradients.dtype,
                 deterministic=call.deterministic,
             )
+            partial = of_keys if partial is None else [a.add_(b) for a, b in zip(partial, of_keys, strict=True)]
         if partial is not None and not stage.returns:
             gradients.add_own(stage, partial)
         gradients.exchange(transport, stage, partial)

@@ -70,7 +70,8 @@ class Partition:
         chunks = max(1, min(BALANCED_CHUNKS_PER_RANK, length // ranks)) * ranks
         if mask.query_boundaries is not None:
             raise ArgumentError("partition='balanced' takes self-attention; deal cross attention contiguous or zigzag")
-        documents = torch.tensor(mask.boundaries or (0, length))
+        mask = mask if mask.boundaries else mask & Mask.documents((0, length))
+        documents = torch.tensor(mask.boundaries)
         if documents[-1] != length:
             raise ArgumentError(f"the mask's documents end at {documents[-1]}; the sequence has {length} positions")
         visible = visible_pairs(mask, documents, torch.arange(length))

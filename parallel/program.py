@@ -43,7 +43,8 @@ class StageProgram:
     """What this rank does in one stage.
 
     Attributes:
-        intervals: visible keys among the rows attended; None if the stage has no work here.
+        intervals: visible keys among the rows attended, for each launch of the kernels: one for each layer of the mask,
+            none if the stage has no work here.
         work: rows attended, of the keys at hand.
         key_positions: (S,) int32 global positions of the rows attended.
         is_last: no later stage has work here, so the result may leave in the model's dtype.
@@ -54,7 +55,7 @@ class StageProgram:
         contributions: key gradients that come from others; rows of this rank's own keys.
     """
 
-    intervals: KeyIntervals | None
+    intervals: tuple[KeyIntervals, ...]
     work: Rows
     key_positions: Tensor
     is_last: bool
@@ -92,7 +93,8 @@ def local_program(
 ) -> Program:
     """One rank that holds all queries and keys; boundaries may live on the device and are not read by the host."""
     query, key = torch.arange(queries, device=device), torch.arange(keys, device=device)
-    intervals = key_intervals(mask, boundaries, query, key, query_boundaries) if queries and keys else None
+    layers = mask.layers if queries and keys else ()
+    intervals = tuple(key_intervals(layer, boundaries, query, key, query_boundaries) for layer in layers)
     rows = slice(0, keys)
     stage = StageProgram(intervals, rows, key.int(), True, (), (), rows, (), ())
     return Program(queries, keys, places(boundaries, query, query_boundaries).int(), (stage,))
@@ -110,9 +112,9 @@ def rank_program(plan: Plan, mask: Mask, rank: int, device: torch.device) -> Pro
     for index, stage in enumerate(plan.stages):
         arrivals = plan.arrivals(index + 1, rank) if index + 1 < len(plan.stages) else ()
         work = stage.work[rank]
-        intervals = None
+        intervals = ()
         if work and len(queries):
-            intervals = _to(key_intervals(mask, boundaries, queries, _positions(work), query_boundaries), device)
+            intervals = _launches(mask, boundaries, queries, _positions(work), query_boundaries, device)
         coming = [segment for transfer in arrivals for segment in transfer.segments]
         stages.append(
             StageProgram(
@@ -138,6 +140,21 @@ def rank_program(plan: Plan, mask: Mask, rank: int, device: torch.device) -> Pro
         held = tuple(sorted(coming))
     among_keys = places(boundaries, queries, query_boundaries).int().to(device)
     return Program(len(queries), plan.keys.counts()[rank], among_keys, tuple(stages))
+
+
+def _launches(
+    mask: Mask,
+    boundaries: Tensor | None,
+    queries: Tensor,
+    keys: Tensor,
+    query_boundaries: Tensor | None,
+    device: torch.device,
+) -> tuple[KeyIntervals, ...]:
+    """One for each layer that shows any of these keys, and at least one."""
+    layers = [key_intervals(layer, boundaries, queries, keys, query_boundaries) for layer in mask.layers]
+    if len(layers) > 1:
+        layers = [x for x in layers if any((start < stop).any() for start, stop in x.ranges())] or layers[:1]
+    return tuple(_to(x, device) for x in layers)
 
 
 def _outgoing(transfer: Transfer, held: Segments, keys: Partition, device: torch.device) -> Shipment:

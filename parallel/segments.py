@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ringflash.mask import Interval
+Interval = tuple[int, int]
+"""Half-open range of positions [start, stop)."""
 
 Segments = tuple[Interval, ...]
 """Ascending, disjoint, non-empty half-open intervals of global positions."""

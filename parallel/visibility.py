@@ -6,9 +6,12 @@ positions, where the document boundaries live, without a copy to the host.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
+from ringflash.block_layout import BlockLayout
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.mask import UNBOUNDED, Mask
 
@@ -19,7 +22,7 @@ def position_bounds(
     """First and one-behind-last visible key position of each query position.
 
     Args:
-        mask: rules; its own document boundaries are not read.
+        mask: rules of one layer; its own document boundaries are not read.
         boundaries: (documents + 1,) int64 on the queries' device, or None for one document without end.
         queries: (T,) int64 global query positions.
         query_boundaries: (documents + 1,) int64, the queries' own where they differ from the keys' `boundaries`.
@@ -48,10 +51,21 @@ def position_bounds(
         start, stop = torch.maximum(start, chunk), torch.minimum(stop, chunk + size)
     if mask.left is not None:
         start = torch.maximum(start, positions - mask.left)
+    sink_end = begin + mask.sink
+    if mask.layout is not None:
+        document = 0 if boundaries is None else (boundaries if query_boundaries is None else query_boundaries)[index]
+        first, last = _layout_bounds(mask.layout, queries.device)
+        block = ((queries - document) // mask.layout.size).clamp(max=len(first) - 1)
+        # The layout may reach beyond the document; the next one must not start before this one does.
+        start, stop = (
+            torch.maximum(start, torch.minimum(begin + first[block], end)),
+            torch.minimum(stop, begin + last[block]),
+        )
+        sink_end = torch.minimum(sink_end, stop)
     sink_start = start
     if mask.sink_left is not None:
         start = torch.maximum(start, positions - mask.sink_left)
-    sink_stop = torch.maximum(sink_start, torch.minimum(begin + mask.sink, start))
+    sink_stop = torch.maximum(sink_start, torch.minimum(sink_end, start))
     return start, torch.maximum(start, stop), sink_start, sink_stop
 
 
@@ -66,6 +80,13 @@ def places(boundaries: Tensor | None, queries: Tensor, query_boundaries: Tensor 
     return queries - query_boundaries[document] + boundaries[document]
 
 
+@lru_cache(maxsize=64)
+def _layout_bounds(layout: BlockLayout, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`layout.bounds` as tensors."""
+    first, last = (torch.tensor(bounds, device=device) for bounds in layout.bounds)
+    return first, last
+
+
 def key_intervals(
     mask: Mask,
     boundaries: Tensor | None,
@@ -76,7 +97,7 @@ def key_intervals(
     """Visible rows of a key tensor for each row of a query tensor.
 
     Args:
-        mask: rules; its own document boundaries are not read.
+        mask: rules of one layer; its own document boundaries are not read.
         boundaries: as in `position_bounds`.
         query_positions: (T,) int64, ascending global positions of the query rows.
         key_positions: (S,) int64, ascending global positions of the key rows.
@@ -90,5 +111,8 @@ def key_intervals(
 
 def visible_pairs(mask: Mask, boundaries: Tensor | None, positions: Tensor) -> Tensor:
     """Number of keys that each query position sees, (T,) int64: the work of attention at that position."""
-    start, stop, sink_start, sink_stop = position_bounds(mask, boundaries, positions)
-    return (stop - start) + (sink_stop - sink_start)
+    pairs = torch.zeros_like(positions)
+    for layer in mask.layers:
+        start, stop, sink_start, sink_stop = position_bounds(layer, boundaries, positions)
+        pairs += (stop - start) + (sink_stop - sink_start)
+    return pairs

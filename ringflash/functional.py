@@ -234,7 +234,7 @@ def _slopes_of_rows(
         return slopes.repeat_interleave(tokens, dim=0)
     rows = torch.arange(tokens, device=own.device)
     if group_size(group) > 1:
-        whole = mask & Mask.documents(own.tolist())
+        whole = mask & Mask.documents(boundaries.tolist(), own.tolist())
         rows = resolve(partition, seqlen, group_size(group), whole, batch).positions(group_rank(group))
     rows = (rows + torch.arange(batch, device=own.device)[:, None] * seqlen).flatten()
     if slopes.shape[0] == documents:

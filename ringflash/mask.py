@@ -1,8 +1,9 @@
 """Which keys a query may see, as a function of global token positions.
 
-Every mask here gives a query at position p one key interval [start(p), stop(p)), both ends never decreasing in p,
-and, where sink tokens are asked for, one prefix of p's document in front of it. Masks compose by intersection (`&`).
-A mask knows nothing of ranks or devices: partitions, plans and kernels ask it about positions.
+Every mask here but one gives a query at position p one key interval [start(p), stop(p)), both ends never decreasing in
+p, and, where sink tokens are asked for, one prefix of p's document in front of it. The one is `Mask.blocks`: it is a
+union of such masks, its `layers`. Masks compose by intersection (`&`). A mask knows nothing of ranks or devices:
+partitions, plans and kernels ask it about positions.
 
     mask = Mask.causal() & Mask.documents([0, 700, 4096]) & Mask.sliding_window(left=511)
     mask.key_interval(800)                                  # (700, 801)
@@ -15,13 +16,13 @@ import enum
 import itertools
 import json
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 
+from ringflash.block_layout import BlockLayout
 from ringflash.errors import ArgumentError
-
-Interval = tuple[int, int]
-"""Half-open range of positions [start, stop)."""
+from ringflash.parallel.segments import Interval, Segments, intersect, normalize
 
 UNBOUNDED = 2**31 - 1
 """Position behind every token; positions are 32-bit in the kernels."""
@@ -51,6 +52,7 @@ class Mask:
         query_boundaries: the queries' own boundaries where they differ from the keys' (cross attention, or a cache
             longer than the queries). Document i of the queries sees document i of the keys, aligned at their ends: the
             last query stands at the position of the last key.
+        layout: blocks of keys that each block of queries sees, counted from each document's start.
     """
 
     left: int | None = None
@@ -61,6 +63,7 @@ class Mask:
     sink_left: int | None = None
     boundaries: tuple[int, ...] | None = None
     query_boundaries: tuple[int, ...] | None = None
+    layout: BlockLayout | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.prefix, tuple) and self.boundaries and len(self.prefix) != len(self.boundaries) - 1:
@@ -68,6 +71,10 @@ class Mask:
                 f"prefix_lm has {len(self.prefix)} lengths for {len(self.boundaries) - 1} documents; "
                 "allowed is one length for all, or one for each document"
             )
+        if self.layout is not None and self.boundaries is not None:
+            for tokens in ("queries", "keys"):
+                bounds = self.boundaries if tokens == "keys" else self.query_boundaries or self.boundaries
+                check_reach(self.layout, tokens, max(b - a for a, b in itertools.pairwise(bounds)))
 
     # Constructors
 
@@ -132,6 +139,36 @@ class Mask:
             raise ArgumentError(f"prefix_lm: length={length}; allowed is 0 and more")
         return Mask(prefix=lengths)
 
+    @staticmethod
+    def blocks(layout: Sequence[Sequence[bool]], block_size: int | tuple[int, int]) -> Mask:
+        """Any pattern of blocks: a query in block i sees the keys in block j where layout[i][j] is True.
+
+        The way out for masks that no other constructor describes: selected blocks, strides, global and random blocks.
+        It is exact, and works like other masks with every feature, on one device and under every partition. The price:
+        where a query sees several runs of blocks, attention takes one launch of the kernels for each of the mask's
+        `layers`. A window, a stripe down the layout and a diagonal are one layer each; n random blocks in each of m
+        rows are about 2 sqrt(n m).
+
+        Args:
+            layout: (query blocks, key blocks) booleans, as a tensor, an array or lists; for all heads. Rows count the
+                queries of a document from its first one, columns its keys, so that all documents, and all sequences of
+                a batch, have the same layout. It must reach over the longest of them; the last block may be cut off.
+            block_size: tokens of a block, at least 1; or (tokens of a query block, tokens of a key block).
+
+        Example:
+            >>> near = torch.ones(64, 64).tril().triu(-3)  # each block and the 3 blocks before it,
+            >>> near[:, ::16] = 1  # and 4 blocks that every later one sees
+            >>> mask = Mask.causal() & Mask.blocks(near.tril().bool(), block_size=64)
+            >>> len(mask.layers)
+            5
+        """
+        sizes = (block_size, block_size) if isinstance(block_size, int) else tuple(block_size)
+        if len(sizes) != 2 or not all(isinstance(x, int) and x > 0 for x in sizes):
+            raise ArgumentError(
+                f"blocks: block_size={block_size}; allowed is 1 and more, or two such numbers, for queries and for keys"
+            )
+        return Mask(layout=BlockLayout.of_blocks(layout, *sizes))
+
     def __and__(self, other: Mask) -> Mask:
         """Pairs that both masks allow."""
         if self.sink and other.sink and self.sink != other.sink:
@@ -146,6 +183,7 @@ class Mask:
             sink_left=_least(self.sink_left, other.sink_left),
             boundaries=boundaries,
             query_boundaries=query_boundaries,
+            layout=self.layout & other.layout if self.layout and other.layout else self.layout or other.layout,
         )
 
     # Text form
@@ -159,17 +197,34 @@ class Mask:
             "chunks": list(self.chunks) or None,
             "sink": self.sink or None,
             "sink_left": self.sink_left,
+            "layout": None if self.layout is None else self.layout.text,
         }
         # JSON written by hand, because torch.compile traces this and cannot trace the json module.
         return "{" + ", ".join([f'"{name}": {value}' for name, value in rules.items() if value is not None]) + "}"
 
     @staticmethod
+    @lru_cache(maxsize=64)
     def from_spec(spec: str) -> Mask:
         """The mask that `spec` wrote."""
         rules = json.loads(spec)
-        return Mask(**{name: tuple(x) if isinstance(x, list) else x for name, x in rules.items()})
+        layout = rules.pop("layout", None)
+        rules = {name: tuple(x) if isinstance(x, list) else x for name, x in rules.items()}
+        return Mask(**rules, layout=None if layout is None else BlockLayout.from_json(layout))
 
     # Questions
+
+    @property
+    def layers(self) -> tuple[Mask, ...]:
+        """Masks of one interval, beside sinks, for each query; they show each pair of this mask once. Often itself."""
+        return (self,) if self.layout is None else self._layers
+
+    @cached_property
+    def _layers(self) -> tuple[Mask, ...]:
+        # Blocks that other rules hide would cost launches. Where queries may stand elsewhere than their numbers in the
+        # layout say, a bound may hide any block.
+        aligned = self.boundaries is not None and self.query_boundaries is None
+        layout = self.layout.near(self.left, self.right) if aligned else self.layout
+        return tuple(replace(self, layout=layer) for layer in layout.layers)
 
     def without_documents(self) -> Mask:
         """The same rules with the document boundaries left out, for callers that carry them as a tensor."""
@@ -186,7 +241,7 @@ class Mask:
         return index
 
     def key_interval(self, position: int) -> Interval:
-        """Keys that the query at `position` sees, without the sink prefix."""
+        """Keys that the query at `position` sees, without the sink prefix; of a mask of several layers, ask each."""
         return self._intervals(position)[1]
 
     def sink_interval(self, position: int) -> Interval:
@@ -195,13 +250,19 @@ class Mask:
 
     def sees(self, query: int, key: int) -> bool:
         """Whether the query position sees the key position: the definition of the mask."""
-        return any(start <= key < stop for start, stop in self._intervals(query))
+        if self.layout is not None:
+            query_begin, key_begin = self._origins(query)
+            if key < key_begin or not self.layout.shows(query - query_begin, key - key_begin):
+                return False
+        return any(start <= key < stop for start, stop in self._without_layout._intervals(query))
 
     def keys_needed(self, queries: Interval) -> tuple[Interval, ...]:
         """Disjoint ascending key intervals that hold every key seen by any query of the interval."""
         first, stop = queries
         if first >= stop:
             return ()
+        if self.layout is not None:
+            return normalize(interval for piece in self._pieces(first, stop) for interval in piece)
         sink, (start, _) = self._intervals(first)
         needed = (sink, (start, self.key_interval(stop - 1)[1]))
         return tuple(interval for interval in needed if interval[0] < interval[1])
@@ -209,12 +270,18 @@ class Mask:
     def classify(self, queries: Interval, keys: Interval) -> Visibility:
         """EMPTY only if no pair of the rectangle is visible, FULL only if every pair is.
 
-        For self-attention without sinks both are exact. With sinks a rectangle that prefix and window cover together,
-        or one that lies between them, may count as PARTIAL; so may queries that stand before the first key.
+        For self-attention without sinks and blocks both are exact. With sinks a rectangle that prefix and window cover
+        together, or one that lies between them, may count as PARTIAL, and with blocks one that several layers cover, or
+        that lies between their rows; so may queries that stand before the first key.
         """
         first, stop = queries
         if first >= stop or keys[0] >= keys[1]:
             return Visibility.EMPTY
+        if self.layers != (self,):
+            kinds = {layer.classify(queries, keys) for layer in self.layers}
+            return (
+                kinds.pop() if len(kinds) == 1 else Visibility.FULL if Visibility.FULL in kinds else Visibility.PARTIAL
+            )
         parts = (0, 1) if self.sink else (1,)
         if not any(self._may_see(queries, keys, part) for part in parts):
             return Visibility.EMPTY
@@ -249,11 +316,58 @@ class Mask:
             start, stop = max(start, chunk), min(stop, chunk + size)
         if self.left is not None:
             start = max(start, position - self.left)
+        sink_end = begin + self.sink
+        if self.layout is not None:
+            block = self._block_of(query)
+            first, last = (begin + bounds[block] for bounds in self.layout.bounds)
+            # The layout may reach beyond the document; the next one must not start before this one does.
+            start, stop = max(start, min(first, end)), min(stop, last)
+            sink_end = min(sink_end, stop)
         sink_start = start
         if self.sink_left is not None:
             start = max(start, position - self.sink_left)
-        sink_stop = max(sink_start, min(begin + self.sink, start))
+        sink_stop = max(sink_start, min(sink_end, start))
         return (sink_start, sink_stop), (start, max(start, stop))
+
+    # Blocks
+
+    @cached_property
+    def _without_layout(self) -> Mask:
+        return replace(self, layout=None) if self.layout else self
+
+    def _origins(self, query: int) -> tuple[int, int]:
+        """Where the document of a query position begins among the queries and among the keys."""
+        if self.boundaries is None:
+            return 0, 0
+        index = self.document_of(query)
+        return (self.query_boundaries or self.boundaries)[index], self.boundaries[index]
+
+    def _block_of(self, query: int) -> int:
+        """Row of the layout for a query position."""
+        offset = query - self._origins(query)[0]
+        check_reach(self.layout, "queries", offset + 1)
+        return offset // self.layout.size
+
+    def _pieces(self, first: int, stop: int) -> Iterator[Segments]:
+        """Keys that queries [first, stop) need, for as many of them at a time as share a row of the layout."""
+        while first < stop:
+            block, (query_begin, key_begin) = self._block_of(first), self._origins(first)
+            bounds = self.query_boundaries or self.boundaries
+            end = stop if bounds is None else min(stop, bounds[self.document_of(first) + 1])
+            end = min(end, query_begin + (block + 1) * self.layout.size)
+            runs = tuple((key_begin + a, key_begin + b) for a, b in self.layout.rows[block])
+            yield intersect(self._without_layout.keys_needed((first, end)), runs)
+            first = end
+
+
+def check_reach(layout: BlockLayout, tokens: str, length: int) -> None:
+    """Raise ArgumentError unless a layout reaches over the "queries" or "keys" of a document of that length."""
+    reach = getattr(layout, tokens)
+    if length > reach:
+        raise ArgumentError(
+            f"blocks: layout reaches over {reach} {tokens}, a document or sequence has {length}; allowed is a layout "
+            "that reaches over the longest"
+        )
 
 
 def _checked_boundaries(name: str, cu_seqlens: Sequence[int]) -> tuple[int, ...]:

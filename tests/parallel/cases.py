@@ -12,6 +12,13 @@ from torch import Tensor
 from ringflash.mask import Mask
 
 
+def blocks(queries: int, keys: int, size: int | tuple[int, int], seed: int, share: float = 0.4) -> Mask:
+    """A random layout of blocks that reaches over so many queries and keys and shows about a share of them."""
+    sizes = (size, size) if isinstance(size, int) else size
+    shape = (-(-queries // sizes[0]), -(-keys // sizes[1]))
+    return Mask.blocks(torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < share, size)
+
+
 def masks(length: int) -> dict[str, Mask]:
     """One mask of every kind, and compositions, for a sequence of `length` tokens."""
     third = length // 3
@@ -30,6 +37,9 @@ def masks(length: int) -> dict[str, Mask]:
         "prefix": Mask.prefix_lm(third),
         "prefix-each-document": Mask.prefix_lm([3, 0, 2, 1, 7, 1]) & documents,
         "prefix-window": Mask.prefix_lm(third) & Mask.sliding_window(length // 2, None),
+        "blocks": blocks(length, length, 7, seed=1),
+        "blocks-causal-documents": blocks(length, length, (3, 8), seed=2) & Mask.causal() & documents,
+        "blocks-window-sink": blocks(length, length, 5, seed=3) & Mask.sliding_window(max(1, length // 3), 2, sink=4),
     }
 
 
@@ -51,16 +61,27 @@ def any_mask(draw: st.DrawFn, length: int) -> Mask:
         mask &= Mask.chunked(draw(st.integers(1, length)))
     if draw(st.integers(0, 3)) == 0:
         mask &= Mask.prefix_lm(draw(near))
+    if draw(st.integers(0, 3)) == 0:
+        mask &= draw(any_blocks(length))
     return mask
+
+
+@st.composite
+def any_blocks(draw: st.DrawFn, length: int) -> Mask:
+    """Any layout of at most 12 x 12 blocks or so that reaches over `length` queries and keys."""
+    sizes = st.integers(max(1, length // 12), max(1, length))
+    layout = (draw(sizes), draw(sizes)), draw(st.integers(0, 2**20)), draw(st.sampled_from([0.15, 0.5, 0.85]))
+    return blocks(max(1, length), max(1, length), *layout)
 
 
 def visible(mask: Mask, queries: int, keys: int | None = None) -> Tensor:
     """Dense (query, key) matrix of a mask, from the intervals that define it; as many keys as queries if None."""
     keys = queries if keys is None else keys
     seen = torch.zeros(queries, keys, dtype=torch.bool)
-    for query in range(queries):
-        for start, stop in (mask.sink_interval(query), mask.key_interval(query)):
-            seen[query, start : min(stop, keys)] = True
+    for layer in mask.layers:
+        for query in range(queries):
+            for start, stop in (layer.sink_interval(query), layer.key_interval(query)):
+                seen[query, start : min(stop, keys)] = True
     return seen
 
 
@@ -140,11 +161,14 @@ def _scores(q: Tensor, k: Tensor, seen: Tensor, scale: float | None) -> Tensor:
 
 
 def _attention_by_definition(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float | None) -> Tensor:
-    v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-    return torch.einsum("hts,shd->thd", _scores(q, k, seen, scale).softmax(-1), v)
+    v, blind = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1), ~seen.any(1)[:, None]
+    weights = _scores(q, k, seen | blind, scale).softmax(-1)
+    return torch.einsum("hts,shd->thd", weights, v).masked_fill(blind[..., None], 0)
 
 
 def _torch_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float | None) -> Tensor:
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    attention = torch.nn.functional.scaled_dot_product_attention
-    return attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True)[0].transpose(0, 1)
+    attention, blind = torch.nn.functional.scaled_dot_product_attention, ~seen.any(1)[:, None]
+    # torch promises nothing for rows without keys: show all, and take no notice of them.
+    out = attention(q, k, v, attn_mask=seen | blind, scale=scale, enable_gqa=True)[0]
+    return out.transpose(0, 1).masked_fill(blind[..., None], 0)

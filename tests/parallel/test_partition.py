@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from cases import PARTITIONS, any_mask
+from cases import PARTITIONS, any_mask, blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,10 +26,11 @@ def tokens(partition: Partition) -> list[int]:
 
 def work(partition: Partition, mask: Mask, length: int) -> list[int]:
     """Live pairs whose query each rank holds."""
-    pairs = []
-    for query in range(length):
-        intervals = (mask.sink_interval(query), mask.key_interval(query))
-        pairs.append(sum(max(0, min(stop, length) - start) for start, stop in intervals))
+    pairs = [0] * length
+    for layer in mask.layers:
+        for query in range(length):
+            intervals = (layer.sink_interval(query), layer.key_interval(query))
+            pairs[query] += sum(max(0, min(stop, length) - start) for start, stop in intervals)
     return [sum(pairs[query] for query in positions(partition, rank)) for rank in range(len(partition.segments))]
 
 
@@ -98,6 +99,7 @@ def test_zigzag_balances_causal_work(ranks):
         pytest.param(packed([1500, 100, 30, 30, 900, 1, 4, 700, 400, 431]), id="packed"),
         pytest.param(packed([64] * 64), id="packed-short"),
         pytest.param(packed([3000, *[16] * 68, 8]), id="packed-one-long"),
+        pytest.param(Mask.causal() & blocks(4096, 4096, 64, seed=4, share=0.2), id="blocks"),
     ],
 )
 def test_balanced_shares_have_equal_tokens_and_nearly_equal_work(mask, ranks):

@@ -90,7 +90,7 @@ def test_a_ring_computes_every_visible_pair_exactly_once_by_brute_force(problem)
 )
 def test_queries_and_keys_of_unequal_lengths_too(data, ranks, cuts):
     keys, queries = ([0, *accumulate(lengths)] for lengths in zip((5, 7), *cuts, strict=True))
-    rules = data.draw(any_mask(max(keys[-1], 1))).without_documents()
+    rules = data.draw(any_mask(max(keys[-1], queries[-1], 1))).without_documents()
     mask = rules & Mask.documents(keys, queries)
     kinds = st.sampled_from([Partition.contiguous, Partition.zigzag])
     plan = ring(mask, data.draw(kinds)(queries[-1], ranks), data.draw(kinds)(keys[-1], ranks))

@@ -1,0 +1,154 @@
+"""Which blocks of keys each block of queries sees, and its decomposition into what kernels can launch.
+
+A row of a layout may show any number of runs of keys. Kernels take one run for each query, whose ends never decrease
+(ringflash/kernels/intervals.py), so a layout is cut into layers of that form. Each run is in exactly one layer, and
+attention over all layers is merged by their log-sum-exp, as it is over the stages of a ring.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right, insort
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import gcd
+
+from ringflash.errors import ArgumentError
+from ringflash.parallel.segments import Interval, Segments, count, intersect
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class BlockLayout:
+    """Visible key tokens of each block of query tokens; both counted from the start of a document.
+
+    Attributes:
+        size: query tokens of a block.
+        keys: key tokens that the layout speaks of.
+        rows: for each block of queries the runs of key tokens that it sees, apart from each other.
+        text: all of that as JSON. It stands for the layout where layouts are compared.
+    """
+
+    size: int
+    keys: int
+    rows: tuple[Segments, ...]
+    text: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        flat = ", ".join(str([edge for run in runs for edge in run]) for runs in self.rows)
+        object.__setattr__(self, "text", f'{{"size": {self.size}, "keys": {self.keys}, "rows": [{flat}]}}')
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BlockLayout) and self.text == other.text
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+    def __repr__(self) -> str:
+        visible = sum(map(count, self.rows)) / max(1, len(self.rows) * self.keys)
+        return f"BlockLayout({self.queries} queries by {self.size}, {self.keys} keys, {visible:.1%} visible)"
+
+    @staticmethod
+    def of_blocks(layout: Sequence[Sequence[bool]], query_block: int, key_block: int) -> BlockLayout:
+        """From a (query blocks, key blocks) matrix of booleans: a tensor, an array or lists."""
+        rows = layout.tolist() if hasattr(layout, "tolist") else layout
+        if not isinstance(rows, Sequence) or not rows or not all(isinstance(row, Sequence) and row for row in rows):
+            raise ArgumentError("blocks: layout has no rows and columns; allowed is (query blocks, key blocks)")
+        widths, kinds = {len(row) for row in rows}, {type(x) for row in rows for x in row}
+        if len(widths) > 1:
+            raise ArgumentError(f"blocks: layout has rows of {min(widths)} and of {max(widths)} key blocks")
+        if kinds != {bool}:
+            other = next(x for row in rows for x in row if type(x) is not bool)
+            raise ArgumentError(
+                f"blocks: layout holds {other!r}; allowed are True and False of (query blocks, key blocks), the same "
+                "for all heads: call attention once for the heads of each layout"
+            )
+        runs = tuple(tuple((a * key_block, b * key_block) for a, b in _runs(bytes(row))) for row in rows)
+        return BlockLayout(query_block, widths.pop() * key_block, runs)
+
+    @staticmethod
+    def from_json(values: dict) -> BlockLayout:
+        """The layout whose `text` was read as JSON."""
+        rows = tuple(tuple(zip(edges[::2], edges[1::2], strict=True)) for edges in values["rows"])
+        return BlockLayout(values["size"], values["keys"], rows)
+
+    @property
+    def queries(self) -> int:
+        """Query tokens that the layout speaks of."""
+        return self.size * len(self.rows)
+
+    def __and__(self, other: BlockLayout) -> BlockLayout:
+        """Pairs that both show, as far as both reach."""
+        size = gcd(self.size, other.size)
+        starts = range(0, min(self.queries, other.queries), size)
+        rows = (intersect(self.rows[i // self.size], other.rows[i // other.size]) for i in starts)
+        return BlockLayout(size, min(self.keys, other.keys), tuple(rows))
+
+    def near(self, left: int | None, right: int | None) -> BlockLayout:
+        """Without runs that are hidden by bounds `left` before and `right` behind each query."""
+        rows = []
+        for index, runs in enumerate(self.rows):
+            start = 0 if left is None else max(0, index * self.size - left)
+            stop = self.keys if right is None else min(self.keys, (index + 1) * self.size + right)
+            rows.append(intersect(runs, ((start, stop),) if start < stop else ()))
+        return BlockLayout(self.size, self.keys, tuple(rows))
+
+    def shows(self, query: int, key: int) -> bool:
+        """Whether the block of a query token shows a key token."""
+        return any(start <= key < stop for start, stop in self.rows[query // self.size])
+
+    @cached_property
+    def layers(self) -> tuple[BlockLayout, ...]:
+        """Few layouts with one run in a row, whose ends never decrease; together they hold each run once."""
+        chains = _chains(self.rows)
+        if len(chains) <= 1:
+            return (self,)
+        rows = ([((run,) if (run := chain.get(i)) else ()) for i in range(len(self.rows))] for chain in chains)
+        return tuple(BlockLayout(self.size, self.keys, tuple(x)) for x in rows)
+
+    @cached_property
+    def bounds(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """First and one-behind-last key token of each row of a layer; both never decrease, also over empty rows."""
+        if len(self.layers) > 1:
+            raise ArgumentError(f"{self} shows several intervals to a query; ask each of its layers")
+        bounds, end = [], 0
+        for runs in self.rows:
+            start, end = runs[0] if runs else (end, end)
+            bounds.append((start, end))
+        return tuple(zip(*bounds, strict=True))
+
+
+def _runs(row: bytes) -> list[Interval]:
+    """Where a row of zeros and ones is one."""
+    runs, start = [], row.find(1)
+    while start >= 0:
+        stop = row.find(0, start)
+        stop = len(row) if stop < 0 else stop
+        runs.append((start, stop))
+        start = row.find(1, stop)
+    return runs
+
+
+def _chains(rows: tuple[Segments, ...]) -> list[dict[int, Interval]]:
+    """Each run in one chain of {row: run}; a chain's ends can be continued over its empty rows without a step back.
+
+    Greedy: a run continues the chain whose last run starts furthest right among those that it may continue, so that
+    chains further left stay free for runs further left in later rows.
+    """
+    chains: list[dict[int, Interval]] = []
+    ends: list[tuple[int, int, int]] = []  # what the next start and stop must not fall below, and the chain
+    for row, runs in enumerate(rows):
+        continued = []
+        for start, stop in runs:
+            place = bisect_right(ends, start, key=lambda end: end[0]) - 1
+            while place >= 0 and ends[place][1] > stop:
+                place -= 1
+            chain = ends.pop(place)[2] if place >= 0 else len(chains)
+            if chain == len(chains):
+                chains.append({})
+            chains[chain][row] = (start, stop)
+            continued.append((start, stop, chain))
+        # An empty row stands at (stop, stop), because its start must not lie before its stop.
+        ends = sorted((stop, stop, chain) for _, stop, chain in ends)
+        for end in continued:
+            insort(ends, end)
+    return chains
