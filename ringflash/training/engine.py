@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ringflash.configs.schema import EngineConfig, OptimizerConfig
 from ringflash.training.loss import valid_tokens
+from ringflash.training.materialise import Fill, materialise
 from ringflash.training.model import Transformer
 from ringflash.training.optimizer import MOMENTS, adam_state, adamw
 
@@ -33,31 +34,38 @@ Read = Callable[[str], Tensor]
 
 def create_engine(
     model: Transformer,
+    device: torch.device,
     config: EngineConfig,
     optimizer: OptimizerConfig,
     accumulation: int = 1,
     state: Read | None = None,
     step: int = 0,
 ) -> Engine:
-    """Wrap a model that lies whole and equal on every rank.
+    """Give a model memory and weights, and spread both over the ranks.
 
     Args:
-        model: on its device.
+        model: built on the meta device.
+        device: this rank's.
         config: which engine.
         optimizer: AdamW's settings.
         accumulation: micro-batches of one step.
-        state: reads a checkpoint's tensors; None to start from the model's weights.
+        state: reads a checkpoint's tensors; None to start from the model's initial weights.
         step: optimizer steps that the checkpoint has behind it.
     """
-    if state is not None:
-        with torch.no_grad():
-            for name, weight in model.named_parameters():
-                weight.copy_(state(f"weight/{name}"))
     shapes = parameter_shapes(model)
+
+    def fill(name: str, weight: Tensor) -> None:
+        if state is None:
+            model.initialise(name, weight)
+        else:
+            weight.copy_(state(f"weight/{name}"))
+
     if config.name == "ddp":
+        materialise(model, device, fill)
         engine = DdpEngine(model, optimizer)
     else:
-        engine = ZeroEngine(model, int(config.name.removeprefix("zero")), optimizer, accumulation)
+        stage = int(config.name.removeprefix("zero"))
+        engine = ZeroEngine(model, device, fill, stage, optimizer, accumulation)
     engine.shapes = shapes
     if state is not None:
         engine.load(state, step)
@@ -176,16 +184,30 @@ class DdpEngine(Engine):
 class ZeroEngine(Engine):
     """DeepSpeed ZeRO; optimizer state (1), also gradients (2), also parameters (3) divided among all ranks."""
 
-    def __init__(self, model: Transformer, stage: int, config: OptimizerConfig, accumulation: int) -> None:
-        deepspeed = import_deepspeed(next(model.parameters()).device)
+    def __init__(
+        self,
+        model: Transformer,
+        device: torch.device,
+        fill: Fill,
+        stage: int,
+        config: OptimizerConfig,
+        accumulation: int,
+    ) -> None:
+        deepspeed = import_deepspeed(device)
         self.model, self.stage = model, stage
         self._safe = deepspeed.utils
+        settings = _deepspeed_config(model, stage, config, accumulation)
+
+        def divide(module: nn.Module) -> None:
+            deepspeed.zero.Init(module=module, config_dict_or_path=settings)
+
         with redirect_stdout(StringIO()):  # it prints how much memory it uses
+            if stage == 3:  # never whole on a rank, and in the dtype that the others are cast to
+                materialise(model, device, fill, model.dtype, divide)
+            else:
+                materialise(model, device, fill)
             self._engine, self._zero, _, _ = deepspeed.initialize(
-                model=model,
-                optimizer=adamw(model, config),
-                config=_deepspeed_config(model, stage, config, accumulation),
-                dist_init_required=False,
+                model=model, optimizer=adamw(model, config), config=settings, dist_init_required=False
             )
         # The optimizer that DeepSpeed wraps makes its state in its first step, group by group, and DeepSpeed finds
         # the first group's only; made here, the state of every group is found, and a checkpoint has a place to go.

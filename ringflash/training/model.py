@@ -12,6 +12,7 @@ Legend: B sequences, T this rank's tokens of a sequence, C hidden size, H query 
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 
@@ -137,8 +138,9 @@ class Transformer(nn.Module):
         group: ProcessGroup | None = None,
         dtype: torch.dtype = torch.float32,
         activation_checkpointing: bool = False,
+        seed: int = 0,
     ) -> None:
-        """Build the decoder with initial weights drawn from torch's random generator.
+        """Build the decoder with its initial weights; on the meta device, without any (see `initialise`).
 
         Args:
             config: its shape.
@@ -147,10 +149,16 @@ class Transformer(nn.Module):
             group: ranks that share a sequence; None for the default group, or one device where there is none.
             dtype: of the activations; weights are cast to it where they are used.
             activation_checkpointing: recompute blocks in the backward pass, except for their attention.
+            seed: of the initial weights.
         """
         super().__init__()
         check_model(config)
-        self.config, self.dtype, self.activation_checkpointing = config, dtype, activation_checkpointing
+        self.config, self.dtype, self.activation_checkpointing, self.seed = (
+            config,
+            dtype,
+            activation_checkpointing,
+            seed,
+        )
         attention = attention or AttentionConfig()
         attend = DistributedFlashAttention(
             mask=attention_mask(attention),
@@ -166,7 +174,9 @@ class Transformer(nn.Module):
         self.lm_head = Head(
             self.embed_tokens.weight if tied else nn.Parameter(torch.empty(vocab_size, config.hidden_size))
         )
-        self._initialise()
+        for name, weight in self.named_parameters():
+            if not weight.is_meta:
+                self.initialise(name, weight)
 
     def forward(
         self,
@@ -197,12 +207,24 @@ class Transformer(nn.Module):
                 x_BTC = layer(x_BTC, rotation, layout)
         return self.lm_head(self.norm(x_BTC), labels, per_token)
 
-    def _initialise(self) -> None:
-        for name, weight in self.named_parameters():
-            if weight.dim() == 2:
-                # Each block adds to the residual stream twice; smaller output matrices keep its variance in check.
-                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * len(self.layers)) if residual else 0.02)
+    @torch.no_grad()
+    def initialise(self, name: str, weight: Tensor) -> None:
+        """Fill a parameter with its initial weights, the same whichever others a rank fills, and in whichever order.
+
+        Each has a random generator of its own, so that a rank that cannot hold the whole model fills one at a time.
+
+        Args:
+            name: of the parameter.
+            weight: fp32 tensor of its shape; a GPU draws other numbers than a CPU.
+        """
+        if weight.dim() == 1:
+            weight.fill_(1)
+            return
+        digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
+        generator = torch.Generator(weight.device).manual_seed(int.from_bytes(digest[:4], "little"))
+        # Each block adds to the residual stream twice; smaller output matrices keep its variance in check.
+        residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+        weight.normal_(std=0.02 / math.sqrt(2 * len(self.layers)) if residual else 0.02, generator=generator)
 
 
 def attention_mask(config: AttentionConfig) -> Mask:

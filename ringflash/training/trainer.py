@@ -66,7 +66,7 @@ class Trainer:
         )
         self.vocab_size = vocabulary(config.model, self.corpus.tokenizer.vocab_size)
         torch.manual_seed(config.seed)
-        with device:
+        with torch.device("meta"):
             model = Transformer(
                 config.model,
                 self.vocab_size,
@@ -74,6 +74,7 @@ class Trainer:
                 self.group,
                 compute_dtype(config),
                 config.engine.activation_checkpointing,
+                config.seed,
             )
         self.parameters = sum(weight.numel() for weight in model.parameters())
         self.resumed = self._find_checkpoint()
@@ -85,7 +86,7 @@ class Trainer:
             self.batches.load_state_dict(state["data"])
             torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["random"])), dtype=torch.uint8))
         read = None if self.resumed is None else self.resumed.read
-        self.engine = create_engine(model, config.engine, config.optimizer, self.accumulation, read, self.step)
+        self.engine = create_engine(model, device, config.engine, config.optimizer, self.accumulation, read, self.step)
         self.saved: tuple[int, Path | None] = (-1, None) if self.resumed is None else (self.step, self.resumed.path)
         self._first_batches: list[dict] | None = None
         self._answer = Answer()

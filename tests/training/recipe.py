@@ -24,9 +24,18 @@ DOCUMENTS = ([0, 17, 101], [0, 101], [0, 50, 51, 101], [0, 99, 101])
 
 
 def build(group=None, model=MODEL, device="cpu", **options):
-    """The same initial weights on every device."""
-    torch.manual_seed(0)
-    return Transformer(model, VOCABULARY, AttentionConfig(), group, **options).to(device)
+    """The same initial weights on every device; on the meta device what an engine takes."""
+    with torch.device("meta" if device == "meta" else "cpu"):
+        built = Transformer(model, VOCABULARY, AttentionConfig(), group, **options).to(device)
+    draw = built.initialise
+    built.initialise = lambda name, weight: weight.copy_(_on_cpu(draw, name, weight))
+    return built
+
+
+def _on_cpu(draw, name, weight):
+    value = torch.empty_like(weight, device="cpu")
+    draw(name, value)
+    return value
 
 
 def batches(step):
@@ -64,14 +73,14 @@ def steps(
     world = dist.get_world_size()
     mesh = init_device_mesh(device, (world // degree, degree), mesh_dim_names=("data", "sequence"))
     group, data_rank, data_ranks = mesh["sequence"].get_group(), mesh["data"].get_local_rank(), world // degree
-    model = build(group, replace(MODEL, tie_word_embeddings=tied), device=device, dtype=dtype, **options)
+    model = build(group, replace(MODEL, tie_word_embeddings=tied), device="meta", dtype=dtype, **options)
     found = None if resume is None else checkpoint.Checkpoint(Path(resume))
     if found is not None:
         found.check_shapes(parameter_shapes(model))
         assert found.state == {"step": first}
     accumulation = SEQUENCES // (micro_batch * data_ranks)
     read = None if found is None else found.read
-    engine = create_engine(model, EngineConfig(name), optimizer, accumulation, read, first)
+    engine = create_engine(model, torch.device(device), EngineConfig(name), optimizer, accumulation, read, first)
     curve = []
     for step in range(first, last):
         mine = batches(step)[data_rank::data_ranks]

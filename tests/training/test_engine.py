@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import math
 
@@ -80,9 +81,58 @@ def test_bf16_keeps_master_weights_in_fp32(pool, name):
     assert not torch.equal(weight, weight.bfloat16().float())
 
 
+def _initial_weights(name, tied):
+    model = recipe.build(device="meta", model=dataclasses.replace(recipe.MODEL, tie_word_embeddings=tied))
+    engine = create_engine(model, torch.device("cpu"), EngineConfig(name), recipe.OPTIMIZER)
+    if name == "ddp":  # the optimizer has no state yet
+        return {name: weight.detach() for name, weight in model.named_parameters()}
+    return {name.removeprefix("weight/"): x for name, x in engine.tensors() if name.startswith("weight/")}
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("name", ENGINES)
+def test_every_engine_starts_from_the_weights_of_one_device(pool, name, tied):
+    expected = recipe.build(model=dataclasses.replace(recipe.MODEL, tie_word_embeddings=tied)).state_dict()
+    expected = expected if not tied else {key: x for key, x in expected.items() if key != "lm_head.weight"}
+    for weights in pool(2).run(_initial_weights, name, tied):
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(weights[key], tensor) for key, tensor in expected.items())
+
+
+def _most_bytes_while_built(name):
+    """Of tensors, each time that a parameter has its initial values; those of the whole model and of the largest."""
+    model = recipe.build(device="meta", model=dataclasses.replace(recipe.MODEL, num_hidden_layers=8))
+    draw, most = model.initialise, 0
+    gc.collect()
+    gc.freeze()  # what is there already does not count, and is not looked through
+
+    def initialise(name, weight):
+        nonlocal most
+        draw(name, weight)
+        most = max(most, _live_bytes())
+
+    model.initialise = initialise
+    engine = create_engine(model, torch.device("cpu"), EngineConfig(name), recipe.OPTIMIZER)
+    gc.unfreeze()
+    sizes = [4 * math.prod(shape) for shape in engine.shapes.values()]
+    return most, sum(sizes), max(sizes)
+
+
+def _live_bytes():
+    storages = [x.untyped_storage() for x in gc.get_objects() if isinstance(x, torch.Tensor) and not x.is_meta]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+@pytest.mark.parametrize(("name", "share"), [("ddp", 1), ("zero3", 0.5)])
+def test_zero3_holds_one_parameter_and_its_share_of_the_others_while_the_model_is_built(pool, name, share):
+    for most, whole, largest in pool(2).run(_most_bytes_while_built, name):
+        assert 8 * largest < whole
+        assert 0.9 * share * whole < most < share * whole + 1.1 * largest
+
+
 def _all_masked(name):
-    model = recipe.build(None)
-    engine = create_engine(model, EngineConfig(name), recipe.OPTIMIZER)
+    model = recipe.build(device="meta")
+    engine = create_engine(model, torch.device("cpu"), EngineConfig(name), recipe.OPTIMIZER)
     ids = torch.zeros(1, 8, dtype=torch.int64)
     batch = {"input_ids": ids, "position_ids": ids, "labels": torch.full_like(ids, -100), "seqlen": 16}
     loss, norm, _ = engine.train_step([batch], 1e-3)

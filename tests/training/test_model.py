@@ -182,3 +182,16 @@ def test_chunked_loss_and_gradients_are_those_of_torch(tokens, chunk, ignored, d
     for gradient, reference in zip(found, expected, strict=True):
         torch.testing.assert_close(gradient, reference, **close)
     assert not found[0][labels == -100].any()
+
+
+def test_initial_weights_depend_on_seed_and_name_only():
+    model, other = (Transformer(recipe.MODEL, recipe.VOCABULARY, seed=seed) for seed in (3, 4))
+    weights = dict(model.named_parameters())
+    for name in reversed(weights):
+        again = torch.empty_like(weights[name])
+        torch.rand(7)
+        model.initialise(name, again)
+        assert torch.equal(again, weights[name])
+    twins = [weights[f"layers.{i}.mlp.up_proj.weight"] for i in range(2)] + [other.layers[0].mlp.up_proj.weight]
+    assert all(0.015 < twin.std() < 0.025 for twin in twins)
+    assert torch.corrcoef(torch.stack([twin.detach().flatten() for twin in twins])).triu(1).abs().max() < 0.1
