@@ -92,10 +92,6 @@ class BlockLayout:
             rows.append(intersect(runs, ((start, stop),) if start < stop else ()))
         return BlockLayout(self.size, self.keys, tuple(rows))
 
-    def shows(self, query: int, key: int) -> bool:
-        """Whether the block of a query token shows a key token."""
-        return any(start <= key < stop for start, stop in self.rows[query // self.size])
-
     @cached_property
     def layers(self) -> tuple[BlockLayout, ...]:
         """Few layouts with one run in a row, whose ends never decrease; together they hold each run once."""

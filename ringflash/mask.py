@@ -162,7 +162,7 @@ class Mask:
             >>> len(mask.layers)
             5
         """
-        sizes = (block_size, block_size) if isinstance(block_size, int) else tuple(block_size)
+        sizes = block_size if isinstance(block_size, Sequence) else (block_size, block_size)
         if len(sizes) != 2 or not all(isinstance(x, int) and x > 0 for x in sizes):
             raise ArgumentError(
                 f"blocks: block_size={block_size}; allowed is 1 and more, or two such numbers, for queries and for keys"
@@ -251,8 +251,8 @@ class Mask:
     def sees(self, query: int, key: int) -> bool:
         """Whether the query position sees the key position: the definition of the mask."""
         if self.layout is not None:
-            query_begin, key_begin = self._origins(query)
-            if key < key_begin or not self.layout.shows(query - query_begin, key - key_begin):
+            place, runs = key - self._origins(query)[1], self.layout.rows[self._block_of(query)]
+            if not any(start <= place < stop for start, stop in runs):
                 return False
         return any(start <= key < stop for start, stop in self._without_layout._intervals(query))
 

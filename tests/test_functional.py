@@ -6,14 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import Case, Rules, Tensors, assert_as_exact_as_torch, cases, solve, tensors
+from attention_cases import Case, Rules, Tensors, assert_as_exact_as_torch, cases, layouts, solve, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from ringflash import ArgumentError, Mask, UnsupportedError
 from ringflash.functional import attention
+from ringflash.kernels import blockwise
 from ringflash.kernels.modifiers import philox
+from ringflash.parallel.call import Call, _device_program
 from ringflash.parallel.mesh import ONE_DEVICE
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,12 +28,14 @@ def named(x: object) -> str:
 def attend(case: Case, problem: Tensors, dense: bool, kernel: str = "auto"):
     """`attention` as a function of query, key, value and sinks in flat form; a dense case as a batch."""
 
+    mask = case.rules.mask()
+
     def call(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
         batch = len(case.lengths) if dense else 1
         query_edges, key_edges = case.edges()
         out, lse = attention(
             *(x.unflatten(0, (batch, x.shape[0] // batch)) for x in (query, key, value)),
-            mask=case.rules.mask(),
+            mask=mask,
             cu_seqlens=None if dense else key_edges,
             query_cu_seqlens=None if dense else query_edges,
             seqlen=case.queries // batch,
@@ -87,6 +91,46 @@ EVERY_FEATURE = {"softcap": 2.0, "alibi": "documents", "dropout": 0.4, "padding"
 def test_all_features_at_once(dense: bool, dtype: torch.dtype) -> None:
     lengths = ((40, 52),) * 3 if dense else ((40, 52), (0, 3), (5, 0), (1, 70), (33, 33))
     check(Case(lengths, Rules(left=30, right=4, sink=2, chunk=48), dtype=dtype, **EVERY_FEATURE), dense)
+
+
+@pytest.mark.parametrize("kernel", ["blockwise", "reference"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=named)
+@settings(max_examples=20)
+@given(st.data())
+def test_any_layout_of_blocks_is_as_exact_as_torch(dtype: torch.dtype, kernel: str, data: st.DataObject) -> None:
+    dense = data.draw(st.booleans())
+    case = data.draw(cases(dtype, dense=dense))
+    check(replace(case, rules=replace(case.rules, **data.draw(layouts()))), dense, kernel)
+
+
+def test_the_blocks_of_a_document_whose_length_the_host_does_not_know() -> None:
+    """`_device_program` is what cu_seqlens on a GPU takes; here its rows must be those of the way over the host."""
+    mask = Mask.causal() & Mask.blocks(torch.rand(5, 5) < 0.5, 8)
+    call = Call(mask.spec(), "zigzag", "", 1, 40, 40, 1.0, 0.0, 0.0, "auto", False)
+    edges = torch.tensor([0, 13, 13, 37, 40])
+    (stage,) = _device_program(call, edges, None, torch.device("cpu")).stages
+    pairs = sum(x.visible().int() for x in stage.intervals)
+    assert pairs.tolist() == [[(mask & Mask.documents(edges)).sees(q, k) for k in range(40)] for q in range(40)]
+    for tokens in ("seqlen", "key_seqlen"):
+        with pytest.raises(ArgumentError, match=r"layout reaches over 40 .* has 41"):
+            _device_program(replace(call, **{tokens: 41}), edges, None, torch.device("cpu"))
+
+
+def test_one_interval_for_each_query_takes_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = []
+    for name in ("attend", "attend_backward"):
+        kernel = getattr(blockwise, name)
+        monkeypatch.setattr(blockwise, name, lambda *x, f=kernel, **y: launches.append(f.__name__) or f(*x, **y))
+    stripes = torch.eye(4).roll(1, 0).tril().bool()
+    for mask, count in (
+        (Mask.sliding_window(9, sink=2), 1),
+        (Mask.blocks(torch.ones(4, 4).tril().bool(), 8) & Mask.causal(), 1),
+        (Mask.blocks(torch.ones(4, 4).tril().triu(-1).bool() | stripes.roll(2, 0).tril(), 8), 2),
+    ):
+        launches.clear()
+        x = torch.randn(2, 32, 2, 8, requires_grad=True)
+        attention(x, x, x, mask=mask, group=ONE_DEVICE)[0].sum().backward()
+        assert launches == ["attend"] * count + ["attend_backward"] * count
 
 
 def test_rows_that_see_no_key_give_nothing_and_take_nothing() -> None:
@@ -223,7 +267,8 @@ def test_forward_mode_is_refused() -> None:
 
 @pytest.mark.parametrize("features", [{}, EVERY_FEATURE], ids=["plain", "every feature"])
 def test_compiles_whole_with_boundaries_and_features(features: dict) -> None:
-    case = Case(((20, 25), (0, 4), (7, 7)), Rules(left=9, right=0), **features)
+    blocks = {"layout": ((True, False, True), (False, True, True), (True, True, True)), "blocks": (7, 9)}
+    case = Case(((20, 25), (0, 4), (7, 7)), Rules(left=9, right=0, **(blocks if features else {})), **features)
     problem = tensors(case)
     eager = solve(attend(case, problem, dense=False), problem)
     compiled = torch.compile(attend(case, problem, dense=False), fullgraph=True, backend="aot_eager")
@@ -274,6 +319,8 @@ GOOD = Case(((6, 6),) * 2)
         ({"cu_seqlens": [0, 9, 5, 12]}, r"cu_seqlens=\(0, 9, 5, 12\)"),
         ({"kernel": "fast"}, r"kernel='fast'"),
         ({"partition": "snake"}, r"partition='snake'"),
+        ({"mask": Mask.blocks([[True]], 5)}, r"blocks: layout reaches over 5 queries, a document or sequence has 6"),
+        ({"mask": Mask.blocks([[True]], (6, 5))}, r"blocks: layout reaches over 5 keys"),
         ({"query": torch.ones(2, 6, 4)}, r"query has shape \(2, 6, 4\)"),
         ({"query": torch.ones(0, 6, 4, 16)}, r"query has shape \(0, 6, 4, 16\); the batch"),
         ({"query": torch.ones(2, 6, 3, 16)}, r"query has 3 heads, key 2"),

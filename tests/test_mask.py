@@ -8,6 +8,7 @@ from functools import reduce
 from operator import and_
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,12 +18,13 @@ from ringflash.mask import Mask, Visibility
 
 @dataclass(frozen=True)
 class Document:
-    """Where a query stands: `query` counts among the keys, of which [begin, end) are its document's."""
+    """Where a query stands: `query` counts among the keys, of which [begin, end) are its document's, `own` in it."""
 
     index: int
     begin: int
     end: int
     query: int
+    own: int
 
 
 @dataclass(frozen=True)
@@ -50,19 +52,23 @@ class Rule:
             (length,) = self.arguments
             length = length if isinstance(length, int) else length[document.index]
             return key <= query or max(key, query) < begin + length
+        if self.name == "blocks":
+            layout, (of_queries, of_keys) = self.arguments
+            return layout[document.own // of_queries][(key - begin) // of_keys]
         return True  # bidirectional; documents are in `document`
 
 
 def document_of(query: int, rules: list[Rule], total: int) -> Document:
     """The document of a query, cut by every `documents` rule; index counts in the only rule, if it is one."""
-    index, begin, end, position = 0, 0, total, query
+    index, begin, end, position, first = 0, 0, total, query, 0
     for rule in rules:
         if rule.name == "documents":
             keys, queries = rule.arguments if len(rule.arguments) == 2 else rule.arguments * 2
             index = bisect_right(queries, query) - 1
             begin, end = max(begin, keys[index]), min(end, keys[index + 1])
             position = query - queries[index + 1] + keys[index + 1]
-    return Document(index, begin, end, position)
+            first = max(first, queries[index])
+    return Document(index, begin, end, position, query - first)
 
 
 def seen(query: int, rules: list[Rule], total: int) -> set[int]:
@@ -75,8 +81,20 @@ def composed(rules: list[Rule]) -> Mask:
 
 
 @st.composite
-def rule_lists(draw: st.DrawFn, total: int, sinks: bool = True) -> list[Rule]:
-    """Any rules that compose: sinks of one size, and prefixes of one document each only with one cut into documents."""
+def block_rules(draw: st.DrawFn, queries: int, keys: int) -> Rule:
+    """Any layout of at most 8 x 8 blocks that reaches over so many queries and keys, or further."""
+    sizes = [draw(st.integers(max(1, -(-n // 8)), n + 2)) for n in (queries, keys)]
+    height, width = (-(-n // size) for n, size in zip((queries, keys), sizes, strict=True))
+    row = st.lists(st.booleans(), min_size=width, max_size=width)
+    return Rule("blocks", (draw(st.lists(row, min_size=height, max_size=height)), tuple(sizes)))
+
+
+@st.composite
+def rule_lists(draw: st.DrawFn, total: int, sinks: bool = True, layouts: int = 0) -> list[Rule]:
+    """Any rules that compose: sinks of one size, and prefixes of one document each only with one cut into documents.
+
+    With as many layouts of blocks as asked for.
+    """
     near = st.integers(0, total)
     rules = [Rule("causal", ())] if draw(st.booleans()) else [Rule("bidirectional", ())]
     sink = draw(st.integers(0, 5)) if sinks else 0
@@ -88,6 +106,7 @@ def rule_lists(draw: st.DrawFn, total: int, sinks: bool = True) -> list[Rule]:
         rules.append(Rule("chunked", (draw(st.integers(1, total)),)))
     for _ in range(draw(st.integers(0, 2))):
         rules.append(Rule("prefix_lm", (draw(near),)))
+    rules += [draw(block_rules(total, total)) for _ in range(layouts)]
     documents = [sorted([0, *draw(st.lists(near, max_size=5)), total]) for _ in range(draw(st.integers(0, 2)))]
     rules += [Rule("documents", (tuple(bounds),)) for bounds in documents]
     if len(documents) == 1 and draw(st.booleans()):
@@ -101,9 +120,9 @@ def shown(mask: Mask, query: int, total: int) -> set[int]:
 
 
 @settings(max_examples=300)
-@given(st.data(), st.integers(1, 40))
-def test_a_composition_shows_what_all_of_its_rules_allow(data: st.DataObject, total: int) -> None:
-    rules = data.draw(rule_lists(total))
+@given(st.data(), st.integers(1, 40), st.sampled_from([0, 0, 1, 2]))
+def test_a_composition_shows_what_all_of_its_rules_allow(data: st.DataObject, total: int, layouts: int) -> None:
+    rules = data.draw(rule_lists(total, layouts=layouts))
     mask = composed(rules)
     for query in range(total):
         assert shown(mask, query, total) == seen(query, rules, total)
@@ -148,16 +167,85 @@ def test_queries_of_another_length_stand_at_the_end_of_their_document(
         assert list(edges) == sorted(edges)
 
 
+def keys_of_layers(mask: Mask, query: int, total: int) -> list[int]:
+    """The keys that any layer shows, as often as one does."""
+    intervals = [x for layer in mask.layers for x in (layer.sink_interval(query), layer.key_interval(query))]
+    return sorted(key for start, stop in intervals for key in range(start, min(stop, total)))
+
+
+def assert_never_steps_back(layer: Mask, queries: int) -> None:
+    """The ends of both intervals, the sinks' before the other's, as kernels rely on them."""
+    bounds = [(*layer.sink_interval(query), *layer.key_interval(query)) for query in range(queries)]
+    assert all(list(x) == sorted(x) for x in bounds)
+    for edges in zip(*bounds, strict=True):
+        assert list(edges) == sorted(edges)
+
+
+@settings(max_examples=300)
+@given(st.data(), st.integers(1, 40), st.sampled_from([1, 1, 2]))
+def test_layers_of_blocks_are_interval_masks_that_show_each_pair_once(
+    data: st.DataObject, total: int, layouts: int
+) -> None:
+    rules = data.draw(rule_lists(total, layouts=layouts))
+    mask = composed(rules)
+    for layer in mask.layers:
+        assert layer.layers == (layer,)
+        assert_never_steps_back(layer, total)
+    for query in range(total):
+        assert keys_of_layers(mask, query, total) == sorted(seen(query, rules, total))
+
+
+@settings(max_examples=200)
+@given(st.data(), st.integers(1, 6), st.booleans())
+def test_blocks_count_queries_and_keys_from_the_start_of_each_document(
+    data: st.DataObject, count: int, causal: bool
+) -> None:
+    steps = st.lists(st.integers(0, 9), min_size=count, max_size=count)
+    keys, queries = (
+        (0, *(sum(lengths[: i + 1]) for i in range(count))) for lengths in (data.draw(steps), data.draw(steps))
+    )
+    rules = [Rule("documents", (keys, queries)), Rule("causal" if causal else "bidirectional", ())]
+    rules.append(data.draw(block_rules(9, 9)))
+    mask = composed(rules)
+    for layer in mask.layers:
+        assert_never_steps_back(layer, queries[-1])
+    for query in range(queries[-1]):
+        assert shown(mask, query, keys[-1]) == seen(query, rules, keys[-1])
+        assert keys_of_layers(mask, query, keys[-1]) == sorted(seen(query, rules, keys[-1]))
+
+
+def layers(layout: torch.Tensor) -> int:
+    return len(Mask.blocks(layout.bool(), 4).layers)
+
+
+def test_regular_layouts_have_few_layers() -> None:
+    row, column = torch.arange(32)[:, None], torch.arange(32)[None, :]
+    window = (column <= row) & (column >= row - 3)
+    assert layers(window) == layers(row >= column) == layers(row // 4 == column // 4) == 1
+    assert layers((row - column) % 8 == 0) == 7  # diagonals, of which those above and below 0 share none
+    assert layers(window | ((column % 8 == 0) & (column <= row))) == 5  # the window and four stripes
+    assert layers(window | (row == 0) | (column == 0)) == 3  # the window, a row, and a column below it
+    assert layers(torch.zeros(3, 4)) == 1
+
+
+def test_blocks_that_a_bound_hides_cost_no_layer() -> None:
+    row, column = torch.arange(32)[:, None], torch.arange(32)[None, :]
+    window = Mask.blocks((column <= row + 8) & (column % 2 == 0), 4) & Mask.sliding_window(3)
+    assert len(window.layers) > 1
+    assert len((window & Mask.documents([0, 128])).layers) == 1
+    assert (window & Mask.documents([0, 128], [0, 64])).layers != (window & Mask.documents([0, 64])).layers
+
+
 @settings(max_examples=300)
 @given(st.data(), st.integers(1, 30), st.booleans())
 def test_classify_is_sound_and_without_sinks_exact(data: st.DataObject, total: int, sinks: bool) -> None:
-    rules = data.draw(rule_lists(total, sinks))
+    rules = data.draw(rule_lists(total, sinks, layouts=data.draw(st.sampled_from([0, 0, 1]))))
     mask = composed(rules)
     rows, columns = (sorted(data.draw(st.tuples(*[st.integers(0, total)] * 2))) for _ in range(2))
     pairs = [key in seen(query, rules, total) for query in range(*rows) for key in range(*columns)]
     exact = Visibility.EMPTY if not any(pairs) else Visibility.FULL if all(pairs) else Visibility.PARTIAL
     kind = mask.classify(tuple(rows), tuple(columns))
-    if mask.sink:
+    if mask.sink or mask.layout:
         assert kind in (exact, Visibility.PARTIAL)
     else:
         assert kind is exact
@@ -166,7 +254,7 @@ def test_classify_is_sound_and_without_sinks_exact(data: st.DataObject, total: i
 @settings(max_examples=200)
 @given(st.data(), st.integers(1, 30))
 def test_keys_needed_hold_every_key_that_is_seen(data: st.DataObject, total: int) -> None:
-    rules = data.draw(rule_lists(total))
+    rules = data.draw(rule_lists(total, layouts=data.draw(st.sampled_from([0, 0, 1]))))
     mask = composed(rules)
     first, stop = sorted(data.draw(st.tuples(*[st.integers(0, total)] * 2)))
     needed = [(start, min(end, total)) for start, end in mask.keys_needed((first, stop))]  # may be unbounded
@@ -175,13 +263,13 @@ def test_keys_needed_hold_every_key_that_is_seen(data: st.DataObject, total: int
     assert all(start < end for start, end in needed)
     union = set().union(*(seen(query, rules, total) for query in range(first, stop)))
     assert union <= {key for interval in needed for key in range(*interval)}
-    if union and not mask.sink:
+    if union and not mask.sink and not mask.layout:
         assert (flat[0], flat[-1]) == (min(union), max(union) + 1)
 
 
 @given(st.data(), st.integers(1, 30))
 def test_intersection_has_the_laws_of_one(data: st.DataObject, total: int) -> None:
-    rules = data.draw(rule_lists(total, sinks=False))
+    rules = data.draw(rule_lists(total, sinks=False, layouts=data.draw(st.integers(0, 2))))
     middle = data.draw(st.integers(0, len(rules)))
     whole, a, b = (composed(part) for part in (rules, rules[:middle], rules[middle:]))
     assert whole & whole == whole
@@ -192,7 +280,7 @@ def test_intersection_has_the_laws_of_one(data: st.DataObject, total: int) -> No
 
 @given(st.data(), st.integers(1, 30))
 def test_text_form_keeps_all_but_the_documents(data: st.DataObject, total: int) -> None:
-    mask = composed(data.draw(rule_lists(total)))
+    mask = composed(data.draw(rule_lists(total, layouts=data.draw(st.integers(0, 2)))))
     assert Mask.from_spec(mask.spec()) == mask.without_documents()
     assert mask.without_documents().boundaries is None
 
@@ -223,6 +311,21 @@ def test_rectangles_without_pairs_are_empty_and_need_no_keys() -> None:
         (lambda: Mask.documents([0, 4]) & Mask.documents([0, 5]), "end at 4 and at 5"),
         (lambda: Mask.documents([0, 4]).key_interval(4), "position 4 lies outside"),
         (lambda: Mask.documents([0, 4]).key_interval(-1), "position -1 lies outside"),
+        (lambda: Mask.blocks([[True]], 0), "block_size=0"),
+        (lambda: Mask.blocks([[True]], (4, -1)), r"block_size=\(4, -1\)"),
+        (lambda: Mask.blocks([[True]], (4, 4, 4)), r"block_size=\(4, 4, 4\)"),
+        (lambda: Mask.blocks([[True]], 2.0), r"block_size=2\.0"),
+        (lambda: Mask.blocks([], 4), "layout has no rows"),
+        (lambda: Mask.blocks([True, False], 4), "layout has no rows"),
+        (lambda: Mask.blocks(torch.ones(2, 0).bool(), 4), "layout has no rows"),
+        (lambda: Mask.blocks([[True], [True, False]], 4), "rows of 1 and of 2 key blocks"),
+        (lambda: Mask.blocks([[True, 1]], 4), "layout holds 1"),
+        (lambda: Mask.blocks(torch.ones(2, 2), 4), r"layout holds 1\.0"),
+        (lambda: Mask.blocks(torch.ones(3, 2, 2).bool(), 4), "the same for all heads"),
+        (lambda: Mask.blocks([[True]], 4) & Mask.documents([0, 3, 8]), "reaches over 4 queries, .* has 5"),
+        (lambda: Mask.blocks([[True]], (8, 4)) & Mask.documents([0, 3, 8]), "reaches over 4 keys, .* has 5"),
+        (lambda: Mask.blocks([[True]], 4).sees(4, 0), "reaches over 4 queries"),
+        (lambda: Mask.blocks([[True, False, True]], 4).key_interval(0), "ask each of its layers"),
     ],
 )
 def test_bad_arguments_are_named(make: object, message: str) -> None:
