@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 
 import pytest
 import torch
-from cases import MASKS, PARTITIONS, any_mask, masks, visible
+from cases import MASKS, PARTITIONS, any_blocks, any_mask, masks, visible
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -67,6 +67,12 @@ def problems(draw: st.DrawFn, longest: int, most_ranks: int) -> tuple[Mask, Part
     return mask, Partition(length, tuple(shares))
 
 
+@st.composite
+def block_problems(draw: st.DrawFn, longest: int, most_ranks: int) -> tuple[Mask, Partition]:
+    mask, partition = draw(problems(longest, most_ranks))
+    return mask & draw(any_blocks(partition.length)), partition
+
+
 QUICKLY = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 
 
@@ -82,6 +88,22 @@ def test_the_verifier_accepts_every_ring(problem):
 def test_a_ring_computes_every_visible_pair_exactly_once_by_brute_force(problem):
     mask, partition = problem
     check_by_brute_force(ring(mask, partition), mask)
+
+
+@settings(max_examples=300, **QUICKLY)
+@given(block_problems(longest=70, most_ranks=9))
+def test_rings_of_any_blocks_compute_every_visible_pair_exactly_once_by_brute_force(problem):
+    mask, partition = problem
+    plan = ring(mask, partition)
+    verify(plan, mask)
+    check_by_brute_force(plan, mask)
+
+
+def test_only_blocks_that_a_rank_sees_travel():
+    selected = Mask.blocks(torch.eye(8).bool() | (torch.arange(8) == 3), 512)  # each its own block, all the fourth
+    plan = ring(selected, Partition.contiguous(4096, 8))
+    verify(plan, selected)
+    assert plan.moved_tokens() == 7 * 512
 
 
 @settings(max_examples=300, **QUICKLY)

@@ -10,8 +10,10 @@ from cases import (
     PARTITIONS,
     RESULTS,
     Shape,
+    any_blocks,
     any_mask,
     assert_as_exact_as_torch,
+    blocks,
     errors,
     exact,
     log_sum_exp,
@@ -35,7 +37,7 @@ def test_every_mask_under_every_partition_equals_one_device(pool, ranks, name, p
 
 
 @pytest.mark.parametrize("partition", PARTITIONS)
-@pytest.mark.parametrize("name", ["causal", "bidirectional", "documents-window-sink", "window-both-sides", "prefix"])
+@pytest.mark.parametrize("name", ["causal", "bidirectional", "documents-window-sink", "prefix", "blocks"])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_bfloat16_is_as_exact_as_torchs_own_attention(pool, ranks, name, partition):
     shape = Shape(length=LENGTH, heads=6, key_heads=2, head_dim=32)
@@ -111,6 +113,23 @@ def test_any_composition_of_masks(pool, data, length, ranks, seed):
     mask = data.draw(any_mask(length))
     problem = Problem(mask, Shape(length=length), data.draw(st.sampled_from(PARTITIONS)), seed=seed)
     assert_ring_is_exact(pool, ranks, problem)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data(), length=st.integers(1, 80), ranks=st.integers(1, 4), seed=st.integers(0, 99))
+def test_any_layout_of_blocks_under_every_partition(pool, data, length, ranks, seed):
+    mask = data.draw(any_mask(length)) & data.draw(any_blocks(length))
+    problem = Problem(mask, Shape(length=length), data.draw(st.sampled_from(PARTITIONS)), seed=seed)
+    assert_ring_is_exact(pool, ranks, problem)
+
+
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_a_layout_of_blocks_holds_for_each_document_and_each_sequence(pool, partition):
+    batch = Problem(blocks(29, 29, 4, seed=5) & Mask.causal(), Shape(batch=2, length=29), partition)
+    packed = Problem(blocks(29, 29, 4, seed=5), Shape(length=LENGTH), partition, cu_seqlens=(0, 3, 32, 32, 60, 61))
+    for problem in (batch, packed):
+        for ranks in (1, 2, 4):
+            assert_ring_is_exact(pool, ranks, problem)
 
 
 @pytest.mark.parametrize("name", ["causal", "bidirectional", "documents-window-sink"])

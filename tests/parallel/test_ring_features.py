@@ -12,7 +12,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.distributed as dist
-from cases import visible
+from cases import blocks, visible
 from ring import place_in
 
 from ringflash import ArgumentError, Mask, RankMismatchError
@@ -146,6 +146,15 @@ CASES = {
     "more-keys-window": Case(Mask.sliding_window(7, sink=2), queries=11, keys=37),
     "more-keys-alibi-softcap": Case(queries=5, keys=37, arguments={"softcap": 3.0, "alibi_slopes": SLOPES}),
     "one-query": Case(queries=1, keys=37),
+    "blocks-everything": Case(
+        blocks(37, 37, (5, 4), seed=6) & Mask.causal() & Mask.sliding_window(20, sink=3),
+        batch=2,
+        padding=True,
+        sinks=True,
+        arguments={"softcap": 4.0, "alibi_slopes": SLOPES, "scale": 0.4},
+    ),
+    "blocks-more-keys": Case(blocks(11, 37, (3, 4), seed=7), queries=11, keys=37, batch=2),
+    "blocks-more-queries": Case(blocks(37, 11, 4, seed=8), queries=37, keys=11, arguments={"alibi_slopes": SLOPES}),
 }
 
 
@@ -165,8 +174,9 @@ def test_every_feature_equals_its_definition(pool, ranks, name, partition):
         Case(arguments={"dropout": 0.3}),
         Case(batch=2, padding=True, sinks=True, arguments={"dropout": 0.5, "softcap": 5.0, "alibi_slopes": SLOPES}),
         Case(Mask.causal() & Mask.documents([0, 5, 21, 37]), arguments={"dropout": 0.1}),
+        Case(blocks(37, 37, (5, 4), seed=9), batch=2, padding=True, arguments={"dropout": 0.4, "softcap": 5.0}),
     ],
-    ids=["causal", "with-all", "documents"],
+    ids=["causal", "with-all", "documents", "blocks"],
 )
 def test_dropout_drops_the_same_pairs_on_any_number_of_ranks(pool, case, partition):
     case = Case(**{**case.__dict__, "partition": partition})
@@ -206,8 +216,9 @@ def _disagree(name, values):
     rank = dist.get_rank()
     x = torch.randn(1, 6, 2, 16)
     arguments = {name: values[rank]} if values[rank] is not None else {}
-    with pytest.raises(RankMismatchError, match=name):
+    with pytest.raises(RankMismatchError, match=name) as error:
         attention(x, x, x, **arguments)
+    assert len(str(error.value)) < 1000
 
 
 @pytest.mark.parametrize(
@@ -217,10 +228,24 @@ def _disagree(name, values):
         ("dropout", (0.1, 0.2)),
         ("key_padding_mask", (None, torch.ones(1, 6, dtype=torch.bool))),
         ("alibi_slopes", (None, torch.ones(2))),
+        ("mask", tuple(blocks(600, 600, 6, seed=seed) for seed in (0, 1))),
     ],
 )
 def test_ranks_with_different_features_are_told(pool, name, values):
     pool(2).run(_disagree, name, values, timeout=15)
+
+
+def _layout_too_short_on_one(expected):
+    x = torch.randn(1, 6, 2, 16)
+    length = (12, 11)[dist.get_rank()]
+    with pytest.raises(
+        expected[dist.get_rank()], match="layout reaches over 11 queries, a document or sequence has 12"
+    ):
+        attention(x, x, x, mask=blocks(length, length, 1, seed=0))
+
+
+def test_a_layout_that_is_too_short_is_refused_before_communication(pool):
+    pool(2).run(_layout_too_short_on_one, (RankMismatchError, ArgumentError), timeout=15)
 
 
 @pytest.mark.parametrize(
