@@ -165,7 +165,11 @@ def forward_variants(dim: int) -> dict[str, forward.ForwardTiles]:
     """Launch shapes to compare with the one in use."""
     base = forward.FORWARD_TILES[dim]
     changes = {
-        64: {"3 consumers": {"consumers": 3, "registers": (160, 24)}},
+        64: {
+            "3 consumers": {"consumers": 3, "registers": (160, 24)},
+            "3 consumers, 2 stages": {"consumers": 3, "registers": (160, 24), "stages": 2},
+            "3 consumers, one tile a program": {"consumers": 3, "registers": (160, 24), "persistent": False},
+        },
         128: {"one tile a program": {"persistent": False}},
         256: {"one tile a program": {"persistent": False}},
     }[dim]
@@ -281,6 +285,8 @@ def main() -> None:
     parser.add_argument("action", choices=["check", "compile", "time", "tune"])
     parser.add_argument("dim", type=int, choices=sorted(HEADS))
     parser.add_argument("path", nargs="?", help="JSON file for the rows")
+    parser.add_argument("--forward", default="in use", help="shape of the forward to check")
+    parser.add_argument("--backward", default="in use", help="shape of the backward to check")
     parser.add_argument("--dtypes", default="bfloat16,float16", help="for check")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -288,6 +294,8 @@ def main() -> None:
         compile_variants(arguments.dim)
         return
     if arguments.action == "check":
+        forward.FORWARD_TILES[arguments.dim] = forward_variants(arguments.dim)[arguments.forward]
+        backward.BACKWARD_TILES[arguments.dim] = backward_variants(arguments.dim)[arguments.backward]
         dtypes = [getattr(torch, name) for name in arguments.dtypes.split(",")]
         fine = [check(arguments.dim, dtype) for check in (check_forward, check_backward) for dtype in dtypes]
         sys.exit(0 if all(fine) else 1)

@@ -1,0 +1,90 @@
+"""Small problems of every kernel, for a memory checker to watch.
+
+    compute-sanitizer --tool memcheck --error-exitcode 1 python tests/sanitize.py triton
+    compute-sanitizer --tool racecheck --error-exitcode 1 python tests/sanitize.py hopper
+
+Lengths end within tiles, and every tensor is an allocation of its own, so that a read behind its end is seen. Results
+are held against float64 as in the tests.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+from oracle import Problem, assert_accurate, draw_modifiers, draw_problem, monotone_intervals, run, to_device
+
+from ringflash import flash_attn_with_kvcache
+from ringflash.kernels.intervals import KeyIntervals, causal_intervals, dense_intervals
+from ringflash.kernels.select import select
+
+HEADS = (4, 2)
+
+
+def intervals() -> dict[str, KeyIntervals]:
+    """Masks by name."""
+    found = {
+        "causal": causal_intervals(197, 261),
+        "full": dense_intervals(131, 67),
+        "any": monotone_intervals(301, 203, seed=1, sink=False),
+        "one row": dense_intervals(1, 1),
+    }
+    return {name: to_device(x, "cuda") for name, x in found.items()}
+
+
+def check(name: str, problem: Problem, cuts: tuple[int, ...] = (), deterministic: bool = False) -> None:
+    """Forward and backward, held against float64."""
+    dims = problem.query.shape[2], problem.value.shape[2]
+    kernels = select("cuda", problem.query.dtype, *dims, name, problem.modifiers is not None)
+    assert_accurate(run(kernels, problem, cuts, deterministic=deterministic), problem)
+    torch.cuda.synchronize()
+
+
+def check_kernels(name: str, dims: tuple[int, ...]) -> None:
+    """Every mask at every head dimension, once in two launches."""
+    for dim in dims:
+        for mask, x in intervals().items():
+            problem = draw_problem(x, HEADS, (dim, dim), torch.bfloat16)
+            check(name, problem)
+            check(name, problem, cuts=(x.key_count // 2,), deterministic=True)
+            print(f"{name} {dim} {mask}", flush=True)
+
+
+def check_modifiers() -> None:
+    """All score modifiers and sink tokens at once."""
+    x = to_device(monotone_intervals(205, 140, seed=2, sink=True), "cuda")
+    modifiers = draw_modifiers(x, HEADS[0], 3, 3.0, "of each row", 0.3, True)
+    check("triton", draw_problem(x, HEADS, (64, 64), torch.float16, modifiers=modifiers))
+    print("modifiers", flush=True)
+
+
+def check_decoding() -> None:
+    """A new token appended to a cache and to a paged one."""
+    for page in (None, 16):
+        cache = [torch.randn(2, 96, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+        pages = None
+        if page:
+            cache = [x.view(12, page, 2, 64) for x in cache]
+            pages = torch.arange(12, device="cuda", dtype=torch.int32).view(2, 6)
+        q, k, v = (torch.randn(2, 1, n, 64, device="cuda", dtype=torch.bfloat16) for n in (4, 2, 2))
+        lengths = torch.tensor([95, 17], device="cuda", dtype=torch.int32)
+        for splits in (1, 3):
+            out = flash_attn_with_kvcache(
+                q, *cache, k, v, cache_seqlens=lengths, block_table=pages, causal=True, num_splits=splits
+            )
+            assert out.isfinite().all()
+        print("decoding, pages of", page, flush=True)
+
+
+if __name__ == "__main__":
+    parts = {
+        "triton": lambda: (check_kernels("triton", (64, 128)), check_modifiers(), check_decoding()),
+        "hopper": lambda: check_kernels("hopper", (64, 128, 256)),
+    }
+    parts[sys.argv[1]]()
+    print("done")
