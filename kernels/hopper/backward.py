@@ -15,6 +15,7 @@ from ringflash.kernels import triton as portable
 from ringflash.kernels.hopper.backward_kernel import HALF, attend_backward_kernel
 from ringflash.kernels.hopper.backward_wide_kernel import attend_backward_wide_kernel
 from ringflash.kernels.hopper.operands import addressable, check_operands, descriptor, head_section, supports_intervals
+from ringflash.kernels.hopper.turns import PARTS, turns_of_tiles
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.modifiers import Modifiers
 
@@ -66,18 +67,17 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ringflash.kernels.reference.attend_backward. A carry is overwritten; dout is rounded to the dtype of query.
 
-    Programs add to the query's gradient in whatever order they get there, so the deterministic form is the portable
-    kernels', and so are masks that `supports_intervals` gives a reason against.
+    Masks that `supports_intervals` gives a reason against go to the portable kernels.
     """
     check_operands(query, key, value, intervals, scale, modifiers)
     arguments = (dout, query, key, value, lse, delta, intervals)
-    if deterministic or supports_intervals(intervals):
+    if supports_intervals(intervals):
         return portable.attend_backward(
             *arguments, scale=scale, carry=carry, dquery_dtype=dquery_dtype, dkey_dtype=dkey_dtype,
             deterministic=deterministic,
         )  # fmt: skip
     dtypes = (dquery_dtype or query.dtype, dkey_dtype or key.dtype)
-    return launch_backward(*arguments, scale, carry, *dtypes, BACKWARD_TILES[query.shape[2]])
+    return launch_backward(*arguments, scale, carry, *dtypes, BACKWARD_TILES[query.shape[2]], deterministic)
 
 
 def launch_backward(
@@ -93,6 +93,7 @@ def launch_backward(
     dquery_dtype: torch.dtype,
     dkey_dtype: torch.dtype,
     tiles: BackwardTiles,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`attend_backward` with given tiles, for checked arguments."""
     (query_rows, heads, dim), (key_rows, key_heads, _) = query.shape, key.shape
@@ -109,6 +110,7 @@ def launch_backward(
     layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
     lse_desc, delta_desc = (TensorDescriptor(x, [x.numel()], [1], [tiles.queries], layout) for x in numbers)
     dkey_desc, dvalue_desc = (None if float_out else descriptor(x, HALF.value, min(dim, 128)) for x in (dkey, dvalue))
+    turns, turn_now = adding_turns(intervals, heads, tiles) if deterministic else (None, None)
     kernel = attend_backward_wide_kernel if dim == 256 else attend_backward_kernel
     kernel[(-(-key_rows // tiles.keys) * key_heads,)](
         descriptor(query, tiles.queries, dim),
@@ -118,15 +120,25 @@ def launch_backward(
         lse_desc, delta_desc,
         descriptor(dquery, HALF.value, HALF.value),
         dkey_desc, dvalue_desc, dkey if float_out else None, dvalue if float_out else None,
-        intervals.key_tile_rows(1), intervals.key_tile_rows(tiles.keys),
+        intervals.key_tile_rows(1), intervals.key_tile_rows(tiles.keys), turns, turn_now,
         query_rows, padded_rows, key_rows, key_heads, head_section(query_rows * 2 * group, key_heads, 1, dim),
         query.stride(1), dout.stride(1), key.stride(1), value.stride(1), scale,
         GROUP=group, QUERY_STAGES=tiles.stages[0], DOUT_STAGES=tiles.stages[1],
-        EARLY_WEIGHTS=tiles.early_weights, FLOAT_OUT=float_out,
+        EARLY_WEIGHTS=tiles.early_weights, FLOAT_OUT=float_out, ORDERED=deterministic,
         CONSUMER_REGISTERS=tiles.registers[0], PRODUCER_REGISTERS=tiles.registers[1],
         num_warps=4,
     )  # fmt: skip
     return dquery.to(dquery_dtype), dkey.to(dkey_dtype), dvalue.to(dkey_dtype)
+
+
+def adding_turns(intervals: KeyIntervals, heads: int, tiles: BackwardTiles) -> tuple[Tensor, Tensor]:
+    """Turn of each key tile, and (heads, blocks, parts) whose turn it is before the launch, for it to write in."""
+
+    def build() -> tuple[Tensor, Tensor]:
+        return turns_of_tiles(intervals.key_tile_rows(tiles.keys), intervals.query_count, tiles.queries)
+
+    turns, first_turns = intervals._cached(("turns", tiles.keys, tiles.queries), build)
+    return turns, first_turns[None, :, None].expand(heads, -1, PARTS.value).contiguous()
 
 
 def prepare_rows(lse: Tensor, delta: Tensor, block: int) -> tuple[tuple[Tensor, Tensor], int]:

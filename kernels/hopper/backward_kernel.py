@@ -37,6 +37,15 @@ from ringflash.kernels.hopper.compat import (
     store_wait,
 )
 from ringflash.kernels.hopper.schedule import stage_and_parity
+from ringflash.kernels.hopper.turns import (
+    Turns,
+    add_in_turn,
+    allocate_turns,
+    corner,
+    first_place,
+    hand_over,
+    next_place,
+)
 
 HALF = gl.constexpr(64)
 """Key rows of a warpgroup; also rows and columns of the part of dQ that it computes in a step."""
@@ -87,10 +96,11 @@ class Sums(NamedTuple):
 def attend_backward_kernel(
     query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc,
     dquery_desc, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, rows_of_key_ptr, rows_of_tile_ptr,
-    query_rows, padded_rows, key_rows, key_heads, section,
+    turn_of_tile_ptr, turn_now_ptr, query_rows, padded_rows, key_rows, key_heads, section,
     query_head_stride, dout_head_stride, key_head_stride, value_head_stride, scale,
     GROUP: gl.constexpr, QUERY_STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr, EARLY_WEIGHTS: gl.constexpr,
-    FLOAT_OUT: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """See `launch_backward` for the arguments."""
     M: gl.constexpr = query_desc.block_type.shape[0]
@@ -106,25 +116,46 @@ def attend_backward_kernel(
     loaded = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
         mbarrier.init(loaded.index(i), count=1)
+    key_tile, key_head = key_tile_and_head(key_rows, key_heads, section, N)
+    turns = Turns(turn_now_ptr, turn_of_tile_ptr, loaded, loaded)  # stands for none
+    if ORDERED:
+        turns = allocate_turns(turn_now_ptr, gl.load(turn_of_tile_ptr + key_tile))
     fence_async_shared()
 
-    key_tile, key_head = key_tile_and_head(key_rows, key_heads, section, N)
     first_key = key_tile * N
-    rows = visiting_rows(rows_of_tile_ptr, key_tile, query_rows, padded_rows, key_rows, key_head * GROUP, M, N)
+    ALIGNED: gl.constexpr = M if ORDERED else 4
+    rows = visiting_rows(rows_of_tile_ptr, key_tile, query_rows, padded_rows, key_rows, key_head * GROUP, M, N, ALIGNED)
     sums = Sums(dquery_desc, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, key_rows, key_heads)
-    gl.warp_specialize(
-        [
-            (consume, (rows, sums, queries, douts, key, value, dscores, dquery, loaded, rows_of_key_ptr,
-                       first_key, key_head, scale, 0, GROUP, EARLY_WEIGHTS, FLOAT_OUT)),
-            (consume, (rows, sums, queries, douts, key, value, dscores, dquery, loaded, rows_of_key_ptr,
-                       first_key, key_head, scale, 1, GROUP, EARLY_WEIGHTS, FLOAT_OUT)),
-            (produce, (rows, query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc, queries, douts,
-                       key, value, loaded, first_key, key_head * key_head_stride, key_head * value_head_stride,
-                       query_head_stride, dout_head_stride, GROUP)),
-        ],
-        [4, 1],
-        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-    )  # fmt: skip
+    if ORDERED:
+        gl.warp_specialize(
+            [
+                (consume, (rows, sums, queries, douts, key, value, dscores, dquery, turns, loaded, rows_of_key_ptr,
+                           first_key, key_head, scale, 0, GROUP, EARLY_WEIGHTS, FLOAT_OUT, ORDERED)),
+                (consume, (rows, sums, queries, douts, key, value, dscores, dquery, turns, loaded, rows_of_key_ptr,
+                           first_key, key_head, scale, 1, GROUP, EARLY_WEIGHTS, FLOAT_OUT, ORDERED)),
+                (produce, (rows, query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc, queries, douts,
+                           key, value, loaded, first_key, key_head * key_head_stride, key_head * value_head_stride,
+                           query_head_stride, dout_head_stride, GROUP, ORDERED)),
+                (add_in_turn, (turns, rows, dquery_desc, dquery, queries, 0, GROUP)),
+                (add_in_turn, (turns, rows, dquery_desc, dquery, queries, 1, GROUP)),
+            ],
+            [4, 1, 1, 1],
+            [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (consume, (rows, sums, queries, douts, key, value, dscores, dquery, turns, loaded, rows_of_key_ptr,
+                           first_key, key_head, scale, 0, GROUP, EARLY_WEIGHTS, FLOAT_OUT, ORDERED)),
+                (consume, (rows, sums, queries, douts, key, value, dscores, dquery, turns, loaded, rows_of_key_ptr,
+                           first_key, key_head, scale, 1, GROUP, EARLY_WEIGHTS, FLOAT_OUT, ORDERED)),
+                (produce, (rows, query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc, queries, douts,
+                           key, value, loaded, first_key, key_head * key_head_stride, key_head * value_head_stride,
+                           query_head_stride, dout_head_stride, GROUP, ORDERED)),
+            ],
+            [4, 1],
+            [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -138,11 +169,16 @@ def key_tile_and_head(key_rows, key_heads, section, N: gl.constexpr):
 
 @gluon.jit
 def visiting_rows(
-    table_ptr, key_tile, query_rows, padded_rows, key_rows, first_head, M: gl.constexpr, N: gl.constexpr
+    table_ptr, key_tile, query_rows, padded_rows, key_rows, first_head,
+    M: gl.constexpr, N: gl.constexpr, ALIGNED: gl.constexpr,
 ):  # fmt: skip
-    """The query rows of a key tile, from its entry in `KeyIntervals.key_tile_rows`; one block at least."""
+    """The query rows of a key tile, from its entry in `KeyIntervals.key_tile_rows`; one block at least.
+
+    They begin at a multiple of ALIGNED: 4, as the tensor memory engine wants the first of a row's numbers aligned to
+    16 bytes; or M, so that the blocks of all tiles are the same.
+    """
     entry = table_ptr + key_tile * 4
-    begin = gl.load(entry) // 4 * 4  # as the tensor memory engine wants the first of a row's numbers, 16 bytes aligned
+    begin = gl.load(entry) // ALIGNED * ALIGNED
     blocks = gl.maximum((gl.load(entry + 3) - begin + M - 1) // M, 1)
     # Rows behind the last key are zeros, whose weights must not reach dQ as infinity times zero: mask the whole tile.
     full_end = gl.where((key_tile + 1) * N > key_rows, 0, gl.load(entry + 2))
@@ -176,9 +212,10 @@ def fill(stream, desc, numbers_desc, row, column, number, stage, parity):
 @gluon.jit
 def produce(
     rows, query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc, queries, douts, key, value, loaded,
-    first_key, key_column, value_column, query_head_stride, dout_head_stride, GROUP: gl.constexpr,
+    first_key, key_column, value_column, query_head_stride, dout_head_stride,
+    GROUP: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
-    """The producer warp: the tile's keys and values, then query-side blocks, head after head of the group."""
+    """The producer warp: the tile's keys and values, then the query-side blocks of each step."""
     M: gl.constexpr = query_desc.block_type.shape[0]
     QUERY_STAGES: gl.constexpr = queries.blocks.shape[0]
     DOUT_STAGES: gl.constexpr = douts.blocks.shape[0]
@@ -187,9 +224,12 @@ def produce(
     mbarrier.expect(loaded.index(1), value_desc.block_type.nbytes)
     async_load(value_desc, [first_key, value_column], loaded.index(1), value.index(0))
     step = 0
-    for member in range(GROUP):
-        head = rows.first_head + member
-        for block in range(rows.blocks):
+    for outer in range(rows.blocks if ORDERED else GROUP):
+        for inner in range(GROUP if ORDERED else rows.blocks):
+            block, member = inner, outer
+            if ORDERED:
+                block, member = rows.blocks - 1 - outer, inner
+            head = rows.first_head + member
             row = rows.begin + block * M
             number = head * rows.padded_rows + row
             stage, parity = stage_and_parity(step, QUERY_STAGES)
@@ -201,8 +241,9 @@ def produce(
 
 @gluon.jit
 def consume(
-    rows, sums, queries, douts, key, value, dscores, dquery, loaded, rows_of_key_ptr, first_key, key_head, scale,
-    PART: gl.constexpr, GROUP: gl.constexpr, EARLY_WEIGHTS: gl.constexpr, FLOAT_OUT: gl.constexpr,
+    rows, sums, queries, douts, key, value, dscores, dquery, turns, loaded, rows_of_key_ptr,
+    first_key, key_head, scale, PART: gl.constexpr, GROUP: gl.constexpr, EARLY_WEIGHTS: gl.constexpr,
+    FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup: key rows PART * 64 to PART * 64 + 64 of the tile."""
     QUERY_STAGES: gl.constexpr = queries.blocks.shape[0]
@@ -234,11 +275,11 @@ def consume(
     token = warpgroup_mma(own_key, queries.blocks.index(0).permute((1, 0)), no_scores, use_acc=False, is_async=True)
     # What a step hands to the next: weights, computed under dK, or where registers are short the scores.
     coming = warpgroup_mma_wait(0, deps=[token])
+    block, member = first_place(rows, ORDERED)
     if EARLY_WEIGHTS:
-        coming = weigh(coming, queries.numbers.index(0), rows, rows.begin, first_seeing, last_seeing, scale_log2)
+        first_row = rows.begin + block * M
+        coming = weigh(coming, queries.numbers.index(0), rows, first_row, first_seeing, last_seeing, scale_log2)
 
-    block = 0
-    member = 0
     steps = rows.blocks * GROUP
     for step in range(steps):
         stage = stage_and_parity(step, QUERY_STAGES)[0]
@@ -282,17 +323,17 @@ def consume(
         dkey_token = warpgroup_mma(dscores_factor, queries.blocks.index(stage), dkey, is_async=True)
 
         part_of_dquery = warpgroup_mma_wait(2, deps=[dquery_token])
-        store_wait(0)
-        dquery.index(PART).store(part_of_dquery * scale)
-        fence_async_shared()
-        head = rows.first_head + member
-        if D == 64:
-            async_add(sums.dquery_desc, [row + PART * HALF, head * D], dquery.index(PART))
+        if ORDERED:
+            hand_over(turns, dquery, part_of_dquery * scale, step, PART)
         else:
-            async_add(sums.dquery_desc, [row, head * D + PART * HALF], dquery.index(PART))
+            store_wait(0)
+            dquery.index(PART).store(part_of_dquery * scale)
+            fence_async_shared()
+            dquery_row, dquery_column = corner(row, rows.first_head + member, D, PART, 0)
+            async_add(sums.dquery_desc, [dquery_row, dquery_column], dquery.index(PART))
         if EARLY_WEIGHTS:
             coming = warpgroup_mma_wait(1, deps=[scores_token])
-            next_row = rows.begin + gl.where(block + 1 == rows.blocks, 0, block + 1) * M
+            next_row = rows.begin + next_place(rows, block, member, GROUP, ORDERED)[0] * M
             lse = queries.numbers.index(next_stage)
             coming = weigh(coming, lse, rows, next_row, first_seeing, last_seeing, scale_log2)
             # Waited for in the next step, but here it keeps ptxas from moving the next wait before the exponentials.
@@ -302,9 +343,7 @@ def consume(
         else:
             coming, dkey = warpgroup_mma_wait(0, deps=[scores_token, dkey_token])
         release(queries.empty.index(stage))
-        last = block + 1 == rows.blocks
-        member = gl.where(last, member + 1, member)
-        block = gl.where(last, 0, block + 1)
+        block, member = next_place(rows, block, member, GROUP, ORDERED)
 
     # Both warpgroups have read all of the keys: theirs were last read for dQ, before the last wait of each.
     meet("8")

@@ -29,6 +29,14 @@ from ringflash.kernels.hopper.backward_kernel import (
 )
 from ringflash.kernels.hopper.compat import async_add, async_store, meet, release, store_wait
 from ringflash.kernels.hopper.schedule import stage_and_parity
+from ringflash.kernels.hopper.turns import (
+    Turns,
+    add_in_turn,
+    allocate_turns,
+    first_place,
+    hand_over,
+    next_place,
+)
 
 
 @gluon.jit(
@@ -40,10 +48,11 @@ from ringflash.kernels.hopper.schedule import stage_and_parity
 def attend_backward_wide_kernel(
     query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc,
     dquery_desc, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, rows_of_key_ptr, rows_of_tile_ptr,
-    query_rows, padded_rows, key_rows, key_heads, section,
+    turn_of_tile_ptr, turn_now_ptr, query_rows, padded_rows, key_rows, key_heads, section,
     query_head_stride, dout_head_stride, key_head_stride, value_head_stride, scale,
     GROUP: gl.constexpr, QUERY_STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr, EARLY_WEIGHTS: gl.constexpr,
-    FLOAT_OUT: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """See `launch_backward` for the arguments."""
     gl.static_assert(not EARLY_WEIGHTS)
@@ -62,31 +71,53 @@ def attend_backward_wide_kernel(
     loaded = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
         mbarrier.init(loaded.index(i), count=1)
+    key_tile, key_head = key_tile_and_head(key_rows, key_heads, section, N)
+    turns = Turns(turn_now_ptr, turn_of_tile_ptr, loaded, loaded)  # stands for none
+    if ORDERED:
+        turns = allocate_turns(turn_now_ptr, gl.load(turn_of_tile_ptr + key_tile))
     fence_async_shared()
 
-    key_tile, key_head = key_tile_and_head(key_rows, key_heads, section, N)
     first_key = key_tile * N
-    rows = visiting_rows(rows_of_tile_ptr, key_tile, query_rows, padded_rows, key_rows, key_head * GROUP, M, N)
+    ALIGNED: gl.constexpr = M if ORDERED else 4
+    rows = visiting_rows(rows_of_tile_ptr, key_tile, query_rows, padded_rows, key_rows, key_head * GROUP, M, N, ALIGNED)
     sums = Sums(dquery_desc, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, key_rows, key_heads)
-    gl.warp_specialize(
-        [
-            (consume_wide, (rows, sums, queries, douts, key, value, weights, dscores, dquery, loaded,
-                            rows_of_key_ptr, first_key, key_head, scale, 0, GROUP, FLOAT_OUT)),
-            (consume_wide, (rows, sums, queries, douts, key, value, weights, dscores, dquery, loaded,
-                            rows_of_key_ptr, first_key, key_head, scale, 1, GROUP, FLOAT_OUT)),
-            (produce, (rows, query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc, queries, douts,
-                       key, value, loaded, first_key, key_head * key_head_stride, key_head * value_head_stride,
-                       query_head_stride, dout_head_stride, GROUP)),
-        ],
-        [4, 1],
-        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-    )  # fmt: skip
+    if ORDERED:
+        gl.warp_specialize(
+            [
+                (consume_wide, (rows, sums, queries, douts, key, value, weights, dscores, dquery, turns, loaded,
+                                rows_of_key_ptr, first_key, key_head, scale, 0, GROUP, FLOAT_OUT, ORDERED)),
+                (consume_wide, (rows, sums, queries, douts, key, value, weights, dscores, dquery, turns, loaded,
+                                rows_of_key_ptr, first_key, key_head, scale, 1, GROUP, FLOAT_OUT, ORDERED)),
+                (produce, (rows, query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc, queries, douts,
+                           key, value, loaded, first_key, key_head * key_head_stride, key_head * value_head_stride,
+                           query_head_stride, dout_head_stride, GROUP, ORDERED)),
+                (add_in_turn, (turns, rows, dquery_desc, dquery, queries, 0, GROUP)),
+                (add_in_turn, (turns, rows, dquery_desc, dquery, queries, 1, GROUP)),
+            ],
+            [4, 1, 1, 1],
+            [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (consume_wide, (rows, sums, queries, douts, key, value, weights, dscores, dquery, turns, loaded,
+                                rows_of_key_ptr, first_key, key_head, scale, 0, GROUP, FLOAT_OUT, ORDERED)),
+                (consume_wide, (rows, sums, queries, douts, key, value, weights, dscores, dquery, turns, loaded,
+                                rows_of_key_ptr, first_key, key_head, scale, 1, GROUP, FLOAT_OUT, ORDERED)),
+                (produce, (rows, query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc, queries, douts,
+                           key, value, loaded, first_key, key_head * key_head_stride, key_head * value_head_stride,
+                           query_head_stride, dout_head_stride, GROUP, ORDERED)),
+            ],
+            [4, 1],
+            [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )  # fmt: skip
 
 
 @gluon.jit
 def consume_wide(
-    rows, sums, queries, douts, key, value, weights_buffers, dscores_buffers, dquery, loaded, rows_of_key_ptr,
+    rows, sums, queries, douts, key, value, weights_buffers, dscores_buffers, dquery, turns, loaded, rows_of_key_ptr,
     first_key, key_head, scale, PART: gl.constexpr, GROUP: gl.constexpr, FLOAT_OUT: gl.constexpr,
+    ORDERED: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup: half of the tile's keys, then half of the columns."""
     STAGES: gl.constexpr = queries.blocks.shape[0]
@@ -108,8 +139,7 @@ def consume_wide(
     mbarrier.wait(loaded.index(0), 0)
     mbarrier.wait(loaded.index(1), 0)
 
-    block = 0
-    member = 0
+    block, member = first_place(rows, ORDERED)
     for step in range(rows.blocks * GROUP):
         stage, parity = stage_and_parity(step, STAGES)
         row = rows.begin + block * M
@@ -157,21 +187,19 @@ def consume_wide(
         )
         dvalue = warpgroup_mma_wait(3, deps=[dvalue_token])
         release(douts.empty.index(0))
-        add_dquery(
-            sums, dquery.index(PART), warpgroup_mma_wait(2, deps=[first_token]) * scale, row, head * D + PART * (D // 2)
-        )
+        first = warpgroup_mma_wait(2, deps=[first_token]) * scale
+        if ORDERED:
+            hand_over(turns, dquery, first, step * 2, PART)
+        else:
+            add_dquery(sums, dquery.index(PART), first, row, head * D + PART * (D // 2))
         dkey = warpgroup_mma_wait(1, deps=[dkey_token])
         release(queries.empty.index(stage))
-        add_dquery(
-            sums,
-            dquery.index(PART),
-            warpgroup_mma_wait(0, deps=[second_token]) * scale,
-            row,
-            head * D + PART * (D // 2) + HALF,
-        )
-        last = block + 1 == rows.blocks
-        member = gl.where(last, member + 1, member)
-        block = gl.where(last, 0, block + 1)
+        second = warpgroup_mma_wait(0, deps=[second_token]) * scale
+        if ORDERED:
+            hand_over(turns, dquery, second, step * 2 + 1, PART)
+        else:
+            add_dquery(sums, dquery.index(PART), second, row, head * D + PART * (D // 2) + HALF)
+        block, member = next_place(rows, block, member, GROUP, ORDERED)
 
     meet("8")  # both warpgroups have read all of the keys and values
     store_columns(

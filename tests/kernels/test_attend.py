@@ -257,6 +257,23 @@ def test_deterministic_gradients_repeat_bit_for_bit_on_gpus(name: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@on_gpu_kernels
+@settings(max_examples=20)
+@given(st.data())
+def test_deterministic_gradients_are_as_accurate_as_torch_over_any_mask(
+    name: str, dim: int, data: st.DataObject
+) -> None:
+    kernels = kernels_for(name, torch.bfloat16, (dim, dim))
+    intervals = to_device(data.draw(any_intervals(2000, sink=False)), "cuda")
+    problem = draw_problem(intervals, (4, 2), (dim, dim), torch.bfloat16, seed=data.draw(st.integers(0, 2**32 - 1)))
+    cuts = data.draw(st.lists(st.integers(0, intervals.key_count), max_size=1))
+    first, again = (run(kernels, problem, cuts, deterministic=True) for _ in range(2))
+    assert_accurate(first, problem)
+    assert_same(first, again)
+
+
+@pytest.mark.gpu
 @on_gpu_kernels
 def test_attention_repeats_bit_for_bit_on_gpus(name: str) -> None:
     problem = draw_problem(causal_intervals(3001, 3001, "cuda"), (4, 2), (128, 128), torch.bfloat16)

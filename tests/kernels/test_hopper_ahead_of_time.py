@@ -32,14 +32,16 @@ def compile_forward(
         return compile_call(catch(forward, "attend_kernel", launch))
 
 
-def compile_backward(dim: int, tiles: backward.BackwardTiles, dtype: torch.dtype, dkey_dtype: torch.dtype) -> Compiled:
+def compile_backward(
+    dim: int, tiles: backward.BackwardTiles, dtype: torch.dtype, dkey_dtype: torch.dtype, deterministic: bool
+) -> Compiled:
     query = torch.empty(1000, 8, dim, dtype=dtype, device="meta")
     key = torch.empty(1200, 2, dim, dtype=dtype, device="meta")
     numbers = torch.empty(8, 1000, device="meta")
 
     def launch():
         arguments = (query, query, key, key, numbers, numbers, causal_intervals(1000, 1200, "meta"), 0.1, None)
-        backward.launch_backward(*arguments, dtype, dkey_dtype, tiles)
+        backward.launch_backward(*arguments, dtype, dkey_dtype, tiles, deterministic)
 
     name = "attend_backward_wide_kernel" if dim == 256 else "attend_backward_kernel"
     with mock.patch.object(backward, "prepare_rows", return_value=((numbers, numbers), 1024)):
@@ -80,9 +82,13 @@ def test_forward_fits_and_keeps_the_softmax_before_the_wait(dim, tiles, carry, s
 
 # Two accumulators for keys and values fill most of the registers; what spills is read once a step or less.
 @pytest.mark.parametrize(("dim", "tiles"), BACKWARD_SHAPES, ids=str)
-@pytest.mark.parametrize("dkey_dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_backward_fits(dim, tiles, dkey_dtype):
-    compiled = compile_backward(dim, tiles, torch.bfloat16, dkey_dtype)
+@pytest.mark.parametrize(
+    ("dkey_dtype", "deterministic"),
+    [(torch.bfloat16, False), (torch.float32, False), (torch.bfloat16, True)],
+    ids=["plain", "float32", "deterministic"],
+)
+def test_backward_fits(dim, tiles, dkey_dtype, deterministic):
+    compiled = compile_backward(dim, tiles, torch.bfloat16, dkey_dtype, deterministic)
     assert compiled.warnings == []
     assert compiled.spilled <= {64: 64, 128: 64, 256: 160}[dim]
     assert compiled.shared < SHARED_LIMIT

@@ -1,0 +1,106 @@
+"""The order in which Hopper programs add to the query's gradient: no turn is missing, none is taken twice.
+
+What a program does is written down once more here, in `visits` and `run`, as kernels/hopper/backward_kernel.py has it.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+
+from oracle import any_intervals, monotone_intervals
+
+from ringflash.kernels.hopper.turns import turns_of_tiles
+from ringflash.kernels.intervals import KeyIntervals, causal_intervals, dense_intervals
+
+BLOCKS = st.sampled_from([1, 3, 8, 16])
+NOBODY = KeyIntervals(torch.full((40,), 30), torch.full((40,), 30), key_count=90)
+
+
+def visits(entry: list[int], rows: int) -> list[int]:
+    """Blocks of `rows` query rows that the program of a key tile visits, in its order; one at least."""
+    begin = entry[0] // rows
+    return [*reversed(range(begin, max(-(-entry[3] // rows), begin + 1)))]
+
+
+def order_of(intervals: KeyIntervals, keys: int, rows: int) -> tuple[list[list[int]], list[int], list[int]]:
+    """Each tile's visits and turn, and each block's first turn."""
+    table = intervals.key_tile_rows(keys)
+    turns, first_turns = turns_of_tiles(table, intervals.query_count, rows)
+    assert turns.dtype == first_turns.dtype == torch.int32
+    return [visits(entry, rows) for entry in table.tolist()], turns.tolist(), first_turns.tolist()
+
+
+@settings(max_examples=500)
+@given(any_intervals(120, sink=False), BLOCKS, BLOCKS)
+@example(NOBODY, 8, 8)
+@example(dense_intervals(1, 100), 8, 8)
+@example(causal_intervals(100, 30), 8, 8)
+@example(causal_intervals(30, 100), 8, 8)
+@example(monotone_intervals(40, 100, seed=1, sink=False), 1, 16)
+def test_the_visitors_of_a_block_have_all_turns_from_its_first_on(
+    intervals: KeyIntervals, keys: int, rows: int
+) -> None:
+    visited, turns, first_turns = order_of(intervals, keys, rows)
+    assert len(first_turns) == -(-intervals.query_count // rows)
+    seen = [tile for tile, turn in enumerate(turns) if turn >= 0]
+    assert [turns[tile] for tile in seen] == [*range(len(seen))]
+    for block, first in enumerate(first_turns):
+        taken = [turns[tile] for tile in seen if block in visited[tile]]
+        assert taken == [*range(first, first + len(taken))]
+    assert all(block < len(first_turns) for tile in seen for block in visited[tile])
+
+
+@settings(max_examples=200)
+@given(any_intervals(120, sink=False), BLOCKS, BLOCKS)
+def test_a_tile_visits_all_rows_that_see_it_and_has_a_turn_if_there_are_any(
+    intervals: KeyIntervals, keys: int, rows: int
+) -> None:
+    visited, turns, _ = order_of(intervals, keys, rows)
+    for tile, turn in enumerate(turns):
+        seeing = intervals.visible(keys=slice(tile * keys, (tile + 1) * keys)).any(1).nonzero().flatten().tolist()
+        assert turn >= 0 or not seeing
+        assert {row // rows for row in seeing} <= {*visited[tile]}
+
+
+def run(visited: list[list[int]], turns: list[int], now: list[int], resident: int, seed: int) -> list[list[int]]:
+    """Tiles that added to each block, in order: programs start in order, `resident` at a time, and run at any pace."""
+    pace = random.Random(seed)
+    added: list[list[int]] = [[] for _ in now]
+    waiting, running = [*range(len(visited))], []
+    left = [iter(blocks) for blocks in visited]
+    at = [next(blocks) for blocks in left]
+    while waiting or running:
+        while waiting and len(running) < resident:
+            running.append(waiting.pop(0))
+        able = [tile for tile in running if turns[tile] < 0 or now[at[tile]] >= turns[tile]]
+        assert able, f"tiles {running} wait for ever"
+        tile = pace.choice(able)
+        if turns[tile] >= 0:
+            assert now[at[tile]] == turns[tile], "two tiles have the same turn"
+            added[at[tile]].append(tile)
+            now[at[tile]] += 1
+        at[tile] = next(left[tile], -1)
+        if at[tile] < 0:
+            running.remove(tile)
+    return added
+
+
+@settings(max_examples=300)
+@given(
+    any_intervals(80, sink=False), BLOCKS, BLOCKS, st.sampled_from([1, 2, 5, 1000]), st.integers(0, 2**32 - 1)
+)  # fmt: skip
+@example(NOBODY, 8, 8, 2, 0)
+def test_programs_never_wait_for_ever_and_always_add_in_the_same_order(
+    intervals: KeyIntervals, keys: int, rows: int, resident: int, seed: int
+) -> None:
+    visited, turns, first_turns = order_of(intervals, keys, rows)
+    added = run(visited, turns, first_turns, resident, seed)
+    for block, tiles in enumerate(added):
+        assert tiles == [tile for tile, turn in enumerate(turns) if turn >= 0 and block in visited[tile]]
