@@ -17,6 +17,7 @@ import triton.language as tl
 from ringflash.errors import ArgumentError
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.modifiers import Modifiers
+from ringflash.kernels.plans import Plans, form
 from ringflash.kernels.triton.blocks import (
     LOG2_E,
     block_inside,
@@ -25,6 +26,7 @@ from ringflash.kernels.triton.blocks import (
     load_block,
     visible,
 )
+from ringflash.kernels.triton.launch import Launch, aligned
 from ringflash.kernels.triton.modifiers import (
     ModifierOperands,
     biased,
@@ -33,11 +35,13 @@ from ringflash.kernels.triton.modifiers import (
     dropped,
     kept_pairs,
     modifier_operands,
+    modifiers_aligned,
+    modifiers_form,
     of_keys,
     of_rows,
     through_cap,
 )
-from ringflash.kernels.triton.operands import check_operands, describable, operand, padded
+from ringflash.kernels.triton.operands import check_operands, describable, described, operand, padded
 from ringflash.kernels.triton.tiles import Tiles, chip_of, key_gradient_tiles, query_gradient_tiles
 
 
@@ -174,14 +178,17 @@ def dquery_stretch(
 
 @triton.jit(do_not_specialize=["query_count", "key_count", "tile_count"])
 def dquery_kernel(
-    query, key, value, dout, lse, delta, dquery, carry, start, stop, sink_start, sink_stop, order,
+    query, key, value, dout, lse, delta, dquery, carry, lse_and_delta, start, stop, sink_start, sink_stop, order,
     query_count, key_count, tile_count, heads, scale, scale_log2,
     q_row, q_head, k_row, k_head, v_row, v_head, do_row, do_head, modifiers,
     GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr,
     HAS_CARRY: tl.constexpr, HAS_SINK: tl.constexpr, SPLIT: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Programs and their walk over keys are those of the forward kernel."""
+    """Programs and their walk over keys are those of the forward kernel.
+
+    Each also writes the log-sum-exp, in base 2, and delta of its rows side by side, as `dkey_kernel` reads them.
+    """
     program = tl.program_id(0)
     key_head = program // (GROUP * tile_count)
     tile = tl.load(order + program // GROUP % tile_count)
@@ -192,9 +199,11 @@ def dquery_kernel(
     exists_M = row_M < query_count
     head_rows = tl.cast(head, tl.int64) * query_count
     lse_M = tl.load(lse + head_rows + row_M, mask=exists_M, other=0.0) * LOG2_E
+    delta_M = tl.load(delta + head_rows + row_M, mask=exists_M, other=0.0)
+    pair_M2 = (head_rows + row_M)[:, None] * 2 + tl.arange(0, 2)[None, :]
+    tl.store(lse_and_delta + pair_M2, tl.join(lse_M, delta_M), mask=exists_M[:, None])
     lse_M = blind_rows_aside(lse_M, modifiers)
     position_M, slope_M = of_rows(modifiers, head, row_M, exists_M)
-    delta_M = tl.load(delta + head_rows + row_M, mask=exists_M, other=0.0)
     q_MD = load_block(query, head, first_row, query_count, q_row, q_head, M, DIM, PADDED_DIM, DESCRIPTORS)
     do_MV = load_block(dout, head, first_row, query_count, do_row, do_head, M, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS)
     dq_MD = tl.zeros([M, PADDED_DIM], tl.float32)
@@ -247,97 +256,182 @@ def attend_backward(
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ringflash.kernels.reference.attend_backward. A carry is overwritten where it can hold the result."""
-    check_operands(query, key, value, intervals, scale, modifiers)
-    if dout.dtype != query.dtype:
-        raise ArgumentError(f"dout is {dout.dtype}; allowed is the query's dtype, {query.dtype}")
-    chip, dim = chip_of(query.device), max(query.shape[2], value.shape[2])
+    dquery_dtype, dkey_dtype = dquery_dtype or query.dtype, dkey_dtype or key.dtype
     dout = dout if dout.stride(2) == 1 else dout.contiguous()
-    modified = modifier_operands(modifiers, scale)
-    operands = (query, key, value, dout, lse.contiguous(), delta.contiguous(), intervals, scale, modified)
-    row = (chip, query.dtype, dim, modified.seed is not None)
-    dkey, dvalue = launch_key_gradients(*operands, dkey_dtype or key.dtype, key_gradient_tiles(*row))
-    dquery = launch_query_gradient(*operands, carry, dquery_dtype or query.dtype, query_gradient_tiles(*row))
+    lse, delta, carry = lse.contiguous(), delta.contiguous(), None if carry is None else carry.contiguous()
+    ranges = (intervals.start, intervals.stop, intervals.sink_start, intervals.sink_stop)
+    direct = aligned(query, key, value, dout, lse, delta, carry, *ranges) and modifiers_aligned(modifiers)
+    call = (
+        form(dout), form(query), form(key), form(value), form(lse), form(delta), form(carry), dquery_dtype, dkey_dtype,
+        intervals.start.shape, intervals.key_count, intervals.has_sink, scale, modifiers_form(modifiers), direct,
+    )  # fmt: skip
+    plan = plans.get(call)
+    if plan is None:
+        check_operands(query, key, value, intervals, scale, modifiers)
+        if dout.dtype != query.dtype:
+            raise ArgumentError(f"dout is {dout.dtype}; allowed is the query's dtype, {query.dtype}")
+        dropout = modifiers is not None and bool(modifiers.dropout)
+        row = (chip_of(query.device), query.dtype, max(query.shape[2], value.shape[2]), dropout)
+        operands = (query, key, value, dout, intervals, scale)
+        of_query = QueryGradientPlan(*operands, carry is not None, query_gradient_tiles(*row), direct)
+        plan = plans.add(call, (of_query, KeyGradientPlan(*operands, key_gradient_tiles(*row), direct)))
+    of_query, of_keys = plan
+    operands, modified = (query, key, value, dout), modifier_operands(modifiers, scale)
+    dquery, pairs = launch_query_gradient(of_query, operands, lse, delta, intervals, modified, carry, dquery_dtype)
+    dkey, dvalue = launch_key_gradients(of_keys, operands, pairs, intervals, modified, dkey_dtype)
     return dquery, dkey, dvalue
 
 
-def launch_key_gradients(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    dout: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    intervals: KeyIntervals,
-    scale: float,
-    modifiers: ModifierOperands,
-    dkey_dtype: torch.dtype,
-    tiles: Tiles,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of key and value with given tiles, for checked arguments."""
-    (query_count, heads, dim), (key_count, key_heads, value_dim) = query.shape, value.shape
-    dkey = key.new_empty((key_count, key_heads, dim), dtype=dkey_dtype)
-    dvalue = value.new_empty((key_count, key_heads, value_dim), dtype=dkey_dtype)
-    if key_count == 0 or query_count == 0:
-        return dkey.zero_(), dvalue.zero_()
-    descriptors = tiles.descriptors and describable(query, key, value, dout)
-    order = intervals.key_order(tiles.keys)
-    dkey_kernel[(order.shape[0] * key_heads,)](
-        operand(query, tiles.queries, descriptors),
-        operand(key, tiles.keys, descriptors),
-        operand(value, tiles.keys, descriptors),
-        operand(dout, tiles.queries, descriptors),
-        torch.stack((lse * LOG2_E.value, delta), -1), dkey, dvalue,
-        intervals.start, intervals.stop, intervals.sink_start, intervals.sink_stop,
-        intervals.key_tile_rows(tiles.keys),
-        intervals.key_tile_rows(tiles.keys, sink=True) if intervals.has_sink else None, order,
-        query_count, key_count, order.shape[0], key_heads, scale, scale * LOG2_E.value,
-        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *dout.stride()[:2], modifiers,
-        GROUP=heads // key_heads, M=tiles.queries, N=tiles.keys, DIM=dim, PADDED_DIM=padded(dim),
+plans = Plans()
+"""`QueryGradientPlan` and `KeyGradientPlan` by what `attend_backward` was asked for."""
+
+
+class QueryGradientPlan:
+    """What is worked out once for the query's gradient in calls of one form, from the first of them.
+
+    Args:
+        query: as in `attend_backward`, checked; so are key, value, dout, intervals and scale.
+        key: see query.
+        value: see query.
+        dout: see query.
+        intervals: see query.
+        scale: see query.
+        has_carry: whether there is one.
+        tiles: shape of the launch.
+        direct: whether all tensors are `aligned`.
+    """
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        dout: Tensor,
+        intervals: KeyIntervals,
+        scale: float,
+        has_carry: bool,
+        tiles: Tiles,
+        direct: bool,
+    ) -> None:
+        heads, key_heads = query.shape[1], key.shape[1]
+        self.descriptions, numbers, constants = _shared(query, key, value, dout, scale, tiles)
+        self.tile_rows = tiles.queries
+        tile_count = triton.cdiv(query.shape[0], tiles.queries)
+        self.launch = Launch(
+            tile_count * heads,
+            (query.shape[0], key.shape[0], tile_count, heads, *numbers),
+            dict(
+                GROUP=heads // key_heads,
+                **constants[0],
+                HAS_CARRY=has_carry,
+                HAS_SINK=intervals.has_sink,
+                **constants[1],
+            ),
+            tiles.options(),
+            direct,
+        )
+
+
+class KeyGradientPlan:
+    """The same for the gradients of key and value."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        dout: Tensor,
+        intervals: KeyIntervals,
+        scale: float,
+        tiles: Tiles,
+        direct: bool,
+    ) -> None:
+        heads, key_heads = query.shape[1], key.shape[1]
+        self.descriptions, numbers, constants = _shared(query, key, value, dout, scale, tiles)
+        self.tile_keys = tiles.keys
+        tile_count = triton.cdiv(key.shape[0], tiles.keys)
+        self.launch = Launch(
+            tile_count * key_heads,
+            (query.shape[0], key.shape[0], tile_count, key_heads, *numbers),
+            dict(GROUP=heads // key_heads, **constants[0], HAS_SINK=intervals.has_sink, **constants[1]),
+            tiles.options(),
+            direct,
+        )
+
+
+def _shared(
+    query: Tensor, key: Tensor, value: Tensor, dout: Tensor, scale: float, tiles: Tiles
+) -> tuple[tuple[dict | None, ...], tuple, tuple[dict, dict]]:
+    """Descriptions, numbers and compile-time constants that both kernels take, the latter in two parts."""
+    operands, dim, value_dim = (query, key, value, dout), query.shape[2], value.shape[2]
+    empty = not query.shape[0] or not key.shape[0]
+    descriptors = not empty and tiles.descriptors and describable(*operands)
+    blocks = (tiles.queries, tiles.keys, tiles.keys, tiles.queries)
+    descriptions = tuple(
+        described(x, block) if descriptors else None for x, block in zip(operands, blocks, strict=True)
+    )
+    strides = [stride for x in operands for stride in x.stride()[:2]]
+    first = dict(
+        M=tiles.queries, N=tiles.keys, DIM=dim, PADDED_DIM=padded(dim),
         VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded(value_dim),
-        HAS_SINK=intervals.has_sink, SPLIT=tiles.split, DESCRIPTORS=descriptors,
-        **tiles.options(),
     )  # fmt: skip
-    return dkey, dvalue
+    return (
+        descriptions,
+        (scale, scale * LOG2_E.value, *strides),
+        (first, dict(SPLIT=tiles.split, DESCRIPTORS=descriptors)),
+    )
 
 
 def launch_query_gradient(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    dout: Tensor,
+    plan: QueryGradientPlan,
+    operands: tuple[Tensor, Tensor, Tensor, Tensor],
     lse: Tensor,
     delta: Tensor,
     intervals: KeyIntervals,
-    scale: float,
     modifiers: ModifierOperands,
     carry: Tensor | None,
     dquery_dtype: torch.dtype,
-    tiles: Tiles,
-) -> Tensor:
-    """Gradient of query with given tiles, for checked arguments."""
-    (query_count, heads, dim), (key_count, key_heads, value_dim) = query.shape, value.shape
-    carry = None if carry is None else carry.contiguous()
+) -> tuple[Tensor, Tensor]:
+    """Gradient of query, and (H, T, 2) lse in base 2 and delta for `launch_key_gradients`.
+
+    `operands` are query, key, value and dout.
+    """
     in_place = carry is not None and dquery_dtype == torch.float32
-    dquery = carry if in_place else query.new_empty((query_count, heads, dim), dtype=dquery_dtype)
-    if key_count == 0 or query_count == 0:
-        return dquery.zero_() if carry is None else carry.to(dquery_dtype)
-    descriptors = tiles.descriptors and describable(query, key, value, dout)
-    order = intervals.query_order(tiles.queries)
-    dquery_kernel[(order.shape[0] * heads,)](
-        operand(query, tiles.queries, descriptors),
-        operand(key, tiles.keys, descriptors),
-        operand(value, tiles.keys, descriptors),
-        operand(dout, tiles.queries, descriptors),
-        lse, delta, dquery, carry,
-        intervals.start, intervals.stop, intervals.sink_start, intervals.sink_stop, order,
-        query_count, key_count, order.shape[0], heads, scale, scale * LOG2_E.value,
-        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *dout.stride()[:2], modifiers,
-        GROUP=heads // key_heads, M=tiles.queries, N=tiles.keys, DIM=dim, PADDED_DIM=padded(dim),
-        VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded(value_dim),
-        HAS_CARRY=carry is not None, HAS_SINK=intervals.has_sink, SPLIT=tiles.split, DESCRIPTORS=descriptors,
-        **tiles.options(),
+    dquery = carry if in_place else operands[0].new_empty(operands[0].shape, dtype=dquery_dtype)
+    pairs = lse.new_empty((*lse.shape, 2))
+    if not operands[0].shape[0] or not operands[1].shape[0]:
+        return dquery.zero_() if carry is None else carry.to(dquery_dtype), pairs
+    tensors = (
+        *map(operand, operands, plan.descriptions), lse, delta, dquery, carry, pairs,
+        intervals.start, intervals.stop, intervals.sink_start, intervals.sink_stop,
+        intervals.query_order(plan.tile_rows),
     )  # fmt: skip
-    return dquery
+    plan.launch(dquery_kernel, tensors, modifiers)
+    return dquery, pairs
+
+
+def launch_key_gradients(
+    plan: KeyGradientPlan,
+    operands: tuple[Tensor, Tensor, Tensor, Tensor],
+    pairs: Tensor,
+    intervals: KeyIntervals,
+    modifiers: ModifierOperands,
+    dkey_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of key and value; `operands` and `pairs` as in `launch_query_gradient`."""
+    query, key, value, _ = operands
+    dkey, dvalue = (x.new_empty(x.shape, dtype=dkey_dtype) for x in (key, value))
+    if not query.shape[0] or not key.shape[0]:
+        return dkey.zero_(), dvalue.zero_()
+    tensors = (
+        *map(operand, operands, plan.descriptions), pairs, dkey, dvalue,
+        intervals.start, intervals.stop, intervals.sink_start, intervals.sink_stop,
+        intervals.key_tile_rows(plan.tile_keys),
+        intervals.key_tile_rows(plan.tile_keys, sink=True) if intervals.has_sink else None,
+        intervals.key_order(plan.tile_keys),
+    )  # fmt: skip
+    plan.launch(dkey_kernel, tensors, modifiers)
+    return dkey, dvalue
 
 
 @triton.jit(do_not_specialize=["row_count"])
@@ -360,15 +454,26 @@ def delta_kernel(
 
 def row_delta(dout: Tensor, out: Tensor, dlse: Tensor | None = None) -> Tensor:
     """See ringflash.kernels.reference.row_delta."""
-    chip_of(dout.device)  # raises where Triton cannot run
-    rows, heads, value_dim = out.shape
-    delta = out.new_empty((heads, rows), dtype=torch.float32)
-    if rows == 0:
-        return delta
     dout, out = (x if x.stride(2) == 1 else x.contiguous() for x in (dout, out))
-    delta_kernel[(triton.cdiv(rows, 32) * heads,)](
-        dout, out, dlse, delta, rows, heads, *dout.stride()[:2], *out.stride()[:2],
-        *((0, 0) if dlse is None else dlse.stride()),
-        HAS_DLSE=dlse is not None, M=32, VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded(value_dim), num_warps=4,
-    )  # fmt: skip
+    direct = aligned(dout, out, dlse)
+    call = (form(dout), form(out), form(dlse), direct)
+    launch = delta_launches.get(call)
+    if launch is None:
+        chip_of(dout.device)  # raises where Triton cannot run
+        launch = delta_launches.add(call, _delta_launch(dout, out, dlse, direct))
+    rows, heads, _ = out.shape
+    delta = out.new_empty((heads, rows), dtype=torch.float32)
+    if rows:
+        launch(delta_kernel, (dout, out, dlse, delta))
     return delta
+
+
+delta_launches = Plans()
+"""`Launch` by what `row_delta` was asked for."""
+
+
+def _delta_launch(dout: Tensor, out: Tensor, dlse: Tensor | None, direct: bool) -> Launch:
+    rows, heads, value_dim = out.shape
+    strides = (*dout.stride()[:2], *out.stride()[:2], *((0, 0) if dlse is None else dlse.stride()))
+    constants = dict(HAS_DLSE=dlse is not None, M=32, VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded(value_dim))
+    return Launch(triton.cdiv(rows, 32) * heads, (rows, heads, *strides), constants, {"num_warps": 4}, direct)

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.modifiers import Modifiers
+from ringflash.kernels.plans import Plans, form
 from ringflash.kernels.reference import Carry
 from ringflash.kernels.triton.blocks import (
     LN_2,
@@ -26,6 +27,7 @@ from ringflash.kernels.triton.blocks import (
     load_block,
     visible,
 )
+from ringflash.kernels.triton.launch import Launch, aligned
 from ringflash.kernels.triton.modifiers import (
     ModifierOperands,
     biased,
@@ -33,10 +35,12 @@ from ringflash.kernels.triton.modifiers import (
     dropped,
     kept_pairs,
     modifier_operands,
+    modifiers_aligned,
+    modifiers_form,
     of_keys,
     of_rows,
 )
-from ringflash.kernels.triton.operands import check_operands, describable, operand, padded
+from ringflash.kernels.triton.operands import check_operands, describable, described, operand, padded
 from ringflash.kernels.triton.tiles import Tiles, chip_of, forward_tiles
 
 
@@ -161,50 +165,104 @@ def attend(
     out_dtype: torch.dtype | None = None,
 ) -> Carry:
     """See ringflash.kernels.reference.attend. A carry is overwritten where its tensors can hold the result."""
-    check_operands(query, key, value, intervals, scale, modifiers)
-    operands, dim = modifier_operands(modifiers, scale), max(query.shape[2], value.shape[2])
-    tiles = forward_tiles(chip_of(query.device), query.dtype, dim, operands.seed is not None)
-    return launch_forward(query, key, value, intervals, scale, operands, carry, out_dtype or query.dtype, tiles)
+    out_dtype = out_dtype or query.dtype
+    carry = carry and (carry[0].contiguous(), carry[1].contiguous())
+    carry_out, carry_lse = carry or (None, None)
+    ranges = (intervals.start, intervals.stop, intervals.sink_start, intervals.sink_stop)
+    direct = aligned(query, key, value, carry_out, carry_lse, *ranges) and modifiers_aligned(modifiers)
+    call = (
+        form(query), form(key), form(value), form(carry_out), form(carry_lse), out_dtype,
+        intervals.start.shape, intervals.key_count, intervals.has_sink, scale, modifiers_form(modifiers), direct,
+    )  # fmt: skip
+    plan = plans.get(call)
+    if plan is None:
+        check_operands(query, key, value, intervals, scale, modifiers)
+        dropout = modifiers is not None and bool(modifiers.dropout)
+        dim = max(query.shape[2], value.shape[2])
+        tiles = forward_tiles(chip_of(query.device), query.dtype, dim, dropout)
+        plan = plans.add(call, ForwardPlan(query, key, value, intervals, scale, carry is not None, tiles, direct))
+    return launch_forward(plan, query, key, value, intervals, modifier_operands(modifiers, scale), carry, out_dtype)
+
+
+plans = Plans()
+"""`ForwardPlan` by what `attend` was asked for."""
+
+
+class ForwardPlan:
+    """What is worked out once for calls of `attend` of one form, from the first of them.
+
+    Args:
+        query: as in `attend`, checked; so are key, value, intervals and scale.
+        key: see query.
+        value: see query.
+        intervals: see query.
+        scale: see query.
+        has_carry: whether there is one.
+        tiles: shape of the launch.
+        direct: whether all tensors are `aligned`.
+    """
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        intervals: KeyIntervals,
+        scale: float,
+        has_carry: bool,
+        tiles: Tiles,
+        direct: bool,
+    ) -> None:
+        (query_count, heads, dim), (key_count, key_heads, value_dim) = query.shape, value.shape
+        self.out_shape, self.lse_shape = (query_count, heads, value_dim), (heads, query_count)
+        self.empty = not query_count or not key_count
+        self.tile_rows = tiles.queries
+        descriptors = not self.empty and tiles.descriptors and describable(query, key, value)
+        blocks = ((query, tiles.queries), (key, tiles.keys), (value, tiles.keys))
+        self.descriptions = tuple(described(x, block) if descriptors else None for x, block in blocks)
+        tile_count = triton.cdiv(query_count, tiles.queries)
+        self.launch = Launch(
+            tile_count * heads,
+            (
+                query_count, key_count, tile_count, heads, scale * LOG2_E.value,
+                *query.stride()[:2], *key.stride()[:2], *value.stride()[:2],
+            ),
+            dict(
+                GROUP=heads // key_heads, M=tiles.queries, N=tiles.keys, DIM=dim, PADDED_DIM=padded(dim),
+                VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded(value_dim),
+                HAS_CARRY=has_carry, HAS_SINK=intervals.has_sink, SPLIT=tiles.split, DESCRIPTORS=descriptors,
+            ),
+            tiles.options(),
+            direct,
+        )  # fmt: skip
 
 
 def launch_forward(
+    plan: ForwardPlan,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     intervals: KeyIntervals,
-    scale: float,
     modifiers: ModifierOperands,
     carry: Carry | None,
     out_dtype: torch.dtype,
-    tiles: Tiles,
 ) -> Carry:
-    """`attend` with given tiles, for checked arguments."""
-    (query_count, heads, dim), (key_count, key_heads, value_dim) = query.shape, value.shape
-    carry = carry and (carry[0].contiguous(), carry[1].contiguous())
+    """`attend` by a plan for such arguments."""
     if carry and out_dtype == torch.float32:
         out, lse = carry
     else:
-        out = query.new_empty((query_count, heads, value_dim), dtype=out_dtype)
-        lse = carry[1] if carry else query.new_empty((heads, query_count), dtype=torch.float32)
-    if key_count == 0 or query_count == 0:
+        out = query.new_empty(plan.out_shape, dtype=out_dtype)
+        lse = carry[1] if carry else query.new_empty(plan.lse_shape, dtype=torch.float32)
+    if plan.empty:
         if carry:
             return carry[0].to(out_dtype), lse
         return out.zero_(), lse.fill_(-torch.inf)
-
-    descriptors = tiles.descriptors and describable(query, key, value)
-    order = intervals.query_order(tiles.queries)
-    carry_out, carry_lse = carry or (None, None)
-    attend_kernel[(order.shape[0] * heads,)](
-        operand(query, tiles.queries, descriptors),
-        operand(key, tiles.keys, descriptors),
-        operand(value, tiles.keys, descriptors),
-        out, lse, carry_out, carry_lse,
-        intervals.start, intervals.stop, intervals.sink_start, intervals.sink_stop, order,
-        query_count, key_count, order.shape[0], heads, scale * LOG2_E.value,
-        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], modifiers,
-        GROUP=heads // key_heads, M=tiles.queries, N=tiles.keys, DIM=dim, PADDED_DIM=padded(dim),
-        VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded(value_dim),
-        HAS_CARRY=carry is not None, HAS_SINK=intervals.has_sink, SPLIT=tiles.split, DESCRIPTORS=descriptors,
-        **tiles.options(),
+    query_blocks, key_blocks, value_blocks = plan.descriptions
+    tensors = (
+        operand(query, query_blocks), operand(key, key_blocks), operand(value, value_blocks),
+        out, lse, *(carry or (None, None)),
+        intervals.start, intervals.stop, intervals.sink_start, intervals.sink_stop,
+        intervals.query_order(plan.tile_rows),
     )  # fmt: skip
+    plan.launch(attend_kernel, tensors, modifiers)
     return out, lse

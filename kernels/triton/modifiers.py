@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from ringflash.errors import ArgumentError
 from ringflash.kernels.modifiers import Modifiers, dropout_threshold
+from ringflash.kernels.plans import form
+from ringflash.kernels.triton.launch import aligned
 
 
 class ModifierOperands(NamedTuple):
@@ -64,6 +66,28 @@ def modifier_operands(modifiers: Modifiers | None, scale: float) -> ModifierOper
             query_positions=modifiers.query_positions.contiguous(), key_positions=modifiers.key_positions.contiguous()
         )
     return operands
+
+
+def modifiers_form(modifiers: Modifiers | None) -> tuple | None:
+    """All that a launch depends on, beside the tensors' addresses."""
+    if modifiers is None:
+        return None
+    return (modifiers.softcap, modifiers.dropout, *map(form, _tensors(modifiers)))
+
+
+def modifiers_aligned(modifiers: Modifiers | None) -> bool:
+    """Whether the tensors are `aligned`."""
+    return modifiers is None or aligned(*_tensors(modifiers))
+
+
+def _tensors(modifiers: Modifiers) -> tuple[Tensor | None, ...]:
+    return (
+        modifiers.slopes,
+        modifiers.seed,
+        modifiers.query_positions,
+        modifiers.key_positions,
+        modifiers.key_visible,
+    )
 
 
 def check_modifiers(modifiers: Modifiers, query: Tensor, key: Tensor) -> None:

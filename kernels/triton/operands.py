@@ -60,10 +60,24 @@ def describable(*tensors: Tensor) -> bool:
     )
 
 
-def operand(x: Tensor, block: int, descriptors: bool) -> Tensor | TensorDescriptor:
-    """A (rows, heads, columns) tensor as the kernels' load_block takes it."""
-    if not descriptors:
-        return x
+def described(x: Tensor, block: int) -> dict[str, object]:
+    """All that a describable (rows, heads, columns) tensor's descriptor holds, for blocks of `block` rows."""
     rows, heads, dim = x.shape
     row_stride, head_stride, _ = x.stride()
-    return TensorDescriptor(x, [heads, rows, dim], [head_stride, row_stride, 1], [1, block, padded(dim)])
+    checked = TensorDescriptor(x, [heads, rows, dim], [head_stride, row_stride, 1], [1, block, padded(dim)])
+    return {**vars(checked), "base": None}
+
+
+def operand(x: Tensor, description: dict[str, object] | None) -> Tensor | TensorDescriptor:
+    """A (rows, heads, columns) tensor as the kernels' load_block takes it.
+
+    Args:
+        x: aligned, if there is a description.
+        description: what `described` gave for a tensor of the same form, to be read by descriptor; None for pointers.
+    """
+    if description is None:
+        return x
+    # A descriptor holds an address, so each call makes its own; what was checked of its form need not be checked again.
+    descriptor = object.__new__(TensorDescriptor)
+    descriptor.__dict__.update(description, base=x)
+    return descriptor

@@ -44,16 +44,19 @@ def launch(
     row = (chip, dtype, dim, modified.seed is not None)
     if kernel == "attend":
         carry = (out.float(), lse) if carried else None
-        shape = tiles.forward_tiles(*row)
-        call = lambda: forward.launch_forward(query, key, value, intervals, 1.0, modified, carry, dtype, shape)  # noqa: E731
+        plan = forward.ForwardPlan(query, key, value, intervals, 1.0, carried, tiles.forward_tiles(*row), True)
+        call = lambda: forward.launch_forward(plan, query, key, value, intervals, modified, carry, dtype)  # noqa: E731
         return catch(forward, "attend_kernel", call)
-    operands = (query, key, value, dout, lse, lse, intervals, 1.0, modified)
+    operands = (query, key, value, dout)
     if kernel == "dkey":
-        shape = tiles.key_gradient_tiles(*row)
-        return catch(backward, "dkey_kernel", lambda: backward.launch_key_gradients(*operands, dtype, shape))
+        plan = backward.KeyGradientPlan(*operands, intervals, 1.0, tiles.key_gradient_tiles(*row), True)
+        pairs = torch.empty(16, rows, 2)
+        call = lambda: backward.launch_key_gradients(plan, operands, pairs, intervals, modified, dtype)  # noqa: E731
+        return catch(backward, "dkey_kernel", call)
     carry = out.float() if carried else None
-    shape = tiles.query_gradient_tiles(*row)
-    return catch(backward, "dquery_kernel", lambda: backward.launch_query_gradient(*operands, carry, dtype, shape))
+    plan = backward.QueryGradientPlan(*operands, intervals, 1.0, carried, tiles.query_gradient_tiles(*row), True)
+    call = lambda: backward.launch_query_gradient(plan, operands, lse, lse, intervals, modified, carry, dtype)  # noqa: E731
+    return catch(backward, "dquery_kernel", call)
 
 
 def check(resources: Resources, target: str, kernel: str, dim: int, dtype: torch.dtype) -> None:

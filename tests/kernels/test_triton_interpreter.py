@@ -31,6 +31,7 @@ from ringflash.errors import ArgumentError
 from ringflash.kernels import triton as kernels
 from ringflash.kernels.intervals import KeyIntervals, causal_intervals, dense_intervals
 from ringflash.kernels.modifiers import Modifiers, kept
+from ringflash.kernels.plans import Plans
 from ringflash.kernels.triton import backward, forward
 from ringflash.kernels.triton.tiles import Tiles
 
@@ -56,6 +57,8 @@ else:
             patch.setattr(forward, "forward_tiles", lambda *row: request.param)
             patch.setattr(backward, "key_gradient_tiles", lambda *row: request.param)
             patch.setattr(backward, "query_gradient_tiles", lambda *row: request.param)
+            patch.setattr(forward, "plans", Plans())
+            patch.setattr(backward, "plans", Plans())
             yield request.param
 
     @st.composite
