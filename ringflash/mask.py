@@ -147,12 +147,13 @@ class Mask:
         It is exact, and works like other masks with every feature, on one device and under every partition. The price:
         where a query sees several runs of blocks, attention takes one launch of the kernels for each of the mask's
         `layers`. A window, a stripe down the layout and a diagonal are one layer each; n random blocks in each of m
-        rows are about 2 sqrt(n m).
+        rows are about 2 sqrt(n m). Make the mask once, outside of what torch.compile traces.
 
         Args:
             layout: (query blocks, key blocks) booleans, as a tensor, an array or lists; for all heads. Rows count the
                 queries of a document from its first one, columns its keys, so that all documents, and all sequences of
                 a batch, have the same layout. It must reach over the longest of them; the last block may be cut off.
+                Where documents differ in layout, give one layout over all of them instead of their boundaries.
             block_size: tokens of a block, at least 1; or (tokens of a query block, tokens of a key block).
 
         Example:
