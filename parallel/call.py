@@ -7,8 +7,8 @@ H query heads, Hk key heads, D head dimension, Dv the value's.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,15 +19,21 @@ from ringflash.mask import Mask, check_reach
 from ringflash.parallel.agreement import agreement, errors_told, signature
 from ringflash.parallel.partition import resolve
 from ringflash.parallel.plan import ring
-from ringflash.parallel.program import Program, local_program, rank_program
+from ringflash.parallel.program import (
+    Program,
+    document_table,
+    local_program,
+    rank_program,
+    table_program,
+    table_shape,
+)
 from ringflash.parallel.transport import PointToPoint
 
 LONGEST_SHOWN = 200
 """Characters of a mask that ranks show each other; a layout of blocks may have a million."""
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """The arguments of the operators that are not tensors.
 
     Attributes:
@@ -58,8 +64,7 @@ class Call:
     deterministic: bool
 
 
-@dataclass(frozen=True)
-class Inputs:
+class Inputs(NamedTuple):
     """The tensors of a call.
 
     Attributes:
@@ -84,18 +89,51 @@ class Inputs:
     seed: Tensor | None
     key_visible: Tensor | None
 
+    def modified(self, call: Call) -> bool:
+        """Whether scores or weights are modified (see `ringflash.kernels.modifiers`)."""
+        return self.key_visible is not None or self.positioned(call) or bool(call.softcap)
+
+    def positioned(self, call: Call) -> bool:
+        """Whether they depend on positions."""
+        return self.slopes is not None or bool(call.dropout)
+
+    def on_device(self, call: Call) -> bool:
+        """Whether there are boundaries that the host must not read."""
+        return not call.group and self.boundaries is not None and self.boundaries.device.type != "cpu"
+
     def keys(self) -> tuple[Tensor, ...]:
         """What travels: key, value and, if any, which keys are visible."""
         return (self.key, self.value) if self.key_visible is None else (self.key, self.value, self.key_visible)
 
 
-def prepare(call: Call, inputs: Inputs) -> tuple[Program, PointToPoint | None]:
-    """The program of this rank and its transport, after making sure that all ranks are about to do the same."""
-    query, key, value, boundaries = inputs.query, inputs.key, inputs.value, inputs.boundaries
+def table_of(call: Call, inputs: Inputs) -> Tensor:
+    """What both passes over boundaries on the device need of them (see `document_table`); else empty."""
+    if inputs.on_device(call):
+        return _device_table(call, inputs)
+    return inputs.query.new_empty((0, 0), dtype=torch.int32)
+
+
+def shape_of_table(call: Call, inputs: Inputs) -> tuple[int, int]:
+    """Shape of `table_of`."""
+    if inputs.on_device(call):
+        return table_shape(Mask.from_spec(call.mask), call.batch * call.seqlen, inputs.positioned(call))
+    return 0, 0
+
+
+def prepare(call: Call, inputs: Inputs, table: Tensor) -> tuple[Program, PointToPoint | None]:
+    """The program of this rank and its transport, after making sure that all ranks are about to do the same.
+
+    Args:
+        call: the call's settings.
+        inputs: its tensors.
+        table: from `table_of`.
+    """
+    query, key, value = inputs.query, inputs.key, inputs.value
     device = query.device
-    if not call.group and boundaries is not None and boundaries.device.type != "cpu":
-        return _device_program(call, boundaries, inputs.query_boundaries, device), None
-    documents = _as_tuple(boundaries), _as_tuple(inputs.query_boundaries)
+    if inputs.on_device(call):
+        rows = call.batch * call.seqlen, call.batch * call.key_seqlen
+        return table_program(Mask.from_spec(call.mask), table, *rows, inputs.positioned(call)), None
+    documents = _as_tuple(inputs.boundaries), _as_tuple(inputs.query_boundaries)
     if not call.group:
         program = _cached_program(call, documents, None, device)
         _check_rows(call, query.shape[0] - program.queries, key.shape[0] - program.keys, 0)
@@ -125,7 +163,7 @@ def _signature(
 ) -> str:
     """What must be the same on all ranks."""
     # In the order in which a disagreement is reported: what others follow from comes first.
-    values = {"dtype": str(dtype), "heads": heads, "head_dim": head_dims} | asdict(call)
+    values = {"dtype": str(dtype), "heads": heads, "head_dim": head_dims} | call._asdict()
     del values["group"]
     if len(call.mask) > LONGEST_SHOWN:
         digest = hashlib.sha256(call.mask.encode()).hexdigest()[:16]
@@ -176,9 +214,8 @@ def _separated(call: Call, documents: tuple[tuple[int, ...] | None, tuple[int, .
     return rows if documents[0] is None else Mask.documents(*documents) & rows
 
 
-def _device_program(call: Call, boundaries: Tensor, query_boundaries: Tensor | None, device: torch.device) -> Program:
-    """One rank's program from boundaries that the host must not read."""
-    mask = Mask.from_spec(call.mask)
+def _device_table(call: Call, inputs: Inputs) -> Tensor:
+    mask, boundaries, query_boundaries = Mask.from_spec(call.mask), inputs.boundaries, inputs.query_boundaries
     if mask.layout is not None:  # nobody here knows the lengths of the documents; this is the most that they can be
         check_reach(mask.layout, "queries", call.seqlen)
         check_reach(mask.layout, "keys", call.key_seqlen)
@@ -189,9 +226,10 @@ def _device_program(call: Call, boundaries: Tensor, query_boundaries: Tensor | N
         )
     bounds = [None if x is None else x.to(torch.int64) for x in (boundaries, query_boundaries)]
     if call.batch > 1:
-        rows = torch.arange(0, call.batch + 1, device=device) * call.seqlen
+        rows = torch.arange(0, call.batch + 1, device=boundaries.device) * call.seqlen
         bounds[0] = torch.cat([bounds[0], rows]).sort().values
-    return local_program(mask, *bounds, call.batch * call.seqlen, call.batch * call.key_seqlen, device)
+    rows = call.batch * call.seqlen, call.batch * call.key_seqlen
+    return document_table(mask, *bounds, *rows, inputs.positioned(call))
 
 
 def _as_tuple(boundaries: Tensor | None) -> tuple[int, ...] | None:

@@ -13,23 +13,28 @@ from torch import Tensor
 
 from ringflash.kernels.modifiers import Modifiers
 from ringflash.kernels.select import select
-from ringflash.parallel.call import Call, Inputs, prepare
+from ringflash.parallel.call import Call, Inputs, prepare, table_of
 from ringflash.parallel.gradients import KeyGradients
 from ringflash.parallel.program import Program, StageProgram
 from ringflash.parallel.transport import Pending, PointToPoint
 
 
-def forward(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
-    """Attention of this rank's queries to the keys of all ranks: out (T, H, Dv) like the query, lse (H, T) fp32."""
+def forward(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention of this rank's queries to the keys of all ranks.
+
+    Returns:
+        out (T, H, Dv) like the query, lse (H, T) fp32, and the table that `backward` wants, see `call.table_of`.
+    """
     query, value = inputs.query, inputs.value
-    program, transport = prepare(call, inputs)
+    table = table_of(call, inputs)
+    program, transport = prepare(call, inputs, table)
     kernels = _kernels(inputs, call)
     accumulator = torch.promote_types(query.dtype, torch.float32)
     carry = None
     held = local = inputs.keys()
     for stage in program.stages:
         coming = _post_keys(transport, stage, local, held)
-        at_hand = [x[stage.work] for x in held] if stage.intervals else []
+        at_hand = _rows(stage, held) if stage.intervals else ()
         for intervals in stage.intervals:
             carry = kernels.attend(
                 query,
@@ -43,12 +48,12 @@ def forward(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
         held = _receive_keys(coming, stage, held)
     if carry is None:
         out = query.new_zeros(*query.shape[:-1], value.shape[-1])
-        return out, out.new_full((query.shape[1], query.shape[0]), -torch.inf, dtype=torch.float32)
-    return carry
+        return out, out.new_full((query.shape[1], query.shape[0]), -torch.inf, dtype=torch.float32), table
+    return *carry, table
 
 
 def backward(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, inputs: Inputs, call: Call
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, table: Tensor, inputs: Inputs, call: Call
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value of this rank, from those of out and lse.
 
@@ -57,11 +62,12 @@ def backward(
         dlse: (H, T) or None.
         out: what `forward` returned.
         lse: what `forward` returned.
+        table: what `forward` returned.
         inputs: what `forward` was given.
         call: what `forward` was given.
     """
     query, key, value = inputs.query, inputs.key, inputs.value
-    program, transport = prepare(call, inputs)
+    program, transport = prepare(call, inputs, table)
     kernels = _kernels(inputs, call)
     accumulator = torch.promote_types(query.dtype, torch.float32)
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
@@ -73,7 +79,7 @@ def backward(
     for stage in program.stages:
         coming = _post_keys(transport, stage, local, held)
         partial = None
-        at_hand = [x[stage.work] for x in held] if stage.intervals else []
+        at_hand = _rows(stage, held) if stage.intervals else ()
         for intervals in stage.intervals:
             dquery, *of_keys = kernels.attend_backward(
                 dout,
@@ -100,18 +106,22 @@ def backward(
 
 def _kernels(inputs: Inputs, call: Call) -> ModuleType:
     query, value = inputs.query, inputs.value
-    modified = _has_modifiers(inputs, call)
+    modified = inputs.modified(call)
     return select(query.device, query.dtype, query.shape[-1], value.shape[-1], call.kernel, modified)
 
 
-def _has_modifiers(inputs: Inputs, call: Call) -> bool:
-    return bool(call.softcap or call.dropout) or inputs.slopes is not None or inputs.key_visible is not None
+def _rows(stage: StageProgram, held: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Those that a stage attends to."""
+    work = stage.work
+    if isinstance(work, slice) and work == slice(0, held[0].shape[0]):
+        return held
+    return tuple(x[work] for x in held)
 
 
 def _modifiers(
-    inputs: Inputs, call: Call, program: Program, stage: StageProgram, at_hand: list[Tensor]
+    inputs: Inputs, call: Call, program: Program, stage: StageProgram, at_hand: tuple[Tensor, ...]
 ) -> Modifiers | None:
-    if not _has_modifiers(inputs, call):
+    if not inputs.modified(call):
         return None
     return Modifiers(
         softcap=call.softcap,

@@ -15,7 +15,7 @@ from ringflash.mask import Mask
 from ringflash.parallel.partition import Partition
 from ringflash.parallel.plan import Plan, Transfer
 from ringflash.parallel.segments import Segments, contains, count
-from ringflash.parallel.visibility import key_intervals, places
+from ringflash.parallel.visibility import key_intervals, places, position_bounds
 
 Rows = slice | Tensor
 """Rows of a tensor: a slice where they lie together (no copy), otherwise their indices."""
@@ -46,7 +46,7 @@ class StageProgram:
         intervals: visible keys among the rows attended, for each launch of the kernels: one for each layer of the mask,
             none if the stage has no work here.
         work: rows attended, of the keys at hand.
-        key_positions: (S,) int32 global positions of the rows attended.
+        key_positions: (S,) int32 global positions of the rows attended; None where no modifier asks for them.
         is_last: no later stage has work here, so the result may leave in the model's dtype.
         sends: keys to send while attending.
         arrivals: keys that come for the next stage, in the order in which they are laid end to end.
@@ -57,7 +57,7 @@ class StageProgram:
 
     intervals: tuple[KeyIntervals, ...]
     work: Rows
-    key_positions: Tensor
+    key_positions: Tensor | None
     is_last: bool
     sends: tuple[Shipment, ...]
     arrivals: tuple[Shipment, ...]
@@ -73,13 +73,13 @@ class Program:
     Attributes:
         queries: number of query rows that the rank holds.
         keys: number of key rows that it holds.
-        query_positions: (T,) int32 place of each query row among the keys.
+        query_positions: (T,) int32 place of each query row among the keys; None where no modifier asks for them.
         stages: what it does, in order.
     """
 
     queries: int
     keys: int
-    query_positions: Tensor
+    query_positions: Tensor | None
     stages: tuple[StageProgram, ...]
 
 
@@ -91,13 +91,52 @@ def local_program(
     keys: int,
     device: torch.device,
 ) -> Program:
-    """One rank that holds all queries and keys; boundaries may live on the device and are not read by the host."""
+    """One rank that holds all queries and keys."""
     query, key = torch.arange(queries, device=device), torch.arange(keys, device=device)
     layers = mask.layers if queries and keys else ()
     intervals = tuple(key_intervals(layer, boundaries, query, key, query_boundaries) for layer in layers)
     rows = slice(0, keys)
     stage = StageProgram(intervals, rows, key.int(), True, (), (), rows, (), ())
     return Program(queries, keys, places(boundaries, query, query_boundaries).int(), (stage,))
+
+
+def document_table(
+    mask: Mask, boundaries: Tensor, query_boundaries: Tensor | None, queries: int, keys: int, positioned: bool
+) -> Tensor:
+    """All that one rank's program owes to boundaries that the host must not read, (R, queries rounded up) int32.
+
+    Rows are start, stop and, with sinks, sink_start and sink_stop of each layer of the mask, then `query_positions` if
+    `positioned`; they begin at addresses of whole 16 bytes. The backward pass takes them from the forward pass.
+    """
+    table = boundaries.new_zeros(table_shape(mask, queries, positioned), dtype=torch.int32)
+    query = torch.arange(queries, device=boundaries.device)
+    bounds = []
+    for layer in mask.layers:
+        bounds += position_bounds(layer, boundaries, query, query_boundaries)[: 4 if mask.sink else 2]
+    table[: len(bounds), :queries] = torch.stack(bounds).clamp_(0, keys)
+    if positioned:
+        table[-1, :queries] = places(boundaries, query, query_boundaries)
+    return table
+
+
+def table_shape(mask: Mask, queries: int, positioned: bool) -> tuple[int, int]:
+    """Shape of `document_table`."""
+    return len(mask.layers) * (4 if mask.sink else 2) + positioned, (queries + 3) // 4 * 4
+
+
+def table_program(mask: Mask, table: Tensor, queries: int, keys: int, positioned: bool) -> Program:
+    """The program of a `document_table`; without positions if it has none."""
+    rows = iter(table[:, :queries].unbind())
+    intervals = []
+    if queries and keys:
+        for _ in mask.layers:
+            start, stop = next(rows), next(rows)
+            intervals.append(KeyIntervals(start, stop, keys, *((next(rows), next(rows)) if mask.sink else ())))
+    query_positions = table[-1, :queries] if positioned else None
+    key_positions = torch.arange(keys, dtype=torch.int32, device=table.device) if positioned else None
+    everything = slice(0, keys)
+    stage = StageProgram(tuple(intervals), everything, key_positions, True, (), (), everything, (), ())
+    return Program(queries, keys, query_positions, (stage,))
 
 
 def rank_program(plan: Plan, mask: Mask, rank: int, device: torch.device) -> Program:

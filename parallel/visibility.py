@@ -37,14 +37,14 @@ def position_bounds(
         own = boundaries if query_boundaries is None else query_boundaries
         index = torch.searchsorted(own, queries, right=True) - 1
         begin, end = boundaries[index], boundaries[index + 1]
-    positions = places(boundaries, queries, query_boundaries)
+    positions = queries if query_boundaries is None else queries - query_boundaries[index + 1] + end
     start, stop = begin, end
     if mask.right is not None:
         stop = torch.minimum(stop, positions + mask.right + 1)
     if mask.prefix is not None:
         prefix = mask.prefix
         if isinstance(prefix, tuple):
-            prefix = torch.tensor(prefix, dtype=torch.int64, device=positions.device)[index]
+            prefix = _on_device(prefix, positions.device)[index]
         stop = torch.minimum(stop, torch.maximum(positions + 1, begin + prefix))
     for size in mask.chunks:
         chunk = begin + (positions - begin) // size * size
@@ -62,9 +62,9 @@ def position_bounds(
             torch.minimum(stop, begin + last[block]),
         )
         sink_end = torch.minimum(sink_end, stop)
-    sink_start = start
-    if mask.sink_left is not None:
-        start = torch.maximum(start, positions - mask.sink_left)
+    if mask.sink_left is None:
+        return start, torch.maximum(start, stop), start, start
+    sink_start, start = start, torch.maximum(start, positions - mask.sink_left)
     sink_stop = torch.maximum(sink_start, torch.minimum(sink_end, start))
     return start, torch.maximum(start, stop), sink_start, sink_stop
 
@@ -85,6 +85,11 @@ def _layout_bounds(layout: BlockLayout, device: torch.device) -> tuple[Tensor, T
     """`layout.bounds` as tensors."""
     first, last = (torch.tensor(bounds, device=device) for bounds in layout.bounds)
     return first, last
+
+
+@lru_cache(maxsize=64)
+def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device=device)
 
 
 def key_intervals(

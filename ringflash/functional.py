@@ -15,9 +15,10 @@ from torch.autograd import forward_ad
 
 import ringflash.parallel.operators  # noqa: F401  registers torch.ops.ringflash
 from ringflash.errors import ArgumentError, UnsupportedError
+from ringflash.kernels.plans import Plans, form
 from ringflash.mask import Mask
 from ringflash.parallel.agreement import agreement
-from ringflash.parallel.mesh import Group, group_name, group_rank, group_size, process_group
+from ringflash.parallel.mesh import Group, group_rank, group_size, process_group
 from ringflash.parallel.partition import Partition, check_name, resolve
 
 Boundaries = Sequence[int] | Tensor | None
@@ -84,15 +85,15 @@ def attention(
     """
     try:
         query, key, value = _autocast(query, key, value)
-        check_tensors(query, key, value)
         _check_reverse_mode(query, key, value)
-        _check_numbers(softcap, dropout, scale)
-        check_name(partition)
-        mask = Mask.causal() if mask is None else mask
-        (batch, tokens, _, dim), key_tokens, ranks = query.shape, key.shape[1], group_size(group)
-        seqlen = tokens * ranks if seqlen is None else seqlen
-        key_seqlen = (seqlen if key_tokens == tokens else key_tokens * ranks) if key_seqlen is None else key_seqlen
-        boundaries, query_boundaries = _boundaries(mask, cu_seqlens, query_cu_seqlens, ranks)
+        found = process_group(group)
+        ranks, name = (1, "") if found is None else (found.size(), found.group_name)
+        numbers = seqlen, key_seqlen, ranks, name, partition, scale, softcap, dropout, kernel, deterministic
+        settings_of = _settings if torch.compiler.is_compiling() else _settings_once
+        mask, *settings = settings_of(query, key, value, mask, *numbers)
+        boundaries, query_boundaries = None, None
+        if cu_seqlens is not None or query_cu_seqlens is not None or mask.boundaries is not None:
+            boundaries, query_boundaries = _boundaries(mask, cu_seqlens, query_cu_seqlens, ranks)
         arguments = (
             query.flatten(0, 1),
             key.flatten(0, 1),
@@ -101,27 +102,75 @@ def attention(
             query_boundaries,
             None
             if alibi_slopes is None
-            else _slopes_of_rows(alibi_slopes, query, mask, boundaries, query_boundaries, seqlen, group, partition),
+            else _slopes_of_rows(
+                alibi_slopes, query, mask, boundaries, query_boundaries, settings[4], group, partition
+            ),
             _seed(dropout, dropout_seed, query),
             _visible_keys(key_padding_mask, key),
-            mask.spec(),
-            partition if isinstance(partition, str) else partition.spec(),
-            group_name(group),
-            batch,
-            seqlen,
-            key_seqlen,
-            dim**-0.5 if scale is None else scale,
-            float(softcap),
-            float(dropout),
-            kernel,
-            deterministic,
+            *settings,
         )
     except Exception as error:
         _tell_peers(group, error)
         raise
-    out, lse = torch.ops.ringflash.attention(*arguments)
-    out, lse = out.unflatten(0, (batch, tokens)), lse.unflatten(1, (batch, tokens)).transpose(0, 1)
+    out, lse, _ = torch.ops.ringflash.attention.default(*arguments)
+    (batch, tokens), heads = query.shape[:2], query.shape[2]
+    out = out.view(batch, tokens, heads, value.shape[3])
+    lse = lse.view(heads, batch, tokens).transpose(0, 1)
     return (out, lse) if sinks is None else _with_sinks(out, lse, sinks)
+
+
+_plans = Plans()
+"""What `_settings` gave, by what it was asked for."""
+
+
+def _settings_once(query: Tensor, key: Tensor, value: Tensor, *others: object) -> tuple:
+    """`_settings`, worked out anew only for calls of another form."""
+    call = (form(query), form(key), form(value), others)
+    try:
+        found = _plans.get(call)
+    except TypeError:  # not hashable: sizes that are symbols, or arguments that are refused
+        return _settings(query, key, value, *others)
+    return found or _plans.add(call, _settings(query, key, value, *others))
+
+
+def _settings(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask | None,
+    seqlen: int | None,
+    key_seqlen: int | None,
+    ranks: int,
+    name: str,
+    partition: str | Partition,
+    scale: float | None,
+    softcap: float,
+    dropout: float,
+    kernel: str,
+    deterministic: bool,
+) -> tuple:
+    """The mask, and the operator's settings (see `ringflash.parallel.call.Call`), from checked arguments."""
+    check_tensors(query, key, value)
+    _check_numbers(softcap, dropout, scale)
+    check_name(partition)
+    mask = Mask.causal() if mask is None else mask
+    (batch, tokens, _, dim), key_tokens = query.shape, key.shape[1]
+    seqlen = tokens * ranks if seqlen is None else seqlen
+    key_seqlen = (seqlen if key_tokens == tokens else key_tokens * ranks) if key_seqlen is None else key_seqlen
+    return (
+        mask,
+        mask.spec(),
+        partition if isinstance(partition, str) else partition.spec(),
+        name if ranks > 1 else "",
+        batch,
+        seqlen,
+        key_seqlen,
+        dim**-0.5 if scale is None else scale,
+        float(softcap),
+        float(dropout),
+        kernel,
+        deterministic,
+    )
 
 
 def _tell_peers(group: Group, error: Exception) -> None:

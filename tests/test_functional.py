@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from ringflash import ArgumentError, Mask, UnsupportedError
 from ringflash.functional import attention
 from ringflash.kernels import blockwise
 from ringflash.kernels.modifiers import philox
-from ringflash.parallel.call import Call, _device_program
+from ringflash.parallel.call import Call, Inputs, prepare, table_of
 from ringflash.parallel.mesh import ONE_DEVICE
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -103,17 +104,19 @@ def test_any_layout_of_blocks_is_as_exact_as_torch(dtype: torch.dtype, kernel: s
     check(replace(case, rules=replace(case.rules, **data.draw(layouts()))), dense, kernel)
 
 
-def test_the_blocks_of_a_document_whose_length_the_host_does_not_know() -> None:
-    """`_device_program` is what cu_seqlens on a GPU takes; here its rows must be those of the way over the host."""
+def test_the_blocks_of_a_document_whose_length_the_host_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is made of cu_seqlens on a GPU must be the rows of the way over the host."""
+    monkeypatch.setattr(Inputs, "on_device", lambda inputs, call: True)
     mask = Mask.causal() & Mask.blocks(torch.rand(5, 5) < 0.5, 8)
     call = Call(mask.spec(), "zigzag", "", 1, 40, 40, 1.0, 0.0, 0.0, "auto", False)
     edges = torch.tensor([0, 13, 13, 37, 40])
-    (stage,) = _device_program(call, edges, None, torch.device("cpu")).stages
+    inputs = Inputs(*[torch.empty(40, 1, 8)] * 3, edges, None, None, None, None)
+    (stage,) = prepare(call, inputs, table_of(call, inputs))[0].stages
     pairs = sum(x.visible().int() for x in stage.intervals)
     assert pairs.tolist() == [[(mask & Mask.documents(edges)).sees(q, k) for k in range(40)] for q in range(40)]
     for tokens in ("seqlen", "key_seqlen"):
         with pytest.raises(ArgumentError, match=r"layout reaches over 40 .* has 41"):
-            _device_program(replace(call, **{tokens: 41}), edges, None, torch.device("cpu"))
+            table_of(call._replace(**{tokens: 41}), inputs)
 
 
 def test_one_interval_for_each_query_takes_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,13 +285,13 @@ def test_opcheck_of_the_operator(features: dict) -> None:
     problem = tensors(case)
     calls = []
 
-    def record(*args: object) -> tuple[Tensor, Tensor]:
+    def record(*args: object) -> tuple[Tensor, ...]:
         calls.append(args)
         return operator(*args)
 
     operator = torch.ops.ringflash.attention.default
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.ops.ringflash, "attention", record)
+        patch.setattr(torch.ops.ringflash, "attention", SimpleNamespace(default=record))
         solve(attend(case, problem, dense=False), problem)
     (arguments,) = calls
     leaves = [x.detach().clone().requires_grad_() for x in arguments[:3]]
