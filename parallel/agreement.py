@@ -4,6 +4,9 @@ Send and receive check neither sizes nor dtypes, so ranks compare what they are 
 new, or follows on something that it has not followed on before. The comparison goes through the key-value store of
 torch.distributed, not through a collective: a rank that does not come is found by name, one that came before with
 another signature is quoted, and one that raised an error instead says which.
+
+What agreed before is not compared again, so a rank that changes alone between calls that all ranks know goes through.
+That is found afterwards; see `history`.
 """
 
 from __future__ import annotations
@@ -14,9 +17,12 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 
+import torch
 import torch.distributed as dist
 
 from ringflash.errors import RankMismatchError
+from ringflash.parallel.history import History, disagreement
+from ringflash.parallel.mesh import Group, group_name, process_group
 
 REMEMBERED = 4096
 """Comparisons that need not be made again; packed documents give a new one with every step."""
@@ -42,6 +48,8 @@ class Agreement:
         self._seen: set[tuple[str, str]] = set()
         self._last = ""
         self._turn = 0
+        self._announced = ""
+        self._history = History(self._store, self.rank, self.ranks)
 
     def check(self, text: str, patience: timedelta | None = None) -> None:
         """Compare a signature with all ranks, unless it repeats the last one or once agreed right behind that one.
@@ -53,17 +61,37 @@ class Agreement:
         Raises:
             RankMismatchError: on every rank, naming the argument, the ranks and their values.
         """
+        patience = self._store.timeout if patience is None else patience
         step = (self._last, text)
         if text != self._last and step not in self._seen:
-            self._compare(text, self._store.timeout if patience is None else patience)
+            self._end_announcement()
+            self._compare(text, patience)
             if len(self._seen) >= REMEMBERED:  # all ranks remember the same, so all forget at once
                 self._seen.clear()
             self._seen.add(step)
         self._last = text
+        self._history.add(text, patience)
 
     def tell(self, error: Exception) -> None:
         """Let ranks that wait for this one's next signature know that it raised an error instead."""
-        self._post(signature({RAISED: f"{type(error).__name__}: {error}"}))
+        text = signature({RAISED: f"{type(error).__name__}: {error}"})
+        if text != self._announced:
+            self._end_announcement()
+        self._announced = ""
+        self._post(text)
+
+    def announce(self, error: str) -> None:
+        """Like `tell`, from traced code, which may run again, and may or may not be followed by `tell`."""
+        text = signature({RAISED: error})
+        if text != self._announced:
+            self._end_announcement()
+        self._announced = text
+        self._set(text)
+
+    def _end_announcement(self) -> None:
+        if self._announced:  # nothing more was told of it; the other ranks have read it
+            self._announced = ""
+            self._turn += 1
 
     def _compare(self, text: str, patience: timedelta) -> None:
         turn = self._post(text)
@@ -71,18 +99,19 @@ class Agreement:
         for rank, other in enumerate(others):
             if RAISED in other:
                 raise RankMismatchError(f"rank {rank} raised an error instead of coming to attention: {other[RAISED]}")
-        for name in others[self.rank]:
-            shown = [json.dumps(other.get(name)) for other in others]
-            if len(set(shown)) > 1:
-                raise RankMismatchError(f"ranks disagree on {name}: {_by_value(shown)}")
+        if said := disagreement(others):
+            raise RankMismatchError(said)
         if turn:  # every rank has come to this turn, so none still reads the one before
             self._store.delete_key(f"{turn - 1}/{self.rank}")
 
     def _post(self, text: str) -> int:
-        turn, self._turn = self._turn, self._turn + 1
+        self._set(text)
+        self._turn += 1
+        return self._turn - 1
+
+    def _set(self, text: str) -> None:
         self._store.set(f"latest/{self.rank}", text)
-        self._store.set(f"{turn}/{self.rank}", text)
-        return turn
+        self._store.set(f"{self._turn}/{self.rank}", text)
 
     def _read(self, turn: int, rank: int, patience: timedelta) -> str:
         try:
@@ -109,12 +138,22 @@ def errors_told(group: dist.ProcessGroup) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        agreement(group).tell(error)
+        tell_peers(group, error)
         raise
 
 
-def _by_value(shown: list[str]) -> str:
-    ranks_of: dict[str, list[int]] = {}
-    for rank, value in enumerate(shown):
-        ranks_of.setdefault(value, []).append(rank)
-    return "; ".join(f"{value} on rank{'s' * (len(r) > 1)} {', '.join(map(str, r))}" for value, r in ranks_of.items())
+def tell_peers(group: Group, error: Exception) -> None:
+    """Let the other ranks of a group, if there are any, know of an error that keeps this one from coming."""
+    name = group_name(group)
+    if not name:
+        return
+    if torch.compiler.is_compiling():
+        _announce(name, f"{type(error).__name__}: {str(error)}")  # noqa: RUF010 - torch.compile traces no other form
+    else:
+        agreement(process_group(group)).tell(error)
+
+
+@torch.compiler.assume_constant_result
+def _announce(name: str, error: str) -> None:
+    """Runs while torch.compile traces; where the trace ends in the error, nothing else would tell the others."""
+    agreement(dist.distributed_c10d._resolve_process_group(name)).announce(error)

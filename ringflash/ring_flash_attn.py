@@ -18,6 +18,7 @@ from torch import Tensor
 from ringflash.errors import ArgumentError
 from ringflash.flash_arguments import Attention, Options, attend_batch, rows_together, unpack
 from ringflash.functional import attention
+from ringflash.parallel.agreement import tell_peers
 from ringflash.parallel.mesh import Group, group_size
 from ringflash.parallel.partition import Partition
 
@@ -61,10 +62,15 @@ def ring_flash_attn_func(
     Returns:
         out (batch, s, nheads, headdim_v); with return_attn_probs also softmax_lse (batch, nheads, s), and S_dmask.
     """
-    options = Options.of(
-        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
-    )
-    _check_probabilities(options, group)
+    try:
+        options = Options.of(
+            dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+        )
+        _check_probabilities(options, group)
+        q, k, v = (rows_together(name, x, 4) for name, x in (("q", q), ("k", k), ("v", v)))
+    except Exception as error:
+        tell_peers(group, error)
+        raise
     return attend_batch(q, k, v, options, group, partition, seqlen_q, seqlen_k)
 
 
@@ -84,7 +90,7 @@ def ring_flash_attn_qkvpacked_func(
 ) -> Attention:
     """`ring_flash_attn_func` with queries, keys and values in one tensor, (batch, s, 3, nheads, headdim)."""
     return ring_flash_attn_func(
-        *unpack("qkv", qkv, 3, 5),
+        *_unpack(qkv, 5, group),
         dropout_p,
         softmax_scale,
         causal,
@@ -144,15 +150,19 @@ def ring_flash_attn_varlen_func(
     Returns:
         out (s, nheads, headdim_v); with return_attn_probs also softmax_lse (nheads, s), and S_dmask.
     """
-    options = Options.of(
-        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
-    )
-    q, k, v = (rows_together(name, x, 3) for name, x in (("q", q), ("k", k), ("v", v)))
-    if not torch.compiler.is_compiling():
-        seqlen = _check_global(cu_seqlens, max_seqlen, seqlen)
-    elif not isinstance(cu_seqlens, Tensor):
-        seqlen = cu_seqlens[-1]
-    _check_probabilities(options, group)
+    try:
+        options = Options.of(
+            dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+        )
+        q, k, v = (rows_together(name, x, 3) for name, x in (("q", q), ("k", k), ("v", v)))
+        if not torch.compiler.is_compiling():
+            seqlen = _check_global(cu_seqlens, max_seqlen, seqlen)
+        elif not isinstance(cu_seqlens, Tensor):
+            seqlen = cu_seqlens[-1]
+        _check_probabilities(options, group)
+    except Exception as error:
+        tell_peers(group, error)
+        raise
     seed = options.draw_seed(q)
     out, lse = attention(
         q[None],
@@ -196,7 +206,7 @@ def ring_flash_attn_varlen_qkvpacked_func(
 ) -> Attention:
     """`ring_flash_attn_varlen_func` with queries, keys and values in one tensor, (s, 3, nheads, headdim)."""
     return ring_flash_attn_varlen_func(
-        *unpack("qkv", qkv, 3, 4),
+        *_unpack(qkv, 4, group),
         cu_seqlens,
         max_seqlen,
         dropout_p,
@@ -211,6 +221,14 @@ def ring_flash_attn_varlen_qkvpacked_func(
         partition,
         seqlen,
     )
+
+
+def _unpack(qkv: Tensor, dims: int, group: Group) -> tuple[Tensor, ...]:
+    try:
+        return unpack("qkv", qkv, 3, dims)
+    except Exception as error:
+        tell_peers(group, error)
+        raise
 
 
 def _check_probabilities(options: Options, group: Group) -> None:

@@ -21,6 +21,12 @@ from pool import Pool
 
 from ringflash import ArgumentError, DistributedFlashAttention, Mask, Partition, RankMismatchError, unshard
 from ringflash.parallel.agreement import Agreement, agreement, signature
+from ringflash.parallel.history import PERIOD
+from ringflash.ring_flash_attn import (
+    ring_flash_attn_func,
+    ring_flash_attn_qkvpacked_func,
+    ring_flash_attn_varlen_func,
+)
 
 PROMPT = 10.0
 """Seconds within which a disagreement must be an error on every rank."""
@@ -128,6 +134,78 @@ def test_an_error_of_one_rank_is_told_to_those_that_would_wait_for_it(what):
         assert words in str(told)
 
 
+def _flash(wrong, compiled):
+    """flash-attn's function over the ranks; arguments that rank 1 alone has replace the right ones."""
+    x = torch.randn(1, 6, 2, 8)
+    arguments = {"q": x, "k": x, "v": x} | (wrong if dist.get_rank() == 1 else {})
+    torch.compiler.reset()
+    function = ring_flash_attn_func if compiled is None else _compiled(ring_flash_attn_func, compiled)
+    return function(**arguments)
+
+
+def _packed(wrong, compiled):
+    x = torch.randn(6, 2, 8)
+    arguments = {"q": x, "k": x, "v": x, "cu_seqlens": [0, 4, 12], "max_seqlen": 8}
+    arguments |= wrong if dist.get_rank() == 1 else {}
+    torch.compiler.reset()
+    function = ring_flash_attn_varlen_func if compiled is None else _compiled(ring_flash_attn_varlen_func, compiled)
+    return function(**arguments)
+
+
+def _packed_together(wrong, compiled):
+    return ring_flash_attn_qkvpacked_func(torch.randn(1, 6, 2 if dist.get_rank() == 1 else 3, 2, 8))
+
+
+def _compiled(function, fullgraph):
+    return torch.compile(function, backend="eager", fullgraph=fullgraph)
+
+
+def _refused_once(function, wrong, compiled):
+    try:
+        function(wrong, compiled)
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+    function({}, None) if function is not _packed_together else _attend(1, {})  # ranks are still in step
+    return said
+
+
+@pytest.mark.parametrize(
+    ("function", "wrong", "words"),
+    [
+        (_flash, {"window_size": (-3, 0)}, "window_size=(-3, 0)"),
+        (_flash, {"q": torch.zeros(6, 2, 8)}, "q has shape (6, 2, 8)"),
+        (_flash, {"softcap": "5"}, "'>'"),
+        (_packed, {"max_seqlen": 3}, "max_seqlen=3; the longest sequence has 8"),
+        (_packed, {"dropout_p": 2.0}, "dropout_p=2.0"),
+        (_packed_together, {}, "qkv has shape (1, 6, 2, 2, 8)"),
+    ],
+    ids=["window", "shape", "type", "longest", "dropout", "packed"],
+)
+def test_an_error_in_the_arguments_of_flash_attns_functions_is_told(function, wrong, words):
+    with Pool(2, timeout=PROMPT) as pool:
+        first, second = pool.run(_refused_once, function, wrong, None)
+    assert words in second
+    assert first.startswith("RankMismatchError: rank 1 raised an error instead of coming to attention: ")
+    assert words in first
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize(
+    ("function", "wrong", "words"),
+    [
+        (_flash, {"window_size": (-3, 0)}, "window_size=(-3, 0)"),
+        (_packed, {"dropout_p": 2.0}, "dropout_p=2.0"),
+    ],
+    ids=["window", "dropout"],
+)
+def test_an_error_in_the_arguments_of_compiled_attention_is_told(function, wrong, words, fullgraph):
+    with Pool(2, timeout=30.0, group_timeout=20.0) as pool:
+        first, second = pool.run(_refused_once, function, wrong, fullgraph)
+    assert words in second if not fullgraph else "Unsupported" in second  # torch's word for a trace that fails
+    assert first.startswith("RankMismatchError: rank 1 raised an error instead of coming to attention: ArgumentError")
+    assert words in first
+
+
 def _wrong_share(rows_of_rank):
     x = torch.randn(1, rows_of_rank[dist.get_rank()], 2, 16)
     DistributedFlashAttention(Mask.causal(), partition="contiguous")(x, x, x, seqlen=11)
@@ -178,6 +256,45 @@ def _compare_in_two_lives():
 def test_what_an_earlier_group_of_the_same_name_left_in_the_store_is_not_compared():
     with Pool(2, timeout=PROMPT) as pool:
         pool.run(_compare_in_two_lives)
+
+
+def _swap_once(calls, alone):
+    """Two calls that follow each other in both orders; then one rank makes the other one."""
+    texts = [signature({"scale": scale, "seqlen": 6}) for scale in (0.25, 0.5)]
+    comparer = Agreement(dist.group.WORLD)
+    for index in range(calls):
+        comparer.check(texts[(index + (index == alone and dist.get_rank() == 1)) % 2])
+
+
+def test_ranks_that_make_the_same_calls_hear_nothing():
+    with Pool(2, timeout=PROMPT) as pool:
+        pool.run(_swap_once, 9 * PERIOD + 1, -1)
+
+
+def _make_calls(numbers):
+    comparer = Agreement(dist.group.WORLD)
+    for _ in range(numbers[dist.get_rank()]):
+        comparer.check(signature({"seqlen": 6}), patience=timedelta(seconds=0.5))
+
+
+@pytest.mark.parametrize("periods", [0, 5])
+def test_a_rank_that_falls_two_periods_behind_is_noticed(periods):
+    numbers = (periods + 2) * PERIOD, periods * PERIOD + 1
+    with Pool(2, timeout=PROMPT) as pool:
+        first, second = pool.outcomes(_make_calls, numbers)
+    assert second.error is None
+    assert f"rank 0 has made {numbers[0]} calls to attention" in str(first.error)
+
+
+@pytest.mark.parametrize("alone", [10, PERIOD - 1, 2 * PERIOD + 5])
+def test_a_rank_that_repeats_while_another_changes_is_found_a_period_later(alone):
+    last = (alone // PERIOD + 2) * PERIOD
+    with Pool(2, timeout=PROMPT) as pool:
+        for outcome in pool.outcomes(_swap_once, last, alone):
+            assert isinstance(outcome.error, RankMismatchError), outcome.details or "no error"
+            values = ("0.25", "0.5") if alone % 2 == 0 else ("0.5", "0.25")
+            said = f"ranks disagree on scale: {values[0]} on rank 0; {values[1]} on rank 1"
+            assert f"{last - alone} calls to attention ago {said}" in str(outcome.error)
 
 
 def _come_alone():
