@@ -15,7 +15,7 @@ from ringflash.kernels import triton as portable
 from ringflash.kernels.hopper.backward_kernel import HALF, attend_backward_kernel
 from ringflash.kernels.hopper.backward_wide_kernel import attend_backward_wide_kernel
 from ringflash.kernels.hopper.operands import addressable, check_operands, descriptor, head_section, supports_intervals
-from ringflash.kernels.hopper.turns import PARTS, turns_of_tiles
+from ringflash.kernels.hopper.turns import PARTS, heads_in_turn, turns_of_tiles
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.modifiers import Modifiers
 
@@ -110,7 +110,9 @@ def launch_backward(
     layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
     lse_desc, delta_desc = (TensorDescriptor(x, [x.numel()], [1], [tiles.queries], layout) for x in numbers)
     dkey_desc, dvalue_desc = (None if float_out else descriptor(x, HALF.value, min(dim, 128)) for x in (dkey, dvalue))
-    turns, turn_now = adding_turns(intervals, heads, tiles) if deterministic else (None, None)
+    turns, turn_now, section = None, None, head_section(query_rows * 2 * group, key_heads, 1, dim)
+    if deterministic:
+        turns, turn_now, section = adding_turns(intervals, (heads, key_heads), dim, tiles)
     kernel = attend_backward_wide_kernel if dim == 256 else attend_backward_kernel
     kernel[(-(-key_rows // tiles.keys) * key_heads,)](
         descriptor(query, tiles.queries, dim),
@@ -121,7 +123,7 @@ def launch_backward(
         descriptor(dquery, HALF.value, HALF.value),
         dkey_desc, dvalue_desc, dkey if float_out else None, dvalue if float_out else None,
         intervals.key_tile_rows(1), intervals.key_tile_rows(tiles.keys), turns, turn_now,
-        query_rows, padded_rows, key_rows, key_heads, head_section(query_rows * 2 * group, key_heads, 1, dim),
+        query_rows, padded_rows, key_rows, key_heads, section,
         query.stride(1), dout.stride(1), key.stride(1), value.stride(1), scale,
         GROUP=group, QUERY_STAGES=tiles.stages[0], DOUT_STAGES=tiles.stages[1],
         EARLY_WEIGHTS=tiles.early_weights, FLOAT_OUT=float_out, ORDERED=deterministic,
@@ -131,14 +133,18 @@ def launch_backward(
     return dquery.to(dquery_dtype), dkey.to(dkey_dtype), dvalue.to(dkey_dtype)
 
 
-def adding_turns(intervals: KeyIntervals, heads: int, tiles: BackwardTiles) -> tuple[Tensor, Tensor]:
-    """Turn of each key tile, and (heads, blocks, parts) whose turn it is before the launch, for it to write in."""
+def adding_turns(
+    intervals: KeyIntervals, heads: tuple[int, int], dim: int, tiles: BackwardTiles
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn of each key tile; whose turn it is, (heads, blocks, parts) to write in; heads to work on at a time."""
+    table = intervals.key_tile_rows(tiles.keys)
 
-    def build() -> tuple[Tensor, Tensor]:
-        return turns_of_tiles(intervals.key_tile_rows(tiles.keys), intervals.query_count, tiles.queries)
+    def build() -> tuple[Tensor, Tensor, Tensor]:
+        row_bytes = heads[0] // heads[1] * dim * 8
+        return *turns_of_tiles(table, intervals.query_count, tiles.queries), heads_in_turn(table, heads[1], row_bytes)
 
-    turns, first_turns = intervals._cached(("turns", tiles.keys, tiles.queries), build)
-    return turns, first_turns[None, :, None].expand(heads, -1, PARTS.value).contiguous()
+    turns, first_turns, section = intervals._cached(("turns", heads, dim, tiles.keys, tiles.queries), build)
+    return turns, first_turns[None, :, None].expand(heads[0], -1, PARTS.value).contiguous(), section
 
 
 def prepare_rows(lse: Tensor, delta: Tensor, block: int) -> tuple[tuple[Tensor, Tensor], int]:

@@ -71,6 +71,8 @@ def attend_backward_wide_kernel(
     loaded = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
         mbarrier.init(loaded.index(i), count=1)
+    if ORDERED:
+        section = gl.load(section)
     key_tile, key_head = key_tile_and_head(key_rows, key_heads, section, N)
     turns = Turns(turn_now_ptr, turn_of_tile_ptr, loaded, loaded)  # stands for none
     if ORDERED:

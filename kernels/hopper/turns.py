@@ -26,6 +26,9 @@ from ringflash.kernels.hopper.compat import async_add, store_wait
 PARTS = gl.constexpr(2)
 """Parts of dQ that a program computes in a step, one in each consumer warpgroup."""
 
+CACHED_BYTES = 40 * 2**20
+"""Of the 50 MB of second-level cache, what the query rows may take that programs visit at the same time."""
+
 
 def turns_of_tiles(tile_rows: Tensor, query_rows: int, block: int) -> tuple[Tensor, Tensor]:
     """Turn of each key tile, and the first turn of each block of query rows.
@@ -52,6 +55,28 @@ def turns_of_tiles(tile_rows: Tensor, query_rows: int, block: int) -> tuple[Tens
     turns = torch.where(seen, seen_so_far[:-1], -1)
     first_rows = torch.arange(0, query_rows, block, dtype=end.dtype, device=end.device)
     return turns, seen_so_far[torch.searchsorted(end, first_rows, right=True)]
+
+
+def heads_in_turn(tile_rows: Tensor, key_heads: int, row_bytes: int) -> Tensor:
+    """Key heads to work on at a time, (1,) int32: a divisor of `key_heads`.
+
+    The more heads the programs that run at a time are spread over, the fewer tiles of each head wait for one another.
+    But the rows that they visit must stay in the second-level cache: twice the mean of all tiles, which under a causal
+    mask is a document's length.
+
+    Args:
+        tile_rows: (tiles, 4) int32, as of KeyIntervals.key_tile_rows.
+        key_heads: number of key heads.
+        row_bytes: bytes of queries, out's gradient and dQ in a row, of one key head's group.
+
+    Example:
+        >>> heads_in_turn(torch.tensor([[0, 0, 2, 4096], [2048, 4096, 4096, 4096]]), key_heads=12, row_bytes=1024)
+        tensor([6], dtype=torch.int32)
+    """
+    rows = 2 * (tile_rows[:, 3] - tile_rows[:, 0]).float().mean()
+    heads = torch.arange(1, key_heads + 1, dtype=torch.int32, device=tile_rows.device)
+    fitting = (key_heads % heads == 0) & (heads * rows * row_bytes <= CACHED_BYTES)
+    return torch.where(fitting, heads, 1).max().reshape(1)
 
 
 class Turns(NamedTuple):

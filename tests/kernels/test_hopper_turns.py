@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 from oracle import any_intervals, monotone_intervals
 
-from ringflash.kernels.hopper.turns import turns_of_tiles
+from ringflash.kernels.hopper.turns import heads_in_turn, turns_of_tiles
 from ringflash.kernels.intervals import KeyIntervals, causal_intervals, dense_intervals
 
 BLOCKS = st.sampled_from([1, 3, 8, 16])
@@ -104,3 +104,15 @@ def test_programs_never_wait_for_ever_and_always_add_in_the_same_order(
     added = run(visited, turns, first_turns, resident, seed)
     for block, tiles in enumerate(added):
         assert tiles == [tile for tile, turn in enumerate(turns) if turn >= 0 and block in visited[tile]]
+
+
+@given(any_intervals(100, sink=False), st.integers(1, 48), st.integers(0, 10**7))
+def test_heads_worked_on_at_a_time_divide_all_heads(intervals: KeyIntervals, key_heads: int, row_bytes: int) -> None:
+    (section,) = heads_in_turn(intervals.key_tile_rows(8), key_heads, row_bytes).tolist()
+    assert 1 <= section <= key_heads
+    assert key_heads % section == 0
+
+
+def test_fewer_heads_are_worked_on_at_a_time_the_longer_the_documents() -> None:
+    causal = [causal_intervals(length, length).key_tile_rows(128) for length in (2048, 8192, 16384, 32768)]
+    assert [heads_in_turn(table, 16, row_bytes=1024).item() for table in causal] == [16, 4, 2, 1]
