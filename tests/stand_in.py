@@ -1,0 +1,71 @@
+"""A driver for Triton that stands for an H100 that is not there: kernels are compiled, and their launches noted.
+
+Tensors lie on the CPU and are never read or written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+from types import SimpleNamespace
+from unittest import mock
+
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from ringflash.kernels import select, triton
+from ringflash.kernels.plans import Plans
+from ringflash.kernels.triton import backward, forward, operands
+
+DEVICES = count(1000)
+"""Triton keeps programs by device: what is compiled for a stand-in must be nobody else's."""
+
+
+class StandIn:
+    """What Triton asks of a driver.
+
+    Attributes:
+        device: number of the device that is not there.
+        launches: arguments of each launch, beginning with the grid, the stream and the loaded program.
+    """
+
+    def __init__(self) -> None:
+        self.device = next(DEVICES)
+        self.launches = []
+        programs = count(1)
+        self.utils = SimpleNamespace(
+            load_binary=lambda *binary: ("module", next(programs), 0, 0, 1024),
+            get_device_properties=lambda device: {"max_shared_mem": 227 * 1024},
+        )
+
+    def launcher_cls(self, source: object, metadata: object):
+        """The launcher of a compiled program."""
+        return lambda *arguments: self.launches.append(arguments)
+
+    def get_current_device(self) -> int:
+        """See `device`."""
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        """The default stream."""
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        """Hopper."""
+        return GPUTarget("cuda", 90, 32)
+
+
+@contextmanager
+def stand_in() -> Iterator[StandIn]:
+    """Triton's driver while this lasts; the portable kernels take tensors on the CPU for Hopper's and are chosen."""
+    found = StandIn()
+    chip = {"chip_of": mock.Mock(return_value="hopper")}
+    with (
+        mock.patch.object(driver, "_active", found),
+        mock.patch.object(select, "_select", return_value=triton),
+        mock.patch.multiple(operands, **chip),
+        mock.patch.multiple(forward, **chip, plans=Plans()),
+        mock.patch.multiple(backward, **chip, plans=Plans(), delta_launches=Plans()),
+    ):
+        yield found

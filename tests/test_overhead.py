@@ -1,0 +1,111 @@
+"""What a repeated call must not do again, counted rather than timed."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import pytest
+import torch
+import triton
+from stand_in import stand_in
+from torch import Tensor
+
+import ringflash
+from ringflash import DistributedFlashAttention, Mask, flash_attn_func
+from ringflash.functional import attention
+from ringflash.parallel.mesh import ONE_DEVICE
+
+if triton.knobs.runtime.interpret:
+    pytest.skip("the interpreter launches nothing", allow_module_level=True)
+
+ONCE = {
+    # checks
+    "check_tensors", "_check_numbers", "check_name", "check_operands", "check_modifiers", "_checked_boundaries",
+    # masks, plans, programs
+    "spec", "from_spec", "__and__", "key_intervals", "position_bounds", "local_program", "rank_program", "_separated",
+    # launches: tiles, the constructors of plans, Triton's search for the program, checks of descriptors
+    "forward_tiles", "key_gradient_tiles", "query_gradient_tiles", "__init__:ForwardPlan", "_shared", "described",
+    "run:JITFunction", "__post_init__:TensorDescriptor", "_longest_first", "_key_tile_rows",
+}  # fmt: skip
+"""Functions that a call of a form seen before does not come to."""
+
+
+@contextmanager
+def calls_counted():
+    """Names of the Python functions that are called, methods also as "name:Class"."""
+    found = Counter()
+
+    def note(frame, event: str, _: object) -> None:
+        if event == "call":
+            name = frame.f_code.co_name
+            own = frame.f_locals.get("self")
+            found.update([name, f"{name}:{type(own).__name__}"])
+            found["ringflash"] += "ringflash" in frame.f_globals.get("__name__", "")
+
+    sys.setprofile(note)
+    try:
+        yield found
+    finally:
+        sys.setprofile(None)
+
+
+def tensors(tokens: int = 128) -> list[Tensor]:
+    return [torch.empty(1, tokens, 2, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+
+
+CALLS: dict[str, Callable[..., Tensor]] = {
+    "attention": lambda q, k, v: attention(q, k, v, group=ONE_DEVICE)[0],
+    "a new mask": lambda q, k, v: attention(q, k, v, mask=Mask.sliding_window(9, 0, 2), group=ONE_DEVICE)[0],
+    "softcap": lambda q, k, v: attention(q, k, v, softcap=20.0, group=ONE_DEVICE)[0],
+    "flash_attn": lambda q, k, v: flash_attn_func(q, k, v, causal=True, window_size=(9, 0)),
+    "module": DistributedFlashAttention(Mask.causal() & Mask.documents([0, 50, 128]), group=ONE_DEVICE),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_of_a_known_form_works_nothing_out_again(name: str) -> None:
+    def both_ways() -> None:
+        out = CALLS[name](*tensors())
+        out.backward(torch.empty_like(out))
+
+    with stand_in() as driver:
+        with calls_counted() as first:
+            both_ways()
+        launches, driver.launches = len(driver.launches), []
+        with calls_counted() as second:
+            both_ways()
+    assert first.keys() >= {"check_operands", "forward_tiles", "run:JITFunction"}  # or ONCE names what is no more
+    assert not ONCE & second.keys()
+    assert launches == len(driver.launches) == 4
+    assert second["ringflash"] < 160
+
+
+def test_functions_that_are_watched_exist() -> None:
+    names = {name.split(":")[0] for name in ONCE}
+    defined = {
+        name
+        for module in list(sys.modules.values())
+        if module.__name__.startswith(("ringflash", "triton"))
+        for x in vars(module).values()
+        for name in (getattr(x, "__name__", ""), *(vars(x) if isinstance(x, type) else ()))
+    }
+    assert names <= defined
+
+
+def test_another_form_is_checked_again() -> None:
+    with stand_in():
+        for shape in ((1, 16, 2, 64), (1, 16, 2, 64), (1, 32, 2, 64)):
+            query = torch.empty(shape, dtype=torch.bfloat16)
+            attention(query, query, query, group=ONE_DEVICE)
+        with pytest.raises(ringflash.ArgumentError, match=r"key is torch\.float16"):
+            attention(query, query.half(), query, group=ONE_DEVICE)
+        with pytest.raises(ringflash.ArgumentError, match="its last dimension must be contiguous"):
+            attention(query, query.transpose(2, 3).contiguous().transpose(2, 3), query, group=ONE_DEVICE)
+        for _ in range(2):
+            with pytest.raises(ringflash.ArgumentError, match=r"softcap=-1"):
+                attention(query, query, query, softcap=-1.0, group=ONE_DEVICE)
+            with pytest.raises(ringflash.ArgumentError, match=r"partition=\[\]"):
+                attention(query, query, query, partition=[], group=ONE_DEVICE)
