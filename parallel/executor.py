@@ -15,6 +15,7 @@ from ringflash.kernels.modifiers import Modifiers
 from ringflash.kernels.select import select
 from ringflash.parallel.call import Call, Inputs, prepare, table_of
 from ringflash.parallel.gradients import KeyGradients
+from ringflash.parallel.launches import attend, attend_backward
 from ringflash.parallel.program import Program, StageProgram
 from ringflash.parallel.transport import Pending, PointToPoint
 
@@ -34,16 +35,17 @@ def forward(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     held = local = inputs.keys()
     for stage in program.stages:
         coming = _post_keys(transport, stage, local, held)
-        at_hand = _rows(stage, held) if stage.intervals else ()
-        for intervals in stage.intervals:
-            carry = kernels.attend(
+        at_hand = _rows(stage, held) if stage.launches else ()
+        for launch in stage.launches:
+            carry = attend(
+                kernels,
+                launch,
                 query,
                 *at_hand[:2],
-                intervals,
                 scale=call.scale,
                 modifiers=_modifiers(inputs, call, program, stage, at_hand),
                 carry=carry,
-                out_dtype=query.dtype if stage.is_last and intervals is stage.intervals[-1] else accumulator,
+                out_dtype=query.dtype if stage.is_last and launch is stage.launches[-1] else accumulator,
             )
         held = _receive_keys(coming, stage, held)
     if carry is None:
@@ -72,26 +74,27 @@ def backward(
     accumulator = torch.promote_types(query.dtype, torch.float32)
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     delta = kernels.row_delta(dout, out, dlse)
-    several = any(stage.contributions or len(stage.intervals) > 1 for stage in program.stages)
+    several = any(stage.contributions or len(stage.launches) > 1 for stage in program.stages)
     gradients = KeyGradients(key, value, keep_fp32=several)
     dquery = None
     held = local = inputs.keys()
     for stage in program.stages:
         coming = _post_keys(transport, stage, local, held)
         partial = None
-        at_hand = _rows(stage, held) if stage.intervals else ()
-        for intervals in stage.intervals:
-            dquery, *of_keys = kernels.attend_backward(
+        at_hand = _rows(stage, held) if stage.launches else ()
+        for launch in stage.launches:
+            dquery, *of_keys = attend_backward(
+                kernels,
+                launch,
                 dout,
                 query,
                 *at_hand[:2],
                 lse,
                 delta,
-                intervals,
                 scale=call.scale,
                 modifiers=_modifiers(inputs, call, program, stage, at_hand),
                 carry=dquery,
-                dquery_dtype=query.dtype if stage.is_last and intervals is stage.intervals[-1] else accumulator,
+                dquery_dtype=query.dtype if stage.is_last and launch is stage.launches[-1] else accumulator,
                 dkey_dtype=accumulator if stage.returns else gradients.dtype,
                 deterministic=call.deterministic,
             )

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.mask import Mask
+from ringflash.parallel.launches import Launch, launches
 from ringflash.parallel.partition import Partition
 from ringflash.parallel.plan import Plan, Transfer
 from ringflash.parallel.segments import Segments, contains, count
-from ringflash.parallel.visibility import key_intervals, places, position_bounds
+from ringflash.parallel.visibility import places, position_bounds
 
 Rows = slice | Tensor
 """Rows of a tensor: a slice where they lie together (no copy), otherwise their indices."""
@@ -43,8 +44,7 @@ class StageProgram:
     """What this rank does in one stage.
 
     Attributes:
-        intervals: visible keys among the rows attended, for each launch of the kernels: one for each layer of the mask,
-            none if the stage has no work here.
+        launches: calls of the kernels over the rows attended; none if the stage has no work here.
         work: rows attended, of the keys at hand.
         key_positions: (S,) int32 global positions of the rows attended; None where no modifier asks for them.
         is_last: no later stage has work here, so the result may leave in the model's dtype.
@@ -55,7 +55,7 @@ class StageProgram:
         contributions: key gradients that come from others; rows of this rank's own keys.
     """
 
-    intervals: tuple[KeyIntervals, ...]
+    launches: tuple[Launch, ...]
     work: Rows
     key_positions: Tensor | None
     is_last: bool
@@ -93,10 +93,9 @@ def local_program(
 ) -> Program:
     """One rank that holds all queries and keys."""
     query, key = torch.arange(queries, device=device), torch.arange(keys, device=device)
-    layers = mask.layers if queries and keys else ()
-    intervals = tuple(key_intervals(layer, boundaries, query, key, query_boundaries) for layer in layers)
+    work = launches(mask, boundaries, query, key, query_boundaries) if queries and keys else ()
     rows = slice(0, keys)
-    stage = StageProgram(intervals, rows, key.int(), True, (), (), rows, (), ())
+    stage = StageProgram(work, rows, key.int(), True, (), (), rows, (), ())
     return Program(queries, keys, places(boundaries, query, query_boundaries).int(), (stage,))
 
 
@@ -127,15 +126,16 @@ def table_shape(mask: Mask, queries: int, positioned: bool) -> tuple[int, int]:
 def table_program(mask: Mask, table: Tensor, queries: int, keys: int, positioned: bool) -> Program:
     """The program of a `document_table`; without positions if it has none."""
     rows = iter(table[:, :queries].unbind())
-    intervals = []
+    work = []
     if queries and keys:
         for _ in mask.layers:
             start, stop = next(rows), next(rows)
-            intervals.append(KeyIntervals(start, stop, keys, *((next(rows), next(rows)) if mask.sink else ())))
+            sinks = (next(rows), next(rows)) if mask.sink else ()
+            work.append(Launch(KeyIntervals(start, stop, keys, *sinks)))
     query_positions = table[-1, :queries] if positioned else None
     key_positions = torch.arange(keys, dtype=torch.int32, device=table.device) if positioned else None
     everything = slice(0, keys)
-    stage = StageProgram(tuple(intervals), everything, key_positions, True, (), (), everything, (), ())
+    stage = StageProgram(tuple(work), everything, key_positions, True, (), (), everything, (), ())
     return Program(queries, keys, query_positions, (stage,))
 
 
@@ -151,13 +151,13 @@ def rank_program(plan: Plan, mask: Mask, rank: int, device: torch.device) -> Pro
     for index, stage in enumerate(plan.stages):
         arrivals = plan.arrivals(index + 1, rank) if index + 1 < len(plan.stages) else ()
         work = stage.work[rank]
-        intervals = ()
+        here = ()
         if work and len(queries):
-            intervals = _launches(mask, boundaries, queries, _positions(work), query_boundaries, device)
+            here = launches(mask, boundaries, queries, _positions(work), query_boundaries)
         coming = [segment for transfer in arrivals for segment in transfer.segments]
         stages.append(
             StageProgram(
-                intervals=intervals,
+                launches=tuple(launch.to(device) for launch in here),
                 work=_rows(held, work, device),
                 key_positions=_positions(work).int().to(device),
                 is_last=index == last,
@@ -179,21 +179,6 @@ def rank_program(plan: Plan, mask: Mask, rank: int, device: torch.device) -> Pro
         held = tuple(sorted(coming))
     among_keys = places(boundaries, queries, query_boundaries).int().to(device)
     return Program(len(queries), plan.keys.counts()[rank], among_keys, tuple(stages))
-
-
-def _launches(
-    mask: Mask,
-    boundaries: Tensor | None,
-    queries: Tensor,
-    keys: Tensor,
-    query_boundaries: Tensor | None,
-    device: torch.device,
-) -> tuple[KeyIntervals, ...]:
-    """One for each layer that shows any of these keys, and at least one."""
-    layers = [key_intervals(layer, boundaries, queries, keys, query_boundaries) for layer in mask.layers]
-    if len(layers) > 1:
-        layers = [x for x in layers if any((start < stop).any() for start, stop in x.ranges())] or layers[:1]
-    return tuple(_to(x, device) for x in layers)
 
 
 def _outgoing(transfer: Transfer, held: Segments, keys: Partition, device: torch.device) -> Shipment:
@@ -224,9 +209,3 @@ def _compact(rows: Tensor, device: torch.device) -> Rows:
     if last - first + 1 == len(rows) and bool((rows.diff() == 1).all()):
         return slice(first, last + 1)
     return rows.to(device)
-
-
-def _to(intervals: KeyIntervals, device: torch.device) -> KeyIntervals:
-    bounds = (intervals.start, intervals.stop, intervals.sink_start, intervals.sink_stop)
-    start, stop, sink_start, sink_stop = (None if x is None else x.to(device) for x in bounds)
-    return KeyIntervals(start, stop, intervals.key_count, sink_start, sink_stop)

@@ -94,6 +94,15 @@ def test_all_features_at_once(dense: bool, dtype: torch.dtype) -> None:
     check(Case(lengths, Rules(left=30, right=4, sink=2, chunk=48), dtype=dtype, **EVERY_FEATURE), dense)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=named)
+@pytest.mark.parametrize("right", [None, 0])
+def test_small_random_blocks_with_all_features_at_once(right: int | None, dtype: torch.dtype) -> None:
+    """So many layers that their rows are picked for few launches."""
+    shown = torch.rand(24, 24, generator=torch.Generator().manual_seed(0)) < 0.15
+    rules = Rules(right=right, layout=tuple(map(tuple, shown.tolist())), blocks=(3, 3))
+    check(Case(((70, 70), (0, 3), (50, 70), (70, 1)), rules, dtype=dtype, **EVERY_FEATURE), dense=False)
+
+
 @pytest.mark.parametrize("kernel", ["blockwise", "reference"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=named)
 @settings(max_examples=20)
@@ -107,12 +116,12 @@ def test_any_layout_of_blocks_is_as_exact_as_torch(dtype: torch.dtype, kernel: s
 def test_the_blocks_of_a_document_whose_length_the_host_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is made of cu_seqlens on a GPU must be the rows of the way over the host."""
     monkeypatch.setattr(Inputs, "on_device", lambda inputs, call: True)
-    mask = Mask.causal() & Mask.blocks(torch.rand(5, 5) < 0.5, 8)
+    mask = Mask.causal() & Mask.blocks(torch.rand(5, 5, generator=torch.Generator().manual_seed(0)) < 0.5, 8)
     call = Call(mask.spec(), "zigzag", "", 1, 40, 40, 1.0, 0.0, 0.0, "auto", False)
     edges = torch.tensor([0, 13, 13, 37, 40])
     inputs = Inputs(*[torch.empty(40, 1, 8)] * 3, edges, None, None, None, None)
     (stage,) = prepare(call, inputs, table_of(call, inputs))[0].stages
-    pairs = sum(x.visible().int() for x in stage.intervals)
+    pairs = sum(launch.intervals.visible().int() for launch in stage.launches)
     assert pairs.tolist() == [[(mask & Mask.documents(edges)).sees(q, k) for k in range(40)] for q in range(40)]
     for tokens in ("seqlen", "key_seqlen"):
         with pytest.raises(ArgumentError, match=r"layout reaches over 40 .* has 41"):

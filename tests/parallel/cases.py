@@ -38,6 +38,7 @@ def masks(length: int) -> dict[str, Mask]:
         "prefix-each-document": Mask.prefix_lm([3, 0, 2, 1, 7, 1]) & documents,
         "prefix-window": Mask.prefix_lm(third) & Mask.sliding_window(length // 2, None),
         "blocks": blocks(length, length, 7, seed=1),
+        "blocks-small": blocks(length, length, 2, seed=4, share=0.12),
         "blocks-causal-documents": blocks(length, length, (3, 8), seed=2) & Mask.causal() & documents,
         "blocks-window-sink": blocks(length, length, 5, seed=3) & Mask.sliding_window(max(1, length // 3), 2, sink=4),
     }

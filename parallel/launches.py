@@ -1,0 +1,198 @@
+"""How a mask's layers become launches of the kernels, for the rows of queries and keys at hand.
+
+A launch takes rows whose visible ranges never step back (ringflash/kernels/intervals.py), but nothing says that they be
+all rows, or in the order of the tensor. So where a mask has many layers, their stretches of rows are packed anew: into
+launches of rows that are picked from the tensor in the order of the keys that they see. For random blocks that needs
+hardly more launches than a row has runs of blocks, where layers in the order of rows are many times as many.
+
+Legend: T query rows of this rank, S key rows at hand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from types import ModuleType
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ringflash.kernels.intervals import KeyIntervals
+from ringflash.kernels.modifiers import Modifiers
+from ringflash.kernels.reference import Carry
+from ringflash.mask import Mask
+from ringflash.parallel.visibility import key_intervals
+
+PACKING_GAIN = 2
+"""How many launches over all rows one over picked rows must save: picking and putting back is work, too."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One call of the kernels.
+
+    Attributes:
+        intervals: visible key rows of each row of the launch.
+        rows: (rows of the launch,) int64, which of the T query rows they are; None for all of them as they lie.
+    """
+
+    intervals: KeyIntervals
+    rows: Tensor | None = None
+
+    def to(self, device: torch.device) -> Launch:
+        """The same on another device."""
+        bounds = [None if x is None else x.to(device) for pair in self.intervals.ranges() for x in pair]
+        rows = None if self.rows is None else self.rows.to(device)
+        return Launch(KeyIntervals(*bounds[:2], self.intervals.key_count, *bounds[2:]), rows)
+
+
+def launches(
+    mask: Mask,
+    boundaries: Tensor | None,
+    queries: Tensor,
+    keys: Tensor,
+    query_boundaries: Tensor | None = None,
+) -> tuple[Launch, ...]:
+    """Launches that show each visible pair once; at least one. The host reads what masks of several layers show.
+
+    Args:
+        mask: rules; its own document boundaries are not read.
+        boundaries: as in `visibility.position_bounds`.
+        queries: (T,) int64, ascending global positions of the query rows.
+        keys: (S,) int64, ascending global positions of the key rows.
+        query_boundaries: as in `visibility.position_bounds`.
+    """
+    layers = [key_intervals(layer, boundaries, queries, keys, query_boundaries) for layer in mask.layers]
+    if len(layers) == 1:
+        return tuple(map(Launch, layers))
+    layers = [x for x in layers if any((start < stop).any() for start, stop in x.ranges())] or layers[:1]
+    packed = [] if len(layers) == 1 or layers[0].has_sink else _packed(layers)
+    return tuple(packed if packed and len(packed) * PACKING_GAIN <= len(layers) else map(Launch, layers))
+
+
+def attend(
+    kernels: ModuleType,
+    launch: Launch,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    modifiers: Modifiers | None,
+    carry: Carry | None,
+    out_dtype: torch.dtype,
+) -> Carry:
+    """`kernels.attend` over the rows of a launch; the others keep their carry, or start one. May overwrite the carry.
+
+    Args:
+        kernels: from `ringflash.kernels.select`.
+        launch: which rows, and what they see.
+        query: (T, H, D); so have modifiers and carry T rows. The rest is as in `kernels.reference.attend`.
+        key: see there.
+        value: see there.
+        scale: see there.
+        modifiers: see there.
+        carry: see there.
+        out_dtype: see there.
+    """
+    rows, settings = launch.rows, {"scale": scale, "modifiers": modifiers, "carry": carry, "out_dtype": out_dtype}
+    if rows is None:
+        return kernels.attend(query, key, value, launch.intervals, **settings)
+    accumulator = torch.promote_types(query.dtype, torch.float32)
+    if carry is None:
+        out = query.new_zeros(*query.shape[:2], value.shape[2], dtype=accumulator)
+        carry = out, query.new_full(query.shape[1::-1], -torch.inf, dtype=torch.float32)
+    out, lse = carry
+    settings |= {"modifiers": _of_rows(modifiers, rows), "carry": (out[rows], lse.index_select(1, rows))}
+    of_rows = kernels.attend(query[rows], key, value, launch.intervals, **{**settings, "out_dtype": accumulator})
+    return out.index_copy_(0, rows, of_rows[0]).to(out_dtype), lse.index_copy_(1, rows, of_rows[1])
+
+
+def attend_backward(
+    kernels: ModuleType,
+    launch: Launch,
+    dout: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    *,
+    modifiers: Modifiers | None,
+    carry: Tensor | None,
+    dquery_dtype: torch.dtype,
+    **settings: object,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`kernels.attend_backward` over the rows of a launch, as `attend` is `kernels.attend`."""
+    rows = launch.rows
+    if rows is None:
+        settings |= {"modifiers": modifiers, "carry": carry, "dquery_dtype": dquery_dtype}
+        return kernels.attend_backward(dout, query, key, value, lse, delta, launch.intervals, **settings)
+    accumulator = torch.promote_types(query.dtype, torch.float32)
+    dquery = torch.zeros_like(query, dtype=accumulator) if carry is None else carry
+    settings |= {"modifiers": _of_rows(modifiers, rows), "carry": dquery[rows], "dquery_dtype": accumulator}
+    of_heads = (lse.index_select(1, rows), delta.index_select(1, rows))
+    of_rows, dkey, dvalue = kernels.attend_backward(
+        dout[rows], query[rows], key, value, *of_heads, launch.intervals, **settings
+    )
+    return dquery.index_copy_(0, rows, of_rows).to(dquery_dtype), dkey, dvalue
+
+
+def _of_rows(modifiers: Modifiers | None, rows: Tensor) -> Modifiers | None:
+    if modifiers is None:
+        return None
+    of_queries = {name: getattr(modifiers, name) for name in ("slopes", "query_positions")}
+    return replace(modifiers, **{name: x if x is None else x[rows] for name, x in of_queries.items()})
+
+
+class _Stretch(NamedTuple):
+    """Rows [begin, end) of a layer and their first and last bounds, which do not step back between."""
+
+    first_start: int
+    first_stop: int
+    last_start: int
+    last_stop: int
+    layer: int
+    begin: int
+    end: int
+
+
+def _packed(layers: list[KeyIntervals]) -> list[Launch]:
+    """Each stretch in the first launch that ends before it and has none of its rows."""
+    bounds = [(x.start.cpu().numpy(), x.stop.cpu().numpy()) for x in layers]
+    packs: list[list[_Stretch]] = []
+    taken: list[np.ndarray] = []
+    for stretch in sorted(x for layer, pair in enumerate(bounds) for x in _stretches(layer, *pair)):
+        rows = slice(stretch.begin, stretch.end)
+        for pack, busy in zip(packs, taken, strict=True):
+            last = pack[-1]
+            if last.last_start <= stretch.first_start and last.last_stop <= stretch.first_stop and not busy[rows].any():
+                break
+        else:
+            pack, busy = [], np.zeros(layers[0].query_count, dtype=bool)
+            packs.append(pack)
+            taken.append(busy)
+        pack.append(stretch)
+        busy[rows] = True
+    return [_picked(pack, bounds, layers[0]) for pack in packs]
+
+
+def _stretches(layer: int, start: np.ndarray, stop: np.ndarray) -> list[_Stretch]:
+    """The rows of a layer that see a key, cut where their bounds leap."""
+    seeing = start < stop
+    leaps = (np.diff(start) > 1) | (np.diff(stop) > 1) | (seeing[1:] != seeing[:-1])
+    edges = [0, *(np.flatnonzero(leaps) + 1).tolist(), len(start)]
+    return [
+        _Stretch(*(int(x[row]) for row in (begin, end - 1) for x in (start, stop)), layer, begin, end)
+        for begin, end in pairwise(edges)
+        if seeing[begin]
+    ]
+
+
+def _picked(pack: list[_Stretch], bounds: list[tuple[np.ndarray, np.ndarray]], like: KeyIntervals) -> Launch:
+    rows = np.concatenate([np.arange(x.begin, x.end) for x in pack])
+    start, stop = (np.concatenate([bounds[x.layer][i][x.begin : x.end] for x in pack]) for i in (0, 1))
+    rows, start, stop = (torch.from_numpy(x).to(like.start.device) for x in (rows, start, stop))
+    return Launch(KeyIntervals(start, stop, like.key_count), rows)
