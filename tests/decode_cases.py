@@ -202,16 +202,16 @@ def by_definition(case: CacheCase, given: CacheTensors, wide: torch.dtype) -> An
 
 
 def turned(case: CacheCase, given: CacheTensors, x: Tensor, rows: range | list[int], wide: torch.dtype) -> Tensor:
-    """Each token (heads, D) of x turned at its row, pair of dimensions by pair."""
+    """Each token (heads, D) of x turned at its row: dimensions 2j and 2j + 1, or j and j + R / 2, are a pair."""
+    half = case.rotary // 2
+    first, second = (
+        (range(0, 2 * half, 2), range(1, 2 * half, 2)) if case.interleaved else (range(half), range(half, 2 * half))
+    )
+    cos, sin = (table[list(rows)].to(wide)[:, None] for table in (given.cos, given.sin))
+    low, high = (x[..., list(pair)].to(wide) for pair in (first, second))
     result = x.clone()
-    for token, row in enumerate(rows):
-        for j in range(case.rotary // 2):
-            a, b = (2 * j, 2 * j + 1) if case.interleaved else (j, j + case.rotary // 2)
-            cos, sin, low, high = (
-                y.to(wide) for y in (given.cos[row, j], given.sin[row, j], x[token, :, a], x[token, :, b])
-            )
-            result[token, :, a] = (low * cos - high * sin).to(x.dtype)
-            result[token, :, b] = (low * sin + high * cos).to(x.dtype)
+    result[..., list(first)] = (low * cos - high * sin).to(x.dtype)
+    result[..., list(second)] = (low * sin + high * cos).to(x.dtype)
     return result
 
 

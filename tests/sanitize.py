@@ -3,8 +3,8 @@
     compute-sanitizer --tool memcheck --error-exitcode 1 python tests/sanitize.py triton
     compute-sanitizer --tool racecheck --error-exitcode 1 python tests/sanitize.py hopper
 
-Lengths end within tiles, and every tensor is an allocation of its own, so that a read behind its end is seen. Results
-are held against float64 as in the tests.
+Lengths end within tiles, and every tensor is an allocation of its own, so that a read behind its end is seen. The tests
+hold results against float64; here they are looked at only for what is no number.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from oracle import Problem, assert_accurate, draw_modifiers, draw_problem, monotone_intervals, run, to_device
+from oracle import Problem, draw_modifiers, draw_problem, monotone_intervals, run, to_device
 
 from ringflash import flash_attn_with_kvcache
 from ringflash.kernels.intervals import KeyIntervals, causal_intervals, dense_intervals
@@ -38,11 +38,12 @@ def intervals() -> dict[str, KeyIntervals]:
 
 
 def check(name: str, problem: Problem, cuts: tuple[int, ...] = (), deterministic: bool = False) -> None:
-    """Forward and backward, held against float64."""
+    """Forward and backward."""
     dims = problem.query.shape[2], problem.value.shape[2]
     kernels = select("cuda", problem.query.dtype, *dims, name, problem.modifiers is not None)
-    assert_accurate(run(kernels, problem, cuts, deterministic=deterministic), problem)
-    torch.cuda.synchronize()
+    results = run(kernels, problem, cuts, deterministic=deterministic)
+    for result, x in vars(results).items():
+        assert not x.isnan().any(), result
 
 
 def check_kernels(name: str, dims: tuple[int, ...]) -> None:

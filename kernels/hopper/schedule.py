@@ -113,7 +113,7 @@ def block_count(span, N: gl.constexpr):
 
 @gluon.jit
 def own_blocks(span, own, blocks, N: gl.constexpr):
-    """First and last (exclusive) of a tile's blocks that a part of its rows, with the span `own`, sees; at least one."""
+    """First and last (exclusive) of the blocks of a tile that the rows with the span `own` see; at least one."""
     first = gl.minimum((own.begin - span.begin) // N, blocks - 1)
     last = gl.minimum((own.end - span.begin + N - 1) // N, blocks)
     return first, gl.maximum(last, first + 1)

@@ -41,13 +41,13 @@ __all__ = ["append", "attend", "supports"]
 
 
 @triton.jit
-def load_rows(first_N, inside_N, DIM: tl.constexpr, PADDED_DIM: tl.constexpr):
+def load_rows(first_N, inside_N, DIM: tl.constexpr, PADDED_DIM: tl.constexpr, EVICT: tl.constexpr):
     """Rows (N, PADDED_DIM) from pointers to their beginnings; zeros for rows that are not inside."""
     column_D = tl.arange(0, PADDED_DIM)
     inside_ND = inside_N[:, None]
     if DIM != PADDED_DIM:
         inside_ND = inside_ND & (column_D < DIM)[None, :]
-    return tl.load(first_N[:, None] + column_D[None, :], mask=inside_ND, other=0.0)
+    return tl.load(first_N[:, None] + column_D[None, :], mask=inside_ND, other=0.0, eviction_policy=EVICT)
 
 
 @triton.jit
@@ -74,12 +74,15 @@ def attend_cache_kernel(
     GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr, PAGE: tl.constexpr, TURNED: tl.constexpr,
     INTERLEAVED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, CAPPED: tl.constexpr,
+    EVICT: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """Program = (sequence, part of its keys, key head, tile of query rows), the last fastest.
 
     So programs that run at one time read the same pages of memory, in which the heads of a token lie side by side.
     Results of part p lie p * split_size queries behind those of part 0 (out), and as many rows (lse).
     """
+    if OVERLAPPED:  # the merge may take its place on the chip now, and waits there for this kernel's end
+        tl.extra.cuda.gdc_launch_dependents()
     tile = tl.program_id(0) % tiles
     key_head = tl.program_id(0) // tiles % key_heads
     part = tl.program_id(0) // (tiles * key_heads) % splits
@@ -152,7 +155,8 @@ def attend_cache_kernel(
             row_N = (column_N % PAGE).to(tl.int64)
             k_first_N = k_base + page_N * k_batch + row_N * k_row
             v_first_N = v_base + page_N * v_batch + row_N * v_row
-        k_ND = load_rows(k_first_N, inside_N, DIM, PADDED_DIM)
+        k_ND = load_rows(k_first_N, inside_N, DIM, PADDED_DIM, EVICT)
+        v_NV = load_rows(v_first_N, inside_N, VALUE_DIM, PADDED_VALUE_DIM, EVICT)
         scores_MN = tl.dot(q_MD, k_ND.T, input_precision="ieee")
         distance_MN = place_M[:, None] - column_N[None, :]
         scores_MN = modified(scores_MN, distance_MN, slope_M, scale, softcap, CAPPED, slopes is not None)
@@ -164,7 +168,6 @@ def attend_cache_kernel(
         weights_MN = tl.exp2(scores_MN - offset_M[:, None])
         decay_M = tl.exp2(maximum_M - offset_M)
         sum_M = sum_M * decay_M + tl.sum(weights_MN, 1)
-        v_NV = load_rows(v_first_N, inside_N, VALUE_DIM, PADDED_VALUE_DIM)
         acc_MV = tl.dot(weights_MN.to(v_NV.dtype), v_NV, acc_MV * decay_M[:, None], input_precision="ieee")
         maximum_M = new_maximum_M
 
@@ -184,6 +187,7 @@ def attend_cache_kernel(
 def merge_kernel(
     parts, parts_lse, out, lse, query_count, heads, splits, split_size,
     VALUE_DIM: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr, P: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """Program = (query row of one head, chunk of its columns): all P parts at once, in one trip to memory.
 
@@ -193,6 +197,8 @@ def merge_kernel(
     column_V = tl.program_id(0) % CHUNKS * COLUMNS + tl.arange(0, COLUMNS)
     part_P = tl.cast(tl.arange(0, P), tl.int64)
     exists_P = part_P < splits
+    if OVERLAPPED:
+        tl.extra.cuda.gdc_wait()
     part_out_P = parts + (part_P * (split_size * heads) + row) * VALUE_DIM
     inside_PV = exists_P[:, None] & (column_V < VALUE_DIM)[None, :]
     out_PV = tl.load(part_out_P[:, None] + column_V[None, :], mask=inside_PV, other=0.0)
@@ -263,6 +269,9 @@ def launch(
     # Any bound as large as this is none; larger numbers would overflow in the kernel.
     widest = cache.capacity + appended + count
     slopes, capped = rules.slopes, rules.softcap > 0
+    # The merge's launch costs as much as it does: on Hopper it is prepared under the first kernel (programmatic
+    # dependent launch).
+    overlapped = splits > 1 and chip_of(query.device) in ("hopper", "blackwell")
     attend_cache_kernel[(batch * splits * key_heads * tile_count,)](
         query, cache.key, cache.value, parts, parts_lse, *index_operands(cache), *rotary_operands(rotary),
         None if cache.leftpad is None else cache.leftpad.contiguous(),
@@ -275,6 +284,8 @@ def launch(
         *query.stride()[:3], *cache.key.stride()[:3], *cache.value.stride()[:3],
         GROUP=group, M=tile_rows, N=tiles.keys, DIM=dim, PADDED_DIM=padded(dim),
         VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded(value_dim),
+        # Keys that are read once must not drive from the second-level cache what others will read.
+        EVICT="evict_first" if tile_count == 1 else "", OVERLAPPED=overlapped,
         # One query stands at the last key: nothing is to its right.
         HAS_LEFT=rules.left is not None, HAS_RIGHT=rules.right is not None and count > 1, CAPPED=capped,
         # Pages are looked up as far ahead of their rows' loads as these are of their use.
@@ -286,6 +297,7 @@ def launch(
         chunks = -(-value_dim // columns)
         merge_kernel[(batch * count * heads * chunks,)](
             parts, parts_lse, out, lse, count, heads, splits, batch * count,
-            VALUE_DIM=value_dim, COLUMNS=columns, CHUNKS=chunks, P=1 << (splits - 1).bit_length(), num_warps=4,
+            VALUE_DIM=value_dim, COLUMNS=columns, CHUNKS=chunks, P=1 << (splits - 1).bit_length(),
+            OVERLAPPED=overlapped, num_warps=4, **({"launch_pdl": True} if overlapped else {}),
         )  # fmt: skip
     return out, lse

@@ -74,6 +74,7 @@ _TILES = {
     },
     "interpreter": dict.fromkeys((64, 128, 256, 512, "fp32", "fp32 wide"), DecodeTiles(16, 4, 1, 2, queries=32)),
 }
+_TILES["blackwell"] = _TILES["hopper"]
 MOST_SPLITS = 128
 """Parts that are worth merging."""
 

@@ -15,7 +15,7 @@ from ringflash.kernels.decode import Cache, Rotary, Rules
 from ringflash.kernels.triton import append as append_module
 from ringflash.kernels.triton import decode, decode_tiles
 
-CHIPS = {"sm_80": "ampere", "sm_89": "consumer", "sm_90": "hopper", "sm_100": "hopper", "gfx942": "cdna"}
+CHIPS = {"sm_80": "ampere", "sm_89": "consumer", "sm_90": "hopper", "sm_100": "blackwell", "gfx942": "cdna"}
 PLAIN = Rules(scale=0.1)
 FULL = Rules(0.1, left=100, right=0, softcap=5.0, slopes=torch.empty(2, 32, device="meta"))
 
@@ -97,7 +97,10 @@ def test_appending_and_merging_compile(target: str) -> None:
 
     tiles = decode_tiles.DecodeTiles(64, 4, 2, 2)
     query = meta(2, 1, 32, 128, dtype=torch.bfloat16)
-    with mock.patch.object(decode, "attend_cache_kernel"):
+    with (
+        mock.patch.object(decode, "attend_cache_kernel"),
+        mock.patch.object(decode, "chip_of", return_value=CHIPS[target]),
+    ):
         merging = catch(decode, "merge_kernel", lambda: decode.launch(query, cache, PLAIN, None, 0, 128, tiles, 16))
     assert compile_for(target, merging).spilled == 0
 
