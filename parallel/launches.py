@@ -97,16 +97,26 @@ def attend(
         carry: see there.
         out_dtype: see there.
     """
-    rows, settings = launch.rows, {"scale": scale, "modifiers": modifiers, "carry": carry, "out_dtype": out_dtype}
+    rows, intervals = launch.rows, launch.intervals
     if rows is None:
-        return kernels.attend(query, key, value, launch.intervals, **settings)
+        return kernels.attend(
+            query, key, value, intervals, scale=scale, modifiers=modifiers, carry=carry, out_dtype=out_dtype
+        )
     accumulator = torch.promote_types(query.dtype, torch.float32)
     if carry is None:
         out = query.new_zeros(*query.shape[:2], value.shape[2], dtype=accumulator)
         carry = out, query.new_full(query.shape[1::-1], -torch.inf, dtype=torch.float32)
     out, lse = carry
-    settings |= {"modifiers": _of_rows(modifiers, rows), "carry": (out[rows], lse.index_select(1, rows))}
-    of_rows = kernels.attend(query[rows], key, value, launch.intervals, **{**settings, "out_dtype": accumulator})
+    of_rows = kernels.attend(
+        query[rows],
+        key,
+        value,
+        intervals,
+        scale=scale,
+        modifiers=_of_rows(modifiers, rows),
+        carry=(out[rows], lse.index_select(1, rows)),
+        out_dtype=accumulator,
+    )
     return out.index_copy_(0, rows, of_rows[0]).to(out_dtype), lse.index_copy_(1, rows, of_rows[1])
 
 
@@ -126,16 +136,16 @@ def attend_backward(
     **settings: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`kernels.attend_backward` over the rows of a launch, as `attend` is `kernels.attend`."""
-    rows = launch.rows
+    rows, intervals = launch.rows, launch.intervals
     if rows is None:
         settings |= {"modifiers": modifiers, "carry": carry, "dquery_dtype": dquery_dtype}
-        return kernels.attend_backward(dout, query, key, value, lse, delta, launch.intervals, **settings)
+        return kernels.attend_backward(dout, query, key, value, lse, delta, intervals, **settings)
     accumulator = torch.promote_types(query.dtype, torch.float32)
-    dquery = torch.zeros_like(query, dtype=accumulator) if carry is None else carry
+    dquery = query.new_zeros(query.shape, dtype=accumulator) if carry is None else carry
     settings |= {"modifiers": _of_rows(modifiers, rows), "carry": dquery[rows], "dquery_dtype": accumulator}
     of_heads = (lse.index_select(1, rows), delta.index_select(1, rows))
     of_rows, dkey, dvalue = kernels.attend_backward(
-        dout[rows], query[rows], key, value, *of_heads, launch.intervals, **settings
+        dout[rows], query[rows], key, value, *of_heads, intervals, **settings
     )
     return dquery.index_copy_(0, rows, of_rows).to(dquery_dtype), dkey, dvalue
 

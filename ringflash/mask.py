@@ -145,9 +145,9 @@ class Mask:
 
         The way out for masks that no other constructor describes: selected blocks, strides, global and random blocks.
         It is exact, and works like other masks with every feature, on one device and under every partition. The price:
-        where a query sees several runs of blocks, attention takes one launch of the kernels for each of the mask's
-        `layers`. A window, a stripe down the layout and a diagonal are one layer each; n random blocks in each of m
-        rows are about 2 sqrt(n m). Make the mask once, outside of what torch.compile traces.
+        where a query sees several runs of blocks, attention takes several launches of the kernels. A window, a stripe
+        down the layout and a diagonal are one each; n random blocks in each row are about n, or with cu_seqlens on the
+        device or sinks about 2 sqrt(n times the rows). Make the mask once, outside of what torch.compile traces.
 
         Args:
             layout: (query blocks, key blocks) booleans, as a tensor, an array or lists; for all heads. Rows count the

@@ -113,6 +113,32 @@ def test_any_layout_of_blocks_is_as_exact_as_torch(dtype: torch.dtype, kernel: s
     check(replace(case, rules=replace(case.rules, **data.draw(layouts()))), dense, kernel)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("boundaries", ["cpu", "cuda"])
+@pytest.mark.parametrize("right", [None, 0])
+def test_small_random_blocks_on_a_gpu(right: int | None, boundaries: str) -> None:
+    shown = torch.rand(48, 48, generator=torch.Generator().manual_seed(0)) < 0.1
+    rules = Rules(right=right, layout=tuple(map(tuple, shown.tolist())), blocks=(16, 16))
+    case = Case(((700, 700), (0, 3), (130, 130)), rules, dims=(64, 64), dtype=torch.bfloat16)
+    problem, edges = tensors(case), [torch.tensor(x, device=boundaries) for x in case.edges()]
+
+    def call(*operands: Tensor | None) -> tuple[Tensor, Tensor]:
+        moved = (x[None].cuda() for x in operands[:3])
+        out, lse = attention(
+            *moved,
+            mask=rules.mask(),
+            cu_seqlens=edges[1],
+            query_cu_seqlens=edges[0],
+            seqlen=case.queries,
+            key_seqlen=case.keys,
+            group=ONE_DEVICE,
+            scale=case.scale,
+        )
+        return out[0].cpu(), lse[0].cpu()
+
+    assert_as_exact_as_torch(solve(call, problem), case, problem)
+
+
 def test_the_blocks_of_a_document_whose_length_the_host_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is made of cu_seqlens on a GPU must be the rows of the way over the host."""
     monkeypatch.setattr(Inputs, "on_device", lambda inputs, call: True)

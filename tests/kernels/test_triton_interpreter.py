@@ -23,17 +23,21 @@ from oracle import (
     any_modifiers,
     assert_accurate,
     assert_same,
+    draw_modifiers,
     draw_problem,
     run,
 )
 
 from ringflash.errors import ArgumentError
+from ringflash.kernels import reference
 from ringflash.kernels import triton as kernels
 from ringflash.kernels.intervals import KeyIntervals, causal_intervals, dense_intervals
 from ringflash.kernels.modifiers import Modifiers, kept
 from ringflash.kernels.plans import Plans
 from ringflash.kernels.triton import backward, forward
 from ringflash.kernels.triton.tiles import Tiles
+from ringflash.mask import Mask
+from ringflash.parallel.launches import attend, attend_backward, launches
 
 if not triton.knobs.runtime.interpret:
 
@@ -99,6 +103,36 @@ else:
         results = run(kernels, problem)
         assert_accurate(results, problem)
         assert results.lse.isneginf().all() == (not visible.any())
+
+    @pytest.mark.parametrize("modified", [False, True], ids=["plain", "modified"])
+    def test_launches_over_picked_rows_give_what_the_reference_gives(tiles: Tiles, modified: bool) -> None:
+        """The layers of a mask of random blocks, packed into launches whose rows are picked from the query."""
+        random = torch.Generator().manual_seed(2)
+        mask = Mask.causal() & Mask.blocks(torch.rand(14, 14, generator=random) < 0.3, 5)
+        positions, edges = torch.arange(70), torch.tensor([0, 22, 70])
+        work = launches(mask & Mask.documents([0, 22, 70]), edges, positions, positions)
+        assert len(work) > 1
+        assert all(launch.rows is not None for launch in work)
+        problem = draw_problem(dense_intervals(70, 70), (4, 2), (16, 24), torch.float32)
+        operands = (problem.query, problem.key, problem.value)
+        drawn = draw_modifiers(problem.intervals, 4, 3, softcap=3.0, slopes="of each row", dropout=0.3, padding=True)
+        settings = {"scale": 0.25, "modifiers": drawn if modified else None}
+        results = []
+        for implementation in (kernels, reference):
+            carry = dquery = None
+            for launch in work:
+                carry = attend(implementation, launch, *operands, carry=carry, out_dtype=torch.float32, **settings)
+            of_rows = (carry[1], implementation.row_delta(problem.dout, carry[0]))
+            results += [[*carry]]
+            for launch in work:
+                carries = {"carry": dquery, "dquery_dtype": torch.float32}
+                dquery, *of_keys = attend_backward(
+                    implementation, launch, problem.dout, *operands, *of_rows, **settings, **carries
+                )
+                results[-1] += of_keys
+            results[-1].append(dquery)
+        for found, expected in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
     @pytest.mark.parametrize("dropout", [0.1, 0.5, 0.9])
     def test_dropout_drops_the_pairs_of_its_definition(tiles: Tiles, dropout: float) -> None:

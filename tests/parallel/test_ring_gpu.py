@@ -47,7 +47,9 @@ def _rms(x):
 
 
 @pytest.mark.parametrize("partition", PARTITIONS)
-@pytest.mark.parametrize("name", ["causal", "bidirectional", "documents-causal", "window", "window-sink", "prefix"])
+@pytest.mark.parametrize(
+    "name", ["causal", "bidirectional", "documents-causal", "window", "window-sink", "prefix", "blocks-small"]
+)
 def test_every_gpu_together_equal_one_gpu(gpus, name, partition):
     problem = Problem(masks(LENGTH)[name], SHAPE, partition, torch.bfloat16)
     results = assert_ring_is_exact(gpus, problem)
