@@ -11,11 +11,14 @@ Legend: T query rows, S key rows.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from ringflash.kernels.plans import Plans
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,33 +87,55 @@ class KeyIntervals:
 
         def build() -> Tensor:
             tables = [self.key_tile_rows(block, sink) for sink in ((False, True) if self.has_sink else (False,))]
-            return _longest_first(sum(table[:, 3] - table[:, 0] for table in tables))
+            return _longest_first([table[:, 3] - table[:, 0] for table in tables])
 
         return self._cached(("key_order", block), build)
 
-    def _query_tile_work(self, block: int) -> Tensor:
-        first = torch.arange(0, self.query_count, block, device=self.start.device)
-        last = (first + block - 1).clamp(max=self.query_count - 1)
-        return sum((stop[last] - start[first]).clamp(min=0) for start, stop in self.ranges())
+    def _query_tile_work(self, block: int) -> list[Tensor]:
+        first, last = _tile_edges(self.query_count, block, self.start.device)[1]
+        return [(stop[last] - start[first]).clamp_(min=0) for start, stop in self.ranges()]
 
     def _cached(self, name: tuple, build: Callable[[], Tensor]) -> Tensor:
-        if name not in self._cache:
-            self._cache[name] = build()
-        return self._cache[name]
+        found = self._cache.get(name)
+        if found is None:
+            found = build()
+            if not _capturing(self.start.device):
+                self._cache[name] = found
+        return found
 
 
-def _longest_first(work: Tensor) -> Tensor:
-    return torch.argsort(work, descending=True, stable=True).to(torch.int32)
+_edges = Plans()
+
+
+def _tile_edges(count: int, block: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """First and last row of each tile of `block` rows, (2, tiles): one behind each as int32, and themselves int64."""
+    name = count, block, device
+    found = _edges.get(name)
+    if found is None:
+        first = torch.arange(0, count, block, device=device)
+        rows = torch.stack([first, (first + block).clamp(max=count) - 1])
+        found = (rows + 1).int(), rows
+        if not _capturing(device):
+            _edges.add(name, found)
+    return found
+
+
+def _capturing(device: torch.device) -> bool:
+    """What is computed while a CUDA graph is captured holds nothing before the graph runs; others must not find it."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _longest_first(work: list[Tensor]) -> Tensor:
+    return torch.argsort(functools.reduce(torch.add, work), descending=True, stable=True).to(torch.int32)
 
 
 def _key_tile_rows(start: Tensor, stop: Tensor, key_count: int, block: int) -> Tensor:
-    first = torch.arange(0, key_count, block, device=start.device, dtype=torch.int32)
-    last = (first + block).clamp(max=key_count)
-    any_begin = torch.searchsorted(stop, first, right=True)
-    any_end = torch.maximum(torch.searchsorted(start, last), any_begin)
-    all_begin = torch.searchsorted(stop, last).clamp(min=any_begin, max=any_end)
-    all_end = torch.searchsorted(start, first, right=True).clamp(min=all_begin, max=any_end)
-    return torch.stack([any_begin, all_begin, all_end, any_end], dim=1).to(torch.int32)
+    edges, _ = _tile_edges(key_count, block, start.device)
+    any_begin, all_begin = torch.searchsorted(stop, edges, out_int32=True)
+    all_end, any_end = torch.searchsorted(start, edges, out_int32=True)
+    any_end = torch.maximum(any_end, any_begin)
+    all_begin = all_begin.clamp(min=any_begin, max=any_end)
+    return torch.stack([any_begin, all_begin, all_end.clamp(min=all_begin, max=any_end), any_end], dim=1)
 
 
 def dense_intervals(query_count: int, key_count: int, device: torch.device | str = "cpu") -> KeyIntervals:

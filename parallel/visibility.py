@@ -35,12 +35,13 @@ def position_bounds(
         begin, end = index, torch.full_like(queries, UNBOUNDED)
     else:
         own = boundaries if query_boundaries is None else query_boundaries
-        index = torch.searchsorted(own, queries, right=True) - 1
-        begin, end = boundaries[index], boundaries[index + 1]
-    positions = queries if query_boundaries is None else queries - query_boundaries[index + 1] + end
+        after = torch.searchsorted(own, queries, right=True)
+        index = after - 1
+        begin, end = boundaries[index], boundaries[after]
+    positions = queries if query_boundaries is None else queries - query_boundaries[after] + end
     start, stop = begin, end
     if mask.right is not None:
-        stop = torch.minimum(stop, positions + mask.right + 1)
+        stop = torch.minimum(stop, positions + (mask.right + 1))
     if mask.prefix is not None:
         prefix = mask.prefix
         if isinstance(prefix, tuple):
