@@ -88,6 +88,9 @@ TENSORS = len(Inputs._fields)
 """How many of the first operator's arguments are tensors."""
 
 
+NO_FORWARD_MODE = "attention has no forward-mode derivative (torch.func.jvp); take gradients in reverse"
+
+
 def _attention_shapes(*arguments):  # noqa: ANN002, ANN202
     inputs, call = Inputs(*arguments[:TENSORS]), Call(*arguments[TENSORS:])
     query, value = inputs.query, inputs.value
@@ -100,15 +103,29 @@ def _attention_backward_shapes(dout, dlse, out, lse, table, query, key, value, *
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-class _Attention(torch.autograd.Function):
+class _Refusing(torch.autograd.Function):
+    """What attention has no rule for, under the transformations of torch.func."""
+
     @staticmethod
-    def forward(ctx, *inputs):  # noqa: ANN001, ANN002, ANN205
-        output = _below_autograd(_attention, inputs)
+    def vmap(info, in_dims, *_) -> None:  # noqa: ANN001, ANN002
+        _refuse_vmap(info, in_dims)
+
+    @staticmethod
+    def jvp(ctx, *_) -> None:  # noqa: ANN001, ANN002
+        raise UnsupportedError(NO_FORWARD_MODE)
+
+
+class _Attention(_Refusing):
+    @staticmethod
+    def forward(*inputs):  # noqa: ANN002, ANN205
+        return _below_autograd(_attention, inputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
         ctx.save_for_backward(*output, *inputs[:TENSORS])
         ctx.mark_non_differentiable(output[2])
         ctx.settings = inputs[TENSORS:]
         ctx.set_materialize_grads(False)
-        return output
 
     @staticmethod
     def backward(ctx, dout: Tensor | None, dlse: Tensor | None, _):  # noqa: ANN001, ANN205
@@ -117,14 +134,18 @@ class _Attention(torch.autograd.Function):
             return (None, None, None, *nothing)
         saved = ctx.saved_tensors
         dout = torch.zeros_like(saved[0]) if dout is None else dout
-        gradients = _attention_backward(dout, dlse, *saved, *ctx.settings)
-        return (*gradients, *nothing)
+        operator = _AttentionBackward.apply if transformed() else _attention_backward
+        return (*operator(dout, dlse, *saved, *ctx.settings), *nothing)
 
 
-class _AttentionBackward(torch.autograd.Function):
+class _AttentionBackward(_Refusing):
     @staticmethod
-    def forward(ctx, *inputs):  # noqa: ANN001, ANN002, ANN205
+    def forward(*inputs):  # noqa: ANN002, ANN205
         return _below_autograd(_attention_backward, inputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
+        pass
 
     @staticmethod
     def backward(ctx, *_) -> None:  # noqa: ANN001, ANN002
@@ -134,12 +155,19 @@ class _AttentionBackward(torch.autograd.Function):
         )
 
 
+def transformed() -> bool:
+    """Whether grad, vjp, jvp or vmap of torch.func is at work, which wants `_Attention.apply`, not the operator."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return False
+    return torch._C._functorch.peek_interpreter_stack().key() != torch._C._functorch.TransformType.Functionalize
+
+
 def _below_autograd(operator: torch._ops.OpOverload, inputs: tuple) -> tuple[Tensor, ...]:
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*inputs)
 
 
-def _vmap(info, in_dims, *_) -> None:  # noqa: ANN001, ANN002
+def _refuse_vmap(info, in_dims, *_) -> None:  # noqa: ANN001, ANN002
     raise UnsupportedError(
         "attention does not run under torch.vmap: give the mapped dimension as the batch dimension of query, key and "
         "value instead"
@@ -160,6 +188,8 @@ def _register(
 
     def with_gradient(*inputs):  # noqa: ANN002, ANN202
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+            if transformed():
+                raise UnsupportedError(f"torch.ops.ringflash.{name} under torch.func; call ringflash's functions there")
             return differentiable.apply(*inputs)
         return _below_autograd(operator, inputs)
 
@@ -167,9 +197,15 @@ def _register(
     _library.impl(name, torch._disable_dynamo(function), "CompositeExplicitAutograd")
     _library.impl(name, with_gradient, "Autograd")
     torch.library.register_fake(f"ringflash::{name}", shapes, lib=_library)
-    torch.library.register_vmap(f"ringflash::{name}", _vmap, lib=_library)
+    torch.library.register_vmap(f"ringflash::{name}", _refuse_vmap, lib=_library)
     return operator
 
 
 _attention = _register(attention, _attention_shapes, _Attention)
 _attention_backward = _register(attention_backward, _attention_backward_shapes, _AttentionBackward)
+
+
+def call_attention(*arguments):  # noqa: ANN002, ANN201
+    """`torch.ops.ringflash.attention`, also under the transformations of torch.func, of which `grad` and `vjp` work."""
+    operator = _Attention.apply if transformed() else torch.ops.ringflash.attention.default
+    return operator(*arguments)

@@ -9,16 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
 
-import ringflash.parallel.operators  # noqa: F401  registers torch.ops.ringflash
 from ringflash.errors import ArgumentError, UnsupportedError
 from ringflash.kernels.plans import Plans, form
 from ringflash.mask import Mask
-from ringflash.parallel.agreement import agreement
+from ringflash.parallel.agreement import tell_peers
 from ringflash.parallel.mesh import Group, group_rank, group_size, process_group
+from ringflash.parallel.operators import NO_FORWARD_MODE, call_attention
 from ringflash.parallel.partition import Partition, check_name, resolve
 
 Boundaries = Sequence[int] | Tensor | None
@@ -109,10 +108,12 @@ def attention(
             _visible_keys(key_padding_mask, key),
             *settings,
         )
+        if sinks is not None:
+            _check_sinks(sinks, query)
     except Exception as error:
-        _tell_peers(group, error)
+        tell_peers(group, error)
         raise
-    out, lse, _ = torch.ops.ringflash.attention.default(*arguments)
+    out, lse, _ = call_attention(*arguments)
     (batch, tokens), heads = query.shape[:2], query.shape[2]
     out = out.view(batch, tokens, heads, value.shape[3])
     lse = lse.view(heads, batch, tokens).transpose(0, 1)
@@ -173,15 +174,6 @@ def _settings(
     )
 
 
-def _tell_peers(group: Group, error: Exception) -> None:
-    """Other ranks would wait for this one's signature; no traced code may talk to them."""
-    if torch.compiler.is_compiling():
-        return
-    found = process_group(group)
-    if isinstance(found, dist.ProcessGroup) and found.size() > 1:
-        agreement(found).tell(error)
-
-
 def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Raise ArgumentError unless query (B, s, H, D), key (B, sk, Hk, D) and value (B, sk, Hk, Dv) go together."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -217,7 +209,7 @@ def _check_numbers(softcap: float, dropout: float, scale: float | None) -> None:
 def _check_reverse_mode(*tensors: Tensor) -> None:
     # Without this check torch takes the tangent of an operator that has no formula for it to be zero.
     if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-        raise UnsupportedError("attention has no forward-mode derivative (torch.func.jvp); take gradients in reverse")
+        raise UnsupportedError(NO_FORWARD_MODE)
 
 
 def _seed(dropout: float, given: Tensor | None, query: Tensor) -> Tensor | None:
@@ -302,10 +294,13 @@ def _visible_keys(key_padding_mask: Tensor | None, key: Tensor) -> Tensor | None
     return key_padding_mask.flatten().to(torch.uint8)
 
 
+def _check_sinks(sinks: Tensor, query: Tensor) -> None:
+    if sinks.shape != (query.shape[2],):
+        raise ArgumentError(f"sinks has shape {tuple(sinks.shape)}; allowed is ({query.shape[2]},), one for each head")
+
+
 def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
     """One more logit per head in the softmax: rows shrink by their share of the sum, exp(lse - lse with sink)."""
-    if sinks.shape != (out.shape[2],):
-        raise ArgumentError(f"sinks has shape {tuple(sinks.shape)}; allowed is ({out.shape[2]},), one for each head")
     sink = sinks.float()[None, :, None]
     share = torch.sigmoid(lse - sink).transpose(1, 2)[..., None]
     return (out.float() * share).to(out.dtype), torch.logaddexp(lse, sink)
