@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ringflash.errors import ArgumentError
 from ringflash.functional import attention
+from ringflash.kernels.plans import Plans
 from ringflash.mask import Mask
 from ringflash.parallel.mesh import Group
 from ringflash.parallel.partition import Partition
@@ -16,6 +17,10 @@ from ringflash.probabilities import signed_probabilities
 
 Attention = Tensor | tuple[Tensor, Tensor, Tensor | None]
 """out, or (out, softmax_lse, S_dmask) if these were asked for."""
+
+
+_plans = Plans()
+"""`Options` by the arguments they were made of."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,30 @@ class Options:
         return_attn_probs: bool,
     ) -> Options:
         """Options from flash-attn's arguments."""
+        given = dropout_p, softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs
+        make = Options._of if torch.compiler.is_compiling() or alibi_slopes is not None else Options._once
+        return make(alibi_slopes, *given)
+
+    @staticmethod
+    def _once(alibi_slopes: None, *given: object) -> Options:
+        """`_of`, from checked arguments where they were given before."""
+        try:
+            found = _plans.get(given)
+        except TypeError:  # a window_size that is a list
+            return Options._of(alibi_slopes, *given)
+        return found or _plans.add(given, Options._of(alibi_slopes, *given))
+
+    @staticmethod
+    def _of(
+        alibi_slopes: Tensor | None,
+        dropout_p: float,
+        softmax_scale: float | None,
+        causal: bool,
+        window_size: tuple[int, int],
+        softcap: float,
+        deterministic: bool,
+        return_attn_probs: bool,
+    ) -> Options:
         if not 0 <= dropout_p < 1:
             raise ArgumentError(f"dropout_p={dropout_p}; allowed is 0 <= dropout_p < 1")
         if softmax_scale is not None and not 0 < softmax_scale < float("inf"):

@@ -17,7 +17,7 @@ import itertools
 import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 
 from ringflash.block_layout import BlockLayout
@@ -75,6 +75,17 @@ class Mask:
             for tokens in ("queries", "keys"):
                 bounds = self.boundaries if tokens == "keys" else self.query_boundaries or self.boundaries
                 check_reach(self.layout, tokens, max(b - a for a, b in itertools.pairwise(bounds)))
+
+    def __hash__(self) -> int:
+        return self._hash  # of thousands of boundaries: once is enough
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
+
+    def __getstate__(self) -> dict[str, object]:
+        # Without the hash: None has another in another process.
+        return {name: value for name, value in vars(self).items() if name != "_hash"}
 
     # Constructors
 

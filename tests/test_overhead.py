@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -93,6 +94,17 @@ def test_functions_that_are_watched_exist() -> None:
         for name in (getattr(x, "__name__", ""), *(vars(x) if isinstance(x, type) else ()))
     }
     assert names <= defined
+
+
+def test_a_mask_that_travels_leaves_its_hash_behind() -> None:
+    """Python hashes None by its address."""
+    mask, same = (Mask.causal() & Mask.documents([0, 4, 9]) for _ in range(2))
+    assert hash(mask) == hash(same)
+    assert mask == same
+    travelled = pickle.loads(pickle.dumps(mask))
+    assert "_hash" in vars(mask)
+    assert "_hash" not in vars(travelled)
+    assert {mask: 1}[travelled] == 1
 
 
 def test_another_form_is_checked_again() -> None:
