@@ -64,12 +64,15 @@ def launches(
         keys: (S,) int64, ascending global positions of the key rows.
         query_boundaries: as in `visibility.position_bounds`.
     """
-    layers = [key_intervals(layer, boundaries, queries, keys, query_boundaries) for layer in mask.layers]
-    if len(layers) == 1:
-        return tuple(map(Launch, layers))
-    layers = [x for x in layers if any((start < stop).any() for start, stop in x.ranges())] or layers[:1]
-    packed = [] if len(layers) == 1 or layers[0].has_sink else _packed(layers)
-    return tuple(packed if packed and len(packed) * PACKING_GAIN <= len(layers) else map(Launch, layers))
+    layers, packed = mask.layers, []
+    if len(layers) > 1:
+        pieces = _pieces(layers, boundaries, queries, keys, query_boundaries)
+        layers = [layer for layer, piece in zip(layers, pieces, strict=True) if piece.rows.size] or layers[:1]
+        packed = [] if mask.sink else _packed(pieces, len(queries))
+    if packed and len(packed) * PACKING_GAIN <= len(layers):
+        bounds = ((torch.from_numpy(x).to(queries.device) for x in piece) for piece in packed)
+        return tuple(Launch(KeyIntervals(start, stop, len(keys)), rows) for rows, start, stop in bounds)
+    return tuple(Launch(key_intervals(layer, boundaries, queries, keys, query_boundaries)) for layer in layers)
 
 
 def attend(
@@ -157,52 +160,60 @@ def _of_rows(modifiers: Modifiers | None, rows: Tensor) -> Modifiers | None:
     return replace(modifiers, **{name: x if x is None else x[rows] for name, x in of_queries.items()})
 
 
-class _Stretch(NamedTuple):
-    """Rows [begin, end) of a layer and their first and last bounds, which do not step back between."""
+class _Piece(NamedTuple):
+    """Ascending rows that see a key, or several such runs of rows, and what each row sees, without sinks."""
 
-    first_start: int
-    first_stop: int
-    last_start: int
-    last_stop: int
-    layer: int
-    begin: int
-    end: int
+    rows: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+
+    def part(self, begin: int, end: int) -> _Piece:
+        """Some of the rows."""
+        return _Piece(*(x[begin:end] for x in self))
 
 
-def _packed(layers: list[KeyIntervals]) -> list[Launch]:
-    """Each stretch in the first launch that ends before it and has none of its rows."""
-    bounds = [(x.start.cpu().numpy(), x.stop.cpu().numpy()) for x in layers]
-    packs: list[list[_Stretch]] = []
+def _pieces(
+    layers: tuple[Mask, ...],
+    boundaries: Tensor | None,
+    queries: Tensor,
+    keys: Tensor,
+    query_boundaries: Tensor | None,
+) -> list[_Piece]:
+    """What each layer shows, looking only at the rows whose blocks it has: layers may be hundreds."""
+    own, pieces = boundaries if query_boundaries is None else query_boundaries, []
+    begin = 0 if own is None else own[torch.searchsorted(own, queries, right=True) - 1]
+    block = (queries - begin) // layers[0].layout.size
+    for layer in layers:
+        has_block = torch.tensor([bool(runs) for runs in layer.layout.rows], device=queries.device)
+        rows = has_block[block].nonzero()[:, 0]
+        intervals = key_intervals(layer, boundaries, queries[rows], keys, query_boundaries)
+        seeing = torch.stack([start < stop for start, stop in intervals.ranges()]).any(0)
+        pieces.append(_Piece(*(x[seeing].cpu().numpy() for x in (rows, intervals.start, intervals.stop))))
+    return pieces
+
+
+def _packed(pieces: list[_Piece], queries: int) -> list[_Piece]:
+    """Stretches of rows that lie together, each in the first pack that ends before it and has none of its rows."""
+    packs: list[list[_Piece]] = []
     taken: list[np.ndarray] = []
-    for stretch in sorted(x for layer, pair in enumerate(bounds) for x in _stretches(layer, *pair)):
-        rows = slice(stretch.begin, stretch.end)
+    stretches = [stretch for piece in pieces if piece.rows.size for stretch in _stretches(piece)]
+    for stretch in sorted(stretches, key=lambda x: (x.start[0], x.stop[0])):
+        rows = slice(stretch.rows[0], stretch.rows[-1] + 1)
         for pack, busy in zip(packs, taken, strict=True):
             last = pack[-1]
-            if last.last_start <= stretch.first_start and last.last_stop <= stretch.first_stop and not busy[rows].any():
+            if last.start[-1] <= stretch.start[0] and last.stop[-1] <= stretch.stop[0] and not busy[rows].any():
                 break
         else:
-            pack, busy = [], np.zeros(layers[0].query_count, dtype=bool)
+            pack, busy = [], np.zeros(queries, dtype=bool)
             packs.append(pack)
             taken.append(busy)
         pack.append(stretch)
         busy[rows] = True
-    return [_picked(pack, bounds, layers[0]) for pack in packs]
+    return [_Piece(*(np.concatenate(x) for x in zip(*pack, strict=True))) for pack in packs]
 
 
-def _stretches(layer: int, start: np.ndarray, stop: np.ndarray) -> list[_Stretch]:
-    """The rows of a layer that see a key, cut where their bounds leap."""
-    seeing = start < stop
-    leaps = (np.diff(start) > 1) | (np.diff(stop) > 1) | (seeing[1:] != seeing[:-1])
-    edges = [0, *(np.flatnonzero(leaps) + 1).tolist(), len(start)]
-    return [
-        _Stretch(*(int(x[row]) for row in (begin, end - 1) for x in (start, stop)), layer, begin, end)
-        for begin, end in pairwise(edges)
-        if seeing[begin]
-    ]
-
-
-def _picked(pack: list[_Stretch], bounds: list[tuple[np.ndarray, np.ndarray]], like: KeyIntervals) -> Launch:
-    rows = np.concatenate([np.arange(x.begin, x.end) for x in pack])
-    start, stop = (np.concatenate([bounds[x.layer][i][x.begin : x.end] for x in pack]) for i in (0, 1))
-    rows, start, stop = (torch.from_numpy(x).to(like.start.device) for x in (rows, start, stop))
-    return Launch(KeyIntervals(start, stop, like.key_count), rows)
+def _stretches(piece: _Piece) -> list[_Piece]:
+    """A layer's rows, cut where they or their bounds leap."""
+    leaps = (np.diff(piece.rows) > 1) | (np.diff(piece.start) > 1) | (np.diff(piece.stop) > 1)
+    edges = [0, *(np.flatnonzero(leaps) + 1).tolist(), len(piece.rows)]
+    return [piece.part(begin, end) for begin, end in pairwise(edges)]

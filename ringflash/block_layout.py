@@ -104,13 +104,14 @@ class BlockLayout:
     @cached_property
     def bounds(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """First and one-behind-last key token of each row of a layer; both never decrease, also over empty rows."""
-        if len(self.layers) > 1:
-            raise ArgumentError(f"{self} shows several intervals to a query; ask each of its layers")
         bounds, end = [], 0
         for runs in self.rows:
             start, end = runs[0] if runs else (end, end)
             bounds.append((start, end))
-        return tuple(zip(*bounds, strict=True))
+        starts, stops = zip(*bounds, strict=True)
+        if any(len(runs) > 1 for runs in self.rows) or any(list(x) != sorted(x) for x in (starts, stops)):
+            raise ArgumentError(f"{self} shows several intervals to a query; ask each of its layers")
+        return starts, stops
 
 
 def _runs(row: bytes) -> list[Interval]:
