@@ -224,6 +224,11 @@ def _device_table(call: Call, inputs: Inputs) -> Tensor:
             f"cu_seqlens on {boundaries.device} with a batch of {call.batch}: pass one packed sequence, or cu_seqlens "
             "on the CPU"
         )
+    if isinstance(mask.prefix, tuple) and len(mask.prefix) != boundaries.shape[0] - 1:
+        raise ArgumentError(
+            f"prefix_lm has {len(mask.prefix)} lengths for {boundaries.shape[0] - 1} documents; allowed is one length "
+            "for all, or one for each document"
+        )
     bounds = [None if x is None else x.to(torch.int64) for x in (boundaries, query_boundaries)]
     if call.batch > 1:
         rows = torch.arange(0, call.batch + 1, device=boundaries.device) * call.seqlen

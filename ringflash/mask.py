@@ -246,6 +246,11 @@ class Mask:
         """Index of the document that holds a query position; 0 without documents."""
         bounds = self.query_boundaries or self.boundaries
         if bounds is None:
+            if isinstance(self.prefix, tuple) and len(self.prefix) > 1:
+                raise ArgumentError(
+                    f"prefix_lm has {len(self.prefix)} lengths, but there are no documents; compose it with "
+                    "Mask.documents, or give one length"
+                )
             return 0
         index = bisect_right(bounds, query) - 1
         if not 0 <= index < len(bounds) - 1:

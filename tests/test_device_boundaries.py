@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from ringflash import ArgumentError, Mask
 from ringflash.functional import attention
 from ringflash.parallel import program
 from ringflash.parallel.call import Inputs
@@ -138,3 +139,10 @@ def test_opcheck_of_the_operators(features: dict) -> None:
     leaves = [x.detach().clone().requires_grad_() for x in inputs[:3]]
     torch.library.opcheck(forward, (*leaves, *inputs[3:]))
     torch.library.opcheck(backward, tuple(x.detach() if isinstance(x, Tensor) else x for x in gradients))
+
+
+@pytest.mark.parametrize("lengths", [(1,), (1, 2, 3)])
+def test_a_prefix_for_each_document_must_fit_their_number(lengths: tuple[int, ...]) -> None:
+    x = torch.ones(1, 6, 2, 8)
+    with pytest.raises(ArgumentError, match=f"prefix_lm has {len(lengths)} lengths for 2 documents"):
+        attention(x, x, x, mask=Mask.prefix_lm(lengths), cu_seqlens=torch.tensor([0, 2, 6]), group=ONE_DEVICE)
