@@ -167,14 +167,15 @@ def pairs(intervals: KeyIntervals) -> int:
 def forward_variants(dim: int) -> dict[str, forward.ForwardTiles]:
     """Launch shapes to compare with the one in use."""
     base = forward.FORWARD_TILES[dim]
+    three = {"consumers": 3, "registers": (160, 24)}
     changes = {
         64: {
-            "3 consumers": {"consumers": 3, "registers": (160, 24)},
-            "3 consumers, 2 stages": {"consumers": 3, "registers": (160, 24), "stages": 2},
-            "3 consumers, one tile a program": {"consumers": 3, "registers": (160, 24), "persistent": False},
+            "3 consumers": three,
+            "ahead": {"ahead": True},
+            "ahead, 3 consumers, 64 keys": {"ahead": True, "keys": 64, **three},
         },
-        128: {"one tile a program": {"persistent": False}},
-        256: {"one tile a program": {"persistent": False}},
+        128: {"ahead, 64 keys": {"ahead": True, "keys": 64, "stages": 4}},
+        256: {"ahead": {"ahead": True}, "ahead, 32 keys": {"ahead": True, "keys": 32, "stages": 4}},
     }[dim]
     return {"in use": base} | {name: dataclasses.replace(base, **change) for name, change in changes.items()}
 

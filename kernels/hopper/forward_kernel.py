@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     warpgroup_mma,
+    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
@@ -90,7 +91,7 @@ def attend_kernel(
     start_ptr, stop_ptr, counter_ptr, query_rows, tiles, heads, section,
     query_head_stride, key_head_stride, value_head_stride, scale_log2,
     GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, HAS_CARRY: gl.constexpr,
-    FLOAT_OUT: gl.constexpr, OWN_STAGING: gl.constexpr,
+    FLOAT_OUT: gl.constexpr, OWN_STAGING: gl.constexpr, AHEAD: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """See `launch_forward` for the arguments."""
@@ -114,9 +115,9 @@ def attend_kernel(
         gl.warp_specialize(
             [
                 (consume, (problem, result, queries, keys, values, staging, scale_log2,
-                           0, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING)),
+                           0, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING, AHEAD)),
                 (consume, (problem, result, queries, keys, values, staging, scale_log2,
-                           1, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING)),
+                           1, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING, AHEAD)),
                 (produce, (problem, query_desc, key_desc, value_desc, queries, keys, values,
                            query_head_stride, key_head_stride, value_head_stride, GROUP, STAGES)),
             ],
@@ -127,11 +128,11 @@ def attend_kernel(
         gl.warp_specialize(
             [
                 (consume, (problem, result, queries, keys, values, staging, scale_log2,
-                           0, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING)),
+                           0, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING, AHEAD)),
                 (consume, (problem, result, queries, keys, values, staging, scale_log2,
-                           1, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING)),
+                           1, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING, AHEAD)),
                 (consume, (problem, result, queries, keys, values, staging, scale_log2,
-                           2, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING)),
+                           2, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING, AHEAD)),
                 (produce, (problem, query_desc, key_desc, value_desc, queries, keys, values,
                            query_head_stride, key_head_stride, value_head_stride, GROUP, STAGES)),
             ],
@@ -195,7 +196,7 @@ def produce(
 def consume(
     problem, result, queries, keys, values, staging, scale_log2,
     PART: gl.constexpr, STAGES: gl.constexpr, HAS_CARRY: gl.constexpr, FLOAT_OUT: gl.constexpr,
-    OWN_STAGING: gl.constexpr,
+    OWN_STAGING: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup: rows PART * 64 to PART * 64 + 64 of each tile."""
     M: gl.constexpr = queries.blocks.shape[0] * ROWS
@@ -210,7 +211,7 @@ def consume(
         blocks = block_count(span, N)
         attend_tile(
             problem, result, queries, keys, values, staging, span, blocks, first_row + PART * ROWS, head, step, turn,
-            scale_log2, PART, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING,
+            scale_log2, PART, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING, AHEAD,
         )  # fmt: skip
         step += blocks
         place = read(problem.tickets, turn)
@@ -223,7 +224,7 @@ def consume(
 def attend_tile(
     problem, result, queries, keys, values, staging, span, blocks, first_row, head, step, turn, scale_log2,
     PART: gl.constexpr, STAGES: gl.constexpr, HAS_CARRY: gl.constexpr, FLOAT_OUT: gl.constexpr,
-    OWN_STAGING: gl.constexpr,
+    OWN_STAGING: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup's 64 rows over the tile's key blocks that they see, from the initial state to the stored result."""
     N: gl.constexpr = keys.blocks.shape[1]
@@ -254,37 +255,71 @@ def attend_tile(
     )
     scores = warpgroup_mma_wait(0, deps=[scores_token])
     release(keys.empty.index(stage))
-    scores = hide(scores, own, row_start, row_stop, first_key, N, SCORES)
-    weights, rescale, maximum, total = softmax_step(scores, maximum, total, scale_log2)
-    weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
-    if HAS_CARRY:
-        out = out * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
-    mbarrier.wait(values.full.index(stage), parity)
-
-    for block in range(first + 1, last):
-        earlier = stage
-        stage, parity = stage_and_parity(step + block, STAGES)
-        mbarrier.wait(keys.full.index(stage), parity)
+    if AHEAD:
+        coming, coming_parity = stage_and_parity(step + first + 1, STAGES)
+        mbarrier.wait(keys.full.index(coming), coming_parity, pred=first + 1 < last)
         scores_token = warpgroup_mma(
-            query, keys.blocks.index(stage).permute((1, 0)), no_scores, use_acc=False, is_async=True
+            query, keys.blocks.index(coming).permute((1, 0)), no_scores, use_acc=False, is_async=True
         )
-        out_token = warpgroup_mma(weights, values.blocks.index(earlier), out, is_async=True)
-        scores = warpgroup_mma_wait(1, deps=[scores_token])
-        release(keys.empty.index(stage))
-        scores = hide(scores, own, row_start, row_stop, span.begin + block * N, N, SCORES)
+        scores = hide(scores, own, row_start, row_stop, first_key, N, SCORES)
         weights, rescale, maximum, total = softmax_step(scores, maximum, total, scale_log2)
         weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
-        # This wait is for the next step, but stands here: a branch between the softmax and the wait for the tensor
-        # cores keeps ptxas from moving that wait in front of the softmax.
+        if HAS_CARRY:
+            out = out * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
         mbarrier.wait(values.full.index(stage), parity)
-        out = warpgroup_mma_wait(0, deps=[out_token])
-        release(values.empty.index(earlier))
-        factor = gl.convert_layout(rescale, gl.SliceLayout(1, OUT))
-        out = rescale_if_needed(out, factor, D)
+        scores = warpgroup_mma_wait(0, deps=[scores_token])
+        for block in range(first + 1, last):
+            release(keys.empty.index(coming))
+            earlier = stage
+            stage, parity = stage_and_parity(step + block, STAGES)
+            coming, coming_parity = stage_and_parity(step + block + 1, STAGES)
+            mbarrier.wait(keys.full.index(coming), coming_parity, pred=block + 1 < last)
+            scores_token = warpgroup_mma(
+                query, keys.blocks.index(coming).permute((1, 0)), no_scores, use_acc=False, is_async=True
+            )
+            out_token = warpgroup_mma(weights, values.blocks.index(earlier), out, is_async=True)
+            scores = hide(scores, own, row_start, row_stop, span.begin + block * N, N, SCORES)
+            weights, rescale, maximum, total = softmax_step(scores, maximum, total, scale_log2)
+            weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
+            mbarrier.wait(values.full.index(stage), parity)
+            scores, out = warpgroup_mma_wait(0, deps=[scores_token, out_token])
+            release(values.empty.index(earlier))
+            out = rescale_if_needed(out, gl.convert_layout(rescale, gl.SliceLayout(1, OUT)), D)
+        if OWN_STAGING or FLOAT_OUT:
+            release(queries.empty.index(PART))
+        out_token = warpgroup_mma(weights, values.blocks.index(stage), out, is_async=True)
+    else:
+        scores = hide(scores, own, row_start, row_stop, first_key, N, SCORES)
+        weights, rescale, maximum, total = softmax_step(scores, maximum, total, scale_log2)
+        weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
+        if HAS_CARRY:
+            out = out * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
+        mbarrier.wait(values.full.index(stage), parity)
 
-    if OWN_STAGING or FLOAT_OUT:
-        release(queries.empty.index(PART))
-    out_token = warpgroup_mma(weights, values.blocks.index(stage), out, is_async=True)
+        for block in range(first + 1, last):
+            earlier = stage
+            stage, parity = stage_and_parity(step + block, STAGES)
+            mbarrier.wait(keys.full.index(stage), parity)
+            scores_token = warpgroup_mma(
+                query, keys.blocks.index(stage).permute((1, 0)), no_scores, use_acc=False, is_async=True
+            )
+            out_token = warpgroup_mma(weights, values.blocks.index(earlier), out, is_async=True)
+            scores = warpgroup_mma_wait(1, deps=[scores_token])
+            release(keys.empty.index(stage))
+            scores = hide(scores, own, row_start, row_stop, span.begin + block * N, N, SCORES)
+            weights, rescale, maximum, total = softmax_step(scores, maximum, total, scale_log2)
+            weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
+            # This wait is for the next step, but stands here: a branch between the softmax and the wait for the tensor
+            # cores keeps ptxas from moving that wait in front of the softmax.
+            mbarrier.wait(values.full.index(stage), parity)
+            out = warpgroup_mma_wait(0, deps=[out_token])
+            release(values.empty.index(earlier))
+            factor = gl.convert_layout(rescale, gl.SliceLayout(1, OUT))
+            out = rescale_if_needed(out, factor, D)
+
+        if OWN_STAGING or FLOAT_OUT:
+            release(queries.empty.index(PART))
+        out_token = warpgroup_mma(weights, values.blocks.index(stage), out, is_async=True)
     total_or_one = gl.where(total > 0.0, total, 1.0)
     lse = gl.where(total > 0.0, (maximum + gl.log2(total_or_one)) * LN_2, float("-inf"))
     gl.store(result.lse_ptr + head * problem.query_rows + rows, lse, mask=inside)
