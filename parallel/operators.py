@@ -134,8 +134,14 @@ class _Attention(_Refusing):
             return (None, None, None, *nothing)
         saved = ctx.saved_tensors
         dout = torch.zeros_like(saved[0]) if dout is None else dout
-        operator = _AttentionBackward.apply if transformed() else _attention_backward
-        return (*operator(dout, dlse, *saved, *ctx.settings), *nothing)
+        inputs = (dout, dlse, *saved, *ctx.settings)
+        if transformed():
+            return (*_AttentionBackward.apply(*inputs), *nothing)
+        # Without a graph of the gradients, which is as good as always, nobody has to look for one.
+        gradients = (
+            _attention_backward(*inputs) if torch.is_grad_enabled() else _below_autograd(_attention_backward, inputs)
+        )
+        return (*gradients, *nothing)
 
 
 class _AttentionBackward(_Refusing):
@@ -190,7 +196,8 @@ def _register(
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
             if transformed():
                 raise UnsupportedError(f"torch.ops.ringflash.{name} under torch.func; call ringflash's functions there")
-            return differentiable.apply(*inputs)
+            # Function.apply binds the arguments' names first, for 10 us; torch.func alone has need of it.
+            return super(torch.autograd.Function, differentiable).apply(*inputs)
         return _below_autograd(operator, inputs)
 
     # Code that runs below a compiled frame is not to be compiled in turn.
