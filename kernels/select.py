@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import warnings
 from types import ModuleType
 
 import torch
@@ -67,9 +68,38 @@ def _select(
     if kernel == "auto":
         on_gpu = AUTO_ON_GPUS if device.type == "cuda" else ()
         kernel = next((name for name in on_gpu if _missing(name, *problem) is None), "blockwise")
+        if on_gpu and kernel == "blockwise":
+            _warn_of_slowness(_missing("triton", *problem), _cure(*problem))
     elif missing := _missing(kernel, *problem):
         raise ArgumentError(f"kernel={kernel!r} cannot run: {missing}")
     return importlib.import_module(f"ringflash.kernels.{kernel}")
+
+
+@functools.cache
+def _warn_of_slowness(missing: str, cure: str) -> None:
+    """Once per process for each reason: nothing else would show that the fast kernels are not at work."""
+    warnings.warn(
+        f"attention on this GPU runs as torch operators (kernel='blockwise'), many times slower than as Triton "
+        f"kernels, because kernel='triton' cannot run: {missing}. {cure}; kernel='blockwise' asks for it without this "
+        "warning",
+        stacklevel=2,
+    )
+
+
+def _cure(device: torch.device, dtype: torch.dtype, head_dim: int, value_head_dim: int, modifiers: bool) -> str:
+    """What to change for kernel="triton" to run."""
+    if importlib.util.find_spec("triton") is None:
+        return "Install triton"
+    padded = tuple(-(-dim // 8) * 8 for dim in (head_dim, value_head_dim))
+    for dims, how in (((head_dim, value_head_dim), ""), (padded, f", and zeros up to head dimensions {padded}")):
+        fits = [x for x in reversed(DTYPES) if _missing("triton", device, x, *dims, modifiers) is None]
+        if dtype in fits:
+            return f"Pad with zeros up to head dimensions {padded}, and pass the scale that belongs to {head_dim}"
+        if fits:
+            return f"Give query, key and value as {' or '.join(map(str, fits))}{how}"
+    if _missing("triton", device, torch.bfloat16, 64, 64, modifiers) is None:
+        return "Nothing faster takes head dimensions beyond that"
+    return "`make doctor` shows what this machine lacks"
 
 
 def _missing(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -22,9 +23,11 @@ def chosen(*arguments: object) -> str:
 @pytest.fixture(autouse=True)
 def fresh_choices() -> Iterator[None]:
     """Choices are remembered; those made on a pretended machine must not outlive it."""
-    module._select.cache_clear()
+    for function in (module._select, module._warn_of_slowness):
+        function.cache_clear()
     yield
-    module._select.cache_clear()
+    for function in (module._select, module._warn_of_slowness):
+        function.cache_clear()
 
 
 @pytest.fixture
@@ -77,6 +80,72 @@ def test_modified_scores_go_to_triton_also_where_hopper_is_faster(monkeypatch: p
 @pytest.mark.usefixtures("without_triton")
 def test_without_triton_gpu_tensors_go_to_torch_operators() -> None:
     assert chosen("cuda", torch.bfloat16, 128) == "blockwise"
+
+
+SLOW = "runs as torch operators .* because kernel='triton' cannot run: "
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+@pytest.mark.parametrize(
+    ("dtype", "dims", "reason", "cure"),
+    [
+        (
+            torch.float64,
+            (64, 64),
+            r"query is torch\.float64",
+            r"Give query, key and value as torch\.float32 or torch\.bfl",
+        ),
+        (torch.float32, (520, 64), "head_dim=520", "Nothing faster takes"),
+        (
+            torch.bfloat16,
+            (20, 36),
+            "head_dim=20",
+            r"Pad with zeros up to head dimensions \(24, 40\), and pass the scale",
+        ),
+        (
+            torch.float64,
+            (20, 64),
+            r"query is torch\.float64",
+            r"as torch\.float32 .*, and zeros up to head dimensions \(24, 64\)",
+        ),
+    ],
+    ids=["float64", "too_wide", "odd", "odd_float64"],
+)
+def test_slow_kernels_on_a_gpu_are_told_once_with_reason_and_cure(
+    dtype: torch.dtype, dims: tuple[int, int], reason: str, cure: str
+) -> None:
+    with pytest.warns(UserWarning, match=f"{SLOW}{reason}.*{cure}.*kernel='blockwise' asks for it"):
+        assert chosen("cuda", dtype, *dims) == "blockwise"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for modified in (False, True):
+            assert chosen("cuda:0", dtype, *dims, "auto", modified) == "blockwise"
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_a_dtype_that_would_run_is_named_where_only_it_is_too_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles = pytest.importorskip("ringflash.kernels.triton.tiles")
+    monkeypatch.setattr(tiles, "widest", lambda chip, dtype: 256 if dtype == torch.float32 else 512)
+    with pytest.warns(UserWarning, match=rf"{SLOW}head_dim=512.*Give .* as torch\.bfloat16 or torch\.float16;"):
+        assert chosen("cuda", torch.float32, 512) == "blockwise"
+
+
+@pytest.mark.usefixtures("without_triton")
+def test_a_gpu_without_triton_is_told_to_install_it() -> None:
+    with pytest.warns(UserWarning, match=rf"{SLOW}the package triton is not installed\. Install triton"):
+        assert chosen("cuda", torch.bfloat16, 128) == "blockwise"
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+@pytest.mark.parametrize(
+    "problem",
+    [("cuda", torch.bfloat16, 128), ("cuda", torch.bfloat16, 20, 20, "blockwise"), ("cpu", torch.float32, 20)],
+    ids=["fast", "asked_for", "cpu"],
+)
+def test_nothing_is_told_where_nothing_is_slow_unasked(problem: tuple) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        chosen(*problem)
 
 
 @pytest.mark.usefixtures("without_triton")
