@@ -297,6 +297,29 @@ def test_offsets_beyond_32_bits_on_gpus(name: str) -> None:
     assert_last_rows_accurate(kernels, whole, window=64, count=200)
 
 
+@pytest.mark.gpu
+def test_131072_tokens_of_head_dimension_512_on_gpus() -> None:
+    """Held against float64 on the last rows, which see all keys, and on the last keys, which only they see."""
+    tokens, last = 131_072, 100
+    kernels = kernels_for("triton", torch.bfloat16, (512, 512))
+    whole = draw_problem(causal_intervals(tokens, tokens, "cuda"), (2, 1), (512, 512), torch.bfloat16)
+    end = replace(
+        whole,
+        query=whole.query[-last:],
+        dout=whole.dout[-last:],
+        dlse=whole.dlse[:, -last:].contiguous(),
+        intervals=causal_intervals(last, tokens, "cuda"),
+    )
+
+    def ends(results: Results) -> Results:
+        return Results(**{name: x[:, -last:] if name == "lse" else x[-last:] for name, x in vars(results).items()})
+
+    right = ends(exact(end))
+    theirs = errors(ends(torch_own(end)), right)
+    for name, error in errors(ends(run(kernels, whole)), right).items():
+        assert error <= 2 * theirs[name] + 1e-5, f"{name}: error {error:.3g}, torch's own {theirs[name]:.3g}"
+
+
 def windowed_problem(tokens: int, window: int, device: str) -> Problem:
     row = torch.arange(tokens, device=device, dtype=torch.int32)
     intervals = KeyIntervals((row - window).clamp(min=0), row + 1, tokens)
