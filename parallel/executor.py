@@ -9,10 +9,12 @@ from __future__ import annotations
 from types import ModuleType
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ringflash.kernels.modifiers import Modifiers
 from ringflash.kernels.select import select
+from ringflash.parallel.agreement import tell_peers
 from ringflash.parallel.call import Call, Inputs, prepare, table_of
 from ringflash.parallel.gradients import KeyGradients
 from ringflash.parallel.launches import attend, attend_backward
@@ -27,9 +29,14 @@ def forward(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor, Tensor]:
         out (T, H, Dv) like the query, lse (H, T) fp32, and the table that `backward` wants, see `call.table_of`.
     """
     query, value = inputs.query, inputs.value
+    try:
+        kernels = _kernels(inputs, call)
+    except Exception as error:  # which only this rank's machine may raise
+        if call.group:
+            tell_peers(dist.distributed_c10d._resolve_process_group(call.group), error)
+        raise
     table = table_of(call, inputs)
     program, transport = prepare(call, inputs, table)
-    kernels = _kernels(inputs, call)
     accumulator = torch.promote_types(query.dtype, torch.float32)
     carry = None
     held = local = inputs.keys()

@@ -20,6 +20,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "parallel"))
 from pool import Pool
 
 from ringflash import ArgumentError, DistributedFlashAttention, Mask, Partition, RankMismatchError, unshard
+from ringflash.parallel import executor
 from ringflash.parallel.agreement import Agreement, agreement, signature
 from ringflash.parallel.history import PERIOD
 from ringflash.ring_flash_attn import (
@@ -204,6 +205,27 @@ def test_an_error_in_the_arguments_of_compiled_attention_is_told(function, wrong
     assert words in second if not fullgraph else "Unsupported" in second  # torch's word for a trace that fails
     assert first.startswith("RankMismatchError: rank 1 raised an error instead of coming to attention: ArgumentError")
     assert words in first
+
+
+def _attend_without_kernels():
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(executor, "select", _nothing_there)
+        with pytest.raises((ArgumentError, RankMismatchError)) as raised:
+            _attend(1, {})
+    _attend(1, {})  # ranks are still in step
+    return str(raised.value)
+
+
+def _nothing_there(*problem):
+    raise ArgumentError("kernel='triton' cannot run: the package triton is not installed")
+
+
+def test_a_kernel_that_one_machine_lacks_is_told():
+    with Pool(2, timeout=PROMPT) as pool:
+        first, second = pool.run(_attend_without_kernels)
+    assert second.endswith("the package triton is not installed")
+    assert first == f"rank 1 raised an error instead of coming to attention: ArgumentError: {second}"
 
 
 def _wrong_share(rows_of_rank):
