@@ -21,8 +21,8 @@ from ringflash.errors import ArgumentError
 NAMES = ("auto", "reference", "blockwise", "triton", "hopper")
 """What `kernel` may be. "auto" is the first of `AUTO_ON_GPUS` that can run, and else, as on CPUs, "blockwise"."""
 
-AUTO_ON_GPUS = ("triton",)
-"""The fastest first. "hopper" is to stand in front once its tests have passed on a GPU (`pytest -m gpu`)."""
+AUTO_ON_GPUS = ("hopper", "triton")
+"""The fastest first."""
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """What some kernel computes; float64 is for checks and never runs on Triton."""

@@ -40,8 +40,11 @@ def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of NVIDIA's before Hopper."""
     tiles = pytest.importorskip("ringflash.kernels.triton.tiles")
-    monkeypatch.setattr(tiles, "chip_of", lambda device: "hopper")
+    monkeypatch.setattr(tiles, "chip_of", lambda device: "ampere")
+    hopper = importlib.import_module("ringflash.kernels.hopper")
+    monkeypatch.setattr(hopper, "supports", lambda *problem: "it takes compute capability 9.0")
 
 
 @pytest.mark.parametrize("dtype", module.DTYPES)
@@ -70,7 +73,6 @@ def test_gpu_tensors_go_to_triton_where_it_takes_them() -> None:
 def test_modified_scores_go_to_triton_also_where_hopper_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     hopper = pytest.importorskip("ringflash.kernels.hopper")
     monkeypatch.setattr(hopper, "supports", lambda *problem: None)
-    monkeypatch.setattr(module, "AUTO_ON_GPUS", ("hopper", "triton"))
     assert chosen("cuda", torch.bfloat16, 128, 128, "auto", False) == "hopper"
     assert chosen("cuda", torch.bfloat16, 128, 128, "auto", True) == "triton"
     assert chosen("cuda", torch.bfloat16, 128, 128, "triton", True) == "triton"
@@ -199,6 +201,8 @@ print([name for name in sys.modules if name.startswith(("ringflash.kernels.trito
 
 
 @pytest.mark.gpu
-def test_the_gpu_at_hand_takes_triton() -> None:
-    assert chosen("cuda", torch.bfloat16, 128) == "triton"
+def test_the_gpu_at_hand_takes_the_fastest_kernels_that_run_on_it() -> None:
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    assert chosen("cuda", torch.bfloat16, 128) == ("hopper" if hopper else "triton")
+    assert chosen("cuda", torch.bfloat16, 192, 128) == "triton"
     assert chosen("cuda", torch.float32, 64) == "triton"
