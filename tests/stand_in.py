@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from unittest import mock
 
+import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -56,14 +57,22 @@ class StandIn:
         return GPUTarget("cuda", 90, 32)
 
 
+def _triton(*problem: object) -> ModuleType:
+    return triton
+
+
+def _hopper(device: torch.device) -> str:
+    return "hopper"
+
+
 @contextmanager
 def stand_in() -> Iterator[StandIn]:
     """Triton's driver while this lasts; the portable kernels take tensors on the CPU for Hopper's and are chosen."""
     found = StandIn()
-    chip = {"chip_of": mock.Mock(return_value="hopper")}
+    chip = {"chip_of": _hopper}
     with (
         mock.patch.object(driver, "_active", found),
-        mock.patch.object(select, "_select", return_value=triton),
+        mock.patch.object(select, "_select", _triton),
         mock.patch.multiple(operands, **chip),
         mock.patch.multiple(forward, **chip, plans=Plans()),
         mock.patch.multiple(backward, **chip, plans=Plans(), delta_launches=Plans()),
