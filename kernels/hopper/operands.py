@@ -12,6 +12,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ringflash.errors import ArgumentError
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.modifiers import Modifiers
+from ringflash.kernels.plans import Plans
 
 HEAD_DIMS = (64, 128, 256)
 GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
@@ -89,11 +90,22 @@ def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     Head h's columns are h * head stride onwards of one long row, so any strides are two dimensions. Rows behind the
     last are read as zeros and not written.
     """
-    row_count, heads, dim = x.shape
-    width = (heads - 1) * x.stride(1) + dim
-    return TensorDescriptor(
-        x, [row_count, width], [x.stride(0), 1], [rows, columns], block_layout(rows, columns, x.dtype)
-    )
+    call = (x.shape, x.stride(), x.dtype, rows, columns)
+    description = _descriptions.get(call)
+    if description is None:
+        row_count, heads, dim = x.shape
+        width = (heads - 1) * x.stride(1) + dim
+        layout = block_layout(rows, columns, x.dtype)
+        checked = TensorDescriptor(x, [row_count, width], [x.stride(0), 1], [rows, columns], layout)
+        description = _descriptions.add(call, {**vars(checked), "base": None})
+    # A descriptor holds an address, so each call makes its own; what was checked of its form need not be checked again.
+    found = object.__new__(TensorDescriptor)
+    found.__dict__.update(description, base=x)
+    return found
+
+
+_descriptions = Plans()
+"""All but the tensor of what `descriptor` returns, by what it was asked for."""
 
 
 @functools.cache

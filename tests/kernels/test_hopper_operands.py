@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ringflash.kernels.hopper.operands import addressable
+from ringflash.kernels.hopper.operands import addressable, block_layout, descriptor
 
 
 @pytest.mark.parametrize(
@@ -31,3 +32,14 @@ def test_tensors_out_of_the_engines_reach_are_copied(strides: tuple[int, int, in
     x = torch.empty_strided((10, 5, 64), strides, dtype=torch.bfloat16, device="meta")
     assert (addressable(x) is not x) == copied
     assert addressable(addressable(x)).shape == x.shape
+
+
+def test_descriptors_of_one_form_differ_in_their_tensor_only() -> None:
+    tensors = [torch.empty(10, 5, 64, dtype=torch.bfloat16) for _ in range(2)]
+    first, second = (descriptor(x, 64, 64) for x in tensors)
+    layout = block_layout(64, 64, torch.bfloat16)
+    checked = TensorDescriptor(tensors[1], [10, 5 * 64], [5 * 64, 1], [64, 64], layout)
+    assert first.base is tensors[0]
+    assert second.base is tensors[1]
+    assert vars(first) | {"base": None} == vars(second) | {"base": None} == vars(checked) | {"base": None}
+    assert descriptor(tensors[0], 32, 64).block_shape == [32, 64]
