@@ -184,16 +184,13 @@ def backward_variants(dim: int) -> dict[str, dict]:
     """Arguments of launch_backward to compare with those in use."""
     base = backward.BACKWARD_TILES[dim]
     changes = {
-        64: {},
-        128: {
-            "early weights": {"stages": (4, 2), "early_weights": True},
-            "early weights, 2 stages": {"early_weights": True},
-        },
+        64: {"3 stages": {"stages": (3, 2)}, "ahead": {"stages": (3, 2), "ahead": True}},
+        128: {"3 stages": {"stages": (3, 2)}, "ahead": {"stages": (3, 2), "ahead": True}},
         256: {},
     }[dim]
-    return {"in use": {"tiles": base}, "deterministic": {"tiles": base, "deterministic": True}} | {
-        name: {"tiles": dataclasses.replace(base, **change)} for name, change in changes.items()
-    }
+    tiles = {"in use": base} | {name: dataclasses.replace(base, **change) for name, change in changes.items()}
+    plain = {name: {"tiles": x} for name, x in tiles.items()}
+    return plain | {f"{name}, in turn": {"tiles": x, "deterministic": True} for name, x in tiles.items()}
 
 
 def time_forward(dim: int, variants: dict[str, forward.ForwardTiles], lengths: tuple[int, ...]) -> list[dict]:

@@ -29,22 +29,22 @@ class BackwardTiles:
     Attributes:
         keys: key rows of a tile.
         queries: query rows of a block.
-        stages: blocks of queries and of out's gradient in shared memory; powers of two.
-        early_weights: whether a step computes the next one's weights under its last product.
+        stages: blocks of queries and of out's gradient in shared memory; powers of two or 3.
+        ahead: whether a step starts the next one's dweights and weights; head dimensions 64 and 128, wants 3 stages.
         registers: of a thread of the consumers and of the producer.
     """
 
     keys: int
     queries: int
     stages: tuple[int, int]
-    early_weights: bool
+    ahead: bool = False
     registers: tuple[int, int] = (240, 24)
 
 
 BACKWARD_TILES = {
-    64: BackwardTiles(keys=128, queries=128, stages=(2, 2), early_weights=False),
-    128: BackwardTiles(keys=128, queries=64, stages=(2, 2), early_weights=False),
-    256: BackwardTiles(keys=64, queries=64, stages=(2, 1), early_weights=False),
+    64: BackwardTiles(keys=128, queries=128, stages=(2, 2)),
+    128: BackwardTiles(keys=128, queries=64, stages=(2, 2)),
+    256: BackwardTiles(keys=64, queries=64, stages=(2, 1)),
 }
 """By head dimension; docs/benchmarks/kernels.md has the measurements behind them."""
 
@@ -126,7 +126,7 @@ def launch_backward(
         query_rows, padded_rows, key_rows, key_heads, section,
         query.stride(1), dout.stride(1), key.stride(1), value.stride(1), scale,
         GROUP=group, QUERY_STAGES=tiles.stages[0], DOUT_STAGES=tiles.stages[1],
-        EARLY_WEIGHTS=tiles.early_weights, FLOAT_OUT=float_out, ORDERED=deterministic,
+        AHEAD=tiles.ahead, FLOAT_OUT=float_out, ORDERED=deterministic,
         CONSUMER_REGISTERS=tiles.registers[0], PRODUCER_REGISTERS=tiles.registers[1],
         num_warps=4,
     )  # fmt: skip

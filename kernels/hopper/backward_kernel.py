@@ -8,8 +8,8 @@ the tensor cores next is already in registers (Shah et al., FlashAttention-3, ar
 
 Only dscores passes through shared memory, because a query row's gradient sums over both warpgroups' keys: each computes
 half of dQ from both halves of dscores and adds it to global memory in fp32. A step's products are issued so that each
-piece of arithmetic runs under some of them: the exponentials under dweights (or, with EARLY_WEIGHTS, those of the next
-step under dK), dscores under dV, the way out of dQ under dK and the next step's scores.
+piece of arithmetic runs under some of them: the exponentials under dweights (or, with AHEAD, those of the next step
+under dK and the next dweights), dscores under dV, the way out of dQ under dK and the next step's scores.
 
 Legend: M query rows of a block, N key rows of a tile, D head dimension.
 """
@@ -98,7 +98,7 @@ def attend_backward_kernel(
     dquery_desc, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, rows_of_key_ptr, rows_of_tile_ptr,
     turn_of_tile_ptr, turn_now_ptr, query_rows, padded_rows, key_rows, key_heads, section,
     query_head_stride, dout_head_stride, key_head_stride, value_head_stride, scale,
-    GROUP: gl.constexpr, QUERY_STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr, EARLY_WEIGHTS: gl.constexpr,
+    GROUP: gl.constexpr, QUERY_STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr, AHEAD: gl.constexpr,
     FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -132,9 +132,9 @@ def attend_backward_kernel(
         gl.warp_specialize(
             [
                 (consume, (rows, sums, queries, douts, key, value, dscores, dquery, turns, loaded, rows_of_key_ptr,
-                           first_key, key_head, scale, 0, GROUP, EARLY_WEIGHTS, FLOAT_OUT, ORDERED)),
+                           first_key, key_head, scale, 0, GROUP, AHEAD, FLOAT_OUT, ORDERED)),
                 (consume, (rows, sums, queries, douts, key, value, dscores, dquery, turns, loaded, rows_of_key_ptr,
-                           first_key, key_head, scale, 1, GROUP, EARLY_WEIGHTS, FLOAT_OUT, ORDERED)),
+                           first_key, key_head, scale, 1, GROUP, AHEAD, FLOAT_OUT, ORDERED)),
                 (produce, (rows, query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc, queries, douts,
                            key, value, loaded, first_key, key_head * key_head_stride, key_head * value_head_stride,
                            query_head_stride, dout_head_stride, GROUP, ORDERED)),
@@ -148,9 +148,9 @@ def attend_backward_kernel(
         gl.warp_specialize(
             [
                 (consume, (rows, sums, queries, douts, key, value, dscores, dquery, turns, loaded, rows_of_key_ptr,
-                           first_key, key_head, scale, 0, GROUP, EARLY_WEIGHTS, FLOAT_OUT, ORDERED)),
+                           first_key, key_head, scale, 0, GROUP, AHEAD, FLOAT_OUT, ORDERED)),
                 (consume, (rows, sums, queries, douts, key, value, dscores, dquery, turns, loaded, rows_of_key_ptr,
-                           first_key, key_head, scale, 1, GROUP, EARLY_WEIGHTS, FLOAT_OUT, ORDERED)),
+                           first_key, key_head, scale, 1, GROUP, AHEAD, FLOAT_OUT, ORDERED)),
                 (produce, (rows, query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc, queries, douts,
                            key, value, loaded, first_key, key_head * key_head_stride, key_head * value_head_stride,
                            query_head_stride, dout_head_stride, GROUP, ORDERED)),
@@ -185,6 +185,24 @@ def visiting_rows(
     # Rows behind the last key are zeros, whose weights must not reach dQ as infinity times zero: mask the whole tile.
     full_end = gl.where((key_tile + 1) * N > key_rows, 0, gl.load(entry + 2))
     return Rows(begin, blocks, gl.load(entry + 1), full_end, query_rows, padded_rows, first_head)
+
+
+@gluon.jit
+def ring_place(step, STAGES: gl.constexpr):
+    """Stage and parity of a ring of 2^n or of 3 stages at a step."""
+    if STAGES == 3:
+        turn = step // 3
+        stage, parity = step - turn * 3, turn & 1
+    else:
+        stage, parity = stage_and_parity(step, STAGES)
+    return stage, parity
+
+
+@gluon.jit
+def next_stage(stage, parity, STAGES: gl.constexpr):
+    """Stage and parity of the step after."""
+    last = stage + 1 == STAGES
+    return gl.where(last, 0, stage + 1), gl.where(last, parity ^ 1, parity)
 
 
 @gluon.jit
@@ -234,9 +252,9 @@ def produce(
             head = rows.first_head + member
             row = rows.begin + block * M
             number = head * rows.padded_rows + row
-            stage, parity = stage_and_parity(step, QUERY_STAGES)
+            stage, parity = ring_place(step, QUERY_STAGES)
             fill(queries, query_desc, lse_desc, row, head * query_head_stride, number, stage, parity)
-            stage, parity = stage_and_parity(step, DOUT_STAGES)
+            stage, parity = ring_place(step, DOUT_STAGES)
             fill(douts, dout_desc, delta_desc, row, head * dout_head_stride, number, stage, parity)
             step += 1
 
@@ -244,8 +262,26 @@ def produce(
 @gluon.jit
 def consume(
     rows, sums, queries, douts, key, value, dscores, dquery, turns, loaded, rows_of_key_ptr,
-    first_key, key_head, scale, PART: gl.constexpr, GROUP: gl.constexpr, EARLY_WEIGHTS: gl.constexpr,
+    first_key, key_head, scale, PART: gl.constexpr, GROUP: gl.constexpr, AHEAD: gl.constexpr,
     FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr,
+):  # fmt: skip
+    """A consumer warpgroup: key rows PART * 64 to PART * 64 + 64 of the tile."""
+    if AHEAD:
+        consume_ahead(
+            rows, sums, queries, douts, key, value, dscores, dquery, turns, loaded, rows_of_key_ptr,
+            first_key, key_head, scale, PART, GROUP, FLOAT_OUT, ORDERED,
+        )  # fmt: skip
+    else:
+        consume_in_step(
+            rows, sums, queries, douts, key, value, dscores, dquery, turns, loaded, rows_of_key_ptr,
+            first_key, key_head, scale, PART, GROUP, FLOAT_OUT, ORDERED,
+        )  # fmt: skip
+
+
+@gluon.jit
+def consume_in_step(
+    rows, sums, queries, douts, key, value, dscores, dquery, turns, loaded, rows_of_key_ptr,
+    first_key, key_head, scale, PART: gl.constexpr, GROUP: gl.constexpr, FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup: key rows PART * 64 to PART * 64 + 64 of the tile."""
     QUERY_STAGES: gl.constexpr = queries.blocks.shape[0]
@@ -275,27 +311,20 @@ def consume(
     mbarrier.wait(loaded.index(1), 0)
     mbarrier.wait(queries.full.index(0), 0)
     token = warpgroup_mma(own_key, queries.blocks.index(0).permute((1, 0)), no_scores, use_acc=False, is_async=True)
-    # What a step hands to the next: weights, computed under dK, or where registers are short the scores.
-    coming = warpgroup_mma_wait(0, deps=[token])
-    block, member = first_place(rows, ORDERED)
-    if EARLY_WEIGHTS:
-        first_row = rows.begin + block * M
-        coming = weigh(coming, queries.numbers.index(0), rows, first_row, first_seeing, last_seeing, scale_log2)
+    scores = warpgroup_mma_wait(0, deps=[token])
 
+    block, member = first_place(rows, ORDERED)
     steps = rows.blocks * GROUP
     for step in range(steps):
-        stage = stage_and_parity(step, QUERY_STAGES)[0]
-        dout_stage, parity = stage_and_parity(step, DOUT_STAGES)
+        stage = ring_place(step, QUERY_STAGES)[0]
+        dout_stage, parity = ring_place(step, DOUT_STAGES)
         dout = douts.blocks.index(dout_stage)
         row = rows.begin + block * M
         own_key = key.index(unseen_zero(row)).slice(PART * HALF, HALF, 0)
         mbarrier.wait(douts.full.index(dout_stage), parity)
         minus_delta, _ = gl.broadcast(douts.numbers.index(dout_stage).load(COLUMNS)[None, :], no_scores)
         dweights_token = warpgroup_mma(own_value, dout.permute((1, 0)), minus_delta, is_async=True)
-        if EARLY_WEIGHTS:
-            weights = coming
-        else:
-            weights = weigh(coming, queries.numbers.index(stage), rows, row, first_seeing, last_seeing, scale_log2)
+        weights = weigh(scores, queries.numbers.index(stage), rows, row, first_seeing, last_seeing, scale_log2)
         dvalue_token = warpgroup_mma(gl.convert_layout(weights.to(dtype), FACTOR), dout, dvalue, is_async=True)
         dweights = warpgroup_mma_wait(1, deps=[dweights_token])
         rounded = (weights * dweights).to(dtype)
@@ -310,14 +339,9 @@ def consume(
         release(douts.empty.index(dout_stage))
 
         keys_now = key.index(unseen_zero(row))
-        if D == 64:  # half of the rows
-            dscores_part = shared.slice(PART * HALF, HALF, 1).permute((1, 0))
-            dquery_token = warpgroup_mma(dscores_part, keys_now, no_dquery, use_acc=False, is_async=True)
-        else:  # half of the columns
-            key_part = keys_now.slice(PART * HALF, HALF, 1)
-            dquery_token = warpgroup_mma(shared.permute((1, 0)), key_part, no_dquery, use_acc=False, is_async=True)
+        dquery_token = start_dquery(shared, keys_now, no_dquery, PART)
         # The last step has no next one: its scores are of old numbers and unused.
-        next_stage, parity = stage_and_parity(step + 1, QUERY_STAGES)
+        next_stage, parity = ring_place(step + 1, QUERY_STAGES)
         mbarrier.wait(queries.full.index(next_stage), parity, pred=step + 1 < steps)
         scores_token = warpgroup_mma(
             own_key, queries.blocks.index(next_stage).permute((1, 0)), no_scores, use_acc=False, is_async=True
@@ -325,25 +349,9 @@ def consume(
         dkey_token = warpgroup_mma(dscores_factor, queries.blocks.index(stage), dkey, is_async=True)
 
         part_of_dquery = warpgroup_mma_wait(2, deps=[dquery_token])
-        if ORDERED:
-            hand_over(turns, dquery, part_of_dquery * scale, step, PART)
-        else:
-            store_wait(0)
-            dquery.index(PART).store(part_of_dquery * scale)
-            fence_async_shared()
-            dquery_row, dquery_column = corner(row, rows.first_head + member, D, PART, 0)
-            async_add(sums.dquery_desc, [dquery_row, dquery_column], dquery.index(PART))
-        if EARLY_WEIGHTS:
-            coming = warpgroup_mma_wait(1, deps=[scores_token])
-            next_row = rows.begin + next_place(rows, block, member, GROUP, ORDERED)[0] * M
-            lse = queries.numbers.index(next_stage)
-            coming = weigh(coming, lse, rows, next_row, first_seeing, last_seeing, scale_log2)
-            # Waited for in the next step, but here it keeps ptxas from moving the next wait before the exponentials.
-            dout_stage, parity = stage_and_parity(step + 1, DOUT_STAGES)
-            mbarrier.wait(douts.full.index(dout_stage), parity, pred=step + 1 < steps)
-            dkey = warpgroup_mma_wait(0, deps=[dkey_token])
-        else:
-            coming, dkey = warpgroup_mma_wait(0, deps=[scores_token, dkey_token])
+        head = rows.first_head + member
+        finish_dquery(sums, turns, dquery, part_of_dquery * scale, row, head, step, D, PART, ORDERED)
+        scores, dkey = warpgroup_mma_wait(0, deps=[scores_token, dkey_token])
         release(queries.empty.index(stage))
         block, member = next_place(rows, block, member, GROUP, ORDERED)
 
@@ -353,6 +361,142 @@ def consume(
     store_sum(sums, sums.dvalue_desc, sums.dvalue_ptr, dvalue, own_value, first_row, key_head, FLOAT_OUT, SUMS)
     store_sum(sums, sums.dkey_desc, sums.dkey_ptr, dkey * scale, own_key, first_row, key_head, FLOAT_OUT, SUMS)
     store_wait(0)
+
+
+@gluon.jit
+def consume_ahead(
+    rows, sums, queries, douts, key, value, dscores, dquery, turns, loaded, rows_of_key_ptr,
+    first_key, key_head, scale, PART: gl.constexpr, GROUP: gl.constexpr, FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr,
+):  # fmt: skip
+    """As `consume`, with the tensor cores never out of work: a turn of the loop begins between dscores and dQ.
+
+    Under dK and the next step's dweights then run the next step's exponentials.
+    """
+    QUERY_STAGES: gl.constexpr = queries.blocks.shape[0]
+    DOUT_STAGES: gl.constexpr = douts.blocks.shape[0]
+    M: gl.constexpr = queries.blocks.shape[1]
+    D: gl.constexpr = key.shape[2]
+    dtype: gl.constexpr = key.dtype
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    FACTOR: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUMS, k_width=2)
+    DQUERY: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
+
+    own_key = key.index(0).slice(PART * HALF, HALF, 0)
+    own_value = value.index(0).slice(PART * HALF, HALF, 0)
+    key_index = first_key + PART * HALF + gl.arange(0, HALF, gl.SliceLayout(1, SCORES))
+    seeing = rows_of_key_ptr + key_index * 4
+    first_seeing = gl.load(seeing, mask=key_index < sums.key_rows, other=0)
+    last_seeing = gl.load(seeing + 3, mask=key_index < sums.key_rows, other=0)
+    dkey = gl.zeros([HALF, D], gl.float32, SUMS)
+    dvalue = gl.zeros([HALF, D], gl.float32, SUMS)
+    no_scores = gl.zeros([HALF, M], gl.float32, SCORES)
+    no_dquery = gl.zeros([HALF, HALF], gl.float32, DQUERY)
+    scale_log2 = scale * 1.4426950408889634
+
+    mbarrier.wait(loaded.index(0), 0)
+    mbarrier.wait(loaded.index(1), 0)
+    mbarrier.wait(queries.full.index(0), 0)
+    mbarrier.wait(douts.full.index(0), 0)
+    dout = douts.blocks.index(0)
+    query = queries.blocks.index(0)
+    scores_token = warpgroup_mma(own_key, query.permute((1, 0)), no_scores, use_acc=False, is_async=True)
+    dweights_token = warpgroup_mma(own_value, dout.permute((1, 0)), no_scores, use_acc=False, is_async=True)
+    block, member = first_place(rows, ORDERED)
+    row = rows.begin + block * M
+    weights = warpgroup_mma_wait(1, deps=[scores_token])
+    weights = weigh(weights, queries.numbers.index(0), rows, row, first_seeing, last_seeing, scale_log2)
+    dvalue_token = warpgroup_mma(gl.convert_layout(weights.to(dtype), FACTOR), dout, dvalue, is_async=True)
+    dweights = warpgroup_mma_wait(1, deps=[dweights_token])
+    rounded = (weights * (dweights + douts.numbers.index(0).load(COLUMNS)[None, :])).to(dtype)
+    dscores.index(0).slice(PART * HALF, HALF, 0).store(rounded)
+    fence_async_shared()
+    meet("8")
+    dvalue = warpgroup_mma_wait(0, deps=[dvalue_token])
+
+    steps = rows.blocks * GROUP
+    stage = 0
+    parity = 0
+    for step in range(1, steps):
+        earlier = stage
+        stage, parity = next_stage(stage, parity, QUERY_STAGES)
+        own_key = key.index(unseen_zero(row)).slice(PART * HALF, HALF, 0)
+        own_value = value.index(unseen_zero(row)).slice(PART * HALF, HALF, 0)
+        shared = dscores.index((step - 1) & 1)
+        dquery_token = start_dquery(shared, key.index(unseen_zero(row)), no_dquery, PART)
+        mbarrier.wait(queries.full.index(stage), parity)
+        query = queries.blocks.index(stage)
+        scores_token = warpgroup_mma(own_key, query.permute((1, 0)), no_scores, use_acc=False, is_async=True)
+        own_dscores = shared.slice(PART * HALF, HALF, 0)
+        dkey_token = warpgroup_mma(own_dscores, queries.blocks.index(earlier), dkey, is_async=True)
+        release(douts.empty.index(ring_place(step - 1, DOUT_STAGES)[0]))
+        part_of_dquery = warpgroup_mma_wait(2, deps=[dquery_token])
+        finish_dquery(
+            sums, turns, dquery, part_of_dquery * scale, row, rows.first_head + member, step - 1, D, PART, ORDERED
+        )
+
+        dout_stage, dout_parity = ring_place(step, DOUT_STAGES)
+        dout = douts.blocks.index(dout_stage)
+        mbarrier.wait(douts.full.index(dout_stage), dout_parity)
+        dweights_token = warpgroup_mma(own_value, dout.permute((1, 0)), no_scores, use_acc=False, is_async=True)
+        block, member = next_place(rows, block, member, GROUP, ORDERED)
+        row = rows.begin + block * M
+        weights = warpgroup_mma_wait(2, deps=[scores_token])
+        weights = weigh(weights, queries.numbers.index(stage), rows, row, first_seeing, last_seeing, scale_log2)
+        dvalue_token = warpgroup_mma(gl.convert_layout(weights.to(dtype), FACTOR), dout, dvalue, is_async=True)
+        dweights, dkey = warpgroup_mma_wait(1, deps=[dweights_token, dkey_token])
+        release(queries.empty.index(earlier))
+        rounded = (weights * (dweights + douts.numbers.index(dout_stage).load(COLUMNS)[None, :])).to(dtype)
+        # Two buffers, as in `consume`.
+        dscores.index(step & 1).slice(PART * HALF, HALF, 0).store(rounded)
+        fence_async_shared()
+        meet("8")
+        dvalue = warpgroup_mma_wait(0, deps=[dvalue_token])
+
+    shared = dscores.index((steps - 1) & 1)
+    dquery_token = start_dquery(shared, key.index(0), no_dquery, PART)
+    query = queries.blocks.index(stage)
+    dkey_token = warpgroup_mma(shared.slice(PART * HALF, HALF, 0), query, dkey, is_async=True)
+    part_of_dquery = warpgroup_mma_wait(1, deps=[dquery_token])
+    finish_dquery(
+        sums, turns, dquery, part_of_dquery * scale, row, rows.first_head + member, steps - 1, D, PART, ORDERED
+    )
+    dkey = warpgroup_mma_wait(0, deps=[dkey_token])
+
+    meet("8")  # as in `consume`
+    first_row = first_key + PART * HALF
+    store_sum(sums, sums.dvalue_desc, sums.dvalue_ptr, dvalue, own_value, first_row, key_head, FLOAT_OUT, SUMS)
+    store_sum(sums, sums.dkey_desc, sums.dkey_ptr, dkey * scale, own_key, first_row, key_head, FLOAT_OUT, SUMS)
+    store_wait(0)
+
+
+@gluon.jit
+def start_dquery(dscores, key, no_dquery, PART: gl.constexpr):
+    """The product for a warpgroup's part of dQ."""
+    if key.shape[1] == 64:  # half of the rows
+        dscores_part = dscores.slice(PART * HALF, HALF, 1).permute((1, 0))
+        token = warpgroup_mma(dscores_part, key, no_dquery, use_acc=False, is_async=True)
+    else:  # half of the columns
+        token = warpgroup_mma(
+            dscores.permute((1, 0)), key.slice(PART * HALF, HALF, 1), no_dquery, use_acc=False, is_async=True
+        )
+    return token
+
+
+@gluon.jit
+def finish_dquery(
+    sums, turns, dquery, part, row, head, step, D: gl.constexpr, PART: gl.constexpr, ORDERED: gl.constexpr
+):
+    """Send a warpgroup's part of dQ on its way to global memory."""
+    if ORDERED:
+        hand_over(turns, dquery, part, step, PART)
+    else:
+        store_wait(0)
+        dquery.index(PART).store(part)
+        fence_async_shared()
+        first_row, column = corner(row, head, D, PART, 0)
+        async_add(sums.dquery_desc, [first_row, column], dquery.index(PART))
 
 
 @gluon.jit

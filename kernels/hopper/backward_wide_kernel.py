@@ -50,12 +50,12 @@ def attend_backward_wide_kernel(
     dquery_desc, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, rows_of_key_ptr, rows_of_tile_ptr,
     turn_of_tile_ptr, turn_now_ptr, query_rows, padded_rows, key_rows, key_heads, section,
     query_head_stride, dout_head_stride, key_head_stride, value_head_stride, scale,
-    GROUP: gl.constexpr, QUERY_STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr, EARLY_WEIGHTS: gl.constexpr,
+    GROUP: gl.constexpr, QUERY_STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr, AHEAD: gl.constexpr,
     FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """See `launch_backward` for the arguments."""
-    gl.static_assert(not EARLY_WEIGHTS)
+    gl.static_assert(not AHEAD)
     M: gl.constexpr = query_desc.block_type.shape[0]
     N: gl.constexpr = key_desc.block_type.shape[0]
     dtype: gl.constexpr = query_desc.dtype

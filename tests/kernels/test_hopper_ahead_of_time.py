@@ -64,7 +64,8 @@ FORWARD_SHAPES = [
 ]
 BACKWARD_SHAPES = [
     *backward.BACKWARD_TILES.items(),
-    (128, replace(backward.BACKWARD_TILES[128], stages=(4, 2), early_weights=True)),
+    (64, replace(backward.BACKWARD_TILES[64], stages=(3, 2), ahead=True)),
+    (128, replace(backward.BACKWARD_TILES[128], stages=(3, 2), ahead=True)),
 ]
 
 
