@@ -290,7 +290,7 @@ def main() -> None:
     parser.add_argument("dim", type=int, choices=sorted(HEADS))
     parser.add_argument("path", nargs="?", help="JSON file for the rows")
     parser.add_argument("--forward", default="in use", help="shape of the forward to check")
-    parser.add_argument("--backward", default="in use", help="shape of the backward to check")
+    parser.add_argument("--passes", default="forward,backward", help="for check")
     parser.add_argument("--dtypes", default="bfloat16,float16", help="for check")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -299,9 +299,9 @@ def main() -> None:
         return
     if arguments.action == "check":
         forward.FORWARD_TILES[arguments.dim] = forward_variants(arguments.dim)[arguments.forward]
-        backward.BACKWARD_TILES[arguments.dim] = backward_variants(arguments.dim)[arguments.backward]
+        checks = [{"forward": check_forward, "backward": check_backward}[x] for x in arguments.passes.split(",")]
         dtypes = [getattr(torch, name) for name in arguments.dtypes.split(",")]
-        fine = [check(arguments.dim, dtype) for check in (check_forward, check_backward) for dtype in dtypes]
+        fine = [check(arguments.dim, dtype) for check in checks for dtype in dtypes]
         sys.exit(0 if all(fine) else 1)
     tune = arguments.action == "tune"
     dim = arguments.dim
