@@ -116,7 +116,7 @@ def check_forward(dim: int, dtype: torch.dtype) -> bool:
     return fine
 
 
-def check_backward(dim: int, dtype: torch.dtype) -> bool:
+def check_backward(dim: int, dtype: torch.dtype, variants: dict[str, dict]) -> bool:
     """Print one line for each case; whether all are right."""
     fine, scale = True, dim**-0.5
     for name, (intervals, heads, key_heads) in cases().items():
@@ -131,7 +131,7 @@ def check_backward(dim: int, dtype: torch.dtype) -> bool:
         expected = reference.attend_backward(
             *arguments, scale=scale, dquery_dtype=torch.float64, dkey_dtype=torch.float64
         )
-        for (variant, settings), carried in itertools.product(backward_variants(dim).items(), (False, True)):
+        for (variant, settings), carried in itertools.product(variants.items(), (False, True)):
             # With a carry as between the launches of a ring, otherwise as in a single one.
             dtypes = (torch.float32, torch.float32) if carried else (dtype, dtype)
             results = [
@@ -185,12 +185,17 @@ def backward_variants(dim: int) -> dict[str, dict]:
     base = backward.BACKWARD_TILES[dim]
     changes = {
         64: {"3 stages": {"stages": (3, 2)}, "ahead": {"stages": (3, 2), "ahead": True}},
-        128: {"3 stages": {"stages": (3, 2)}, "ahead": {"stages": (3, 2), "ahead": True}},
+        128: {
+            "3 stages": {"stages": (3, 2)},
+            "ahead": {"stages": (3, 2), "ahead": True},
+            "persistent": {"stages": (3, 2), "ahead": True, "persistent": True},
+        },
         256: {},
     }[dim]
     tiles = {"in use": base} | {name: dataclasses.replace(base, **change) for name, change in changes.items()}
     plain = {name: {"tiles": x} for name, x in tiles.items()}
-    return plain | {f"{name}, in turn": {"tiles": x, "deterministic": True} for name, x in tiles.items()}
+    ordered = {f"{n}, in turn": {"tiles": x, "deterministic": True} for n, x in tiles.items() if not x.persistent}
+    return plain | ordered
 
 
 def time_forward(dim: int, variants: dict[str, forward.ForwardTiles], lengths: tuple[int, ...]) -> list[dict]:
@@ -290,28 +295,35 @@ def main() -> None:
     parser.add_argument("dim", type=int, choices=sorted(HEADS))
     parser.add_argument("path", nargs="?", help="JSON file for the rows")
     parser.add_argument("--forward", default="in use", help="shape of the forward to check")
-    parser.add_argument("--passes", default="forward,backward", help="for check")
+    parser.add_argument("--backward", default="all", help="shapes of the backward to check and to tune, with ; between")
+    parser.add_argument("--passes", default="forward,backward", help="to check and to tune")
     parser.add_argument("--dtypes", default="bfloat16,float16", help="for check")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     if arguments.action == "compile":
         compile_variants(arguments.dim)
         return
+    chosen = backward_variants(arguments.dim)
+    if arguments.backward != "all":
+        chosen = {name: chosen[name] for name in map(str.strip, arguments.backward.split(";"))}
     if arguments.action == "check":
         forward.FORWARD_TILES[arguments.dim] = forward_variants(arguments.dim)[arguments.forward]
-        checks = [{"forward": check_forward, "backward": check_backward}[x] for x in arguments.passes.split(",")]
+        check_backwards = partial(check_backward, variants=chosen)
+        checks = [{"forward": check_forward, "backward": check_backwards}[x] for x in arguments.passes.split(",")]
         dtypes = [getattr(torch, name) for name in arguments.dtypes.split(",")]
         fine = [check(arguments.dim, dtype) for check in checks for dtype in dtypes]
         sys.exit(0 if all(fine) else 1)
     tune = arguments.action == "tune"
     dim = arguments.dim
     forwards = forward_variants(dim) if tune else {"ringflash": forward.FORWARD_TILES[dim]}
-    backwards = backward_variants(dim) if tune else {"ringflash": {"tiles": backward.BACKWARD_TILES[dim]}}
-    rows = time_forward(dim, forwards, LENGTHS)
-    print_table(rows)
-    backward_rows = time_backward(dim, backwards, LENGTHS)
-    print_table(backward_rows)
-    rows += backward_rows
+    backwards = chosen if tune else {"ringflash": {"tiles": backward.BACKWARD_TILES[dim]}}
+    times = {"forward": lambda: time_forward(dim, forwards, LENGTHS)}
+    times["backward"] = lambda: time_backward(dim, backwards, LENGTHS)
+    rows = []
+    for name in arguments.passes.split(","):
+        pass_rows = times[name]()
+        print_table(pass_rows)
+        rows += pass_rows
     if arguments.path:
         with open(arguments.path, "w") as file:
             json.dump(
