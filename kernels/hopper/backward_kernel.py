@@ -267,9 +267,10 @@ def consume(
 ):  # fmt: skip
     """A consumer warpgroup: key rows PART * 64 to PART * 64 + 64 of the tile."""
     if AHEAD:
+        none = 0
         consume_ahead(
             rows, sums, queries, douts, key, value, dscores, dquery, turns, loaded, rows_of_key_ptr,
-            first_key, key_head, scale, PART, GROUP, FLOAT_OUT, ORDERED,
+            first_key, key_head, scale, none, none, none, none, PART, GROUP, FLOAT_OUT, ORDERED,
         )  # fmt: skip
     else:
         consume_in_step(
@@ -366,11 +367,13 @@ def consume_in_step(
 @gluon.jit
 def consume_ahead(
     rows, sums, queries, douts, key, value, dscores, dquery, turns, loaded, rows_of_key_ptr,
-    first_key, key_head, scale, PART: gl.constexpr, GROUP: gl.constexpr, FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr,
+    first_key, key_head, scale, tile, earlier_steps, stage, parity,
+    PART: gl.constexpr, GROUP: gl.constexpr, FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
     """As `consume`, with the tensor cores never out of work: a turn of the loop begins between dscores and dQ.
 
-    Under dK and the next step's dweights then run the next step's exponentials.
+    Under dK and the next step's dweights then run the next step's exponentials. This is the program's tile-th tile,
+    after so many steps; stage and parity are those of its first queries, and those of the next tile are returned.
     """
     QUERY_STAGES: gl.constexpr = queries.blocks.shape[0]
     DOUT_STAGES: gl.constexpr = douts.blocks.shape[0]
@@ -383,8 +386,9 @@ def consume_ahead(
     DQUERY: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
 
-    own_key = key.index(0).slice(PART * HALF, HALF, 0)
-    own_value = value.index(0).slice(PART * HALF, HALF, 0)
+    zero = unseen_zero(first_key)
+    own_key = key.index(zero).slice(PART * HALF, HALF, 0)
+    own_value = value.index(zero).slice(PART * HALF, HALF, 0)
     key_index = first_key + PART * HALF + gl.arange(0, HALF, gl.SliceLayout(1, SCORES))
     seeing = rows_of_key_ptr + key_index * 4
     first_seeing = gl.load(seeing, mask=key_index < sums.key_rows, other=0)
@@ -395,29 +399,28 @@ def consume_ahead(
     no_dquery = gl.zeros([HALF, HALF], gl.float32, DQUERY)
     scale_log2 = scale * 1.4426950408889634
 
-    mbarrier.wait(loaded.index(0), 0)
-    mbarrier.wait(loaded.index(1), 0)
-    mbarrier.wait(queries.full.index(0), 0)
-    mbarrier.wait(douts.full.index(0), 0)
-    dout = douts.blocks.index(0)
-    query = queries.blocks.index(0)
+    mbarrier.wait(loaded.index(0), tile & 1)
+    mbarrier.wait(loaded.index(1), tile & 1)
+    mbarrier.wait(queries.full.index(stage), parity)
+    dout_stage, dout_parity = ring_place(earlier_steps, DOUT_STAGES)
+    mbarrier.wait(douts.full.index(dout_stage), dout_parity)
+    dout = douts.blocks.index(dout_stage)
+    query = queries.blocks.index(stage)
     scores_token = warpgroup_mma(own_key, query.permute((1, 0)), no_scores, use_acc=False, is_async=True)
     dweights_token = warpgroup_mma(own_value, dout.permute((1, 0)), no_scores, use_acc=False, is_async=True)
     block, member = first_place(rows, ORDERED)
     row = rows.begin + block * M
     weights = warpgroup_mma_wait(1, deps=[scores_token])
-    weights = weigh(weights, queries.numbers.index(0), rows, row, first_seeing, last_seeing, scale_log2)
+    weights = weigh(weights, queries.numbers.index(stage), rows, row, first_seeing, last_seeing, scale_log2)
     dvalue_token = warpgroup_mma(gl.convert_layout(weights.to(dtype), FACTOR), dout, dvalue, is_async=True)
     dweights = warpgroup_mma_wait(1, deps=[dweights_token])
-    rounded = (weights * (dweights + douts.numbers.index(0).load(COLUMNS)[None, :])).to(dtype)
-    dscores.index(0).slice(PART * HALF, HALF, 0).store(rounded)
+    rounded = (weights * (dweights + douts.numbers.index(dout_stage).load(COLUMNS)[None, :])).to(dtype)
+    dscores.index(zero).slice(PART * HALF, HALF, 0).store(rounded)
     fence_async_shared()
     meet("8")
     dvalue = warpgroup_mma_wait(0, deps=[dvalue_token])
 
     steps = rows.blocks * GROUP
-    stage = 0
-    parity = 0
     for step in range(1, steps):
         earlier = stage
         stage, parity = next_stage(stage, parity, QUERY_STAGES)
@@ -430,13 +433,13 @@ def consume_ahead(
         scores_token = warpgroup_mma(own_key, query.permute((1, 0)), no_scores, use_acc=False, is_async=True)
         own_dscores = shared.slice(PART * HALF, HALF, 0)
         dkey_token = warpgroup_mma(own_dscores, queries.blocks.index(earlier), dkey, is_async=True)
-        release(douts.empty.index(ring_place(step - 1, DOUT_STAGES)[0]))
+        release(douts.empty.index(dout_stage))
         part_of_dquery = warpgroup_mma_wait(2, deps=[dquery_token])
         finish_dquery(
             sums, turns, dquery, part_of_dquery * scale, row, rows.first_head + member, step - 1, D, PART, ORDERED
         )
 
-        dout_stage, dout_parity = ring_place(step, DOUT_STAGES)
+        dout_stage, dout_parity = ring_place(earlier_steps + step, DOUT_STAGES)
         dout = douts.blocks.index(dout_stage)
         mbarrier.wait(douts.full.index(dout_stage), dout_parity)
         dweights_token = warpgroup_mma(own_value, dout.permute((1, 0)), no_scores, use_acc=False, is_async=True)
@@ -455,20 +458,26 @@ def consume_ahead(
         dvalue = warpgroup_mma_wait(0, deps=[dvalue_token])
 
     shared = dscores.index((steps - 1) & 1)
-    dquery_token = start_dquery(shared, key.index(0), no_dquery, PART)
+    zero = unseen_zero(row)
+    dquery_token = start_dquery(shared, key.index(zero), no_dquery, PART)
     query = queries.blocks.index(stage)
     dkey_token = warpgroup_mma(shared.slice(PART * HALF, HALF, 0), query, dkey, is_async=True)
+    release(douts.empty.index(dout_stage))
     part_of_dquery = warpgroup_mma_wait(1, deps=[dquery_token])
     finish_dquery(
         sums, turns, dquery, part_of_dquery * scale, row, rows.first_head + member, steps - 1, D, PART, ORDERED
     )
     dkey = warpgroup_mma_wait(0, deps=[dkey_token])
+    release(queries.empty.index(stage))
 
     meet("8")  # as in `consume`
     first_row = first_key + PART * HALF
+    own_key = key.index(zero).slice(PART * HALF, HALF, 0)
+    own_value = value.index(zero).slice(PART * HALF, HALF, 0)
     store_sum(sums, sums.dvalue_desc, sums.dvalue_ptr, dvalue, own_value, first_row, key_head, FLOAT_OUT, SUMS)
     store_sum(sums, sums.dkey_desc, sums.dkey_ptr, dkey * scale, own_key, first_row, key_head, FLOAT_OUT, SUMS)
     store_wait(0)
+    return next_stage(stage, parity, QUERY_STAGES)
 
 
 @gluon.jit

@@ -44,7 +44,10 @@ def compile_backward(
         backward.launch_backward(*arguments, dtype, dkey_dtype, tiles, deterministic)
 
     name = "attend_backward_wide_kernel" if dim == 256 else "attend_backward_kernel"
-    with mock.patch.object(backward, "prepare_rows", return_value=((numbers, numbers), 1024)):
+    if tiles.persistent and not deterministic:
+        name = "attend_backward_persistent_kernel"
+    multiprocessors = mock.patch.object(backward, "multiprocessors", return_value=132)
+    with multiprocessors, mock.patch.object(backward, "prepare_rows", return_value=((numbers, numbers), 1024)):
         return compile_call(catch(backward, name, launch))
 
 
@@ -66,6 +69,7 @@ BACKWARD_SHAPES = [
     *backward.BACKWARD_TILES.items(),
     (64, replace(backward.BACKWARD_TILES[64], stages=(3, 2), ahead=True)),
     (128, replace(backward.BACKWARD_TILES[128], stages=(3, 2), ahead=True)),
+    (128, replace(backward.BACKWARD_TILES[128], stages=(3, 2), ahead=True, persistent=True)),
 ]
 
 
@@ -91,5 +95,6 @@ def test_forward_fits_and_keeps_the_softmax_before_the_wait(dim, tiles, carry, s
 def test_backward_fits(dim, tiles, dkey_dtype, deterministic):
     compiled = compile_backward(dim, tiles, torch.bfloat16, dkey_dtype, deterministic)
     assert compiled.warnings == []
-    assert compiled.spilled <= {64: 64, 128: 64, 256: 160}[dim]
+    persistent = tiles.persistent and not deterministic  # keeps addresses from tile to tile, and reads them in each
+    assert compiled.spilled <= (360 if persistent else {64: 64, 128: 64, 256: 160}[dim])
     assert compiled.shared < SHARED_LIMIT
