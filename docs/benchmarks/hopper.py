@@ -167,34 +167,17 @@ def pairs(intervals: KeyIntervals) -> int:
 def forward_variants(dim: int) -> dict[str, forward.ForwardTiles]:
     """Launch shapes to compare with the one in use."""
     base = forward.FORWARD_TILES[dim]
-    three = {"consumers": 3, "registers": (160, 24)}
-    changes = {
-        64: {
-            "3 consumers": three,
-            "ahead": {"ahead": True},
-            "ahead, 3 consumers, 64 keys": {"ahead": True, "keys": 64, **three},
-        },
-        128: {"ahead, 64 keys": {"ahead": True, "keys": 64, "stages": 4}},
-        256: {"ahead": {"ahead": True}, "ahead, 32 keys": {"ahead": True, "keys": 32, "stages": 4}},
-    }[dim]
+    changes = {64: {"2 consumers": {"consumers": 2, "registers": (240, 24)}}, 128: {}, 256: {}}[dim]
     return {"in use": base} | {name: dataclasses.replace(base, **change) for name, change in changes.items()}
 
 
 def backward_variants(dim: int) -> dict[str, dict]:
     """Arguments of launch_backward to compare with those in use."""
     base = backward.BACKWARD_TILES[dim]
-    changes = {
-        64: {"3 stages": {"stages": (3, 2)}, "ahead": {"stages": (3, 2), "ahead": True}},
-        128: {
-            "3 stages": {"stages": (3, 2)},
-            "ahead": {"stages": (3, 2), "ahead": True},
-            "persistent": {"stages": (3, 2), "ahead": True, "persistent": True},
-        },
-        256: {},
-    }[dim]
+    changes = {64: {"direct": {"direct": True}}, 128: {"direct": {"direct": True}}, 256: {}}[dim]
     tiles = {"in use": base} | {name: dataclasses.replace(base, **change) for name, change in changes.items()}
     plain = {name: {"tiles": x} for name, x in tiles.items()}
-    ordered = {f"{n}, in turn": {"tiles": x, "deterministic": True} for n, x in tiles.items() if not x.persistent}
+    ordered = {f"{n}, in turn": {"tiles": x, "deterministic": True} for n, x in tiles.items() if not x.direct}
     return plain | ordered
 
 

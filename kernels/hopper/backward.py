@@ -13,14 +13,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ringflash.kernels import triton as portable
 from ringflash.kernels.hopper.backward_kernel import HALF, attend_backward_kernel
-from ringflash.kernels.hopper.backward_persistent_kernel import attend_backward_persistent_kernel
 from ringflash.kernels.hopper.backward_wide_kernel import attend_backward_wide_kernel
 from ringflash.kernels.hopper.operands import (
     addressable,
     check_operands,
     descriptor,
     head_section,
-    multiprocessors,
     supports_intervals,
 )
 from ringflash.kernels.hopper.turns import PARTS, heads_in_turn, turns_of_tiles
@@ -38,16 +36,14 @@ class BackwardTiles:
         keys: key rows of a tile.
         queries: query rows of a block.
         stages: blocks of queries and of out's gradient in shared memory; powers of two or 3.
-        ahead: whether a step starts the next one's dweights and weights; head dimensions 64 and 128, wants 3 stages.
-        persistent: whether a program takes several tiles; only with `ahead`, and not where the result is deterministic.
+        direct: whether dQ is added from registers, not through shared memory; head dimensions 64 and 128.
         registers: of a thread of the consumers and of the producer.
     """
 
     keys: int
     queries: int
     stages: tuple[int, int]
-    ahead: bool = False
-    persistent: bool = False
+    direct: bool = False
     registers: tuple[int, int] = (240, 24)
 
 
@@ -124,24 +120,19 @@ def launch_backward(
     if deterministic:
         turns, turn_now, section = adding_turns(intervals, (heads, key_heads), dim, tiles)
     kernel = attend_backward_wide_kernel if dim == 256 else attend_backward_kernel
-    programs, order = -(-key_rows // tiles.keys) * key_heads, (turns, turn_now)
-    if tiles.persistent and not deterministic:
-        kernel = attend_backward_persistent_kernel
-        programs = min(programs, multiprocessors(query.device))
-        order = (torch.zeros(1, dtype=torch.int32, device=query.device),)
-    kernel[(programs,)](
+    kernel[(-(-key_rows // tiles.keys) * key_heads,)](
         descriptor(query, tiles.queries, dim),
         descriptor(dout, tiles.queries, dim),
         descriptor(key, tiles.keys, dim),
         descriptor(value, tiles.keys, dim),
         lse_desc, delta_desc,
-        descriptor(dquery, HALF.value, HALF.value),
+        descriptor(dquery, HALF.value, HALF.value), dquery,
         dkey_desc, dvalue_desc, dkey if float_out else None, dvalue if float_out else None,
-        intervals.key_tile_rows(1), intervals.key_tile_rows(tiles.keys), *order,
+        intervals.key_tile_rows(1), intervals.key_tile_rows(tiles.keys), turns, turn_now,
         query_rows, padded_rows, key_rows, key_heads, section,
         query.stride(1), dout.stride(1), key.stride(1), value.stride(1), scale,
         GROUP=group, QUERY_STAGES=tiles.stages[0], DOUT_STAGES=tiles.stages[1],
-        AHEAD=tiles.ahead, FLOAT_OUT=float_out, ORDERED=deterministic,
+        DIRECT=tiles.direct and not deterministic, FLOAT_OUT=float_out, ORDERED=deterministic,
         CONSUMER_REGISTERS=tiles.registers[0], PRODUCER_REGISTERS=tiles.registers[1],
         num_warps=4,
     )  # fmt: skip

@@ -8,8 +8,9 @@ the tensor cores next is already in registers (Shah et al., FlashAttention-3, ar
 
 Only dscores passes through shared memory, because a query row's gradient sums over both warpgroups' keys: each computes
 half of dQ from both halves of dscores and adds it to global memory in fp32. A step's products are issued so that each
-piece of arithmetic runs under some of them: the exponentials under dweights (or, with AHEAD, those of the next step
-under dK and the next dweights), dscores under dV, the way out of dQ under dK and the next step's scores.
+piece of arithmetic runs under some of them: the exponentials under dweights, dscores under dV, the way out of dQ under
+dK and the next step's scores. Shared memory is as busy as the tensor cores (docs/benchmarks/kernels.md counts it), so
+with DIRECT dQ is added from registers instead of passing through it.
 
 Legend: M query rows of a block, N key rows of a tile, D head dimension.
 """
@@ -79,6 +80,7 @@ class Sums(NamedTuple):
     """Where gradients go."""
 
     dquery_desc: gl.tensor
+    dquery_ptr: gl.tensor
     dkey_desc: gl.tensor
     dvalue_desc: gl.tensor
     dkey_ptr: gl.tensor
@@ -95,10 +97,10 @@ class Sums(NamedTuple):
 )  # fmt: skip
 def attend_backward_kernel(
     query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc,
-    dquery_desc, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, rows_of_key_ptr, rows_of_tile_ptr,
+    dquery_desc, dquery_ptr, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, rows_of_key_ptr, rows_of_tile_ptr,
     turn_of_tile_ptr, turn_now_ptr, query_rows, padded_rows, key_rows, key_heads, section,
     query_head_stride, dout_head_stride, key_head_stride, value_head_stride, scale,
-    GROUP: gl.constexpr, QUERY_STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr, AHEAD: gl.constexpr,
+    GROUP: gl.constexpr, QUERY_STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr, DIRECT: gl.constexpr,
     FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -127,14 +129,14 @@ def attend_backward_kernel(
     first_key = key_tile * N
     ALIGNED: gl.constexpr = M if ORDERED else 4
     rows = visiting_rows(rows_of_tile_ptr, key_tile, query_rows, padded_rows, key_rows, key_head * GROUP, M, N, ALIGNED)
-    sums = Sums(dquery_desc, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, key_rows, key_heads)
+    sums = Sums(dquery_desc, dquery_ptr, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, key_rows, key_heads)
     if ORDERED:
         gl.warp_specialize(
             [
                 (consume, (rows, sums, queries, douts, key, value, dscores, dquery, turns, loaded, rows_of_key_ptr,
-                           first_key, key_head, scale, 0, GROUP, AHEAD, FLOAT_OUT, ORDERED)),
+                           first_key, key_head, scale, 0, GROUP, DIRECT, FLOAT_OUT, ORDERED)),
                 (consume, (rows, sums, queries, douts, key, value, dscores, dquery, turns, loaded, rows_of_key_ptr,
-                           first_key, key_head, scale, 1, GROUP, AHEAD, FLOAT_OUT, ORDERED)),
+                           first_key, key_head, scale, 1, GROUP, DIRECT, FLOAT_OUT, ORDERED)),
                 (produce, (rows, query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc, queries, douts,
                            key, value, loaded, first_key, key_head * key_head_stride, key_head * value_head_stride,
                            query_head_stride, dout_head_stride, GROUP, ORDERED)),
@@ -148,9 +150,9 @@ def attend_backward_kernel(
         gl.warp_specialize(
             [
                 (consume, (rows, sums, queries, douts, key, value, dscores, dquery, turns, loaded, rows_of_key_ptr,
-                           first_key, key_head, scale, 0, GROUP, AHEAD, FLOAT_OUT, ORDERED)),
+                           first_key, key_head, scale, 0, GROUP, DIRECT, FLOAT_OUT, ORDERED)),
                 (consume, (rows, sums, queries, douts, key, value, dscores, dquery, turns, loaded, rows_of_key_ptr,
-                           first_key, key_head, scale, 1, GROUP, AHEAD, FLOAT_OUT, ORDERED)),
+                           first_key, key_head, scale, 1, GROUP, DIRECT, FLOAT_OUT, ORDERED)),
                 (produce, (rows, query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc, queries, douts,
                            key, value, loaded, first_key, key_head * key_head_stride, key_head * value_head_stride,
                            query_head_stride, dout_head_stride, GROUP, ORDERED)),
@@ -262,27 +264,8 @@ def produce(
 @gluon.jit
 def consume(
     rows, sums, queries, douts, key, value, dscores, dquery, turns, loaded, rows_of_key_ptr,
-    first_key, key_head, scale, PART: gl.constexpr, GROUP: gl.constexpr, AHEAD: gl.constexpr,
+    first_key, key_head, scale, PART: gl.constexpr, GROUP: gl.constexpr, DIRECT: gl.constexpr,
     FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr,
-):  # fmt: skip
-    """A consumer warpgroup: key rows PART * 64 to PART * 64 + 64 of the tile."""
-    if AHEAD:
-        none = 0
-        consume_ahead(
-            rows, sums, queries, douts, key, value, dscores, dquery, turns, loaded, rows_of_key_ptr,
-            first_key, key_head, scale, none, none, none, none, PART, GROUP, FLOAT_OUT, ORDERED,
-        )  # fmt: skip
-    else:
-        consume_in_step(
-            rows, sums, queries, douts, key, value, dscores, dquery, turns, loaded, rows_of_key_ptr,
-            first_key, key_head, scale, PART, GROUP, FLOAT_OUT, ORDERED,
-        )  # fmt: skip
-
-
-@gluon.jit
-def consume_in_step(
-    rows, sums, queries, douts, key, value, dscores, dquery, turns, loaded, rows_of_key_ptr,
-    first_key, key_head, scale, PART: gl.constexpr, GROUP: gl.constexpr, FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup: key rows PART * 64 to PART * 64 + 64 of the tile."""
     QUERY_STAGES: gl.constexpr = queries.blocks.shape[0]
@@ -351,7 +334,10 @@ def consume_in_step(
 
         part_of_dquery = warpgroup_mma_wait(2, deps=[dquery_token])
         head = rows.first_head + member
-        finish_dquery(sums, turns, dquery, part_of_dquery * scale, row, head, step, D, PART, ORDERED)
+        if DIRECT:
+            add_dquery(sums, part_of_dquery * scale, row, rows.query_rows, head, GROUP, D, PART, DQUERY)
+        else:
+            finish_dquery(sums, turns, dquery, part_of_dquery * scale, row, head, step, D, PART, ORDERED)
         scores, dkey = warpgroup_mma_wait(0, deps=[scores_token, dkey_token])
         release(queries.empty.index(stage))
         block, member = next_place(rows, block, member, GROUP, ORDERED)
@@ -365,122 +351,6 @@ def consume_in_step(
 
 
 @gluon.jit
-def consume_ahead(
-    rows, sums, queries, douts, key, value, dscores, dquery, turns, loaded, rows_of_key_ptr,
-    first_key, key_head, scale, tile, earlier_steps, stage, parity,
-    PART: gl.constexpr, GROUP: gl.constexpr, FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr,
-):  # fmt: skip
-    """As `consume`, with the tensor cores never out of work: a turn of the loop begins between dscores and dQ.
-
-    Under dK and the next step's dweights then run the next step's exponentials. This is the program's tile-th tile,
-    after so many steps; stage and parity are those of its first queries, and those of the next tile are returned.
-    """
-    QUERY_STAGES: gl.constexpr = queries.blocks.shape[0]
-    DOUT_STAGES: gl.constexpr = douts.blocks.shape[0]
-    M: gl.constexpr = queries.blocks.shape[1]
-    D: gl.constexpr = key.shape[2]
-    dtype: gl.constexpr = key.dtype
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
-    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    FACTOR: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUMS, k_width=2)
-    DQUERY: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
-    COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
-
-    zero = unseen_zero(first_key)
-    own_key = key.index(zero).slice(PART * HALF, HALF, 0)
-    own_value = value.index(zero).slice(PART * HALF, HALF, 0)
-    key_index = first_key + PART * HALF + gl.arange(0, HALF, gl.SliceLayout(1, SCORES))
-    seeing = rows_of_key_ptr + key_index * 4
-    first_seeing = gl.load(seeing, mask=key_index < sums.key_rows, other=0)
-    last_seeing = gl.load(seeing + 3, mask=key_index < sums.key_rows, other=0)
-    dkey = gl.zeros([HALF, D], gl.float32, SUMS)
-    dvalue = gl.zeros([HALF, D], gl.float32, SUMS)
-    no_scores = gl.zeros([HALF, M], gl.float32, SCORES)
-    no_dquery = gl.zeros([HALF, HALF], gl.float32, DQUERY)
-    scale_log2 = scale * 1.4426950408889634
-
-    mbarrier.wait(loaded.index(0), tile & 1)
-    mbarrier.wait(loaded.index(1), tile & 1)
-    mbarrier.wait(queries.full.index(stage), parity)
-    dout_stage, dout_parity = ring_place(earlier_steps, DOUT_STAGES)
-    mbarrier.wait(douts.full.index(dout_stage), dout_parity)
-    dout = douts.blocks.index(dout_stage)
-    query = queries.blocks.index(stage)
-    scores_token = warpgroup_mma(own_key, query.permute((1, 0)), no_scores, use_acc=False, is_async=True)
-    dweights_token = warpgroup_mma(own_value, dout.permute((1, 0)), no_scores, use_acc=False, is_async=True)
-    block, member = first_place(rows, ORDERED)
-    row = rows.begin + block * M
-    weights = warpgroup_mma_wait(1, deps=[scores_token])
-    weights = weigh(weights, queries.numbers.index(stage), rows, row, first_seeing, last_seeing, scale_log2)
-    dvalue_token = warpgroup_mma(gl.convert_layout(weights.to(dtype), FACTOR), dout, dvalue, is_async=True)
-    dweights = warpgroup_mma_wait(1, deps=[dweights_token])
-    rounded = (weights * (dweights + douts.numbers.index(dout_stage).load(COLUMNS)[None, :])).to(dtype)
-    dscores.index(zero).slice(PART * HALF, HALF, 0).store(rounded)
-    fence_async_shared()
-    meet("8")
-    dvalue = warpgroup_mma_wait(0, deps=[dvalue_token])
-
-    steps = rows.blocks * GROUP
-    for step in range(1, steps):
-        earlier = stage
-        stage, parity = next_stage(stage, parity, QUERY_STAGES)
-        own_key = key.index(unseen_zero(row)).slice(PART * HALF, HALF, 0)
-        own_value = value.index(unseen_zero(row)).slice(PART * HALF, HALF, 0)
-        shared = dscores.index((step - 1) & 1)
-        dquery_token = start_dquery(shared, key.index(unseen_zero(row)), no_dquery, PART)
-        mbarrier.wait(queries.full.index(stage), parity)
-        query = queries.blocks.index(stage)
-        scores_token = warpgroup_mma(own_key, query.permute((1, 0)), no_scores, use_acc=False, is_async=True)
-        own_dscores = shared.slice(PART * HALF, HALF, 0)
-        dkey_token = warpgroup_mma(own_dscores, queries.blocks.index(earlier), dkey, is_async=True)
-        release(douts.empty.index(dout_stage))
-        part_of_dquery = warpgroup_mma_wait(2, deps=[dquery_token])
-        finish_dquery(
-            sums, turns, dquery, part_of_dquery * scale, row, rows.first_head + member, step - 1, D, PART, ORDERED
-        )
-
-        dout_stage, dout_parity = ring_place(earlier_steps + step, DOUT_STAGES)
-        dout = douts.blocks.index(dout_stage)
-        mbarrier.wait(douts.full.index(dout_stage), dout_parity)
-        dweights_token = warpgroup_mma(own_value, dout.permute((1, 0)), no_scores, use_acc=False, is_async=True)
-        block, member = next_place(rows, block, member, GROUP, ORDERED)
-        row = rows.begin + block * M
-        weights = warpgroup_mma_wait(2, deps=[scores_token])
-        weights = weigh(weights, queries.numbers.index(stage), rows, row, first_seeing, last_seeing, scale_log2)
-        dvalue_token = warpgroup_mma(gl.convert_layout(weights.to(dtype), FACTOR), dout, dvalue, is_async=True)
-        dweights, dkey = warpgroup_mma_wait(1, deps=[dweights_token, dkey_token])
-        release(queries.empty.index(earlier))
-        rounded = (weights * (dweights + douts.numbers.index(dout_stage).load(COLUMNS)[None, :])).to(dtype)
-        # Two buffers, as in `consume`.
-        dscores.index(step & 1).slice(PART * HALF, HALF, 0).store(rounded)
-        fence_async_shared()
-        meet("8")
-        dvalue = warpgroup_mma_wait(0, deps=[dvalue_token])
-
-    shared = dscores.index((steps - 1) & 1)
-    zero = unseen_zero(row)
-    dquery_token = start_dquery(shared, key.index(zero), no_dquery, PART)
-    query = queries.blocks.index(stage)
-    dkey_token = warpgroup_mma(shared.slice(PART * HALF, HALF, 0), query, dkey, is_async=True)
-    release(douts.empty.index(dout_stage))
-    part_of_dquery = warpgroup_mma_wait(1, deps=[dquery_token])
-    finish_dquery(
-        sums, turns, dquery, part_of_dquery * scale, row, rows.first_head + member, steps - 1, D, PART, ORDERED
-    )
-    dkey = warpgroup_mma_wait(0, deps=[dkey_token])
-    release(queries.empty.index(stage))
-
-    meet("8")  # as in `consume`
-    first_row = first_key + PART * HALF
-    own_key = key.index(zero).slice(PART * HALF, HALF, 0)
-    own_value = value.index(zero).slice(PART * HALF, HALF, 0)
-    store_sum(sums, sums.dvalue_desc, sums.dvalue_ptr, dvalue, own_value, first_row, key_head, FLOAT_OUT, SUMS)
-    store_sum(sums, sums.dkey_desc, sums.dkey_ptr, dkey * scale, own_key, first_row, key_head, FLOAT_OUT, SUMS)
-    store_wait(0)
-    return next_stage(stage, parity, QUERY_STAGES)
-
-
-@gluon.jit
 def start_dquery(dscores, key, no_dquery, PART: gl.constexpr):
     """The product for a warpgroup's part of dQ."""
     if key.shape[1] == 64:  # half of the rows
@@ -491,6 +361,39 @@ def start_dquery(dscores, key, no_dquery, PART: gl.constexpr):
             dscores.permute((1, 0)), key.slice(PART * HALF, HALF, 1), no_dquery, use_acc=False, is_async=True
         )
     return token
+
+
+def _add_assembly() -> tuple[str, str]:
+    """PTX (and its operands) that adds a thread's 32 sums of a (64, 64) product to memory, two columns at a time.
+
+    The sums 4 j and 4 j + 1 are of one row and columns 8 j on, the next two of the row eight below; the pointers are
+    each row's, to the thread's first column. The results are of no use.
+    """
+    adds = " ".join(
+        f"red.relaxed.gpu.global.add.v2.f32 [${40 + i % 4} + {i // 4 * 32}], {{${8 + i}, ${9 + i}}};"
+        for i in range(0, 32, 2)
+    )
+    results = " ".join(f"mov.b32 ${i}, 0;" for i in range(8))
+    return f"{adds} {results}", ",".join(["=r"] * 8 + ["f"] * 32 + ["l"] * 32)
+
+
+ADD, ADD_OPERANDS = map(gl.constexpr, _add_assembly())
+
+
+@gluon.jit
+def add_dquery(
+    sums, part, row, query_rows, head, GROUP: gl.constexpr, D: gl.constexpr, PART: gl.constexpr, DQUERY: gl.constexpr
+):
+    """Add a warpgroup's part of dQ to global memory from registers.
+
+    Rows behind the last, all of whose numbers are zeros, add these to the last: a condition would be a branch each.
+    """
+    first_row, column = corner(row, head, D, PART, 0)
+    rows = gl.minimum(first_row + gl.arange(0, HALF, gl.SliceLayout(1, DQUERY)), query_rows - 1)
+    columns = gl.arange(0, HALF, gl.SliceLayout(0, DQUERY))
+    offsets = rows.to(gl.int64) * (sums.key_heads * GROUP * D) + column
+    pointers = (sums.dquery_ptr + offsets).to(gl.int64)[:, None] + ((columns & 6) * 4).to(gl.int64)[None, :]
+    gl.inline_asm_elementwise(ADD, ADD_OPERANDS, [part, pointers], dtype=gl.int8, is_pure=False, pack=32)
 
 
 @gluon.jit

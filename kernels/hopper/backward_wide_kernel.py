@@ -47,15 +47,14 @@ from ringflash.kernels.hopper.turns import (
 )  # fmt: skip
 def attend_backward_wide_kernel(
     query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc,
-    dquery_desc, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, rows_of_key_ptr, rows_of_tile_ptr,
+    dquery_desc, dquery_ptr, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, rows_of_key_ptr, rows_of_tile_ptr,
     turn_of_tile_ptr, turn_now_ptr, query_rows, padded_rows, key_rows, key_heads, section,
     query_head_stride, dout_head_stride, key_head_stride, value_head_stride, scale,
-    GROUP: gl.constexpr, QUERY_STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr, AHEAD: gl.constexpr,
+    GROUP: gl.constexpr, QUERY_STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr, DIRECT: gl.constexpr,
     FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """See `launch_backward` for the arguments."""
-    gl.static_assert(not AHEAD)
     M: gl.constexpr = query_desc.block_type.shape[0]
     N: gl.constexpr = key_desc.block_type.shape[0]
     dtype: gl.constexpr = query_desc.dtype
@@ -82,7 +81,7 @@ def attend_backward_wide_kernel(
     first_key = key_tile * N
     ALIGNED: gl.constexpr = M if ORDERED else 4
     rows = visiting_rows(rows_of_tile_ptr, key_tile, query_rows, padded_rows, key_rows, key_head * GROUP, M, N, ALIGNED)
-    sums = Sums(dquery_desc, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, key_rows, key_heads)
+    sums = Sums(dquery_desc, dquery_ptr, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, key_rows, key_heads)
     if ORDERED:
         gl.warp_specialize(
             [

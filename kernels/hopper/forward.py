@@ -33,7 +33,6 @@ class ForwardTiles:
         own_staging: whether the result has shared memory of its own on its way out.
         registers: of a thread of the consumers and of the producer.
         persistent: whether a program takes several tiles, loading the next one under the last steps of this one.
-        ahead: whether the scores of the next block are computed under the softmax of this one.
     """
 
     consumers: int
@@ -42,11 +41,10 @@ class ForwardTiles:
     own_staging: bool
     registers: tuple[int, int] = (240, 24)
     persistent: bool = True
-    ahead: bool = False
 
 
 FORWARD_TILES = {
-    64: ForwardTiles(consumers=2, keys=128, stages=4, own_staging=True),
+    64: ForwardTiles(consumers=3, keys=128, stages=4, own_staging=True, registers=(160, 24)),
     128: ForwardTiles(consumers=2, keys=128, stages=2, own_staging=True),
     256: ForwardTiles(consumers=2, keys=64, stages=2, own_staging=False),
 }
@@ -115,7 +113,7 @@ def launch_forward(
         query_rows, tile_count, heads, head_section(key_rows, key_heads, heads // key_heads, dim),
         query.stride(1), key.stride(1), value.stride(1), scale * LOG2_E.value,
         GROUP=heads // key_heads, CONSUMERS=tiles.consumers, STAGES=tiles.stages,
-        HAS_CARRY=carry is not None, FLOAT_OUT=float_out, OWN_STAGING=tiles.own_staging, AHEAD=tiles.ahead,
+        HAS_CARRY=carry is not None, FLOAT_OUT=float_out, OWN_STAGING=tiles.own_staging,
         CONSUMER_REGISTERS=tiles.registers[0], PRODUCER_REGISTERS=tiles.registers[1],
         num_warps=4,
     )  # fmt: skip

@@ -90,7 +90,7 @@ def attend_kernel(
     start_ptr, stop_ptr, counter_ptr, query_rows, tiles, heads, section,
     query_head_stride, key_head_stride, value_head_stride, scale_log2,
     GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, HAS_CARRY: gl.constexpr,
-    FLOAT_OUT: gl.constexpr, OWN_STAGING: gl.constexpr, AHEAD: gl.constexpr,
+    FLOAT_OUT: gl.constexpr, OWN_STAGING: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """See `launch_forward` for the arguments."""
@@ -114,11 +114,11 @@ def attend_kernel(
         gl.warp_specialize(
             [
                 (consume, (problem, result, queries, keys, values, staging, scale_log2,
-                           0, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING, AHEAD)),
+                           0, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING)),
                 (consume, (problem, result, queries, keys, values, staging, scale_log2,
-                           1, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING, AHEAD)),
-                (produce, (problem, query_desc, key_desc, value_desc, queries, keys, values,
-                           query_head_stride, key_head_stride, value_head_stride, GROUP, STAGES)),
+                           1, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING)),
+                (produce, (problem, result, query_desc, key_desc, value_desc, queries, keys, values,
+                           query_head_stride, key_head_stride, value_head_stride, GROUP, STAGES, HAS_CARRY)),
             ],
             [4, 1],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -127,13 +127,13 @@ def attend_kernel(
         gl.warp_specialize(
             [
                 (consume, (problem, result, queries, keys, values, staging, scale_log2,
-                           0, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING, AHEAD)),
+                           0, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING)),
                 (consume, (problem, result, queries, keys, values, staging, scale_log2,
-                           1, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING, AHEAD)),
+                           1, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING)),
                 (consume, (problem, result, queries, keys, values, staging, scale_log2,
-                           2, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING, AHEAD)),
-                (produce, (problem, query_desc, key_desc, value_desc, queries, keys, values,
-                           query_head_stride, key_head_stride, value_head_stride, GROUP, STAGES)),
+                           2, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING)),
+                (produce, (problem, result, query_desc, key_desc, value_desc, queries, keys, values,
+                           query_head_stride, key_head_stride, value_head_stride, GROUP, STAGES, HAS_CARRY)),
             ],
             [4, 4, 1],
             [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -164,8 +164,9 @@ def fill(ring, desc, row, column, stage, parity):
 
 @gluon.jit
 def produce(
-    problem, query_desc, key_desc, value_desc, queries, keys, values,
-    query_head_stride, key_head_stride, value_head_stride, GROUP: gl.constexpr, STAGES: gl.constexpr,
+    problem, result, query_desc, key_desc, value_desc, queries, keys, values,
+    query_head_stride, key_head_stride, value_head_stride,
+    GROUP: gl.constexpr, STAGES: gl.constexpr, HAS_CARRY: gl.constexpr,
 ):  # fmt: skip
     """The producer warp: queries of all warpgroups, then key and value blocks in turn, tile after tile."""
     CONSUMERS: gl.constexpr = queries.blocks.shape[0]
@@ -180,6 +181,8 @@ def produce(
         span = key_span(problem.start_ptr, problem.stop_ptr, first_row, problem.query_rows, M)
         key_column = head // GROUP * key_head_stride
         value_column = head // GROUP * value_head_stride
+        if HAS_CARRY:
+            prefetch_carry(problem, result, first_row, head, M, queries.blocks.shape[2])
         for part in gl.static_range(CONSUMERS):
             fill(queries, query_desc, first_row + part * ROWS, head * query_head_stride, part, turn & 1)
         for block in range(block_count(span, N)):
@@ -192,10 +195,26 @@ def produce(
 
 
 @gluon.jit
+def prefetch_carry(problem, result, first_row, head, M: gl.constexpr, D: gl.constexpr):
+    """Bring a tile's part of the carry to the second-level cache while consumers are at work on the tile before.
+
+    Each lane of the warp asks for a line of 128 bytes at a time.
+    """
+    lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+    for first_line in range(0, M * D // 32, 32):
+        line = first_line + lane
+        row = gl.minimum(first_row + line // (D // 32), problem.query_rows - 1)
+        pointers = tile_pointer(problem, result.carry_out_ptr, row, head, D) + line % (D // 32) * 32
+        gl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers], dtype=gl.int32, is_pure=False, pack=1
+        )
+
+
+@gluon.jit
 def consume(
     problem, result, queries, keys, values, staging, scale_log2,
     PART: gl.constexpr, STAGES: gl.constexpr, HAS_CARRY: gl.constexpr, FLOAT_OUT: gl.constexpr,
-    OWN_STAGING: gl.constexpr, AHEAD: gl.constexpr,
+    OWN_STAGING: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup: rows PART * 64 to PART * 64 + 64 of each tile."""
     M: gl.constexpr = queries.blocks.shape[0] * ROWS
@@ -210,7 +229,7 @@ def consume(
         blocks = block_count(span, N)
         attend_tile(
             problem, result, queries, keys, values, staging, span, blocks, first_row + PART * ROWS, head, step, turn,
-            scale_log2, PART, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING, AHEAD,
+            scale_log2, PART, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING,
         )  # fmt: skip
         step += blocks
         place = read(problem.tickets, turn)
@@ -223,7 +242,7 @@ def consume(
 def attend_tile(
     problem, result, queries, keys, values, staging, span, blocks, first_row, head, step, turn, scale_log2,
     PART: gl.constexpr, STAGES: gl.constexpr, HAS_CARRY: gl.constexpr, FLOAT_OUT: gl.constexpr,
-    OWN_STAGING: gl.constexpr, AHEAD: gl.constexpr,
+    OWN_STAGING: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup's 64 rows over the tile's key blocks that they see, from the initial state to the stored result."""
     N: gl.constexpr = keys.blocks.shape[1]
@@ -254,71 +273,37 @@ def attend_tile(
     )
     scores = warpgroup_mma_wait(0, deps=[scores_token])
     release(keys.empty.index(stage))
-    if AHEAD:
-        coming, coming_parity = stage_and_parity(step + first + 1, STAGES)
-        mbarrier.wait(keys.full.index(coming), coming_parity, pred=first + 1 < last)
+    scores = hide(scores, own, row_start, row_stop, first_key, N, SCORES)
+    weights, rescale, maximum, total = softmax_step(scores, maximum, total, scale_log2)
+    weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
+    if HAS_CARRY:
+        out = out * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
+    mbarrier.wait(values.full.index(stage), parity)
+
+    for block in range(first + 1, last):
+        earlier = stage
+        stage, parity = stage_and_parity(step + block, STAGES)
+        mbarrier.wait(keys.full.index(stage), parity)
         scores_token = warpgroup_mma(
-            query, keys.blocks.index(coming).permute((1, 0)), no_scores, use_acc=False, is_async=True
+            query, keys.blocks.index(stage).permute((1, 0)), no_scores, use_acc=False, is_async=True
         )
-        scores = hide(scores, own, row_start, row_stop, first_key, N, SCORES)
+        out_token = warpgroup_mma(weights, values.blocks.index(earlier), out, is_async=True)
+        scores = warpgroup_mma_wait(1, deps=[scores_token])
+        release(keys.empty.index(stage))
+        scores = hide(scores, own, row_start, row_stop, span.begin + block * N, N, SCORES)
         weights, rescale, maximum, total = softmax_step(scores, maximum, total, scale_log2)
         weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
-        if HAS_CARRY:
-            out = out * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
+        # This wait is for the next step, but stands here: a branch between the softmax and the wait for the tensor
+        # cores keeps ptxas from moving that wait in front of the softmax.
         mbarrier.wait(values.full.index(stage), parity)
-        scores = warpgroup_mma_wait(0, deps=[scores_token])
-        for block in range(first + 1, last):
-            release(keys.empty.index(coming))
-            earlier = stage
-            stage, parity = stage_and_parity(step + block, STAGES)
-            coming, coming_parity = stage_and_parity(step + block + 1, STAGES)
-            mbarrier.wait(keys.full.index(coming), coming_parity, pred=block + 1 < last)
-            scores_token = warpgroup_mma(
-                query, keys.blocks.index(coming).permute((1, 0)), no_scores, use_acc=False, is_async=True
-            )
-            out_token = warpgroup_mma(weights, values.blocks.index(earlier), out, is_async=True)
-            scores = hide(scores, own, row_start, row_stop, span.begin + block * N, N, SCORES)
-            weights, rescale, maximum, total = softmax_step(scores, maximum, total, scale_log2)
-            weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
-            mbarrier.wait(values.full.index(stage), parity)
-            scores, out = warpgroup_mma_wait(0, deps=[scores_token, out_token])
-            release(values.empty.index(earlier))
-            out = rescale_if_needed(out, gl.convert_layout(rescale, gl.SliceLayout(1, OUT)), D)
-        if OWN_STAGING or FLOAT_OUT:
-            release(queries.empty.index(PART))
-        out_token = warpgroup_mma(weights, values.blocks.index(stage), out, is_async=True)
-    else:
-        scores = hide(scores, own, row_start, row_stop, first_key, N, SCORES)
-        weights, rescale, maximum, total = softmax_step(scores, maximum, total, scale_log2)
-        weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
-        if HAS_CARRY:
-            out = out * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
-        mbarrier.wait(values.full.index(stage), parity)
+        out = warpgroup_mma_wait(0, deps=[out_token])
+        release(values.empty.index(earlier))
+        factor = gl.convert_layout(rescale, gl.SliceLayout(1, OUT))
+        out = rescale_if_needed(out, factor, D)
 
-        for block in range(first + 1, last):
-            earlier = stage
-            stage, parity = stage_and_parity(step + block, STAGES)
-            mbarrier.wait(keys.full.index(stage), parity)
-            scores_token = warpgroup_mma(
-                query, keys.blocks.index(stage).permute((1, 0)), no_scores, use_acc=False, is_async=True
-            )
-            out_token = warpgroup_mma(weights, values.blocks.index(earlier), out, is_async=True)
-            scores = warpgroup_mma_wait(1, deps=[scores_token])
-            release(keys.empty.index(stage))
-            scores = hide(scores, own, row_start, row_stop, span.begin + block * N, N, SCORES)
-            weights, rescale, maximum, total = softmax_step(scores, maximum, total, scale_log2)
-            weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
-            # This wait is for the next step, but stands here: a branch between the softmax and the wait for the tensor
-            # cores keeps ptxas from moving that wait in front of the softmax.
-            mbarrier.wait(values.full.index(stage), parity)
-            out = warpgroup_mma_wait(0, deps=[out_token])
-            release(values.empty.index(earlier))
-            factor = gl.convert_layout(rescale, gl.SliceLayout(1, OUT))
-            out = rescale_if_needed(out, factor, D)
-
-        if OWN_STAGING or FLOAT_OUT:
-            release(queries.empty.index(PART))
-        out_token = warpgroup_mma(weights, values.blocks.index(stage), out, is_async=True)
+    if OWN_STAGING or FLOAT_OUT:
+        release(queries.empty.index(PART))
+    out_token = warpgroup_mma(weights, values.blocks.index(stage), out, is_async=True)
     total_or_one = gl.where(total > 0.0, total, 1.0)
     lse = gl.where(total > 0.0, (maximum + gl.log2(total_or_one)) * LN_2, float("-inf"))
     gl.store(result.lse_ptr + head * problem.query_rows + rows, lse, mask=inside)
