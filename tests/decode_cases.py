@@ -165,7 +165,8 @@ def held(case: CacheCase, given: CacheTensors) -> tuple[Tensor, Tensor]:
 
 def by_definition(case: CacheCase, given: CacheTensors, wide: torch.dtype) -> Answer:
     """Scores and rotations in `wide`, everything else in the tensors' dtype; in float64 throughout if they are."""
-    given = given.to("cpu")
+    device = given.q.device
+    given = given.to(str(device))
     left, right = case.bounds
     scale = case.dims[0] ** -0.5 if case.scale is None else case.scale
     outs, lses = [], []
@@ -186,13 +187,16 @@ def by_definition(case: CacheCase, given: CacheTensors, wide: torch.dtype) -> An
         scores = torch.einsum("qhd,khd->hqk", q.to(wide), key.to(wide)) * scale
         if case.softcap:
             scores = case.softcap * torch.tanh(scores / case.softcap)
-        distance = (torch.arange(case.queries) + last - case.queries)[:, None] - torch.arange(first, last)
+        place = torch.arange(last - case.queries, last, device=device)
+        distance = place[:, None] - torch.arange(first, last, device=device)
         if given.slopes is not None:
             slopes = given.slopes.expand(case.batch, -1)[sequence].to(wide)
             scores = scores - slopes[:, None, None] * distance.abs()
         hidden = torch.zeros_like(distance, dtype=torch.bool)
-        hidden |= torch.tensor(False) if left is None else distance > left
-        hidden |= torch.tensor(False) if right is None else -distance > right
+        if left is not None:
+            hidden |= distance > left
+        if right is not None:
+            hidden |= -distance > right
         scores = scores.masked_fill(hidden, -torch.inf)
         lse = scores.logsumexp(-1)
         weights = torch.exp(scores - lse.masked_fill(lse.isneginf(), 0.0)[..., None]).to(value.dtype)
@@ -221,13 +225,13 @@ def assert_as_exact_as_torch(found: Answer, case: CacheCase, given: CacheTensors
     right = by_definition(case, wide, torch.float64)
     limits = [0.0] * 4
     for seed in range(8 if case.dtype != torch.float32 else 1):
-        alike = given if seed == 0 else tensors(replace(case, seed=case.seed + seed))
+        alike = given if seed == 0 else tensors(replace(case, seed=case.seed + seed)).to(str(given.q.device))
         doubled = {n: x.double() for n, x in vars(alike).items() if x is not None and x.is_floating_point()}
         exact = right if seed == 0 else by_definition(case, replace(alike, **doubled), torch.float64)
         own = by_definition(case, alike, torch.float32)
         limits = [max(pair) for pair in zip(limits, map(largest_error, own, exact), strict=True)]
     for name, x, y, limit in zip(("out", "lse", "keys", "values"), found, right, limits, strict=True):
-        error = largest_error(x.cpu(), y)
+        error = largest_error(x.to(y.device), y)
         assert error <= 2 * limit + 1e-5, f"{name}: error {error:.3g}, torch's own {limit:.3g}"
 
 
