@@ -41,13 +41,13 @@ __all__ = ["append", "attend", "supports"]
 
 
 @triton.jit
-def load_rows(first_N, inside_N, DIM: tl.constexpr, PADDED_DIM: tl.constexpr, EVICT: tl.constexpr):
+def load_rows(first_N, inside_N, DIM: tl.constexpr, PADDED_DIM: tl.constexpr):
     """Rows (N, PADDED_DIM) from pointers to their beginnings; zeros for rows that are not inside."""
     column_D = tl.arange(0, PADDED_DIM)
     inside_ND = inside_N[:, None]
     if DIM != PADDED_DIM:
         inside_ND = inside_ND & (column_D < DIM)[None, :]
-    return tl.load(first_N[:, None] + column_D[None, :], mask=inside_ND, other=0.0, eviction_policy=EVICT)
+    return tl.load(first_N[:, None] + column_D[None, :], mask=inside_ND, other=0.0)
 
 
 @triton.jit
@@ -74,7 +74,7 @@ def attend_cache_kernel(
     GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr, PAGE: tl.constexpr, TURNED: tl.constexpr,
     INTERLEAVED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, CAPPED: tl.constexpr,
-    EVICT: tl.constexpr, OVERLAPPED: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """Program = (sequence, part of its keys, key head, tile of query rows), the last fastest.
 
@@ -155,8 +155,7 @@ def attend_cache_kernel(
             row_N = (column_N % PAGE).to(tl.int64)
             k_first_N = k_base + page_N * k_batch + row_N * k_row
             v_first_N = v_base + page_N * v_batch + row_N * v_row
-        k_ND = load_rows(k_first_N, inside_N, DIM, PADDED_DIM, EVICT)
-        v_NV = load_rows(v_first_N, inside_N, VALUE_DIM, PADDED_VALUE_DIM, EVICT)
+        k_ND = load_rows(k_first_N, inside_N, DIM, PADDED_DIM)
         scores_MN = tl.dot(q_MD, k_ND.T, input_precision="ieee")
         distance_MN = place_M[:, None] - column_N[None, :]
         scores_MN = modified(scores_MN, distance_MN, slope_M, scale, softcap, CAPPED, slopes is not None)
@@ -168,6 +167,7 @@ def attend_cache_kernel(
         weights_MN = tl.exp2(scores_MN - offset_M[:, None])
         decay_M = tl.exp2(maximum_M - offset_M)
         sum_M = sum_M * decay_M + tl.sum(weights_MN, 1)
+        v_NV = load_rows(v_first_N, inside_N, VALUE_DIM, PADDED_VALUE_DIM)
         acc_MV = tl.dot(weights_MN.to(v_NV.dtype), v_NV, acc_MV * decay_M[:, None], input_precision="ieee")
         maximum_M = new_maximum_M
 
@@ -234,13 +234,13 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """See ringflash.kernels.decode.attend; `splits` is in how many parts keys are shared out, 0 chooses."""
     (batch, count, heads, dim), key_heads, value_dim = query.shape, cache.key.shape[2], cache.value.shape[3]
-    tiles = decode_tiles(chip_of(query.device), query.dtype, max(dim, value_dim))
-    rows = count * heads // key_heads
+    rows, size = count * heads // key_heads, max(dim, value_dim)
+    many = batch * key_heads >= 2 * multiprocessors(query.device)
+    tiles = decode_tiles(chip_of(query.device), query.dtype, size, many)
     tile_rows = min(max(16, 1 << (rows - 1).bit_length()), tiles.queries) if rows else 16
     programs = batch * key_heads * -(-rows // tile_rows)
-    slots = multiprocessors(query.device) * tiles.resident
     if splits == 0 and programs:
-        splits = choose_splits(programs, -(-cache.capacity // tiles.keys), slots)
+        splits = choose_splits(programs, -(-cache.capacity // tiles.keys), multiprocessors(query.device))
     return launch(query, cache, rules, rotary, appended, splits, tiles, tile_rows)
 
 
@@ -284,8 +284,7 @@ def launch(
         *query.stride()[:3], *cache.key.stride()[:3], *cache.value.stride()[:3],
         GROUP=group, M=tile_rows, N=tiles.keys, DIM=dim, PADDED_DIM=padded(dim),
         VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded(value_dim),
-        # Keys that are read once must not drive from the second-level cache what others will read.
-        EVICT="evict_first" if tile_count == 1 else "", OVERLAPPED=overlapped,
+        OVERLAPPED=overlapped,
         # One query stands at the last key: nothing is to its right.
         HAS_LEFT=rules.left is not None, HAS_RIGHT=rules.right is not None and count > 1, CAPPED=capped,
         # Pages are looked up as far ahead of their rows' loads as these are of their use.

@@ -1,7 +1,8 @@
 """Block shapes of attention to a cache by chip, dtype and head dimension, and in how many parts to share out keys.
 
-Chosen by arithmetic: tests/kernels/test_decode_ahead_of_time.py shows that nothing spills and that the programs share a
-multiprocessor as counted here. `docs/benchmarks/decode.py --sweep` measures other shapes.
+Hopper's at head dimension 128 are measured (docs/benchmarks/decode.md), the others chosen by arithmetic:
+tests/kernels/test_decode_ahead_of_time.py shows that nothing spills and that the programs share a multiprocessor as
+counted here. `docs/benchmarks/decode.py --sweep` measures other shapes.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ class DecodeTiles:
     queries: int = 64
 
 
-def decode_tiles(chip: str, dtype: torch.dtype, dim: int) -> DecodeTiles:
-    """Tiles by chip, dtype and the larger head dimension."""
+def decode_tiles(chip: str, dtype: torch.dtype, dim: int, many: bool) -> DecodeTiles:
+    """Tiles by chip, dtype and the larger head dimension; and whether there are programs for several rounds."""
     if dtype == torch.float32:
         return _TILES[chip]["fp32" if dim <= 128 else "fp32 wide"]
-    return _TILES[chip][next(row for row in (64, 128, 256, 512) if dim <= row)]
+    row = next(row for row in (64, 128, 256, 512) if dim <= row)
+    return (_TILES_OF_MANY.get((chip, row)) if many else None) or _TILES[chip][row]
 
 
 # Blocks of keys and values in flight fill the shared memory of `resident` programs: 227 KiB on Hopper, 163 KiB on
@@ -42,7 +44,7 @@ def decode_tiles(chip: str, dtype: torch.dtype, dim: int) -> DecodeTiles:
 _TILES = {
     "hopper": {
         64: DecodeTiles(128, 4, 3, 3),
-        128: DecodeTiles(64, 4, 3, 3),
+        128: DecodeTiles(64, 4, 3, 2),
         256: DecodeTiles(32, 4, 4, 2, queries=32),
         512: DecodeTiles(32, 8, 3, 1, queries=16),
         "fp32": DecodeTiles(16, 8, 3, 3, queries=16),
@@ -75,21 +77,24 @@ _TILES = {
     "interpreter": dict.fromkeys((64, 128, 256, 512, "fp32", "fp32 wide"), DecodeTiles(16, 4, 1, 2, queries=32)),
 }
 _TILES["blackwell"] = _TILES["hopper"]
+_TILES_OF_MANY = {(chip, 128): DecodeTiles(128, 8, 3, 1) for chip in ("hopper", "blackwell")}
 MOST_SPLITS = 128
 """Parts that are worth merging."""
 
 
-def choose_splits(programs: int, blocks: int, slots: int) -> int:
+def choose_splits(programs: int, blocks: int, multiprocessors: int) -> int:
     """In how many parts to share out the keys of each sequence.
+
+    One program has enough bytes on their way to keep its multiprocessor's share of the memory busy, and parts cost a
+    start and a merge each. So there are as many as fit on the chip side by side if that is nine tenths of it, or else
+    one more.
 
     Args:
         programs: programs without splitting.
         blocks: blocks of keys that a sequence may have.
-        slots: programs that the chip runs at one time.
-
-    Four waves of programs even out the differences between multiprocessors, as long as each still has eight blocks to
-    pay for its start and for what it writes. One full wave is worth more than that.
+        multiprocessors: of the chip.
     """
-    even = min(-(-4 * slots // programs), blocks // 8)
-    full = min(slots // programs, blocks)
-    return max(1, min(max(even, full), MOST_SPLITS))
+    fitting = multiprocessors // programs
+    if 10 * programs * fitting < 9 * multiprocessors:
+        fitting += 1
+    return max(1, min(fitting, blocks, MOST_SPLITS))

@@ -33,7 +33,13 @@ def cache_of(dim: int, dtype: torch.dtype, page: int | None) -> Cache:
 
 
 def compile_attention(
-    target: str, dtype: torch.dtype, dim: int, page: int | None = None, rules: Rules = PLAIN, queries: int = 1
+    target: str,
+    dtype: torch.dtype,
+    dim: int,
+    page: int | None = None,
+    rules: Rules = PLAIN,
+    queries: int = 1,
+    multiprocessors: int = 132,
 ) -> Resources:
     """The kernel as `attend` launches it for 32 query heads on 8 key heads."""
     query, tables = meta(2, queries, 32, dim, dtype=dtype), meta(4096, dim // 2, dtype=dtype)
@@ -44,7 +50,7 @@ def compile_attention(
 
     with (
         mock.patch.object(decode, "chip_of", return_value=CHIPS[target]),
-        mock.patch.object(decode, "multiprocessors", return_value=132),
+        mock.patch.object(decode, "multiprocessors", return_value=multiprocessors),
     ):
         return compile_for(target, catch(decode, "attend_cache_kernel", launch))
 
@@ -64,16 +70,24 @@ def compile_attention(
 )
 def test_decoding_spills_nothing_and_shares_a_multiprocessor(target: str, dtype: torch.dtype, dim: int) -> None:
     compiled = compile_attention(target, dtype, dim)
-    resident = decode_tiles.decode_tiles(CHIPS[target], dtype, dim).resident
+    resident = decode_tiles.decode_tiles(CHIPS[target], dtype, dim, many=False).resident
     assert compiled.spilled == 0
     assert compiled.shared * resident <= SHARED_LIMIT[target]
+
+
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("page", [None, 256])
+def test_more_sequences_than_the_chip_holds_fit(target: str, page: int | None) -> None:
+    compiled = compile_attention(target, torch.bfloat16, 128, page, multiprocessors=4)
+    assert compiled.spilled == 0
+    assert SHARED_LIMIT[target] / 2 < compiled.shared <= SHARED_LIMIT[target]
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("page", [None, 16, 256])
 def test_keys_are_copied_16_bytes_at_a_time_as_far_ahead_with_pages_as_without(target: str, page: int | None) -> None:
     compiled = compile_attention(target, torch.bfloat16, 128, page)
-    tiles = decode_tiles.decode_tiles(CHIPS[target], torch.bfloat16, 128)
+    tiles = decode_tiles.decode_tiles(CHIPS[target], torch.bfloat16, 128, many=False)
     in_a_block = 2 * tiles.keys * 128 * 2 // (16 * 32 * tiles.warps)
     assert compiled.spilled == 0
     # The prologue fills all stages but one, the loop fills that.
@@ -105,11 +119,11 @@ def test_appending_and_merging_compile(target: str) -> None:
     assert compile_for(target, merging).spilled == 0
 
 
-@pytest.mark.parametrize("programs", [1, 8, 128, 512, 5000])
+@pytest.mark.parametrize("programs", [1, 8, 70, 100, 128, 512, 5000])
 @pytest.mark.parametrize("blocks", [1, 7, 128, 1024, 16384])
-def test_chosen_parts_fill_the_chip_and_are_not_too_short(programs: int, blocks: int) -> None:
-    slots = 396
-    splits = decode_tiles.choose_splits(programs, blocks, slots)
+def test_chosen_parts_fill_the_chip_and_no_more(programs: int, blocks: int) -> None:
+    multiprocessors = 132
+    splits = decode_tiles.choose_splits(programs, blocks, multiprocessors)
     assert 1 <= splits <= min(decode_tiles.MOST_SPLITS, blocks)
-    assert splits in (decode_tiles.MOST_SPLITS, blocks) or programs * (splits + 1) > slots, "one more would still fit"
-    assert splits == 1 or programs * splits <= 4 * slots + programs
+    assert splits in (decode_tiles.MOST_SPLITS, blocks) or programs * splits >= 0.9 * multiprocessors
+    assert splits == 1 or programs * splits <= 2 * multiprocessors
