@@ -27,8 +27,10 @@ from ringflash.kernels.hopper.compat import (
     WARPGROUP,
     async_load,
     async_store,
+    pass_turn,
     release,
     store_wait,
+    take_turn,
 )
 from ringflash.kernels.hopper.schedule import (
     Schedule,
@@ -91,7 +93,7 @@ def attend_kernel(
     query_head_stride, key_head_stride, value_head_stride, scale_log2,
     GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, HAS_CARRY: gl.constexpr,
     FLOAT_OUT: gl.constexpr, OWN_STAGING: gl.constexpr,
-    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, TURNS: gl.constexpr = False,
 ):  # fmt: skip
     """See `launch_forward` for the arguments."""
     queries = allocate_ring(query_desc, CONSUMERS, 1)
@@ -114,9 +116,9 @@ def attend_kernel(
         gl.warp_specialize(
             [
                 (consume, (problem, result, queries, keys, values, staging, scale_log2,
-                           0, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING)),
+                           0, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING, TURNS)),
                 (consume, (problem, result, queries, keys, values, staging, scale_log2,
-                           1, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING)),
+                           1, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING, TURNS)),
                 (produce, (problem, result, query_desc, key_desc, value_desc, queries, keys, values,
                            query_head_stride, key_head_stride, value_head_stride, GROUP, STAGES, HAS_CARRY)),
             ],
@@ -127,11 +129,11 @@ def attend_kernel(
         gl.warp_specialize(
             [
                 (consume, (problem, result, queries, keys, values, staging, scale_log2,
-                           0, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING)),
+                           0, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING, TURNS)),
                 (consume, (problem, result, queries, keys, values, staging, scale_log2,
-                           1, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING)),
+                           1, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING, TURNS)),
                 (consume, (problem, result, queries, keys, values, staging, scale_log2,
-                           2, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING)),
+                           2, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING, TURNS)),
                 (produce, (problem, result, query_desc, key_desc, value_desc, queries, keys, values,
                            query_head_stride, key_head_stride, value_head_stride, GROUP, STAGES, HAS_CARRY)),
             ],
@@ -214,13 +216,15 @@ def prefetch_carry(problem, result, first_row, head, M: gl.constexpr, D: gl.cons
 def consume(
     problem, result, queries, keys, values, staging, scale_log2,
     PART: gl.constexpr, STAGES: gl.constexpr, HAS_CARRY: gl.constexpr, FLOAT_OUT: gl.constexpr,
-    OWN_STAGING: gl.constexpr,
+    OWN_STAGING: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup: rows PART * 64 to PART * 64 + 64 of each tile."""
     M: gl.constexpr = queries.blocks.shape[0] * ROWS
     N: gl.constexpr = keys.blocks.shape[1]
     step = 0
     turn = 0
+    if TURNS and PART == queries.blocks.shape[0] - 1:
+        pass_turn(0)
     place = gl.program_id(0)
     while place < problem.schedule.tiles * problem.schedule.heads:
         tile, head = tile_and_head(problem.schedule, place)
@@ -229,11 +233,13 @@ def consume(
         blocks = block_count(span, N)
         attend_tile(
             problem, result, queries, keys, values, staging, span, blocks, first_row + PART * ROWS, head, step, turn,
-            scale_log2, PART, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING,
+            scale_log2, PART, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING, TURNS,
         )  # fmt: skip
         step += blocks
         place = read(problem.tickets, turn)
         turn += 1
+    if TURNS and PART == 0:
+        take_turn(0)  # the last warpgroup has passed on a turn that nobody else takes
     if not FLOAT_OUT:
         store_wait(0)  # shared memory must outlive the last store's reading of it
 
@@ -242,7 +248,7 @@ def consume(
 def attend_tile(
     problem, result, queries, keys, values, staging, span, blocks, first_row, head, step, turn, scale_log2,
     PART: gl.constexpr, STAGES: gl.constexpr, HAS_CARRY: gl.constexpr, FLOAT_OUT: gl.constexpr,
-    OWN_STAGING: gl.constexpr,
+    OWN_STAGING: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup's 64 rows over the tile's key blocks that they see, from the initial state to the stored result."""
     N: gl.constexpr = keys.blocks.shape[1]
@@ -261,16 +267,22 @@ def attend_tile(
     query = queries.blocks.index(PART)
     own = key_span(problem.start_ptr, problem.stop_ptr, first_row, problem.query_rows, ROWS)
     first, last = own_blocks(span, own, blocks, N)
-    pass_over(keys, values, step, step + first, STAGES)
+    CONSUMERS: gl.constexpr = queries.blocks.shape[0]
+    NEXT: gl.constexpr = (PART + 1) % CONSUMERS
+    pass_over(keys, values, step, step + first, STAGES, PART, NEXT, TURNS)
 
     # The first block has no earlier one to overlap with.
     first_key = span.begin + first * N
     stage, parity = stage_and_parity(step + first, STAGES)
     mbarrier.wait(queries.full.index(PART), turn & 1)
     mbarrier.wait(keys.full.index(stage), parity)
+    if TURNS:
+        take_turn(PART)
     scores_token = warpgroup_mma(
         query, keys.blocks.index(stage).permute((1, 0)), no_scores, use_acc=False, is_async=True
     )
+    if TURNS:
+        pass_turn(NEXT)
     scores = warpgroup_mma_wait(0, deps=[scores_token])
     release(keys.empty.index(stage))
     scores = hide(scores, own, row_start, row_stop, first_key, N, SCORES)
@@ -284,10 +296,14 @@ def attend_tile(
         earlier = stage
         stage, parity = stage_and_parity(step + block, STAGES)
         mbarrier.wait(keys.full.index(stage), parity)
+        if TURNS:
+            take_turn(PART)
         scores_token = warpgroup_mma(
             query, keys.blocks.index(stage).permute((1, 0)), no_scores, use_acc=False, is_async=True
         )
         out_token = warpgroup_mma(weights, values.blocks.index(earlier), out, is_async=True)
+        if TURNS:
+            pass_turn(NEXT)
         scores = warpgroup_mma_wait(1, deps=[scores_token])
         release(keys.empty.index(stage))
         scores = hide(scores, own, row_start, row_stop, span.begin + block * N, N, SCORES)
@@ -309,7 +325,7 @@ def attend_tile(
     gl.store(result.lse_ptr + head * problem.query_rows + rows, lse, mask=inside)
     out = warpgroup_mma_wait(0, deps=[out_token])
     release(values.empty.index(stage))
-    pass_over(keys, values, step + last, step + blocks, STAGES)
+    pass_over(keys, values, step + last, step + blocks, STAGES, PART, NEXT, TURNS)
     out = out * gl.convert_layout(1.0 / total_or_one, gl.SliceLayout(1, OUT))[:, None]
     store_out(problem, result, staging.index(PART), out, first_row, head, FLOAT_OUT, D, OUT)
     if not (OWN_STAGING or FLOAT_OUT):
@@ -318,9 +334,14 @@ def attend_tile(
 
 
 @gluon.jit
-def pass_over(keys, values, step, end, STAGES: gl.constexpr):
+def pass_over(
+    keys, values, step, end, STAGES: gl.constexpr, PART: gl.constexpr, NEXT: gl.constexpr, TURNS: gl.constexpr
+):
     """Give back the blocks of some steps unread, each once it is full: earlier would count for the round before."""
     for skipped in range(step, end):
+        if TURNS:
+            take_turn(PART)
+            pass_turn(NEXT)
         stage, parity = stage_and_parity(skipped, STAGES)
         mbarrier.wait(keys.full.index(stage), parity)
         release(keys.empty.index(stage))
