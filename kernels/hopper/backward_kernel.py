@@ -102,9 +102,11 @@ def attend_backward_kernel(
     query_head_stride, dout_head_stride, key_head_stride, value_head_stride, scale,
     GROUP: gl.constexpr, QUERY_STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr, DIRECT: gl.constexpr,
     FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr,
-    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, MEMBERS_INNERMOST: gl.constexpr = False,
 ):  # fmt: skip
     """See `launch_backward` for the arguments."""
+    # Blocks from the last, and in each block all heads of the group; otherwise head after head from the first block.
+    TURNED: gl.constexpr = ORDERED or MEMBERS_INNERMOST
     M: gl.constexpr = query_desc.block_type.shape[0]
     N: gl.constexpr = key_desc.block_type.shape[0]
     dtype: gl.constexpr = query_desc.dtype
@@ -134,12 +136,12 @@ def attend_backward_kernel(
         gl.warp_specialize(
             [
                 (consume, (rows, sums, queries, douts, key, value, dscores, dquery, turns, loaded, rows_of_key_ptr,
-                           first_key, key_head, scale, 0, GROUP, DIRECT, FLOAT_OUT, ORDERED)),
+                           first_key, key_head, scale, 0, GROUP, TURNED, DIRECT, FLOAT_OUT, ORDERED)),
                 (consume, (rows, sums, queries, douts, key, value, dscores, dquery, turns, loaded, rows_of_key_ptr,
-                           first_key, key_head, scale, 1, GROUP, DIRECT, FLOAT_OUT, ORDERED)),
+                           first_key, key_head, scale, 1, GROUP, TURNED, DIRECT, FLOAT_OUT, ORDERED)),
                 (produce, (rows, query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc, queries, douts,
                            key, value, loaded, first_key, key_head * key_head_stride, key_head * value_head_stride,
-                           query_head_stride, dout_head_stride, GROUP, ORDERED)),
+                           query_head_stride, dout_head_stride, GROUP, TURNED)),
                 (add_in_turn, (turns, rows, dquery_desc, dquery, queries, 0, GROUP)),
                 (add_in_turn, (turns, rows, dquery_desc, dquery, queries, 1, GROUP)),
             ],
@@ -150,12 +152,12 @@ def attend_backward_kernel(
         gl.warp_specialize(
             [
                 (consume, (rows, sums, queries, douts, key, value, dscores, dquery, turns, loaded, rows_of_key_ptr,
-                           first_key, key_head, scale, 0, GROUP, DIRECT, FLOAT_OUT, ORDERED)),
+                           first_key, key_head, scale, 0, GROUP, TURNED, DIRECT, FLOAT_OUT, ORDERED)),
                 (consume, (rows, sums, queries, douts, key, value, dscores, dquery, turns, loaded, rows_of_key_ptr,
-                           first_key, key_head, scale, 1, GROUP, DIRECT, FLOAT_OUT, ORDERED)),
+                           first_key, key_head, scale, 1, GROUP, TURNED, DIRECT, FLOAT_OUT, ORDERED)),
                 (produce, (rows, query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc, queries, douts,
                            key, value, loaded, first_key, key_head * key_head_stride, key_head * value_head_stride,
-                           query_head_stride, dout_head_stride, GROUP, ORDERED)),
+                           query_head_stride, dout_head_stride, GROUP, TURNED)),
             ],
             [4, 1],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -235,7 +237,7 @@ def fill(stream, desc, numbers_desc, row, column, number, stage, parity):
 def produce(
     rows, query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc, queries, douts, key, value, loaded,
     first_key, key_column, value_column, query_head_stride, dout_head_stride,
-    GROUP: gl.constexpr, ORDERED: gl.constexpr,
+    GROUP: gl.constexpr, TURNED: gl.constexpr,
 ):  # fmt: skip
     """The producer warp: the tile's keys and values, then the query-side blocks of each step."""
     M: gl.constexpr = query_desc.block_type.shape[0]
@@ -246,10 +248,10 @@ def produce(
     mbarrier.expect(loaded.index(1), value_desc.block_type.nbytes)
     async_load(value_desc, [first_key, value_column], loaded.index(1), value.index(0))
     step = 0
-    for outer in range(rows.blocks if ORDERED else GROUP):
-        for inner in range(GROUP if ORDERED else rows.blocks):
+    for outer in range(rows.blocks if TURNED else GROUP):
+        for inner in range(GROUP if TURNED else rows.blocks):
             block, member = inner, outer
-            if ORDERED:
+            if TURNED:
                 block, member = rows.blocks - 1 - outer, inner
             head = rows.first_head + member
             row = rows.begin + block * M
@@ -264,7 +266,7 @@ def produce(
 @gluon.jit
 def consume(
     rows, sums, queries, douts, key, value, dscores, dquery, turns, loaded, rows_of_key_ptr,
-    first_key, key_head, scale, PART: gl.constexpr, GROUP: gl.constexpr, DIRECT: gl.constexpr,
+    first_key, key_head, scale, PART: gl.constexpr, GROUP: gl.constexpr, TURNED: gl.constexpr, DIRECT: gl.constexpr,
     FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup: key rows PART * 64 to PART * 64 + 64 of the tile."""
@@ -297,7 +299,7 @@ def consume(
     token = warpgroup_mma(own_key, queries.blocks.index(0).permute((1, 0)), no_scores, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(0, deps=[token])
 
-    block, member = first_place(rows, ORDERED)
+    block, member = first_place(rows, TURNED)
     steps = rows.blocks * GROUP
     for step in range(steps):
         stage = ring_place(step, QUERY_STAGES)[0]
@@ -340,7 +342,7 @@ def consume(
             finish_dquery(sums, turns, dquery, part_of_dquery * scale, row, head, step, D, PART, ORDERED)
         scores, dkey = warpgroup_mma_wait(0, deps=[scores_token, dkey_token])
         release(queries.empty.index(stage))
-        block, member = next_place(rows, block, member, GROUP, ORDERED)
+        block, member = next_place(rows, block, member, GROUP, TURNED)
 
     # Both warpgroups have read all of the keys: theirs were last read for dQ, before the last wait of each.
     meet("8")

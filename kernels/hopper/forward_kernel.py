@@ -223,7 +223,8 @@ def consume(
     N: gl.constexpr = keys.blocks.shape[1]
     step = 0
     turn = 0
-    if TURNS and PART == queries.blocks.shape[0] - 1:
+    LAST: gl.constexpr = queries.blocks.shape[0] - 1
+    if TURNS and PART == LAST:
         pass_turn(0)
     place = gl.program_id(0)
     while place < problem.schedule.tiles * problem.schedule.heads:

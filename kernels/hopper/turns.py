@@ -155,18 +155,18 @@ def corner(row, head, D: gl.constexpr, PART: gl.constexpr, PIECE: gl.constexpr):
 
 
 @gluon.jit
-def first_place(rows, ORDERED: gl.constexpr):
+def first_place(rows, TURNED: gl.constexpr):
     """Block and member of the group that a program's first step is for."""
     block = 0
-    if ORDERED:
+    if TURNED:
         block = rows.blocks - 1
     return block, 0
 
 
 @gluon.jit
-def next_place(rows, block, member, GROUP: gl.constexpr, ORDERED: gl.constexpr):
+def next_place(rows, block, member, GROUP: gl.constexpr, TURNED: gl.constexpr):
     """Block and member of the next step: block after block, head after head; or the order that this file is about."""
-    if ORDERED:
+    if TURNED:
         last = member + 1 == GROUP
         member = gl.where(last, 0, member + 1)
         block = gl.where(last, block - 1, block)

@@ -52,8 +52,9 @@ class Caught:
         return self._record
 
     def _record(self, *arguments, num_warps, **constants):
-        self.arguments = dict(zip(self.kernel.arg_names, arguments, strict=False)) | constants
-        self.constants = constants
+        defaults = {x.name: x.default for x in self.kernel.params if x.has_default}
+        self.constants = defaults | constants
+        self.arguments = dict(zip(self.kernel.arg_names, arguments, strict=False)) | self.constants
         self.num_warps = num_warps
 
 
