@@ -16,6 +16,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from ringflash.kernels import select, triton
+from ringflash.kernels.hopper import backward as hopper_backward
+from ringflash.kernels.hopper import forward as hopper_forward
+from ringflash.kernels.hopper import operands as hopper_operands
 from ringflash.kernels.plans import Plans
 from ringflash.kernels.triton import backward, forward, operands
 
@@ -57,24 +60,36 @@ class StandIn:
         return GPUTarget("cuda", 90, 32)
 
 
-def _triton(*problem: object) -> ModuleType:
-    return triton
-
-
 def _hopper(device: torch.device) -> str:
     return "hopper"
 
 
+def _supported(*problem: object) -> None:
+    return None
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return 132
+
+
 @contextmanager
-def stand_in() -> Iterator[StandIn]:
-    """Triton's driver while this lasts; the portable kernels take tensors on the CPU for Hopper's and are chosen."""
+def stand_in(kernels: ModuleType = triton) -> Iterator[StandIn]:
+    """Triton's driver while this lasts.
+
+    Args:
+        kernels: the package that calls choose, `ringflash.kernels.triton` or `.hopper`; both take tensors on the CPU
+            for Hopper's.
+    """
     found = StandIn()
     chip = {"chip_of": _hopper}
     with (
         mock.patch.object(driver, "_active", found),
-        mock.patch.object(select, "_select", _triton),
+        mock.patch.object(select, "_select", return_value=kernels),
         mock.patch.multiple(operands, **chip),
         mock.patch.multiple(forward, **chip, plans=Plans()),
         mock.patch.multiple(backward, **chip, plans=Plans(), delta_launches=Plans()),
+        mock.patch.object(hopper_operands, "supports", _supported),
+        mock.patch.multiple(hopper_forward, multiprocessors=_multiprocessors, plans=Plans()),
+        mock.patch.multiple(hopper_backward, plans=Plans()),
     ):
         yield found

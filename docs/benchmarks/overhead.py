@@ -2,6 +2,7 @@
 
     python docs/benchmarks/overhead.py                  # on a GPU, or on the CPU with nothing behind the launches
     python docs/benchmarks/overhead.py --profile        # and where the time of one forward and backward goes
+    python docs/benchmarks/overhead.py --kernel triton  # without a GPU: the portable kernels, not Hopper's
 
 Without a GPU, kernels are compiled for an H100 and launched on a driver that does nothing (tests/stand_in.py), so the
 figures are Python's and torch's part: no kernel runs, and torch's own operators only where a CPU is to do the work, for
@@ -18,6 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
+from importlib import import_module
 from pathlib import Path
 from unittest import mock
 
@@ -89,10 +91,11 @@ def main() -> None:
     """Print a table, and a profile if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", action="store_true", help="print where the time of ringflash.attention goes")
+    parser.add_argument("--kernel", choices=("hopper", "triton"), default="hopper", help="launched without a GPU")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with nullcontext() if device == "cuda" else without_gpu():
+    with nullcontext() if device == "cuda" else without_gpu(arguments.kernel):
         calls = {name: passes(layer, device) for name, layer in layers(device).items()}
         print(f"Host microseconds a call, {TOKENS} tokens, {HEADS} heads of {DIM}, causal, bfloat16, on {device}\n")
         print("| | " + " | ".join(next(iter(calls.values()))) + " |\n|---|---|---|---|")
@@ -103,13 +106,15 @@ def main() -> None:
                 show_profile(calls["ringflash.attention"][name])
 
 
-def without_gpu() -> ExitStack:
+def without_gpu(kernel: str) -> ExitStack:
     """Launches that do nothing, and boundaries on the CPU taken for boundaries on the device."""
     sys.path.append(str(Path(__file__).parents[2] / "tests"))
     from stand_in import stand_in
 
     stack = ExitStack()
-    stack.enter_context(stand_in()).launches = deque(maxlen=1)  # so that no tensors are kept
+    stack.enter_context(stand_in(import_module(f"ringflash.kernels.{kernel}"))).launches = deque(
+        maxlen=1
+    )  # so that no tensors are kept
     stack.enter_context(mock.patch.object(Inputs, "on_device", lambda inputs, call: inputs.boundaries is not None))
     return stack
 

@@ -8,8 +8,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ringflash.kernels import triton as portable
 from ringflash.kernels.hopper.backward_kernel import HALF, attend_backward_kernel
@@ -17,13 +15,19 @@ from ringflash.kernels.hopper.backward_wide_kernel import attend_backward_wide_k
 from ringflash.kernels.hopper.operands import (
     addressable,
     check_operands,
+    described,
     descriptor,
+    form_of,
     head_section,
+    list_descriptor,
     supports_intervals,
+    unplaced,
 )
 from ringflash.kernels.hopper.turns import PARTS, heads_in_turn, turns_of_tiles
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.modifiers import Modifiers
+from ringflash.kernels.plans import Plans, form
+from ringflash.kernels.triton.launch import Launch, aligned
 
 row_delta = portable.row_delta
 
@@ -75,15 +79,24 @@ def attend_backward(
 
     Masks that `supports_intervals` gives a reason against go to the portable kernels.
     """
-    check_operands(query, key, value, intervals, scale, modifiers)
-    arguments = (dout, query, key, value, lse, delta, intervals)
-    if supports_intervals(intervals):
+    dquery_dtype, dkey_dtype = dquery_dtype or query.dtype, dkey_dtype or key.dtype
+    operands = (dout, query, key, value)
+    numbers = (lse, delta, carry)
+    call = _call(operands, numbers, intervals, scale, dkey_dtype, deterministic)
+    plan = plans.get(call) if modifiers is None else None
+    if plan is None:
+        check_operands(query, key, value, intervals, scale, modifiers)
+        plan = supports_intervals(intervals)
+        if plan is None:
+            tiles = BACKWARD_TILES[query.shape[2]]
+            plan = BackwardPlan(operands, numbers, intervals, scale, dkey_dtype, tiles, deterministic)
+        plans.add(call, plan)
+    if isinstance(plan, str):
         return portable.attend_backward(
-            *arguments, scale=scale, carry=carry, dquery_dtype=dquery_dtype, dkey_dtype=dkey_dtype,
-            deterministic=deterministic,
+            *operands, lse, delta, intervals, scale=scale, carry=carry, dquery_dtype=dquery_dtype,
+            dkey_dtype=dkey_dtype, deterministic=deterministic,
         )  # fmt: skip
-    dtypes = (dquery_dtype or query.dtype, dkey_dtype or key.dtype)
-    return launch_backward(*arguments, scale, carry, *dtypes, BACKWARD_TILES[query.shape[2]], deterministic)
+    return plan(operands, numbers, intervals, dquery_dtype)
 
 
 def launch_backward(
@@ -102,41 +115,142 @@ def launch_backward(
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`attend_backward` with given tiles, for checked arguments."""
-    (query_rows, heads, dim), (key_rows, key_heads, _) = query.shape, key.shape
-    group = heads // key_heads
-    float_out = dkey_dtype != key.dtype
-    stored_dtype = torch.float32 if float_out else dkey_dtype
-    dquery = query.new_zeros(query.shape, dtype=torch.float32) if carry is None else carry.contiguous()
-    dkey, dvalue = (torch.empty(x.shape, dtype=stored_dtype, device=x.device) for x in (key, value))
-    if query_rows == 0 or key_rows == 0:
-        return dquery.to(dquery_dtype), dkey.zero_().to(dkey_dtype), dvalue.zero_().to(dkey_dtype)
+    operands = (dout, query, key, value)
+    numbers = (lse, delta, carry)
+    call = (*_call(operands, numbers, intervals, scale, dkey_dtype, deterministic), tiles)
+    plan = plans.get(call)
+    if plan is None:
+        plan = plans.add(call, BackwardPlan(operands, numbers, intervals, scale, dkey_dtype, tiles, deterministic))
+    return plan(operands, numbers, intervals, dquery_dtype)
 
-    dout, query, key, value = (addressable(x) for x in (dout.to(query.dtype), query, key, value))
-    numbers, padded_rows = prepare_rows(lse, delta, tiles.queries)
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
-    lse_desc, delta_desc = (TensorDescriptor(x, [x.numel()], [1], [tiles.queries], layout) for x in numbers)
-    dkey_desc, dvalue_desc = (None if float_out else descriptor(x, HALF.value, min(dim, 128)) for x in (dkey, dvalue))
-    turns, turn_now, section = None, None, head_section(query_rows * 2 * group, key_heads, 1, dim)
-    if deterministic:
-        turns, turn_now, section = adding_turns(intervals, (heads, key_heads), dim, tiles)
-    kernel = attend_backward_wide_kernel if dim == 256 else attend_backward_kernel
-    kernel[(-(-key_rows // tiles.keys) * key_heads,)](
-        descriptor(query, tiles.queries, dim),
-        descriptor(dout, tiles.queries, dim),
-        descriptor(key, tiles.keys, dim),
-        descriptor(value, tiles.keys, dim),
-        lse_desc, delta_desc,
-        descriptor(dquery, HALF.value, HALF.value), dquery,
-        dkey_desc, dvalue_desc, dkey if float_out else None, dvalue if float_out else None,
-        intervals.key_tile_rows(1), intervals.key_tile_rows(tiles.keys), turns, turn_now,
-        query_rows, padded_rows, key_rows, key_heads, section,
-        query.stride(1), dout.stride(1), key.stride(1), value.stride(1), scale,
-        GROUP=group, QUERY_STAGES=tiles.stages[0], DOUT_STAGES=tiles.stages[1],
-        DIRECT=tiles.direct and not deterministic, FLOAT_OUT=float_out, ORDERED=deterministic,
-        CONSUMER_REGISTERS=tiles.registers[0], PRODUCER_REGISTERS=tiles.registers[1],
-        num_warps=4,
+
+plans = Plans()
+"""`BackwardPlan`, or why the portable kernels are to run, by what the two functions above were asked for."""
+
+Operands = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Dout, query, key, value."""
+Numbers = tuple[Tensor, Tensor, Tensor | None]
+"""Lse, delta, carry."""
+
+
+def _call(
+    operands: Operands,
+    numbers: Numbers,
+    intervals: KeyIntervals,
+    scale: float,
+    dkey_dtype: torch.dtype,
+    deterministic: bool,
+) -> tuple:
+    """All that a plan depends on."""
+    return (
+        *map(form, operands), *map(form, numbers), dkey_dtype,
+        intervals.start.shape, intervals.key_count, intervals.has_sink, scale, deterministic,
+        aligned(*operands, *numbers) or tuple(map(aligned, (*operands, *numbers))),
     )  # fmt: skip
-    return dquery.to(dquery_dtype), dkey.to(dkey_dtype), dvalue.to(dkey_dtype)
+
+
+class BackwardPlan:
+    """What is worked out once for calls of one form, and their launches.
+
+    Args:
+        operands: dout, query, key and value of the first call, as in `launch_backward`.
+        numbers: lse, delta and carry of the first call.
+        intervals: as in `launch_backward`, of the first call; so are the others.
+        scale: see intervals.
+        dkey_dtype: see intervals.
+        tiles: see intervals.
+        deterministic: see intervals.
+    """
+
+    def __init__(
+        self,
+        operands: Operands,
+        numbers: Numbers,
+        intervals: KeyIntervals,
+        scale: float,
+        dkey_dtype: torch.dtype,
+        tiles: BackwardTiles,
+        deterministic: bool,
+    ) -> None:
+        _, query, key, _ = operands
+        (query_rows, heads, dim), (key_rows, key_heads, _) = query.shape, key.shape
+        group = heads // key_heads
+        self.tiles, self.deterministic = tiles, deterministic
+        self.heads, self.dim = (heads, key_heads), dim
+        self.dkey_dtype, self.float_out = dkey_dtype, dkey_dtype != key.dtype
+        self.stored_dtype = torch.float32 if self.float_out else dkey_dtype
+        self.empty = query_rows == 0 or key_rows == 0
+        if self.empty:
+            return
+        direct = aligned(*operands, *numbers)
+        placed = _placed(operands)
+        self.as_given = all(x is y for x, y in zip(operands, placed, strict=True))
+        blocks = (tiles.queries, tiles.queries, tiles.keys, tiles.keys)
+        self.forms = tuple(form_of(descriptor(x, rows, dim)) for x, rows in zip(placed, blocks, strict=True))
+        dquery = unplaced(query.shape, torch.float32) if numbers[2] is None else numbers[2].contiguous()
+        self.dquery_form = form_of(descriptor(dquery, HALF.value, HALF.value))
+        self.dkey_form = None
+        if not self.float_out:
+            self.dkey_form = form_of(descriptor(unplaced(key.shape, dkey_dtype), HALF.value, min(dim, 128)))
+
+        # A block may reach as many rows behind the last.
+        padded_rows = -(-(query_rows + tiles.queries) // 128) * 128
+        self.number_form = form_of(list_descriptor(unplaced((heads * padded_rows,), torch.float32), tiles.queries))
+        self.number_shape = (2, heads * padded_rows)
+        row_blocks = -(-padded_rows // 1024)
+        self.launch_rows = Launch(row_blocks * heads, (query_rows, padded_rows, row_blocks), {}, {}, direct)
+
+        section = head_section(query_rows * 2 * group, key_heads, 1, dim)
+        self.shape = (query_rows, padded_rows, key_rows, key_heads, *(() if deterministic else (section,)))
+        self.launch = Launch(
+            -(-key_rows // tiles.keys) * key_heads,
+            (*(x.stride(1) for x in (placed[1], placed[0], *placed[2:])), float(scale)),
+            dict(
+                GROUP=group, QUERY_STAGES=tiles.stages[0], DOUT_STAGES=tiles.stages[1],
+                DIRECT=tiles.direct and not deterministic, FLOAT_OUT=self.float_out, ORDERED=deterministic,
+                CONSUMER_REGISTERS=tiles.registers[0], PRODUCER_REGISTERS=tiles.registers[1],
+            ),
+            {"num_warps": 4},
+            direct,
+        )  # fmt: skip
+
+    def __call__(
+        self, operands: Operands, numbers: Numbers, intervals: KeyIntervals, dquery_dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of query, key and value."""
+        _, query, key, value = operands
+        lse, delta, carry = numbers
+        dquery = query.new_zeros(query.shape, dtype=torch.float32) if carry is None else carry.contiguous()
+        dkey, dvalue = (torch.empty(x.shape, dtype=self.stored_dtype, device=x.device) for x in (key, value))
+        if self.empty:
+            return dquery.to(dquery_dtype), dkey.zero_().to(self.dkey_dtype), dvalue.zero_().to(self.dkey_dtype)
+
+        scaled_lse, minus_delta = prepare_rows(self, lse, delta)
+        if self.float_out:
+            written = (None, None, dkey, dvalue)
+        else:
+            written = (described(dkey, self.dkey_form), described(dvalue, self.dkey_form), None, None)
+        turns, turn_now, section = None, None, ()
+        if self.deterministic:
+            turns, turn_now, *section = adding_turns(intervals, self.heads, self.dim, self.tiles)
+        if not self.as_given:
+            operands = _placed(operands)
+        dout_desc, query_desc, key_desc, value_desc = map(described, operands, self.forms)
+        tensors = (
+            query_desc, dout_desc, key_desc, value_desc,
+            described(scaled_lse, self.number_form), described(minus_delta, self.number_form),
+            described(dquery, self.dquery_form), dquery, *written,
+            intervals.key_tile_rows(1), intervals.key_tile_rows(self.tiles.keys), turns, turn_now,
+            *self.shape, *section,
+        )  # fmt: skip
+        self.launch(attend_backward_wide_kernel if self.dim == 256 else attend_backward_kernel, tensors)
+        return dquery.to(dquery_dtype), dkey.to(self.dkey_dtype), dvalue.to(self.dkey_dtype)
+
+
+def _placed(operands: Operands) -> Operands:
+    """The operands as the tensor memory engine takes them, dout of query's dtype."""
+    dout, query, key, value = operands
+    return tuple(map(addressable, (dout.to(query.dtype), query, key, value)))
 
 
 def adding_turns(
@@ -153,25 +267,21 @@ def adding_turns(
     return turns, first_turns[None, :, None].expand(heads[0], -1, PARTS.value).contiguous(), section
 
 
-def prepare_rows(lse: Tensor, delta: Tensor, block: int) -> tuple[tuple[Tensor, Tensor], int]:
-    """Lse times log2 e and minus delta, flat, each head's rows followed by rows of no weight, and rows a head then has.
+def prepare_rows(plan: BackwardPlan, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """Lse times log2 e and minus delta, flat, each head's rows followed by rows of no weight.
 
-    A block may reach `block` rows behind the last. Rows without keys (lse -inf) get +inf, so that no weight is left.
+    Rows without keys (lse -inf) get +inf, so that no weight is left.
     """
-    heads, rows = lse.shape
-    padded_rows = -(-(rows + block) // 128) * 128
-    scaled_lse, minus_delta = (lse.new_empty(heads * padded_rows) for _ in range(2))
-    prepare_rows_kernel[(triton.cdiv(padded_rows, 1024), heads)](
-        lse.contiguous(), delta.contiguous(), scaled_lse, minus_delta, rows, padded_rows
-    )
-    return (scaled_lse, minus_delta), padded_rows
+    scaled_lse, minus_delta = lse.new_empty(plan.number_shape).unbind()
+    plan.launch_rows(prepare_rows_kernel, (lse.contiguous(), delta.contiguous(), scaled_lse, minus_delta))
+    return scaled_lse, minus_delta
 
 
-@triton.jit(do_not_specialize=["rows", "padded_rows"])
-def prepare_rows_kernel(lse_ptr, delta_ptr, scaled_lse_ptr, minus_delta_ptr, rows, padded_rows):
-    """See `prepare_rows`."""
-    row = tl.program_id(0) * 1024 + tl.arange(0, 1024)
-    head = tl.program_id(1)
+@triton.jit(do_not_specialize=["rows", "padded_rows", "row_blocks"])
+def prepare_rows_kernel(lse_ptr, delta_ptr, scaled_lse_ptr, minus_delta_ptr, rows, padded_rows, row_blocks):
+    """See `prepare_rows`. Program = (head, 1,024 rows)."""
+    row = tl.program_id(0) % row_blocks * 1024 + tl.arange(0, 1024)
+    head = tl.program_id(0) // row_blocks
     lse = tl.load(lse_ptr + head * rows + row, mask=row < rows, other=float("-inf"))
     delta = tl.load(delta_ptr + head * rows + row, mask=row < rows, other=0.0)
     scaled = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)

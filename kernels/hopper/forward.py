@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from triton.runtime import driver
 
 from ringflash.kernels import triton as portable
 from ringflash.kernels.hopper.forward_kernel import LOG2_E, ROWS, attend_kernel
 from ringflash.kernels.hopper.operands import (
     addressable,
     check_operands,
+    described,
     descriptor,
+    form_of,
     head_section,
     multiprocessors,
     supports_intervals,
+    unplaced,
 )
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.modifiers import Modifiers
+from ringflash.kernels.plans import Plans, form
 from ringflash.kernels.reference import Carry
+from ringflash.kernels.triton.launch import Launch, aligned
 
 
 @dataclass(frozen=True)
@@ -66,11 +73,20 @@ def attend(
 
     Masks that `supports_intervals` gives a reason against go to the portable kernels.
     """
-    check_operands(query, key, value, intervals, scale, modifiers)
-    if supports_intervals(intervals):
+    out_dtype = out_dtype or query.dtype
+    carry = carry and (carry[0].contiguous(), carry[1].contiguous())
+    call = _call(query, key, value, intervals, scale, carry, out_dtype)
+    plan = plans.get(call) if modifiers is None else None
+    if plan is None:
+        check_operands(query, key, value, intervals, scale, modifiers)
+        plan = supports_intervals(intervals)
+        if plan is None:
+            tiles = FORWARD_TILES[query.shape[2]]
+            plan = ForwardPlan(query, key, value, intervals, scale, carry, out_dtype, tiles)
+        plans.add(call, plan)
+    if isinstance(plan, str):
         return portable.attend(query, key, value, intervals, scale=scale, carry=carry, out_dtype=out_dtype)
-    tiles = FORWARD_TILES[query.shape[2]]
-    return launch_forward(query, key, value, intervals, scale, carry, out_dtype or query.dtype, tiles)
+    return plan(query, key, value, intervals, carry)
 
 
 def launch_forward(
@@ -84,37 +100,148 @@ def launch_forward(
     tiles: ForwardTiles,
 ) -> Carry:
     """`attend` with given tiles, for checked arguments."""
-    (query_rows, heads, dim), (key_rows, key_heads, _) = query.shape, key.shape
-    float_out = out_dtype != query.dtype
     carry = carry and (carry[0].contiguous(), carry[1].contiguous())
-    if carry and float_out:
-        out = carry[0]
-    else:
-        out = query.new_empty((query_rows, heads, dim), dtype=torch.float32 if float_out else out_dtype)
-    lse = carry[1] if carry else query.new_empty((heads, query_rows), dtype=torch.float32)
-    if key_rows == 0 or query_rows == 0:
-        return (carry[0].to(out_dtype), lse) if carry else (out.zero_().to(out_dtype), lse.fill_(-torch.inf))
+    call = (*_call(query, key, value, intervals, scale, carry, out_dtype), tiles)
+    plan = plans.get(call)
+    if plan is None:
+        plan = plans.add(call, ForwardPlan(query, key, value, intervals, scale, carry, out_dtype, tiles))
+    return plan(query, key, value, intervals, carry)
 
-    query, key, value = addressable(query), addressable(key), addressable(value)
-    rows = ROWS.value
-    tile_count = -(-query_rows // (tiles.consumers * rows))
-    programs = tile_count * heads
-    if tiles.persistent:
-        programs = min(programs, multiprocessors(query.device))
+
+plans = Plans()
+"""`ForwardPlan`, or why the portable kernels are to run, by what `attend` and `launch_forward` were asked for."""
+
+
+def _call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    intervals: KeyIntervals,
+    scale: float,
+    carry: Carry | None,
+    out_dtype: torch.dtype,
+) -> tuple:
+    """All that a plan depends on; a carry is contiguous."""
     carry_out, carry_lse = carry or (None, None)
-    attend_kernel[(programs,)](
-        descriptor(query, rows, dim),
-        descriptor(key, tiles.keys, dim),
-        descriptor(value, tiles.keys, dim),
-        None if float_out else descriptor(out, rows, dim),
-        out if float_out else None,
-        lse, carry_out, carry_lse, intervals.start, intervals.stop,
-        torch.zeros(1, dtype=torch.int32, device=query.device),
-        query_rows, tile_count, heads, head_section(key_rows, key_heads, heads // key_heads, dim),
-        query.stride(1), key.stride(1), value.stride(1), scale * LOG2_E.value,
-        GROUP=heads // key_heads, CONSUMERS=tiles.consumers, STAGES=tiles.stages,
-        HAS_CARRY=carry is not None, FLOAT_OUT=float_out, OWN_STAGING=tiles.own_staging,
-        CONSUMER_REGISTERS=tiles.registers[0], PRODUCER_REGISTERS=tiles.registers[1],
-        num_warps=4,
+    return (
+        form(query), form(key), form(value), form(carry_out), form(carry_lse), out_dtype,
+        intervals.start.shape, intervals.key_count, intervals.has_sink, scale,
+        aligned(query, key, value, carry_out, carry_lse, intervals.start, intervals.stop)
+        or tuple(map(aligned, (query, key, value))),
     )  # fmt: skip
-    return out.to(out_dtype), lse
+
+
+class ForwardPlan:
+    """What is worked out once for calls of one form, and their launch.
+
+    Args:
+        query: as in `launch_forward`, of the first call; so are the others, with carry contiguous.
+        key: see query.
+        value: see query.
+        intervals: see query.
+        scale: see query.
+        carry: see query.
+        out_dtype: see query.
+        tiles: see query.
+    """
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        intervals: KeyIntervals,
+        scale: float,
+        carry: Carry | None,
+        out_dtype: torch.dtype,
+        tiles: ForwardTiles,
+    ) -> None:
+        (query_rows, heads, dim), (key_rows, key_heads, _) = query.shape, key.shape
+        self.out_shape, self.lse_shape = (query_rows, heads, dim), (heads, query_rows)
+        self.out_dtype, self.float_out = out_dtype, out_dtype != query.dtype
+        self.stored_dtype = torch.float32 if self.float_out else out_dtype
+        self.empty = key_rows == 0 or query_rows == 0
+        if self.empty:
+            return
+        direct = aligned(query, key, value, *(carry or ()), intervals.start, intervals.stop)
+        given = (query, key, value)
+        query, key, value = map(addressable, given)
+        self.as_given = all(x is y for x, y in zip(given, (query, key, value), strict=True))
+        rows = ROWS.value
+        self.query_form = form_of(descriptor(query, rows, dim))
+        self.key_form, self.value_form = (form_of(descriptor(x, tiles.keys, dim)) for x in (key, value))
+        self.out_form = None
+        if not self.float_out:
+            self.out_form = form_of(descriptor(unplaced(self.out_shape, out_dtype), rows, dim))
+        tile_count = -(-query_rows // (tiles.consumers * rows))
+        programs = tile_count * heads
+        if tiles.persistent:
+            programs = min(programs, multiprocessors(query.device))
+        group = heads // key_heads
+        self.launch = Launch(
+            programs,
+            (
+                query_rows, tile_count, heads, head_section(key_rows, key_heads, group, dim),
+                query.stride(1), key.stride(1), value.stride(1), scale * LOG2_E.value,
+            ),
+            dict(
+                GROUP=group, CONSUMERS=tiles.consumers, STAGES=tiles.stages,
+                HAS_CARRY=carry is not None, FLOAT_OUT=self.float_out, OWN_STAGING=tiles.own_staging,
+                CONSUMER_REGISTERS=tiles.registers[0], PRODUCER_REGISTERS=tiles.registers[1],
+            ),
+            {"num_warps": 4},
+            direct,
+        )  # fmt: skip
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, intervals: KeyIntervals, carry: Carry | None
+    ) -> Carry:
+        """Result and lse."""
+        carry_out, carry_lse = carry or (None, None)
+        out = carry_out if carry and self.float_out else query.new_empty(self.out_shape, dtype=self.stored_dtype)
+        lse = carry_lse if carry else query.new_empty(self.lse_shape, dtype=torch.float32)
+        if self.empty:
+            return (carry_out.to(self.out_dtype), lse) if carry else (
+                out.zero_().to(self.out_dtype), lse.fill_(-torch.inf)
+            )  # fmt: skip
+        if not self.as_given:
+            query, key, value = addressable(query), addressable(key), addressable(value)
+        tensors = (
+            described(query, self.query_form), described(key, self.key_form), described(value, self.value_form),
+            *((None, out) if self.float_out else (described(out, self.out_form), None)),
+            lse, carry_out, carry_lse, intervals.start, intervals.stop, first_ticket(query.device),
+        )  # fmt: skip
+        self.launch(attend_kernel, tensors)
+        return out.to(self.out_dtype), lse
+
+
+def first_ticket(device: torch.device) -> Tensor:
+    """An int32 zero for one launch on the current stream."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():  # each replay of a graph needs its own zero
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    return zero_of(device, driver.active.get_current_stream(device.index))
+
+
+ZEROS = 128
+"""Zeros that are allocated at a time."""
+
+
+def zero_of(device: torch.device, stream: int) -> Tensor:
+    """A zero that no one else gets, set by work that the current stream, `stream`, has been given before.
+
+    A zero for each launch would cost it an allocation and a memset. Streams do not share zeros: nothing orders what is
+    launched on one behind the memset on another. Zeros are handed out one by one and never set back, so launches of
+    one stream that several threads ask for do not meet either.
+    """
+    zeros = _zeros.get((device, stream))
+    zero = None if zeros is None else next(zeros, None)
+    if zero is None:
+        # One in 16 bytes: Triton compiles another program for other addresses.
+        zeros = iter(torch.zeros(ZEROS, 4, dtype=torch.int32, device=device).unbind())
+        zero = next(zeros)
+        _zeros.add((device, stream), zeros)
+    return zero
+
+
+_zeros: dict[tuple[torch.device, int], Iterator[Tensor]] = Plans()
+"""Zeros left, by device and stream."""

@@ -12,7 +12,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ringflash.errors import ArgumentError
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.modifiers import Modifiers
-from ringflash.kernels.plans import Plans
 
 HEAD_DIMS = (64, 128, 256)
 GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
@@ -81,7 +80,9 @@ def addressable(x: Tensor) -> Tensor:
     strides = [stride * x.element_size() for stride in x.stride()[:2]]
     aligned = x.data_ptr() % 16 == 0 and strides[0] > 0 and all(stride % 16 == 0 for stride in strides)
     width = (x.shape[1] - 1) * x.stride(1) + x.shape[2]
-    return x if aligned and x.stride(2) == 1 and width < 2**31 else x.contiguous()
+    if aligned and x.stride(2) == 1 and width < 2**31:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)  # .contiguous() may be x itself, at its address
 
 
 def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -90,22 +91,41 @@ def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     Head h's columns are h * head stride onwards of one long row, so any strides are two dimensions. Rows behind the
     last are read as zeros and not written.
     """
-    call = (x.shape, x.stride(), x.dtype, rows, columns)
-    description = _descriptions.get(call)
-    if description is None:
-        row_count, heads, dim = x.shape
-        width = (heads - 1) * x.stride(1) + dim
-        layout = block_layout(rows, columns, x.dtype)
-        checked = TensorDescriptor(x, [row_count, width], [x.stride(0), 1], [rows, columns], layout)
-        description = _descriptions.add(call, {**vars(checked), "base": None})
-    # A descriptor holds an address, so each call makes its own; what was checked of its form need not be checked again.
+    row_count, heads, dim = x.shape
+    width = (heads - 1) * x.stride(1) + dim
+    return TensorDescriptor(
+        x, [row_count, width], [x.stride(0), 1], [rows, columns], block_layout(rows, columns, x.dtype)
+    )
+
+
+def list_descriptor(x: Tensor, block: int) -> TensorDescriptor:
+    """Blocks of a flat tensor of float32."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+    return TensorDescriptor(x, [x.numel()], [1], [block], layout)
+
+
+Form = dict[str, object]
+"""All that a descriptor holds but the tensor."""
+
+
+def form_of(found: TensorDescriptor) -> Form:
+    """What other tensors of the form of `found`'s are described with, see `described`."""
+    return {**vars(found), "base": None}
+
+
+def described(x: Tensor, form: Form) -> TensorDescriptor:
+    """A tensor's descriptor, as `descriptor` makes it, for a form that has been checked.
+
+    A descriptor holds an address, so each call makes its own.
+    """
     found = object.__new__(TensorDescriptor)
-    found.__dict__.update(description, base=x)
+    found.__dict__.update(form, base=x)
     return found
 
 
-_descriptions = Plans()
-"""All but the tensor of what `descriptor` returns, by what it was asked for."""
+def unplaced(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A contiguous tensor without memory, to describe those by that each call allocates."""
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 @functools.cache

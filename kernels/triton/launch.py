@@ -70,5 +70,7 @@ class Launch:
         arguments = (*tensors, *self._numbers, *rest)
         compiled = kernel[self._grid[:1]](*arguments, **self._constants, **self._options)
         if self._direct and isinstance(compiled, CompiledKernel):  # the interpreter returns none
+            last = kernel.params[len(arguments) :]
+            self._constants = {x.name: self._constants.get(x.name, x.default) for x in last}
             # The kernel last: another thread may be looking.
             self._compiled, self._device, self._kernel = compiled, driver.active.get_current_device(), kernel

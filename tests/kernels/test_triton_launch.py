@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from stand_in import StandIn, stand_in
 from triton.compiler.compiler import LazyDict
 from triton.runtime.jit import JITFunction
 
+from ringflash.kernels import hopper
 from ringflash.kernels import triton as kernels
+from ringflash.kernels.hopper.forward import ZEROS, zero_of
 from ringflash.kernels.intervals import KeyIntervals, causal_intervals
 from ringflash.kernels.modifiers import Modifiers
 
@@ -44,7 +47,15 @@ def with_everything() -> dict:
     return {"intervals": intervals, "scale": 0.5, "dim": 72, "carried": True, "modifiers": every_modifier()}
 
 
-def call(intervals: KeyIntervals, scale: float, dim: int, carried: bool, modifiers: Modifiers | None) -> None:
+def call(
+    intervals: KeyIntervals,
+    scale: float,
+    dim: int,
+    carried: bool,
+    modifiers: Modifiers | None,
+    kernels: ModuleType = kernels,
+    deterministic: bool = False,
+) -> None:
     """Forward and backward with new tensors."""
     query, key = torch.empty(ROWS, 4, dim, dtype=torch.bfloat16), torch.empty(ROWS, 2, dim, dtype=torch.bfloat16)
     lse, sums = torch.empty(4, ROWS), torch.empty(ROWS, 4, dim)
@@ -52,8 +63,9 @@ def call(intervals: KeyIntervals, scale: float, dim: int, carried: bool, modifie
     out, _ = kernels.attend(query, key, key, intervals, carry=(sums, lse) if carried else None, **keywords)
     delta = kernels.row_delta(out, out, lse if carried else None)
     kernels.attend_backward(
-        out, query, key, key, lse, delta, intervals, carry=torch.empty_like(sums) if carried else None, **keywords
-    )
+        out, query, key, key, lse, delta, intervals, carry=torch.empty_like(sums) if carried else None,
+        deterministic=deterministic, **keywords,
+    )  # fmt: skip
 
 
 def shown(x: object) -> object:
@@ -67,7 +79,18 @@ def shown(x: object) -> object:
     return type(x)(*map(shown, x)) if isinstance(x, tuple) and hasattr(x, "_fields") else x
 
 
-@pytest.mark.parametrize("form", [plain(64), plain(128), with_everything()], ids=["D64", "D128", "everything"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        plain(64),
+        plain(128),
+        with_everything(),
+        plain(64) | {"kernels": hopper},
+        plain(128) | {"kernels": hopper, "carried": True, "deterministic": True},
+        plain(256) | {"kernels": hopper},
+    ],
+    ids=["D64", "D128", "everything", "hopper D64", "hopper D128, everything", "hopper D256"],
+)
 def test_repeated_launches_hand_the_driver_what_tritons_own_launches_do(driver: StandIn, form: dict) -> None:
     call(**form)
     by_triton, driver.launches = driver.launches, []
@@ -79,13 +102,40 @@ def test_repeated_launches_hand_the_driver_what_tritons_own_launches_do(driver: 
         assert [*map(shown, own)] == [*map(shown, direct)]
 
 
-def test_descriptors_hold_the_addresses_of_their_own_call(driver: StandIn) -> None:
+@pytest.mark.parametrize("kernels", [kernels, hopper], ids=["triton", "hopper"])
+def test_descriptors_hold_the_addresses_of_their_own_call(driver: StandIn, kernels: ModuleType) -> None:
     """Tensors of one form at two addresses."""
     tensors = [torch.empty(ROWS, 2, 64, dtype=torch.bfloat16) for _ in range(2)]
     for x in (*tensors, *tensors):
         kernels.attend(x, x, x, causal_intervals(ROWS, ROWS), scale=1.0)
     found = [next(y.base for y in launch if hasattr(y, "base")) for launch in driver.launches]
     assert all(x is y for x, y in zip(found, (*tensors, *tensors), strict=True))
+
+
+def test_operands_out_of_the_engines_reach_are_copied_in_every_call(driver: StandIn) -> None:
+    """Forms that differ in which operand is at an odd address, or in strides of which only some are whole 16 bytes."""
+
+    def at(offset: int) -> torch.Tensor:
+        return torch.zeros(ROWS * 128 + offset, dtype=torch.bfloat16)[offset:].view(ROWS, 2, 64)
+
+    wide = torch.zeros(ROWS, 2, 68, dtype=torch.bfloat16)[..., :64]
+    intervals = causal_intervals(ROWS, ROWS)
+    for operands in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)):
+        query, key, value = map(at, operands)
+        for x, y in ((query, key), (wide, key), (query, wide)):
+            for _ in range(2):
+                out, lse = hopper.attend(x, y, value, intervals, scale=1.0)
+                hopper.attend_backward(out, x, y, value, lse, lse, intervals, scale=1.0)
+    for launch in driver.launches:
+        for described in (y for y in launch if hasattr(y, "block_shape")):
+            assert described.base.data_ptr() % 16 == 0
+            if described.base.dim() == 3:
+                rows, heads, dim = described.base.shape
+                row_stride, head_stride, _ = described.base.stride()
+                assert row_stride * 2 % 16 == head_stride * 2 % 16 == 0
+                assert described.shape == [rows, (heads - 1) * head_stride + dim]
+                assert described.strides == [row_stride, 1]
+    assert len(driver.launches) == 4 * 3 * 2 * 3
 
 
 @pytest.mark.parametrize("offset", [1, 8])
@@ -101,3 +151,14 @@ def test_tensors_at_other_addresses_get_a_program_that_takes_them(driver: StandI
     assert programs[0] == programs[1] == programs[4]
     assert programs[2] == programs[3]
     assert (programs[0] == programs[2]) == aligned
+
+
+def test_zeros_are_handed_out_once_and_to_one_stream() -> None:
+    device, streams = torch.device("cpu"), (1 << 40, 2 << 40)  # no one else's
+    zeros = [zero_of(device, stream) for _ in range(2 * ZEROS + 1) for stream in streams]
+    assert len({x.data_ptr() for x in zeros}) == len(zeros)
+    assert all(x.data_ptr() % 16 == 0 for x in zeros)
+    assert all(x[0] == 0 for x in zeros)
+    blocks = [{x.untyped_storage().data_ptr() for x in zeros[first::2]} for first in range(2)]
+    assert blocks[0].isdisjoint(blocks[1])
+    assert [*map(len, blocks)] == [3, 3]
