@@ -80,11 +80,15 @@ def stand_in(kernels: ModuleType = triton) -> Iterator[StandIn]:
         kernels: the package that calls choose, `ringflash.kernels.triton` or `.hopper`; both take tensors on the CPU
             for Hopper's.
     """
+
+    def choice(*problem: object) -> ModuleType:
+        return kernels
+
     found = StandIn()
     chip = {"chip_of": _hopper}
     with (
         mock.patch.object(driver, "_active", found),
-        mock.patch.object(select, "_select", return_value=kernels),
+        mock.patch.object(select, "_select", choice),
         mock.patch.multiple(operands, **chip),
         mock.patch.multiple(forward, **chip, plans=Plans()),
         mock.patch.multiple(backward, **chip, plans=Plans(), delta_launches=Plans()),

@@ -112,9 +112,8 @@ def without_gpu(kernel: str) -> ExitStack:
     from stand_in import stand_in
 
     stack = ExitStack()
-    stack.enter_context(stand_in(import_module(f"ringflash.kernels.{kernel}"))).launches = deque(
-        maxlen=1
-    )  # so that no tensors are kept
+    driver = stack.enter_context(stand_in(import_module(f"ringflash.kernels.{kernel}")))
+    driver.launches = deque(maxlen=1)  # so that no tensors are kept
     stack.enter_context(mock.patch.object(Inputs, "on_device", lambda inputs, call: inputs.boundaries is not None))
     return stack
 

@@ -15,8 +15,8 @@ from ringflash.kernels.hopper.backward_wide_kernel import attend_backward_wide_k
 from ringflash.kernels.hopper.operands import (
     addressable,
     check_operands,
-    described,
     descriptor,
+    descriptor_of,
     form_of,
     head_section,
     list_descriptor,
@@ -183,10 +183,10 @@ class BackwardPlan:
         if self.empty:
             return
         direct = aligned(*operands, *numbers)
-        placed = _placed(operands)
-        self.as_given = all(x is y for x, y in zip(operands, placed, strict=True))
+        reachable = _reachable(operands)
+        self.as_given = all(x is y for x, y in zip(operands, reachable, strict=True))
         blocks = (tiles.queries, tiles.queries, tiles.keys, tiles.keys)
-        self.forms = tuple(form_of(descriptor(x, rows, dim)) for x, rows in zip(placed, blocks, strict=True))
+        self.forms = tuple(form_of(descriptor(x, rows, dim)) for x, rows in zip(reachable, blocks, strict=True))
         dquery = unplaced(query.shape, torch.float32) if numbers[2] is None else numbers[2].contiguous()
         self.dquery_form = form_of(descriptor(dquery, HALF.value, HALF.value))
         self.dkey_form = None
@@ -204,7 +204,7 @@ class BackwardPlan:
         self.shape = (query_rows, padded_rows, key_rows, key_heads, *(() if deterministic else (section,)))
         self.launch = Launch(
             -(-key_rows // tiles.keys) * key_heads,
-            (*(x.stride(1) for x in (placed[1], placed[0], *placed[2:])), float(scale)),
+            (*(x.stride(1) for x in (reachable[1], reachable[0], *reachable[2:])), float(scale)),
             dict(
                 GROUP=group, QUERY_STAGES=tiles.stages[0], DOUT_STAGES=tiles.stages[1],
                 DIRECT=tiles.direct and not deterministic, FLOAT_OUT=self.float_out, ORDERED=deterministic,
@@ -229,17 +229,17 @@ class BackwardPlan:
         if self.float_out:
             written = (None, None, dkey, dvalue)
         else:
-            written = (described(dkey, self.dkey_form), described(dvalue, self.dkey_form), None, None)
+            written = (descriptor_of(dkey, self.dkey_form), descriptor_of(dvalue, self.dkey_form), None, None)
         turns, turn_now, section = None, None, ()
         if self.deterministic:
             turns, turn_now, *section = adding_turns(intervals, self.heads, self.dim, self.tiles)
         if not self.as_given:
-            operands = _placed(operands)
-        dout_desc, query_desc, key_desc, value_desc = map(described, operands, self.forms)
+            operands = _reachable(operands)
+        dout_desc, query_desc, key_desc, value_desc = map(descriptor_of, operands, self.forms)
         tensors = (
             query_desc, dout_desc, key_desc, value_desc,
-            described(scaled_lse, self.number_form), described(minus_delta, self.number_form),
-            described(dquery, self.dquery_form), dquery, *written,
+            descriptor_of(scaled_lse, self.number_form), descriptor_of(minus_delta, self.number_form),
+            descriptor_of(dquery, self.dquery_form), dquery, *written,
             intervals.key_tile_rows(1), intervals.key_tile_rows(self.tiles.keys), turns, turn_now,
             *self.shape, *section,
         )  # fmt: skip
@@ -247,7 +247,7 @@ class BackwardPlan:
         return dquery.to(dquery_dtype), dkey.to(self.dkey_dtype), dvalue.to(self.dkey_dtype)
 
 
-def _placed(operands: Operands) -> Operands:
+def _reachable(operands: Operands) -> Operands:
     """The operands as the tensor memory engine takes them, dout of query's dtype."""
     dout, query, key, value = operands
     return tuple(map(addressable, (dout.to(query.dtype), query, key, value)))

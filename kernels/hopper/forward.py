@@ -14,8 +14,8 @@ from ringflash.kernels.hopper.forward_kernel import LOG2_E, ROWS, attend_kernel
 from ringflash.kernels.hopper.operands import (
     addressable,
     check_operands,
-    described,
     descriptor,
+    descriptor_of,
     form_of,
     head_section,
     multiprocessors,
@@ -201,14 +201,16 @@ class ForwardPlan:
         out = carry_out if carry and self.float_out else query.new_empty(self.out_shape, dtype=self.stored_dtype)
         lse = carry_lse if carry else query.new_empty(self.lse_shape, dtype=torch.float32)
         if self.empty:
-            return (carry_out.to(self.out_dtype), lse) if carry else (
-                out.zero_().to(self.out_dtype), lse.fill_(-torch.inf)
-            )  # fmt: skip
+            if carry:
+                return carry_out.to(self.out_dtype), lse
+            return out.zero_().to(self.out_dtype), lse.fill_(-torch.inf)
         if not self.as_given:
             query, key, value = addressable(query), addressable(key), addressable(value)
         tensors = (
-            described(query, self.query_form), described(key, self.key_form), described(value, self.value_form),
-            *((None, out) if self.float_out else (described(out, self.out_form), None)),
+            descriptor_of(query, self.query_form),
+            descriptor_of(key, self.key_form),
+            descriptor_of(value, self.value_form),
+            *((None, out) if self.float_out else (descriptor_of(out, self.out_form), None)),
             lse, carry_out, carry_lse, intervals.start, intervals.stop, first_ticket(query.device),
         )  # fmt: skip
         self.launch(attend_kernel, tensors)
@@ -217,31 +219,35 @@ class ForwardPlan:
 
 def first_ticket(device: torch.device) -> Tensor:
     """An int32 zero for one launch on the current stream."""
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():  # each replay of a graph needs its own zero
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    return zero_of(device, driver.active.get_current_stream(device.index))
+    if device.type == "cuda" and driver.active.get_current_stream(device.index) == DEFAULT_STREAM:
+        return zero_of(device)
+    return torch.zeros(1, dtype=torch.int32, device=device)
 
+
+DEFAULT_STREAM = 0
+"""As CUDA's handle."""
 
 ZEROS = 128
 """Zeros that are allocated at a time."""
 
 
-def zero_of(device: torch.device, stream: int) -> Tensor:
-    """A zero that no one else gets, set by work that the current stream, `stream`, has been given before.
+def zero_of(device: torch.device) -> Tensor:
+    """A zero that no other launch gets, set by earlier work of the default stream, which is the current one.
 
-    A zero for each launch would cost it an allocation and a memset. Streams do not share zeros: nothing orders what is
-    launched on one behind the memset on another. Zeros are handed out one by one and never set back, so launches of
-    one stream that several threads ask for do not meet either.
+    A zero of its own would cost each launch an allocation and a memset. Zeros are handed out once and never set back,
+    so launches do not meet in one, whichever threads they come from. Other streams have none: nothing orders their work
+    behind the memset, and theirs may be work for a CUDA graph, whose every replay needs a memset of its own and whose
+    memory must not be kept. The default stream cannot be captured.
     """
-    zeros = _zeros.get((device, stream))
+    zeros = _zeros.get(device)
     zero = None if zeros is None else next(zeros, None)
     if zero is None:
         # One in 16 bytes: Triton compiles another program for other addresses.
         zeros = iter(torch.zeros(ZEROS, 4, dtype=torch.int32, device=device).unbind())
         zero = next(zeros)
-        _zeros.add((device, stream), zeros)
+        _zeros[device] = zeros
     return zero
 
 
-_zeros: dict[tuple[torch.device, int], Iterator[Tensor]] = Plans()
-"""Zeros left, by device and stream."""
+_zeros: dict[torch.device, Iterator[Tensor]] = {}
+"""Zeros left."""

@@ -109,11 +109,11 @@ Form = dict[str, object]
 
 
 def form_of(found: TensorDescriptor) -> Form:
-    """What other tensors of the form of `found`'s are described with, see `described`."""
+    """What other tensors of the form of `found`'s are described with, see `descriptor_of`."""
     return {**vars(found), "base": None}
 
 
-def described(x: Tensor, form: Form) -> TensorDescriptor:
+def descriptor_of(x: Tensor, form: Form) -> TensorDescriptor:
     """A tensor's descriptor, as `descriptor` makes it, for a form that has been checked.
 
     A descriptor holds an address, so each call makes its own.

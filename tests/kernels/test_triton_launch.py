@@ -153,12 +153,41 @@ def test_tensors_at_other_addresses_get_a_program_that_takes_them(driver: StandI
     assert (programs[0] == programs[2]) == aligned
 
 
-def test_zeros_are_handed_out_once_and_to_one_stream() -> None:
-    device, streams = torch.device("cpu"), (1 << 40, 2 << 40)  # no one else's
-    zeros = [zero_of(device, stream) for _ in range(2 * ZEROS + 1) for stream in streams]
+def test_zeros_are_handed_out_once() -> None:
+    zeros = [zero_of(torch.device("cpu")) for _ in range(2 * ZEROS + 1)]
     assert len({x.data_ptr() for x in zeros}) == len(zeros)
-    assert all(x.data_ptr() % 16 == 0 for x in zeros)
-    assert all(x[0] == 0 for x in zeros)
-    blocks = [{x.untyped_storage().data_ptr() for x in zeros[first::2]} for first in range(2)]
-    assert blocks[0].isdisjoint(blocks[1])
-    assert [*map(len, blocks)] == [3, 3]
+    assert all(x.data_ptr() % 16 == 0 and x[0] == 0 for x in zeros)
+    assert len({x.untyped_storage().data_ptr() for x in zeros}) in (3, 4)
+
+
+@pytest.mark.gpu
+def test_launches_on_several_streams_and_in_graphs_draw_their_own_tickets() -> None:
+    if missing := hopper.supports("cuda", torch.bfloat16, 64):
+        pytest.skip(missing)
+    query = torch.randn(4000, 8, 64, dtype=torch.bfloat16, device="cuda")
+    intervals = causal_intervals(4000, 4000, "cuda")
+
+    def attend() -> torch.Tensor:
+        return hopper.attend(query, query, query, intervals, scale=0.125)[0]
+
+    expected = attend()
+    portable = kernels.attend(query, query, query, intervals, scale=0.125)[0]
+    torch.testing.assert_close(expected, portable, atol=0.02, rtol=0.02)
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    torch.cuda.synchronize()
+    found = []
+    for _ in range(ZEROS + 1):
+        for stream in (torch.cuda.default_stream(), *streams):
+            with torch.cuda.stream(stream):
+                found.append(attend())
+    torch.cuda.synchronize()
+    assert all(torch.equal(x, expected) for x in found)
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = [attend() for _ in range(2)]
+    for _ in range(3):
+        for x in found:
+            x.zero_()
+        graph.replay()
+        assert all(torch.equal(x, expected) for x in found)
