@@ -75,6 +75,4 @@ def pass_turn(NEXT: gl.constexpr):
 def at_barrier(INSTRUCTION: gl.constexpr):
     """An instruction that every thread of the calling warpgroup executes."""
     lane = gl.full([128], 0, gl.int32, gl.BlockedLayout([1], [32], [4], [0]))
-    gl.inline_asm_elementwise(
-        INSTRUCTION + " mov.b32 $0, $1;", "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1
-    )
+    gl.inline_asm_elementwise(INSTRUCTION + " mov.b32 $0, $1;", "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1)
