@@ -196,7 +196,7 @@ class BackwardPlan:
         # A block may reach as many rows behind the last.
         padded_rows = -(-(query_rows + tiles.queries) // 128) * 128
         self.number_form = form_of(list_descriptor(unplaced((heads * padded_rows,), torch.float32), tiles.queries))
-        self.number_shape = (2, heads * padded_rows)
+        self.number_count = heads * padded_rows
         row_blocks = -(-padded_rows // 1024)
         self.launch_rows = Launch(row_blocks * heads, (query_rows, padded_rows, row_blocks), {}, {}, direct)
 
@@ -221,7 +221,7 @@ class BackwardPlan:
         _, query, key, value = operands
         lse, delta, carry = numbers
         dquery = query.new_zeros(query.shape, dtype=torch.float32) if carry is None else carry.contiguous()
-        dkey, dvalue = (torch.empty(x.shape, dtype=self.stored_dtype, device=x.device) for x in (key, value))
+        dkey, dvalue = (x.new_empty(x.shape, dtype=self.stored_dtype) for x in (key, value))
         if self.empty:
             return dquery.to(dquery_dtype), dkey.zero_().to(self.dkey_dtype), dvalue.zero_().to(self.dkey_dtype)
 
@@ -272,7 +272,7 @@ def prepare_rows(plan: BackwardPlan, lse: Tensor, delta: Tensor) -> tuple[Tensor
 
     Rows without keys (lse -inf) get +inf, so that no weight is left.
     """
-    scaled_lse, minus_delta = lse.new_empty(plan.number_shape).unbind()
+    scaled_lse, minus_delta = lse.new_empty(plan.number_count), lse.new_empty(plan.number_count)
     plan.launch_rows(prepare_rows_kernel, (lse.contiguous(), delta.contiguous(), scaled_lse, minus_delta))
     return scaled_lse, minus_delta
 

@@ -61,7 +61,8 @@ class Launch:
 
         Args:
             kernel: the same one in every call.
-            tensors: the first arguments: tensors, descriptors or None, each of the same form in every call.
+            tensors: the first arguments: tensors, descriptors or None, each of the same form in every call; or numbers,
+                the same in every call.
             rest: what follows the numbers.
         """
         if self._kernel is kernel and self._device == driver.active.get_current_device():
@@ -70,7 +71,7 @@ class Launch:
         arguments = (*tensors, *self._numbers, *rest)
         compiled = kernel[self._grid[:1]](*arguments, **self._constants, **self._options)
         if self._direct and isinstance(compiled, CompiledKernel):  # the interpreter returns none
-            last = kernel.params[len(arguments) :]
+            last = kernel.params[len(arguments) :]  # with those left to their defaults: the launcher counts
             self._constants = {x.name: self._constants.get(x.name, x.default) for x in last}
             # The kernel last: another thread may be looking.
             self._compiled, self._device, self._kernel = compiled, driver.active.get_current_device(), kernel
