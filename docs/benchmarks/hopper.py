@@ -167,17 +167,23 @@ def pairs(intervals: KeyIntervals) -> int:
 def forward_variants(dim: int) -> dict[str, forward.ForwardTiles]:
     """Launch shapes to compare with the one in use."""
     base = forward.FORWARD_TILES[dim]
-    changes = {64: {"2 consumers": {"consumers": 2, "registers": (240, 24)}}, 128: {}, 256: {}}[dim]
+    two = {"consumers": 2, "registers": (240, 24)}
+    changes = {
+        64: {"2 consumers": two, "turns": {"turns": True}, "2 consumers, turns": {"turns": True, **two}},
+        128: {"turns": {"turns": True}},
+        256: {"turns": {"turns": True}},
+    }[dim]
     return {"in use": base} | {name: dataclasses.replace(base, **change) for name, change in changes.items()}
 
 
 def backward_variants(dim: int) -> dict[str, dict]:
     """Arguments of launch_backward to compare with those in use."""
     base = backward.BACKWARD_TILES[dim]
-    changes = {64: {"direct": {"direct": True}}, 128: {"direct": {"direct": True}}, 256: {}}[dim]
+    found = {"direct": {"direct": True}, "members innermost": {"members_innermost": True}}
+    changes = {64: found, 128: found, 256: {}}[dim]
     tiles = {"in use": base} | {name: dataclasses.replace(base, **change) for name, change in changes.items()}
     plain = {name: {"tiles": x} for name, x in tiles.items()}
-    ordered = {f"{n}, in turn": {"tiles": x, "deterministic": True} for n, x in tiles.items() if not x.direct}
+    ordered = {f"{n}, in turn": {"tiles": x, "deterministic": True} for n, x in tiles.items() if x == base}
     return plain | ordered
 
 
@@ -208,14 +214,15 @@ def cudnn_forward(tensors: list[Tensor], causal: bool) -> Tensor:
         return F.scaled_dot_product_attention(*tensors, is_causal=causal)
 
 
-def time_backward(dim: int, variants: dict[str, dict], lengths: tuple[int, ...]) -> list[dict]:
-    """As time_forward; all that a training step's backward does, delta and rounding included."""
+def time_backward(dim: int, variants: dict[str, dict], lengths: tuple[int, ...], group: int = 1) -> list[dict]:
+    """As time_forward, `group` query heads on a key head; all that a training step's backward does, rounding too."""
     heads, rows = HEADS[dim], []
     for causal in (True, False):
         for length in lengths:
             batch = TOKENS // length
             intervals = document_intervals([length] * batch, causal)
-            q, k, v, dout = (random((TOKENS, heads, dim), torch.bfloat16) for _ in range(4))
+            q, dout = (random((TOKENS, heads, dim), torch.bfloat16) for _ in range(2))
+            k, v = (random((TOKENS, heads // group, dim), torch.bfloat16) for _ in range(2))
             scale, flops = dim**-0.5, 10 * pairs(intervals) * heads * dim
             out, lse = hopper.attend(q, k, v, intervals, scale=scale)
 
@@ -229,9 +236,9 @@ def time_backward(dim: int, variants: dict[str, dict], lengths: tuple[int, ...])
                 dtypes = (out.dtype, out.dtype)
                 return backward.launch_backward(*data, delta, intervals, dim**-0.5, None, *dtypes, **settings)
 
-            leaves = [x.view(batch, length, heads, dim).transpose(1, 2).detach().requires_grad_() for x in (q, k, v)]
+            leaves = [x.view(batch, length, -1, dim).transpose(1, 2).detach().requires_grad_() for x in (q, k, v)]
             with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-                result = F.scaled_dot_product_attention(*leaves, is_causal=causal)
+                result = F.scaled_dot_product_attention(*leaves, is_causal=causal, enable_gqa=group > 1)
             gradient = dout.view(batch, length, heads, dim).transpose(1, 2)
             runs = {"cudnn": partial(torch.autograd.grad, result, leaves, gradient, retain_graph=True)}
             runs |= {name: partial(ours, settings) for name, settings in variants.items()}
@@ -280,6 +287,7 @@ def main() -> None:
     parser.add_argument("--forward", default="in use", help="shape of the forward to check")
     parser.add_argument("--backward", default="all", help="shapes of the backward to check and to tune, with ; between")
     parser.add_argument("--passes", default="forward,backward", help="to check and to tune")
+    parser.add_argument("--group", type=int, default=1, help="query heads on a key head, for tune's backward")
     parser.add_argument("--dtypes", default="bfloat16,float16", help="for check")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -301,7 +309,7 @@ def main() -> None:
     forwards = forward_variants(dim) if tune else {"ringflash": forward.FORWARD_TILES[dim]}
     backwards = chosen if tune else {"ringflash": {"tiles": backward.BACKWARD_TILES[dim]}}
     times = {"forward": lambda: time_forward(dim, forwards, LENGTHS)}
-    times["backward"] = lambda: time_backward(dim, backwards, LENGTHS)
+    times["backward"] = lambda: time_backward(dim, backwards, LENGTHS, arguments.group)
     rows = []
     for name in arguments.passes.split(","):
         pass_rows = times[name]()

@@ -41,6 +41,7 @@ class BackwardTiles:
         queries: query rows of a block.
         stages: blocks of queries and of out's gradient in shared memory; powers of two or 3.
         direct: whether dQ is added from registers, not through shared memory; head dimensions 64 and 128.
+        members_innermost: whether all heads of a group visit a block before the next; head dimensions 64 and 128.
         registers: of a thread of the consumers and of the producer.
     """
 
@@ -48,6 +49,7 @@ class BackwardTiles:
     queries: int
     stages: tuple[int, int]
     direct: bool = False
+    members_innermost: bool = False
     registers: tuple[int, int] = (240, 24)
 
 
@@ -209,6 +211,7 @@ class BackwardPlan:
                 GROUP=group, QUERY_STAGES=tiles.stages[0], DOUT_STAGES=tiles.stages[1],
                 DIRECT=tiles.direct and not deterministic, FLOAT_OUT=self.float_out, ORDERED=deterministic,
                 CONSUMER_REGISTERS=tiles.registers[0], PRODUCER_REGISTERS=tiles.registers[1],
+                **({"MEMBERS_INNERMOST": True} if tiles.members_innermost else {}),
             ),
             {"num_warps": 4},
             direct,

@@ -40,6 +40,7 @@ class ForwardTiles:
         own_staging: whether the result has shared memory of its own on its way out.
         registers: of a thread of the consumers and of the producer.
         persistent: whether a program takes several tiles, loading the next one under the last steps of this one.
+        turns: whether the warpgroups issue their products in turn.
     """
 
     consumers: int
@@ -48,6 +49,7 @@ class ForwardTiles:
     own_staging: bool
     registers: tuple[int, int] = (240, 24)
     persistent: bool = True
+    turns: bool = False
 
 
 FORWARD_TILES = {
@@ -187,7 +189,7 @@ class ForwardPlan:
             dict(
                 GROUP=group, CONSUMERS=tiles.consumers, STAGES=tiles.stages,
                 HAS_CARRY=carry is not None, FLOAT_OUT=self.float_out, OWN_STAGING=tiles.own_staging,
-                CONSUMER_REGISTERS=tiles.registers[0], PRODUCER_REGISTERS=tiles.registers[1],
+                CONSUMER_REGISTERS=tiles.registers[0], PRODUCER_REGISTERS=tiles.registers[1], TURNS=tiles.turns,
             ),
             {"num_warps": 4},
             direct,

@@ -61,10 +61,12 @@ def softmax_before_wait(blocks: dict[str, list[str]]) -> int:
 FORWARD_SHAPES = [
     *forward.FORWARD_TILES.items(),
     (64, replace(forward.FORWARD_TILES[64], consumers=2, registers=(240, 24))),
+    *((dim, replace(tiles, turns=True)) for dim, tiles in forward.FORWARD_TILES.items()),
 ]
 BACKWARD_SHAPES = [
     *backward.BACKWARD_TILES.items(),
     *((dim, replace(backward.BACKWARD_TILES[dim], direct=True)) for dim in (64, 128)),
+    (128, replace(backward.BACKWARD_TILES[128], members_innermost=True)),
 ]
 
 
