@@ -33,7 +33,7 @@ def main() -> None:
                     panel.plot(range(len(LENGTHS)), found, f"C{colour}o-", linewidth=width, label=label)
             panel.set_title(f"head dimension {dim}, {name}")
             panel.set_xticks(range(len(LENGTHS)), [f"{n // 1024}K" for n in LENGTHS])
-            panel.set_ylim(bottom=0)
+            panel.set_ylim(0, 1.05 * panel.dataLim.ymax)
             panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("TFLOP/s")
     panels[1][0].set_ylabel("TFLOP/s")
