@@ -55,6 +55,7 @@ def attend_backward_wide_kernel(
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """See `launch_backward` for the arguments."""
+    gl.static_assert(not DIRECT, "only for head dimensions 64 and 128")
     M: gl.constexpr = query_desc.block_type.shape[0]
     N: gl.constexpr = key_desc.block_type.shape[0]
     dtype: gl.constexpr = query_desc.dtype

@@ -39,7 +39,6 @@ class ForwardTiles:
         stages: blocks of keys, and of values, in shared memory; a power of two.
         own_staging: whether the result has shared memory of its own on its way out.
         registers: of a thread of the consumers and of the producer.
-        persistent: whether a program takes several tiles, loading the next one under the last steps of this one.
         turns: whether the warpgroups issue their products in turn.
     """
 
@@ -48,7 +47,6 @@ class ForwardTiles:
     stages: int
     own_staging: bool
     registers: tuple[int, int] = (240, 24)
-    persistent: bool = True
     turns: bool = False
 
 
@@ -176,9 +174,7 @@ class ForwardPlan:
         if not self.float_out:
             self.out_form = form_of(descriptor(unplaced(self.out_shape, out_dtype), rows, dim))
         tile_count = -(-query_rows // (tiles.consumers * rows))
-        programs = tile_count * heads
-        if tiles.persistent:
-            programs = min(programs, multiprocessors(query.device))
+        programs = min(tile_count * heads, multiprocessors(query.device))
         group = heads // key_heads
         self.launch = Launch(
             programs,
