@@ -169,22 +169,17 @@ def forward_variants(dim: int) -> dict[str, forward.ForwardTiles]:
     base = forward.FORWARD_TILES[dim]
     two = {"consumers": 2, "registers": (240, 24)}
     changes = {
-        64: {"2 consumers": two, "turns": {"turns": True}, "2 consumers, turns": {"turns": True, **two}},
-        128: {"turns": {"turns": True}},
-        256: {"turns": {"turns": True}},
+        64: {"2 consumers": two},
+        128: {},
+        256: {},
     }[dim]
     return {"in use": base} | {name: dataclasses.replace(base, **change) for name, change in changes.items()}
 
 
 def backward_variants(dim: int) -> dict[str, dict]:
     """Arguments of launch_backward to compare with those in use."""
-    base = backward.BACKWARD_TILES[dim]
-    found = {"direct": {"direct": True}, "members innermost": {"members_innermost": True}}
-    changes = {64: found, 128: found, 256: {}}[dim]
-    tiles = {"in use": base} | {name: dataclasses.replace(base, **change) for name, change in changes.items()}
-    plain = {name: {"tiles": x} for name, x in tiles.items()}
-    ordered = {f"{n}, in turn": {"tiles": x, "deterministic": True} for n, x in tiles.items() if x == base}
-    return plain | ordered
+    tiles = backward.BACKWARD_TILES[dim]
+    return {"in use": {"tiles": tiles}, "in turn": {"tiles": tiles, "deterministic": True}}
 
 
 def time_forward(dim: int, variants: dict[str, forward.ForwardTiles], lengths: tuple[int, ...]) -> list[dict]:

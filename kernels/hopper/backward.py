@@ -10,8 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ringflash.kernels import triton as portable
-from ringflash.kernels.hopper.backward_kernel import HALF, attend_backward_kernel
+from ringflash.kernels.hopper.backward_kernel import attend_backward_kernel
 from ringflash.kernels.hopper.backward_wide_kernel import attend_backward_wide_kernel
+from ringflash.kernels.hopper.dquery import HALF
 from ringflash.kernels.hopper.operands import (
     addressable,
     check_operands,
@@ -40,16 +41,12 @@ class BackwardTiles:
         keys: key rows of a tile.
         queries: query rows of a block.
         stages: blocks of queries and of out's gradient in shared memory; powers of two or 3.
-        direct: whether dQ is added from registers, not through shared memory; head dimensions 64 and 128.
-        members_innermost: whether all heads of a group visit a block before the next; head dimensions 64 and 128.
         registers: of a thread of the consumers and of the producer.
     """
 
     keys: int
     queries: int
     stages: tuple[int, int]
-    direct: bool = False
-    members_innermost: bool = False
     registers: tuple[int, int] = (240, 24)
 
 
@@ -209,9 +206,8 @@ class BackwardPlan:
             (*(x.stride(1) for x in (reachable[1], reachable[0], *reachable[2:])), float(scale)),
             dict(
                 GROUP=group, QUERY_STAGES=tiles.stages[0], DOUT_STAGES=tiles.stages[1],
-                DIRECT=tiles.direct and not deterministic, FLOAT_OUT=self.float_out, ORDERED=deterministic,
+                FLOAT_OUT=self.float_out, ORDERED=deterministic,
                 CONSUMER_REGISTERS=tiles.registers[0], PRODUCER_REGISTERS=tiles.registers[1],
-                **({"MEMBERS_INNERMOST": True} if tiles.members_innermost else {}),
             ),
             {"num_warps": 4},
             direct,
@@ -242,7 +238,7 @@ class BackwardPlan:
         tensors = (
             query_desc, dout_desc, key_desc, value_desc,
             descriptor_of(scaled_lse, self.number_form), descriptor_of(minus_delta, self.number_form),
-            descriptor_of(dquery, self.dquery_form), dquery, *written,
+            descriptor_of(dquery, self.dquery_form), *written,
             intervals.key_tile_rows(1), intervals.key_tile_rows(self.tiles.keys), turns, turn_now,
             *self.shape, *section,
         )  # fmt: skip

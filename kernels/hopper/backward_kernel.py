@@ -9,8 +9,7 @@ the tensor cores next is already in registers (Shah et al., FlashAttention-3, ar
 Only dscores passes through shared memory, because a query row's gradient sums over both warpgroups' keys: each computes
 half of dQ from both halves of dscores and adds it to global memory in fp32. A step's products are issued so that each
 piece of arithmetic runs under some of them: the exponentials under dweights, dscores under dV, the way out of dQ under
-dK and the next step's scores. Shared memory is as busy as the tensor cores (docs/benchmarks/kernels.md counts it), so
-with DIRECT dQ is added from registers instead of passing through it.
+dK and the next step's scores.
 
 Legend: M query rows of a block, N key rows of a tile, D head dimension.
 """
@@ -30,26 +29,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ringflash.kernels.hopper.compat import (
     WARPGROUP,
-    async_add,
     async_load,
     async_store,
     meet,
     release,
     store_wait,
 )
+from ringflash.kernels.hopper.dquery import HALF, add_earlier, lay_down
 from ringflash.kernels.hopper.schedule import stage_and_parity
 from ringflash.kernels.hopper.turns import (
     Turns,
     add_in_turn,
     allocate_turns,
-    corner,
     first_place,
     hand_over,
     next_place,
 )
-
-HALF = gl.constexpr(64)
-"""Key rows of a warpgroup; also rows and columns of the part of dQ that it computes in a step."""
 
 
 class Stream(NamedTuple):
@@ -80,7 +75,6 @@ class Sums(NamedTuple):
     """Where gradients go."""
 
     dquery_desc: gl.tensor
-    dquery_ptr: gl.tensor
     dkey_desc: gl.tensor
     dvalue_desc: gl.tensor
     dkey_ptr: gl.tensor
@@ -97,16 +91,14 @@ class Sums(NamedTuple):
 )  # fmt: skip
 def attend_backward_kernel(
     query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc,
-    dquery_desc, dquery_ptr, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, rows_of_key_ptr, rows_of_tile_ptr,
+    dquery_desc, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, rows_of_key_ptr, rows_of_tile_ptr,
     turn_of_tile_ptr, turn_now_ptr, query_rows, padded_rows, key_rows, key_heads, section,
     query_head_stride, dout_head_stride, key_head_stride, value_head_stride, scale,
-    GROUP: gl.constexpr, QUERY_STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr, DIRECT: gl.constexpr,
+    GROUP: gl.constexpr, QUERY_STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr,
     FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr,
-    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, MEMBERS_INNERMOST: gl.constexpr = False,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """See `launch_backward` for the arguments."""
-    # Blocks from the last, and in each block all heads of the group; otherwise head after head from the first block.
-    TURNED: gl.constexpr = ORDERED or MEMBERS_INNERMOST
     M: gl.constexpr = query_desc.block_type.shape[0]
     N: gl.constexpr = key_desc.block_type.shape[0]
     dtype: gl.constexpr = query_desc.dtype
@@ -116,7 +108,7 @@ def attend_backward_kernel(
     value = gl.allocate_shared_memory(dtype, [1, N, value_desc.block_type.shape[1]], value_desc.layout)
     DSCORES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, M], dtype)
     dscores = gl.allocate_shared_memory(dtype, [2, N, M], DSCORES)
-    dquery = gl.allocate_shared_memory(gl.float32, [2, HALF, HALF], dquery_desc.layout)
+    dquery = gl.allocate_shared_memory(gl.float32, [2 if ORDERED else 4, HALF, HALF], dquery_desc.layout)
     loaded = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
         mbarrier.init(loaded.index(i), count=1)
@@ -131,17 +123,17 @@ def attend_backward_kernel(
     first_key = key_tile * N
     ALIGNED: gl.constexpr = M if ORDERED else 4
     rows = visiting_rows(rows_of_tile_ptr, key_tile, query_rows, padded_rows, key_rows, key_head * GROUP, M, N, ALIGNED)
-    sums = Sums(dquery_desc, dquery_ptr, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, key_rows, key_heads)
+    sums = Sums(dquery_desc, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, key_rows, key_heads)
     if ORDERED:
         gl.warp_specialize(
             [
                 (consume, (rows, sums, queries, douts, key, value, dscores, dquery, turns, loaded, rows_of_key_ptr,
-                           first_key, key_head, scale, 0, GROUP, TURNED, DIRECT, FLOAT_OUT, ORDERED)),
+                           first_key, key_head, scale, 0, GROUP, FLOAT_OUT, ORDERED)),
                 (consume, (rows, sums, queries, douts, key, value, dscores, dquery, turns, loaded, rows_of_key_ptr,
-                           first_key, key_head, scale, 1, GROUP, TURNED, DIRECT, FLOAT_OUT, ORDERED)),
+                           first_key, key_head, scale, 1, GROUP, FLOAT_OUT, ORDERED)),
                 (produce, (rows, query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc, queries, douts,
                            key, value, loaded, first_key, key_head * key_head_stride, key_head * value_head_stride,
-                           query_head_stride, dout_head_stride, GROUP, TURNED)),
+                           query_head_stride, dout_head_stride, GROUP, ORDERED)),
                 (add_in_turn, (turns, rows, dquery_desc, dquery, queries, 0, GROUP)),
                 (add_in_turn, (turns, rows, dquery_desc, dquery, queries, 1, GROUP)),
             ],
@@ -152,12 +144,12 @@ def attend_backward_kernel(
         gl.warp_specialize(
             [
                 (consume, (rows, sums, queries, douts, key, value, dscores, dquery, turns, loaded, rows_of_key_ptr,
-                           first_key, key_head, scale, 0, GROUP, TURNED, DIRECT, FLOAT_OUT, ORDERED)),
+                           first_key, key_head, scale, 0, GROUP, FLOAT_OUT, ORDERED)),
                 (consume, (rows, sums, queries, douts, key, value, dscores, dquery, turns, loaded, rows_of_key_ptr,
-                           first_key, key_head, scale, 1, GROUP, TURNED, DIRECT, FLOAT_OUT, ORDERED)),
+                           first_key, key_head, scale, 1, GROUP, FLOAT_OUT, ORDERED)),
                 (produce, (rows, query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc, queries, douts,
                            key, value, loaded, first_key, key_head * key_head_stride, key_head * value_head_stride,
-                           query_head_stride, dout_head_stride, GROUP, TURNED)),
+                           query_head_stride, dout_head_stride, GROUP, ORDERED)),
             ],
             [4, 1],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -237,7 +229,7 @@ def fill(stream, desc, numbers_desc, row, column, number, stage, parity):
 def produce(
     rows, query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc, queries, douts, key, value, loaded,
     first_key, key_column, value_column, query_head_stride, dout_head_stride,
-    GROUP: gl.constexpr, TURNED: gl.constexpr,
+    GROUP: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
     """The producer warp: the tile's keys and values, then the query-side blocks of each step."""
     M: gl.constexpr = query_desc.block_type.shape[0]
@@ -248,10 +240,10 @@ def produce(
     mbarrier.expect(loaded.index(1), value_desc.block_type.nbytes)
     async_load(value_desc, [first_key, value_column], loaded.index(1), value.index(0))
     step = 0
-    for outer in range(rows.blocks if TURNED else GROUP):
-        for inner in range(GROUP if TURNED else rows.blocks):
+    for outer in range(rows.blocks if ORDERED else GROUP):
+        for inner in range(GROUP if ORDERED else rows.blocks):
             block, member = inner, outer
-            if TURNED:
+            if ORDERED:
                 block, member = rows.blocks - 1 - outer, inner
             head = rows.first_head + member
             row = rows.begin + block * M
@@ -266,8 +258,8 @@ def produce(
 @gluon.jit
 def consume(
     rows, sums, queries, douts, key, value, dscores, dquery, turns, loaded, rows_of_key_ptr,
-    first_key, key_head, scale, PART: gl.constexpr, GROUP: gl.constexpr, TURNED: gl.constexpr, DIRECT: gl.constexpr,
-    FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr,
+    first_key, key_head, scale, PART: gl.constexpr, GROUP: gl.constexpr, FLOAT_OUT: gl.constexpr,
+    ORDERED: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup: key rows PART * 64 to PART * 64 + 64 of the tile."""
     QUERY_STAGES: gl.constexpr = queries.blocks.shape[0]
@@ -280,6 +272,8 @@ def consume(
     FACTOR: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUMS, k_width=2)
     DQUERY: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
+    # The next step's numbers are loaded under this one's last products, where registers are left for them.
+    EARLY: gl.constexpr = D == 128
 
     own_key = key.index(0).slice(PART * HALF, HALF, 0)
     own_value = value.index(0).slice(PART * HALF, HALF, 0)
@@ -298,8 +292,12 @@ def consume(
     mbarrier.wait(queries.full.index(0), 0)
     token = warpgroup_mma(own_key, queries.blocks.index(0).permute((1, 0)), no_scores, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(0, deps=[token])
+    if EARLY:
+        lse = queries.numbers.index(0).load(COLUMNS)
+        mbarrier.wait(douts.full.index(0), 0)
+        minus_delta = douts.numbers.index(0).load(COLUMNS)
 
-    block, member = first_place(rows, TURNED)
+    block, member = first_place(rows, ORDERED)
     steps = rows.blocks * GROUP
     for step in range(steps):
         stage = ring_place(step, QUERY_STAGES)[0]
@@ -307,10 +305,14 @@ def consume(
         dout = douts.blocks.index(dout_stage)
         row = rows.begin + block * M
         own_key = key.index(unseen_zero(row)).slice(PART * HALF, HALF, 0)
-        mbarrier.wait(douts.full.index(dout_stage), parity)
-        minus_delta, _ = gl.broadcast(douts.numbers.index(dout_stage).load(COLUMNS)[None, :], no_scores)
-        dweights_token = warpgroup_mma(own_value, dout.permute((1, 0)), minus_delta, is_async=True)
-        weights = weigh(scores, queries.numbers.index(stage), rows, row, first_seeing, last_seeing, scale_log2)
+        if not EARLY:
+            mbarrier.wait(douts.full.index(dout_stage), parity)
+            minus_delta = douts.numbers.index(dout_stage).load(COLUMNS)
+        initial, _ = gl.broadcast(minus_delta[None, :], no_scores)
+        dweights_token = warpgroup_mma(own_value, dout.permute((1, 0)), initial, is_async=True)
+        if not EARLY:
+            lse = queries.numbers.index(stage).load(COLUMNS)
+        weights = weigh(scores, lse, rows, row, first_seeing, last_seeing, scale_log2)
         dvalue_token = warpgroup_mma(gl.convert_layout(weights.to(dtype), FACTOR), dout, dvalue, is_async=True)
         dweights = warpgroup_mma_wait(1, deps=[dweights_token])
         rounded = (weights * dweights).to(dtype)
@@ -326,6 +328,9 @@ def consume(
 
         keys_now = key.index(unseen_zero(row))
         dquery_token = start_dquery(shared, keys_now, no_dquery, PART)
+        if not ORDERED:
+            staging = dquery.index(PART * 2 + (step & 1 ^ 1))
+            add_earlier(sums.dquery_desc, staging, rows, step, block, member, M, D, PART)
         # The last step has no next one: its scores are of old numbers and unused.
         next_stage, parity = ring_place(step + 1, QUERY_STAGES)
         mbarrier.wait(queries.full.index(next_stage), parity, pred=step + 1 < steps)
@@ -334,18 +339,28 @@ def consume(
         )
         dkey_token = warpgroup_mma(dscores_factor, queries.blocks.index(stage), dkey, is_async=True)
 
-        part_of_dquery = warpgroup_mma_wait(2, deps=[dquery_token])
-        head = rows.first_head + member
-        if DIRECT:
-            add_dquery(sums, part_of_dquery * scale, row, rows.query_rows, head, GROUP, D, PART, DQUERY)
+        part_of_dquery = warpgroup_mma_wait(2, deps=[dquery_token]) * scale
+        if ORDERED:
+            hand_over(turns, dquery, part_of_dquery, step, PART)
         else:
-            finish_dquery(sums, turns, dquery, part_of_dquery * scale, row, head, step, D, PART, ORDERED)
+            store_wait(1)
+            lay_down(dquery.index(PART * 2 + (step & 1)), part_of_dquery)
+        if EARLY:
+            lse = queries.numbers.index(next_stage).load(COLUMNS)
+            next_dout, parity = ring_place(step + 1, DOUT_STAGES)
+            mbarrier.wait(douts.full.index(next_dout), parity, pred=step + 1 < steps)
+            minus_delta = douts.numbers.index(next_dout).load(COLUMNS)
         scores, dkey = warpgroup_mma_wait(0, deps=[scores_token, dkey_token])
         release(queries.empty.index(stage))
-        block, member = next_place(rows, block, member, GROUP, TURNED)
+        block, member = next_place(rows, block, member, GROUP, ORDERED)
 
+    if not ORDERED:
+        fence_async_shared()
     # Both warpgroups have read all of the keys: theirs were last read for dQ, before the last wait of each.
     meet("8")
+    if not ORDERED:
+        staging = dquery.index(PART * 2 + (steps & 1 ^ 1))
+        add_earlier(sums.dquery_desc, staging, rows, steps, block, member, M, D, PART)
     first_row = first_key + PART * HALF
     store_sum(sums, sums.dvalue_desc, sums.dvalue_ptr, dvalue, own_value, first_row, key_head, FLOAT_OUT, SUMS)
     store_sum(sums, sums.dkey_desc, sums.dkey_ptr, dkey * scale, own_key, first_row, key_head, FLOAT_OUT, SUMS)
@@ -363,54 +378,6 @@ def start_dquery(dscores, key, no_dquery, PART: gl.constexpr):
             dscores.permute((1, 0)), key.slice(PART * HALF, HALF, 1), no_dquery, use_acc=False, is_async=True
         )
     return token
-
-
-def _add_assembly() -> tuple[str, str]:
-    """PTX (and its operands) that adds a thread's 32 sums of a (64, 64) product to memory, two columns at a time.
-
-    The sums 4 j and 4 j + 1 are of one row and columns 8 j on, the next two of the row eight below; the pointers are
-    each row's, to the thread's first column. The results are of no use.
-    """
-    adds = " ".join(
-        f"red.relaxed.gpu.global.add.v2.f32 [${40 + i % 4} + {i // 4 * 32}], {{${8 + i}, ${9 + i}}};"
-        for i in range(0, 32, 2)
-    )
-    results = " ".join(f"mov.b32 ${i}, 0;" for i in range(8))
-    return f"{adds} {results}", ",".join(["=r"] * 8 + ["f"] * 32 + ["l"] * 32)
-
-
-ADD, ADD_OPERANDS = map(gl.constexpr, _add_assembly())
-
-
-@gluon.jit
-def add_dquery(
-    sums, part, row, query_rows, head, GROUP: gl.constexpr, D: gl.constexpr, PART: gl.constexpr, DQUERY: gl.constexpr
-):
-    """Add a warpgroup's part of dQ to global memory from registers.
-
-    Rows behind the last, all of whose numbers are zeros, add these to the last: a condition would be a branch each.
-    """
-    first_row, column = corner(row, head, D, PART, 0)
-    rows = gl.minimum(first_row + gl.arange(0, HALF, gl.SliceLayout(1, DQUERY)), query_rows - 1)
-    columns = gl.arange(0, HALF, gl.SliceLayout(0, DQUERY))
-    offsets = rows.to(gl.int64) * (sums.key_heads * GROUP * D) + column
-    pointers = (sums.dquery_ptr + offsets).to(gl.int64)[:, None] + ((columns & 6) * 4).to(gl.int64)[None, :]
-    gl.inline_asm_elementwise(ADD, ADD_OPERANDS, [part, pointers], dtype=gl.int8, is_pure=False, pack=32)
-
-
-@gluon.jit
-def finish_dquery(
-    sums, turns, dquery, part, row, head, step, D: gl.constexpr, PART: gl.constexpr, ORDERED: gl.constexpr
-):
-    """Send a warpgroup's part of dQ on its way to global memory."""
-    if ORDERED:
-        hand_over(turns, dquery, part, step, PART)
-    else:
-        store_wait(0)
-        dquery.index(PART).store(part)
-        fence_async_shared()
-        first_row, column = corner(row, head, D, PART, 0)
-        async_add(sums.dquery_desc, [first_row, column], dquery.index(PART))
 
 
 @gluon.jit
@@ -434,7 +401,7 @@ def weigh(scores, lse, rows, row, first_seeing, last_seeing, scale_log2):
     if (row < rows.full_begin) | (row + M > rows.full_end):
         index = (row + gl.arange(0, M, COLUMNS))[None, :]
         scores = gl.where((index >= first_seeing[:, None]) & (index < last_seeing[:, None]), scores, float("-inf"))
-    return gl.exp2(scores * scale_log2 - lse.load(COLUMNS)[None, :])
+    return gl.exp2(scores * scale_log2 - lse[None, :])
 
 
 @gluon.jit

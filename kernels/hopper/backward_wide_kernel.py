@@ -19,7 +19,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ringflash.kernels.hopper.backward_kernel import (
-    HALF,
     Sums,
     allocate_stream,
     key_tile_and_head,
@@ -28,6 +27,7 @@ from ringflash.kernels.hopper.backward_kernel import (
     visiting_rows,
 )
 from ringflash.kernels.hopper.compat import async_add, async_store, meet, release, store_wait
+from ringflash.kernels.hopper.dquery import HALF, add_earlier, corner, lay_down
 from ringflash.kernels.hopper.schedule import stage_and_parity
 from ringflash.kernels.hopper.turns import (
     Turns,
@@ -47,15 +47,14 @@ from ringflash.kernels.hopper.turns import (
 )  # fmt: skip
 def attend_backward_wide_kernel(
     query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc,
-    dquery_desc, dquery_ptr, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, rows_of_key_ptr, rows_of_tile_ptr,
+    dquery_desc, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, rows_of_key_ptr, rows_of_tile_ptr,
     turn_of_tile_ptr, turn_now_ptr, query_rows, padded_rows, key_rows, key_heads, section,
     query_head_stride, dout_head_stride, key_head_stride, value_head_stride, scale,
-    GROUP: gl.constexpr, QUERY_STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr, DIRECT: gl.constexpr,
+    GROUP: gl.constexpr, QUERY_STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr,
     FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """See `launch_backward` for the arguments."""
-    gl.static_assert(not DIRECT, "only for head dimensions 64 and 128")
     M: gl.constexpr = query_desc.block_type.shape[0]
     N: gl.constexpr = key_desc.block_type.shape[0]
     dtype: gl.constexpr = query_desc.dtype
@@ -82,7 +81,7 @@ def attend_backward_wide_kernel(
     first_key = key_tile * N
     ALIGNED: gl.constexpr = M if ORDERED else 4
     rows = visiting_rows(rows_of_tile_ptr, key_tile, query_rows, padded_rows, key_rows, key_head * GROUP, M, N, ALIGNED)
-    sums = Sums(dquery_desc, dquery_ptr, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, key_rows, key_heads)
+    sums = Sums(dquery_desc, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, key_rows, key_heads)
     if ORDERED:
         gl.warp_specialize(
             [
@@ -142,7 +141,8 @@ def consume_wide(
     mbarrier.wait(loaded.index(1), 0)
 
     block, member = first_place(rows, ORDERED)
-    for step in range(rows.blocks * GROUP):
+    steps = rows.blocks * GROUP
+    for step in range(steps):
         stage, parity = stage_and_parity(step, STAGES)
         row = rows.begin + block * M
         head = rows.first_head + member
@@ -187,23 +187,34 @@ def consume_wide(
         second_token = warpgroup_mma(
             all_dscores, keys_now.slice(PART * (D // 2) + HALF, HALF, 1), no_dquery, use_acc=False, is_async=True
         )
+        if not ORDERED:
+            add_earlier(sums.dquery_desc, dquery.index(PART), rows, step, block, member, M, D, PART)
         dvalue = warpgroup_mma_wait(3, deps=[dvalue_token])
         release(douts.empty.index(0))
         first = warpgroup_mma_wait(2, deps=[first_token]) * scale
         if ORDERED:
             hand_over(turns, dquery, first, step * 2, PART)
         else:
-            add_dquery(sums, dquery.index(PART), first, row, head * D + PART * (D // 2))
+            store_wait(0)
+            lay_down(dquery.index(PART), first)
+            fence_async_shared()
+            first_row, column = corner(row, head, D, PART, 0)
+            async_add(sums.dquery_desc, [first_row, column], dquery.index(PART))
         dkey = warpgroup_mma_wait(1, deps=[dkey_token])
         release(queries.empty.index(stage))
         second = warpgroup_mma_wait(0, deps=[second_token]) * scale
         if ORDERED:
             hand_over(turns, dquery, second, step * 2 + 1, PART)
         else:
-            add_dquery(sums, dquery.index(PART), second, row, head * D + PART * (D // 2) + HALF)
+            store_wait(0)
+            lay_down(dquery.index(PART), second)
         block, member = next_place(rows, block, member, GROUP, ORDERED)
 
+    if not ORDERED:
+        fence_async_shared()
     meet("8")  # both warpgroups have read all of the keys and values
+    if not ORDERED:
+        add_earlier(sums.dquery_desc, dquery.index(PART), rows, steps, block, member, M, D, PART)
     store_columns(
         sums, sums.dvalue_desc, sums.dvalue_ptr, dvalue, value.index(0), first_key, key_head, PART, FLOAT_OUT, SUMS
     )
@@ -211,15 +222,6 @@ def consume_wide(
         sums, sums.dkey_desc, sums.dkey_ptr, dkey * scale, key.index(0), first_key, key_head, PART, FLOAT_OUT, SUMS
     )
     store_wait(0)
-
-
-@gluon.jit
-def add_dquery(sums, staging, part, row, column):
-    """Add a piece of dQ to global memory."""
-    store_wait(0)
-    staging.store(part)
-    fence_async_shared()
-    async_add(sums.dquery_desc, [row, column], staging)
 
 
 @gluon.jit

@@ -46,33 +46,7 @@ def release(empty):
 @gluon.jit
 def meet(NAME: gl.constexpr):
     """Wait at a named barrier until both warpgroups are there. Names "8" to "15" are free: the compiler uses 0 to 7."""
-    at_barrier("bar.sync " + NAME + ", 256;")
-
-
-@gluon.jit
-def take_turn(PART: gl.constexpr):
-    """Wait until the warpgroup before this one, PART of several, has passed its turn on."""
-    if PART == 0:
-        at_barrier("bar.sync 8, 256;")
-    elif PART == 1:
-        at_barrier("bar.sync 9, 256;")
-    else:
-        at_barrier("bar.sync 10, 256;")
-
-
-@gluon.jit
-def pass_turn(NEXT: gl.constexpr):
-    """Let the warpgroup NEXT take its turn."""
-    if NEXT == 0:
-        at_barrier("bar.arrive 8, 256;")
-    elif NEXT == 1:
-        at_barrier("bar.arrive 9, 256;")
-    else:
-        at_barrier("bar.arrive 10, 256;")
-
-
-@gluon.jit
-def at_barrier(INSTRUCTION: gl.constexpr):
-    """An instruction that every thread of the calling warpgroup executes."""
     lane = gl.full([128], 0, gl.int32, gl.BlockedLayout([1], [32], [4], [0]))
-    gl.inline_asm_elementwise(INSTRUCTION + " mov.b32 $0, $1;", "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1)
+    gl.inline_asm_elementwise(
+        "bar.sync " + NAME + ", 256; mov.b32 $0, $1;", "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1
+    )

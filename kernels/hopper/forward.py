@@ -39,7 +39,6 @@ class ForwardTiles:
         stages: blocks of keys, and of values, in shared memory; a power of two.
         own_staging: whether the result has shared memory of its own on its way out.
         registers: of a thread of the consumers and of the producer.
-        turns: whether the warpgroups issue their products in turn.
     """
 
     consumers: int
@@ -47,7 +46,6 @@ class ForwardTiles:
     stages: int
     own_staging: bool
     registers: tuple[int, int] = (240, 24)
-    turns: bool = False
 
 
 FORWARD_TILES = {
@@ -185,7 +183,7 @@ class ForwardPlan:
             dict(
                 GROUP=group, CONSUMERS=tiles.consumers, STAGES=tiles.stages,
                 HAS_CARRY=carry is not None, FLOAT_OUT=self.float_out, OWN_STAGING=tiles.own_staging,
-                CONSUMER_REGISTERS=tiles.registers[0], PRODUCER_REGISTERS=tiles.registers[1], TURNS=tiles.turns,
+                CONSUMER_REGISTERS=tiles.registers[0], PRODUCER_REGISTERS=tiles.registers[1],
             ),
             {"num_warps": 4},
             direct,

@@ -27,10 +27,8 @@ from ringflash.kernels.hopper.compat import (
     WARPGROUP,
     async_load,
     async_store,
-    pass_turn,
     release,
     store_wait,
-    take_turn,
 )
 from ringflash.kernels.hopper.schedule import (
     Schedule,
@@ -93,7 +91,7 @@ def attend_kernel(
     query_head_stride, key_head_stride, value_head_stride, scale_log2,
     GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, HAS_CARRY: gl.constexpr,
     FLOAT_OUT: gl.constexpr, OWN_STAGING: gl.constexpr,
-    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, TURNS: gl.constexpr = False,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """See `launch_forward` for the arguments."""
     queries = allocate_ring(query_desc, CONSUMERS, 1)
@@ -116,9 +114,9 @@ def attend_kernel(
         gl.warp_specialize(
             [
                 (consume, (problem, result, queries, keys, values, staging, scale_log2,
-                           0, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING, TURNS)),
+                           0, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING)),
                 (consume, (problem, result, queries, keys, values, staging, scale_log2,
-                           1, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING, TURNS)),
+                           1, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING)),
                 (produce, (problem, result, query_desc, key_desc, value_desc, queries, keys, values,
                            query_head_stride, key_head_stride, value_head_stride, GROUP, STAGES, HAS_CARRY)),
             ],
@@ -129,11 +127,11 @@ def attend_kernel(
         gl.warp_specialize(
             [
                 (consume, (problem, result, queries, keys, values, staging, scale_log2,
-                           0, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING, TURNS)),
+                           0, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING)),
                 (consume, (problem, result, queries, keys, values, staging, scale_log2,
-                           1, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING, TURNS)),
+                           1, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING)),
                 (consume, (problem, result, queries, keys, values, staging, scale_log2,
-                           2, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING, TURNS)),
+                           2, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING)),
                 (produce, (problem, result, query_desc, key_desc, value_desc, queries, keys, values,
                            query_head_stride, key_head_stride, value_head_stride, GROUP, STAGES, HAS_CARRY)),
             ],
@@ -216,16 +214,13 @@ def prefetch_carry(problem, result, first_row, head, M: gl.constexpr, D: gl.cons
 def consume(
     problem, result, queries, keys, values, staging, scale_log2,
     PART: gl.constexpr, STAGES: gl.constexpr, HAS_CARRY: gl.constexpr, FLOAT_OUT: gl.constexpr,
-    OWN_STAGING: gl.constexpr, TURNS: gl.constexpr,
+    OWN_STAGING: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup: rows PART * 64 to PART * 64 + 64 of each tile."""
     M: gl.constexpr = queries.blocks.shape[0] * ROWS
     N: gl.constexpr = keys.blocks.shape[1]
     step = 0
     turn = 0
-    LAST: gl.constexpr = queries.blocks.shape[0] - 1
-    if TURNS and PART == LAST:
-        pass_turn(0)
     place = gl.program_id(0)
     while place < problem.schedule.tiles * problem.schedule.heads:
         tile, head = tile_and_head(problem.schedule, place)
@@ -234,13 +229,11 @@ def consume(
         blocks = block_count(span, N)
         attend_tile(
             problem, result, queries, keys, values, staging, span, blocks, first_row + PART * ROWS, head, step, turn,
-            scale_log2, PART, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING, TURNS,
+            scale_log2, PART, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING,
         )  # fmt: skip
         step += blocks
         place = read(problem.tickets, turn)
         turn += 1
-    if TURNS and PART == 0:
-        take_turn(0)  # the last warpgroup has passed on a turn that nobody else takes
     if not FLOAT_OUT:
         store_wait(0)  # shared memory must outlive the last store's reading of it
 
@@ -249,7 +242,7 @@ def consume(
 def attend_tile(
     problem, result, queries, keys, values, staging, span, blocks, first_row, head, step, turn, scale_log2,
     PART: gl.constexpr, STAGES: gl.constexpr, HAS_CARRY: gl.constexpr, FLOAT_OUT: gl.constexpr,
-    OWN_STAGING: gl.constexpr, TURNS: gl.constexpr,
+    OWN_STAGING: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup's 64 rows over the tile's key blocks that they see, from the initial state to the stored result."""
     N: gl.constexpr = keys.blocks.shape[1]
@@ -263,27 +256,21 @@ def attend_tile(
     inside = rows < problem.query_rows
     row_start = gl.load(problem.start_ptr + rows, mask=inside, other=0)
     row_stop = gl.load(problem.stop_ptr + rows, mask=inside, other=0)
-    out, maximum, total = initial_state(problem, result, first_row, head, HAS_CARRY, D, SCORES, OUT)
+    out, maximum, total = initial_state(problem, result, first_row, head, HAS_CARRY, N, D, SCORES, OUT)
     no_scores = gl.zeros([ROWS, N], gl.float32, SCORES)
     query = queries.blocks.index(PART)
     own = key_span(problem.start_ptr, problem.stop_ptr, first_row, problem.query_rows, ROWS)
     first, last = own_blocks(span, own, blocks, N)
-    CONSUMERS: gl.constexpr = queries.blocks.shape[0]
-    NEXT: gl.constexpr = (PART + 1) % CONSUMERS
-    pass_over(keys, values, step, step + first, STAGES, PART, NEXT, TURNS)
+    pass_over(keys, values, step, step + first, STAGES)
 
     # The first block has no earlier one to overlap with.
     first_key = span.begin + first * N
     stage, parity = stage_and_parity(step + first, STAGES)
     mbarrier.wait(queries.full.index(PART), turn & 1)
     mbarrier.wait(keys.full.index(stage), parity)
-    if TURNS:
-        take_turn(PART)
     scores_token = warpgroup_mma(
         query, keys.blocks.index(stage).permute((1, 0)), no_scores, use_acc=False, is_async=True
     )
-    if TURNS:
-        pass_turn(NEXT)
     scores = warpgroup_mma_wait(0, deps=[scores_token])
     release(keys.empty.index(stage))
     scores = hide(scores, own, row_start, row_stop, first_key, N, SCORES)
@@ -297,14 +284,10 @@ def attend_tile(
         earlier = stage
         stage, parity = stage_and_parity(step + block, STAGES)
         mbarrier.wait(keys.full.index(stage), parity)
-        if TURNS:
-            take_turn(PART)
         scores_token = warpgroup_mma(
             query, keys.blocks.index(stage).permute((1, 0)), no_scores, use_acc=False, is_async=True
         )
         out_token = warpgroup_mma(weights, values.blocks.index(earlier), out, is_async=True)
-        if TURNS:
-            pass_turn(NEXT)
         scores = warpgroup_mma_wait(1, deps=[scores_token])
         release(keys.empty.index(stage))
         scores = hide(scores, own, row_start, row_stop, span.begin + block * N, N, SCORES)
@@ -321,12 +304,13 @@ def attend_tile(
     if OWN_STAGING or FLOAT_OUT:
         release(queries.empty.index(PART))
     out_token = warpgroup_mma(weights, values.blocks.index(stage), out, is_async=True)
+    total = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, SCORES), assert_trivial=True)
     total_or_one = gl.where(total > 0.0, total, 1.0)
     lse = gl.where(total > 0.0, (maximum + gl.log2(total_or_one)) * LN_2, float("-inf"))
     gl.store(result.lse_ptr + head * problem.query_rows + rows, lse, mask=inside)
     out = warpgroup_mma_wait(0, deps=[out_token])
     release(values.empty.index(stage))
-    pass_over(keys, values, step + last, step + blocks, STAGES, PART, NEXT, TURNS)
+    pass_over(keys, values, step + last, step + blocks, STAGES)
     out = out * gl.convert_layout(1.0 / total_or_one, gl.SliceLayout(1, OUT))[:, None]
     store_out(problem, result, staging.index(PART), out, first_row, head, FLOAT_OUT, D, OUT)
     if not (OWN_STAGING or FLOAT_OUT):
@@ -335,14 +319,9 @@ def attend_tile(
 
 
 @gluon.jit
-def pass_over(
-    keys, values, step, end, STAGES: gl.constexpr, PART: gl.constexpr, NEXT: gl.constexpr, TURNS: gl.constexpr
-):
+def pass_over(keys, values, step, end, STAGES: gl.constexpr):
     """Give back the blocks of some steps unread, each once it is full: earlier would count for the round before."""
     for skipped in range(step, end):
-        if TURNS:
-            take_turn(PART)
-            pass_turn(NEXT)
         stage, parity = stage_and_parity(skipped, STAGES)
         mbarrier.wait(keys.full.index(stage), parity)
         release(keys.empty.index(stage))
@@ -352,18 +331,22 @@ def pass_over(
 
 @gluon.jit
 def initial_state(
-    problem, result, first_row, head, HAS_CARRY: gl.constexpr, D: gl.constexpr, SCORES: gl.constexpr, OUT: gl.constexpr
-):
-    """Accumulator, row maximum (of scores times log2 e) and row sum before the first block: nothing, or the carry."""
+    problem, result, first_row, head,
+    HAS_CARRY: gl.constexpr, N: gl.constexpr, D: gl.constexpr, SCORES: gl.constexpr, OUT: gl.constexpr,
+):  # fmt: skip
+    """Accumulator, row maximum (of scores times log2 e) and row sums before the first block: nothing, or the carry."""
     out = gl.zeros([ROWS, D], gl.float32, OUT)
     maximum = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
-    total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SCORES))
+    total = own_sums(gl.zeros([ROWS, N], gl.float32, SCORES))
     if HAS_CARRY:
         rows = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
         pointers = result.carry_lse_ptr + head * problem.query_rows + rows
         lse = gl.load(pointers, mask=rows < problem.query_rows, other=float("-inf"))
         maximum = gl.maximum(lse * LOG2_E, LOWEST)
-        total = gl.where(lse == float("-inf"), 0.0, 1.0)
+        carried = gl.where(lse == float("-inf"), 0.0, 1.0)
+        total, carried = gl.broadcast(total, gl.convert_layout(carried, gl.SliceLayout(1, total.type.layout))[:, None])
+        first = gl.arange(0, 4, gl.SliceLayout(0, total.type.layout))[None, :] == 0
+        total = gl.where(first, carried, 0.0)
         offsets, inside = tile_offsets(problem, first_row, D, OUT)
         out = gl.load(tile_pointer(problem, result.carry_out_ptr, first_row, head, D) + offsets, mask=inside, other=0.0)
     return out, maximum, total
@@ -380,7 +363,33 @@ def softmax_step(scores, maximum, total, scale_log2):
     new_maximum = gl.where(new_maximum > maximum + 8.0, new_maximum, maximum)
     weights = gl.exp2(scores * scale_log2 - new_maximum[:, None])
     rescale = gl.exp2(maximum - new_maximum)
-    return weights, rescale, new_maximum, total * rescale + gl.sum(weights, 1)
+    own_rescale = gl.convert_layout(rescale, gl.SliceLayout(1, total.type.layout), assert_trivial=True)
+    return weights, rescale, new_maximum, settle(total * own_rescale[:, None] + own_sums(weights))
+
+
+@gluon.jit
+def own_sums(weights):
+    """Sums of what each thread has of the rows, (ROWS, 4): four threads share a row, and add up their sums once a tile.
+
+    A thread has columns 8 i + 2 j and 8 i + 2 j + 1 for all i, where j is its place among the four.
+    """
+    return gl.sum(gl.sum(weights.reshape([ROWS, weights.shape[1] // 8, 4, 2]), 3), 1)
+
+
+SETTLE = gl.constexpr(
+    "{ .reg .pred odd; setp.lt.f32 odd, $2, 0f00000000; setp.lt.or.f32 odd, $3, 0f00000000, odd;"
+    " vote.sync.any.pred odd, odd, 0xffffffff; selp.f32 $0, 0f7FC00000, $2, odd; selp.f32 $1, 0f7FC00000, $3, odd; }"
+)
+
+
+@gluon.jit
+def settle(total):
+    """`total`, which is never negative, known before any branch or wait that follows.
+
+    ptxas would otherwise move exponentials and their sums behind the wait for the tensor cores, under whose products
+    they are to run. A vote of the warp it does not move.
+    """
+    return gl.inline_asm_elementwise(SETTLE, "=f,=f,f,f", [total], dtype=gl.float32, is_pure=False, pack=2)
 
 
 def _rescale_assembly(count: int) -> tuple[str, str]:

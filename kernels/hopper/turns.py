@@ -22,6 +22,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from ringflash.kernels.hopper.compat import async_add, store_wait
+from ringflash.kernels.hopper.dquery import corner, lay_down, parts_in_step
 
 PARTS = gl.constexpr(2)
 """Parts of dQ that a program computes in a step, one in each consumer warpgroup."""
@@ -106,7 +107,7 @@ def allocate_turns(now_ptr, own):
 def hand_over(turns, parts, part_of_dquery, use, PART: gl.constexpr):
     """Leave a part of dQ, the use-th of this warpgroup, to the warp that adds it."""
     mbarrier.wait(turns.free.index(PART), (use & 1) ^ 1)
-    parts.index(PART).store(part_of_dquery)
+    lay_down(parts.index(PART), part_of_dquery)
     fence_async_shared()
     mbarrier.arrive(turns.ready.index(PART), count=1)
 
@@ -136,22 +137,6 @@ def add_in_turn(turns, rows, dquery_desc, parts, queries, PART: gl.constexpr, GR
         if turns.own >= 0:
             pass_turn(now_ptr)
         block, member = next_place(rows, block, member, GROUP, True)
-
-
-@gluon.constexpr_function
-def parts_in_step(dim):
-    """Parts of 64 rows and columns that a warpgroup computes one after the other."""
-    return max(1, dim // 128)
-
-
-@gluon.jit
-def corner(row, head, D: gl.constexpr, PART: gl.constexpr, PIECE: gl.constexpr):
-    """Where in dQ a warpgroup's part of a block begins: of head dimension 64 half of the rows, else of the columns."""
-    if D == 64:
-        first_row, column = row + PART * 64, head * D
-    else:
-        first_row, column = row, head * D + PART * (D // 2) + PIECE * 64
-    return first_row, column
 
 
 @gluon.jit
