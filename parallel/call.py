@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringflash.errors import ArgumentError
-from ringflash.mask import Mask, check_reach
+from ringflash.mask import Mask
 from ringflash.parallel.agreement import agreement, errors_told, signature
 from ringflash.parallel.partition import resolve
 from ringflash.parallel.plan import ring
@@ -217,8 +217,8 @@ def _separated(call: Call, documents: tuple[tuple[int, ...] | None, tuple[int, .
 def _device_table(call: Call, inputs: Inputs) -> Tensor:
     mask, boundaries, query_boundaries = Mask.from_spec(call.mask), inputs.boundaries, inputs.query_boundaries
     if mask.layout is not None:  # nobody here knows the lengths of the documents; this is the most that they can be
-        check_reach(mask.layout, "queries", call.seqlen)
-        check_reach(mask.layout, "keys", call.key_seqlen)
+        mask.layout.check_reach("queries", call.seqlen)
+        mask.layout.check_reach("keys", call.key_seqlen)
     if call.batch > 1 and (query_boundaries is not None or isinstance(mask.prefix, tuple)):
         raise ArgumentError(
             f"cu_seqlens on {boundaries.device} with a batch of {call.batch}: pass one packed sequence, or cu_seqlens "

@@ -48,8 +48,14 @@ class BlockLayout:
         return f"BlockLayout({self.queries} queries by {self.size}, {self.keys} keys, {visible:.1%} visible)"
 
     @staticmethod
-    def of_blocks(layout: Sequence[Sequence[bool]], query_block: int, key_block: int) -> BlockLayout:
-        """From a (query blocks, key blocks) matrix of booleans: a tensor, an array or lists."""
+    def of_blocks(layout: Sequence[Sequence[bool]], block_size: int | tuple[int, int]) -> BlockLayout:
+        """From a (query blocks, key blocks) matrix of booleans; arguments as in `Mask.blocks`."""
+        sizes = block_size if isinstance(block_size, Sequence) else (block_size, block_size)
+        if len(sizes) != 2 or not all(isinstance(x, int) and x > 0 for x in sizes):
+            raise ArgumentError(
+                f"blocks: block_size={block_size}; allowed is 1 and more, or two such numbers, for queries and for keys"
+            )
+        query_block, key_block = sizes
         rows = layout.tolist() if hasattr(layout, "tolist") else layout
         if not isinstance(rows, Sequence) or not rows or not all(isinstance(row, Sequence) and row for row in rows):
             raise ArgumentError("blocks: layout has no rows and columns; allowed is (query blocks, key blocks)")
@@ -75,6 +81,24 @@ class BlockLayout:
     def queries(self) -> int:
         """Query tokens that the layout speaks of."""
         return self.size * len(self.rows)
+
+    def check_reach(self, tokens: str, length: int) -> None:
+        """Raise ArgumentError unless the layout reaches over the "queries" or "keys" of a document of that length."""
+        reach = getattr(self, tokens)
+        if length > reach:
+            raise ArgumentError(
+                f"blocks: layout reaches over {reach} {tokens}, a document or sequence has {length}; allowed is a "
+                "layout that reaches over the longest"
+            )
+
+    def row_of(self, query: int) -> int:
+        """Index of the row for a query token, counted from the start of its document."""
+        self.check_reach("queries", query + 1)
+        return query // self.size
+
+    def sees(self, query: int, key: int) -> bool:
+        """Whether a query token sees a key token, both counted from the start of their document."""
+        return any(start <= key < stop for start, stop in self.rows[self.row_of(query)])
 
     def __and__(self, other: BlockLayout) -> BlockLayout:
         """Pairs that both show, as far as both reach."""

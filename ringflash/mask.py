@@ -13,7 +13,6 @@ partitions, plans and kernels ask it about positions.
 from __future__ import annotations
 
 import enum
-import itertools
 import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 
 from ringflash.block_layout import BlockLayout
+from ringflash.documents import boundaries_of, document_at, longest, refine
 from ringflash.errors import ArgumentError
 from ringflash.parallel.segments import Interval, Segments, intersect, normalize
 
@@ -72,9 +72,8 @@ class Mask:
                 "allowed is one length for all, or one for each document"
             )
         if self.layout is not None and self.boundaries is not None:
-            for tokens in ("queries", "keys"):
-                bounds = self.boundaries if tokens == "keys" else self.query_boundaries or self.boundaries
-                check_reach(self.layout, tokens, max(b - a for a, b in itertools.pairwise(bounds)))
+            self.layout.check_reach("queries", longest(self.query_boundaries or self.boundaries))
+            self.layout.check_reach("keys", longest(self.boundaries))
 
     def __hash__(self) -> int:
         return self._hash  # of thousands of boundaries: once is enough
@@ -123,13 +122,8 @@ class Mask:
             cu_seqlens: ascending boundaries, first 0, last the total number of tokens. Empty documents are allowed.
             query_cu_seqlens: boundaries of the queries, as many, where they differ from those of the keys.
         """
-        keys = _checked_boundaries("cu_seqlens", cu_seqlens)
-        queries = keys if query_cu_seqlens is None else _checked_boundaries("query_cu_seqlens", query_cu_seqlens)
-        if len(queries) != len(keys):
-            raise ArgumentError(
-                f"query_cu_seqlens has {len(queries)} boundaries, cu_seqlens {len(keys)}; make them agree"
-            )
-        return Mask(boundaries=keys, query_boundaries=None if queries == keys else queries)
+        keys, queries = boundaries_of(cu_seqlens, query_cu_seqlens)
+        return Mask(boundaries=keys, query_boundaries=queries)
 
     @staticmethod
     def chunked(size: int) -> Mask:
@@ -174,18 +168,15 @@ class Mask:
             >>> len(mask.layers)
             5
         """
-        sizes = block_size if isinstance(block_size, Sequence) else (block_size, block_size)
-        if len(sizes) != 2 or not all(isinstance(x, int) and x > 0 for x in sizes):
-            raise ArgumentError(
-                f"blocks: block_size={block_size}; allowed is 1 and more, or two such numbers, for queries and for keys"
-            )
-        return Mask(layout=BlockLayout.of_blocks(layout, *sizes))
+        return Mask(layout=BlockLayout.of_blocks(layout, block_size))
 
     def __and__(self, other: Mask) -> Mask:
         """Pairs that both masks allow."""
         if self.sink and other.sink and self.sink != other.sink:
             raise ArgumentError(f"cannot intersect windows with different sinks: {self.sink} and {other.sink}")
-        boundaries, query_boundaries = _refine(self, other)
+        boundaries, query_boundaries = refine(
+            (self.boundaries, self.query_boundaries), (other.boundaries, other.query_boundaries)
+        )
         return Mask(
             left=_least(self.left, other.left),
             right=_least(self.right, other.right),
@@ -252,10 +243,7 @@ class Mask:
                     "Mask.documents, or give one length"
                 )
             return 0
-        index = bisect_right(bounds, query) - 1
-        if not 0 <= index < len(bounds) - 1:
-            raise ArgumentError(f"position {query} lies outside the documents, which end at {bounds[-1]}")
-        return index
+        return document_at(query, bounds)
 
     def key_interval(self, position: int) -> Interval:
         """Keys that the query at `position` sees, without the sink prefix; of a mask of several layers, ask each."""
@@ -268,8 +256,8 @@ class Mask:
     def sees(self, query: int, key: int) -> bool:
         """Whether the query position sees the key position: the definition of the mask."""
         if self.layout is not None:
-            place, runs = key - self._origins(query)[1], self.layout.rows[self._block_of(query)]
-            if not any(start <= place < stop for start, stop in runs):
+            query_begin, key_begin = self._origins(query)
+            if not self.layout.sees(query - query_begin, key - key_begin):
                 return False
         return any(start <= key < stop for start, stop in self._without_layout._intervals(query))
 
@@ -335,8 +323,8 @@ class Mask:
             start = max(start, position - self.left)
         sink_end = begin + self.sink
         if self.layout is not None:
-            block = self._block_of(query)
-            first, last = (begin + bounds[block] for bounds in self.layout.bounds)
+            row = self.layout.row_of(query - self._origins(query)[0])
+            first, last = (begin + bounds[row] for bounds in self.layout.bounds)
             # The layout may reach beyond the document; the next one must not start before this one does.
             start, stop = max(start, min(first, end)), min(stop, last)
             sink_end = min(sink_end, stop)
@@ -359,40 +347,17 @@ class Mask:
         index = self.document_of(query)
         return (self.query_boundaries or self.boundaries)[index], self.boundaries[index]
 
-    def _block_of(self, query: int) -> int:
-        """Row of the layout for a query position."""
-        offset = query - self._origins(query)[0]
-        check_reach(self.layout, "queries", offset + 1)
-        return offset // self.layout.size
-
     def _pieces(self, first: int, stop: int) -> Iterator[Segments]:
         """Keys that queries [first, stop) need, for as many of them at a time as share a row of the layout."""
         while first < stop:
-            block, (query_begin, key_begin) = self._block_of(first), self._origins(first)
+            query_begin, key_begin = self._origins(first)
+            row = self.layout.row_of(first - query_begin)
             bounds = self.query_boundaries or self.boundaries
             end = stop if bounds is None else min(stop, bounds[self.document_of(first) + 1])
-            end = min(end, query_begin + (block + 1) * self.layout.size)
-            runs = tuple((key_begin + a, key_begin + b) for a, b in self.layout.rows[block])
+            end = min(end, query_begin + (row + 1) * self.layout.size)
+            runs = tuple((key_begin + a, key_begin + b) for a, b in self.layout.rows[row])
             yield intersect(self._without_layout.keys_needed((first, end)), runs)
             first = end
-
-
-def check_reach(layout: BlockLayout, tokens: str, length: int) -> None:
-    """Raise ArgumentError unless a layout reaches over the "queries" or "keys" of a document of that length."""
-    reach = getattr(layout, tokens)
-    if length > reach:
-        raise ArgumentError(
-            f"blocks: layout reaches over {reach} {tokens}, a document or sequence has {length}; allowed is a layout "
-            "that reaches over the longest"
-        )
-
-
-def _checked_boundaries(name: str, cu_seqlens: Sequence[int]) -> tuple[int, ...]:
-    bounds = tuple(int(x) for x in cu_seqlens)
-    if len(bounds) < 2 or bounds[0] != 0 or any(a > b for a, b in itertools.pairwise(bounds)):
-        shown = f"{bounds[:6]}{'...' if len(bounds) > 6 else ''}"
-        raise ArgumentError(f"{name}={shown}; it must start at 0, never decrease, and end at the total length")
-    return bounds
 
 
 def _least(a: int | None, b: int | None) -> int | None:
@@ -409,18 +374,3 @@ def _least_prefix(a: int | tuple[int, ...] | None, b: int | tuple[int, ...] | No
     if len(spread[0]) != len(spread[1]):
         raise ArgumentError(f"cannot intersect prefixes for {len(spread[0])} and {len(spread[1])} documents")
     return tuple(min(pair) for pair in zip(*spread, strict=True))
-
-
-def _refine(a: Mask, b: Mask) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
-    """Boundaries of keys and of queries that separate what either mask separates."""
-    if a.boundaries is None or b.boundaries is None:
-        whole = b if a.boundaries is None else a
-        return whole.boundaries, whole.query_boundaries
-    pairs_a, pairs_b = (tuple(zip(m.boundaries, m.query_boundaries or m.boundaries, strict=True)) for m in (a, b))
-    if pairs_a[-1] != pairs_b[-1]:
-        raise ArgumentError(f"cannot intersect documents that end at {pairs_a[-1][0]} and at {pairs_b[-1][0]} tokens")
-    pairs = next((x for x, y in ((pairs_a, pairs_b), (pairs_b, pairs_a)) if set(y) <= set(x)), None)
-    keys, queries = zip(*(pairs or sorted({*pairs_a, *pairs_b})), strict=True)
-    if any(x > y for x, y in itertools.pairwise(queries)):
-        raise ArgumentError("cannot intersect documents whose query and key boundaries cross")
-    return keys, None if queries == keys else queries
