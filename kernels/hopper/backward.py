@@ -229,9 +229,11 @@ class BackwardPlan:
             written = (None, None, dkey, dvalue)
         else:
             written = (descriptor_of(dkey, self.dkey_form), descriptor_of(dvalue, self.dkey_form), None, None)
-        turns, turn_now, section = None, None, ()
+        order, turns, turn_now, section = None, None, None, ()
         if self.deterministic:
             turns, turn_now, *section = adding_turns(intervals, self.heads, self.dim, self.tiles)
+        else:
+            order = intervals.key_order(self.tiles.keys)
         if not self.as_given:
             operands = _reachable(operands)
         dout_desc, query_desc, key_desc, value_desc = map(descriptor_of, operands, self.forms)
@@ -239,7 +241,7 @@ class BackwardPlan:
             query_desc, dout_desc, key_desc, value_desc,
             descriptor_of(scaled_lse, self.number_form), descriptor_of(minus_delta, self.number_form),
             descriptor_of(dquery, self.dquery_form), *written,
-            intervals.key_tile_rows(1), intervals.key_tile_rows(self.tiles.keys), turns, turn_now,
+            intervals.key_tile_rows(1), intervals.key_tile_rows(self.tiles.keys), order, turns, turn_now,
             *self.shape, *section,
         )  # fmt: skip
         self.launch(attend_backward_wide_kernel if self.dim == 256 else attend_backward_kernel, tensors)

@@ -92,7 +92,7 @@ class Sums(NamedTuple):
 def attend_backward_kernel(
     query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc,
     dquery_desc, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, rows_of_key_ptr, rows_of_tile_ptr,
-    turn_of_tile_ptr, turn_now_ptr, query_rows, padded_rows, key_rows, key_heads, section,
+    tile_order_ptr, turn_of_tile_ptr, turn_now_ptr, query_rows, padded_rows, key_rows, key_heads, section,
     query_head_stride, dout_head_stride, key_head_stride, value_head_stride, scale,
     GROUP: gl.constexpr, QUERY_STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr,
     FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr,
@@ -114,7 +114,7 @@ def attend_backward_kernel(
         mbarrier.init(loaded.index(i), count=1)
     if ORDERED:
         section = gl.load(section)
-    key_tile, key_head = key_tile_and_head(key_rows, key_heads, section, N)
+    key_tile, key_head = key_tile_and_head(key_rows, key_heads, section, tile_order_ptr, N, ORDERED)
     turns = Turns(turn_now_ptr, turn_of_tile_ptr, loaded, loaded)  # stands for none
     if ORDERED:
         turns = allocate_turns(turn_now_ptr, gl.load(turn_of_tile_ptr + key_tile))
@@ -157,12 +157,20 @@ def attend_backward_kernel(
 
 
 @gluon.jit
-def key_tile_and_head(key_rows, key_heads, section, N: gl.constexpr):
-    """This program's key tile and head, in the mirrored order of schedule.py: tiles from the first, seen by most."""
+def key_tile_and_head(key_rows, key_heads, section, order_ptr, N: gl.constexpr, ORDERED: gl.constexpr):
+    """This program's key tile and head, in the mirrored order of schedule.py: tiles from the first, section by section.
+
+    The last section's tiles go from the one that most rows see to the one that fewest see, over all documents, so that
+    no multiprocessor begins with a long one when most are done. Turns need them as they come.
+    """
     tiles = (key_rows + N - 1) // N
     per_section = tiles * section
     within = gl.program_id(0) % per_section
-    return within // section, gl.program_id(0) // per_section * section + within % section
+    tile = within // section
+    if not ORDERED:
+        last = gl.program_id(0) + per_section >= gl.num_programs(0)
+        tile = gl.load(order_ptr + tile, mask=last, other=tile)
+    return tile, gl.program_id(0) // per_section * section + within % section
 
 
 @gluon.jit

@@ -48,7 +48,7 @@ from ringflash.kernels.hopper.turns import (
 def attend_backward_wide_kernel(
     query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc,
     dquery_desc, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, rows_of_key_ptr, rows_of_tile_ptr,
-    turn_of_tile_ptr, turn_now_ptr, query_rows, padded_rows, key_rows, key_heads, section,
+    tile_order_ptr, turn_of_tile_ptr, turn_now_ptr, query_rows, padded_rows, key_rows, key_heads, section,
     query_head_stride, dout_head_stride, key_head_stride, value_head_stride, scale,
     GROUP: gl.constexpr, QUERY_STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr,
     FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr,
@@ -72,7 +72,7 @@ def attend_backward_wide_kernel(
         mbarrier.init(loaded.index(i), count=1)
     if ORDERED:
         section = gl.load(section)
-    key_tile, key_head = key_tile_and_head(key_rows, key_heads, section, N)
+    key_tile, key_head = key_tile_and_head(key_rows, key_heads, section, tile_order_ptr, N, ORDERED)
     turns = Turns(turn_now_ptr, turn_of_tile_ptr, loaded, loaded)  # stands for none
     if ORDERED:
         turns = allocate_turns(turn_now_ptr, gl.load(turn_of_tile_ptr + key_tile))

@@ -274,7 +274,7 @@ def attend_tile(
     scores = warpgroup_mma_wait(0, deps=[scores_token])
     release(keys.empty.index(stage))
     scores = hide(scores, own, row_start, row_stop, first_key, N, SCORES)
-    weights, rescale, maximum, total = softmax_step(scores, maximum, total, scale_log2)
+    weights, rescale, maximum, total = softmax_step(scores, maximum, total, scale_log2, 0.0)
     weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
     if HAS_CARRY:
         out = out * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
@@ -291,7 +291,7 @@ def attend_tile(
         scores = warpgroup_mma_wait(1, deps=[scores_token])
         release(keys.empty.index(stage))
         scores = hide(scores, own, row_start, row_stop, span.begin + block * N, N, SCORES)
-        weights, rescale, maximum, total = softmax_step(scores, maximum, total, scale_log2)
+        weights, rescale, maximum, total = softmax_step(scores, maximum, total, scale_log2, 8.0)
         weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
         # This wait is for the next step, but stands here: a branch between the softmax and the wait for the tensor
         # cores keeps ptxas from moving that wait in front of the softmax.
@@ -353,14 +353,15 @@ def initial_state(
 
 
 @gluon.jit
-def softmax_step(scores, maximum, total, scale_log2):
+def softmax_step(scores, maximum, total, scale_log2, SLACK: gl.constexpr):
     """Weights of a block against the row maximum, and the factor that brings earlier sums to it.
 
-    A maximum stays until it is outgrown by 2^8: weights up to 256 lose no precision, and the accumulator needs no
-    rescaling meanwhile.
+    A maximum stays until it is outgrown by 2^SLACK: the accumulator needs no rescaling meanwhile, and weights up to 256
+    lose no precision. Only the largest would be exactly one, not rounded: in a first block, which a few keys may be all
+    of, it is to be.
     """
     new_maximum = gl.max(scores, 1) * scale_log2
-    new_maximum = gl.where(new_maximum > maximum + 8.0, new_maximum, maximum)
+    new_maximum = gl.where(new_maximum > maximum + SLACK, new_maximum, maximum)
     weights = gl.exp2(scores * scale_log2 - new_maximum[:, None])
     rescale = gl.exp2(maximum - new_maximum)
     own_rescale = gl.convert_layout(rescale, gl.SliceLayout(1, total.type.layout), assert_trivial=True)

@@ -248,6 +248,26 @@ def test_error_on_gpus_does_not_grow_with_the_number_of_launches(name: str) -> N
 
 @pytest.mark.gpu
 @on_gpu_kernels
+def test_a_later_launch_does_not_round_the_largest_weight_of_a_row(name: str) -> None:
+    """99% of the weight is on the second launch's key, whose score is about 2^6 times those of the first launch."""
+    kernels = kernels_for(name, torch.bfloat16, (64, 64))
+    query, key, value = (torch.zeros(n, 2, 64, device="cuda", dtype=torch.bfloat16) for n in (200, 3, 3))
+    query[..., 0] = 1 + torch.rand(200, 2, device="cuda") / 10
+    key[2, :, 0] = 40
+    value.normal_()
+    carry = None
+    for keys in (slice(0, 2), slice(2, 3)):
+        intervals = dense_intervals(200, keys.stop - keys.start, "cuda")
+        carry = kernels.attend(
+            query, key[keys], value[keys], intervals, scale=0.125, carry=carry, out_dtype=torch.float32
+        )
+    weights = (query[..., None, 0].double() * key[:, :, 0].T.double() * 0.125).softmax(-1)
+    error = carry[0] - torch.einsum("qhk,khd->qhd", weights, value.double())
+    assert error.abs().max() < 2**-12 * value.abs().max()
+
+
+@pytest.mark.gpu
+@on_gpu_kernels
 def test_deterministic_gradients_repeat_bit_for_bit_on_gpus(name: str) -> None:
     problem = draw_problem(causal_intervals(3001, 3001, "cuda"), (4, 2), (64, 64), torch.bfloat16)
     kernels = kernels_for(name, torch.bfloat16, (64, 64))
