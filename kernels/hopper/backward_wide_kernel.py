@@ -18,25 +18,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ringflash.kernels.hopper.backward_kernel import (
-    Sums,
-    allocate_stream,
-    key_tile_and_head,
-    produce,
-    unseen_zero,
-    visiting_rows,
-)
+from ringflash.kernels.hopper.backward_work import Inputs, Sums, allocate_buffers, find_work, produce, unseen_zero
 from ringflash.kernels.hopper.compat import async_add, async_store, meet, release, store_wait
 from ringflash.kernels.hopper.dquery import HALF, add_earlier, corner, lay_down
 from ringflash.kernels.hopper.schedule import stage_and_parity
-from ringflash.kernels.hopper.turns import (
-    Turns,
-    add_in_turn,
-    allocate_turns,
-    first_place,
-    hand_over,
-    next_place,
-)
+from ringflash.kernels.hopper.turns import add_in_turn, first_place, hand_over, next_place
 
 
 @gluon.jit(
@@ -55,72 +41,120 @@ def attend_backward_wide_kernel(
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """See `launch_backward` for the arguments."""
+    inputs = Inputs(
+        query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc,
+        query_head_stride, dout_head_stride, key_head_stride, value_head_stride,
+    )  # fmt: skip
+    buffers = allocate_buffers(inputs, QUERY_STAGES, DOUT_STAGES)
     M: gl.constexpr = query_desc.block_type.shape[0]
     N: gl.constexpr = key_desc.block_type.shape[0]
-    dtype: gl.constexpr = query_desc.dtype
-    queries = allocate_stream(query_desc, lse_desc, QUERY_STAGES)
-    douts = allocate_stream(dout_desc, delta_desc, DOUT_STAGES)
-    key = gl.allocate_shared_memory(dtype, [1, N, key_desc.block_type.shape[1]], key_desc.layout)
-    value = gl.allocate_shared_memory(dtype, [1, N, value_desc.block_type.shape[1]], value_desc.layout)
     # Swizzled over half a row, so that each warpgroup's half is a block of its own.
     SQUARE: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
-    weights = gl.allocate_shared_memory(dtype, [2, M, N], SQUARE)
-    dscores = gl.allocate_shared_memory(dtype, [2, M, N], SQUARE)
+    weights = gl.allocate_shared_memory(query_desc.dtype, [2, M, N], SQUARE)
+    dscores = gl.allocate_shared_memory(query_desc.dtype, [2, M, N], SQUARE)
     dquery = gl.allocate_shared_memory(gl.float32, [2, HALF, HALF], dquery_desc.layout)
-    loaded = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
-        mbarrier.init(loaded.index(i), count=1)
-    if ORDERED:
-        section = gl.load(section)
-    key_tile, key_head = key_tile_and_head(key_rows, key_heads, section, tile_order_ptr, N, ORDERED)
-    turns = Turns(turn_now_ptr, turn_of_tile_ptr, loaded, loaded)  # stands for none
-    if ORDERED:
-        turns = allocate_turns(turn_now_ptr, gl.load(turn_of_tile_ptr + key_tile))
+    work = find_work(
+        buffers, rows_of_tile_ptr, tile_order_ptr, turn_of_tile_ptr, turn_now_ptr, query_rows, padded_rows, key_rows,
+        key_heads, section, GROUP, ORDERED,
+    )  # fmt: skip
     fence_async_shared()
-
-    first_key = key_tile * N
-    ALIGNED: gl.constexpr = M if ORDERED else 4
-    rows = visiting_rows(rows_of_tile_ptr, key_tile, query_rows, padded_rows, key_rows, key_head * GROUP, M, N, ALIGNED)
     sums = Sums(dquery_desc, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, key_rows, key_heads)
     if ORDERED:
         gl.warp_specialize(
             [
-                (consume_wide, (rows, sums, queries, douts, key, value, weights, dscores, dquery, turns, loaded,
-                                rows_of_key_ptr, first_key, key_head, scale, 0, GROUP, FLOAT_OUT, ORDERED)),
-                (consume_wide, (rows, sums, queries, douts, key, value, weights, dscores, dquery, turns, loaded,
-                                rows_of_key_ptr, first_key, key_head, scale, 1, GROUP, FLOAT_OUT, ORDERED)),
-                (produce, (rows, query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc, queries, douts,
-                           key, value, loaded, first_key, key_head * key_head_stride, key_head * value_head_stride,
-                           query_head_stride, dout_head_stride, GROUP, ORDERED)),
-                (add_in_turn, (turns, rows, dquery_desc, dquery, queries, 0, GROUP)),
-                (add_in_turn, (turns, rows, dquery_desc, dquery, queries, 1, GROUP)),
+                (
+                    consume_wide,
+                    (
+                        work,
+                        sums,
+                        buffers,
+                        weights,
+                        dscores,
+                        dquery,
+                        rows_of_key_ptr,
+                        scale,
+                        0,
+                        GROUP,
+                        FLOAT_OUT,
+                        ORDERED,
+                    ),
+                ),
+                (
+                    consume_wide,
+                    (
+                        work,
+                        sums,
+                        buffers,
+                        weights,
+                        dscores,
+                        dquery,
+                        rows_of_key_ptr,
+                        scale,
+                        1,
+                        GROUP,
+                        FLOAT_OUT,
+                        ORDERED,
+                    ),
+                ),
+                (produce, (inputs, work, buffers, GROUP, ORDERED)),
+                (add_in_turn, (work.turns, work.rows, dquery_desc, dquery, buffers.queries, 0, GROUP)),
+                (add_in_turn, (work.turns, work.rows, dquery_desc, dquery, buffers.queries, 1, GROUP)),
             ],
             [4, 1, 1, 1],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
-        )  # fmt: skip
+        )
     else:
         gl.warp_specialize(
             [
-                (consume_wide, (rows, sums, queries, douts, key, value, weights, dscores, dquery, turns, loaded,
-                                rows_of_key_ptr, first_key, key_head, scale, 0, GROUP, FLOAT_OUT, ORDERED)),
-                (consume_wide, (rows, sums, queries, douts, key, value, weights, dscores, dquery, turns, loaded,
-                                rows_of_key_ptr, first_key, key_head, scale, 1, GROUP, FLOAT_OUT, ORDERED)),
-                (produce, (rows, query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc, queries, douts,
-                           key, value, loaded, first_key, key_head * key_head_stride, key_head * value_head_stride,
-                           query_head_stride, dout_head_stride, GROUP, ORDERED)),
+                (
+                    consume_wide,
+                    (
+                        work,
+                        sums,
+                        buffers,
+                        weights,
+                        dscores,
+                        dquery,
+                        rows_of_key_ptr,
+                        scale,
+                        0,
+                        GROUP,
+                        FLOAT_OUT,
+                        ORDERED,
+                    ),
+                ),
+                (
+                    consume_wide,
+                    (
+                        work,
+                        sums,
+                        buffers,
+                        weights,
+                        dscores,
+                        dquery,
+                        rows_of_key_ptr,
+                        scale,
+                        1,
+                        GROUP,
+                        FLOAT_OUT,
+                        ORDERED,
+                    ),
+                ),
+                (produce, (inputs, work, buffers, GROUP, ORDERED)),
             ],
             [4, 1],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-        )  # fmt: skip
+        )
 
 
 @gluon.jit
 def consume_wide(
-    rows, sums, queries, douts, key, value, weights_buffers, dscores_buffers, dquery, turns, loaded, rows_of_key_ptr,
-    first_key, key_head, scale, PART: gl.constexpr, GROUP: gl.constexpr, FLOAT_OUT: gl.constexpr,
-    ORDERED: gl.constexpr,
+    work, sums, buffers, weights_buffers, dscores_buffers, dquery, rows_of_key_ptr, scale,
+    PART: gl.constexpr, GROUP: gl.constexpr, FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup: half of the tile's keys, then half of the columns."""
+    rows, turns = work.rows, work.turns
+    queries, douts, key, value = buffers.queries, buffers.douts, buffers.key, buffers.value
     STAGES: gl.constexpr = queries.blocks.shape[0]
     M: gl.constexpr = queries.blocks.shape[1]
     N: gl.constexpr = key.shape[1]
@@ -131,14 +165,14 @@ def consume_wide(
     DQUERY: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
 
-    key_index = first_key + PART * (N // 2) + gl.arange(0, N // 2, gl.SliceLayout(0, SCORES))
+    key_index = work.first_key + PART * (N // 2) + gl.arange(0, N // 2, gl.SliceLayout(0, SCORES))
     dkey = gl.zeros([N, D // 2], gl.float32, SUMS)
     dvalue = gl.zeros([N, D // 2], gl.float32, SUMS)
     no_scores = gl.zeros([M, N // 2], gl.float32, SCORES)
     no_dquery = gl.zeros([HALF, HALF], gl.float32, DQUERY)
     scale_log2 = scale * 1.4426950408889634
-    mbarrier.wait(loaded.index(0), 0)
-    mbarrier.wait(loaded.index(1), 0)
+    mbarrier.wait(buffers.loaded.index(0), 0)
+    mbarrier.wait(buffers.loaded.index(1), 0)
 
     block, member = first_place(rows, ORDERED)
     steps = rows.blocks * GROUP
@@ -216,10 +250,28 @@ def consume_wide(
     if not ORDERED:
         add_earlier(sums.dquery_desc, dquery.index(PART), rows, steps, block, member, M, D, PART)
     store_columns(
-        sums, sums.dvalue_desc, sums.dvalue_ptr, dvalue, value.index(0), first_key, key_head, PART, FLOAT_OUT, SUMS
+        sums,
+        sums.dvalue_desc,
+        sums.dvalue_ptr,
+        dvalue,
+        value.index(0),
+        work.first_key,
+        work.key_head,
+        PART,
+        FLOAT_OUT,
+        SUMS,
     )
     store_columns(
-        sums, sums.dkey_desc, sums.dkey_ptr, dkey * scale, key.index(0), first_key, key_head, PART, FLOAT_OUT, SUMS
+        sums,
+        sums.dkey_desc,
+        sums.dkey_ptr,
+        dkey * scale,
+        key.index(0),
+        work.first_key,
+        work.key_head,
+        PART,
+        FLOAT_OUT,
+        SUMS,
     )
     store_wait(0)
 

@@ -42,14 +42,12 @@ from ringflash.kernels.hopper.schedule import (
     stage_and_parity,
     tile_and_head,
 )
+from ringflash.kernels.hopper.softmax import ROWS, hide, own_sums, rescale_if_needed, softmax_step
 
 LN_2 = gl.constexpr(0.6931471805599453)
 LOG2_E = gl.constexpr(1.4426950408889634)
 LOWEST = gl.constexpr(-1e30)
 """Row maximum before any key: finite, so that a hidden score (-inf) less the maximum is -inf and not nan."""
-
-ROWS = gl.constexpr(64)
-"""Query rows of a warpgroup."""
 
 
 class Ring(NamedTuple):
@@ -350,97 +348,6 @@ def initial_state(
         offsets, inside = tile_offsets(problem, first_row, D, OUT)
         out = gl.load(tile_pointer(problem, result.carry_out_ptr, first_row, head, D) + offsets, mask=inside, other=0.0)
     return out, maximum, total
-
-
-@gluon.jit
-def softmax_step(scores, maximum, total, scale_log2, SLACK: gl.constexpr):
-    """Weights of a block against the row maximum, and the factor that brings earlier sums to it.
-
-    A maximum stays until it is outgrown by 2^SLACK: the accumulator needs no rescaling meanwhile, and weights up to 256
-    lose no precision. Only the largest would be exactly one, not rounded: in a first block, which a few keys may be all
-    of, it is to be.
-    """
-    new_maximum = gl.max(scores, 1) * scale_log2
-    new_maximum = gl.where(new_maximum > maximum + SLACK, new_maximum, maximum)
-    weights = gl.exp2(scores * scale_log2 - new_maximum[:, None])
-    rescale = gl.exp2(maximum - new_maximum)
-    own_rescale = gl.convert_layout(rescale, gl.SliceLayout(1, total.type.layout), assert_trivial=True)
-    return weights, rescale, new_maximum, settle(total * own_rescale[:, None] + own_sums(weights))
-
-
-@gluon.jit
-def own_sums(weights):
-    """Sums of what each thread has of the rows, (ROWS, 4): four threads share a row, and add up their sums once a tile.
-
-    A thread has columns 8 i + 2 j and 8 i + 2 j + 1 for all i, where j is its place among the four.
-    """
-    return gl.sum(gl.sum(weights.reshape([ROWS, weights.shape[1] // 8, 4, 2]), 3), 1)
-
-
-SETTLE = gl.constexpr(
-    "{ .reg .pred odd; setp.lt.f32 odd, $2, 0f00000000; setp.lt.or.f32 odd, $3, 0f00000000, odd;"
-    " vote.sync.any.pred odd, odd, 0xffffffff; selp.f32 $0, 0f7FC00000, $2, odd; selp.f32 $1, 0f7FC00000, $3, odd; }"
-)
-
-
-@gluon.jit
-def settle(total):
-    """`total`, which is never negative, known before any branch or wait that follows.
-
-    ptxas would otherwise move exponentials and their sums behind the wait for the tensor cores, under whose products
-    they are to run. A vote of the warp it does not move.
-    """
-    return gl.inline_asm_elementwise(SETTLE, "=f,=f,f,f", [total], dtype=gl.float32, is_pure=False, pack=2)
-
-
-def _rescale_assembly(count: int) -> tuple[str, str]:
-    """PTX (and its operands) that multiplies a thread's `count` accumulators by their rows' factors unless all are one.
-
-    A branch that a warp takes as one. The accumulators 0 and 2 of a thread are of its two rows.
-    """
-    products = " ".join(f"mul.f32 ${i}, ${i}, ${2 * count + i};" for i in range(count))
-    text = (
-        f"{{ .reg .pred one; setp.eq.f32 one, ${2 * count}, 0f3F800000;"
-        f" setp.eq.and.f32 one, ${2 * count + 2}, 0f3F800000, one;"
-        f" vote.sync.all.pred one, one, 0xffffffff; @one bra.uni DONE; {products} DONE: }}"
-    )
-    return text, ",".join(["=f"] * count + [str(i) for i in range(count)] + ["f"] * count)
-
-
-_RESCALE = {count: tuple(map(gl.constexpr, _rescale_assembly(count))) for count in (32, 64, 128)}
-RESCALE_32, OPERANDS_32 = _RESCALE[32]
-RESCALE_64, OPERANDS_64 = _RESCALE[64]
-RESCALE_128, OPERANDS_128 = _RESCALE[128]
-
-
-@gluon.jit
-def rescale_if_needed(out, rescale, D: gl.constexpr):
-    """`out` times each row's factor; no work in a warp whose factors are all one."""
-    out, factor = gl.broadcast(out, rescale[:, None])
-    if D == 64:
-        return gl.inline_asm_elementwise(
-            RESCALE_32, OPERANDS_32, [out, factor], dtype=gl.float32, is_pure=False, pack=32
-        )
-    elif D == 128:
-        return gl.inline_asm_elementwise(
-            RESCALE_64, OPERANDS_64, [out, factor], dtype=gl.float32, is_pure=False, pack=64
-        )
-    else:
-        return gl.inline_asm_elementwise(
-            RESCALE_128, OPERANDS_128, [out, factor], dtype=gl.float32, is_pure=False, pack=128
-        )
-
-
-@gluon.jit
-def hide(scores, own, row_start, row_stop, first_key, N: gl.constexpr, SCORES: gl.constexpr):
-    """-inf where a row does not see a key. Most blocks on a border have only hidden keys before it or behind it."""
-    if first_key < own.full_begin:
-        keys = first_key + gl.arange(0, N, gl.SliceLayout(0, SCORES))[None, :]
-        scores = gl.where((keys >= row_start[:, None]) & (keys < row_stop[:, None]), scores, float("-inf"))
-    elif first_key + N > own.full_end:
-        keys = first_key + gl.arange(0, N, gl.SliceLayout(0, SCORES))[None, :]
-        scores = gl.where(keys < row_stop[:, None], scores, float("-inf"))
-    return scores
 
 
 @gluon.jit

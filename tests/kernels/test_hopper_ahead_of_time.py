@@ -62,9 +62,6 @@ FORWARD_SHAPES = [
     *forward.FORWARD_TILES.items(),
     (64, replace(forward.FORWARD_TILES[64], consumers=2, registers=(240, 24))),
 ]
-BACKWARD_SHAPES = [
-    *backward.BACKWARD_TILES.items(),
-]
 
 
 # Bytes a thread may spill: next to none in a plain launch; a carry's loads need pointers beside the accumulator, once
@@ -80,7 +77,7 @@ def test_forward_fits_and_keeps_the_softmax_before_the_wait(dim, tiles, carry, s
 
 
 # Two accumulators for keys and values fill most of the registers; what spills is read once a step or less.
-@pytest.mark.parametrize(("dim", "tiles"), BACKWARD_SHAPES, ids=str)
+@pytest.mark.parametrize(("dim", "tiles"), backward.BACKWARD_TILES.items(), ids=str)
 @pytest.mark.parametrize(
     ("dkey_dtype", "deterministic"),
     [(torch.bfloat16, False), (torch.float32, False), (torch.bfloat16, True)],
