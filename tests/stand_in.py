@@ -20,7 +20,7 @@ from ringflash.kernels.hopper import backward as hopper_backward
 from ringflash.kernels.hopper import forward as hopper_forward
 from ringflash.kernels.hopper import operands as hopper_operands
 from ringflash.kernels.plans import Plans
-from ringflash.kernels.triton import backward, forward, operands
+from ringflash.kernels.triton import backward, delta, forward, operands
 
 DEVICES = count(1000)
 """Triton keeps programs by device: what is compiled for a stand-in must be nobody else's."""
@@ -91,7 +91,8 @@ def stand_in(kernels: ModuleType = triton) -> Iterator[StandIn]:
         mock.patch.object(select, "_select", choice),
         mock.patch.multiple(operands, **chip),
         mock.patch.multiple(forward, **chip, plans=Plans()),
-        mock.patch.multiple(backward, **chip, plans=Plans(), delta_launches=Plans()),
+        mock.patch.multiple(delta, **chip, launches=Plans()),
+        mock.patch.multiple(backward, **chip, plans=Plans()),
         mock.patch.object(hopper_operands, "supports", _supported),
         mock.patch.multiple(hopper_forward, multiprocessors=_multiprocessors, plans=Plans()),
         mock.patch.multiple(hopper_backward, plans=Plans()),

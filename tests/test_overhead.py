@@ -31,9 +31,10 @@ ONCE = {
     # masks, plans, programs
     "spec", "from_spec", "__and__", "key_intervals", "position_bounds", "local_program", "rank_program", "_separated",
     # launches: tiles, the constructors of plans, Triton's search for the program, checks of descriptors
-    "forward_tiles", "key_gradient_tiles", "query_gradient_tiles", "__init__:ForwardPlan", "_shared", "described",
-    "__init__:Launch", "__init__:BackwardPlan", "descriptor", "list_descriptor", "form_of", "addressable", "supports",
-    "run:JITFunction", "__post_init__:TensorDescriptor", "_longest_first", "_key_tile_rows",
+    "forward_tiles", "key_gradient_tiles", "query_gradient_tiles", "__init__:ForwardPlan", "__init__:BackwardPlan",
+    "__init__:QueryGradientPlan", "__init__:KeyGradientPlan", "__init__:Launch", "described", "descriptor",
+    "list_descriptor", "form_of", "addressable", "supports", "run:JITFunction", "__post_init__:TensorDescriptor",
+    "_longest_first", "_key_tile_rows",
 }  # fmt: skip
 """Functions that a call of a form seen before does not come to."""
 

@@ -1,242 +1,24 @@
-"""Backward attention over key intervals: one kernel owns tiles of keys, another tiles of query rows.
-
-Each owner sums all that concerns its rows in registers, over the query heads of a group as well, in a fixed order: no
-atomics, the same bits every time, at the price of computing scores and their gradients twice (Dao, arXiv 2307.08691,
-algorithm 2, split in two).
-
-Legend: M query rows, N key rows, D head dimension of keys, V of values.
-"""
+"""Launches of the backward kernels: the gradient of query first, whose kernel leaves what that of keys reads."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-import triton
-import triton.language as tl
 from ringflash.errors import ArgumentError
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.modifiers import Modifiers
 from ringflash.kernels.plans import Plans, form
-from ringflash.kernels.triton.blocks import (
-    LOG2_E,
-    block_inside,
-    block_offsets,
-    key_stretches,
-    load_block,
-    visible,
-)
-from ringflash.kernels.triton.launch import Launch, aligned
-from ringflash.kernels.triton.modifiers import (
-    ModifierOperands,
-    biased,
-    blind_rows_aside,
-    capped,
-    dropped,
-    kept_pairs,
-    modifier_operands,
-    modifiers_aligned,
-    modifiers_form,
-    of_keys,
-    of_rows,
-    through_cap,
-)
-from ringflash.kernels.triton.operands import check_operands, describable, described, operand, padded
+from ringflash.kernels.triton.backward_kernels import dkey_kernel, dquery_kernel
+from ringflash.kernels.triton.blocks import LOG2_E
+from ringflash.kernels.triton.launch import aligned
+from ringflash.kernels.triton.modifiers import ModifierOperands, modifier_operands, modifiers_aligned, modifiers_form
+from ringflash.kernels.triton.operands import check_operands, operand
+from ringflash.kernels.triton.tile_plan import TilePlan
 from ringflash.kernels.triton.tiles import Tiles, chip_of, key_gradient_tiles, query_gradient_tiles
 
-
-@triton.jit
-def dkey_stretch(
-    dk_ND, dv_NV, k_ND, v_NV, begin, end, interior, right, column_N, start, stop,
-    query, dout, lse_and_delta, head, query_count, q_row, q_head, do_row, do_head, scale_log2,
-    modifiers, position_N, shown_N,
-    MASK: tl.constexpr, M: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr, DESCRIPTORS: tl.constexpr,
-):  # fmt: skip
-    """Adds what the query rows [begin, end) of a head give to the gradients of a key tile. MASK: see attend_stretch."""
-    head_rows = tl.cast(head, tl.int64) * query_count
-    for row in tl.range(begin, end, M):
-        row_M = row + tl.arange(0, M)
-        exists_M = row_M < query_count
-        q_MD = load_block(query, head, row, query_count, q_row, q_head, M, DIM, PADDED_DIM, DESCRIPTORS)
-        # One load for both, because each costs the program a barrier a block.
-        pair_M2 = (head_rows + row_M)[:, None] * 2 + tl.arange(0, 2)[None, :]
-        lse_M, delta_M = tl.split(tl.load(lse_and_delta + pair_M2, mask=exists_M[:, None], other=0.0))
-        # Transposed, so that weights and dscores are left operands as they come, without a way through memory.
-        capped_NM = capped(tl.dot(k_ND, q_MD.T, input_precision="ieee"), modifiers)
-        position_M, slope_M = of_rows(modifiers, head, row_M, exists_M)
-        scores_NM = biased(
-            capped_NM, modifiers, position_M[None, :], slope_M[None, :], position_N[:, None], shown_N[:, None]
-        )
-        lse_M = blind_rows_aside(lse_M, modifiers)
-        weights_NM = tl.exp2(scores_NM * scale_log2 - lse_M[None, :])
-        # The mask also hides rows without any key, whose lse is -inf.
-        if MASK == "all" or (MASK == "edges" and (row < interior or row >= right)):
-            row_start_M = tl.load(start + row_M, mask=exists_M, other=0)
-            row_stop_M = tl.load(stop + row_M, mask=exists_M, other=0)
-            weights_NM = tl.where(visible(column_N, row_start_M, row_stop_M).T, weights_NM, 0.0)
-        do_MV = load_block(dout, head, row, query_count, do_row, do_head, M, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS)
-        dropped_NM = weights_NM
-        if modifiers.seed is not None:
-            kept_NM = kept_pairs(modifiers, head, position_M[None, :], position_N[:, None])
-            dropped_NM = dropped(weights_NM, kept_NM, modifiers)
-        dv_NV = tl.dot(dropped_NM.to(do_MV.dtype), do_MV, dv_NV, input_precision="ieee")
-        dweights_NM = tl.dot(v_NV, do_MV.T, input_precision="ieee")
-        if modifiers.seed is not None:
-            dweights_NM = dropped(dweights_NM, kept_NM, modifiers)
-        dscores_NM = through_cap(weights_NM * (dweights_NM - delta_M[None, :]), capped_NM, modifiers)
-        dk_ND = tl.dot(dscores_NM.to(q_MD.dtype), q_MD, dk_ND, input_precision="ieee")
-    return dk_ND, dv_NV
-
-
-@triton.jit(do_not_specialize=["query_count", "key_count", "tile_count"])
-def dkey_kernel(
-    query, key, value, dout, lse_and_delta, dkey, dvalue, start, stop, sink_start, sink_stop, rows, sink_rows, order,
-    query_count, key_count, tile_count, key_heads, scale, scale_log2,
-    q_row, q_head, k_row, k_head, v_row, v_head, do_row, do_head, modifiers,
-    GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr,
-    HAS_SINK: tl.constexpr, SPLIT: tl.constexpr, DESCRIPTORS: tl.constexpr,
-):  # fmt: skip
-    """Program = (key head, tile in `order`), the last fastest; walks over the query rows that see the tile."""
-    key_head = tl.program_id(0) // tile_count
-    tile = tl.load(order + tl.program_id(0) % tile_count)
-    column = tile * N
-    column_N = column + tl.arange(0, N)
-    k_ND = load_block(key, key_head, column, key_count, k_row, k_head, N, DIM, PADDED_DIM, DESCRIPTORS)
-    v_NV = load_block(value, key_head, column, key_count, v_row, v_head, N, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS)
-    position_N, shown_N = of_keys(modifiers, column_N, key_count)
-    dk_ND = tl.zeros([N, PADDED_DIM], tl.float32)
-    dv_NV = tl.zeros([N, PADDED_VALUE_DIM], tl.float32)
-
-    any_begin = tl.load(rows + tile * 4)
-    all_begin = tl.load(rows + tile * 4 + 1)
-    all_end = tl.load(rows + tile * 4 + 2)
-    any_end = tl.load(rows + tile * 4 + 3)
-    interior = any_begin + tl.cdiv(all_begin - any_begin, M) * M
-    right = interior + tl.maximum(all_end - interior, 0) // M * M
-    bounds = (any_begin, interior, right, any_end) if SPLIT else (any_begin, any_end)
-    for member in tl.range(0, GROUP):
-        head = key_head * GROUP + member
-        if HAS_SINK:
-            sink_begin = tl.load(sink_rows + tile * 4)
-            sink_end = tl.load(sink_rows + tile * 4 + 3)
-            dk_ND, dv_NV = dkey_stretch(
-                dk_ND, dv_NV, k_ND, v_NV, sink_begin, sink_end, sink_end, sink_end, column_N, sink_start, sink_stop,
-                query, dout, lse_and_delta, head, query_count, q_row, q_head, do_row, do_head, scale_log2,
-                modifiers, position_N, shown_N,
-                "all", M, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
-            )  # fmt: skip
-        for part in tl.static_range(3 if SPLIT else 1):
-            dk_ND, dv_NV = dkey_stretch(
-                dk_ND, dv_NV, k_ND, v_NV, bounds[part], bounds[part + 1], interior, right, column_N, start, stop,
-                query, dout, lse_and_delta, head, query_count, q_row, q_head, do_row, do_head, scale_log2,
-                modifiers, position_N, shown_N,
-                ("none" if part == 1 else "all") if SPLIT else "edges",
-                M, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
-            )  # fmt: skip
-
-    dk_offsets = block_offsets(key_head, column, key_heads, N, DIM, PADDED_DIM)
-    dk_inside = block_inside(column, key_count, N, DIM, PADDED_DIM)
-    tl.store(dkey + dk_offsets, (dk_ND * scale).to(dkey.dtype.element_ty), mask=dk_inside)
-    dv_offsets = block_offsets(key_head, column, key_heads, N, VALUE_DIM, PADDED_VALUE_DIM)
-    dv_inside = block_inside(column, key_count, N, VALUE_DIM, PADDED_VALUE_DIM)
-    tl.store(dvalue + dv_offsets, dv_NV.to(dvalue.dtype.element_ty), mask=dv_inside)
-
-
-@triton.jit
-def dquery_stretch(
-    dq_MD, q_MD, do_MV, lse_M, delta_M, begin, end, interior, right,
-    key, value, key_head, key_count, k_row, k_head, v_row, v_head,
-    row_start_M, row_stop_M, scale_log2, modifiers, head, position_M, slope_M,
-    MASK: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr, DESCRIPTORS: tl.constexpr,
-):  # fmt: skip
-    """Adds what the keys [begin, end) give to the gradient of a tile of query rows; MASK as in attend_stretch."""
-    for column in tl.range(begin, end, N):
-        k_ND = load_block(key, key_head, column, key_count, k_row, k_head, N, DIM, PADDED_DIM, DESCRIPTORS)
-        capped_MN = capped(tl.dot(q_MD, k_ND.T, input_precision="ieee"), modifiers)
-        position_N, shown_N = of_keys(modifiers, column + tl.arange(0, N), key_count)
-        scores_MN = biased(
-            capped_MN, modifiers, position_M[:, None], slope_M[:, None], position_N[None, :], shown_N[None, :]
-        )
-        v_NV = load_block(
-            value, key_head, column, key_count, v_row, v_head, N, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS
-        )
-        dweights_MN = tl.dot(do_MV, v_NV.T, input_precision="ieee")
-        weights_MN = tl.exp2(scores_MN * scale_log2 - lse_M[:, None])
-        if MASK == "all" or (MASK == "edges" and (column < interior or column >= right)):
-            seen_MN = visible(column + tl.arange(0, N), row_start_M, row_stop_M)
-            weights_MN = tl.where(seen_MN, weights_MN, 0.0)
-        if modifiers.seed is not None:
-            kept_MN = kept_pairs(modifiers, head, position_M[:, None], position_N[None, :])
-            dweights_MN = dropped(dweights_MN, kept_MN, modifiers)
-        dscores_MN = through_cap(weights_MN * (dweights_MN - delta_M[:, None]), capped_MN, modifiers)
-        dq_MD = tl.dot(dscores_MN.to(k_ND.dtype), k_ND, dq_MD, input_precision="ieee")
-    return dq_MD
-
-
-@triton.jit(do_not_specialize=["query_count", "key_count", "tile_count"])
-def dquery_kernel(
-    query, key, value, dout, lse, delta, dquery, carry, lse_and_delta, start, stop, sink_start, sink_stop, order,
-    query_count, key_count, tile_count, heads, scale, scale_log2,
-    q_row, q_head, k_row, k_head, v_row, v_head, do_row, do_head, modifiers,
-    GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr,
-    HAS_CARRY: tl.constexpr, HAS_SINK: tl.constexpr, SPLIT: tl.constexpr, DESCRIPTORS: tl.constexpr,
-):  # fmt: skip
-    """Programs and their walk over keys are those of the forward kernel.
-
-    Each also writes the log-sum-exp, in base 2, and delta of its rows side by side, as `dkey_kernel` reads them.
-    """
-    program = tl.program_id(0)
-    key_head = program // (GROUP * tile_count)
-    tile = tl.load(order + program // GROUP % tile_count)
-    head = key_head * GROUP + program % GROUP
-    first_row = tile * M
-    last_row = tl.minimum(first_row + M, query_count) - 1
-    row_M = first_row + tl.arange(0, M)
-    exists_M = row_M < query_count
-    head_rows = tl.cast(head, tl.int64) * query_count
-    lse_M = tl.load(lse + head_rows + row_M, mask=exists_M, other=0.0) * LOG2_E
-    delta_M = tl.load(delta + head_rows + row_M, mask=exists_M, other=0.0)
-    pair_M2 = (head_rows + row_M)[:, None] * 2 + tl.arange(0, 2)[None, :]
-    tl.store(lse_and_delta + pair_M2, tl.join(lse_M, delta_M), mask=exists_M[:, None])
-    lse_M = blind_rows_aside(lse_M, modifiers)
-    position_M, slope_M = of_rows(modifiers, head, row_M, exists_M)
-    q_MD = load_block(query, head, first_row, query_count, q_row, q_head, M, DIM, PADDED_DIM, DESCRIPTORS)
-    do_MV = load_block(dout, head, first_row, query_count, do_row, do_head, M, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS)
-    dq_MD = tl.zeros([M, PADDED_DIM], tl.float32)
-    begin, interior, right, end = key_stretches(start, stop, first_row, last_row, N)
-    if HAS_SINK:
-        row_start_M = tl.load(sink_start + row_M, mask=exists_M, other=0)
-        row_stop_M = tl.load(sink_stop + row_M, mask=exists_M, other=0)
-        sink_begin = tl.load(sink_start + first_row)
-        sink_end = tl.load(sink_stop + last_row)
-        dq_MD = dquery_stretch(
-            dq_MD, q_MD, do_MV, lse_M, delta_M, sink_begin, sink_end, sink_end, sink_end,
-            key, value, key_head, key_count, k_row, k_head, v_row, v_head, row_start_M, row_stop_M, scale_log2,
-            modifiers, head, position_M, slope_M,
-            "all", N, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
-        )  # fmt: skip
-    row_start_M = tl.load(start + row_M, mask=exists_M, other=0)
-    row_stop_M = tl.load(stop + row_M, mask=exists_M, other=0)
-    bounds = (begin, interior, right, end) if SPLIT else (begin, end)
-    for part in tl.static_range(3 if SPLIT else 1):
-        dq_MD = dquery_stretch(
-            dq_MD, q_MD, do_MV, lse_M, delta_M, bounds[part], bounds[part + 1], interior, right,
-            key, value, key_head, key_count, k_row, k_head, v_row, v_head, row_start_M, row_stop_M, scale_log2,
-            modifiers, head, position_M, slope_M,
-            ("none" if part == 1 else "all") if SPLIT else "edges",
-            N, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
-        )  # fmt: skip
-
-    offsets = block_offsets(head, first_row, heads, M, DIM, PADDED_DIM)
-    inside = block_inside(first_row, query_count, M, DIM, PADDED_DIM)
-    dq_MD = dq_MD * scale
-    if HAS_CARRY:
-        dq_MD += tl.load(carry + offsets, mask=inside, other=0.0)
-    tl.store(dquery + offsets, dq_MD.to(dquery.dtype.element_ty), mask=inside)
+Operands = tuple[Tensor, Tensor, Tensor, Tensor]
+"""query, key, value, dout"""
 
 
 def attend_backward(
@@ -265,6 +47,7 @@ def attend_backward(
         form(dout), form(query), form(key), form(value), form(lse), form(delta), form(carry), dquery_dtype, dkey_dtype,
         intervals.start.shape, intervals.key_count, intervals.has_sink, scale, modifiers_form(modifiers), direct,
     )  # fmt: skip
+    operands = (query, key, value, dout)
     plan = plans.get(call)
     if plan is None:
         check_operands(query, key, value, intervals, scale, modifiers)
@@ -272,13 +55,13 @@ def attend_backward(
             raise ArgumentError(f"dout is {dout.dtype}; allowed is the query's dtype, {query.dtype}")
         dropout = modifiers is not None and bool(modifiers.dropout)
         row = (chip_of(query.device), query.dtype, max(query.shape[2], value.shape[2]), dropout)
-        operands = (query, key, value, dout, intervals, scale)
-        of_query = QueryGradientPlan(*operands, carry is not None, query_gradient_tiles(*row), direct)
-        plan = plans.add(call, (of_query, KeyGradientPlan(*operands, key_gradient_tiles(*row), direct)))
+        of_query = QueryGradientPlan(operands, intervals, scale, query_gradient_tiles(*row), direct, carry is not None)
+        of_keys = KeyGradientPlan(operands, intervals, scale, key_gradient_tiles(*row), direct)
+        plan = plans.add(call, (of_query, of_keys))
     of_query, of_keys = plan
-    operands, modified = (query, key, value, dout), modifier_operands(modifiers, scale)
-    dquery, pairs = launch_query_gradient(of_query, operands, lse, delta, intervals, modified, carry, dquery_dtype)
-    dkey, dvalue = launch_key_gradients(of_keys, operands, pairs, intervals, modified, dkey_dtype)
+    modified = modifier_operands(modifiers, scale)
+    dquery, pairs = of_query(operands, lse, delta, intervals, modified, carry, dquery_dtype)
+    dkey, dvalue = of_keys(operands, pairs, intervals, modified, dkey_dtype)
     return dquery, dkey, dvalue
 
 
@@ -286,194 +69,66 @@ plans = Plans()
 """`QueryGradientPlan` and `KeyGradientPlan` by what `attend_backward` was asked for."""
 
 
-class QueryGradientPlan:
-    """What is worked out once for the query's gradient in calls of one form, from the first of them.
-
-    Args:
-        query: as in `attend_backward`, checked; so are key, value, dout, intervals and scale.
-        key: see query.
-        value: see query.
-        dout: see query.
-        intervals: see query.
-        scale: see query.
-        has_carry: whether there is one.
-        tiles: shape of the launch.
-        direct: whether all tensors are `aligned`.
-    """
+class QueryGradientPlan(TilePlan):
+    """The launch that gives the gradient of query."""
 
     def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        dout: Tensor,
-        intervals: KeyIntervals,
-        scale: float,
-        has_carry: bool,
-        tiles: Tiles,
-        direct: bool,
+        self, operands: Operands, intervals: KeyIntervals, scale: float, tiles: Tiles, direct: bool, has_carry: bool
     ) -> None:
-        heads, key_heads = query.shape[1], key.shape[1]
-        self.descriptions, numbers, constants = _shared(query, key, value, dout, scale, tiles)
-        self.tile_rows = tiles.queries
-        tile_count = triton.cdiv(query.shape[0], tiles.queries)
-        self.launch = Launch(
-            tile_count * heads,
-            (query.shape[0], key.shape[0], tile_count, heads, *numbers),
-            dict(
-                GROUP=heads // key_heads,
-                **constants[0],
-                HAS_CARRY=has_carry,
-                HAS_SINK=intervals.has_sink,
-                **constants[1],
-            ),
-            tiles.options(),
-            direct,
-        )
+        scales = (scale, scale * LOG2_E.value)
+        super().__init__(operands, intervals, scales, tiles, direct, HAS_CARRY=has_carry)
 
-
-class KeyGradientPlan:
-    """The same for the gradients of key and value."""
-
-    def __init__(
+    def __call__(
         self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        dout: Tensor,
+        operands: Operands,
+        lse: Tensor,
+        delta: Tensor,
         intervals: KeyIntervals,
-        scale: float,
-        tiles: Tiles,
-        direct: bool,
-    ) -> None:
-        heads, key_heads = query.shape[1], key.shape[1]
-        self.descriptions, numbers, constants = _shared(query, key, value, dout, scale, tiles)
-        self.tile_keys = tiles.keys
-        tile_count = triton.cdiv(key.shape[0], tiles.keys)
-        self.launch = Launch(
-            tile_count * key_heads,
-            (query.shape[0], key.shape[0], tile_count, key_heads, *numbers),
-            dict(GROUP=heads // key_heads, **constants[0], HAS_SINK=intervals.has_sink, **constants[1]),
-            tiles.options(),
-            direct,
-        )
+        modifiers: ModifierOperands,
+        carry: Tensor | None,
+        dquery_dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        """Gradient of query, and (H, T, 2) lse in base 2 and delta for `KeyGradientPlan`."""
+        in_place = carry is not None and dquery_dtype == torch.float32
+        dquery = carry if in_place else operands[0].new_empty(operands[0].shape, dtype=dquery_dtype)
+        pairs = lse.new_empty((*lse.shape, 2))
+        if self.empty:
+            return dquery.zero_() if carry is None else carry.to(dquery_dtype), pairs
+        tensors = (
+            *map(operand, operands, self.descriptions), lse, delta, dquery, carry, pairs,
+            intervals.start, intervals.stop, intervals.sink_start, intervals.sink_stop,
+            intervals.query_order(self.tile_rows),
+        )  # fmt: skip
+        self.launch(dquery_kernel, tensors, modifiers)
+        return dquery, pairs
 
 
-def _shared(
-    query: Tensor, key: Tensor, value: Tensor, dout: Tensor, scale: float, tiles: Tiles
-) -> tuple[tuple[dict | None, ...], tuple, tuple[dict, dict]]:
-    """Descriptions, numbers and compile-time constants that both kernels take, the latter in two parts."""
-    operands, dim, value_dim = (query, key, value, dout), query.shape[2], value.shape[2]
-    empty = not query.shape[0] or not key.shape[0]
-    descriptors = not empty and tiles.descriptors and describable(*operands)
-    blocks = (tiles.queries, tiles.keys, tiles.keys, tiles.queries)
-    descriptions = tuple(
-        described(x, block) if descriptors else None for x, block in zip(operands, blocks, strict=True)
-    )
-    strides = [stride for x in operands for stride in x.stride()[:2]]
-    first = dict(
-        M=tiles.queries, N=tiles.keys, DIM=dim, PADDED_DIM=padded(dim),
-        VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded(value_dim),
-    )  # fmt: skip
-    return (
-        descriptions,
-        (scale, scale * LOG2_E.value, *strides),
-        (first, dict(SPLIT=tiles.split, DESCRIPTORS=descriptors)),
-    )
+class KeyGradientPlan(TilePlan):
+    """The launch that gives the gradients of key and value."""
 
+    def __init__(self, operands: Operands, intervals: KeyIntervals, scale: float, tiles: Tiles, direct: bool) -> None:
+        scales = (scale, scale * LOG2_E.value)
+        super().__init__(operands, intervals, scales, tiles, direct, owns_keys=True)
 
-def launch_query_gradient(
-    plan: QueryGradientPlan,
-    operands: tuple[Tensor, Tensor, Tensor, Tensor],
-    lse: Tensor,
-    delta: Tensor,
-    intervals: KeyIntervals,
-    modifiers: ModifierOperands,
-    carry: Tensor | None,
-    dquery_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """Gradient of query, and (H, T, 2) lse in base 2 and delta for `launch_key_gradients`.
-
-    `operands` are query, key, value and dout.
-    """
-    in_place = carry is not None and dquery_dtype == torch.float32
-    dquery = carry if in_place else operands[0].new_empty(operands[0].shape, dtype=dquery_dtype)
-    pairs = lse.new_empty((*lse.shape, 2))
-    if not operands[0].shape[0] or not operands[1].shape[0]:
-        return dquery.zero_() if carry is None else carry.to(dquery_dtype), pairs
-    tensors = (
-        *map(operand, operands, plan.descriptions), lse, delta, dquery, carry, pairs,
-        intervals.start, intervals.stop, intervals.sink_start, intervals.sink_stop,
-        intervals.query_order(plan.tile_rows),
-    )  # fmt: skip
-    plan.launch(dquery_kernel, tensors, modifiers)
-    return dquery, pairs
-
-
-def launch_key_gradients(
-    plan: KeyGradientPlan,
-    operands: tuple[Tensor, Tensor, Tensor, Tensor],
-    pairs: Tensor,
-    intervals: KeyIntervals,
-    modifiers: ModifierOperands,
-    dkey_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of key and value; `operands` and `pairs` as in `launch_query_gradient`."""
-    query, key, value, _ = operands
-    dkey, dvalue = (x.new_empty(x.shape, dtype=dkey_dtype) for x in (key, value))
-    if not query.shape[0] or not key.shape[0]:
-        return dkey.zero_(), dvalue.zero_()
-    tensors = (
-        *map(operand, operands, plan.descriptions), pairs, dkey, dvalue,
-        intervals.start, intervals.stop, intervals.sink_start, intervals.sink_stop,
-        intervals.key_tile_rows(plan.tile_keys),
-        intervals.key_tile_rows(plan.tile_keys, sink=True) if intervals.has_sink else None,
-        intervals.key_order(plan.tile_keys),
-    )  # fmt: skip
-    plan.launch(dkey_kernel, tensors, modifiers)
-    return dkey, dvalue
-
-
-@triton.jit(do_not_specialize=["row_count"])
-def delta_kernel(
-    dout, out, dlse, delta, row_count, heads, do_row, do_head, o_row, o_head, dl_head, dl_row,
-    HAS_DLSE: tl.constexpr, M: tl.constexpr, VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr,
-):  # fmt: skip
-    """Program = (tile of rows, head), the head fastest: neighbours in memory are read together."""
-    head = tl.program_id(0) % heads
-    first_row = tl.program_id(0) // heads * M
-    do_MV = load_block(dout, head, first_row, row_count, do_row, do_head, M, VALUE_DIM, PADDED_VALUE_DIM, False)
-    o_MV = load_block(out, head, first_row, row_count, o_row, o_head, M, VALUE_DIM, PADDED_VALUE_DIM, False)
-    delta_M = tl.sum(do_MV.to(tl.float32) * o_MV.to(tl.float32), 1)
-    row_M = first_row + tl.arange(0, M)
-    if HAS_DLSE:
-        pointers = dlse + tl.cast(head, tl.int64) * dl_head + row_M.to(tl.int64) * dl_row
-        delta_M -= tl.load(pointers, mask=row_M < row_count, other=0.0)
-    tl.store(delta + tl.cast(head, tl.int64) * row_count + row_M, delta_M, mask=row_M < row_count)
-
-
-def row_delta(dout: Tensor, out: Tensor, dlse: Tensor | None = None) -> Tensor:
-    """See ringflash.kernels.reference.row_delta."""
-    dout, out = (x if x.stride(2) == 1 else x.contiguous() for x in (dout, out))
-    direct = aligned(dout, out, dlse)
-    call = (form(dout), form(out), form(dlse), direct)
-    launch = delta_launches.get(call)
-    if launch is None:
-        chip_of(dout.device)  # raises where Triton cannot run
-        launch = delta_launches.add(call, _delta_launch(dout, out, dlse, direct))
-    rows, heads, _ = out.shape
-    delta = out.new_empty((heads, rows), dtype=torch.float32)
-    if rows:
-        launch(delta_kernel, (dout, out, dlse, delta))
-    return delta
-
-
-delta_launches = Plans()
-"""`Launch` by what `row_delta` was asked for."""
-
-
-def _delta_launch(dout: Tensor, out: Tensor, dlse: Tensor | None, direct: bool) -> Launch:
-    rows, heads, value_dim = out.shape
-    strides = (*dout.stride()[:2], *out.stride()[:2], *((0, 0) if dlse is None else dlse.stride()))
-    constants = dict(HAS_DLSE=dlse is not None, M=32, VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded(value_dim))
-    return Launch(triton.cdiv(rows, 32) * heads, (rows, heads, *strides), constants, {"num_warps": 4}, direct)
+    def __call__(
+        self,
+        operands: Operands,
+        pairs: Tensor,
+        intervals: KeyIntervals,
+        modifiers: ModifierOperands,
+        dkey_dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of key and value; `pairs` as `QueryGradientPlan` leaves them."""
+        _, key, value, _ = operands
+        dkey, dvalue = (x.new_empty(x.shape, dtype=dkey_dtype) for x in (key, value))
+        if self.empty:
+            return dkey.zero_(), dvalue.zero_()
+        tensors = (
+            *map(operand, operands, self.descriptions), pairs, dkey, dvalue,
+            intervals.start, intervals.stop, intervals.sink_start, intervals.sink_stop,
+            intervals.key_tile_rows(self.tile_rows),
+            intervals.key_tile_rows(self.tile_rows, sink=True) if intervals.has_sink else None,
+            intervals.key_order(self.tile_rows),
+        )  # fmt: skip
+        self.launch(dkey_kernel, tensors, modifiers)
+        return dkey, dvalue

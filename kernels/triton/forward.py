@@ -27,7 +27,7 @@ from ringflash.kernels.triton.blocks import (
     load_block,
     visible,
 )
-from ringflash.kernels.triton.launch import Launch, aligned
+from ringflash.kernels.triton.launch import aligned
 from ringflash.kernels.triton.modifiers import (
     ModifierOperands,
     biased,
@@ -40,8 +40,12 @@ from ringflash.kernels.triton.modifiers import (
     of_keys,
     of_rows,
 )
-from ringflash.kernels.triton.operands import check_operands, describable, described, operand, padded
+from ringflash.kernels.triton.operands import check_operands, operand
+from ringflash.kernels.triton.tile_plan import TilePlan
 from ringflash.kernels.triton.tiles import Tiles, chip_of, forward_tiles
+
+Operands = tuple[Tensor, Tensor, Tensor]
+"""query, key, value"""
 
 
 @triton.jit
@@ -174,95 +178,56 @@ def attend(
         form(query), form(key), form(value), form(carry_out), form(carry_lse), out_dtype,
         intervals.start.shape, intervals.key_count, intervals.has_sink, scale, modifiers_form(modifiers), direct,
     )  # fmt: skip
+    operands = (query, key, value)
     plan = plans.get(call)
     if plan is None:
         check_operands(query, key, value, intervals, scale, modifiers)
         dropout = modifiers is not None and bool(modifiers.dropout)
         dim = max(query.shape[2], value.shape[2])
         tiles = forward_tiles(chip_of(query.device), query.dtype, dim, dropout)
-        plan = plans.add(call, ForwardPlan(query, key, value, intervals, scale, carry is not None, tiles, direct))
-    return launch_forward(plan, query, key, value, intervals, modifier_operands(modifiers, scale), carry, out_dtype)
+        plan = plans.add(call, ForwardPlan(operands, intervals, scale, tiles, direct, carry is not None))
+    return plan(operands, intervals, modifier_operands(modifiers, scale), carry, out_dtype)
 
 
 plans = Plans()
 """`ForwardPlan` by what `attend` was asked for."""
 
 
-class ForwardPlan:
-    """What is worked out once for calls of `attend` of one form, from the first of them.
-
-    Args:
-        query: as in `attend`, checked; so are key, value, intervals and scale.
-        key: see query.
-        value: see query.
-        intervals: see query.
-        scale: see query.
-        has_carry: whether there is one.
-        tiles: shape of the launch.
-        direct: whether all tensors are `aligned`.
-    """
+class ForwardPlan(TilePlan):
+    """The launch that gives the result and its log-sum-exp."""
 
     def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        intervals: KeyIntervals,
-        scale: float,
-        has_carry: bool,
-        tiles: Tiles,
-        direct: bool,
+        self, operands: Operands, intervals: KeyIntervals, scale: float, tiles: Tiles, direct: bool, has_carry: bool
     ) -> None:
-        (query_count, heads, dim), (key_count, key_heads, value_dim) = query.shape, value.shape
+        super().__init__(operands, intervals, (scale * LOG2_E.value,), tiles, direct, HAS_CARRY=has_carry)
+        (query_count, heads, _), value_dim = operands[0].shape, operands[2].shape[2]
         self.out_shape, self.lse_shape = (query_count, heads, value_dim), (heads, query_count)
-        self.empty = not query_count or not key_count
-        self.tile_rows = tiles.queries
-        descriptors = not self.empty and tiles.descriptors and describable(query, key, value)
-        blocks = ((query, tiles.queries), (key, tiles.keys), (value, tiles.keys))
-        self.descriptions = tuple(described(x, block) if descriptors else None for x, block in blocks)
-        tile_count = triton.cdiv(query_count, tiles.queries)
-        self.launch = Launch(
-            tile_count * heads,
-            (
-                query_count, key_count, tile_count, heads, scale * LOG2_E.value,
-                *query.stride()[:2], *key.stride()[:2], *value.stride()[:2],
-            ),
-            dict(
-                GROUP=heads // key_heads, M=tiles.queries, N=tiles.keys, DIM=dim, PADDED_DIM=padded(dim),
-                VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded(value_dim),
-                HAS_CARRY=has_carry, HAS_SINK=intervals.has_sink, SPLIT=tiles.split, DESCRIPTORS=descriptors,
-            ),
-            tiles.options(),
-            direct,
+
+    def __call__(
+        self,
+        operands: Operands,
+        intervals: KeyIntervals,
+        modifiers: ModifierOperands,
+        carry: Carry | None,
+        out_dtype: torch.dtype,
+    ) -> Carry:
+        """Result and lse."""
+        query, key, value = operands
+        if carry and out_dtype == torch.float32:
+            out, lse = carry
+        else:
+            out = query.new_empty(self.out_shape, dtype=out_dtype)
+            lse = carry[1] if carry else query.new_empty(self.lse_shape, dtype=torch.float32)
+        if self.empty:
+            if carry:
+                return carry[0].to(out_dtype), lse
+            return out.zero_(), lse.fill_(-torch.inf)
+        query_blocks, key_blocks, value_blocks = self.descriptions
+        tensors = (
+            operand(query, query_blocks), operand(key, key_blocks), operand(value, value_blocks),
+            out, lse, *(carry or (None, None)),
+            intervals.start, intervals.stop, intervals.sink_start, intervals.sink_stop,
+            intervals.query_order(self.tile_rows),
         )  # fmt: skip
-
-
-def launch_forward(
-    plan: ForwardPlan,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    intervals: KeyIntervals,
-    modifiers: ModifierOperands,
-    carry: Carry | None,
-    out_dtype: torch.dtype,
-) -> Carry:
-    """`attend` by a plan for such arguments."""
-    if carry and out_dtype == torch.float32:
-        out, lse = carry
-    else:
-        out = query.new_empty(plan.out_shape, dtype=out_dtype)
-        lse = carry[1] if carry else query.new_empty(plan.lse_shape, dtype=torch.float32)
-    if plan.empty:
-        if carry:
-            return carry[0].to(out_dtype), lse
-        return out.zero_(), lse.fill_(-torch.inf)
-    query_blocks, key_blocks, value_blocks = plan.descriptions
-    tensors = (
-        operand(query, query_blocks), operand(key, key_blocks), operand(value, value_blocks),
-        out, lse, *(carry or (None, None)),
-        intervals.start, intervals.stop, intervals.sink_start, intervals.sink_stop,
-        intervals.query_order(plan.tile_rows),
-    )  # fmt: skip
-    plan.launch(attend_kernel, tensors, modifiers)
-    return out, lse
+        self.launch(attend_kernel, tensors, modifiers)
+        return out, lse

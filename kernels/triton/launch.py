@@ -34,7 +34,7 @@ class Launch:
         programs: how many.
         numbers: the arguments between the tensors and the compile-time constants; tuples of tensors may follow them,
             see `__call__`.
-        constants: compile-time constants, in the order of the kernel's parameters.
+        constants: compile-time constants.
         options: what the compiler is told.
         direct: whether tensors will be `aligned`, so that one compiled program serves all calls.
     """

@@ -9,7 +9,7 @@ from aot import SHARED_LIMIT, Resources, catch, compile_for
 from ringflash.errors import ArgumentError
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.modifiers import Modifiers
-from ringflash.kernels.triton import backward, forward, tiles
+from ringflash.kernels.triton import backward, delta, forward, tiles
 from ringflash.kernels.triton.modifiers import modifier_operands
 
 CHIPS = {"sm_80": "ampere", "sm_89": "consumer", "sm_90": "hopper", "sm_100": "blackwell", "gfx942": "cdna"}
@@ -44,19 +44,17 @@ def launch(
     row = (chip, dtype, dim, modified.seed is not None)
     if kernel == "attend":
         carry = (out.float(), lse) if carried else None
-        plan = forward.ForwardPlan(query, key, value, intervals, 1.0, carried, tiles.forward_tiles(*row), True)
-        call = lambda: forward.launch_forward(plan, query, key, value, intervals, modified, carry, dtype)  # noqa: E731
-        return catch(forward, "attend_kernel", call)
+        operands = (query, key, value)
+        plan = forward.ForwardPlan(operands, intervals, 1.0, tiles.forward_tiles(*row), True, carried)
+        return catch(forward, "attend_kernel", lambda: plan(operands, intervals, modified, carry, dtype))
     operands = (query, key, value, dout)
     if kernel == "dkey":
-        plan = backward.KeyGradientPlan(*operands, intervals, 1.0, tiles.key_gradient_tiles(*row), True)
+        plan = backward.KeyGradientPlan(operands, intervals, 1.0, tiles.key_gradient_tiles(*row), True)
         pairs = torch.empty(16, rows, 2)
-        call = lambda: backward.launch_key_gradients(plan, operands, pairs, intervals, modified, dtype)  # noqa: E731
-        return catch(backward, "dkey_kernel", call)
+        return catch(backward, "dkey_kernel", lambda: plan(operands, pairs, intervals, modified, dtype))
     carry = out.float() if carried else None
-    plan = backward.QueryGradientPlan(*operands, intervals, 1.0, carried, tiles.query_gradient_tiles(*row), True)
-    call = lambda: backward.launch_query_gradient(plan, operands, lse, lse, intervals, modified, carry, dtype)  # noqa: E731
-    return catch(backward, "dquery_kernel", call)
+    plan = backward.QueryGradientPlan(operands, intervals, 1.0, tiles.query_gradient_tiles(*row), True, carried)
+    return catch(backward, "dquery_kernel", lambda: plan(operands, lse, lse, intervals, modified, carry, dtype))
 
 
 def check(resources: Resources, target: str, kernel: str, dim: int, dtype: torch.dtype) -> None:
@@ -123,8 +121,8 @@ def test_exact_float32_kernels_fit_hopper(kernel: str) -> None:
 def test_row_delta_compiles(target: str) -> None:
     dout = torch.empty(64, 4, 128, dtype=torch.bfloat16)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backward, "chip_of", lambda device: CHIPS[target])
-        call = catch(backward, "delta_kernel", lambda: backward.row_delta(dout, dout, torch.empty(4, 64)))
+        patch.setattr(delta, "chip_of", lambda device: CHIPS[target])
+        call = catch(delta, "delta_kernel", lambda: delta.row_delta(dout, dout, torch.empty(4, 64)))
     resources = compile_for(target, call)
     assert resources.spilled == 0
 

@@ -1,0 +1,64 @@
+"""What the kernels over tiles take alike, worked out once for calls of one form."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+import triton
+from ringflash.kernels.intervals import KeyIntervals
+from ringflash.kernels.triton.launch import Launch
+from ringflash.kernels.triton.operands import describable, described, padded
+from ringflash.kernels.triton.tiles import Tiles
+
+
+class TilePlan:
+    """The launch of one kernel whose programs own a tile of rows of one head, from the first call of a form.
+
+    Args:
+        operands: query, key, value and, for gradients, dout; checked.
+        intervals: as in `attend`.
+        scales: the kernel's numbers before the operands' strides.
+        tiles: shape of the launch.
+        direct: whether all tensors are `aligned`.
+        owns_keys: whether the tiles are of keys and key heads; otherwise of query rows and query heads.
+        **constants: compile-time constants of this kernel alone.
+
+    Attributes:
+        empty: whether there are no query rows or no keys, hence nothing to launch.
+        descriptions: what `operand` needs for each of the operands.
+        tile_rows: rows of a tile.
+        launch: to be given the tensors.
+    """
+
+    def __init__(
+        self,
+        operands: tuple[Tensor, ...],
+        intervals: KeyIntervals,
+        scales: tuple[float, ...],
+        tiles: Tiles,
+        direct: bool,
+        owns_keys: bool = False,
+        **constants: bool,
+    ) -> None:
+        (query_count, heads, dim), (key_count, key_heads, value_dim) = operands[0].shape, operands[2].shape
+        self.empty = not query_count or not key_count
+        descriptors = not self.empty and tiles.descriptors and describable(*operands)
+        blocks = (tiles.queries, tiles.keys, tiles.keys, tiles.queries)[: len(operands)]
+        self.descriptions = tuple(
+            described(x, block) if descriptors else None for x, block in zip(operands, blocks, strict=True)
+        )
+        self.tile_rows = tiles.keys if owns_keys else tiles.queries
+        owned_rows, owned_heads = (key_count, key_heads) if owns_keys else (query_count, heads)
+        tile_count = triton.cdiv(owned_rows, self.tile_rows)
+        strides = [stride for x in operands for stride in x.stride()[:2]]
+        self.launch = Launch(
+            tile_count * owned_heads,
+            (query_count, key_count, tile_count, owned_heads, *scales, *strides),
+            dict(
+                GROUP=heads // key_heads, M=tiles.queries, N=tiles.keys, DIM=dim, PADDED_DIM=padded(dim),
+                VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded(value_dim),
+                HAS_SINK=intervals.has_sink, SPLIT=tiles.split, DESCRIPTORS=descriptors, **constants,
+            ),
+            tiles.options(),
+            direct,
+        )  # fmt: skip
