@@ -102,11 +102,12 @@ def test_it_compiles_without_graph_breaks(gpus):
 
 
 def _round_trip(partition):
+    dealt = {"partition": partition, "mask": Mask.causal()}
     x = torch.arange(3 * 17.0, device="cuda").view(3, 17).requires_grad_()
-    whole = unshard(shard(x, 1, partition=partition), 1, partition=partition)
+    whole = unshard(shard(x, 1, **dealt), 1, **dealt)
     assert torch.equal(whole, x)
     whole.sum().backward()
-    held = shard(torch.arange(17, device="cuda"), 0, partition=partition)
+    held = shard(torch.arange(17, device="cuda"), 0, **dealt)
     assert (x.grad[:, held] == dist.get_world_size()).all()
     assert x.grad.sum() == 3 * len(held) * dist.get_world_size()
 
