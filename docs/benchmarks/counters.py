@@ -1,0 +1,94 @@
+"""Cycles of the Hopper kernels by hardware counter, which unlike times do not depend on how warm the card is.
+
+    python docs/benchmarks/counters.py backward 64,128,256 out.json    # needs ncu (Nsight Compute) and a GPU
+
+Starts itself under ncu with few launches of each case, and prints the least cycles, the time at the clock of that
+moment, and the share of cycles in which the tensor cores were busy.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+
+METRICS = {
+    "cycles": "sm__cycles_elapsed.max",
+    "ms": "gpu__time_duration.sum",
+    "tensor_percent": "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",
+}
+KERNELS = {"forward": "regex:^attend_kernel$", "backward": "regex:^attend_backward"}
+CASES = {  # name: tokens, lengths, causal, heads or None for those of docs/benchmarks/hopper.py
+    "full 8192": (8192, [8192], False, None),
+    "causal 8192": (8192, [8192], True, None),
+    "causal 4 x 2048": (8192, [2048] * 4, True, None),
+    "causal 32768, 2 heads": (32768, [32768], True, 2),
+}
+LAUNCHES = 3
+
+
+def launch_all(direction: str, dims: list[int]) -> None:
+    """Every case LAUNCHES times, a line with its name before each."""
+    import torch
+    from hopper import HEADS, backward_variants, document_intervals, forward_variants, random
+
+    from ringflash.kernels.hopper import backward, forward
+
+    for dim in dims:
+        for name, (tokens, lengths, causal, heads) in CASES.items():
+            heads = heads or HEADS[dim]
+            intervals, scale = document_intervals(lengths, causal), dim**-0.5
+            q, k, v, dout = (random((tokens, heads, dim), torch.bfloat16) for _ in range(4))
+            lse, delta = 8 + torch.rand(heads, tokens, device="cuda"), torch.randn(heads, tokens, device="cuda")
+            variants = forward_variants(dim) if direction == "forward" else backward_variants(dim)
+            for variant, settings in variants.items():
+                for _ in range(LAUNCHES):
+                    print("CASE", json.dumps({"dim": dim, "case": name, "variant": variant}), flush=True)
+                    if direction == "forward":
+                        forward.launch_forward(q, k, v, intervals, scale, None, q.dtype, settings)
+                    else:
+                        arguments = (dout, q, k, v, lse, delta, intervals, scale, None, q.dtype, q.dtype)
+                        backward.launch_backward(*arguments, **settings)
+    torch.cuda.synchronize()
+
+
+def measure(direction: str, dims: str) -> list[dict]:
+    """One row for each case: the launch with the least cycles."""
+    command = ["ncu", "--clock-control", "none", "--csv", "--page", "raw", "--print-units", "base"]
+    command += ["--metrics", ",".join(METRICS.values()), "-k", KERNELS[direction]]
+    command += [sys.executable, __file__, direction, dims, "--launch"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    cases = [json.loads(line.removeprefix("CASE ")) for line in lines if line.startswith("CASE ")]
+    table = csv.DictReader(io.StringIO("\n".join(line for line in lines if line.startswith('"'))))
+    launches = list(table)[1:]  # the first line of the table holds units
+    if len(cases) != len(launches):
+        raise RuntimeError(f"{len(cases)} launches were made and {len(launches)} measured")
+    least: dict[str, dict] = {}
+    for case, launch in zip(cases, launches, strict=True):
+        found = {name: float(launch[metric].replace(",", "")) for name, metric in METRICS.items()}
+        found["ms"] /= 1e6
+        key = json.dumps(case)
+        least[key] = min(least.get(key, case | found), case | found, key=lambda row: row["cycles"])
+    return list(least.values())
+
+
+def main() -> None:
+    direction, dims, *rest = sys.argv[1:]
+    if rest == ["--launch"]:
+        launch_all(direction, [int(dim) for dim in dims.split(",")])
+        return
+    rows = measure(direction, dims)
+    for row in rows:
+        label = f"D{row['dim']} {direction} {row['case']}, {row['variant']}"
+        print(
+            f"{label:56s} {row['cycles'] / 1e6:7.3f} M cycles {row['ms']:7.3f} ms, tensor {row['tensor_percent']:.0f}%"
+        )
+    if rest:
+        with open(rest[0], "w") as file:
+            json.dump(rows, file, indent=0)
+
+
+if __name__ == "__main__":
+    main()
