@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ringflash.kernels.plans import Plans
+from ringflash.kernels.plans import Plans, build_to_keep
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +98,7 @@ class KeyIntervals:
     def _cached(self, name: tuple, build: Callable[[], Tensor]) -> Tensor:
         found = self._cache.get(name)
         if found is None:
-            found = build()
+            found = build_to_keep(build, self.start.device)
             if not _capturing(self.start.device):
                 self._cache[name] = found
         return found
@@ -112,12 +112,16 @@ def _tile_edges(count: int, block: int, device: torch.device) -> tuple[Tensor, T
     name = count, block, device
     found = _edges.get(name)
     if found is None:
-        first = torch.arange(0, count, block, device=device)
-        rows = torch.stack([first, (first + block).clamp(max=count) - 1])
-        found = (rows + 1).int(), rows
+        found = build_to_keep(functools.partial(_new_tile_edges, count, block, device), device)
         if not _capturing(device):
             _edges.add(name, found)
     return found
+
+
+def _new_tile_edges(count: int, block: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    first = torch.arange(0, count, block, device=device)
+    rows = torch.stack([first, (first + block).clamp(max=count) - 1])
+    return (rows + 1).int(), rows
 
 
 def _capturing(device: torch.device) -> bool:

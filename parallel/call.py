@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringflash.errors import ArgumentError
+from ringflash.kernels.plans import build_to_keep
 from ringflash.mask import Mask
 from ringflash.parallel.agreement import agreement, errors_told, signature
 from ringflash.parallel.partition import resolve
@@ -185,6 +186,15 @@ def _check_rows(call: Call, queries: int, keys: int, rank: int) -> None:
 
 @lru_cache(maxsize=256)
 def _cached_program(
+    call: Call,
+    documents: tuple[tuple[int, ...] | None, tuple[int, ...] | None],
+    group: dist.ProcessGroup | None,
+    device: torch.device,
+) -> Program:
+    return build_to_keep(lambda: _program(call, documents, group, device), device)
+
+
+def _program(
     call: Call,
     documents: tuple[tuple[int, ...] | None, tuple[int, ...] | None],
     group: dist.ProcessGroup | None,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ringflash.block_layout import BlockLayout
 from ringflash.kernels.intervals import KeyIntervals
+from ringflash.kernels.plans import build_to_keep
 from ringflash.mask import UNBOUNDED, Mask
 
 
@@ -84,13 +85,12 @@ def places(boundaries: Tensor | None, queries: Tensor, query_boundaries: Tensor 
 @lru_cache(maxsize=64)
 def _layout_bounds(layout: BlockLayout, device: torch.device) -> tuple[Tensor, Tensor]:
     """`layout.bounds` as tensors."""
-    first, last = (torch.tensor(bounds, device=device) for bounds in layout.bounds)
-    return first, last
+    return build_to_keep(lambda: tuple(torch.tensor(bounds, device=device) for bounds in layout.bounds), device)
 
 
 @lru_cache(maxsize=64)
 def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int64, device=device)
+    return build_to_keep(lambda: torch.tensor(numbers, dtype=torch.int64, device=device), device)
 
 
 def key_intervals(

@@ -1,0 +1,104 @@
+"""What is kept from call to call must not lie in the memory of torch.compile's CUDA graphs."""
+
+from __future__ import annotations
+
+import threading
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from ringflash import Mask
+from ringflash.functional import attention
+from ringflash.kernels import plans
+from ringflash.kernels.intervals import causal_intervals
+from ringflash.parallel import call, visibility
+from ringflash.parallel.mesh import ONE_DEVICE
+
+MASKS = {
+    "causal": Mask.causal(),
+    "window-sink": Mask.sliding_window(20, sink=3),
+    "documents": Mask.causal() & Mask.documents([0, 30, 31, 90, 100]),
+    "blocks": Mask.blocks(torch.rand(7, 7, generator=torch.Generator().manual_seed(0)) < 0.4, 16),
+}
+
+
+@pytest.fixture
+def threads_of_tensors(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Every thread that something to keep is built in while torch says that it warms up."""
+    seen: list[int] = []
+    monkeypatch.setattr(plans, "warming_up", lambda device: True)
+    executor = plans.ThreadPoolExecutor
+
+    class Watched(executor):
+        def submit(self, build, /):
+            def watched():
+                seen.append(threading.get_ident())
+                return build()
+
+            return super().submit(watched)
+
+    monkeypatch.setattr(plans, "ThreadPoolExecutor", Watched)
+    return seen
+
+
+def forget() -> None:
+    for cache in (call._cached_program, visibility._layout_bounds, visibility._on_device):
+        cache.cache_clear()
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_programs_are_built_in_another_thread_while_graphs_warm_up(name: str, threads_of_tensors: list[int]) -> None:
+    operands = [torch.randn(1, 100, 2, 16) for _ in range(3)]
+    forget()
+    found = attention(*operands, mask=MASKS[name], group=ONE_DEVICE)
+    assert threads_of_tensors
+    assert threading.get_ident() not in threads_of_tensors
+    forget()
+    with mock.patch.object(plans, "warming_up", return_value=False):
+        expected = attention(*operands, mask=MASKS[name], group=ONE_DEVICE)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_tables_of_tiles_are_built_in_another_thread_while_graphs_warm_up(threads_of_tensors: list[int]) -> None:
+    intervals = causal_intervals(301, 307)
+    tables = intervals.key_tile_rows(16), intervals.key_order(16), intervals.query_order(16)
+    assert threads_of_tensors
+    assert threading.get_ident() not in threads_of_tensors
+    with mock.patch.object(plans, "warming_up", return_value=False):
+        again = causal_intervals(301, 307)
+        expected = again.key_tile_rows(16), again.key_order(16), again.query_order(16)
+    assert all(torch.equal(a, b) for a, b in zip(tables, expected, strict=True))
+
+
+def test_an_error_while_building_is_raised_as_it_is(threads_of_tensors: list[int]) -> None:
+    with pytest.raises(ZeroDivisionError):
+        plans.build_to_keep(lambda: 1 // 0, torch.device("cpu"))
+    assert threads_of_tensors
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MASKS)
+def test_compiling_with_reduce_overhead_gives_the_same_in_every_call(name: str) -> None:
+    """Two functions that share tables, called in turn, forward and backward, with new numbers each time."""
+    forget()
+    torch.compiler.reset()
+
+    def loss(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out, lse = attention(query.sin(), key, value, mask=MASKS[name], group=ONE_DEVICE)
+        return (out.float() * 2).square().sum() + lse.square().sum()
+
+    def other(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return loss(query, key, value) + query.float().sum()
+
+    compiled = [torch.compile(function, mode="reduce-overhead") for function in (loss, other)]
+    for round_ in range(4):
+        torch.manual_seed(round_)
+        leaves = [torch.randn(1, 100, 4, 64, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3)]
+        for fast, plain in zip(compiled, (loss, other), strict=True):
+            torch.compiler.cudagraph_mark_step_begin()
+            found = [x.clone() for x in torch.autograd.grad(fast(*leaves), leaves)]
+            expected = torch.autograd.grad(plain(*leaves), leaves)
+            for a, b in zip(found, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
