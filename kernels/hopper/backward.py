@@ -40,7 +40,7 @@ class BackwardTiles:
     Attributes:
         keys: key rows of a tile.
         queries: query rows of a block.
-        stages: blocks of queries and of out's gradient in shared memory; powers of two or 3.
+        stages: blocks of queries and of out's gradient in shared memory; powers of two.
         registers: of a thread of the consumers and of the producer.
     """
 

@@ -62,89 +62,29 @@ def attend_backward_wide_kernel(
     if ORDERED:
         gl.warp_specialize(
             [
-                (
-                    consume_wide,
-                    (
-                        work,
-                        sums,
-                        buffers,
-                        weights,
-                        dscores,
-                        dquery,
-                        rows_of_key_ptr,
-                        scale,
-                        0,
-                        GROUP,
-                        FLOAT_OUT,
-                        ORDERED,
-                    ),
-                ),
-                (
-                    consume_wide,
-                    (
-                        work,
-                        sums,
-                        buffers,
-                        weights,
-                        dscores,
-                        dquery,
-                        rows_of_key_ptr,
-                        scale,
-                        1,
-                        GROUP,
-                        FLOAT_OUT,
-                        ORDERED,
-                    ),
-                ),
+                (consume_wide, (work, sums, buffers, weights, dscores, dquery, rows_of_key_ptr, scale,
+                                0, GROUP, FLOAT_OUT, ORDERED)),
+                (consume_wide, (work, sums, buffers, weights, dscores, dquery, rows_of_key_ptr, scale,
+                                1, GROUP, FLOAT_OUT, ORDERED)),
                 (produce, (inputs, work, buffers, GROUP, ORDERED)),
                 (add_in_turn, (work.turns, work.rows, dquery_desc, dquery, buffers.queries, 0, GROUP)),
                 (add_in_turn, (work.turns, work.rows, dquery_desc, dquery, buffers.queries, 1, GROUP)),
             ],
             [4, 1, 1, 1],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
-        )
+        )  # fmt: skip
     else:
         gl.warp_specialize(
             [
-                (
-                    consume_wide,
-                    (
-                        work,
-                        sums,
-                        buffers,
-                        weights,
-                        dscores,
-                        dquery,
-                        rows_of_key_ptr,
-                        scale,
-                        0,
-                        GROUP,
-                        FLOAT_OUT,
-                        ORDERED,
-                    ),
-                ),
-                (
-                    consume_wide,
-                    (
-                        work,
-                        sums,
-                        buffers,
-                        weights,
-                        dscores,
-                        dquery,
-                        rows_of_key_ptr,
-                        scale,
-                        1,
-                        GROUP,
-                        FLOAT_OUT,
-                        ORDERED,
-                    ),
-                ),
+                (consume_wide, (work, sums, buffers, weights, dscores, dquery, rows_of_key_ptr, scale,
+                                0, GROUP, FLOAT_OUT, ORDERED)),
+                (consume_wide, (work, sums, buffers, weights, dscores, dquery, rows_of_key_ptr, scale,
+                                1, GROUP, FLOAT_OUT, ORDERED)),
                 (produce, (inputs, work, buffers, GROUP, ORDERED)),
             ],
             [4, 1],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-        )
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -249,29 +189,12 @@ def consume_wide(
     meet("8")  # both warpgroups have read all of the keys and values
     if not ORDERED:
         add_earlier(sums.dquery_desc, dquery.index(PART), rows, steps, block, member, M, D, PART)
+    first_key, key_head = work.first_key, work.key_head
     store_columns(
-        sums,
-        sums.dvalue_desc,
-        sums.dvalue_ptr,
-        dvalue,
-        value.index(0),
-        work.first_key,
-        work.key_head,
-        PART,
-        FLOAT_OUT,
-        SUMS,
+        sums, sums.dvalue_desc, sums.dvalue_ptr, dvalue, value.index(0), first_key, key_head, PART, FLOAT_OUT, SUMS
     )
     store_columns(
-        sums,
-        sums.dkey_desc,
-        sums.dkey_ptr,
-        dkey * scale,
-        key.index(0),
-        work.first_key,
-        work.key_head,
-        PART,
-        FLOAT_OUT,
-        SUMS,
+        sums, sums.dkey_desc, sums.dkey_ptr, dkey * scale, key.index(0), first_key, key_head, PART, FLOAT_OUT, SUMS
     )
     store_wait(0)
 

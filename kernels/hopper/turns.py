@@ -25,7 +25,7 @@ from ringflash.kernels.hopper.compat import async_add, store_wait
 from ringflash.kernels.hopper.dquery import corner, lay_down, parts_in_step
 
 PARTS = gl.constexpr(2)
-"""Parts of dQ that a program computes in a step, one in each consumer warpgroup."""
+"""Parts of a block of dQ, one for each consumer warpgroup, that are added in turns of their own."""
 
 CACHED_BYTES = 40 * 2**20
 """Of the 50 MB of second-level cache, what the query rows may take that programs visit at the same time."""

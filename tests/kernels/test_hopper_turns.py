@@ -1,6 +1,7 @@
 """The order in which Hopper programs add to the query's gradient: no turn is missing, none is taken twice.
 
-What a program does is written down once more here, in `visits` and `run`, as kernels/hopper/backward_kernel.py has it.
+What a program does is written down once more here, in `visits` and `run`, as backward_work.py and turns.py of
+kernels/hopper have it.
 """
 
 from __future__ import annotations
