@@ -303,8 +303,9 @@ def attend_tile(
         release(queries.empty.index(PART))
     out_token = warpgroup_mma(weights, values.blocks.index(stage), out, is_async=True)
     total = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, SCORES), assert_trivial=True)
-    total_or_one = gl.where(total > 0.0, total, 1.0)
-    lse = gl.where(total > 0.0, (maximum + gl.log2(total_or_one)) * LN_2, float("-inf"))
+    keyless = total == 0.0  # not so a row of nan, whose lse is to be nan: -inf would say that it has seen no key
+    total_or_one = gl.where(keyless, 1.0, total)
+    lse = gl.where(keyless, float("-inf"), (maximum + gl.log2(total_or_one)) * LN_2)
     gl.store(result.lse_ptr + head * problem.query_rows + rows, lse, mask=inside)
     out = warpgroup_mma_wait(0, deps=[out_token])
     release(values.empty.index(stage))
@@ -340,7 +341,7 @@ def initial_state(
         rows = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
         pointers = result.carry_lse_ptr + head * problem.query_rows + rows
         lse = gl.load(pointers, mask=rows < problem.query_rows, other=float("-inf"))
-        maximum = gl.maximum(lse * LOG2_E, LOWEST)
+        maximum = gl.where(lse == float("-inf"), LOWEST, lse * LOG2_E)  # nan stays, a maximum would drop it
         carried = gl.where(lse == float("-inf"), 0.0, 1.0)
         total, carried = gl.broadcast(total, gl.convert_layout(carried, gl.SliceLayout(1, total.type.layout))[:, None])
         first = gl.arange(0, 4, gl.SliceLayout(0, total.type.layout))[None, :] == 0
