@@ -34,6 +34,7 @@ from oracle import (
 from ringflash.errors import ArgumentError
 from ringflash.kernels import blockwise, reference, tiling
 from ringflash.kernels.intervals import KeyIntervals, causal_intervals, dense_intervals
+from ringflash.kernels.plans import Plans
 from ringflash.kernels.select import NAMES, select
 from ringflash.kernels.tile_math import MatrixProducts
 
@@ -264,6 +265,44 @@ def test_a_later_launch_does_not_round_the_largest_weight_of_a_row(name: str) ->
     weights = (query[..., None, 0].double() * key[:, :, 0].T.double() * 0.125).softmax(-1)
     error = carry[0] - torch.einsum("qhk,khd->qhd", weights, value.double())
     assert error.abs().max() < 2**-12 * value.abs().max()
+
+
+@pytest.mark.gpu
+def test_nan_reaches_out_and_lse_through_later_launches_on_hopper() -> None:
+    """An lse of -inf would tell the next launch that the row has seen no key so far."""
+    kernels = kernels_for("hopper", torch.bfloat16, (64, 64))
+    query, key, value = torch.randn(3, 300, 2, 64, device="cuda", dtype=torch.bfloat16)
+    key[100] = torch.nan
+    carry = None
+    for keys in (slice(0, 150), slice(150, 300)):
+        stop = (torch.arange(1, 301, dtype=torch.int32, device="cuda") - keys.start).clamp(0, 150)
+        intervals = KeyIntervals(torch.zeros_like(stop), stop, key_count=150)
+        carry = kernels.attend(
+            query, key[keys], value[keys], intervals, scale=0.125, carry=carry, out_dtype=torch.float32
+        )
+        out, lse = carry
+        assert out[:100].isfinite().all()
+        assert lse[:, :100].isfinite().all()
+        assert out[100:].isnan().all()
+        assert lse[:, 100:].isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("section", [1, 2])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_hopper_kernels_are_accurate_with_heads_in_sections(
+    dim: int, section: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the keys of all heads are too many for the second-level cache; the last section's tiles are in order."""
+    kernels = kernels_for("hopper", torch.bfloat16, (dim, dim))
+    from ringflash.kernels.hopper import backward, forward  # needs triton
+
+    for module, heads in ((forward, section * 2), (backward, section)):
+        monkeypatch.setattr(module, "head_section", lambda *sizes, heads=heads: heads)
+        monkeypatch.setattr(module, "plans", Plans())
+    for intervals in (causal_intervals(1001, 1300, "cuda"), to_device(monotone_intervals(900, 1100, 3, False), "cuda")):
+        problem = draw_problem(intervals, (8, 4), (dim, dim), torch.bfloat16)
+        assert_accurate(run(kernels, problem), problem)
 
 
 @pytest.mark.gpu
