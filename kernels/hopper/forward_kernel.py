@@ -290,9 +290,8 @@ def attend_tile(
         release(keys.empty.index(stage))
         scores = hide(scores, own, row_start, row_stop, span.begin + block * N, N, SCORES)
         slack = 8.0
-        if (
-            HAS_CARRY
-        ):  # no row's first block is behind where the last row begins; without a carry, any score outgrows none
+        if HAS_CARRY:
+            # A row's first block begins no later than the last row's keys. Without a carry any score outgrows LOWEST.
             slack = gl.where(span.begin + block * N > own.full_begin, 8.0, 0.0)
         weights, rescale, maximum, total = softmax_step(scores, maximum, total, scale_log2, slack)
         weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
