@@ -128,7 +128,8 @@ def find_work(
     if ORDERED:
         section = gl.load(section)
     key_tile, key_head = key_tile_and_head(key_rows, key_heads, section, tile_order_ptr, N, ORDERED)
-    turns = Turns(turn_now_ptr, turn_of_tile_ptr, buffers.loaded, buffers.loaded)  # stands for none
+    # What stands for none must not be None, which triton 3.6 cannot return.
+    turns = Turns(rows_of_tile_ptr, key_tile, buffers.loaded, buffers.loaded)
     if ORDERED:
         turns = allocate_turns(turn_now_ptr, gl.load(turn_of_tile_ptr + key_tile))
     ALIGNED: gl.constexpr = M if ORDERED else 4
