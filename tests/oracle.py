@@ -276,6 +276,27 @@ def largest_error(x: Tensor, right: Tensor) -> float:
     return difference.nan_to_num(nan=torch.inf).max().item()
 
 
+def assert_nan_stays(kernels: ModuleType, dtype: torch.dtype, device: str) -> None:
+    """Rows that see a key of nan are nan, out and lse, through two launches, and only they.
+
+    Rows 39 to 59 see no other key of the first launch: an lse of -inf would tell the second that they have seen none.
+    """
+    query, key, value = torch.randn(3, 60, 2, 64, device=device).to(dtype)
+    key[[20, 39]] = torch.nan
+    row, carry = torch.arange(60, dtype=torch.int32, device=device), None
+    start = torch.where(row < 39, 0, 39)
+    for first, last in ((0, 40), (40, 60)):
+        intervals = KeyIntervals((start - first).clamp(min=0), (row + 1 - first).clamp(0, last - first), last - first)
+        operands = query, key[first:last], value[first:last]
+        carry = kernels.attend(*operands, intervals, scale=0.125, carry=carry, out_dtype=torch.float32)
+        out, lse = carry
+        assert out[:20].isfinite().all()
+        assert lse[:, :20].isfinite().all()
+        seen = slice(20, 60)
+        assert out[seen].isnan().all()
+        assert lse[:, seen].isnan().all()
+
+
 def assert_same(a: Results, b: Results) -> None:
     """Equal bit for bit."""
     for field in fields(Results):

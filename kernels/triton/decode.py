@@ -171,7 +171,7 @@ def attend_cache_kernel(
         acc_MV = tl.dot(weights_MN.to(v_NV.dtype), v_NV, acc_MV * decay_M[:, None], input_precision="ieee")
         maximum_M = new_maximum_M
 
-    divisor_M = tl.where(sum_M > 0.0, sum_M, 1.0)
+    divisor_M = tl.where(sum_M == 0.0, 1.0, sum_M)
     heads = key_heads * GROUP
     result = tl.cast(part, tl.int64) * split_size + sequence * query_count
     lse_M = result * heads + head_M * query_count + query_M

@@ -151,8 +151,7 @@ def attend_kernel(
             N, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
         )  # fmt: skip
 
-    some_M = sum_M > 0.0
-    divisor_M = tl.where(some_M, sum_M, 1.0)
+    divisor_M = tl.where(sum_M == 0.0, 1.0, sum_M)  # nan stays: the lse of a row without keys would hide it
     tl.store(out + out_MV, (acc_MV / divisor_M[:, None]).to(out.dtype.element_ty), mask=inside_MV)
     tl.store(lse + lse_M, (maximum_M + tl.log2(divisor_M)) * LN_2, mask=exists_M)
 

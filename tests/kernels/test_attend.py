@@ -19,6 +19,7 @@ from oracle import (
     any_intervals,
     any_modifiers,
     assert_accurate,
+    assert_nan_stays,
     assert_same,
     between,
     draw_modifiers,
@@ -118,6 +119,10 @@ def test_no_rows_and_no_keys_give_zeros(kernels: ModuleType, queries: int, keys:
     if not keys:
         assert results.lse.isneginf().all()
         assert not results.out.any()
+
+
+def test_nan_reaches_out_and_lse_through_later_launches() -> None:
+    assert_nan_stays(reference, torch.float32, "cpu")
 
 
 def test_rows_without_keys_keep_the_carry() -> None:
@@ -275,23 +280,9 @@ def test_a_later_launch_does_not_round_the_largest_weight_of_a_row(name: str, be
 
 
 @pytest.mark.gpu
-def test_nan_reaches_out_and_lse_through_later_launches_on_hopper() -> None:
-    """An lse of -inf would tell the next launch that the row has seen no key so far."""
-    kernels = kernels_for("hopper", torch.bfloat16, (64, 64))
-    query, key, value = torch.randn(3, 300, 2, 64, device="cuda", dtype=torch.bfloat16)
-    key[100] = torch.nan
-    carry = None
-    for keys in (slice(0, 150), slice(150, 300)):
-        stop = (torch.arange(1, 301, dtype=torch.int32, device="cuda") - keys.start).clamp(0, 150)
-        intervals = KeyIntervals(torch.zeros_like(stop), stop, key_count=150)
-        carry = kernels.attend(
-            query, key[keys], value[keys], intervals, scale=0.125, carry=carry, out_dtype=torch.float32
-        )
-        out, lse = carry
-        assert out[:100].isfinite().all()
-        assert lse[:, :100].isfinite().all()
-        assert out[100:].isnan().all()
-        assert lse[:, 100:].isnan().all()
+@on_gpu_kernels
+def test_nan_reaches_out_and_lse_through_later_launches_on_gpus(name: str) -> None:
+    assert_nan_stays(kernels_for(name, torch.bfloat16, (64, 64)), torch.bfloat16, "cuda")
 
 
 @pytest.mark.gpu

@@ -22,6 +22,7 @@ from oracle import (
     any_intervals,
     any_modifiers,
     assert_accurate,
+    assert_nan_stays,
     assert_same,
     draw_modifiers,
     draw_problem,
@@ -93,6 +94,10 @@ else:
         problem = replace(problem, dlse=problem.dlse * problem.visible().any(1))
         cuts = data.draw(st.lists(st.integers(0, problem.intervals.key_count), max_size=1))
         assert_accurate(run(kernels, problem, cuts), problem)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+    def test_nan_reaches_out_and_lse_through_later_launches(tiles: Tiles, dtype: torch.dtype) -> None:
+        assert_nan_stays(kernels, dtype, "cpu")
 
     @pytest.mark.parametrize("shown", [slice(40, 53), slice(0, 1), slice(0, 0)], ids=["last", "first", "none"])
     def test_blocks_whose_keys_are_all_padding(tiles: Tiles, shown: slice) -> None:
