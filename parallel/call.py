@@ -33,6 +33,9 @@ from ringflash.parallel.transport import PointToPoint
 LONGEST_SHOWN = 200
 """Characters of a mask that ranks show each other; a layout of blocks may have a million."""
 
+SHOWN = {"seqlen": "seqlen (to be passed where lengths do not divide evenly)"}
+"""Names of a call's arguments as a disagreement shows them, where the name does not say what to do."""
+
 
 class Call(NamedTuple):
     """The arguments of the operators that are not tensors.
@@ -171,8 +174,8 @@ def _signature(
         values["mask"] = f"{call.mask[:LONGEST_SHOWN]}... (SHA-256 {digest}...)"
     values["cu_seqlens"] = hashlib.sha256(repr(boundaries).encode()).hexdigest()[:16]
     values["alibi_slopes given"], values["key_padding_mask given"] = given
-    values["surplus_tokens"] = surplus_tokens
-    return signature(values)
+    values["query and key tokens beyond the rank's share of seqlen"] = surplus_tokens
+    return signature({SHOWN.get(name, name): value for name, value in values.items()})
 
 
 def _check_rows(call: Call, queries: int, keys: int, rank: int) -> None:

@@ -55,7 +55,8 @@ def ring_flash_attn_func(
         deterministic: see dropout_p.
         return_attn_probs: see dropout_p. S_dmask needs all keys, so with dropout it is given on one rank only.
         group: a ProcessGroup, a one-dimensional DeviceMesh, or None for the default group; one device without any.
-        partition: how tokens are dealt, as `ringflash.shard` was told.
+        partition: how tokens are dealt, as `ringflash.shard` was told; "contiguous" for tokens cut into one piece for
+            each rank, in order. Nothing shows a wrong one.
         seqlen_q: queries of a sequence on all ranks together; needed where not every rank holds the same number.
         seqlen_k: likewise for keys.
 

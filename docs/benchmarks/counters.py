@@ -8,6 +8,7 @@ moment, and the share of cycles in which the tensor cores were busy.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import json
@@ -75,18 +76,23 @@ def measure(direction: str, dims: str) -> list[dict]:
 
 
 def main() -> None:
-    direction, dims, *rest = sys.argv[1:]
-    if rest == ["--launch"]:
-        launch_all(direction, [int(dim) for dim in dims.split(",")])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("direction", choices=KERNELS)
+    parser.add_argument("dims", help="head dimensions, with commas between")
+    parser.add_argument("path", nargs="?", help="JSON file for the rows")
+    parser.add_argument("--launch", action="store_true", help=argparse.SUPPRESS)  # what runs under ncu
+    arguments = parser.parse_args()
+    if arguments.launch:
+        launch_all(arguments.direction, [int(dim) for dim in arguments.dims.split(",")])
         return
-    rows = measure(direction, dims)
+    rows = measure(arguments.direction, arguments.dims)
     for row in rows:
-        label = f"D{row['dim']} {direction} {row['case']}, {row['variant']}"
+        label = f"D{row['dim']} {arguments.direction} {row['case']}, {row['variant']}"
         print(
             f"{label:56s} {row['cycles'] / 1e6:7.3f} M cycles {row['ms']:7.3f} ms, tensor {row['tensor_percent']:.0f}%"
         )
-    if rest:
-        with open(rest[0], "w") as file:
+    if arguments.path:
+        with open(arguments.path, "w") as file:
             json.dump(rows, file, indent=0)
 
 

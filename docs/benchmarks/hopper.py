@@ -166,14 +166,10 @@ def pairs(intervals: KeyIntervals) -> int:
 
 def forward_variants(dim: int) -> dict[str, forward.ForwardTiles]:
     """Launch shapes to compare with the one in use."""
-    base = forward.FORWARD_TILES[dim]
-    two = {"consumers": 2, "registers": (240, 24)}
-    changes = {
-        64: {"2 consumers": two},
-        128: {},
-        256: {},
-    }[dim]
-    return {"in use": base} | {name: dataclasses.replace(base, **change) for name, change in changes.items()}
+    tiles = {"in use": forward.FORWARD_TILES[dim]}
+    if dim == 64:
+        tiles["2 consumers"] = dataclasses.replace(tiles["in use"], consumers=2, registers=(240, 24))
+    return tiles
 
 
 def backward_variants(dim: int) -> dict[str, dict]:
