@@ -2,18 +2,20 @@
 
 PYTHON ?= python3
 ARGS ?=
+TRITON ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test lint doctor clean
+.PHONY: help install train test test-triton lint doctor clean
 
 help:
 	@echo 'make train    train a small model on every GPU of this machine, or on two CPU processes'
 	@echo '              make train ARGS="data.path=corpus/ optimizer.lr=1e-3" passes Hydra overrides'
 	@echo 'make test     run the tests; make test ARGS="-k mask" runs some of them'
+	@echo 'make test-triton TRITON=3.6.0  compile the Hopper kernels with another version of triton'
 	@echo 'make lint     check formatting and style'
 	@echo 'make doctor   show what this machine has and what to change'
 	@echo 'make install  make .venv and install, nothing else; PYTHON=python3.12 chooses the interpreter'
@@ -29,6 +31,12 @@ train: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)
+
+# GPU machines have other versions than constraints.txt names, and what one compiles another may refuse.
+test-triton: $(INSTALLED)
+	[ -n "$(TRITON)" ] || { echo 'which version? make test-triton TRITON=3.6.0' >&2; exit 1; }
+	[ -d .triton-$(TRITON) ] || $(BIN)/python -m pip install --no-deps --target .triton-$(TRITON) triton==$(TRITON)
+	PYTHONPATH=.triton-$(TRITON) TRITON_CACHE_DIR=.triton-$(TRITON)/cache $(BIN)/python -m pytest tests/kernels/test_hopper_ahead_of_time.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
@@ -50,5 +58,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .triton-* build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
