@@ -38,6 +38,8 @@ def main(composed: DictConfig) -> None:
         device = join(config, rank, world_size)
         agree(config)
         train(config, device)
+        if dist.is_initialized():
+            dist.barrier()  # a process that goes while another still talks to it is at times aborted at its exit
     except RunStoppedError as stopped:
         ignore_signals()
         print(f"rank {rank}: {stopped}; exit status {STOPPED}", file=sys.stderr, flush=True)
