@@ -1,8 +1,10 @@
 """Suite `kernels`: attention on one GPU, forward and backward, beside the peers that are installed.
 
 Random bf16 inputs. TFLOP/s count visible pairs of query and key; the ratio is to the fastest of cuDNN, FlashAttention-3
-and FlashAttention-4 in the same run. Backward is timed alone, with the forward done before. Options:
-`cases=documents` runs the cases with that word in their names, `tokens=2048,8192` the dense ones of those lengths.
+and FlashAttention-4 in the same run. Backward is timed alone, with the forward done before. A card under load slows
+down within tenths of a second, so implementations take turns of TURN milliseconds, `repeats` rounds of them, each round
+begun by another; a figure is the median of its turns. Options: `cases=documents` runs the cases with that word in their
+names, `tokens=2048,8192` the dense ones of those lengths.
 """
 
 from __future__ import annotations
@@ -10,13 +12,13 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from triton.testing import do_bench
 
 from ringflash import Mask
 from ringflash.errors import ArgumentError
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
 HEADS = {128: 16, 64: 32, 256: 8}
 TOTAL = 32768
+TURN = 30
+"""Milliseconds, or one call where that takes longer."""
 LENGTHS = (2048, 8192, 16384, 32768)
 
 
@@ -104,7 +108,7 @@ def measure(options: Options) -> list[Row]:
     for case in cases(lengths):
         if options.cases not in case.name:
             continue
-        for name, (milliseconds, direction) in _times(case, options.repeats):
+        for name, direction, milliseconds in _times(case, options.repeats):
             operations = 4 * case.pairs * case.heads * case.head_dim * (1.0 if direction == "fwd" else 2.5)
             rows.append(Row(name, case.name, case.length, direction, milliseconds, operations / milliseconds / 1e9))
             row = rows[-1]
@@ -117,27 +121,65 @@ def measure(options: Options) -> list[Row]:
     return rows
 
 
-def _times(case: Case, repeats: int) -> Iterator[tuple[str, tuple[float, str]]]:
-    """Name, median milliseconds and direction of every implementation."""
+def _times(case: Case, repeats: int) -> Iterator[tuple[str, str, float]]:
+    """Name, direction and median milliseconds of every implementation."""
     torch.manual_seed(0)
     shapes = [(case.batch, case.length, n, case.head_dim) for n in (case.heads, case.key_heads, case.key_heads)]
     leaves = [torch.randn(x, device="cuda", dtype=torch.bfloat16, requires_grad=True) for x in shapes]
     dout = torch.randn(shapes[0], device="cuda", dtype=torch.bfloat16)
-    time = functools.partial(do_bench, warmup=25, rep=repeats * 5, return_mode="median")
+    runs: dict[str, dict[str, Timer]] = {"fwd": {}, "bwd": {}}
     for name, attend in _implementations(case).items():
         try:
             out = attend(*leaves)
-            if not case.deterministic:
-                yield name, (time(lambda attend=attend: attend(*leaves)), "fwd")
             backward = functools.partial(torch.autograd.grad, out, leaves, dout.view_as(out), retain_graph=True)
-            yield name, (time(backward), "bwd")
-            del out, backward
+            backward()
         except (RuntimeError, NotImplementedError, AssertionError) as error:
             if name.startswith("ringflash"):
                 raise
             print(f"{name} is left out of {case.name}: {str(error).splitlines()[0]}", flush=True)
-    for direction, milliseconds in peers.flash_attention_3_jax(case).items():
-        yield "FlashAttention-3", (milliseconds, direction)
+            continue
+        runs["fwd"][name] = timed_by_events(functools.partial(attend, *leaves))
+        runs["bwd"][name] = timed_by_events(backward)
+    for direction, timer in peers.flash_attention_3_jax(case).items():
+        runs[direction]["FlashAttention-3"] = timer
+    if case.deterministic:
+        del runs["fwd"]
+    for direction, timers in runs.items():
+        for name, milliseconds in in_turn(timers, repeats).items():
+            yield name, direction, milliseconds
+
+
+Timer = Callable[[int], float]
+"""Milliseconds of a call, as the mean of so many."""
+
+
+def timed_by_events(run: Callable[[], object]) -> Timer:
+    """Calls follow each other; what they cost the host stays out as long as it is less."""
+
+    def milliseconds(calls: int) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(calls):
+            run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / calls
+
+    return milliseconds
+
+
+def in_turn(timers: dict[str, Timer], rounds: int) -> dict[str, float]:
+    """Median milliseconds of each; see the head of this file."""
+    calls = {}
+    for name, timer in timers.items():
+        timer(1)
+        calls[name] = max(1, round(TURN / timer(2)))
+    names, found = list(timers), {name: [] for name in timers}
+    for turn in range(rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            found[name].append(timers[name](calls[name]))
+    return {name: statistics.median(times) for name, times in found.items()}
 
 
 def _implementations(case: Case) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
@@ -189,8 +231,7 @@ def _carry_rows(repeats: int) -> list[Row]:
         "ringflash hopper": functools.partial(attend, carry=carry, out_dtype=torch.bfloat16),
         "no carry": attend,
     }
-    for name, run in runs.items():
-        milliseconds = do_bench(run, warmup=25, rep=repeats * 5, return_mode="median")
+    for name, milliseconds in in_turn({name: timed_by_events(run) for name, run in runs.items()}, repeats).items():
         rows.append(Row(name, CARRY, tokens, "fwd", milliseconds, operations / milliseconds / 1e9))
     return rows
 
