@@ -41,7 +41,8 @@ class Call(NamedTuple):
     """The arguments of the operators that are not tensors.
 
     Attributes:
-        mask: `Mask.spec()`, without document boundaries.
+        mask: `Mask.spec()` without document boundaries.
+        documents: `Mask.spec()` of document boundaries alone; of none if `Inputs` has them, or there are none.
         partition: name or `Partition.spec()`.
         group: name of the process group; empty for one device.
         batch: B.
@@ -56,6 +57,7 @@ class Call(NamedTuple):
     """
 
     mask: str
+    documents: str
     partition: str
     group: str
     batch: int
@@ -76,7 +78,7 @@ class Inputs(NamedTuple):
         key: (Tk, Hk, D).
         value: (Tk, Hk, Dv).
         boundaries: (documents + 1,) int64 global document boundaries over B * Sk keys, or None. On the CPU; on one
-            device also where the query is.
+            device also where the query is. None where the call has them as text.
         query_boundaries: the same for the B * S queries, where they differ; document i of the queries sees document i
             of the keys.
         slopes: (T, H) fp32 ALiBi slopes of this rank's rows, or None.
@@ -137,7 +139,7 @@ def prepare(call: Call, inputs: Inputs, table: Tensor) -> tuple[Program, PointTo
     if inputs.on_device(call):
         rows = call.batch * call.seqlen, call.batch * call.key_seqlen
         return table_program(Mask.from_spec(call.mask), table, *rows, inputs.positioned(call)), None
-    documents = _as_tuple(inputs.boundaries), _as_tuple(inputs.query_boundaries)
+    documents = _documents(call, inputs)
     if not call.group:
         program = _cached_program(call, documents, None, device)
         _check_rows(call, query.shape[0] - program.queries, key.shape[0] - program.keys, 0)
@@ -168,7 +170,7 @@ def _signature(
     """What must be the same on all ranks."""
     # In the order in which a disagreement is reported: what others follow from comes first.
     values = {"dtype": str(dtype), "heads": heads, "head_dim": head_dims} | call._asdict()
-    del values["group"]
+    del values["group"], values["documents"]  # the same for all ranks, and in `boundaries`
     if len(call.mask) > LONGEST_SHOWN:
         digest = hashlib.sha256(call.mask.encode()).hexdigest()[:16]
         values["mask"] = f"{call.mask[:LONGEST_SHOWN]}... (SHA-256 {digest}...)"
@@ -250,8 +252,12 @@ def _device_table(call: Call, inputs: Inputs) -> Tensor:
     return document_table(mask, *bounds, *rows, inputs.positioned(call))
 
 
-def _as_tuple(boundaries: Tensor | None) -> tuple[int, ...] | None:
-    return None if boundaries is None else tuple(boundaries.tolist())
+def _documents(call: Call, inputs: Inputs) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+    """Boundaries of keys and of queries, however they came."""
+    if inputs.boundaries is None:
+        documents = Mask.from_spec(call.documents)
+        return documents.boundaries, documents.query_boundaries
+    return tuple(None if x is None else tuple(x.tolist()) for x in (inputs.boundaries, inputs.query_boundaries))
 
 
 @lru_cache(maxsize=64)

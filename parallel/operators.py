@@ -1,12 +1,12 @@
 """Attention over all ranks of a group as PyTorch operators, `ringflash::attention` and its backward.
 
 They are opaque to torch.compile, known to autograd, and can be named in a selective-checkpoint policy. Operators take
-no Python objects, so mask and partition come as text, the group by its name, and document boundaries as a tensor
-(their values must not become compile-time constants). Tensors and numbers mean what `call.Inputs` and `call.Call`
-say of the arguments of the same name.
+no Python objects, so mask and partition come as text and the group by its name. Document boundaries come as a tensor,
+whose values do not become compile-time constants, or, where they are constants anyway, as text. Tensors and numbers
+mean what `call.Inputs` and `call.Call` say of the arguments of the same name.
 
 They are registered with the dispatcher by hand: `torch.library.custom_op` walks over the schema of each call that
-needs gradients, 0.1 ms for 19 arguments.
+needs gradients, 0.1 ms for about 20 arguments.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ def attention(
     seed: Tensor | None,
     key_visible: Tensor | None,
     mask: str,
+    documents: str,
     partition: str,
     group: str,
     batch: int,
@@ -45,7 +46,7 @@ def attention(
     """Attention of this rank's queries to the keys of all ranks; see `executor.forward`."""
     inputs = Inputs(query, key, value, boundaries, query_boundaries, slopes, seed, key_visible)
     call = Call(
-        mask, partition, group, batch, seqlen, key_seqlen, scale, softcap, dropout, kernel, deterministic
+        mask, documents, partition, group, batch, seqlen, key_seqlen, scale, softcap, dropout, kernel, deterministic
     )  # fmt: skip
     return forward(inputs, call)
 
@@ -65,6 +66,7 @@ def attention_backward(
     seed: Tensor | None,
     key_visible: Tensor | None,
     mask: str,
+    documents: str,
     partition: str,
     group: str,
     batch: int,
@@ -79,7 +81,7 @@ def attention_backward(
     """Gradients of `attention` by query, key and value; see `executor.backward`."""
     inputs = Inputs(query, key, value, boundaries, query_boundaries, slopes, seed, key_visible)
     call = Call(
-        mask, partition, group, batch, seqlen, key_seqlen, scale, softcap, dropout, kernel, deterministic
+        mask, documents, partition, group, batch, seqlen, key_seqlen, scale, softcap, dropout, kernel, deterministic
     )  # fmt: skip
     return backward(dout, dlse, out, lse, table, inputs, call)
 

@@ -9,6 +9,7 @@ are those of the keys.
 from __future__ import annotations
 
 import itertools
+import operator
 from bisect import bisect_right
 from collections.abc import Sequence
 
@@ -47,7 +48,9 @@ def refine(
     """Boundaries of keys and of queries that separate what either of two such pairs separates; (None, None) nothing."""
     if a[0] is None or b[0] is None:
         return b if a[0] is None else a
-    pairs_a, pairs_b = (tuple(zip(keys, queries or keys, strict=True)) for keys, queries in (a, b))
+    # `index` pins numbers that torch.compile would take for unknown: it does not sort those.
+    pinned = ([tuple(map(operator.index, bounds or of[0])) for bounds in of] for of in (a, b))
+    pairs_a, pairs_b = (tuple(zip(*of, strict=True)) for of in pinned)
     if pairs_a[-1] != pairs_b[-1]:
         raise ArgumentError(f"cannot intersect documents that end at {pairs_a[-1][0]} and at {pairs_b[-1][0]} tokens")
     pairs = next((x for x, y in ((pairs_a, pairs_b), (pairs_b, pairs_a)) if set(y) <= set(x)), None)

@@ -7,6 +7,7 @@ heads, Hk key heads, D head dimension, Dv the value's.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from ringflash.parallel.operators import NO_FORWARD_MODE, call_attention
 from ringflash.parallel.partition import Partition, check_name, resolve
 
 Boundaries = Sequence[int] | Tensor | None
+Numbers = tuple[int, ...]
 
 
 def attention(
@@ -54,7 +56,8 @@ def attention(
         mask: which keys a query may see, over global positions; causal if None. Where queries and keys differ in
             length, the last query stands at the last key.
         cu_seqlens: global document boundaries over the B * Sk keys laid end to end, (documents + 1,); on the host if
-            there is more than one rank.
+            there is more than one rank. To torch.compile a list is a constant, as the mask is: code is compiled anew
+            for another one. Pass boundaries that change as a tensor.
         query_cu_seqlens: those of the B * S queries, where they differ.
         seqlen: S; needed only where not every rank holds the same number of queries.
         key_seqlen: Sk; likewise for keys.
@@ -89,10 +92,12 @@ def attention(
         ranks, name = (1, "") if found is None else (found.size(), found.group_name)
         numbers = seqlen, key_seqlen, ranks, name, partition, scale, softcap, dropout, kernel, deterministic
         settings_of = _settings if torch.compiler.is_compiling() else _settings_once
-        mask, *settings = settings_of(query, key, value, mask, *numbers)
-        boundaries, query_boundaries = None, None
-        if cu_seqlens is not None or query_cu_seqlens is not None or mask.boundaries is not None:
-            boundaries, query_boundaries = _boundaries(mask, cu_seqlens, query_cu_seqlens, ranks)
+        mask, rules, *settings = settings_of(query, key, value, mask, *numbers)
+        known, boundaries, query_boundaries = None, None, None
+        if cu_seqlens is not None or query_cu_seqlens is not None:
+            known, boundaries, query_boundaries = _boundaries(mask, cu_seqlens, query_cu_seqlens, ranks)
+        documents_of = _documents if torch.compiler.is_compiling() else _documents_once
+        documents, text = documents_of(mask, known)
         arguments = (
             query.flatten(0, 1),
             key.flatten(0, 1),
@@ -102,10 +107,12 @@ def attention(
             None
             if alibi_slopes is None
             else _slopes_of_rows(
-                alibi_slopes, query, mask, boundaries, query_boundaries, settings[4], group, partition
+                alibi_slopes, query, mask, documents, boundaries, query_boundaries, settings[3], group, partition
             ),
             _seed(dropout, dropout_seed, query),
             _visible_keys(key_padding_mask, key),
+            rules,
+            text,
             *settings,
         )
         if sinks is not None:
@@ -150,7 +157,7 @@ def _settings(
     kernel: str,
     deterministic: bool,
 ) -> tuple:
-    """The mask, and the operator's settings (see `ringflash.parallel.call.Call`), from checked arguments."""
+    """The mask, and the operator's settings but the documents (see `ringflash.parallel.call.Call`), checked."""
     check_tensors(query, key, value)
     _check_numbers(softcap, dropout, scale)
     check_name(partition)
@@ -160,7 +167,7 @@ def _settings(
     key_seqlen = (seqlen if key_tokens == tokens else key_tokens * ranks) if key_seqlen is None else key_seqlen
     return (
         mask,
-        mask.spec(),
+        mask.spec(documents=False),
         partition if isinstance(partition, str) else partition.spec(),
         name if ranks > 1 else "",
         batch,
@@ -234,25 +241,39 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _boundaries(
     mask: Mask, cu_seqlens: Boundaries, query_cu_seqlens: Boundaries, ranks: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """Document boundaries of keys and of queries as tensors, those of the mask included."""
+) -> tuple[tuple[Numbers, Numbers | None] | None, Tensor | None, Tensor | None]:
+    """Document boundaries of keys and of queries: as numbers or, one by one, as tensors, which may hold others later.
+
+    As numbers if they are lists, which as tensors would be constants on the CPU in a compiled graph: CUDA graphs
+    refuse those. And if the mask, which holds numbers, has boundaries of its own to intersect them with.
+    """
     if query_cu_seqlens is not None and cu_seqlens is None:
         raise ArgumentError("query_cu_seqlens is given without cu_seqlens, the boundaries of the keys")
     given = [cu_seqlens, query_cu_seqlens]
     for name, x in zip(("cu_seqlens", "query_cu_seqlens"), given, strict=True):
         if isinstance(x, Tensor) and x.device.type != "cpu" and (ranks > 1 or mask.boundaries is not None):
             raise ArgumentError(f"{name} is on {x.device}; plans for {ranks} ranks are made on the CPU, pass it there")
-    if mask.boundaries is not None:
-        lists = [None if x is None else [int(i) for i in x] for x in given]
-        whole = mask if lists[0] is None else mask & Mask.documents(*lists)
-        given = [whole.boundaries, whole.query_boundaries]
-    return tuple(None if x is None else torch.as_tensor(x) for x in given)
+    if mask.boundaries is not None or not any(isinstance(x, Tensor) for x in given):
+        return tuple(None if x is None else tuple([int(i) for i in x]) for x in given), None, None
+    return None, *(None if x is None else torch.as_tensor(x) for x in given)
+
+
+def _documents(mask: Mask, known: tuple[Numbers, Numbers | None] | None) -> tuple[Mask, str]:
+    """Documents of the mask and of known boundaries, in a mask of nothing else, and its text."""
+    documents = Mask(boundaries=mask.boundaries, query_boundaries=mask.query_boundaries)
+    if known is not None:
+        documents = documents & Mask.documents(*known)
+    return documents, documents.spec()
+
+
+_documents_once = lru_cache(maxsize=256)(_documents)
 
 
 def _slopes_of_rows(
     slopes: Tensor,
     query: Tensor,
     mask: Mask,
+    documents: Mask,
     boundaries: Tensor | None,
     query_boundaries: Tensor | None,
     seqlen: int,
@@ -262,8 +283,10 @@ def _slopes_of_rows(
     """The ALiBi slopes of each of this rank's rows, (B * s, H) fp32."""
     batch, tokens, heads, _ = query.shape
     own = boundaries if query_boundaries is None else query_boundaries
-    documents = batch if own is None else own.shape[0] - 1
-    allowed = {(heads,), (batch, heads), (documents, heads)}
+    if own is None:
+        own = documents.query_boundaries or documents.boundaries
+    count = batch if own is None else len(own) - 1
+    allowed = {(heads,), (batch, heads), (count, heads)}
     if tuple(slopes.shape) not in allowed or slopes.dtype != torch.float32 or slopes.device != query.device:
         raise ArgumentError(
             f"alibi_slopes is {slopes.dtype} {tuple(slopes.shape)} on {slopes.device}; allowed is float32 of "
@@ -273,12 +296,14 @@ def _slopes_of_rows(
         return slopes.expand(batch * tokens, heads)
     if own is None:
         return slopes.repeat_interleave(tokens, dim=0)
+    own = torch.as_tensor(own)
     rows = torch.arange(tokens, device=own.device)
     if group_size(group) > 1:
-        whole = mask & Mask.documents(boundaries.tolist(), own.tolist())
-        rows = resolve(partition, seqlen, group_size(group), whole, batch).positions(group_rank(group))
+        if boundaries is not None:
+            documents = Mask.documents(boundaries.tolist(), own.tolist())
+        rows = resolve(partition, seqlen, group_size(group), mask & documents, batch).positions(group_rank(group))
     rows = (rows + torch.arange(batch, device=own.device)[:, None] * seqlen).flatten()
-    if slopes.shape[0] == documents:
+    if slopes.shape[0] == count:
         return slopes[(torch.searchsorted(own.long(), rows, right=True) - 1).to(slopes.device)]
     return slopes[(rows // seqlen).to(slopes.device)]
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import enum
 import json
+import operator
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -191,19 +192,22 @@ class Mask:
 
     # Text form
 
-    def spec(self) -> str:
-        """The rules as text, without the document boundaries; `from_spec` reads it."""
+    def spec(self, documents: bool = True) -> str:
+        """The mask as text, with or without the document boundaries; `from_spec` reads it."""
         rules = {
             "left": self.left,
             "right": self.right,
-            "prefix": list(self.prefix) if isinstance(self.prefix, tuple) else self.prefix,
-            "chunks": list(self.chunks) or None,
+            "prefix": self.prefix,
+            "chunks": self.chunks or None,
             "sink": self.sink or None,
             "sink_left": self.sink_left,
-            "layout": None if self.layout is None else self.layout.text,
+            "boundaries": self.boundaries if documents else None,
+            "query_boundaries": self.query_boundaries if documents else None,
         }
         # JSON written by hand, because torch.compile traces this and cannot trace the json module.
-        return "{" + ", ".join([f'"{name}": {value}' for name, value in rules.items() if value is not None]) + "}"
+        texts = [f'"{name}": {_constant(value)}' for name, value in rules.items() if value is not None]
+        texts += [] if self.layout is None else [f'"layout": {self.layout.text}']
+        return "{" + ", ".join(texts) + "}"
 
     @staticmethod
     @lru_cache(maxsize=64)
@@ -358,6 +362,11 @@ class Mask:
             runs = tuple((key_begin + a, key_begin + b) for a, b in self.layout.rows[row])
             yield intersect(self._without_layout.keys_needed((first, end)), runs)
             first = end
+
+
+def _constant(value: int | tuple[int, ...]) -> int | list[int]:
+    """Numbers as they are; torch.compile, which may take one that changes from call to call as unknown, pins it."""
+    return [operator.index(x) for x in value] if isinstance(value, tuple) else operator.index(value)
 
 
 def _least(a: int | None, b: int | None) -> int | None:

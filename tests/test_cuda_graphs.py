@@ -7,7 +7,9 @@ from unittest import mock
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 
 from ringflash import Mask
 from ringflash.functional import attention
@@ -76,6 +78,43 @@ def test_an_error_while_building_is_raised_as_it_is(threads_of_tensors: list[int
     with pytest.raises(ZeroDivisionError):
         plans.build_to_keep(lambda: 1 // 0, torch.device("cpu"))
     assert threads_of_tensors
+
+
+KNOWN_DOCUMENTS = {
+    "mask": {"mask": MASKS["documents"]},
+    "list": {"cu_seqlens": [0, 30, 31, 90, 100]},
+    "lists": {"mask": Mask.bidirectional(), "cu_seqlens": [0, 30, 100], "query_cu_seqlens": [0, 20, 100]},
+    "mask and list": {"mask": MASKS["documents"], "cu_seqlens": [0, 50, 100]},
+    "mask and slopes": {"mask": MASKS["documents"], "alibi_slopes": torch.tensor([0.5, 0.25])},
+}
+
+
+@pytest.mark.parametrize("name", KNOWN_DOCUMENTS)
+def test_documents_known_to_the_host_are_no_tensors_in_compiled_graphs(name: str) -> None:
+    """Constants on the CPU, and what is kept of them for the backward pass, lie outside of the graphs' memory."""
+    graphs = []
+
+    def record(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(graph)
+        return make_boxed_func(graph)
+
+    def loss(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out, lse = attention(query.sin(), key, value, **KNOWN_DOCUMENTS[name], group=ONE_DEVICE)
+        return out.square().sum() + lse.square().sum()
+
+    torch.compiler.reset()
+    leaves = [torch.randn(1, 100, 2, 16, requires_grad=True) for _ in range(3)]
+    compiled = torch.compile(loss, backend=aot_autograd(fw_compiler=record, bw_compiler=record), fullgraph=True)
+    found = torch.autograd.grad(compiled(*leaves), leaves)
+    torch.testing.assert_close(found, torch.autograd.grad(loss(*leaves), leaves), rtol=1e-6, atol=1e-6)
+    forward, backward = graphs
+    for graph in graphs:
+        assert not [node for node in graph.graph.nodes if node.op == "get_attr" or "lift_fresh" in str(node.target)]
+    kept = [
+        node.meta["val"]
+        for node in (*forward.graph.output_node().args[0], *backward.graph.find_nodes(op="placeholder"))
+    ]
+    assert {x.dtype for x in kept} == {torch.float32, torch.int32}  # int32: the table of documents on the device
 
 
 @pytest.mark.gpu

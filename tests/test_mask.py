@@ -279,9 +279,10 @@ def test_intersection_has_the_laws_of_one(data: st.DataObject, total: int) -> No
 
 
 @given(st.data(), st.integers(1, 30))
-def test_text_form_keeps_all_but_the_documents(data: st.DataObject, total: int) -> None:
+def test_text_form_keeps_everything(data: st.DataObject, total: int) -> None:
     mask = composed(data.draw(rule_lists(total, layouts=data.draw(st.integers(0, 2)))))
-    assert Mask.from_spec(mask.spec()) == mask.without_documents()
+    assert Mask.from_spec(mask.spec()) == mask
+    assert Mask.from_spec(mask.spec(documents=False)) == mask.without_documents()
     assert mask.without_documents().boundaries is None
 
 

@@ -58,6 +58,7 @@ DISAGREEMENTS = {
     "batch": ({"batch": 2}, ("batch", "1", "2")),
     "mask": ({"mask": Mask.sliding_window(3)}, ("mask", "right", "left")),
     "documents": ({"cu_seqlens": [0, 5, 18]}, ("cu_seqlens",)),
+    "documents of the mask": ({"mask": Mask.causal() & Mask.documents([0, 5, 18])}, ("cu_seqlens",)),
     "partition": ({"partition": "zigzag"}, ("partition", "contiguous", "zigzag")),
     "scale": ({"scale": 0.5}, ("scale", "0.25", "0.5")),
 }

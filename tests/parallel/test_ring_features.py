@@ -235,6 +235,18 @@ def test_ranks_with_different_features_are_told(pool, name, values):
     pool(2).run(_disagree, name, values, timeout=15)
 
 
+def _documents_in_all_ways(cuts):
+    rank, case = dist.get_rank(), Case()
+    query, key, value = (x[:, case.rows(rank, 3)[0]] for x in case.tensors()[:3])
+    ways = [{"cu_seqlens": cuts}, {"cu_seqlens": torch.tensor(cuts)}, {"mask": Mask.causal() & Mask.documents(cuts)}]
+    found = [attention(query, key, value, seqlen=case.queries, **ways[(rank + turn) % 3])[0] for turn in range(3)]
+    assert all(torch.equal(found[0], out) for out in found)
+
+
+def test_ranks_may_pass_the_same_documents_in_different_ways(pool):
+    pool(3).run(_documents_in_all_ways, [0, 5, 21, 37], timeout=15)
+
+
 def _layout_too_short_on_one(expected):
     x = torch.randn(1, 6, 2, 16)
     length = (12, 11)[dist.get_rank()]
