@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -265,6 +266,40 @@ def test_splits_repeat_bit_for_bit_on_gpus(splits: int) -> None:
     for _ in range(20):
         for x, y in zip(call(flash_attn_with_kvcache, case, problem)[:2], first[:2], strict=True):
             assert torch.equal(x, y)
+
+
+@pytest.mark.gpu
+def test_graphs_of_one_stream_run_at_once_on_others_beside_calls() -> None:
+    """Programs count each other to know who merges: not those of another graph or call that runs at the same time."""
+    torch.manual_seed(0)
+    q = torch.randn(1, 1, 32, 128, device="cuda", dtype=torch.bfloat16)
+    k_cache, v_cache = torch.randn(2, 1, 6000, 8, 128, device="cuda", dtype=torch.bfloat16).unbind(0)
+
+    def attend(length: int, splits: int) -> tuple[Tensor, Tensor]:
+        return flash_attn_with_kvcache(
+            q, k_cache, v_cache, cache_seqlens=length, num_splits=splits, return_softmax_lse=True
+        )  # fmt: skip
+
+    runs = [partial(attend, *x) for x in ((6000, 9), (4000, 16), (5000, 31), (3000, 128))]
+    expected = [run() for run in runs]
+    streams, graphs, found = [torch.cuda.Stream() for _ in runs], [], []
+    for run in runs[:3]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=streams[0]):
+            found.append(run())
+        graphs.append(graph)
+    found.append([torch.empty_like(x) for x in expected[3]])
+    torch.cuda.synchronize()
+    for _ in range(200):
+        for graph, stream in zip(graphs, streams, strict=False):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        with torch.cuda.stream(streams[3]):
+            for x, y in zip(found[3], runs[3](), strict=True):
+                x.copy_(y)
+    torch.cuda.synchronize()
+    for a, b in zip(found, expected, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.gpu

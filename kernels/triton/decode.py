@@ -2,13 +2,15 @@
 
 A program takes one key head of one sequence, a tile of query rows and one of several parts of the keys. The rows of a
 tile are the G query heads of that key head for each query, so keys and values are read once for all of them (Ainslie
-et al., arXiv 2305.13245). Programs of different parts leave fp32 results that a second kernel merges by their
-log-sum-exp, in a fixed order: the same bits every time (split-KV as in Dao et al., Flash-Decoding, 2023).
+et al., arXiv 2305.13245). Programs of different parts leave fp32 results that the last of them merges by their
+log-sum-exp, in a fixed order: the same bits every time (split-KV as in Dao et al., Flash-Decoding, 2023, without a
+second kernel: decode_merge.py).
 
 What decides is how many bytes are on their way to a multiprocessor: decode_tiles.py keeps two blocks of keys and values
 in flight for each of several programs, over 100 KiB on Hopper, a few times what memory latency asks for.
 
-Legend: M query rows of a tile, N key rows of a block, D head dimension of keys, V of values.
+Legend: M query rows of a tile, N key rows of a block, D head dimension of keys, V of values; R rows and C columns that
+are merged at a time.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from ringflash.kernels.triton.append import (
     tokens_before,
 )
 from ringflash.kernels.triton.blocks import LN_2, LOG2_E
+from ringflash.kernels.triton.decode_merge import counters, merge_if_last, merging, shape_of_merge
 from ringflash.kernels.triton.decode_tiles import DecodeTiles, choose_splits, decode_tiles
 from ringflash.kernels.triton.operands import DTYPES, padded
 from ringflash.kernels.triton.tiles import chip_of
@@ -63,26 +66,25 @@ def modified(scores_MN, distance_MN, slope_M, scale, softcap, CAPPED: tl.constex
 
 @triton.jit(
     do_not_specialize=[
-        "offset", "appended", "query_count", "capacity", "places", "splits", "tiles", "left", "right", "split_size"
+        "offset", "appended", "query_count", "capacity", "places", "splits", "tiles", "left", "right", "part_rows"
     ]
 )  # fmt: skip
 def attend_cache_kernel(
-    query, key, value, out, lse, lengths, batch_index, block_table, cos, sin, leftpad, slopes,
-    offset, appended, query_count, capacity, places, key_heads, splits, tiles, split_size, scale, softcap, left, right,
+    query, key, value, out, lse, parts, parts_lse, counters,
+    lengths, batch_index, block_table, cos, sin, leftpad, slopes,
+    offset, appended, query_count, capacity, places, key_heads, splits, tiles, part_rows, scale, softcap, left, right,
     table_row, cos_row, sin_row, slopes_row,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr, PAGE: tl.constexpr, TURNED: tl.constexpr,
     INTERLEAVED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, CAPPED: tl.constexpr,
-    OVERLAPPED: tl.constexpr,
+    LEVELS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, CDNA: tl.constexpr,
 ):  # fmt: skip
     """Program = (sequence, part of its keys, key head, tile of query rows), the last fastest.
 
     So programs that run at one time read the same pages of memory, in which the heads of a token lie side by side.
-    Results of part p lie p * split_size queries behind those of part 0 (out), and as many rows (lse).
+    Results of part p lie p * part_rows rows behind those of part 0, or without parts (LEVELS = 0) in out and lse.
     """
-    if OVERLAPPED:  # the merge may take its place on the chip now, and waits there for this kernel's end
-        tl.extra.cuda.gdc_launch_dependents()
     tile = tl.program_id(0) % tiles
     key_head = tl.program_id(0) // tiles % key_heads
     part = tl.program_id(0) // (tiles * key_heads) % splits
@@ -173,44 +175,24 @@ def attend_cache_kernel(
 
     divisor_M = tl.where(sum_M == 0.0, 1.0, sum_M)
     heads = key_heads * GROUP
-    result = tl.cast(part, tl.int64) * split_size + sequence * query_count
+    result = sequence * query_count
     lse_M = result * heads + head_M * query_count + query_M
-    tl.store(lse + lse_M, (maximum_M + tl.log2(divisor_M)) * LN_2, mask=exists_M)
     column_V = tl.arange(0, PADDED_VALUE_DIM)
     out_M = ((result + query_M) * heads + head_M) * VALUE_DIM
     inside_MV = exists_M[:, None] & (column_V < VALUE_DIM)[None, :]
-    out_MV = (acc_MV / divisor_M[:, None]).to(out.dtype.element_ty)
-    tl.store(out + out_M[:, None] + column_V[None, :], out_MV, mask=inside_MV)
-
-
-@triton.jit(do_not_specialize=["query_count", "splits", "split_size"])
-def merge_kernel(
-    parts, parts_lse, out, lse, query_count, heads, splits, split_size,
-    VALUE_DIM: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr, P: tl.constexpr,
-    OVERLAPPED: tl.constexpr,
-):  # fmt: skip
-    """Program = (query row of one head, chunk of its columns): all P parts at once, in one trip to memory.
-
-    Parts are weighted by exp(their lse - the lse of all); those without keys are zeros with an lse of -inf.
-    """
-    row = tl.cast(tl.program_id(0) // CHUNKS, tl.int64)
-    column_V = tl.program_id(0) % CHUNKS * COLUMNS + tl.arange(0, COLUMNS)
-    part_P = tl.cast(tl.arange(0, P), tl.int64)
-    exists_P = part_P < splits
-    if OVERLAPPED:
-        tl.extra.cuda.gdc_wait()
-    part_out_P = parts + (part_P * (split_size * heads) + row) * VALUE_DIM
-    inside_PV = exists_P[:, None] & (column_V < VALUE_DIM)[None, :]
-    out_PV = tl.load(part_out_P[:, None] + column_V[None, :], mask=inside_PV, other=0.0)
-    lse_row = (row // heads // query_count * heads + row % heads) * query_count + row // heads % query_count
-    lse_P = tl.load(parts_lse + part_P * (split_size * heads) + lse_row, mask=exists_P, other=float("-inf"))
-    maximum = tl.max(lse_P, 0)
-    weight_P = tl.exp2((lse_P - tl.where(maximum == float("-inf"), 0.0, maximum)) * LOG2_E)
-    total = tl.sum(weight_P, 0)
-    divisor = tl.where(total > 0.0, total, 1.0)
-    out_V = tl.sum(out_PV * weight_P[:, None], 0) / divisor
-    tl.store(out + row * VALUE_DIM + column_V, out_V.to(out.dtype.element_ty), mask=column_V < VALUE_DIM)
-    tl.store(lse + lse_row, maximum + tl.log2(divisor) * LN_2)
+    out_MV = acc_MV / divisor_M[:, None]
+    if LEVELS == 0:
+        part_out, part_lse = out, lse
+    else:
+        ahead = tl.cast(part, tl.int64) * part_rows
+        part_out, part_lse = parts + ahead * VALUE_DIM, parts_lse + ahead
+    tl.store(part_lse + lse_M, (maximum_M + tl.log2(divisor_M)) * LN_2, mask=exists_M)
+    tl.store(part_out + out_M[:, None] + column_V[None, :], out_MV.to(part_out.dtype.element_ty), mask=inside_MV)
+    if LEVELS > 0:
+        merge_if_last(
+            parts, parts_lse, out, lse, counters, (sequence * key_heads + key_head) * tiles + tile, part, splits,
+            part_rows, result * heads, key_head, tile, query_count, heads, LEVELS, GROUP, M, R, C, VALUE_DIM, CDNA,
+        )  # fmt: skip
 
 
 @functools.cache
@@ -262,41 +244,36 @@ def launch(
     lse = query.new_empty((batch, heads, count), dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    parts, parts_lse = out, lse
-    if splits > 1:
-        parts = query.new_empty((splits, *out.shape), dtype=torch.float32)
-        parts_lse = query.new_empty((splits, *lse.shape), dtype=torch.float32)
+    levels, results, counted = merging(splits)
+    parts, parts_lse, zeros = None, None, None
+    if levels:
+        parts = query.new_empty((results, *out.shape), dtype=torch.float32)
+        parts_lse = query.new_empty((results, *lse.shape), dtype=torch.float32)
+        zeros = counters(batch * key_heads * tile_count * counted, query.device)
+    merged_rows, merged_columns = shape_of_merge(min(count * group, tile_rows), padded(value_dim), tiles.warps)
     # Any bound as large as this is none; larger numbers would overflow in the kernel.
     widest = cache.capacity + appended + count
-    slopes, capped = rules.slopes, rules.softcap > 0
-    # The merge's launch costs as much as it does: on Hopper it is prepared under the first kernel (programmatic
-    # dependent launch).
-    overlapped = splits > 1 and chip_of(query.device) in ("hopper", "blackwell")
+    slopes, capped, chip = rules.slopes, rules.softcap > 0, chip_of(query.device)
+    # Merging would be compiled to share a multiprocessor with more programs than there are, and spill.
+    registers = {"maxnreg": tiles.registers} if levels and chip not in ("cdna", "interpreter") else {}
     attend_cache_kernel[(batch * splits * key_heads * tile_count,)](
-        query, cache.key, cache.value, parts, parts_lse, *index_operands(cache), *rotary_operands(rotary),
+        query, cache.key, cache.value, out, lse, parts, parts_lse, zeros,
+        *index_operands(cache), *rotary_operands(rotary),
         None if cache.leftpad is None else cache.leftpad.contiguous(),
         slopes if slopes is None or slopes.stride(-1) == 1 else slopes.contiguous(),
         cache.offset, appended, count, cache.capacity, 0 if rotary is None else rotary.cos.shape[0],
-        key_heads, splits, tile_count, batch * count,
+        key_heads, splits, tile_count, lse.numel(),
         rules.scale * LOG2_E.value * (2 / rules.softcap if capped else 1.0), float(rules.softcap),
         min(rules.left or 0, widest), min(rules.right or 0, widest),
         *index_strides(cache, rotary), slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0,
         *query.stride()[:3], *cache.key.stride()[:3], *cache.value.stride()[:3],
         GROUP=group, M=tile_rows, N=tiles.keys, DIM=dim, PADDED_DIM=padded(dim),
         VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded(value_dim),
-        OVERLAPPED=overlapped,
+        LEVELS=levels, R=merged_rows, C=merged_columns, CDNA=chip == "cdna",
         # One query stands at the last key: nothing is to its right.
         HAS_LEFT=rules.left is not None, HAS_RIGHT=rules.right is not None and count > 1, CAPPED=capped,
         # Pages are looked up as far ahead of their rows' loads as these are of their use.
         **index_constants(cache, rotary), num_warps=tiles.warps,
-        num_stages=tiles.stages if cache.block_table is None else 2 * tiles.stages - 1,
+        num_stages=tiles.stages if cache.block_table is None else 2 * tiles.stages - 1, **registers,
     )  # fmt: skip
-    if splits > 1:
-        columns = min(64, padded(value_dim))
-        chunks = -(-value_dim // columns)
-        merge_kernel[(batch * count * heads * chunks,)](
-            parts, parts_lse, out, lse, count, heads, splits, batch * count,
-            VALUE_DIM=value_dim, COLUMNS=columns, CHUNKS=chunks, P=1 << (splits - 1).bit_length(),
-            OVERLAPPED=overlapped, num_warps=4, **({"launch_pdl": True} if overlapped else {}),
-        )  # fmt: skip
     return out, lse

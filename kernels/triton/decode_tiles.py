@@ -30,6 +30,14 @@ class DecodeTiles:
     resident: int
     queries: int = 64
 
+    @property
+    def registers(self) -> int:
+        """Most of a thread where keys are shared out: `choose_splits` puts at most two programs on a multiprocessor.
+
+        One of NVIDIA's has 65,536.
+        """
+        return min(255, 65536 // (32 * self.warps * min(self.resident, 2)))
+
 
 def decode_tiles(chip: str, dtype: torch.dtype, dim: int, many: bool) -> DecodeTiles:
     """Tiles by chip, dtype and the larger head dimension; and whether there are programs for several rounds."""
@@ -47,8 +55,8 @@ _TILES = {
         128: DecodeTiles(64, 4, 3, 2),
         256: DecodeTiles(32, 4, 4, 2, queries=32),
         512: DecodeTiles(32, 8, 3, 1, queries=16),
-        "fp32": DecodeTiles(16, 8, 3, 3, queries=16),
-        "fp32 wide": DecodeTiles(16, 8, 3, 2, queries=16),
+        "fp32": DecodeTiles(16, 8, 3, 2, queries=16),
+        "fp32 wide": DecodeTiles(16, 8, 3, 1, queries=16),
     },
     "ampere": {
         64: DecodeTiles(64, 4, 3, 3),
@@ -56,7 +64,7 @@ _TILES = {
         256: DecodeTiles(32, 4, 2, 3, queries=32),
         512: DecodeTiles(16, 4, 2, 2, queries=16),
         "fp32": DecodeTiles(16, 8, 3, 2, queries=16),
-        "fp32 wide": DecodeTiles(16, 8, 2, 2, queries=16),
+        "fp32 wide": DecodeTiles(16, 8, 2, 1, queries=16),
     },
     "consumer": {
         64: DecodeTiles(64, 4, 2, 2),

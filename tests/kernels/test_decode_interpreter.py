@@ -30,6 +30,7 @@ else:
     from decode_cases import CacheCase, assert_as_exact_as_torch, cache_cases, call, tensors
     from hypothesis import given, settings
     from hypothesis import strategies as st
+    from triton.runtime.interpreter import InterpreterBuilder
 
     from ringflash import flash_attn_with_kvcache, kvcache
     from ringflash.kernels.triton import decode
@@ -61,6 +62,36 @@ else:
         case = CacheCase(2, 23, 23, 90, None, (8, 2), (24, 40), causal=True, rotary=8, interleaved=False)
         check(case)
         check(replace(case, window=(11, -1), batch_index=True, softcap=3.0, alibi="sequences"))
+
+    @pytest.mark.parametrize("splits", [3, 20])
+    def test_bits_do_not_depend_on_which_program_is_last_and_counters_are_set_back(
+        splits: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        case = CacheCase(1, 10, None, 350, None, (8, 2), (16, 24), splits=splits, seed=2)
+        problem = tensors(case)
+        counters = torch.zeros(1000, dtype=torch.int32)
+        monkeypatch.setattr(decode, "counters", lambda count, device: counters)
+        first = call(flash_attn_with_kvcache, case, problem)[:2]
+        assert_as_exact_as_torch(call(flash_attn_with_kvcache, case, problem), case, problem)
+        set_place = InterpreterBuilder.set_grid_idx
+        for seed in range(2):
+
+            def shuffled(builder: InterpreterBuilder, x: int, y: int, z: int, seed: int = seed) -> None:
+                order = torch.randperm(builder.grid_dim[0], generator=torch.Generator().manual_seed(seed))
+                set_place(builder, int(order[x]), y, z)
+
+            monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", shuffled)
+            for a, b in zip(first, call(flash_attn_with_kvcache, case, problem)[:2], strict=True):
+                assert torch.equal(a, b)
+            assert not counters.any()
+
+    @pytest.mark.parametrize("splits", [1, 5, 20])
+    def test_a_row_of_nan_has_an_lse_of_nan(splits: int) -> None:
+        case = CacheCase(1, 1, None, 500, None, (2, 1), splits=splits)
+        problem = tensors(case)
+        problem.q[:, :, 1] = torch.nan
+        lse = call(flash_attn_with_kvcache, case, problem)[1]
+        assert lse.isnan().tolist() == [[[False], [True]]]
 
     def test_what_does_not_fit_is_not_written() -> None:
         cache = torch.zeros(2, 8, 1, 16)
