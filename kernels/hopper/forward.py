@@ -72,7 +72,7 @@ def attend(
     Masks that `supports_intervals` gives a reason against go to the portable kernels.
     """
     out_dtype = out_dtype or query.dtype
-    carry = carry and (carry[0].contiguous(), carry[1].contiguous())
+    carry = carry and (in_pairs(carry[0]), carry[1].contiguous())
     call = _call(query, key, value, intervals, scale, carry, out_dtype)
     plan = plans.get(call) if modifiers is None else None
     if plan is None:
@@ -98,12 +98,18 @@ def launch_forward(
     tiles: ForwardTiles,
 ) -> Carry:
     """`attend` with given tiles, for checked arguments."""
-    carry = carry and (carry[0].contiguous(), carry[1].contiguous())
+    carry = carry and (in_pairs(carry[0]), carry[1].contiguous())
     call = (*_call(query, key, value, intervals, scale, carry, out_dtype), tiles)
     plan = plans.get(call)
     if plan is None:
         plan = plans.add(call, ForwardPlan(query, key, value, intervals, scale, carry, out_dtype, tiles))
     return plan(query, key, value, intervals, carry)
+
+
+def in_pairs(carry_out: Tensor) -> Tensor:
+    """A contiguous tensor at an address of whole 8 bytes, as the kernel reads two numbers at a time."""
+    carry_out = carry_out.contiguous()
+    return carry_out if carry_out.data_ptr() % 8 == 0 else carry_out.clone()
 
 
 plans = Plans()

@@ -4,7 +4,8 @@ In a step of the key loop a warpgroup has the scores of block j and the weights-
 the tensor cores, and does the softmax of block j under the latter (Shah et al., FlashAttention-3, arXiv 2407.08608).
 Meanwhile the other warpgroups' products fill what gaps it leaves.
 
-A carry is the online softmax's initial state, so merging earlier launches costs a load.
+A carry, the merged result of earlier launches, is merged into a tile under the tile's last product, so that its loads
+are not waited for.
 
 Legend: T query rows, S key rows, H query heads, Hk key heads, D head dimension, M query rows of a tile, N key rows of
 a block.
@@ -30,6 +31,7 @@ from ringflash.kernels.hopper.compat import (
     release,
     store_wait,
 )
+from ringflash.kernels.hopper.float_rows import load_rows, prefetch_rows, store_rows
 from ringflash.kernels.hopper.schedule import (
     Schedule,
     Tickets,
@@ -46,6 +48,8 @@ from ringflash.kernels.hopper.softmax import ROWS, hide, own_sums, rescale_if_ne
 
 LN_2 = gl.constexpr(0.6931471805599453)
 LOG2_E = gl.constexpr(1.4426950408889634)
+CARRY_AHEAD = gl.constexpr(8)
+"""Blocks before the end of a tile that its part of the carry is asked for."""
 LOWEST = gl.constexpr(-1e30)
 """Row maximum before any key: finite, so that a hidden score (-inf) less the maximum is -inf and not nan."""
 
@@ -179,33 +183,23 @@ def produce(
         span = key_span(problem.start_ptr, problem.stop_ptr, first_row, problem.query_rows, M)
         key_column = head // GROUP * key_head_stride
         value_column = head // GROUP * value_head_stride
-        if HAS_CARRY:
-            prefetch_carry(problem, result, first_row, head, M, queries.blocks.shape[2])
         for part in gl.static_range(CONSUMERS):
             fill(queries, query_desc, first_row + part * ROWS, head * query_head_stride, part, turn & 1)
-        for block in range(block_count(span, N)):
+        blocks = block_count(span, N)
+        for block in range(blocks):
             stage, parity = stage_and_parity(step, STAGES)
             fill(keys, key_desc, span.begin + block * N, key_column, stage, parity)
             fill(values, value_desc, span.begin + block * N, value_column, stage, parity)
             step += 1
+            # Late, as the second-level cache would not keep it for all of the tile; not before the first block is on
+            # its way, for which the consumers wait.
+            if HAS_CARRY and block == gl.maximum(blocks - CARRY_AHEAD, 0):
+                prefetch_rows(
+                    result.carry_out_ptr, result.carry_lse_ptr, first_row, head, problem.query_rows,
+                    problem.schedule.heads, M, queries.blocks.shape[2],
+                )  # fmt: skip
         place = draw(problem.tickets, turn)
         turn += 1
-
-
-@gluon.jit
-def prefetch_carry(problem, result, first_row, head, M: gl.constexpr, D: gl.constexpr):
-    """Bring a tile's part of the carry to the second-level cache while consumers are at work on the tile before.
-
-    Each lane of the warp asks for a line of 128 bytes at a time.
-    """
-    lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
-    for first_line in range(0, M * D // 32, 32):
-        line = first_line + lane
-        row = gl.minimum(first_row + line // (D // 32), problem.query_rows - 1)
-        pointers = tile_pointer(problem, result.carry_out_ptr, row, head, D) + line % (D // 32) * 32
-        gl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers], dtype=gl.int32, is_pure=False, pack=1
-        )
 
 
 @gluon.jit
@@ -254,8 +248,10 @@ def attend_tile(
     inside = rows < problem.query_rows
     row_start = gl.load(problem.start_ptr + rows, mask=inside, other=0)
     row_stop = gl.load(problem.stop_ptr + rows, mask=inside, other=0)
-    out, maximum, total = initial_state(problem, result, first_row, head, HAS_CARRY, N, D, SCORES, OUT)
     no_scores = gl.zeros([ROWS, N], gl.float32, SCORES)
+    out = gl.zeros([ROWS, D], gl.float32, OUT)
+    maximum = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
+    total = own_sums(no_scores)
     query = queries.blocks.index(PART)
     own = key_span(problem.start_ptr, problem.stop_ptr, first_row, problem.query_rows, ROWS)
     first, last = own_blocks(span, own, blocks, N)
@@ -272,10 +268,8 @@ def attend_tile(
     scores = warpgroup_mma_wait(0, deps=[scores_token])
     release(keys.empty.index(stage))
     scores = hide(scores, own, row_start, row_stop, first_key, N, SCORES)
-    weights, rescale, maximum, total = softmax_step(scores, maximum, total, scale_log2, 0.0)
+    weights, rescale, maximum, total = softmax_step(scores, maximum, total, scale_log2)
     weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
-    if HAS_CARRY:
-        out = out * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
     mbarrier.wait(values.full.index(stage), parity)
 
     for block in range(first + 1, last):
@@ -289,11 +283,7 @@ def attend_tile(
         scores = warpgroup_mma_wait(1, deps=[scores_token])
         release(keys.empty.index(stage))
         scores = hide(scores, own, row_start, row_stop, span.begin + block * N, N, SCORES)
-        slack = 8.0
-        if HAS_CARRY:
-            # A row's first block begins no later than the last row's keys. Without a carry any score outgrows LOWEST.
-            slack = gl.where(span.begin + block * N > own.full_begin, 8.0, 0.0)
-        weights, rescale, maximum, total = softmax_step(scores, maximum, total, scale_log2, slack)
+        weights, rescale, maximum, total = softmax_step(scores, maximum, total, scale_log2)
         weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
         # This wait is for the next step, but stands here: a branch between the softmax and the wait for the tensor
         # cores keeps ptxas from moving that wait in front of the softmax.
@@ -306,15 +296,41 @@ def attend_tile(
     if OWN_STAGING or FLOAT_OUT:
         release(queries.empty.index(PART))
     out_token = warpgroup_mma(weights, values.blocks.index(stage), out, is_async=True)
+    if HAS_CARRY:
+        carried_lse = gl.load(result.carry_lse_ptr + head * problem.query_rows + rows, mask=inside, other=float("-inf"))
+        if D < 256:
+            carried = load_carried(problem, result, first_row, 0, head, D, D, OUT)
     total = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, SCORES), assert_trivial=True)
+    if HAS_CARRY:
+        own_maximum = maximum
+        # A row without keys so far has no weight, one of nan a weight of nan.
+        carried_maximum = gl.where(carried_lse == float("-inf"), LOWEST, carried_lse * LOG2_E)
+        maximum = gl.maximum(own_maximum, carried_maximum)
+        carry_weight = gl.where(carried_lse == float("-inf"), 0.0, gl.exp2(carried_maximum - maximum))
+        own_weight = gl.exp2(own_maximum - maximum)
+        total = total * own_weight + carry_weight
     keyless = total == 0.0  # not so a row of nan, whose lse is to be nan: -inf would say that it has seen no key
     total_or_one = gl.where(keyless, 1.0, total)
     lse = gl.where(keyless, float("-inf"), (maximum + gl.log2(total_or_one)) * LN_2)
     gl.store(result.lse_ptr + head * problem.query_rows + rows, lse, mask=inside)
+    factor = 1.0 / total_or_one
     out = warpgroup_mma_wait(0, deps=[out_token])
     release(values.empty.index(stage))
     pass_over(keys, values, step + last, step + blocks, STAGES)
-    out = out * gl.convert_layout(1.0 / total_or_one, gl.SliceLayout(1, OUT))[:, None]
+    if HAS_CARRY:
+        if D < 256:
+            out = weighted_sum(out, own_weight * factor, carried, carry_weight * factor)
+        else:  # there are registers for half of the carry
+            first_half, second_half = gl.split(out.reshape([ROWS, 2, D // 2]).permute((0, 2, 1)))
+            HALF: gl.constexpr = first_half.type.layout
+            carried = load_carried(problem, result, first_row, 0, head, D, D // 2, HALF)
+            first_half = weighted_sum(first_half, own_weight * factor, carried, carry_weight * factor)
+            carried = load_carried(problem, result, first_row, D // 2, head, D, D // 2, HALF)
+            second_half = weighted_sum(second_half, own_weight * factor, carried, carry_weight * factor)
+            out = gl.join(first_half, second_half).permute((0, 2, 1)).reshape([ROWS, D])
+            out = gl.convert_layout(out, OUT, assert_trivial=True)
+    else:
+        out = out * gl.convert_layout(factor, gl.SliceLayout(1, OUT))[:, None]
     store_out(problem, result, staging.index(PART), out, first_row, head, FLOAT_OUT, D, OUT)
     if not (OWN_STAGING or FLOAT_OUT):
         store_wait(0)
@@ -333,26 +349,22 @@ def pass_over(keys, values, step, end, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def initial_state(
-    problem, result, first_row, head,
-    HAS_CARRY: gl.constexpr, N: gl.constexpr, D: gl.constexpr, SCORES: gl.constexpr, OUT: gl.constexpr,
-):  # fmt: skip
-    """Accumulator, row maximum (of scores times log2 e) and row sums before the first block: nothing, or the carry."""
-    out = gl.zeros([ROWS, D], gl.float32, OUT)
-    maximum = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
-    total = own_sums(gl.zeros([ROWS, N], gl.float32, SCORES))
-    if HAS_CARRY:
-        rows = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
-        pointers = result.carry_lse_ptr + head * problem.query_rows + rows
-        lse = gl.load(pointers, mask=rows < problem.query_rows, other=float("-inf"))
-        maximum = gl.where(lse == float("-inf"), LOWEST, lse * LOG2_E)  # nan stays, a maximum would drop it
-        carried = gl.where(lse == float("-inf"), 0.0, 1.0)
-        total, carried = gl.broadcast(total, gl.convert_layout(carried, gl.SliceLayout(1, total.type.layout))[:, None])
-        first = gl.arange(0, 4, gl.SliceLayout(0, total.type.layout))[None, :] == 0
-        total = gl.where(first, carried, 0.0)
-        offsets, inside = tile_offsets(problem, first_row, D, OUT)
-        out = gl.load(tile_pointer(problem, result.carry_out_ptr, first_row, head, D) + offsets, mask=inside, other=0.0)
-    return out, maximum, total
+def load_carried(
+    problem, result, first_row, first_column, head, D: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr
+):
+    """COLUMNS columns of a warpgroup's rows of the carry."""
+    return load_rows(
+        result.carry_out_ptr, first_row, first_column, head, problem.query_rows, problem.schedule.heads, D, COLUMNS,
+        LAYOUT,
+    )  # fmt: skip
+
+
+@gluon.jit
+def weighted_sum(a, weight_of_a, b, weight_of_b):
+    """Of two tiles, each row with its own weights."""
+    LAYOUT: gl.constexpr = gl.SliceLayout(1, a.type.layout)
+    b = b * gl.convert_layout(weight_of_b, LAYOUT, assert_trivial=True)[:, None]
+    return a * gl.convert_layout(weight_of_a, LAYOUT, assert_trivial=True)[:, None] + b
 
 
 @gluon.jit
@@ -361,24 +373,9 @@ def store_out(
 ):
     """Write a warpgroup's rows: straight from registers in fp32 (whole sectors), through shared memory in 16 bits."""
     if FLOAT_OUT:
-        offsets, inside = tile_offsets(problem, first_row, D, OUT)
-        gl.store(tile_pointer(problem, result.out_ptr, first_row, head, D) + offsets, out, mask=inside)
+        store_rows(result.out_ptr, out, first_row, head, problem.query_rows, problem.schedule.heads)
     else:
         store_wait(0)  # the earlier tile's store has read the buffer
         staging.store(out.to(staging.dtype))
         fence_async_shared()
         async_store(result.out_desc, [first_row, head * D], staging)
-
-
-@gluon.jit
-def tile_pointer(problem, base, first_row, head, D: gl.constexpr):
-    """The first element of a warpgroup's rows in a contiguous (T, H, D) tensor."""
-    return base + (first_row.to(gl.int64) * problem.schedule.heads + head) * D
-
-
-@gluon.jit
-def tile_offsets(problem, first_row, D: gl.constexpr, OUT: gl.constexpr):
-    """Offsets of a warpgroup's rows from `tile_pointer`, and which of them exist."""
-    rows = gl.arange(0, ROWS, gl.SliceLayout(1, OUT))[:, None]
-    columns = gl.arange(0, D, gl.SliceLayout(0, OUT))[None, :]
-    return rows * (problem.schedule.heads * D) + columns, (first_row + rows < problem.query_rows) & (columns < D)

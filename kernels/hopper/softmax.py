@@ -22,15 +22,14 @@ def hide(scores, own, row_start, row_stop, first_key, N: gl.constexpr, SCORES: g
 
 
 @gluon.jit
-def softmax_step(scores, maximum, total, scale_log2, slack):
+def softmax_step(scores, maximum, total, scale_log2):
     """Weights of a block against the row maximum, and the factor that brings earlier sums to it.
 
-    A maximum stays until it is outgrown by 2^slack: the accumulator needs no rescaling meanwhile, and weights up to 256
-    lose no precision. Only the largest would be exactly one, not rounded: in a row's first block of a launch, which a
-    few keys may be all of, it is to be.
+    A maximum stays until it is outgrown by 2^8: the accumulator needs no rescaling meanwhile, and weights up to 256
+    lose no precision.
     """
     new_maximum = gl.max(scores, 1) * scale_log2
-    new_maximum = gl.where(new_maximum > maximum + slack, new_maximum, maximum)
+    new_maximum = gl.where(new_maximum > maximum + 8.0, new_maximum, maximum)
     weights = gl.exp2(scores * scale_log2 - new_maximum[:, None])
     rescale = gl.exp2(maximum - new_maximum)
     own_rescale = gl.convert_layout(rescale, gl.SliceLayout(1, total.type.layout), assert_trivial=True)
