@@ -2,8 +2,9 @@
 
 Random bf16 inputs. TFLOP/s count visible pairs of query and key; the ratio is to the fastest of cuDNN, FlashAttention-3
 and FlashAttention-4 in the same run. Backward is timed alone, with the forward done before. A card under load slows
-down within tenths of a second, so implementations take turns of TURN milliseconds, `repeats` rounds of them, each round
-begun by another; a figure is the median of its turns. Options: `cases=documents` runs the cases with that word in their
+down within tenths of a second, and by the more the hotter what runs, so implementations take turns in random order,
+`repeats` rounds of them: TURN milliseconds to get as warm as each makes the card, and as many again that count. A
+figure is the median of its turns. Options: `cases=documents` runs the cases with that word in their
 names, `tokens=2048,8192` the dense ones of those lengths.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import random
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -91,10 +93,10 @@ def cases(lengths: tuple[int, ...]) -> Iterator[Case]:
 
 def document_lengths(mean: int, total: int) -> tuple[int, ...]:
     """Log-normal lengths (sigma 1) that sum to `total`, the same in every run."""
-    random = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     lengths: list[int] = []
     while (left := total - sum(lengths)) > 0:
-        drawn = int(torch.exp(torch.randn((), generator=random) + math.log(mean) - 0.5))
+        drawn = int(torch.exp(torch.randn((), generator=generator) + math.log(mean) - 0.5))
         lengths.append(min(max(16, drawn), left))
     return tuple(lengths)
 
@@ -174,10 +176,10 @@ def in_turn(timers: dict[str, Timer], rounds: int) -> dict[str, float]:
     for name, timer in timers.items():
         timer(1)
         calls[name] = max(1, round(TURN / timer(2)))
-    names, found = list(timers), {name: [] for name in timers}
-    for turn in range(rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
+    order, found = random.Random(0), {name: [] for name in timers}
+    for _ in range(rounds):
+        for name in order.sample(list(timers), len(timers)):
+            timers[name](calls[name])
             found[name].append(timers[name](calls[name]))
     return {name: statistics.median(times) for name, times in found.items()}
 
