@@ -302,13 +302,7 @@ def attend_tile(
             carried = load_carried(problem, result, first_row, 0, head, D, D, OUT)
     total = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, SCORES), assert_trivial=True)
     if HAS_CARRY:
-        own_maximum = maximum
-        # A row without keys so far has no weight, one of nan a weight of nan.
-        carried_maximum = gl.where(carried_lse == float("-inf"), LOWEST, carried_lse * LOG2_E)
-        maximum = gl.maximum(own_maximum, carried_maximum)
-        carry_weight = gl.where(carried_lse == float("-inf"), 0.0, gl.exp2(carried_maximum - maximum))
-        own_weight = gl.exp2(own_maximum - maximum)
-        total = total * own_weight + carry_weight
+        maximum, total, own_weight, carry_weight = merge_sums(maximum, total, carried_lse)
     keyless = total == 0.0  # not so a row of nan, whose lse is to be nan: -inf would say that it has seen no key
     total_or_one = gl.where(keyless, 1.0, total)
     lse = gl.where(keyless, float("-inf"), (maximum + gl.log2(total_or_one)) * LN_2)
@@ -317,20 +311,12 @@ def attend_tile(
     out = warpgroup_mma_wait(0, deps=[out_token])
     release(values.empty.index(stage))
     pass_over(keys, values, step + last, step + blocks, STAGES)
-    if HAS_CARRY:
-        if D < 256:
-            out = weighted_sum(out, own_weight * factor, carried, carry_weight * factor)
-        else:  # there are registers for half of the carry
-            first_half, second_half = gl.split(out.reshape([ROWS, 2, D // 2]).permute((0, 2, 1)))
-            HALF: gl.constexpr = first_half.type.layout
-            carried = load_carried(problem, result, first_row, 0, head, D, D // 2, HALF)
-            first_half = weighted_sum(first_half, own_weight * factor, carried, carry_weight * factor)
-            carried = load_carried(problem, result, first_row, D // 2, head, D, D // 2, HALF)
-            second_half = weighted_sum(second_half, own_weight * factor, carried, carry_weight * factor)
-            out = gl.join(first_half, second_half).permute((0, 2, 1)).reshape([ROWS, D])
-            out = gl.convert_layout(out, OUT, assert_trivial=True)
-    else:
+    if not HAS_CARRY:
         out = out * gl.convert_layout(factor, gl.SliceLayout(1, OUT))[:, None]
+    elif D < 256:
+        out = weighted_sum(out, own_weight * factor, carried, carry_weight * factor)
+    else:
+        out = merge_halves(problem, result, out, first_row, head, own_weight * factor, carry_weight * factor)
     store_out(problem, result, staging.index(PART), out, first_row, head, FLOAT_OUT, D, OUT)
     if not (OWN_STAGING or FLOAT_OUT):
         store_wait(0)
@@ -346,6 +332,31 @@ def pass_over(keys, values, step, end, STAGES: gl.constexpr):
         release(keys.empty.index(stage))
         mbarrier.wait(values.full.index(stage), parity)
         release(values.empty.index(stage))
+
+
+@gluon.jit
+def merge_sums(maximum, total, carried_lse):
+    """Row maximum and sum with a carry's weight; factors of the rows' own accumulator and of the carry's."""
+    # A row without keys so far has no weight, one of nan a weight of nan.
+    carried_maximum = gl.where(carried_lse == float("-inf"), LOWEST, carried_lse * LOG2_E)
+    new_maximum = gl.maximum(maximum, carried_maximum)
+    carry_weight = gl.where(carried_lse == float("-inf"), 0.0, gl.exp2(carried_maximum - new_maximum))
+    own_weight = gl.exp2(maximum - new_maximum)
+    return new_maximum, total * own_weight + carry_weight, own_weight, carry_weight
+
+
+@gluon.jit
+def merge_halves(problem, result, out, first_row, head, own_weight, carry_weight):
+    """The weighted sum of an accumulator and the carry, of which registers hold no more than half beside it."""
+    D: gl.constexpr = out.shape[1]
+    first_half, second_half = gl.split(out.reshape([ROWS, 2, D // 2]).permute((0, 2, 1)))
+    HALF: gl.constexpr = first_half.type.layout
+    carried = load_carried(problem, result, first_row, 0, head, D, D // 2, HALF)
+    first_half = weighted_sum(first_half, own_weight, carried, carry_weight)
+    carried = load_carried(problem, result, first_row, D // 2, head, D, D // 2, HALF)
+    second_half = weighted_sum(second_half, own_weight, carried, carry_weight)
+    whole = gl.join(first_half, second_half).permute((0, 2, 1)).reshape([ROWS, D])
+    return gl.convert_layout(whole, out.type.layout, assert_trivial=True)
 
 
 @gluon.jit
