@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import operator
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
 
 from ringflash.errors import ArgumentError
@@ -54,7 +55,9 @@ def refine(
     if pairs_a[-1] != pairs_b[-1]:
         raise ArgumentError(f"cannot intersect documents that end at {pairs_a[-1][0]} and at {pairs_b[-1][0]} tokens")
     pairs = next((x for x, y in ((pairs_a, pairs_b), (pairs_b, pairs_a)) if set(y) <= set(x)), None)
-    keys, queries = zip(*(pairs or sorted({*pairs_a, *pairs_b})), strict=True)
+    if pairs is None:  # each as often as either has it, for empty documents count where each has a prefix length
+        pairs = sorted((Counter(pairs_a) | Counter(pairs_b)).elements())
+    keys, queries = zip(*pairs, strict=True)
     if any(x > y for x, y in itertools.pairwise(queries)):
         raise ArgumentError("cannot intersect documents whose query and key boundaries cross")
     return keys, None if queries == keys else queries

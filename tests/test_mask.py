@@ -307,6 +307,8 @@ def test_rectangles_without_pairs_are_empty_and_need_no_keys() -> None:
         (lambda: Mask.prefix_lm(-1), "length=-1"),
         (lambda: Mask.prefix_lm([2, -1]), r"length=\[2, -1\]"),
         (lambda: Mask.prefix_lm([1, 2]) & Mask.documents([0, 9]), "2 lengths for 1 documents"),
+        (lambda: Mask.prefix_lm([1, 2, 9]) & Mask.documents([0, 5, 5, 60]) & Mask.documents([0, 30, 60]), "3 lengths"),
+        (lambda: Mask.documents([0, 30, 60]) & (Mask.prefix_lm([1, 2, 9]) & Mask.documents([0, 5, 5, 60])), "3 lengths"),
         (lambda: Mask.prefix_lm([1, 2]).sees(0, 1), "2 lengths, but there are no documents"),
         (lambda: Mask.prefix_lm([1, 2]).classify((0, 4), (0, 4)), "2 lengths, but there are no documents"),
         (lambda: Mask.prefix_lm([1, 2]) & Mask.prefix_lm([1, 2, 3]), "2 and 3 documents"),
