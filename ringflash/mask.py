@@ -109,8 +109,8 @@ class Mask:
             sink: document prefix that the left bound does not hide (StreamingLLM, arXiv 2309.17453).
         """
         for name, value in (("left", left), ("right", right), ("sink", sink)):
-            if value is not None and value < 0:
-                raise ArgumentError(f"sliding_window: {name}={value}; allowed are 0 and more, or None for no bound")
+            if value is not None and (isinstance(value, float) or value < 0):
+                raise ArgumentError(f"sliding_window: {name}={value}; allowed are integers from 0, or None")
         if sink and left is not None:
             return Mask(right=right, sink=sink, sink_left=left)
         return Mask(left=left, right=right)
@@ -129,8 +129,8 @@ class Mask:
     @staticmethod
     def chunked(size: int) -> Mask:
         """Llama 4's chunked attention: a query sees its own chunk of `size` tokens, counted from its document."""
-        if size < 1:
-            raise ArgumentError(f"chunked: size={size}; allowed is 1 and more")
+        if isinstance(size, float) or size < 1:
+            raise ArgumentError(f"chunked: size={size}; allowed are integers from 1")
         return Mask(chunks=(size,))
 
     @staticmethod
