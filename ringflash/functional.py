@@ -255,7 +255,8 @@ def _boundaries(
             raise ArgumentError(f"{name} is on {x.device}; plans for {ranks} ranks are made on the CPU, pass it there")
     if mask.boundaries is not None or not any(isinstance(x, Tensor) for x in given):
         return tuple(None if x is None else tuple([int(i) for i in x]) for x in given), None, None
-    return None, *(None if x is None else torch.as_tensor(x) for x in given)
+    device = next(x.device for x in given if isinstance(x, Tensor))  # where a list beside a tensor is to go
+    return None, *(x if x is None or isinstance(x, Tensor) else torch.tensor(x, device=device) for x in given)
 
 
 def _documents(mask: Mask, known: tuple[Numbers, Numbers | None] | None) -> tuple[Mask, str]:
@@ -294,7 +295,7 @@ def _slopes_of_rows(
         )
     if slopes.dim() == 1:
         return slopes.expand(batch * tokens, heads)
-    if own is None:
+    if slopes.shape[0] != count or own is None:
         return slopes.repeat_interleave(tokens, dim=0)
     own = torch.as_tensor(own)
     rows = torch.arange(tokens, device=own.device)
@@ -303,9 +304,7 @@ def _slopes_of_rows(
             documents = Mask.documents(boundaries.tolist(), own.tolist())
         rows = resolve(partition, seqlen, group_size(group), mask & documents, batch).positions(group_rank(group))
     rows = (rows + torch.arange(batch, device=own.device)[:, None] * seqlen).flatten()
-    if slopes.shape[0] == count:
-        return slopes[(torch.searchsorted(own.long(), rows, right=True) - 1).to(slopes.device)]
-    return slopes[(rows // seqlen).to(slopes.device)]
+    return slopes[(torch.searchsorted(own.long(), rows, right=True) - 1).to(slopes.device)]
 
 
 def _visible_keys(key_padding_mask: Tensor | None, key: Tensor) -> Tensor | None:

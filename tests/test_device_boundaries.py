@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from ringflash import ArgumentError, Mask
+from ringflash import ArgumentError, Mask, functional
 from ringflash.functional import attention
 from ringflash.parallel import program
 from ringflash.parallel.call import Inputs
@@ -97,6 +97,17 @@ class Recorder(TorchDispatchMode):
         if func.namespace == "ringflash":
             self.calls.append((func, args))
         return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("listed", ["cu_seqlens", "query_cu_seqlens"])
+def test_a_list_goes_where_the_tensor_beside_it_lies(listed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "_autocast", lambda *tensors: tensors)  # unknown on the device of this test
+    x = torch.empty(1, 9, 2, 8, device="meta")
+    edges = {name: torch.tensor([0, 4, 9], device="meta") for name in ("cu_seqlens", "query_cu_seqlens")}
+    with Recorder() as recorder:
+        attention(x, x, x, **edges | {listed: [0, 4, 9]}, group=ONE_DEVICE)
+    ((_, arguments),) = recorder.calls
+    assert [bounds.device.type for bounds in arguments[3:5]] == ["meta", "meta"]
 
 
 def test_selective_checkpointing_keeps_the_rows(readings: list) -> None:
