@@ -261,9 +261,11 @@ def _boundaries(
 
 def _documents(mask: Mask, known: tuple[Numbers, Numbers | None] | None) -> tuple[Mask, str]:
     """Documents of the mask and of known boundaries, in a mask of nothing else, and its text."""
-    documents = Mask(boundaries=mask.boundaries, query_boundaries=mask.query_boundaries)
-    if known is not None:
-        documents = documents & Mask.documents(*known)
+    if known is not None and mask.boundaries is None:
+        documents = Mask(boundaries=known[0], query_boundaries=known[1])  # checked by the operator, as tensors are
+    else:
+        documents = Mask(boundaries=mask.boundaries, query_boundaries=mask.query_boundaries)
+        documents = documents if known is None else documents & Mask.documents(*known)
     return documents, documents.spec()
 
 
@@ -300,9 +302,9 @@ def _slopes_of_rows(
     own = torch.as_tensor(own)
     rows = torch.arange(tokens, device=own.device)
     if group_size(group) > 1:
-        if boundaries is not None:
-            documents = Mask.documents(boundaries.tolist(), own.tolist())
-        rows = resolve(partition, seqlen, group_size(group), mask & documents, batch).positions(group_rank(group))
+        keys = documents.boundaries if boundaries is None else boundaries.tolist()
+        whole = mask & Mask.documents(keys, own.tolist())
+        rows = resolve(partition, seqlen, group_size(group), whole, batch).positions(group_rank(group))
     rows = (rows + torch.arange(batch, device=own.device)[:, None] * seqlen).flatten()
     return slopes[(torch.searchsorted(own.long(), rows, right=True) - 1).to(slopes.device)]
 

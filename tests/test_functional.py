@@ -338,6 +338,17 @@ def test_compiles_whole_with_numbers_that_change_from_call_to_call(name: str, in
         torch.testing.assert_close(compiled(x, given), call(x, given), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("cu_seqlens", [[0, 40, 20, 60], [1, 60], [0]], ids=str)
+def test_compiled_code_names_a_bad_list(cu_seqlens: list[int]) -> None:
+    x = torch.randn(1, 60, 2, 16)
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda x: attention(x, x, x, cu_seqlens=cu_seqlens, group=ONE_DEVICE), fullgraph=True, backend="eager"
+    )
+    with pytest.raises(ArgumentError, match=r"cu_seqlens=\("):
+        compiled(x)
+
+
 @pytest.mark.parametrize("features", [{}, {**EVERY_FEATURE, "sinks": False}], ids=["plain", "every feature"])
 def test_opcheck_of_the_operator(features: dict) -> None:
     case = Case(((6, 8), (3, 3)), Rules(left=9, right=0), **features)
