@@ -9,6 +9,8 @@ It runs as two operators, `ringflash::append_to_cache` and `ringflash::attend_to
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -130,6 +132,15 @@ torch.library.define(
 )
 
 
+def _on_device_of(x: Tensor) -> AbstractContextManager:
+    """Makes the tensor's device the current one, as torch's own operators do.
+
+    Triton launches on the current device: beside the streams of the tensor's, unnoticed where the two reach each other.
+    """
+    elsewhere = x.is_cuda and x.get_device() != torch.cuda.current_device()
+    return torch.cuda.device(x.device) if elsewhere else nullcontext()
+
+
 @torch.library.impl("ringflash::append_to_cache", "CompositeExplicitAutograd")
 def _append(
     key: Tensor,
@@ -146,7 +157,8 @@ def _append(
 ) -> None:
     kernels = implementation(key.device, key.dtype, key_cache.shape[3], value_cache.shape[3])
     cache = Cache(key_cache, value_cache, lengths, offset, None, batch_index, block_table)
-    kernels.append(key, value, cache, None if cos is None else Rotary(cos, sin, interleaved))
+    with _on_device_of(key):
+        kernels.append(key, value, cache, None if cos is None else Rotary(cos, sin, interleaved))
 
 
 @torch.library.impl("ringflash::attend_to_cache", "CompositeExplicitAutograd")
@@ -173,7 +185,8 @@ def _attend(
     kernels = implementation(query.device, query.dtype, key_cache.shape[3], value_cache.shape[3])
     cache = Cache(key_cache, value_cache, lengths, offset, leftpad, batch_index, block_table)
     rotary = None if cos is None else Rotary(cos, sin, interleaved)
-    return kernels.attend(query, cache, Rules(scale, left, right, softcap, slopes), rotary, appended, splits)
+    with _on_device_of(query):
+        return kernels.attend(query, cache, Rules(scale, left, right, softcap, slopes), rotary, appended, splits)
 
 
 @torch.library.register_fake("ringflash::append_to_cache")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +15,10 @@ from decode_cases import CacheCase, assert_as_exact_as_torch, cache_cases, call,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ringflash
-from ringflash import ArgumentError, UnsupportedError, flash_attn_func, flash_attn_with_kvcache
+from ringflash import ArgumentError, UnsupportedError, flash_attn_func, flash_attn_with_kvcache, kvcache
 from ringflash.kernels import decode
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -228,6 +232,37 @@ def test_refuses_by_name_before_anything_is_written(changed: dict, message: str)
     assert torch.equal(CACHE, before)
 
 
+@pytest.mark.parametrize("device", [0, 1])
+def test_kernels_find_the_device_of_the_tensors_as_the_current_one(
+    device: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    current, found = [0], []
+
+    @contextmanager
+    def switched(to: torch.device) -> Iterator[None]:
+        current.append(to.index)
+        yield
+        current.pop()
+
+    def append(*_: object) -> None:
+        found.append(current[-1])
+
+    def attend(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+        found.append(current[-1])
+        return query.clone(), query.new_zeros(1, 2, 1)
+
+    on_device_of, x = kvcache._on_device_of, torch.zeros(1, 1, 2, 16)
+    with FakeTensorMode():
+        there = torch.empty(1, device=torch.device("cuda", device))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", switched)
+    monkeypatch.setattr(kvcache, "_on_device_of", lambda x: on_device_of(there))
+    monkeypatch.setattr(kvcache, "implementation", lambda *_: SimpleNamespace(append=append, attend=attend))
+    flash_attn_with_kvcache(x, x.clone(), x.clone(), x, x, cache_seqlens=0)
+    assert found == [device, device]
+    assert current == [0]
+
+
 # On GPUs
 
 
@@ -334,6 +369,18 @@ def test_steps_on_gpus_never_wait_and_a_graph_replays_them() -> None:
         seqlens += 1
     expected = flash_attn_func(q.float(), k.float(), v.float(), causal=True)
     torch.testing.assert_close(torch.cat(outs, 1).float(), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("splits", [1, 20])
+def test_a_device_that_is_not_the_current_one(splits: int) -> None:
+    case = CacheCase(2, 2, 2, 3000, None, (8, 2), (128, 128), torch.bfloat16, splits=splits)
+    problem = tensors(case)
+    with torch.cuda.device(0):
+        given = problem.to("cuda:1")
+        given.q.to("cuda:0")  # from here on the two devices reach each other's memory where they can
+        assert_as_exact_as_torch(call(flash_attn_with_kvcache, case, given), case, given)
 
 
 @pytest.mark.gpu
