@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ringflash.errors import UnsupportedError
+from ringflash.kernels.devices import on_device_of
 from ringflash.parallel.call import Call, Inputs, shape_of_table
 from ringflash.parallel.executor import backward, forward
 
@@ -48,7 +49,8 @@ def attention(
     call = Call(
         mask, documents, partition, group, batch, seqlen, key_seqlen, scale, softcap, dropout, kernel, deterministic
     )  # fmt: skip
-    return forward(inputs, call)
+    with on_device_of(query):
+        return forward(inputs, call)
 
 
 def attention_backward(
@@ -83,7 +85,8 @@ def attention_backward(
     call = Call(
         mask, documents, partition, group, batch, seqlen, key_seqlen, scale, softcap, dropout, kernel, deterministic
     )  # fmt: skip
-    return backward(dout, dlse, out, lse, table, inputs, call)
+    with on_device_of(query):
+        return backward(dout, dlse, out, lse, table, inputs, call)
 
 
 TENSORS = len(Inputs._fields)

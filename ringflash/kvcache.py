@@ -9,13 +9,12 @@ It runs as two operators, `ringflash::append_to_cache` and `ringflash::attend_to
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 
 from ringflash.errors import ArgumentError, UnsupportedError
 from ringflash.kernels.decode import Cache, Rotary, Rules, implementation
+from ringflash.kernels.devices import on_device_of
 from ringflash.kvcache_arguments import (
     check_indices,
     check_no_gradient,
@@ -132,15 +131,6 @@ torch.library.define(
 )
 
 
-def _on_device_of(x: Tensor) -> AbstractContextManager:
-    """Makes the tensor's device the current one, as torch's own operators do.
-
-    Triton launches on the current device: beside the streams of the tensor's, unnoticed where the two reach each other.
-    """
-    elsewhere = x.is_cuda and x.get_device() != torch.cuda.current_device()
-    return torch.cuda.device(x.device) if elsewhere else nullcontext()
-
-
 @torch.library.impl("ringflash::append_to_cache", "CompositeExplicitAutograd")
 def _append(
     key: Tensor,
@@ -157,7 +147,7 @@ def _append(
 ) -> None:
     kernels = implementation(key.device, key.dtype, key_cache.shape[3], value_cache.shape[3])
     cache = Cache(key_cache, value_cache, lengths, offset, None, batch_index, block_table)
-    with _on_device_of(key):
+    with on_device_of(key):
         kernels.append(key, value, cache, None if cos is None else Rotary(cos, sin, interleaved))
 
 
@@ -185,7 +175,7 @@ def _attend(
     kernels = implementation(query.device, query.dtype, key_cache.shape[3], value_cache.shape[3])
     cache = Cache(key_cache, value_cache, lengths, offset, leftpad, batch_index, block_table)
     rotary = None if cos is None else Rotary(cos, sin, interleaved)
-    with _on_device_of(query):
+    with on_device_of(query):
         return kernels.attend(query, cache, Rules(scale, left, right, softcap, slopes), rotary, appended, splits)
 
 

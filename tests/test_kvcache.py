@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,10 +12,9 @@ from decode_cases import CacheCase, assert_as_exact_as_torch, cache_cases, call,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ringflash
-from ringflash import ArgumentError, UnsupportedError, flash_attn_func, flash_attn_with_kvcache, kvcache
+from ringflash import ArgumentError, UnsupportedError, flash_attn_func, flash_attn_with_kvcache
 from ringflash.kernels import decode
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -230,37 +226,6 @@ def test_refuses_by_name_before_anything_is_written(changed: dict, message: str)
     with pytest.raises(ArgumentError, match=message):
         flash_attn_with_kvcache(**{"q": X, "k_cache": CACHE, "v_cache": CACHE} | changed)
     assert torch.equal(CACHE, before)
-
-
-@pytest.mark.parametrize("device", [0, 1])
-def test_kernels_find_the_device_of_the_tensors_as_the_current_one(
-    device: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    current, found = [0], []
-
-    @contextmanager
-    def switched(to: torch.device) -> Iterator[None]:
-        current.append(to.index)
-        yield
-        current.pop()
-
-    def append(*_: object) -> None:
-        found.append(current[-1])
-
-    def attend(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-        found.append(current[-1])
-        return query.clone(), query.new_zeros(1, 2, 1)
-
-    on_device_of, x = kvcache._on_device_of, torch.zeros(1, 1, 2, 16)
-    with FakeTensorMode():
-        there = torch.empty(1, device=torch.device("cuda", device))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
-    monkeypatch.setattr(torch.cuda, "device", switched)
-    monkeypatch.setattr(kvcache, "_on_device_of", lambda x: on_device_of(there))
-    monkeypatch.setattr(kvcache, "implementation", lambda *_: SimpleNamespace(append=append, attend=attend))
-    flash_attn_with_kvcache(x, x.clone(), x.clone(), x, x, cache_seqlens=0)
-    assert found == [device, device]
-    assert current == [0]
 
 
 # On GPUs
