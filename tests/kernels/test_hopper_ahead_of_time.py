@@ -64,14 +64,17 @@ FORWARD_SHAPES = [
 ]
 
 
-# Bytes a thread may spill: next to none in a plain launch; a carry's loads need pointers beside the accumulator, once
-# a tile.
+# Bytes a thread may spill: next to none, once a tile.
 @pytest.mark.parametrize(("dim", "tiles"), FORWARD_SHAPES, ids=str)
-@pytest.mark.parametrize(("carry", "spill_budget"), [(False, 64), (True, 160)], ids=["plain", "carry"])
-def test_forward_fits_and_keeps_the_softmax_before_the_wait(dim, tiles, carry, spill_budget):
-    compiled = compile_forward(dim, tiles, torch.bfloat16, carry, torch.float32 if carry else torch.bfloat16)
+@pytest.mark.parametrize(
+    ("carry", "out_dtype"),
+    [(False, torch.bfloat16), (True, torch.float32), (True, torch.bfloat16)],
+    ids=["plain", "carry", "last carry"],
+)
+def test_forward_fits_and_keeps_the_softmax_before_the_wait(dim, tiles, carry, out_dtype):
+    compiled = compile_forward(dim, tiles, torch.bfloat16, carry, out_dtype)
     assert compiled.warnings == []
-    assert compiled.spilled <= spill_budget
+    assert compiled.spilled <= 64
     assert compiled.shared < SHARED_LIMIT
     assert softmax_before_wait(compiled.blocks) == tiles.consumers, "one loop in each warpgroup"
 
