@@ -13,43 +13,51 @@ from triton.experimental.gluon import language as gl
 from ringflash.kernels.hopper.softmax import ROWS
 
 
-def _assembly(count: int, access: str, first_address: int) -> str:
-    """PTX that does `access` for every two of a thread's `count` registers.
+@gluon.constexpr_function
+def load_assembly(count):
+    """PTX that loads a thread's `count` registers; the operands behind them are the addresses of their rows.
 
-    Registers 4 i + 2 r and the next are of row r and two of the columns from 8 i on. The operands from first_address on
-    are the addresses of the registers' rows.
+    Registers 4 i + 2 r and the next are of row r and two of the columns from 8 i on. All rows exist: were a load left
+    out, its registers would have to be kept free for long.
     """
-    rows = " ".join(
-        f"setp.ne.b64 exists{row}, ${first_address + 2 * row}, 0;"
-        f" mad.wide.u32 row{row}, lane, 8, ${first_address + 2 * row};"
-        for row in range(2)
+    loads = " ".join(
+        f"ld.global.v2.f32 {{${i}, ${i + 1}}}, [row{i // 2 % 2} + {i // 4 * 32}];" for i in range(0, count, 2)
     )
-    lines = " ".join(
-        access.format(row=i // 2 % 2, numbers=f"{{${i}, ${i + 1}}}", address=f"[row{i // 2 % 2} + {i // 4 * 32}]")
+    return f"{{ .reg .b64 row0, row1; {own_columns(count)} {loads} }}"
+
+
+@gluon.constexpr_function
+def store_assembly(count):
+    """PTX that stores a thread's `count` registers, in the order of `load_assembly`, but for rows with address 0.
+
+    The result is the registers, as some must be named; the operands are they and the addresses of their rows.
+    """
+    stores = " ".join(
+        f"@exists{i // 2 % 2} st.global.v2.f32 [row{i // 2 % 2} + {i // 4 * 32}], {{${i}, ${i + 1}}};"
         for i in range(0, count, 2)
     )
-    return (
-        "{ .reg .pred exists0, exists1; .reg .b64 row0, row1; .reg .b32 lane; mov.u32 lane, %laneid;"
-        f" and.b32 lane, lane, 3; {rows} {lines} }}"
-    )
+    exist = " ".join(f"setp.ne.b64 exists{row}, ${2 * count + 2 * row}, 0;" for row in range(2))
+    declared = ".reg .pred exists0, exists1; .reg .b64 row0, row1;"
+    return f"{{ {declared} {exist} {own_columns(2 * count)} {stores} }}"
 
 
-def _load(count: int) -> tuple[str, str]:
-    """PTX and its operands. Rows all exist: were a load left out, its registers would have to be kept free for long."""
-    return _assembly(count, "ld.global.v2.f32 {numbers}, {address};", count), ",".join(["=f"] * count + ["l"] * count)
+@gluon.constexpr_function
+def own_columns(first_address):
+    """PTX that finds a thread's first column in its two rows, whose addresses are operands from first_address on."""
+    rows = " ".join(f"mad.wide.u32 row{row}, lane, 8, ${first_address + 2 * row};" for row in range(2))
+    return f".reg .b32 lane; mov.u32 lane, %laneid; and.b32 lane, lane, 3; {rows}"
 
 
-def _store(count: int) -> tuple[str, str]:
-    """PTX and its operands. Rows with address 0 are left out. Results are the registers stored: some must be named."""
-    text = _assembly(count, "@exists{row} st.global.v2.f32 {address}, {numbers};", 2 * count)
-    return text, ",".join(["=f"] * count + [str(i) for i in range(count)] + ["l"] * count)
+@gluon.constexpr_function
+def load_operands(count):
+    """Constraints of `load_assembly`."""
+    return ",".join(["=f"] * count + ["l"] * count)
 
 
-LOAD_32, LOAD_OPERANDS_32 = map(gl.constexpr, _load(32))
-LOAD_64, LOAD_OPERANDS_64 = map(gl.constexpr, _load(64))
-STORE_32, STORE_OPERANDS_32 = map(gl.constexpr, _store(32))
-STORE_64, STORE_OPERANDS_64 = map(gl.constexpr, _store(64))
-STORE_128, STORE_OPERANDS_128 = map(gl.constexpr, _store(128))
+@gluon.constexpr_function
+def store_operands(count):
+    """Constraints of `store_assembly`."""
+    return ",".join(["=f"] * count + [str(i) for i in range(count)] + ["l"] * count)
 
 
 @gluon.jit
@@ -63,18 +71,14 @@ def load_rows(
     base, first_row, first_column, head, query_rows, heads,
     D: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """COLUMNS (64 or 128) columns of 64 rows as a product's result has them; the last row's where there are none."""
+    """COLUMNS columns of 64 rows as a product's result has them; the last row's where there are none."""
     row = gl.minimum(first_row + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT)), query_rows - 1)
     addresses = row_addresses(base, row, head, heads, D) + first_column * 4
     addresses, _ = gl.broadcast(addresses[:, None], gl.zeros([ROWS, COLUMNS], gl.int64, LAYOUT))
-    if COLUMNS == 64:
-        return gl.inline_asm_elementwise(
-            LOAD_32, LOAD_OPERANDS_32, [addresses], dtype=gl.float32, is_pure=False, pack=32
-        )
-    else:
-        return gl.inline_asm_elementwise(
-            LOAD_64, LOAD_OPERANDS_64, [addresses], dtype=gl.float32, is_pure=False, pack=64
-        )
+    return gl.inline_asm_elementwise(
+        load_assembly(COLUMNS // 2), load_operands(COLUMNS // 2), [addresses],
+        dtype=gl.float32, is_pure=False, pack=COLUMNS // 2,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -84,18 +88,10 @@ def store_rows(base, rows, first_row, head, query_rows, heads):
     row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, rows.type.layout))
     addresses = gl.where(row < query_rows, row_addresses(base, row, head, heads, D), 0)
     rows, addresses = gl.broadcast(rows, addresses[:, None])
-    if D == 64:
-        gl.inline_asm_elementwise(
-            STORE_32, STORE_OPERANDS_32, [rows, addresses], dtype=gl.float32, is_pure=False, pack=32
-        )
-    elif D == 128:
-        gl.inline_asm_elementwise(
-            STORE_64, STORE_OPERANDS_64, [rows, addresses], dtype=gl.float32, is_pure=False, pack=64
-        )
-    else:
-        gl.inline_asm_elementwise(
-            STORE_128, STORE_OPERANDS_128, [rows, addresses], dtype=gl.float32, is_pure=False, pack=128
-        )
+    gl.inline_asm_elementwise(
+        store_assembly(D // 2), store_operands(D // 2), [rows, addresses],
+        dtype=gl.float32, is_pure=False, pack=D // 2,
+    )  # fmt: skip
 
 
 @gluon.jit

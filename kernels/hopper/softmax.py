@@ -61,39 +61,31 @@ def settle(total):
     return gl.inline_asm_elementwise(SETTLE, "=f,=f,f,f", [total], dtype=gl.float32, is_pure=False, pack=2)
 
 
-def _rescale_assembly(count: int) -> tuple[str, str]:
-    """PTX (and its operands) that multiplies a thread's `count` accumulators by their rows' factors unless all are one.
+@gluon.constexpr_function
+def rescale_assembly(count):
+    """PTX that multiplies a thread's `count` accumulators by their rows' factors unless all are one.
 
     A branch that a warp takes as one. The accumulators 0 and 2 of a thread are of its two rows.
     """
     products = " ".join(f"mul.f32 ${i}, ${i}, ${2 * count + i};" for i in range(count))
-    text = (
+    return (
         f"{{ .reg .pred one; setp.eq.f32 one, ${2 * count}, 0f3F800000;"
         f" setp.eq.and.f32 one, ${2 * count + 2}, 0f3F800000, one;"
         f" vote.sync.all.pred one, one, 0xffffffff; @one bra.uni DONE; {products} DONE: }}"
     )
-    return text, ",".join(["=f"] * count + [str(i) for i in range(count)] + ["f"] * count)
 
 
-_RESCALE = {count: tuple(map(gl.constexpr, _rescale_assembly(count))) for count in (32, 64, 128)}
-RESCALE_32, OPERANDS_32 = _RESCALE[32]
-RESCALE_64, OPERANDS_64 = _RESCALE[64]
-RESCALE_128, OPERANDS_128 = _RESCALE[128]
+@gluon.constexpr_function
+def rescale_operands(count):
+    """Constraints of `rescale_assembly`."""
+    return ",".join(["=f"] * count + [str(i) for i in range(count)] + ["f"] * count)
 
 
 @gluon.jit
 def rescale_if_needed(out, rescale, D: gl.constexpr):
     """`out` times each row's factor; no work in a warp whose factors are all one."""
     out, factor = gl.broadcast(out, rescale[:, None])
-    if D == 64:
-        return gl.inline_asm_elementwise(
-            RESCALE_32, OPERANDS_32, [out, factor], dtype=gl.float32, is_pure=False, pack=32
-        )
-    elif D == 128:
-        return gl.inline_asm_elementwise(
-            RESCALE_64, OPERANDS_64, [out, factor], dtype=gl.float32, is_pure=False, pack=64
-        )
-    else:
-        return gl.inline_asm_elementwise(
-            RESCALE_128, OPERANDS_128, [out, factor], dtype=gl.float32, is_pure=False, pack=128
-        )
+    return gl.inline_asm_elementwise(
+        rescale_assembly(D // 2), rescale_operands(D // 2), [out, factor],
+        dtype=gl.float32, is_pure=False, pack=D // 2,
+    )  # fmt: skip
