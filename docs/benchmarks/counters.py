@@ -55,20 +55,34 @@ def launch_all(direction: str, dims: list[int]) -> None:
     torch.cuda.synchronize()
 
 
+def run_under_ncu(metrics: dict[str, str], options: list[str], program: list[str]) -> tuple[list[str], list[dict]]:
+    """What `program`, a script with its arguments, prints; and of each launch that ncu saw its name and the metrics."""
+    command = ["ncu", "--clock-control", "none", "--csv", "--page", "raw", "--print-units", "base"]
+    command += ["--metrics", ",".join(metrics.values()), *options, sys.executable, *program]
+    return launches_of(metrics, subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def launches_of(metrics: dict[str, str], output: str) -> tuple[list[str], list[dict]]:
+    """See `run_under_ncu`, of what ncu printed."""
+    lines = output.splitlines()
+    table = csv.DictReader(io.StringIO("\n".join(line for line in lines if line.startswith('"'))))
+    launches = [
+        {"kernel": row["Kernel Name"]} | {name: float(row[x].replace(",", "")) for name, x in metrics.items()}
+        for row in list(table)[1:]  # the first line of the table holds units
+    ]
+    return [line for line in lines if not line.startswith('"')], launches
+
+
 def measure(direction: str, dims: str) -> list[dict]:
     """One row for each case: the launch with the least cycles."""
-    command = ["ncu", "--clock-control", "none", "--csv", "--page", "raw", "--print-units", "base"]
-    command += ["--metrics", ",".join(METRICS.values()), "-k", KERNELS[direction]]
-    command += [sys.executable, __file__, direction, dims, "--launch"]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    program = [__file__, direction, dims, "--launch"]
+    lines, launches = run_under_ncu(METRICS, ["-k", KERNELS[direction]], program)
     cases = [json.loads(line.removeprefix("CASE ")) for line in lines if line.startswith("CASE ")]
-    table = csv.DictReader(io.StringIO("\n".join(line for line in lines if line.startswith('"'))))
-    launches = list(table)[1:]  # the first line of the table holds units
     if len(cases) != len(launches):
         raise RuntimeError(f"{len(cases)} launches were made and {len(launches)} measured")
     least: dict[str, dict] = {}
     for case, launch in zip(cases, launches, strict=True):
-        found = {name: float(launch[metric].replace(",", "")) for name, metric in METRICS.items()}
+        found = {name: launch[name] for name in METRICS}
         found["ms"] /= 1e6
         key = json.dumps(case)
         least[key] = min(least.get(key, case | found), case | found, key=lambda row: row["cycles"])

@@ -38,6 +38,7 @@ from ringflash import flash_attn_with_kvcache
 from ringflash.kernels.decode import Cache, Rules
 from ringflash.kernels.triton import decode
 from ringflash.kernels.triton.decode_tiles import DecodeTiles
+from ringflash.launch.benchmark_kernels import timed_by_events
 
 Run = Callable[[], object]
 CASES = [(1, 8192), (1, 32768), (1, 65536), (1, 131072), (4, 8192), (16, 8192), (16, 65536), (64, 8192)]
@@ -72,20 +73,9 @@ def alone_microseconds(run: Run) -> float:
 
 def in_turn_microseconds(run: Run) -> float:
     """Median time of `run` among others of its kind."""
-
-    def timed(runs: int) -> float:
-        run()  # the device is at work while the host prepares what is measured
-        start.record()
-        for _ in range(runs):
-            run()
-        end.record()
-        end.synchronize()
-        return 1e3 * start.elapsed_time(end) / runs
-
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    timed(1)
-    runs = max(1, round(1e3 * REPEAT_MS / timed(2)))
-    return statistics.median(timed(runs) for _ in range(REPEATS))
+    milliseconds = timed_by_events(run)
+    runs = max(1, round(REPEAT_MS / milliseconds(2)))
+    return 1e3 * statistics.median(milliseconds(runs) for _ in range(REPEATS))
 
 
 def copy_bandwidth() -> float:

@@ -7,18 +7,12 @@ Starts itself under ncu. Unlike times, cycles do not depend on how warm the card
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import subprocess
 import sys
 
-METRICS = {
-    "cycles": "sm__cycles_elapsed.max",
-    "ms": "gpu__time_duration.sum",
-    "tensor_percent": "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",
-    "instructions": "smsp__inst_executed.sum",
-}
+import counters
+
+METRICS = counters.METRICS | {"instructions": "smsp__inst_executed.sum"}
 CASES = {  # name: sequences, tokens, heads, head dimension, causal
     "full, 2 x 16,384": (2, 16384, 16, 128, False),
     "causal, 4 x 8,192": (4, 8192, 16, 128, True),
@@ -61,22 +55,21 @@ def launch_all() -> None:
             profiler.cudaProfilerStop()
 
 
-def rows_of(kernels: list[dict[str, str]]) -> list[dict]:
+def rows_of(kernels: list[dict]) -> list[dict]:
     """One row for each pass: sums over its kernels, and the tensor cores' share of the longest of them."""
     passes = [(case, *key) for case in CASES for key in FIRST_KERNELS]
     rows: list[dict] = []
     for kernel in kernels:
-        found = {name: float(kernel[metric].replace(",", "")) for name, metric in METRICS.items()}
-        begins = len(rows) < len(passes) and FIRST_KERNELS[passes[len(rows)][1:]] in kernel["Kernel Name"]
+        begins = len(rows) < len(passes) and FIRST_KERNELS[passes[len(rows)][1:]] in kernel["kernel"]
         if begins:
             case, implementation, direction = passes[len(rows)]
             label = {"head_dim": CASES[case][3], "case": case, "direction": direction, "implementation": implementation}
             rows.append({**label, **dict.fromkeys(METRICS, 0.0), "longest": 0.0})
         row = rows[-1]
-        if found["cycles"] > row["longest"]:
-            row["longest"], row["tensor_percent"] = found["cycles"], found["tensor_percent"]
+        if kernel["cycles"] > row["longest"]:
+            row["longest"], row["tensor_percent"] = kernel["cycles"], kernel["tensor_percent"]
         for name in ("cycles", "ms", "instructions"):
-            row[name] += found[name] / (1e6 if name == "ms" else 1)
+            row[name] += kernel[name] / (1e6 if name == "ms" else 1)
     if len(rows) != len(passes):
         raise RuntimeError(f"{len(rows)} passes were found and {len(passes)} made")
     return [{name: x for name, x in row.items() if name != "longest"} for row in rows]
@@ -86,11 +79,8 @@ def main() -> None:
     if sys.argv[1:] == ["--launch"]:
         launch_all()
         return
-    command = ["ncu", "--profile-from-start", "off", "--clock-control", "none", "--csv", "--page", "raw"]
-    command += ["--print-units", "base", "--metrics", ",".join(METRICS.values()), sys.executable, __file__, "--launch"]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    table = csv.DictReader(io.StringIO("\n".join(line for line in lines if line.startswith('"'))))
-    rows = rows_of(list(table)[1:])  # the first line of the table holds units
+    _, kernels = counters.run_under_ncu(METRICS, ["--profile-from-start", "off"], [__file__, "--launch"])
+    rows = rows_of(kernels)
     for row in rows:
         label = f"D{row['head_dim']} {row['case']} {row['direction']}, {row['implementation']}"
         print(
