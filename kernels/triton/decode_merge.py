@@ -19,6 +19,7 @@ from torch import Tensor
 
 import triton
 import triton.language as tl
+from ringflash.errors import ArgumentError
 from ringflash.kernels.plans import build_to_keep
 from ringflash.kernels.triton.blocks import LN_2, LOG2_E
 from triton.runtime import driver
@@ -127,6 +128,8 @@ def merge_if_last(
 
 def merging(splits: int) -> tuple[int, int, int]:
     """How many times parts are merged, and how many results and counters a tile has."""
+    if splits > FAN.value**2:
+        raise ArgumentError(f"splits={splits}; allowed are 1 to {FAN.value**2}")
     if splits == 1:
         return 0, 0, 0
     if splits <= FAN.value:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from ringflash.errors import ArgumentError
 from ringflash.kernels.triton import decode_merge
 
 DEVICE = torch.device("cuda", 0)
@@ -82,3 +83,9 @@ def test_a_supply_that_runs_low_is_replaced_outside_of_captures_and_kept(gpu: Si
     captured.append(decode_merge.counters(8, DEVICE))
     assert len(decode_merge._supplies) == 2
     assert_disjoint([shared, *captured])
+
+
+def test_more_parts_than_are_merged_are_refused() -> None:
+    assert decode_merge.merging(256)[0] == 2
+    with pytest.raises(ArgumentError, match="splits=257; allowed are 1 to 256"):
+        decode_merge.merging(257)
