@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from ringflash.parallel.agreement import tell_peers
 from ringflash.parallel.mesh import Group, group_rank, group_size, process_group
 from ringflash.parallel.operators import NO_FORWARD_MODE, call_attention
 from ringflash.parallel.partition import Partition, check_name, resolve
+from ringflash.parallel.segments import count, intersect
 
 Boundaries = Sequence[int] | Tensor | None
 Numbers = tuple[int, ...]
@@ -288,8 +290,8 @@ def _slopes_of_rows(
     own = boundaries if query_boundaries is None else query_boundaries
     if own is None:
         own = documents.query_boundaries or documents.boundaries
-    count = batch if own is None else len(own) - 1
-    allowed = {(heads,), (batch, heads), (count, heads)}
+    documents_of_rows = batch if own is None else len(own) - 1
+    allowed = {(heads,), (batch, heads), (documents_of_rows, heads)}
     if tuple(slopes.shape) not in allowed or slopes.dtype != torch.float32 or slopes.device != query.device:
         raise ArgumentError(
             f"alibi_slopes is {slopes.dtype} {tuple(slopes.shape)} on {slopes.device}; allowed is float32 of "
@@ -297,16 +299,19 @@ def _slopes_of_rows(
         )
     if slopes.dim() == 1:
         return slopes.expand(batch * tokens, heads)
-    if slopes.shape[0] != count or own is None:
+    if slopes.shape[0] != documents_of_rows or own is None:
         return slopes.repeat_interleave(tokens, dim=0)
-    own = torch.as_tensor(own)
-    rows = torch.arange(tokens, device=own.device)
-    if group_size(group) > 1:
-        keys = documents.boundaries if boundaries is None else boundaries.tolist()
-        whole = mask & Mask.documents(keys, own.tolist())
-        rows = resolve(partition, seqlen, group_size(group), whole, batch).positions(group_rank(group))
-    rows = (rows + torch.arange(batch, device=own.device)[:, None] * seqlen).flatten()
-    return slopes[(torch.searchsorted(own.long(), rows, right=True) - 1).to(slopes.device)]
+    ranks, rows = group_size(group), ((0, batch * tokens),)
+    if isinstance(own, Tensor) and ranks == 1:
+        positions = torch.arange(batch * tokens, device=own.device)
+        return slopes[(torch.searchsorted(own.long(), positions, right=True) - 1).to(slopes.device)]
+    keys, own = (x.tolist() if isinstance(x, Tensor) else x for x in (boundaries, own))
+    whole = mask & Mask.documents(documents.boundaries if keys is None else keys, own)
+    if ranks > 1:
+        rows = resolve(partition, seqlen, ranks, whole, batch).repeat(batch).segments[group_rank(group)]
+    # From numbers alone: a tensor of the host would be a constant in compiled code, which CUDA graphs refuse.
+    lengths = [count(intersect(rows, (document,))) for document in pairwise(own)]
+    return torch.cat([x.expand(n, heads) for x, n in zip(slopes.unbind(), lengths, strict=True)])
 
 
 def _visible_keys(key_padding_mask: Tensor | None, key: Tensor) -> Tensor | None:

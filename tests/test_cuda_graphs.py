@@ -87,6 +87,8 @@ KNOWN_DOCUMENTS = {
     "mask and list": {"mask": MASKS["documents"], "cu_seqlens": [0, 50, 100]},
     "mask and slopes": {"mask": MASKS["documents"], "alibi_slopes": torch.tensor([0.5, 0.25])},
     "mask and slopes of sequences": {"mask": MASKS["documents"], "alibi_slopes": torch.tensor([[0.5, 0.25]])},
+    "mask and slopes of documents": {"mask": MASKS["documents"], "alibi_slopes": torch.rand(4, 2)},
+    "list and slopes of documents": {"cu_seqlens": [0, 30, 30, 100], "alibi_slopes": torch.rand(3, 2)},
 }
 
 
