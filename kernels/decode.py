@@ -2,7 +2,7 @@
 
 An implementation is a module with two functions, `append` and `attend`, that mean what those here mean:
 ringflash.kernels.decode, which runs wherever torch does and is exact in float32 (float64 for float64), and
-ringflash.kernels.triton.decode. `implementation` chooses. Neither reads a tensor's values on the host.
+ringflash.kernels.triton.decode. `ringflash.kernels.select` chooses. Neither reads a tensor's values on the host.
 
 Sequence b fills the rows [leftpad[b], used[b]) of its part of the cache. With n keys appended, query i of S stands at
 row used[b] + n - S + i: the last query at the last key. It sees the rows from its place - left to its place + right
@@ -14,11 +14,7 @@ Hk key heads, G = H / Hk, D head dimension of keys, V of values, N keys of a blo
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -115,20 +111,6 @@ class Rules:
     def local(self) -> bool:
         """Whether the place of a query matters to what it sees."""
         return self.left is not None or self.right is not None
-
-
-def implementation(device: torch.device, dtype: torch.dtype, dim: int, value_dim: int) -> ModuleType:
-    """The module whose `append` and `attend` to call: Triton's on GPUs that it supports, else this one."""
-    return _implementation(device, dtype, dim, value_dim)
-
-
-@functools.cache
-def _implementation(device: torch.device, dtype: torch.dtype, dim: int, value_dim: int) -> ModuleType:
-    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
-        triton = importlib.import_module("ringflash.kernels.triton.decode")
-        if triton.supports(device, dtype, dim, value_dim):
-            return triton
-    return importlib.import_module(__name__)
 
 
 def append(key: Tensor, value: Tensor, cache: Cache, rotary: Rotary | None = None) -> None:

@@ -3,6 +3,8 @@
     kernels = select(query.device, query.dtype, query.shape[-1])
     out, lse = kernels.attend(query, key, value, intervals, scale=scale)
 
+`select_decoding` is the same for attention to a cache.
+
 Nothing is imported or probed before a choice asks for it, so a machine without Triton or CUDA never sees either.
 """
 
@@ -35,6 +37,7 @@ def select(
     value_head_dim: int | None = None,
     kernel: str = "auto",
     modifiers: bool = False,
+    sink_tokens: bool = False,
 ) -> ModuleType:
     """The module whose `attend`, `attend_backward` and `row_delta` to call.
 
@@ -45,6 +48,7 @@ def select(
         value_head_dim: head dimension of value; that of query and key if None.
         kernel: one of `NAMES`.
         modifiers: whether scores or weights are modified (see `ringflash.kernels.modifiers`).
+        sink_tokens: whether the mask has sink tokens, a second range of keys in front of each row's own.
 
     Raises:
         ArgumentError: the kernel is unknown or cannot run on this; says what is missing.
@@ -53,57 +57,89 @@ def select(
         >>> select("cpu", torch.float32, 64).__name__
         'ringflash.kernels.blockwise'
     """
-    return _select(torch.device(device), dtype, head_dim, value_head_dim or head_dim, kernel, modifiers)
+    return _select(torch.device(device), dtype, head_dim, value_head_dim or head_dim, kernel, modifiers, sink_tokens)
 
 
 @functools.cache
 def _select(
-    device: torch.device, dtype: torch.dtype, head_dim: int, value_head_dim: int, kernel: str, modifiers: bool
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    value_head_dim: int,
+    kernel: str,
+    modifiers: bool,
+    sink_tokens: bool,
 ) -> ModuleType:
     if kernel not in NAMES:
         raise ArgumentError(f"kernel={kernel!r}; allowed are {', '.join(NAMES)}")
     if dtype not in DTYPES:
         raise ArgumentError(f"query is {dtype}; allowed are {', '.join(str(x) for x in DTYPES)}")
-    problem = (device, dtype, head_dim, value_head_dim, modifiers)
+    problem = (device, dtype, head_dim, value_head_dim, modifiers, sink_tokens)
     if kernel == "auto":
         on_gpu = AUTO_ON_GPUS if device.type == "cuda" else ()
         kernel = next((name for name in on_gpu if _missing(name, *problem) is None), "blockwise")
         if on_gpu and kernel == "blockwise":
-            _warn_of_slowness(_missing("triton", *problem), _cure(*problem))
+            _warn_of_slowness(
+                f"attention on this GPU runs as torch operators (kernel='blockwise'), many times slower than as Triton "
+                f"kernels, because kernel='triton' cannot run: {_missing('triton', *problem)}. {_cure(*problem)}; "
+                "kernel='blockwise' asks for it without this warning"
+            )
     elif missing := _missing(kernel, *problem):
         raise ArgumentError(f"kernel={kernel!r} cannot run: {missing}")
     return importlib.import_module(f"ringflash.kernels.{kernel}")
 
 
 @functools.cache
-def _warn_of_slowness(missing: str, cure: str) -> None:
-    """Once per process for each reason: nothing else would show that the fast kernels are not at work."""
-    warnings.warn(
-        f"attention on this GPU runs as torch operators (kernel='blockwise'), many times slower than as Triton "
-        f"kernels, because kernel='triton' cannot run: {missing}. {cure}; kernel='blockwise' asks for it without this "
-        "warning",
-        stacklevel=2,
+def select_decoding(device: torch.device, dtype: torch.dtype, head_dim: int, value_head_dim: int) -> ModuleType:
+    """The module whose `append` and `attend` to call for a cache of keys and values; see `ringflash.kernels.decode`."""
+    decode = importlib.import_module("ringflash.kernels.decode")
+    if device.type != "cuda":
+        return decode
+    missing = "the package triton is not installed"
+    if importlib.util.find_spec("triton") is not None:
+        triton = importlib.import_module("ringflash.kernels.triton.decode")
+        missing = triton.missing(device, dtype, head_dim, value_head_dim)
+        if missing is None:
+            return triton
+    _warn_of_slowness(
+        "attention to a cache on this GPU runs as torch operators, many times slower than as Triton kernels, because "
+        f"those cannot run: {missing}"
     )
+    return decode
 
 
-def _cure(device: torch.device, dtype: torch.dtype, head_dim: int, value_head_dim: int, modifiers: bool) -> str:
+@functools.cache
+def _warn_of_slowness(message: str) -> None:
+    """Once per process for each reason: nothing else would show that the fast kernels are not at work."""
+    warnings.warn(message, stacklevel=2)
+
+
+def _cure(
+    device: torch.device, dtype: torch.dtype, head_dim: int, value_head_dim: int, modifiers: bool, sink_tokens: bool
+) -> str:
     """What to change for kernel="triton" to run."""
     if importlib.util.find_spec("triton") is None:
         return "Install triton"
     padded = tuple(-(-dim // 8) * 8 for dim in (head_dim, value_head_dim))
     for dims, how in (((head_dim, value_head_dim), ""), (padded, f", and zeros up to head dimensions {padded}")):
-        fits = [x for x in reversed(DTYPES) if _missing("triton", device, x, *dims, modifiers) is None]
+        fits = [x for x in reversed(DTYPES) if _missing("triton", device, x, *dims, modifiers, sink_tokens) is None]
         if dtype in fits:
             return f"Pad with zeros up to head dimensions {padded}, and pass the scale that belongs to {head_dim}"
         if fits:
             return f"Give query, key and value as {' or '.join(map(str, fits))}{how}"
-    if _missing("triton", device, torch.bfloat16, 64, 64, modifiers) is None:
+    if _missing("triton", device, torch.bfloat16, 64, 64, modifiers, sink_tokens) is None:
         return "Nothing faster takes head dimensions beyond that"
     return "`make doctor` shows what this machine lacks"
 
 
 def _missing(
-    kernel: str, device: torch.device, dtype: torch.dtype, head_dim: int, value_head_dim: int, modifiers: bool
+    kernel: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    value_head_dim: int,
+    modifiers: bool,
+    sink_tokens: bool,
 ) -> str | None:
     """Why a kernel cannot run, in words; None if it can."""
     if kernel in ("reference", "blockwise"):
@@ -113,6 +149,8 @@ def _missing(
     if kernel == "hopper":
         if modifiers:
             return "it applies no softcap, ALiBi slopes, dropout or key padding; triton and blockwise do"
+        if sink_tokens:
+            return "it takes no masks with sink tokens; triton and blockwise do"
         return importlib.import_module("ringflash.kernels.hopper").supports(device, dtype, head_dim, value_head_dim)
     tiles = importlib.import_module("ringflash.kernels.triton.tiles")
     try:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ringflash.kernels.modifiers import Modifiers
 from ringflash.kernels.select import select
+from ringflash.mask import Mask
 from ringflash.parallel.agreement import tell_peers
 from ringflash.parallel.call import Call, Inputs, prepare, table_of
 from ringflash.parallel.gradients import KeyGradients
@@ -116,8 +117,8 @@ def backward(
 
 def _kernels(inputs: Inputs, call: Call) -> ModuleType:
     query, value = inputs.query, inputs.value
-    modified = inputs.modified(call)
-    return select(query.device, query.dtype, query.shape[-1], value.shape[-1], call.kernel, modified)
+    modified, sink_tokens = inputs.modified(call), bool(Mask.from_spec(call.mask).sink)
+    return select(query.device, query.dtype, query.shape[-1], value.shape[-1], call.kernel, modified, sink_tokens)
 
 
 def _rows(stage: StageProgram, held: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

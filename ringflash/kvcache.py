@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ringflash.errors import ArgumentError, UnsupportedError
-from ringflash.kernels.decode import Cache, Rotary, Rules, implementation
+from ringflash.kernels.decode import Cache, Rotary, Rules
 from ringflash.kernels.devices import on_device_of
+from ringflash.kernels.select import select_decoding
 from ringflash.kvcache_arguments import (
     check_indices,
     check_no_gradient,
@@ -145,7 +146,7 @@ def _append(
     sin: Tensor | None,
     interleaved: bool,
 ) -> None:
-    kernels = implementation(key.device, key.dtype, key_cache.shape[3], value_cache.shape[3])
+    kernels = select_decoding(key.device, key.dtype, key_cache.shape[3], value_cache.shape[3])
     cache = Cache(key_cache, value_cache, lengths, offset, None, batch_index, block_table)
     with on_device_of(key):
         kernels.append(key, value, cache, None if cos is None else Rotary(cos, sin, interleaved))
@@ -172,7 +173,7 @@ def _attend(
     softcap: float,
     splits: int,
 ) -> tuple[Tensor, Tensor]:
-    kernels = implementation(query.device, query.dtype, key_cache.shape[3], value_cache.shape[3])
+    kernels = select_decoding(query.device, query.dtype, key_cache.shape[3], value_cache.shape[3])
     cache = Cache(key_cache, value_cache, lengths, offset, leftpad, batch_index, block_table)
     rotary = None if cos is None else Rotary(cos, sin, interleaved)
     with on_device_of(query):

@@ -41,7 +41,8 @@ def intervals() -> dict[str, KeyIntervals]:
 def check(name: str, problem: Problem, cuts: tuple[int, ...] = (), deterministic: bool = False) -> None:
     """Forward and backward."""
     dims = problem.query.shape[2], problem.value.shape[2]
-    kernels = select("cuda", problem.query.dtype, *dims, name, problem.modifiers is not None)
+    asked = problem.modifiers is not None, problem.intervals.has_sink
+    kernels = select("cuda", problem.query.dtype, *dims, name, *asked)
     results = run(kernels, problem, cuts, deterministic=deterministic)
     for result, x in vars(results).items():
         assert not x.isnan().any(), result

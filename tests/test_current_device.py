@@ -66,7 +66,7 @@ def test_attention_to_a_cache(device: int, monkeypatch: pytest.MonkeyPatch) -> N
         return query.clone(), query.new_zeros(1, 2, 1)
 
     kernels = SimpleNamespace(append=seen(lambda *_: None, found), attend=seen(attend, found))
-    monkeypatch.setattr(kvcache, "implementation", lambda *_: kernels)
+    monkeypatch.setattr(kvcache, "select_decoding", lambda *_: kernels)
     x = torch.zeros(1, 1, 2, 16)
     flash_attn_with_kvcache(x, x.clone(), x.clone(), x, x, cache_seqlens=0)
     assert found == [device, device]

@@ -6,8 +6,9 @@ backward works on), dquery (how the query's gradient leaves it) and turns (in wh
 backward_kernel, backward_wide_kernel and backward; compat holds what differs between triton's versions.
 """
 
-from ringflash.kernels.hopper.backward import attend_backward, row_delta
+from ringflash.kernels.hopper.backward import attend_backward
 from ringflash.kernels.hopper.forward import attend
-from ringflash.kernels.hopper.operands import supports, supports_intervals
+from ringflash.kernels.hopper.operands import supports
+from ringflash.kernels.triton import row_delta
 
-__all__ = ["attend", "attend_backward", "row_delta", "supports", "supports_intervals"]
+__all__ = ["attend", "attend_backward", "row_delta", "supports"]

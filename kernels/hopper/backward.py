@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ringflash.kernels import triton as portable
 from ringflash.kernels.hopper.backward_kernel import attend_backward_kernel
 from ringflash.kernels.hopper.backward_wide_kernel import attend_backward_wide_kernel
 from ringflash.kernels.hopper.dquery import HALF
@@ -21,7 +20,6 @@ from ringflash.kernels.hopper.operands import (
     form_of,
     head_section,
     list_descriptor,
-    supports_intervals,
     unplaced,
 )
 from ringflash.kernels.hopper.turns import PARTS, heads_in_turn, turns_of_tiles
@@ -29,8 +27,6 @@ from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.modifiers import Modifiers
 from ringflash.kernels.plans import Plans, form
 from ringflash.kernels.triton.launch import Launch, aligned
-
-row_delta = portable.row_delta
 
 
 @dataclass(frozen=True)
@@ -74,10 +70,7 @@ def attend_backward(
     dkey_dtype: torch.dtype | None = None,
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See ringflash.kernels.reference.attend_backward. A carry is overwritten; dout is rounded to the dtype of query.
-
-    Masks that `supports_intervals` gives a reason against go to the portable kernels.
-    """
+    """See ringflash.kernels.reference.attend_backward. A carry is overwritten; dout is rounded to query's dtype."""
     dquery_dtype, dkey_dtype = dquery_dtype or query.dtype, dkey_dtype or key.dtype
     operands = (dout, query, key, value)
     numbers = (lse, delta, carry)
@@ -85,16 +78,8 @@ def attend_backward(
     plan = plans.get(call) if modifiers is None else None
     if plan is None:
         check_operands(query, key, value, intervals, scale, modifiers)
-        plan = supports_intervals(intervals)
-        if plan is None:
-            tiles = BACKWARD_TILES[query.shape[2]]
-            plan = BackwardPlan(operands, numbers, intervals, scale, dkey_dtype, tiles, deterministic)
-        plans.add(call, plan)
-    if isinstance(plan, str):
-        return portable.attend_backward(
-            *operands, lse, delta, intervals, scale=scale, carry=carry, dquery_dtype=dquery_dtype,
-            dkey_dtype=dkey_dtype, deterministic=deterministic,
-        )  # fmt: skip
+        tiles = BACKWARD_TILES[query.shape[2]]
+        plan = plans.add(call, BackwardPlan(operands, numbers, scale, dkey_dtype, tiles, deterministic))
     return plan(operands, numbers, intervals, dquery_dtype)
 
 
@@ -119,12 +104,12 @@ def launch_backward(
     call = (*_call(operands, numbers, intervals, scale, dkey_dtype, deterministic), tiles)
     plan = plans.get(call)
     if plan is None:
-        plan = plans.add(call, BackwardPlan(operands, numbers, intervals, scale, dkey_dtype, tiles, deterministic))
+        plan = plans.add(call, BackwardPlan(operands, numbers, scale, dkey_dtype, tiles, deterministic))
     return plan(operands, numbers, intervals, dquery_dtype)
 
 
 plans = Plans()
-"""`BackwardPlan`, or why the portable kernels are to run, by what the two functions above were asked for."""
+"""`BackwardPlan` by what the two functions above were asked for."""
 
 Operands = tuple[Tensor, Tensor, Tensor, Tensor]
 """Dout, query, key, value."""
@@ -154,18 +139,16 @@ class BackwardPlan:
     Args:
         operands: dout, query, key and value of the first call, as in `launch_backward`.
         numbers: lse, delta and carry of the first call.
-        intervals: as in `launch_backward`, of the first call; so are the others.
-        scale: see intervals.
-        dkey_dtype: see intervals.
-        tiles: see intervals.
-        deterministic: see intervals.
+        scale: as in `launch_backward`, of the first call; so are the others.
+        dkey_dtype: see scale.
+        tiles: see scale.
+        deterministic: see scale.
     """
 
     def __init__(
         self,
         operands: Operands,
         numbers: Numbers,
-        intervals: KeyIntervals,
         scale: float,
         dkey_dtype: torch.dtype,
         tiles: BackwardTiles,

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
-from ringflash.kernels import triton as portable
 from ringflash.kernels.hopper.forward_kernel import LOG2_E, ROWS, attend_kernel
 from ringflash.kernels.hopper.operands import (
     addressable,
@@ -19,7 +18,6 @@ from ringflash.kernels.hopper.operands import (
     form_of,
     head_section,
     multiprocessors,
-    supports_intervals,
     unplaced,
 )
 from ringflash.kernels.intervals import KeyIntervals
@@ -67,23 +65,15 @@ def attend(
     carry: Carry | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Carry:
-    """See ringflash.kernels.reference.attend. A carry is overwritten where its tensors can hold the result.
-
-    Masks that `supports_intervals` gives a reason against go to the portable kernels.
-    """
+    """See ringflash.kernels.reference.attend. A carry is overwritten where its tensors can hold the result."""
     out_dtype = out_dtype or query.dtype
     carry = carry and (in_pairs(carry[0]), carry[1].contiguous())
     call = _call(query, key, value, intervals, scale, carry, out_dtype)
     plan = plans.get(call) if modifiers is None else None
     if plan is None:
         check_operands(query, key, value, intervals, scale, modifiers)
-        plan = supports_intervals(intervals)
-        if plan is None:
-            tiles = FORWARD_TILES[query.shape[2]]
-            plan = ForwardPlan(query, key, value, intervals, scale, carry, out_dtype, tiles)
-        plans.add(call, plan)
-    if isinstance(plan, str):
-        return portable.attend(query, key, value, intervals, scale=scale, carry=carry, out_dtype=out_dtype)
+        tiles = FORWARD_TILES[query.shape[2]]
+        plan = plans.add(call, ForwardPlan(query, key, value, intervals, scale, carry, out_dtype, tiles))
     return plan(query, key, value, intervals, carry)
 
 
@@ -113,7 +103,7 @@ def in_pairs(carry_out: Tensor) -> Tensor:
 
 
 plans = Plans()
-"""`ForwardPlan`, or why the portable kernels are to run, by what `attend` and `launch_forward` were asked for."""
+"""`ForwardPlan` by what `attend` and `launch_forward` were asked for."""
 
 
 def _call(

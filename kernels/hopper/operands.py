@@ -43,17 +43,14 @@ def supports(
     return None
 
 
-def supports_intervals(intervals: KeyIntervals) -> str | None:
-    """None where the kernels take these intervals, otherwise the reason in words why they do not."""
-    return "the mask has sink tokens; it takes one key range for each row" if intervals.has_sink else None
-
-
 def check_operands(
     query: Tensor, key: Tensor, value: Tensor, intervals: KeyIntervals, scale: float, modifiers: Modifiers | None
 ) -> None:
     """Raise ArgumentError for what the kernels cannot compute."""
     if modifiers is not None:
         raise ArgumentError(f"modifiers={modifiers}; the Hopper kernels apply none, triton and blockwise apply all")
+    if intervals.has_sink:
+        raise ArgumentError("intervals have sink ranges; the Hopper kernels take none, triton and blockwise do")
     if key.dtype != query.dtype or value.dtype != query.dtype:
         raise ArgumentError(f"query, key, value are {query.dtype}, {key.dtype}, {value.dtype}; all three must agree")
     if query.shape[1] % key.shape[1] or value.shape[:2] != key.shape[:2] or key.shape[2] != query.shape[2]:

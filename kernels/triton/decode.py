@@ -40,7 +40,7 @@ from ringflash.kernels.triton.decode_tiles import DecodeTiles, choose_splits, de
 from ringflash.kernels.triton.operands import DTYPES, padded
 from ringflash.kernels.triton.tiles import chip_of
 
-__all__ = ["append", "attend", "supports"]
+__all__ = ["append", "attend", "missing"]
 
 
 @triton.jit
@@ -201,14 +201,19 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def supports(device: torch.device, dtype: torch.dtype, dim: int, value_dim: int) -> bool:
-    """Whether these kernels can run."""
+def missing(device: torch.device, dtype: torch.dtype, dim: int, value_dim: int) -> str | None:
+    """None where these kernels run, otherwise the reason in words why they do not."""
     try:
         chip_of(device)
-    except ArgumentError:
-        return False
+    except ArgumentError as error:
+        return str(error)
+    if dtype not in DTYPES:
+        return f"q is {dtype}; they take float16, bfloat16 and float32"
     most = 256 if dtype == torch.float32 else 512
-    return dtype in DTYPES and all(x % 8 == 0 and 8 <= x <= most for x in (dim, value_dim))
+    for name, x in (("headdim", dim), ("headdim of v_cache", value_dim)):
+        if x % 8 or not 8 <= x <= most:
+            return f"{name}={x}; they take multiples of 8 up to {most} in {dtype}"
+    return None
 
 
 def attend(

@@ -164,10 +164,12 @@ GPU_MODIFIED_CASES = {
 on_gpu_kernels = pytest.mark.parametrize("name", [x for x in NAMES if x not in ("auto", "reference", "blockwise")])
 
 
-def kernels_for(name: str, dtype: torch.dtype, dims: tuple[int, int], modifiers: bool = False) -> ModuleType:
+def kernels_for(
+    name: str, dtype: torch.dtype, dims: tuple[int, int], modifiers: bool = False, sink_tokens: bool = False
+) -> ModuleType:
     """The named kernels, if they run on this."""
     try:
-        return select("cuda", dtype, *dims, name, modifiers)
+        return select("cuda", dtype, *dims, name, modifiers, sink_tokens)
     except ArgumentError as reason:
         pytest.skip(str(reason))
 
@@ -179,7 +181,7 @@ def kernels_for(name: str, dtype: torch.dtype, dims: tuple[int, int], modifiers:
 @given(st.data())
 def test_gpu_kernels_are_as_accurate_as_torch(name: str, case: tuple, data: st.DataObject) -> None:
     dtype, heads, dims, sink, cut_count = case
-    kernels = kernels_for(name, dtype, dims)
+    kernels = kernels_for(name, dtype, dims, sink_tokens=sink)
     intervals = to_device(data.draw(any_intervals(2000, sink)), "cuda")
     problem = draw_problem(intervals, heads, dims, dtype, seed=data.draw(st.integers(0, 2**32 - 1)))
     cuts = [data.draw(st.integers(0, intervals.key_count)) for _ in range(cut_count)]
@@ -193,7 +195,7 @@ def test_gpu_kernels_are_as_accurate_as_torch(name: str, case: tuple, data: st.D
 @given(st.data())
 def test_gpu_kernels_with_modifiers_are_as_accurate_as_torch(name: str, case: tuple, data: st.DataObject) -> None:
     dtype, heads, dims, sink, cut_count, kinds = case
-    kernels = kernels_for(name, dtype, dims, modifiers=True)
+    kernels = kernels_for(name, dtype, dims, modifiers=True, sink_tokens=sink)
     intervals, seed = to_device(data.draw(any_intervals(1000, sink)), "cuda"), data.draw(st.integers(0, 2**63 - 1))
     modifiers = draw_modifiers(intervals, heads[0], seed, *kinds)
     problem = draw_problem(intervals, heads, dims, dtype, seed=seed, modifiers=modifiers)

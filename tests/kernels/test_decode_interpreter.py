@@ -38,7 +38,7 @@ else:
     @pytest.fixture(autouse=True, scope="module")
     def triton_on_the_cpu() -> Iterator[None]:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(kvcache, "implementation", lambda *problem: decode)
+            patch.setattr(kvcache, "select_decoding", lambda *problem: decode)
             yield
 
     def check(case: CacheCase) -> None:

@@ -11,9 +11,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from ringflash import Mask
 from ringflash.errors import ArgumentError
+from ringflash.functional import attention
 from ringflash.kernels import select as module
-from ringflash.kernels.select import select
+from ringflash.kernels.select import select, select_decoding
+from ringflash.parallel import executor
+from ringflash.parallel.mesh import ONE_DEVICE
 
 
 def chosen(*arguments: object) -> str:
@@ -23,10 +27,11 @@ def chosen(*arguments: object) -> str:
 @pytest.fixture(autouse=True)
 def fresh_choices() -> Iterator[None]:
     """Choices are remembered; those made on a pretended machine must not outlive it."""
-    for function in (module._select, module._warn_of_slowness):
+    remembered = (module._select, module.select_decoding, module._warn_of_slowness)
+    for function in remembered:
         function.cache_clear()
     yield
-    for function in (module._select, module._warn_of_slowness):
+    for function in remembered:
         function.cache_clear()
 
 
@@ -77,6 +82,24 @@ def test_modified_scores_go_to_triton_also_where_hopper_is_faster(monkeypatch: p
     assert chosen("cuda", torch.bfloat16, 128, 128, "auto", True) == "triton"
     assert chosen("cuda", torch.bfloat16, 128, 128, "triton", True) == "triton"
     assert chosen("cuda", torch.bfloat16, 20, 20, "auto", True) == "blockwise"
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_sink_tokens_go_to_triton_also_where_hopper_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    hopper = pytest.importorskip("ringflash.kernels.hopper")
+    monkeypatch.setattr(hopper, "supports", lambda *problem: None)
+    assert chosen("cuda", torch.bfloat16, 128, 128, "auto", False, True) == "triton"
+    with pytest.raises(ArgumentError, match=r"kernel='hopper' cannot run: .*sink tokens; triton and blockwise do"):
+        select("cuda", torch.bfloat16, 128, kernel="hopper", sink_tokens=True)
+
+
+def test_a_mask_with_sink_tokens_says_so_to_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(executor, "select", lambda *problem: asked.append(problem[-2:]) or select(*problem))
+    x = torch.randn(1, 9, 1, 8)
+    for mask in (Mask.sliding_window(4), Mask.sliding_window(4, sink=2)):
+        attention(x, x, x, mask=mask, group=ONE_DEVICE)
+    assert asked == [(False, False), (False, True)]
 
 
 @pytest.mark.usefixtures("without_triton")
@@ -174,6 +197,40 @@ def test_forced_triton_names_what_it_does_not_take(dtype: torch.dtype, dims: tup
 def test_forced_gpu_kernels_say_what_they_need(name: str) -> None:
     with pytest.raises(ArgumentError, match=f"kernel='{name}' cannot run: device.*cpu.* GPUs|kernel='{name}' .* CUDA"):
         select("cpu", torch.bfloat16, 128, kernel=name)
+
+
+CUDA = torch.device("cuda")
+
+
+def decoding(*problem: object) -> str:
+    return select_decoding(*problem).__name__.removeprefix("ringflash.kernels.")
+
+
+def test_caches_on_the_cpu_are_read_by_torch_operators() -> None:
+    assert decoding(torch.device("cpu"), torch.bfloat16, 128, 128) == "decode"
+
+
+def test_caches_on_gpus_are_read_by_triton_and_else_a_warning_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("ringflash.kernels.triton.decode")
+    monkeypatch.setattr(triton, "chip_of", lambda device: "ampere")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert decoding(CUDA, torch.bfloat16, 128, 512) == "triton.decode"
+        assert decoding(CUDA, torch.float32, 256, 8) == "triton.decode"
+    slow = "attention to a cache on this GPU runs as torch operators, .*cannot run: "
+    for problem, reason in (
+        ((torch.float64, 64, 64), "q is torch.float64"),
+        ((torch.bfloat16, 20, 64), "headdim=20; they take multiples of 8 up to 512"),
+        ((torch.float32, 64, 512), "headdim of v_cache=512; they take multiples of 8 up to 256"),
+    ):
+        with pytest.warns(UserWarning, match=slow + reason):
+            assert decoding(CUDA, *problem) == "decode"
+
+
+@pytest.mark.usefixtures("without_triton")
+def test_without_triton_caches_on_gpus_are_read_by_torch_operators_with_a_warning() -> None:
+    with pytest.warns(UserWarning, match="triton is not installed"):
+        assert decoding(CUDA, torch.bfloat16, 128, 128) == "decode"
 
 
 def test_forced_hopper_says_that_it_modifies_no_scores() -> None:
