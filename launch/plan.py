@@ -22,9 +22,9 @@ from ringflash.errors import ArgumentError
 from ringflash.mask import Interval, Mask
 from ringflash.parallel.partition import NAMES, resolve
 from ringflash.parallel.plan import Plan, ring
-from ringflash.parallel.segments import Segments, count, intersect
 from ringflash.parallel.verify import verify
 from ringflash.parallel.visibility import position_bounds
+from ringflash.segments import Segments, count, intersect
 
 MATRIX = 176  # pixels of a side; the boundary of a mask is sampled once a pixel
 GAP = 40

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ringflash.errors import ArgumentError
 from ringflash.mask import Mask
-from ringflash.parallel.segments import Segments, count, normalize
 from ringflash.parallel.visibility import visible_pairs
+from ringflash.segments import Segments, count, normalize
 
 NAMES = ("contiguous", "zigzag", "balanced")
 
@@ -43,9 +43,11 @@ class Partition:
         everything = sorted(interval for segments in self.segments for interval in segments)
         ends = [0, *(stop for _, stop in everything)]
         if [start for start, _ in everything] != ends[:-1] or ends[-1] != self.length:
-            raise ArgumentError(f"segments must hold each of the {self.length} positions exactly once")
+            raise ArgumentError(
+                f"segments={str(self.segments)[:200]} must hold each of {self.length} positions exactly once"
+            )
         if any(list(segments) != sorted(segments) for segments in self.segments):
-            raise ArgumentError("each rank's segments must be in ascending order")
+            raise ArgumentError(f"segments={str(self.segments)[:200]}; each rank's must be in ascending order")
 
     @staticmethod
     def contiguous(length: int, ranks: int) -> Partition:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from ringflash.mask import Mask
 from ringflash.parallel.partition import Partition
-from ringflash.parallel.segments import Segments, count, intersect, normalize
+from ringflash.segments import Segments, count, intersect, normalize
 
 
 @dataclass(frozen=True)

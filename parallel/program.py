@@ -15,8 +15,8 @@ from ringflash.mask import Mask
 from ringflash.parallel.launches import Launch, launches
 from ringflash.parallel.partition import Partition
 from ringflash.parallel.plan import Plan, Transfer
-from ringflash.parallel.segments import Segments, contains, count
 from ringflash.parallel.visibility import places, position_bounds
+from ringflash.segments import Segments, contains, count
 
 Rows = slice | Tensor
 """Rows of a tensor: a slice where they lie together (no copy), otherwise their indices."""

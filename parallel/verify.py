@@ -5,7 +5,7 @@ from __future__ import annotations
 from ringflash.errors import RingflashError
 from ringflash.mask import Mask
 from ringflash.parallel.plan import Plan, Stage, Transfer
-from ringflash.parallel.segments import Segments, contains, count, intersect, normalize
+from ringflash.segments import Segments, contains, count, intersect, normalize
 
 
 class PlanError(RingflashError):

@@ -76,6 +76,8 @@ class DistributedFlashAttention(nn.Module):
         alibi_slopes: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
         sinks: Tensor | None = None,
+        query_cu_seqlens: Sequence[int] | Tensor | None = None,
+        key_seqlen: int | None = None,
     ) -> Tensor:
         """Attention output for this rank's tokens.
 
@@ -89,6 +91,9 @@ class DistributedFlashAttention(nn.Module):
             alibi_slopes: fp32 (H,), or (B, H), or (documents, H) with cu_seqlens.
             key_padding_mask: (B, s) bool, False for this rank's keys that nobody may see.
             sinks: (H,) learned logits that join each row's softmax without a value, as in gpt-oss.
+            query_cu_seqlens: boundaries of the queries, where they differ from those of the keys.
+            key_seqlen: Sk, tokens of keys over all ranks; needed only where they are not dealt as the queries are, and
+                not every rank holds the same number.
 
         Returns:
             (B, s, H, Dv) in the query's dtype.
@@ -97,7 +102,9 @@ class DistributedFlashAttention(nn.Module):
             ArgumentError: an argument is not supported; raised before any communication.
             RankMismatchError: ranks disagree on an argument.
         """
-        return self.forward_with_lse(query, key, value, cu_seqlens, seqlen, alibi_slopes, key_padding_mask, sinks)[0]
+        return self.forward_with_lse(
+            query, key, value, cu_seqlens, seqlen, alibi_slopes, key_padding_mask, sinks, query_cu_seqlens, key_seqlen
+        )[0]
 
     def forward_with_lse(
         self,
@@ -109,6 +116,8 @@ class DistributedFlashAttention(nn.Module):
         alibi_slopes: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
         sinks: Tensor | None = None,
+        query_cu_seqlens: Sequence[int] | Tensor | None = None,
+        key_seqlen: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Like `forward`; returns also the log-sum-exp of each row, (B, H, s) fp32."""
         return attention(
@@ -117,7 +126,9 @@ class DistributedFlashAttention(nn.Module):
             value,
             mask=self.mask,
             cu_seqlens=cu_seqlens,
+            query_cu_seqlens=query_cu_seqlens,
             seqlen=seqlen,
+            key_seqlen=key_seqlen,
             group=self.group,
             partition=self.partition,
             scale=self.scale,

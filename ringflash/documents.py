@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ringflash.errors import ArgumentError
+from ringflash.integers import integers
 
 Boundaries = tuple[int, ...]
 
@@ -64,7 +65,7 @@ def refine(
 
 
 def _checked_boundaries(name: str, cu_seqlens: Sequence[int]) -> Boundaries:
-    bounds = tuple(int(x) for x in cu_seqlens)
+    bounds = integers(name, cu_seqlens)
     if len(bounds) < 2 or bounds[0] != 0 or any(a > b for a, b in itertools.pairwise(bounds)):
         shown = f"{bounds[:6]}{'...' if len(bounds) > 6 else ''}"
         raise ArgumentError(f"{name}={shown}; it must start at 0, never decrease, and end at the total length")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ringflash.errors import ArgumentError
 from ringflash.functional import attention
+from ringflash.integers import integers
 from ringflash.kernels.plans import Plans
 from ringflash.mask import Mask
 from ringflash.parallel.mesh import Group
@@ -73,16 +74,12 @@ class Options:
     ) -> Options:
         if not 0 <= dropout_p < 1:
             raise ArgumentError(f"dropout_p={dropout_p}; allowed is 0 <= dropout_p < 1")
-        if softmax_scale is not None and not 0 < softmax_scale < float("inf"):
-            raise ArgumentError(f"softmax_scale={softmax_scale}; allowed are positive numbers, or None")
-        if len(window_size) != 2 or min(window_size) < -1:
-            raise ArgumentError(f"window_size={window_size}; allowed is (left, right), each -1 for no bound, or more")
-        left, right = (None if x == -1 else int(x) for x in window_size)
+        left, right, softcap = score_rules(softmax_scale, causal, window_size, softcap)
         return Options(
             dropout_p,
             softmax_scale,
-            Mask.sliding_window(left, 0 if causal else right),
-            max(softcap, 0.0),
+            Mask.sliding_window(left, right),
+            softcap,
             alibi_slopes,
             deterministic,
             return_attn_probs,
@@ -118,6 +115,21 @@ class Options:
             alibi_slopes=self.alibi_slopes,
             dropout=self.dropout,
         )
+
+
+def score_rules(
+    softmax_scale: float | None, causal: bool, window_size: tuple[int, int], softcap: float
+) -> tuple[int | None, int | None, float]:
+    """Bounds of the window to the left and to the right, None for none, and softcap, 0 for none."""
+    if softmax_scale is not None and not 0 < softmax_scale < float("inf"):
+        raise ArgumentError(f"softmax_scale={softmax_scale}; allowed are positive numbers, or None")
+    if not softcap < float("inf"):
+        raise ArgumentError(f"softcap={softcap}; allowed are positive numbers, 0 and less for none")
+    sizes = integers("window_size", window_size)
+    if len(sizes) != 2 or min(sizes) < -1:
+        raise ArgumentError(f"window_size={window_size}; allowed is (left, right), each -1 for no bound, or more")
+    left, right = (None if x == -1 else x for x in sizes)
+    return left, 0 if causal else right, max(float(softcap), 0.0)
 
 
 def attend_batch(

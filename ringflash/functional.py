@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ringflash.errors import ArgumentError, UnsupportedError
+from ringflash.integers import integers
 from ringflash.kernels.plans import Plans, form
 from ringflash.mask import Mask
 from ringflash.parallel.agreement import tell_peers
 from ringflash.parallel.mesh import Group, group_rank, group_size, process_group
 from ringflash.parallel.operators import NO_FORWARD_MODE, call_attention
 from ringflash.parallel.partition import Partition, check_name, resolve
-from ringflash.parallel.segments import count, intersect
+from ringflash.segments import count, intersect
 
 Boundaries = Sequence[int] | Tensor | None
 Numbers = tuple[int, ...]
@@ -164,6 +165,11 @@ def _settings(
     _check_numbers(softcap, dropout, scale)
     check_name(partition)
     mask = Mask.causal() if mask is None else mask
+    if not isinstance(mask, Mask):
+        raise ArgumentError(f"mask={mask!r}; allowed are ringflash.Mask, as Mask.causal(), and None for that")
+    for what, length in (("seqlen", seqlen), ("key_seqlen", key_seqlen)):
+        if isinstance(length, float) or (length is not None and length < 0):
+            raise ArgumentError(f"{what}={length}; allowed are integers from 0, or None")
     (batch, tokens, _, dim), key_tokens = query.shape, key.shape[1]
     seqlen = tokens * ranks if seqlen is None else seqlen
     key_seqlen = (seqlen if key_tokens == tokens else key_tokens * ranks) if key_seqlen is None else key_seqlen
@@ -190,24 +196,27 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise ArgumentError(f"{name} has shape {tuple(tensor.shape)}; allowed is (batch, seqlen, heads, head_dim)")
         if tensor.shape[0] == 0:
             raise ArgumentError(f"{name} has shape {tuple(tensor.shape)}; the batch must hold at least one sequence")
+        if 0 in tensor.shape[2:]:
+            raise ArgumentError(f"{name} has shape {tuple(tensor.shape)}; allowed is at least one head and head_dim")
         if tensor.dtype != query.dtype or tensor.device != query.device:
             raise ArgumentError(
                 f"{name} is {tensor.dtype} on {tensor.device}, query {query.dtype} on {query.device}; make them agree"
             )
         if not tensor.dtype.is_floating_point:
-            raise ArgumentError(f"{name} is {tensor.dtype}; allowed are float32, float16 and bfloat16")
+            raise ArgumentError(f"{name} is {tensor.dtype}; allowed are float16, bfloat16, float32 and float64")
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             raise ArgumentError(f"{name} has strides {tensor.stride()}; its last dimension must be contiguous")
     if key.shape[0] != query.shape[0] or value.shape[:3] != key.shape[:3] or key.shape[3] != query.shape[3]:
         raise ArgumentError(
-            f"shapes do not go together: query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+            f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)} do not go together; "
+            "allowed are (B, s, H, D), (B, sk, Hk, D), (B, sk, Hk, Dv)"
         )
     if key.shape[2] == 0 or query.shape[2] % key.shape[2]:
         raise ArgumentError(f"query has {query.shape[2]} heads, key {key.shape[2]}; the first must be a multiple")
 
 
 def _check_numbers(softcap: float, dropout: float, scale: float | None) -> None:
-    if softcap < 0:
+    if not 0 <= softcap < float("inf"):
         raise ArgumentError(f"softcap={softcap}; allowed are 0 for none, and positive numbers")
     if not 0 <= dropout < 1:
         raise ArgumentError(f"dropout={dropout}; allowed is 0 <= dropout < 1")
@@ -253,10 +262,13 @@ def _boundaries(
         raise ArgumentError("query_cu_seqlens is given without cu_seqlens, the boundaries of the keys")
     given = [cu_seqlens, query_cu_seqlens]
     for name, x in zip(("cu_seqlens", "query_cu_seqlens"), given, strict=True):
+        if isinstance(x, Tensor) and (x.dtype.is_floating_point or x.dim() != 1):
+            raise ArgumentError(f"{name} is {x.dtype} {tuple(x.shape)}; allowed are integers (documents + 1,)")
         if isinstance(x, Tensor) and x.device.type != "cpu" and (ranks > 1 or mask.boundaries is not None):
             raise ArgumentError(f"{name} is on {x.device}; plans for {ranks} ranks are made on the CPU, pass it there")
     if mask.boundaries is not None or not any(isinstance(x, Tensor) for x in given):
-        return tuple(None if x is None else tuple([int(i) for i in x]) for x in given), None, None
+        names = ("cu_seqlens", "query_cu_seqlens")
+        return tuple(None if x is None else integers(name, x) for name, x in zip(names, given, strict=True)), None, None
     device = next(x.device for x in given if isinstance(x, Tensor))  # where a list beside a tensor is to go
     return None, *(x if x is None or isinstance(x, Tensor) else torch.tensor(x, device=device) for x in given)
 

@@ -94,7 +94,7 @@ def flash_attn_with_kvcache(
     check_indices(q, cache_seqlens, cache_batch_idx, cache_leftpad, block_table)
     rows = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     check_rotary(q, k, rotary_cos, rotary_sin, rows)
-    left, right = check_scores(q, softmax_scale, causal, window_size, alibi_slopes, num_splits)
+    rules = check_scores(q, softmax_scale, causal, window_size, softcap, alibi_slopes, num_splits)
     if k is not None and cache_seqlens is None:
         raise ArgumentError("cache_seqlens is None with k given; pass how many tokens are in the cache")
     appended = 0 if k is None else k.shape[1]
@@ -109,9 +109,8 @@ def flash_attn_with_kvcache(
     if k is not None:
         torch.ops.ringflash.append_to_cache(k, v, k_cache, v_cache, *where, *rotary)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    rules = scale, left, right, max(float(softcap), 0.0)
     out, lse = torch.ops.ringflash.attend_to_cache(
-        q, k_cache, v_cache, *where, *rotary, cache_leftpad, alibi_slopes, appended, *rules, num_splits
+        q, k_cache, v_cache, *where, *rotary, cache_leftpad, alibi_slopes, appended, scale, *rules, num_splits
     )
     return (out, lse) if return_softmax_lse else out
 

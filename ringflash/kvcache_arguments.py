@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ringflash.errors import ArgumentError, UnsupportedError
+from ringflash.flash_arguments import score_rules
 
 MOST_SPLITS = 128
 """Of `num_splits`."""
@@ -113,15 +114,12 @@ def check_scores(
     softmax_scale: float | None,
     causal: bool,
     window_size: tuple[int, int],
+    softcap: float,
     alibi_slopes: Tensor | None,
     num_splits: int,
-) -> tuple[int | None, int | None]:
-    """Check how scores are made; the bounds to the left and to the right, None for none."""
-    if softmax_scale is not None and not 0 < softmax_scale < float("inf"):
-        raise ArgumentError(f"softmax_scale={softmax_scale}; allowed are positive numbers, or None")
-    if len(window_size) != 2 or min(window_size) < -1:
-        raise ArgumentError(f"window_size={window_size}; allowed is (left, right), each -1 for no bound, or more")
-    if not 0 <= num_splits <= MOST_SPLITS:
+) -> tuple[int | None, int | None, float]:
+    """Check how scores are made; see `score_rules`."""
+    if isinstance(num_splits, float) or not 0 <= num_splits <= MOST_SPLITS:
         raise ArgumentError(f"num_splits={num_splits}; allowed are 0 to choose, and 1 to {MOST_SPLITS}")
     if alibi_slopes is not None:
         allowed = (q.shape[2],), (q.shape[0], q.shape[2])
@@ -131,8 +129,7 @@ def check_scores(
                 f"alibi_slopes is {x.dtype} {tuple(x.shape)} on {x.device}; allowed is float32 of {allowed[0]} or "
                 f"{allowed[1]} on {q.device}"
             )
-    left, right = (None if x == -1 else int(x) for x in window_size)
-    return left, 0 if causal else right
+    return score_rules(softmax_scale, causal, window_size, softcap)
 
 
 def check_values(

@@ -23,7 +23,8 @@ from functools import cached_property, lru_cache
 from ringflash.block_layout import BlockLayout
 from ringflash.documents import boundaries_of, document_at, longest, refine
 from ringflash.errors import ArgumentError
-from ringflash.parallel.segments import Interval, Segments, intersect, normalize
+from ringflash.integers import integers
+from ringflash.segments import Interval, Segments, intersect, normalize
 
 UNBOUNDED = 2**31 - 1
 """Position behind every token; positions are 32-bit in the kernels."""
@@ -140,7 +141,7 @@ class Mask:
         Args:
             length: one number for every document, or one per document of the `documents` mask it is composed with.
         """
-        lengths = length if isinstance(length, int) else tuple(int(x) for x in length)
+        lengths = length if isinstance(length, int) else integers("prefix_lm: length", length)
         if any(x < 0 for x in ((lengths,) if isinstance(lengths, int) else lengths)):
             raise ArgumentError(f"prefix_lm: length={length}; allowed is 0 and more")
         return Mask(prefix=lengths)

@@ -128,7 +128,7 @@ def shard_batch(
     if "input_ids" not in batch:
         raise ArgumentError(f"batch has {sorted(batch)}; input_ids is missing")
     input_ids = batch["input_ids"]
-    labels = batch.get("labels", input_ids)
+    labels = input_ids if batch.get("labels") is None else batch["labels"]
     if input_ids.dim() != 2 or labels.shape != input_ids.shape:
         raise ArgumentError(
             f"input_ids {tuple(input_ids.shape)} and labels {tuple(labels.shape)} must both be (batch, seqlen)"
@@ -136,7 +136,7 @@ def shard_batch(
     size, seqlen = input_ids.shape
     documents = Mask.documents([i * seqlen for i in range(size + 1)])
     if batch.get("cu_seqlens") is not None:
-        documents = documents & Mask.documents([int(x) for x in batch["cu_seqlens"]])
+        documents = documents & Mask.documents(batch["cu_seqlens"])
     rules = _balanced_mask(partition, mask) & documents
     boundaries = torch.tensor(rules.boundaries)
     deal = resolve(partition, seqlen, group_size(group), rules, batch=size)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
+import ringflash.attention
 from ringflash import DistributedFlashAttention, Mask
 from ringflash.functional import attention
 from ringflash.parallel.mesh import ONE_DEVICE
@@ -47,6 +50,35 @@ def test_inputs_are_the_functions(tensors, name):
     out = DistributedFlashAttention()(*tensors, **INPUTS[name])
     assert torch.equal(out, attention(*tensors, **INPUTS[name])[0])
     assert not torch.equal(out, attention(*tensors)[0])
+
+
+def test_every_argument_reaches_the_function(tensors, monkeypatch):
+    found = {}
+
+    def note(query, key, value, **arguments):
+        found.update(arguments)
+        return query, None
+
+    monkeypatch.setattr(ringflash.attention, "attention", note)
+    settings = {
+        "mask": Mask.bidirectional(),
+        "group": ONE_DEVICE,
+        "partition": "balanced",
+        "scale": 0.3,
+        "softcap": 2.0,
+        "dropout": 0.1,
+        "kernel": "triton",
+        "deterministic": True,
+    }
+    forward = inspect.signature(DistributedFlashAttention.forward).parameters
+    inputs = {name: object() for name in forward if name not in ("self", "query", "key", "value")}
+    attend = DistributedFlashAttention(**settings)
+    attend(*tensors, **inputs)
+    assert found == settings | inputs
+    assert found.keys() == inspect.signature(attention).parameters.keys() - {"query", "key", "value", "dropout_seed"}
+    found.clear()
+    attend.forward_with_lse(*tensors, **inputs)
+    assert found == settings | inputs
 
 
 def test_dropout_drops_while_training_only(tensors):

@@ -91,7 +91,7 @@ class BPETokenizer:
             vocab_size: tokens to end up with, separator included; at least 257.
         """
         if vocab_size < 257:
-            raise ArgumentError(f"vocab_size={vocab_size}; 256 bytes and the separator need 257 or more")
+            raise ArgumentError(f"data.vocab_size={vocab_size}; 256 bytes and the separator need 257 or more")
         backend = tokenizers.Tokenizer(models.BPE())
         pieces = pre_tokenizers.Split(tokenizers.Regex(PATTERN), behavior="isolated")
         to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

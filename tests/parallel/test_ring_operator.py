@@ -177,7 +177,7 @@ BAD_CALLS = {
         query=q.int(), key=k.int(), value=v.int()
     ),
     "query has 3 heads, key 2": lambda q, k, v: dict(query=q[:, :, :3], key=k, value=v),
-    "shapes do not go together": lambda q, k, v: dict(query=q, key=k[:, :5], value=v),
+    "do not go together": lambda q, k, v: dict(query=q, key=k[:, :5], value=v),
     "cu_seqlens.*9": lambda q, k, v: dict(query=q, key=k, value=v, cu_seqlens=[0, 9]),
     "cu_seqlens.*5, 3": lambda q, k, v: dict(query=q, key=k, value=v, cu_seqlens=[0, 5, 3, 12]),
     "cu_seqlens.*8": lambda q, k, v: dict(query=q, key=k, value=v, cu_seqlens=torch.tensor([0, 8])),
