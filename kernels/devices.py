@@ -1,17 +1,24 @@
-"""The device that kernels are launched on."""
+"""What kernels run under, whatever their caller has set: the tensors' device, and the tensors' dtypes."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 
-def on_device_of(x: Tensor) -> AbstractContextManager:
-    """Makes the tensor's device the current one, as torch's own operators do.
+@contextmanager
+def as_given(x: Tensor) -> Iterator[None]:
+    """Makes the tensor's device the current one and ends autocast, as in torch's own operators.
 
     Triton launches on the current device: beside the streams of the tensor's, unnoticed where the two reach each other.
+    Autocast would round the fp32 sums of kernels in torch operators to 16 bits.
     """
-    elsewhere = x.is_cuda and x.get_device() != torch.cuda.current_device()
-    return torch.cuda.device(x.device) if elsewhere else nullcontext()
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(x.device), torch._C._DisableAutocast():
+            yield
+    else:
+        with torch._C._DisableAutocast():
+            yield

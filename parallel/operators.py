@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ringflash.errors import UnsupportedError
-from ringflash.kernels.devices import on_device_of
+from ringflash.kernels.devices import as_given
 from ringflash.parallel.call import Call, Inputs, shape_of_table
 from ringflash.parallel.executor import backward, forward
 
@@ -49,7 +49,7 @@ def attention(
     call = Call(
         mask, documents, partition, group, batch, seqlen, key_seqlen, scale, softcap, dropout, kernel, deterministic
     )  # fmt: skip
-    with on_device_of(query):
+    with as_given(query):
         return forward(inputs, call)
 
 
@@ -85,7 +85,7 @@ def attention_backward(
     call = Call(
         mask, documents, partition, group, batch, seqlen, key_seqlen, scale, softcap, dropout, kernel, deterministic
     )  # fmt: skip
-    with on_device_of(query):
+    with as_given(query):
         return backward(dout, dlse, out, lse, table, inputs, call)
 
 

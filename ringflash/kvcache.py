@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ringflash.errors import ArgumentError, UnsupportedError
 from ringflash.kernels.decode import Cache, Rotary, Rules
-from ringflash.kernels.devices import on_device_of
+from ringflash.kernels.devices import as_given
 from ringflash.kernels.select import select_decoding
 from ringflash.kvcache_arguments import (
     check_indices,
@@ -147,7 +147,7 @@ def _append(
 ) -> None:
     kernels = select_decoding(key.device, key.dtype, key_cache.shape[3], value_cache.shape[3])
     cache = Cache(key_cache, value_cache, lengths, offset, None, batch_index, block_table)
-    with on_device_of(key):
+    with as_given(key):
         kernels.append(key, value, cache, None if cos is None else Rotary(cos, sin, interleaved))
 
 
@@ -175,7 +175,7 @@ def _attend(
     kernels = select_decoding(query.device, query.dtype, key_cache.shape[3], value_cache.shape[3])
     cache = Cache(key_cache, value_cache, lengths, offset, leftpad, batch_index, block_table)
     rotary = None if cos is None else Rotary(cos, sin, interleaved)
-    with on_device_of(query):
+    with as_given(query):
         return kernels.attend(query, cache, Rules(scale, left, right, softcap, slopes), rotary, appended, splits)
 
 

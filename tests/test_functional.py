@@ -285,6 +285,20 @@ def test_autocast_sets_the_dtype() -> None:
     assert x.grad.dtype == torch.float32
 
 
+FUSED = Case(((9, 9), (3, 7)), dtype=torch.bfloat16, sinks=True)
+IN_PRODUCTS = replace(FUSED, dims=(16, 8), softcap=2.0, alibi="documents", dropout=0.4, padding=True)
+
+
+@pytest.mark.parametrize("case", [FUSED, IN_PRODUCTS], ids=["fused", "products"])
+def test_autocast_rounds_nothing_of_what_has_its_dtype(case: Case) -> None:
+    """Sums are kept in fp32 by products of torch, which autocast would take in 16 bits."""
+    problem = tensors(case)
+    expected = solve(attend(case, problem, dense=False), problem)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = solve(attend(case, problem, dense=False), problem)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_second_derivatives_are_refused() -> None:
     x = torch.randn(1, 5, 2, 8, requires_grad=True)
     out, _ = attention(x, x, x, group=ONE_DEVICE)

@@ -231,6 +231,17 @@ def test_refuses_by_name_before_anything_is_written(changed: dict, message: str)
     assert torch.equal(CACHE, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_nothing(dtype: torch.dtype) -> None:
+    """Neither the dtype, which is the cache's, nor sums, which products of torch keep in fp32."""
+    case = CacheCase(2, 2, 1, 40, None, (4, 2), rotary=16, causal=True, dtype=dtype)
+    expected, given = (tensors(case) for _ in range(2))
+    expected = call(flash_attn_with_kvcache, case, expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = call(flash_attn_with_kvcache, case, given)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 # On GPUs
 
 
