@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from ringflash.configs.schema import Config, ModelConfig, register
 from ringflash.errors import ArgumentError, RankMismatchError
+from ringflash.kernels.select import NAMES as KERNELS
+from ringflash.kernels.select import select
+from ringflash.training.checkpoint import MANIFEST
 
 CHOICES = {
     "device": ("auto", "cuda", "cpu"),
@@ -25,10 +29,11 @@ CHOICES = {
     "engine.precision": ("auto", "fp32", "bf16"),
     "attention.mask": ("causal", "sliding_window", "chunked"),
     "attention.partition": ("contiguous", "zigzag", "balanced"),
+    "attention.kernel": KERNELS,
 }
+AT_LEAST_TWO = ("train.seqlen",)  # one token to predict from another
 AT_LEAST_ONE = (
     "train.steps",
-    "train.seqlen",
     "train.global_batch",
     "train.micro_batch",
     "train.sequence_degree",
@@ -40,6 +45,8 @@ AT_LEAST_ONE = (
     "model.num_key_value_heads",
     "model.head_dim",
     "model.vocab_size",
+    "model.rope_scaling.original_max_position_embeddings",
+    "data.max_bytes",
     "attention.chunk",
     "checkpoint.keep",
     "logging.every",
@@ -54,7 +61,17 @@ AT_LEAST_ZERO = (
     "optimizer.weight_decay",
     "optimizer.clip",
 )
+POSITIVE = (
+    "timeout",
+    "optimizer.lr",
+    "optimizer.eps",
+    "model.rope_theta",
+    "model.rms_norm_eps",
+    "data.validation_fraction",
+)
 SHARES = ("optimizer.min_lr_ratio", "optimizer.beta1", "optimizer.beta2", "data.validation_fraction")
+SMALLEST_VOCABULARY = 257
+"""Tokens of the bytes tokenizer, and of a BPE without any merges."""
 
 
 def load(overrides: Sequence[str] = ()) -> Config:
@@ -91,17 +108,26 @@ def check(config: Config, world_size: int) -> None:
     for key, allowed in CHOICES.items():
         if flat[key] not in allowed:
             raise ArgumentError(f"{key}={flat[key]!r}; allowed are {', '.join(allowed)}")
-    for keys, least in ((AT_LEAST_ONE, 1), (AT_LEAST_ZERO, 0)):
+    for key, value in flat.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ArgumentError(f"{key}={value}; allowed are finite numbers")
+    for keys, least in ((AT_LEAST_TWO, 2), (AT_LEAST_ONE, 1), (AT_LEAST_ZERO, 0)):
         for key in keys:
             if flat[key] is not None and flat[key] < least:
                 raise ArgumentError(f"{key}={flat[key]}; allowed are {least} and more")
+    for key in POSITIVE:
+        if flat[key] <= 0:
+            raise ArgumentError(f"{key}={flat[key]}; it must be positive")
     for key in SHARES:
         if not 0 <= flat[key] < 1:
             raise ArgumentError(f"{key}={flat[key]}; allowed are 0 up to, not including, 1")
-    if not 0 < flat["optimizer.lr"] < math.inf:
-        raise ArgumentError(f"optimizer.lr={flat['optimizer.lr']}; it must be positive and finite")
+    if config.seed >= 1 << 64:
+        raise ArgumentError(f"seed={config.seed}; allowed are 0 up to, not including, 2^64")
+    _check_vocabulary(config)
     check_model(config.model)
+    _check_kernel(config)
     _check_ranks(config, world_size)
+    _check_resume(config.checkpoint.resume)
 
 
 def check_model(model: ModelConfig) -> None:
@@ -179,6 +205,34 @@ def _refuse_unknown(node: DictConfig, prefix: str = "") -> None:
             raise ArgumentError(f"{prefix}{name} is no configuration key; allowed here are {', '.join(sorted(known))}")
         if not OmegaConf.is_missing(node, name) and OmegaConf.is_dict(node[name]):
             _refuse_unknown(node[name], f"{prefix}{name}.")
+
+
+def _check_vocabulary(config: Config) -> None:
+    tokenizer = config.data.tokenizer
+    if tokenizer not in ("bpe", "bytes"):
+        return  # a folder's tokenizer may have any size, and says which only when it is read
+    sizes = {"model.vocab_size": config.model.vocab_size}
+    if tokenizer == "bpe":
+        sizes["data.vocab_size"] = config.data.vocab_size
+    for key, size in sizes.items():
+        if size is not None and size < SMALLEST_VOCABULARY:
+            least = f"{SMALLEST_VOCABULARY} and more: 256 bytes and the separator"
+            raise ArgumentError(f"{key}={size}; data.tokenizer={tokenizer} needs {least}")
+
+
+def _check_kernel(config: Config) -> None:
+    # On GPUs attention itself tells: here no rank has chosen its GPU yet, and asking would start CUDA on the first.
+    if device_type(config) == "cpu":
+        try:
+            select("cpu", compute_dtype(config), head_dim(config.model), kernel=config.attention.kernel)
+        except ArgumentError as error:
+            raise ArgumentError(f"attention.{error}") from error
+
+
+def _check_resume(resume: str) -> None:
+    if resume not in ("auto", "never") and not (Path(resume) / MANIFEST).is_file():
+        state = f"no {MANIFEST} in it" if Path(resume).is_dir() else "no such folder"
+        raise ArgumentError(f"checkpoint.resume={resume}: {state}; allowed are auto, never and a checkpoint's folder")
 
 
 def _check_ranks(config: Config, world_size: int) -> None:

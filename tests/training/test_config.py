@@ -94,6 +94,30 @@ def test_no_file_names_code_to_run():
         (["model.num_key_value_heads=3"], 1, "model.num_key_value_heads=3"),
         (["model.rope_scaling.factor=0"], 1, "model.rope_scaling="),
         (["model.head_dim=33"], 1, "model.head_dim=33"),
+        (["seed=18446744073709551616"], 1, "seed=18446744073709551616; allowed are 0 up to, not including, 2^64"),
+        (["timeout=0"], 1, "timeout=0.0; it must be positive"),
+        (["timeout=inf"], 1, "timeout=inf; allowed are finite numbers"),
+        (["train.seqlen=1"], 1, "train.seqlen=1; allowed are 2 and more"),
+        (["attention.kernel=cuda"], 1, "attention.kernel='cuda'; allowed are auto, reference, blockwise, triton"),
+        (["attention.kernel=hopper", "device=cpu"], 1, "attention.kernel='hopper' cannot run: "),
+        (["optimizer.eps=0"], 1, "optimizer.eps=0.0; it must be positive"),
+        (["optimizer.weight_decay=nan"], 1, "optimizer.weight_decay=nan; allowed are finite numbers"),
+        (["optimizer.clip=inf"], 1, "optimizer.clip=inf; allowed are finite numbers"),
+        (["model.rope_theta=-1"], 1, "model.rope_theta=-1.0; it must be positive"),
+        (["model.rms_norm_eps=0"], 1, "model.rms_norm_eps=0.0; it must be positive"),
+        (["model.rope_scaling.low_freq_factor=nan"], 1, "model.rope_scaling.low_freq_factor=nan; allowed are finite"),
+        (
+            ["model.rope_scaling.original_max_position_embeddings=0"],
+            1,
+            "model.rope_scaling.original_max_position_embeddings=0; allowed are 1 and more",
+        ),
+        (["model.vocab_size=256"], 1, "model.vocab_size=256; data.tokenizer=bpe needs 257 and more"),
+        (["model.vocab_size=256", "data=bytes"], 1, "model.vocab_size=256; data.tokenizer=bytes needs 257 and more"),
+        (["data.vocab_size=256"], 1, "data.vocab_size=256; data.tokenizer=bpe needs 257 and more"),
+        (["data.max_bytes=0"], 1, "data.max_bytes=0; allowed are 1 and more"),
+        (["data.validation_fraction=0"], 1, "data.validation_fraction=0.0; it must be positive"),
+        (["checkpoint.resume=nowhere"], 1, "checkpoint.resume=nowhere: no such folder; allowed are auto, never and a"),
+        (["checkpoint.resume=/"], 1, "checkpoint.resume=/: no manifest.json in it; allowed are auto, never and a"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, list) else None,
 )
@@ -104,10 +128,22 @@ def test_values_that_cannot_work_are_refused_by_name(overrides, ranks, said):
     assert said in str(caught.value)
 
 
+def test_values_that_other_values_leave_unused_are_not_refused():
+    check(load(["data=bytes", "data.vocab_size=1", "data.max_bytes=null"]), 1)
+    check(load(["data.tokenizer=folder", "data.vocab_size=1", "model.vocab_size=100"]), 1)
+
+
+def test_a_folder_that_may_be_a_checkpoint_is_not_refused(tmp_path):
+    (tmp_path / "manifest.json").touch()  # its contents are checked by the rank that reads them
+    for resume in ("auto", "never", tmp_path):
+        check(load([f"checkpoint.resume={resume}"]), 1)
+
+
 def test_every_key_of_the_checks_exists():
     from ringflash.training import config as module
 
-    assert flatten(Config()).keys() >= {*module.CHOICES, *module.AT_LEAST_ONE, *module.AT_LEAST_ZERO, *module.SHARES}
+    lists = (module.AT_LEAST_TWO, module.AT_LEAST_ONE, module.AT_LEAST_ZERO, module.POSITIVE, module.SHARES)
+    assert flatten(Config()).keys() >= {*module.CHOICES}.union(*lists)
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused():

@@ -74,7 +74,7 @@ def test_one_process_without_torchrun_goes_on_with_a_run_of_two_ranks(finished, 
     ("overrides", "said"),
     [
         (["data.path=nowhere"], "DataError: data.path=nowhere: no such file or folder"),
-        (["checkpoint.resume=nowhere"], "CheckpointError: nowhere: no such checkpoint"),
+        (["checkpoint.resume=nowhere"], "ArgumentError: checkpoint.resume=nowhere: no such folder"),
         (["+model._target_=os.system"], "ArgumentError: model._target_ is no configuration key"),
         (["model.layers=3"], "Key 'layers' not in 'ModelConfig'"),
     ],
