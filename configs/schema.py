@@ -123,7 +123,7 @@ class EngineConfig:
     name: str = "ddp"
     """"ddp", or DeepSpeed's "zero1", "zero2", "zero3"."""
     precision: str = "auto"
-    """"fp32", "bf16" (master weights and optimizer stay fp32), or "auto": bf16 on a GPU, fp32 on a CPU."""
+    """"fp32", "bf16" (master weights and optimizer stay fp32), or "auto": bf16 on a GPU that has it, else fp32."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass, except for its attention."""
 

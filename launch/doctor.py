@@ -151,7 +151,7 @@ def look_at_gpus(report: Report) -> None:
         if free < 0.9 * total:
             report.advice.append(f"GPU {index}: another program holds {(total - free) / GIB:.0f} GiB of its memory.")
         if device.major < 8 and torch.version.cuda:
-            report.advice.append(f"GPU {index} has no bfloat16: train in float16 or float32 there.")
+            report.advice.append(f"GPU {index} has no bfloat16: train with engine.precision=fp32, as auto does there.")
     report.row("driver", driver or "unknown")
     if len({torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}) > 1:
         report.advice.append("The GPUs differ: a ring runs at the pace of the slowest. Choose by CUDA_VISIBLE_DEVICES.")

@@ -176,10 +176,12 @@ def device_type(config: Config) -> str:
 
 
 def compute_dtype(config: Config) -> torch.dtype:
-    """Dtype of activations: what engine.precision says, and for auto bfloat16 on GPUs."""
+    """Dtype of activations: what engine.precision says, and for auto bfloat16 on GPUs that compute it."""
     precision = config.engine.precision
     if precision == "auto":
-        precision = "bf16" if device_type(config) == "cuda" else "fp32"
+        # torch.cuda.is_bf16_supported() also says yes to GPUs that only emulate it, slower than fp32.
+        computed = device_type(config) == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
+        precision = "bf16" if computed else "fp32"
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from checkout import CHECKOUT
 
 from ringflash.launch import doctor
+from ringflash.training.config import CHOICES
 
 
 def advice_of(look, monkeypatch: pytest.MonkeyPatch, **environment: str) -> str:
@@ -61,6 +63,25 @@ def test_a_driver_without_a_torch_that_can_use_it_is_noticed(monkeypatch: pytest
     assert advice_of(doctor.look_at_gpus, monkeypatch) == ""
     monkeypatch.setattr(doctor, "query_driver", lambda: "580.95.05")
     assert "580.95.05" in advice_of(doctor.look_at_gpus, monkeypatch)
+
+
+@pytest.mark.parametrize(("major", "advised"), [(7, True), (8, False)])
+def test_a_gpu_without_bfloat16_is_told_a_precision_that_exists(
+    monkeypatch: pytest.MonkeyPatch, major: int, advised: bool
+) -> None:
+    gpu = SimpleNamespace(name="some GPU", major=major, minor=5)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for name, value in {
+        "is_available": True,
+        "device_count": 1,
+        "get_device_properties": gpu,
+        "get_device_name": gpu.name,
+        "mem_get_info": (2**34, 2**34),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    advice = advice_of(doctor.look_at_gpus, monkeypatch)
+    assert ("engine.precision=fp32" in advice) == advised
+    assert "fp32" in CHOICES["engine.precision"]
 
 
 def test_links_are_read_from_the_topology(monkeypatch: pytest.MonkeyPatch) -> None:

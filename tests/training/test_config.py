@@ -6,12 +6,13 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 from hydra.errors import HydraException
 
 import ringflash.configs.schema
 from ringflash.configs.schema import Config
 from ringflash.errors import ArgumentError, RankMismatchError
-from ringflash.training.config import accumulation, agree, check, flatten, load
+from ringflash.training.config import accumulation, agree, check, compute_dtype, flatten, load
 from ringflash.training.trainer import vocabulary
 
 FOLDER = Path(ringflash.configs.schema.__file__).parent
@@ -144,6 +145,19 @@ def test_every_key_of_the_checks_exists():
 
     lists = (module.AT_LEAST_TWO, module.AT_LEAST_ONE, module.AT_LEAST_ZERO, module.POSITIVE, module.SHARES)
     assert flatten(Config()).keys() >= {*module.CHOICES}.union(*lists)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [(None, torch.float32), ((7, 5), torch.float32), ((8, 0), torch.bfloat16)]
+)
+def test_auto_precision_is_bfloat16_on_gpus_that_compute_it(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)  # emulated, if need be
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    assert compute_dtype(load()) == dtype
+    assert compute_dtype(load(["device=cpu"])) == torch.float32
+    assert compute_dtype(load(["engine.precision=bf16"])) == torch.bfloat16
+    assert compute_dtype(load(["engine.precision=fp32"])) == torch.float32
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused():
