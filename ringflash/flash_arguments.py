@@ -201,6 +201,8 @@ def check_boundaries(name: str, cu_seqlens: Tensor, longest: int, q: Tensor, tot
         raise ArgumentError(f"{name.replace('cu', 'max').replace('seqlens', 'seqlen')}={longest}; allowed is 0 or more")
     if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
         return
+    if cu_seqlens[0] != 0 or cu_seqlens.diff().min() < 0:
+        raise ArgumentError(f"{name}={cu_seqlens.tolist()}; it must start at 0 and never decrease")
     if total is not None and cu_seqlens[-1] > total:
         raise ArgumentError(f"{name} ends at {int(cu_seqlens[-1])}, behind the last of {total} tokens")
     if (found := int(cu_seqlens.diff().max())) > longest:

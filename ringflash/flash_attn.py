@@ -146,7 +146,8 @@ def flash_attn_varlen_func(
             CPU; nothing else depends on it.
         max_seqlen_k: likewise for k; also how many keys of each sequence are gathered from pages.
         block_table: (batch, most pages of a sequence) int32, which pages hold each sequence. They are copied to lie
-            end to end.
+            end to end. That they hold all keys is checked where boundaries are on the CPU, and which pages there are
+            where the table is; on a GPU, which is not waited for, rows are then repeated.
 
     Returns:
         out (total_q, nheads, headdim_v).
@@ -279,6 +280,8 @@ def _gather_pages(name: str, pages: Tensor, block_table: Tensor, cu_seqlens: Ten
             f"block_table is {block_table.dtype} {tuple(block_table.shape)}; allowed is int32 ({batch}, pages)"
         )
     page_size, width = pages.shape[1], block_table.shape[1]
+    if not torch.compiler.is_compiling():
+        _check_pages(pages.shape[0], page_size, block_table, cu_seqlens)
     if not width or not page_size:
         return pages.new_empty(0, *pages.shape[2:])
     edges = cu_seqlens.to(pages.device, torch.int64)
@@ -288,3 +291,19 @@ def _gather_pages(name: str, pages: Tensor, block_table: Tensor, cu_seqlens: Ten
     offset = (row - edges[sequence]).clamp(max=width * page_size - 1)
     page = block_table[sequence, offset // page_size].clamp(min=0)  # entries behind a sequence's end are often -1
     return pages.flatten(0, 1)[page * page_size + offset % page_size]
+
+
+def _check_pages(count: int, page_size: int, block_table: Tensor, cu_seqlens: Tensor) -> None:
+    """What numbers on the host allow to check."""
+    if cu_seqlens.device.type != "cpu":
+        return
+    lengths, rows = cu_seqlens.diff(), block_table.shape[1] * page_size
+    if lengths.max() > rows:
+        raise ArgumentError(
+            f"cu_seqlens_k has a sequence of {lengths.max()} keys; block_table {tuple(block_table.shape)} with pages "
+            f"of {page_size} rows holds {rows} of each"
+        )
+    if block_table.device.type == "cpu":
+        read = torch.arange(block_table.shape[1]) * page_size < lengths[:, None]
+        if bool((((block_table < 0) | (block_table >= count)) & read).any()):
+            raise ArgumentError(f"block_table names pages that are not there; allowed is 0 to {count - 1}")

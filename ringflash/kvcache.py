@@ -63,7 +63,8 @@ def flash_attn_with_kvcache(
         v: likewise for `v_cache`; comes with `k`.
         rotary_cos: (seqlen_ro, rotary_dim / 2) in q's dtype or fp32, seqlen_ro at least the rows of a sequence's
             cache. Turns k at the rows it is written to, and q at `cache_seqlens` + i if `causal` or with a window,
-            and else at `cache_seqlens`. Needs `k`.
+            and else at `cache_seqlens`. Needs `k`. Queries further on than seqlen_ro are refused on the CPU; on a GPU
+            they are turned as at its last row.
         rotary_sin: likewise; comes with `rotary_cos`.
         cache_seqlens: tokens of each sequence that are in the cache before, (batch,) int32 on q's device, or one
             number for all. None: the whole cache. With `k` they must leave room for it: checked on the CPU; on a GPU,
@@ -101,7 +102,10 @@ def flash_attn_with_kvcache(
     lengths = cache_seqlens if isinstance(cache_seqlens, Tensor) else None
     offset = 0 if lengths is not None else rows if cache_seqlens is None else cache_seqlens
     if not torch.compiler.is_compiling():
-        check_values(k_cache, lengths, offset, appended, rows, cache_batch_idx, block_table)
+        turned, places = (0, 0) if rotary_cos is None or rules[:2] == (None, None) else (q.shape[1], len(rotary_cos))
+        check_values(
+            k_cache, lengths, offset, appended, rows, cache_batch_idx, cache_leftpad, block_table, turned, places
+        )
 
     q = q if q.stride(-1) == 1 else q.contiguous()
     where = lengths, offset, cache_batch_idx, block_table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ringflash.errors import ArgumentError, UnsupportedError
 from ringflash.flash_arguments import score_rules
@@ -19,6 +20,10 @@ def check_no_gradient(*tensors: Tensor | None) -> None:
             "flash_attn_with_kvcache has no backward, and an argument requires a gradient: call it under "
             "torch.no_grad(), or train with flash_attn_func"
         )
+    if torch.compiler.is_compiling():
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise UnsupportedError("flash_attn_with_kvcache has no forward-mode derivative (torch.func.jvp)")
 
 
 def check_tensors(
@@ -50,6 +55,8 @@ def check_tensors(
     for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
         if x.stride(3) != 1 and x.shape[3] > 1:
             raise ArgumentError(f"{name} has strides {x.stride()}; its last dimension must be contiguous")
+        if k is not None and any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True)):
+            raise ArgumentError(f"{name} is expanded, strides {x.stride()}; what is appended needs a place of its own")
     if k is not None:
         allowed = (batch, k.shape[1], key_heads)
         if k.shape != (*allowed, dim) or v.shape != (*allowed, v_cache.shape[3]):
@@ -139,9 +146,25 @@ def check_values(
     appended: int,
     rows: int,
     cache_batch_idx: Tensor | None,
+    cache_leftpad: Tensor | None,
     block_table: Tensor | None,
+    turned: int,
+    places: int,
 ) -> None:
-    """What numbers on the host allow to check."""
+    """What numbers on the host allow to check.
+
+    Args:
+        k_cache: as in `flash_attn_with_kvcache`.
+        lengths: cache_seqlens as a tensor, or None.
+        offset: cache_seqlens as a number.
+        appended: new tokens of each sequence.
+        rows: those of the cache for each sequence.
+        cache_batch_idx: as in `flash_attn_with_kvcache`.
+        cache_leftpad: as in `flash_attn_with_kvcache`.
+        block_table: as in `flash_attn_with_kvcache`.
+        turned: queries of each sequence that are turned each at a place of its own.
+        places: rows of rotary_cos.
+    """
     on_host = k_cache.device.type == "cpu"
     if lengths is None or (on_host and lengths.numel()):
         least, most = (offset, offset) if lengths is None else (int(x) for x in lengths.aminmax())
@@ -150,11 +173,22 @@ def check_values(
                 f"cache_seqlens from {least} to {most} and {appended} new tokens; allowed are the {rows} rows "
                 "that the cache has for a sequence"
             )
+        if turned and most + turned > places:
+            raise ArgumentError(
+                f"rotary_cos has {places} rows; {turned} queries behind {most} tokens are turned at rows up to "
+                f"{most + turned - 1}"
+            )
+    if on_host and cache_leftpad is not None and cache_leftpad.numel() and cache_leftpad.min() < 0:
+        raise ArgumentError(f"cache_leftpad={cache_leftpad.tolist()}; allowed are 0 and more")
     entries = k_cache.shape[0]
     if on_host and cache_batch_idx is not None and cache_batch_idx.numel():
         least, most = (int(x) for x in cache_batch_idx.aminmax())
         if least < 0 or most >= entries:
             raise ArgumentError(f"cache_batch_idx from {least} to {most}; allowed is 0 to {entries - 1}")
+        if appended and cache_batch_idx.unique().numel() < cache_batch_idx.numel():
+            raise ArgumentError(
+                f"cache_batch_idx={cache_batch_idx.tolist()} names an entry twice; two sequences cannot append to one"
+            )
     if on_host and block_table is not None and block_table.numel():
         used = torch.full((block_table.shape[0],), offset) if lengths is None else lengths
         pages = torch.arange(block_table.shape[1]) * k_cache.shape[1] < (used + appended)[:, None]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from ringflash import ArgumentError, Mask, functional
+from ringflash import ArgumentError, Mask
 from ringflash.functional import attention
 from ringflash.parallel import program
 from ringflash.parallel.call import Inputs

@@ -176,6 +176,11 @@ def test_gradients_are_refused_and_not_lost() -> None:
         assert not flash_attn_with_kvcache(q, CACHE, CACHE).requires_grad
 
 
+def test_forward_mode_derivatives_are_refused_and_not_zero() -> None:
+    with pytest.raises(UnsupportedError, match="flash_attn_with_kvcache has no forward-mode derivative"):
+        torch.func.jvp(lambda q: flash_attn_with_kvcache(q, CACHE, CACHE), (X,), (X,))
+
+
 def test_vmap_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="vmap"):
         torch.vmap(lambda x: flash_attn_with_kvcache(x, CACHE, CACHE))(torch.randn(3, *X.shape))
@@ -214,6 +219,18 @@ def test_vmap_is_refused() -> None:
             {**NEW, **dict.fromkeys(("rotary_cos", "rotary_sin"), torch.ones(10, 8).half())},
             "rotary_cos is torch.float16",
         ),
+        (
+            {
+                **NEW,
+                **dict.fromkeys(("rotary_cos", "rotary_sin"), torch.ones(10, 8)),
+                "causal": True,
+                "q": torch.ones(2, 6, 4, 16),
+            },
+            "rotary_cos has 10 rows; 6 queries behind 5 tokens are turned at rows up to 10",
+        ),
+        ({"cache_leftpad": TWO - 9}, r"cache_leftpad=\[-., -.\]; allowed are 0 and more"),
+        ({**NEW, "cache_batch_idx": torch.zeros_like(TWO)}, r"cache_batch_idx=\[0, 0\] names an entry twice"),
+        ({**NEW, "k_cache": CACHE[:1].expand(2, -1, -1, -1)}, r"k_cache is expanded, strides \(0, "),
         ({"softmax_scale": 0.0}, "softmax_scale=0.0"),
         ({"window_size": (-2, 0)}, r"window_size=\(-2, 0\)"),
         ({"window_size": (1.5, 0)}, r"window_size=\(1\.5, 0\); allowed are integers"),
