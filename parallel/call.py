@@ -33,7 +33,7 @@ from ringflash.parallel.transport import PointToPoint
 LONGEST_SHOWN = 200
 """Characters of a mask that ranks show each other; a layout of blocks may have a million."""
 
-SHOWN = {"seqlen": "seqlen (to be passed where lengths do not divide evenly)"}
+SHOWN = {"seqlen": "seqlen (to be passed where lengths do not divide evenly)", "sinks": "sinks given"}
 """Names of a call's arguments as a disagreement shows them, where the name does not say what to do."""
 
 
@@ -54,6 +54,7 @@ class Call(NamedTuple):
         dropout: see `ringflash.kernels.modifiers`; 0 for none.
         kernel: name for `ringflash.kernels.select`.
         deterministic: gradients repeat bit for bit.
+        sinks: whether learned sink logits join the softmax behind the operator; here for ranks to agree on.
     """
 
     mask: str
@@ -68,6 +69,7 @@ class Call(NamedTuple):
     dropout: float
     kernel: str
     deterministic: bool
+    sinks: bool
 
 
 class Inputs(NamedTuple):

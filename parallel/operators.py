@@ -43,11 +43,13 @@ def attention(
     dropout: float,
     kernel: str,
     deterministic: bool,
+    sinks: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of this rank's queries to the keys of all ranks; see `executor.forward`."""
     inputs = Inputs(query, key, value, boundaries, query_boundaries, slopes, seed, key_visible)
     call = Call(
-        mask, documents, partition, group, batch, seqlen, key_seqlen, scale, softcap, dropout, kernel, deterministic
+        mask, documents, partition, group, batch, seqlen, key_seqlen, scale, softcap, dropout, kernel, deterministic,
+        sinks,
     )  # fmt: skip
     with as_given(query):
         return forward(inputs, call)
@@ -79,11 +81,13 @@ def attention_backward(
     dropout: float,
     kernel: str,
     deterministic: bool,
+    sinks: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attention` by query, key and value; see `executor.backward`."""
     inputs = Inputs(query, key, value, boundaries, query_boundaries, slopes, seed, key_visible)
     call = Call(
-        mask, documents, partition, group, batch, seqlen, key_seqlen, scale, softcap, dropout, kernel, deterministic
+        mask, documents, partition, group, batch, seqlen, key_seqlen, scale, softcap, dropout, kernel, deterministic,
+        sinks,
     )  # fmt: skip
     with as_given(query):
         return backward(dout, dlse, out, lse, table, inputs, call)
@@ -93,6 +97,10 @@ TENSORS = len(Inputs._fields)
 """How many of the first operator's arguments are tensors."""
 
 
+NO_VMAP = (
+    "attention does not run under torch.vmap: give the mapped dimension as the batch dimension of query, key and value "
+    "instead"
+)
 NO_FORWARD_MODE = "attention has no forward-mode derivative (torch.func.jvp); take gradients in reverse"
 
 
@@ -166,6 +174,17 @@ class _AttentionBackward(_Refusing):
         )
 
 
+def mapped(x: Tensor) -> bool:
+    """Whether a tensor is one of several under torch.vmap."""
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if torch._C._functorch.is_batchedtensor(x):
+            return True
+        x = torch._C._functorch.get_unwrapped(x)
+    return False
+
+
 def transformed() -> bool:
     """Whether grad, vjp, jvp or vmap of torch.func is at work, which wants `_Attention.apply`, not the operator."""
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
@@ -179,10 +198,7 @@ def _below_autograd(operator: torch._ops.OpOverload, inputs: tuple) -> tuple[Ten
 
 
 def _refuse_vmap(info, in_dims, *_) -> None:  # noqa: ANN001, ANN002
-    raise UnsupportedError(
-        "attention does not run under torch.vmap: give the mapped dimension as the batch dimension of query, key and "
-        "value instead"
-    )
+    raise UnsupportedError(NO_VMAP)
 
 
 _library = torch.library.Library("ringflash", "FRAGMENT")

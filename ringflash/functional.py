@@ -20,7 +20,7 @@ from ringflash.kernels.plans import Plans, form
 from ringflash.mask import Mask
 from ringflash.parallel.agreement import tell_peers
 from ringflash.parallel.mesh import Group, group_rank, group_size, process_group
-from ringflash.parallel.operators import NO_FORWARD_MODE, call_attention
+from ringflash.parallel.operators import NO_FORWARD_MODE, NO_VMAP, call_attention, mapped
 from ringflash.parallel.partition import Partition, check_name, resolve
 from ringflash.segments import count, intersect
 
@@ -75,7 +75,7 @@ def attention(
         dropout_seed: (1,) int64 on the query's device, the same on all ranks; with it everything that is dropped is
             given. None draws one from torch's generator of that device: ranks that were given the same
             `torch.manual_seed` drop what one device would.
-        key_padding_mask: (B, sk) bool, False for keys that nobody may see.
+        key_padding_mask: (B, sk) bool, False for keys that nobody may see. What is there must be finite all the same.
         sinks: (H,) learned logits that join each row's softmax without a value, as in gpt-oss.
         kernel: "auto", or the name of one implementation (see `ringflash.kernels.select`).
         deterministic: gradients repeat bit for bit.
@@ -90,7 +90,7 @@ def attention(
     """
     try:
         query, key, value = _autocast(query, key, value)
-        _check_reverse_mode(query, key, value)
+        _check_transformations(query, key, value)
         found = process_group(group)
         ranks, name = (1, "") if found is None else (found.size(), found.group_name)
         numbers = seqlen, key_seqlen, ranks, name, partition, scale, softcap, dropout, kernel, deterministic
@@ -117,6 +117,7 @@ def attention(
             rules,
             text,
             *settings,
+            sinks is not None,
         )
         if sinks is not None:
             _check_sinks(sinks, query)
@@ -224,10 +225,14 @@ def _check_numbers(softcap: float, dropout: float, scale: float | None) -> None:
         raise ArgumentError(f"scale={scale}; allowed are positive numbers, or None for 1 / sqrt(head_dim)")
 
 
-def _check_reverse_mode(*tensors: Tensor) -> None:
+def _check_transformations(*tensors: Tensor) -> None:
+    if torch.compiler.is_compiling():
+        return
     # Without this check torch takes the tangent of an operator that has no formula for it to be zero.
-    if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise UnsupportedError(NO_FORWARD_MODE)
+    if any(mapped(x) for x in tensors):  # the operator would refuse it too late for peers to be told
+        raise UnsupportedError(NO_VMAP)
 
 
 def _seed(dropout: float, given: Tensor | None, query: Tensor) -> Tensor | None:
@@ -314,13 +319,14 @@ def _slopes_of_rows(
     if slopes.shape[0] != documents_of_rows or own is None:
         return slopes.repeat_interleave(tokens, dim=0)
     ranks, rows = group_size(group), ((0, batch * tokens),)
-    if isinstance(own, Tensor) and ranks == 1:
-        positions = torch.arange(batch * tokens, device=own.device)
-        return slopes[(torch.searchsorted(own.long(), positions, right=True) - 1).to(slopes.device)]
-    keys, own = (x.tolist() if isinstance(x, Tensor) else x for x in (boundaries, own))
-    whole = mask & Mask.documents(documents.boundaries if keys is None else keys, own)
     if ranks > 1:
-        rows = resolve(partition, seqlen, ranks, whole, batch).repeat(batch).segments[group_rank(group)]
+        if partition == "balanced":  # the one that looks at the documents
+            keys = documents.boundaries if boundaries is None else boundaries.tolist()
+            mask = mask & Mask.documents(keys, own.tolist() if isinstance(own, Tensor) else own)
+        rows = resolve(partition, seqlen, ranks, mask, batch).repeat(batch).segments[group_rank(group)]
+    if isinstance(own, Tensor):
+        positions = torch.cat([torch.arange(start, stop, device=own.device) for start, stop in rows or ((0, 0),)])
+        return slopes[(torch.searchsorted(own.long(), positions, right=True) - 1).to(slopes.device)]
     # From numbers alone: a tensor of the host would be a constant in compiled code, which CUDA graphs refuse.
     lengths = [count(intersect(rows, (document,))) for document in pairwise(own)]
     return torch.cat([x.expand(n, heads) for x, n in zip(slopes.unbind(), lengths, strict=True)])
@@ -345,5 +351,7 @@ def _check_sinks(sinks: Tensor, query: Tensor) -> None:
 def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
     """One more logit per head in the softmax: rows shrink by their share of the sum, exp(lse - lse with sink)."""
     sink = sinks.float()[None, :, None]
+    nothing = torch.isneginf(lse) & torch.isneginf(sink)
+    sink = sink.clamp(min=torch.finfo(torch.float32).min)  # finite: the difference of two infinities is nan
     share = torch.sigmoid(lse - sink).transpose(1, 2)[..., None]
-    return (out.float() * share).to(out.dtype), torch.logaddexp(lse, sink)
+    return (out.float() * share).to(out.dtype), torch.logaddexp(lse, sink).masked_fill(nothing, -torch.inf)

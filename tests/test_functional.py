@@ -144,7 +144,7 @@ def test_the_blocks_of_a_document_whose_length_the_host_does_not_know(monkeypatc
     """What is made of cu_seqlens on a GPU must be the rows of the way over the host."""
     monkeypatch.setattr(Inputs, "on_device", lambda inputs, call: True)
     mask = Mask.causal() & Mask.blocks(torch.rand(5, 5, generator=torch.Generator().manual_seed(0)) < 0.5, 8)
-    call = Call(mask.spec(), Mask().spec(), "zigzag", "", 1, 40, 40, 1.0, 0.0, 0.0, "auto", False)
+    call = Call(mask.spec(), Mask().spec(), "zigzag", "", 1, 40, 40, 1.0, 0.0, 0.0, "auto", False, False)
     edges = torch.tensor([0, 13, 13, 37, 40])
     inputs = Inputs(*[torch.empty(40, 1, 8)] * 3, edges, None, None, None, None)
     (stage,) = prepare(call, inputs, table_of(call, inputs))[0].stages
@@ -270,6 +270,21 @@ def test_dropout_keeps_its_share_and_the_mean() -> None:
     kept = out[..., 0] * 0.7
     assert kept.mean().item() == pytest.approx(0.7, abs=0.003)  # 640,000 pairs: the deviation is 0.0006
     assert kept.std().item() == pytest.approx((0.3 * 0.7 / 400) ** 0.5, rel=0.1)
+
+
+def test_a_sink_of_no_weight_is_as_good_as_none() -> None:
+    """Also in a row without keys, whose log-sum-exp is -inf like the sink."""
+    leaves = [torch.randn(1, 4, 2, 8, requires_grad=True) for _ in range(3)]
+    sinks = torch.tensor([-torch.inf, 0.5], requires_grad=True)
+    arguments = {"cu_seqlens": [0, 0, 4], "query_cu_seqlens": [0, 1, 4], "group": ONE_DEVICE}
+    expected, lse = attention(*leaves, **arguments)
+    out, lse_with_sinks = attention(*leaves, sinks=sinks, **arguments)
+    assert torch.equal(out[:, :, 0], expected[:, :, 0])
+    assert torch.equal(lse_with_sinks[:, 0], lse[:, 0])
+    assert lse[0, 0, 0] == -torch.inf
+    (out.sum() + lse_with_sinks[:, :, 1:].sum()).backward()
+    assert all(x.grad.isfinite().all() for x in (*leaves, sinks))
+    assert sinks.grad[0] == 0
 
 
 # torch's transformations

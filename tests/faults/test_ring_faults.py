@@ -19,7 +19,16 @@ import torch.distributed as dist
 sys.path.append(str(Path(__file__).resolve().parent.parent / "parallel"))
 from pool import Pool
 
-from ringflash import ArgumentError, DistributedFlashAttention, Mask, Partition, RankMismatchError, unshard
+from ringflash import (
+    ArgumentError,
+    DistributedFlashAttention,
+    Mask,
+    Partition,
+    RankMismatchError,
+    UnsupportedError,
+    unshard,
+)
+from ringflash.functional import attention
 from ringflash.parallel import executor
 from ringflash.parallel.agreement import Agreement, agreement, signature
 from ringflash.parallel.history import PERIOD
@@ -36,7 +45,7 @@ PROMPT = 10.0
 def _attend(odd_rank, differs):
     """Forward and backward in which one rank has other arguments than the rest."""
     arguments = {"dtype": torch.float32, "heads": 4, "key_heads": 2, "head_dim": 16, "batch": 1, "rows": 6}
-    arguments |= {"mask": Mask.causal(), "partition": "contiguous", "scale": None, "cu_seqlens": None}
+    arguments |= {"mask": Mask.causal(), "partition": "contiguous", "scale": None, "cu_seqlens": None, "sinks": None}
     if dist.get_rank() == odd_rank:
         assert set(differs) <= set(arguments)
         arguments |= differs
@@ -46,7 +55,9 @@ def _attend(odd_rank, differs):
         for count in heads
     )
     attend = DistributedFlashAttention(arguments["mask"], partition=arguments["partition"], scale=arguments["scale"])
-    attend(query.requires_grad_(), key, value, cu_seqlens=arguments["cu_seqlens"]).sum().backward()
+    attend(
+        query.requires_grad_(), key, value, cu_seqlens=arguments["cu_seqlens"], sinks=arguments["sinks"]
+    ).sum().backward()
 
 
 DISAGREEMENTS = {
@@ -61,6 +72,7 @@ DISAGREEMENTS = {
     "documents of the mask": ({"mask": Mask.causal() & Mask.documents([0, 5, 18])}, ("cu_seqlens",)),
     "partition": ({"partition": "zigzag"}, ("partition", "contiguous", "zigzag")),
     "scale": ({"scale": 0.5}, ("scale", "0.25", "0.5")),
+    "sinks": ({"sinks": torch.ones(4)}, ("sinks given", "false", "true")),
 }
 
 
@@ -176,7 +188,7 @@ def _refused_once(function, wrong, compiled):
     [
         (_flash, {"window_size": (-3, 0)}, "window_size=(-3, 0)"),
         (_flash, {"q": torch.zeros(6, 2, 8)}, "q has shape (6, 2, 8)"),
-        (_flash, {"softcap": "5"}, "'>'"),
+        (_flash, {"softcap": "5"}, "'<'"),
         (_packed, {"max_seqlen": 3}, "max_seqlen=3; the longest sequence has 8"),
         (_packed, {"dropout_p": 2.0}, "dropout_p=2.0"),
         (_packed_together, {}, "qkv has shape (1, 6, 2, 2, 8)"),
@@ -227,6 +239,22 @@ def test_a_kernel_that_one_machine_lacks_is_told():
         first, second = pool.run(_attend_without_kernels)
     assert second.endswith("the package triton is not installed")
     assert first == f"rank 1 raised an error instead of coming to attention: ArgumentError: {second}"
+
+
+def _attend_under_vmap_on_one_rank():
+    x = torch.randn(2, 1, 6, 2, 16)
+    if dist.get_rank() == 0:
+        torch.vmap(lambda x: attention(x, x, x)[0])(x)
+    else:
+        attention(x[0], x[0], x[0])
+
+
+def test_vmap_on_one_rank_is_told_to_the_others():
+    with Pool(2, timeout=PROMPT) as pool:
+        first, second = pool.outcomes(_attend_under_vmap_on_one_rank)
+    assert isinstance(first.error, UnsupportedError), first.details
+    assert isinstance(second.error, RankMismatchError), second.details
+    assert "rank 0 raised an error instead of coming to attention: UnsupportedError" in str(second.error)
 
 
 def _wrong_share(rows_of_rank):

@@ -203,14 +203,13 @@ def test_one_rank_shows_what_dropout_took() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("as_list", [True, False], ids=["list", "tensor"])
-def test_compiles_whole(as_list: bool) -> None:
+def _compiled(as_list: bool) -> None:
     torch.compiler.reset()
-    case = Case(((5, 5), (0, 0), (4, 4)), Rules(left=6, right=0), alibi="documents")
+    case = Case(((5, 5), (0, 0), (5, 5)), Rules(left=6, right=0), alibi="documents")
     problem = tensors(case)
     edges = case.edges()[0]
     edges = edges if as_list else torch.tensor(edges)
-    leaves = [x.clone().requires_grad_() for x in (problem.query, problem.key, problem.value)]
+    leaves = [shard(x, 0).clone().requires_grad_() for x in (problem.query, problem.key, problem.value)]
     compiled = torch.compile(ring_flash_attn_varlen_func, fullgraph=True, backend="aot_eager")
     results = [
         function(*leaves, edges, 5, **words(case, problem)) for function in (ring_flash_attn_varlen_func, compiled)
@@ -218,3 +217,12 @@ def test_compiles_whole(as_list: bool) -> None:
     gradients = [torch.autograd.grad(out.sum(), leaves) for out, _, _ in results]
     for found, expected in zip((*results[1][:2], *gradients[1]), (*results[0][:2], *gradients[0]), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("as_list", [True, False], ids=["list", "tensor"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_compiles_whole(pool, ranks: int, as_list: bool) -> None:
+    if ranks == 1:
+        _compiled(as_list)
+    else:
+        pool(ranks).run(_compiled, as_list, timeout=120)
