@@ -7,6 +7,7 @@ TRITON ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+SPACE := $(subst ,, )
 
 .DEFAULT_GOAL := help
 .PHONY: help install train test test-triton lint doctor clean
@@ -47,11 +48,34 @@ doctor: $(INSTALLED)
 
 install: $(INSTALLED)
 
+# What is in .venv already is used as it is; PYTHON only makes a new one.
+INTERPRETER = $(or $(wildcard $(BIN)/python),$(PYTHON))
+NO_PYTHON = { echo "no $(PYTHON) here; name Python 3.11 or newer: make PYTHON=..." >&2; exit 1; }
+VERSION = -c 'import sys; print("%d.%d" % sys.version_info[:2])'
+
+# A PYTHON that was asked for, on the command line or in the environment, is not passed over in silence.
+ifneq ($(origin PYTHON),file)
+.PHONY: asked-python
+asked-python:
+	@[ -x $(BIN)/python ] || exit 0; \
+	asked=$$($(PYTHON) $(VERSION)) || $(NO_PYTHON); \
+	there=$$($(BIN)/python $(VERSION)); \
+	[ "$$asked" = "$$there" ] || \
+	    { echo "PYTHON=$(PYTHON) is Python $$asked, and $(VENV) has Python $$there: make clean first" >&2; exit 1; }
+
+$(INSTALLED): | asked-python
+endif
+
+# --constraint does not reach the environments in which pip builds packages from source. Variables do: PIP_CONSTRAINT
+# with older pip, PIP_BUILD_CONSTRAINT with newer. A URL, because pip splits their values at spaces.
+$(INSTALLED): export PIP_CONSTRAINT = file://$(subst $(SPACE),%20,$(CURDIR))/constraints.txt
+$(INSTALLED): export PIP_BUILD_CONSTRAINT = $(PIP_CONSTRAINT)
+
 # torch comes first and alone: beside other packages pip could choose another build of it.
 $(INSTALLED): pyproject.toml constraints.txt
-	@command -v $(PYTHON) >/dev/null || { echo "no $(PYTHON) here; name Python 3.11 or newer: make PYTHON=..." >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit("ringflash needs Python 3.11 or newer, and $(PYTHON) is %d.%d.%d: make PYTHON=..." % sys.version_info[:3] if sys.version_info < (3, 11) else 0)'
-	@$(PYTHON) -c 'import ensurepip, venv' || { echo "$(PYTHON) cannot make virtual environments: install its venv package (python3-venv)" >&2; exit 1; }
+	@command -v $(INTERPRETER) >/dev/null || $(NO_PYTHON)
+	@$(INTERPRETER) -c 'import sys; sys.exit("ringflash needs Python 3.11 or newer, and $(INTERPRETER) is %d.%d.%d: $(if $(wildcard $(BIN)/python),make clean && )make PYTHON=..." % sys.version_info[:3] if sys.version_info < (3, 11) else 0)'
+	@[ -x $(BIN)/python ] || $(PYTHON) -c 'import ensurepip, venv' || { echo "$(PYTHON) cannot make virtual environments: install its venv package (python3-venv)" >&2; exit 1; }
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --constraint constraints.txt torch
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[huggingface,test]'

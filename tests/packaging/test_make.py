@@ -28,11 +28,17 @@ def script(path: Path, body: str) -> Path:
 
 
 def make(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    clean = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "ARGS")}
-    clean.pop("OMP_NUM_THREADS", None)
+    surrounding = ("MAKEFLAGS", "MAKELEVEL", "ARGS", "PYTHON", "OMP_NUM_THREADS")
+    clean = {name: value for name, value in os.environ.items() if name not in surrounding}
     return subprocess.run(
         ["make", *arguments], cwd=folder, env={**clean, **environment}, capture_output=True, text=True, timeout=60
     )
+
+
+def pretending(path: Path, version: tuple[int, int, int]) -> Path:
+    """An interpreter that says it is another version."""
+    code = f"import sys; sys.version_info = {version}; exec(sys.argv[2])"
+    return script(path, f"exec {sys.executable} -c '{code}' \"$@\"")
 
 
 def installed(folder: Path, gpus: int) -> Path:
@@ -44,8 +50,7 @@ def installed(folder: Path, gpus: int) -> Path:
 
 
 def test_an_old_interpreter_is_refused_before_anything_is_made(folder: Path) -> None:
-    pretend = "import sys; sys.version_info = (3, 9, 18); exec(sys.argv[2])"
-    old = script(folder / "python3.9", f"exec {sys.executable} -c '{pretend}' \"$@\"")
+    old = pretending(folder / "python3.9", (3, 9, 18))
     result = make(folder, "train", f"PYTHON={old}")
     assert result.returncode != 0
     assert "needs Python 3.11 or newer" in result.stderr
@@ -57,6 +62,27 @@ def test_a_missing_interpreter_is_named(folder: Path) -> None:
     result = make(folder, "test", "PYTHON=python9.99")
     assert result.returncode != 0
     assert "no python9.99 here" in result.stderr
+    assert "no python9.99 here" in make(installed(folder, gpus=0), "test", "PYTHON=python9.99").stderr
+
+
+def test_an_old_environment_is_refused_whatever_else_is_there(folder: Path) -> None:
+    pretending(folder / ".venv/bin/python", (3, 9, 18))
+    result = make(folder, "install")
+    assert result.returncode != 0
+    assert ".venv/bin/python is 3.9.18: make clean" in result.stderr
+
+
+def test_another_interpreter_than_the_environments_is_refused_even_if_nothing_is_to_be_installed(folder: Path) -> None:
+    installed(folder, gpus=0)
+    pretending(folder / ".venv/bin/python", (3, 12, 1))
+    other = pretending(folder / "other", (3, 13, 0))
+    for asked in ({"arguments": [f"PYTHON={other}"]}, {"PYTHON": str(other)}):
+        result = make(folder, "install", *asked.pop("arguments", []), **asked)
+        assert result.returncode != 0
+        assert "other is Python 3.13, and .venv has Python 3.12: make clean first" in result.stderr
+    same = pretending(folder / "same", (3, 12, 9))
+    assert make(folder, "install", f"PYTHON={same}").returncode == 0
+    assert make(folder, "install").returncode == 0  # not asked for any
 
 
 def test_a_second_make_does_not_install_again_and_a_changed_pin_does(folder: Path) -> None:
@@ -72,6 +98,18 @@ def test_torch_is_installed_first_and_alone_and_everything_under_the_constraints
     installs = [line.split("pip install ")[1].split() for line in commands if "pip install" in line]
     assert installs[0] == ["--constraint", "constraints.txt", "torch"]
     assert all(command[:2] == ["--constraint", "constraints.txt"] for command in installs)
+
+
+@pytest.mark.parametrize("name", ["plain", "with a space"])
+def test_builds_in_environments_of_their_own_are_under_the_constraints_too(folder: Path, name: str) -> None:
+    folder = folder.rename(folder.with_name(name))
+    variables = ("PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT")
+    script(folder / ".venv/bin/python", f"echo {' '.join(f'{name}=${name}' for name in variables)}")
+    shown = make(folder, "install", PIP_CONSTRAINT="another").stdout
+    constraints = (folder / "constraints.txt").as_uri()
+    expected = " ".join(f"{name}={constraints}" for name in variables)
+    assert [line for line in shown.splitlines() if line.startswith("PIP_")].count(expected) >= 2
+    assert "another" not in shown
 
 
 @pytest.mark.parametrize(("gpus", "processes"), [(0, 2), (1, 1), (4, 4)])
