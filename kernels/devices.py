@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
 
 
-@contextmanager
-def as_given(x: Tensor) -> Iterator[None]:
+def as_given(x: Tensor) -> AbstractContextManager:
     """Makes the tensor's device the current one and ends autocast, as in torch's own operators.
 
     Triton launches on the current device: beside the streams of the tensor's, unnoticed where the two reach each other.
     Autocast would round the fp32 sums of kernels in torch operators to 16 bits.
     """
-    if x.is_cuda and x.get_device() != torch.cuda.current_device():
-        with torch.cuda.device(x.device), torch._C._DisableAutocast():
-            yield
-    else:
-        with torch._C._DisableAutocast():
-            yield
+    elsewhere = x.is_cuda and x.get_device() != torch.cuda.current_device()
+    return _on(x.device) if elsewhere else torch._C._DisableAutocast()
+
+
+@contextmanager
+def _on(device: torch.device) -> Iterator[None]:
+    with torch.cuda.device(device), torch._C._DisableAutocast():
+        yield

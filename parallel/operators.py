@@ -174,14 +174,15 @@ class _AttentionBackward(_Refusing):
         )
 
 
-def mapped(x: Tensor) -> bool:
-    """Whether a tensor is one of several under torch.vmap."""
+def mapped(*tensors: Tensor) -> bool:
+    """Whether one of the tensors stands for several under torch.vmap."""
     if not torch._C._are_functorch_transforms_active():
         return False
-    while torch._C._functorch.is_functorch_wrapped_tensor(x):
-        if torch._C._functorch.is_batchedtensor(x):
-            return True
-        x = torch._C._functorch.get_unwrapped(x)
+    for x in tensors:
+        while torch._C._functorch.is_functorch_wrapped_tensor(x):
+            if torch._C._functorch.is_batchedtensor(x):
+                return True
+            x = torch._C._functorch.get_unwrapped(x)
     return False
 
 

@@ -231,7 +231,7 @@ def _check_transformations(*tensors: Tensor) -> None:
     # Without this check torch takes the tangent of an operator that has no formula for it to be zero.
     if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise UnsupportedError(NO_FORWARD_MODE)
-    if any(mapped(x) for x in tensors):  # the operator would refuse it too late for peers to be told
+    if mapped(*tensors):  # the operator would refuse it too late for peers to be told
         raise UnsupportedError(NO_VMAP)
 
 
