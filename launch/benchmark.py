@@ -4,9 +4,9 @@
     torchrun --nproc-per-node 4 launch/benchmark.py suite=ring            # many: the ring, Ulysses, torch's own
 
 Options are key=value: `suite`, `out` (JSON path), `tokens` (lengths, comma-separated), `cases` (a word in the names of
-those to run), `repeats`. Peers whose
-packages are not installed are named and left out. Times are medians of CUDA events, the slowest rank's where there are
-several; backward counts 2.5 times the forward's operations, a causal mask half of a full one.
+those to run), `repeats`. Peers whose packages are not installed are named and left out. Times are medians of CUDA
+events, the slowest rank's where there are several; backward counts 2.5 times the forward's operations, a causal mask
+half of a full one.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def machine() -> dict[str, object]:
         "cudnn": torch.backends.cudnn.version(),
         "nccl": ".".join(map(str, torch.cuda.nccl.version())),
         "commit": commit.stdout.strip(),
-        "command": " ".join(sys.argv),
+        "command": " ".join(["launch/benchmark.py", *(x for x in sys.argv[1:] if not x.startswith("out="))]),
     }
 
 

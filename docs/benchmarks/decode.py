@@ -1,13 +1,13 @@
 """Time attention of one new token to a cache, beside what torch ships and beside copying memory, on one GPU.
 
-    python docs/benchmarks/decode.py --out docs/benchmarks
+    python docs/benchmarks/decode.py --out decode.json
     python docs/benchmarks/decode.py --only 1 16x8192   # cases of batch 1, and one more
     python docs/benchmarks/decode.py --sweep   # block shapes and parts, for kernels/triton/decode_tiles.py
 
-Writes decode.json and decode.md. 32 query heads on 8 key heads of 128, bfloat16. Every figure is a median, and stands
-beside the time that the bytes of keys and values would take in a copy of 2 GiB (read and written). Implementations take
-turns over rounds, each in CUDA graphs; the column "called" is ours without a graph, where launching from Python can be
-what is measured. There are two tables:
+Prints tables, and writes every figure where --out says. 32 query heads on 8 key heads of 128, bfloat16. Every figure
+is a median, and stands beside the time that the bytes of keys and values would take in a copy of 2 GiB (read and
+written). Implementations take turns over rounds, each in CUDA graphs; the column "called" is ours without a graph,
+where launching from Python can be what is measured. There are two tables:
 
 - As decoding runs: a graph of several calls one after the other, as a model's layers, each with a query and a cache of
   its own, of at least 1 GiB together, many times what the second-level cache holds. Time per call, from events around
@@ -275,7 +275,7 @@ def chosen(names: list[str]) -> list[tuple[int, int]]:
 def main() -> None:
     """Measure every case and write the tables, or sweep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(), help="folder for decode.json and decode.md")
+    parser.add_argument("--out", type=Path, default=Path("decode.json"), help="file for every figure")
     parser.add_argument("--rounds", type=int, default=2, help="how often the implementations take turns")
     parser.add_argument("--commit", default=commit_of_checkout(), help="recorded in the tables")
     parser.add_argument("--only", nargs="+", default=[], metavar="CASE", help="batches (1) and cases (16x8192)")
@@ -300,11 +300,9 @@ def main() -> None:
         ),
     }
     rows = []
-    arguments.out.mkdir(parents=True, exist_ok=True)
     for batch, length in cases:
         rows += measure(batch, length, arguments.rounds, copy)
-        (arguments.out / "decode.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
-        (arguments.out / "decode.md").write_text(table(rows, machine))
+        arguments.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
     print(table(rows, machine))
 
 

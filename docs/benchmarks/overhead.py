@@ -1,4 +1,4 @@
-"""Host time of attention calls at 1,024 tokens, beside torch's scaled_dot_product_attention.
+"""Host time of attention calls over few tokens, beside torch's scaled_dot_product_attention.
 
     python docs/benchmarks/overhead.py                  # on a GPU, or on the CPU with nothing behind the launches
     python docs/benchmarks/overhead.py --profile        # and where the time of one forward and backward goes
@@ -32,13 +32,13 @@ from ringflash.functional import attention
 from ringflash.parallel.call import Inputs
 from ringflash.parallel.mesh import ONE_DEVICE
 
-TOKENS, HEADS, DIM = 1024, 8, 64
+HEADS, DIM = 8, 64
 Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def layers(device: str) -> dict[str, Layer]:
+def layers(device: str, tokens: int) -> dict[str, Layer]:
     """What is timed: functions of query, key and value (1, T, H, D)."""
-    edges = torch.tensor([0, 300, TOKENS], device=device)
+    edges = torch.tensor([0, tokens // 3, tokens], device=device)
     found: dict[str, Layer] = {
         "ringflash.attention": lambda *x: attention(*x, group=ONE_DEVICE)[0],
         "ringflash.flash_attn_func": lambda *x: flash_attn_func(*x, causal=True),
@@ -68,10 +68,10 @@ def microseconds(call: Callable[[], object], calls: int = 20, rounds: int = 100)
     return least / calls * 1e6
 
 
-def passes(layer: Layer, device: str) -> dict[str, Callable[[], object]]:
+def passes(layer: Layer, device: str, tokens: int) -> dict[str, Callable[[], object]]:
     """Forward alone, forward that prepares a backward pass, and that backward pass."""
     query, key, value = (
-        torch.randn(1, TOKENS, HEADS, DIM, dtype=torch.bfloat16, device=device, requires_grad=True) for _ in range(3)
+        torch.randn(1, tokens, HEADS, DIM, dtype=torch.bfloat16, device=device, requires_grad=True) for _ in range(3)
     )
 
     def without_gradients() -> None:
@@ -92,12 +92,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", action="store_true", help="print where the time of ringflash.attention goes")
     parser.add_argument("--kernel", choices=("hopper", "triton"), default="hopper", help="launched without a GPU")
+    parser.add_argument("--tokens", type=int, default=1024)
     arguments = parser.parse_args()
+    tokens = arguments.tokens
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with nullcontext() if device == "cuda" else without_gpu(arguments.kernel):
-        calls = {name: passes(layer, device) for name, layer in layers(device).items()}
-        print(f"Host microseconds a call, {TOKENS} tokens, {HEADS} heads of {DIM}, causal, bfloat16, on {device}\n")
+        calls = {name: passes(layer, device, tokens) for name, layer in layers(device, tokens).items()}
+        print(f"Host microseconds a call, {tokens} tokens, {HEADS} heads of {DIM}, causal, bfloat16, on {device}\n")
         print("| | " + " | ".join(next(iter(calls.values()))) + " |\n|---|---|---|---|")
         for name, row in calls.items():
             print(f"| {name} | " + " | ".join(f"{microseconds(call):.0f}" for call in row.values()) + " |")
