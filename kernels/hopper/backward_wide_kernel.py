@@ -55,7 +55,7 @@ def attend_backward_wide_kernel(
     dquery = gl.allocate_shared_memory(gl.float32, [2, HALF, HALF], dquery_desc.layout)
     work = find_work(
         buffers, rows_of_tile_ptr, tile_order_ptr, turn_of_tile_ptr, turn_now_ptr, query_rows, padded_rows, key_rows,
-        key_heads, section, GROUP, ORDERED,
+        section, GROUP, ORDERED,
     )  # fmt: skip
     fence_async_shared()
     sums = Sums(dquery_desc, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, key_rows, key_heads)

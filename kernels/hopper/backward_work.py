@@ -120,14 +120,14 @@ def allocate_stream(desc, numbers_desc, STAGES: gl.constexpr):
 @gluon.jit
 def find_work(
     buffers, rows_of_tile_ptr, tile_order_ptr, turn_of_tile_ptr, turn_now_ptr, query_rows, padded_rows, key_rows,
-    key_heads, section, GROUP: gl.constexpr, ORDERED: gl.constexpr,
+    section, GROUP: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
     """This program's work. Where dQ is added in turn, section is a pointer and tile_order_ptr None; else turns are."""
     M: gl.constexpr = buffers.queries.blocks.shape[1]
     N: gl.constexpr = buffers.key.shape[1]
     if ORDERED:
         section = gl.load(section)
-    key_tile, key_head = key_tile_and_head(key_rows, key_heads, section, tile_order_ptr, N, ORDERED)
+    key_tile, key_head = key_tile_and_head(key_rows, section, tile_order_ptr, N, ORDERED)
     # What stands for none must not be None, which triton 3.6 cannot return.
     turns = Turns(rows_of_tile_ptr, key_tile, buffers.loaded, buffers.loaded)
     if ORDERED:
@@ -138,7 +138,7 @@ def find_work(
 
 
 @gluon.jit
-def key_tile_and_head(key_rows, key_heads, section, order_ptr, N: gl.constexpr, ORDERED: gl.constexpr):
+def key_tile_and_head(key_rows, section, order_ptr, N: gl.constexpr, ORDERED: gl.constexpr):
     """This program's key tile and head, in the mirrored order of schedule.py: tiles from the first, section by section.
 
     The last section's tiles go from the one that most rows see to the one that fewest see, over all documents, so that

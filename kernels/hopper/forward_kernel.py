@@ -317,7 +317,7 @@ def attend_tile(
         out = weighted_sum(out, own_weight * factor, carried, carry_weight * factor)
     else:
         out = merge_halves(problem, result, out, first_row, head, own_weight * factor, carry_weight * factor)
-    store_out(problem, result, staging.index(PART), out, first_row, head, FLOAT_OUT, D, OUT)
+    store_out(problem, result, staging.index(PART), out, first_row, head, FLOAT_OUT, D)
     if not (OWN_STAGING or FLOAT_OUT):
         store_wait(0)
         release(queries.empty.index(PART))
@@ -379,9 +379,7 @@ def weighted_sum(a, weight_of_a, b, weight_of_b):
 
 
 @gluon.jit
-def store_out(
-    problem, result, staging, out, first_row, head, FLOAT_OUT: gl.constexpr, D: gl.constexpr, OUT: gl.constexpr
-):
+def store_out(problem, result, staging, out, first_row, head, FLOAT_OUT: gl.constexpr, D: gl.constexpr):
     """Write a warpgroup's rows: straight from registers in fp32 (whole sectors), through shared memory in 16 bits."""
     if FLOAT_OUT:
         store_rows(result.out_ptr, out, first_row, head, problem.query_rows, problem.schedule.heads)

@@ -141,4 +141,4 @@ def multiprocessors(device: torch.device) -> int:
 def head_section(key_rows: int, key_heads: int, group: int, dim: int) -> int:
     """Query heads whose keys and values fit in the second-level cache together; whole groups, dividing all heads."""
     fitting = max(1, CACHED_KEYS // max(1, key_rows * dim * 4))
-    return group * max(n for n in range(1, key_heads + 1) if key_heads % n == 0 and (n <= fitting or n == 1))
+    return group * max(n for n in range(1, key_heads + 1) if key_heads % n == 0 and n <= fitting)
