@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
+import shutil
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,6 +43,11 @@ def _compiled(backend, mask, partition, documents):
         torch.testing.assert_close(gradients(compiled, cu_seqlens), expected, atol=1e-5, rtol=1e-5)
 
 
+CXX, HEADER = os.environ.get("CXX", "g++"), Path(sysconfig.get_path("include"), "Python.h")
+
+
+@pytest.mark.skipif(shutil.which(CXX) is None, reason=f"needs {CXX}: torch.compile writes C++ for CPUs")
+@pytest.mark.skipif(not HEADER.is_file(), reason=f"needs {HEADER}: torch.compile writes C++ for CPUs")
 def test_it_compiles_by_inductor_without_graph_breaks():
     _compiled("inductor", Mask.causal() & Mask.sliding_window(20), "zigzag", [[13]])
 
