@@ -1,7 +1,6 @@
 """Score modifiers and queries that differ from keys in length mean the same on any number of ranks.
 
-Oracle: the definition in float64, one sequence at a time. Dropout, which has no closed definition here, is held against
-one device with the same seed.
+Oracle: the definition in float64, one sequence at a time; for random cases and dropout that of attention_cases.py.
 """
 
 from __future__ import annotations
@@ -12,7 +11,12 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.distributed as dist
-from cases import blocks, visible
+from attention_cases import Case as AnyCase
+from attention_cases import Rules, cases, wide_heads
+from cases import PARTITIONS, blocks, visible
+from dealt_cases import Dealt, assert_ranks_are_as_exact_as_torch, deals
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from ring import place_in
 
 from ringflash import ArgumentError, Mask, RankMismatchError
@@ -20,7 +24,7 @@ from ringflash.functional import attention
 from ringflash.parallel.partition import resolve
 
 HEADS, KEY_HEADS, DIM = 4, 2, 16
-NAMES = ("query", "key", "value", "sinks")
+NAMES = ("out", "lse", "query", "key", "value", "sinks")
 
 
 @dataclass(frozen=True)
@@ -57,13 +61,13 @@ class Case:
 
 
 def run(case, rank=0, ranks=1):
-    """Out and gradients of this rank's rows; those of the sinks are this rank's part of a sum."""
+    """Out, log-sum-exp (B, s, H) and gradients of this rank's rows; the sinks' are this rank's part of a sum."""
     query, key, value, sinks, dout, visible_keys = case.tensors()
     query_rows, key_rows = case.rows(rank, ranks)
     leaves = [query[:, query_rows], key[:, key_rows], value[:, key_rows], sinks]
     leaves = [x.clone().requires_grad_() for x in leaves]
     torch.manual_seed(11)
-    out, _ = attention(
+    out, lse = attention(
         *leaves[:3],
         mask=case.mask,
         seqlen=case.queries,
@@ -74,7 +78,11 @@ def run(case, rank=0, ranks=1):
         **case.arguments,
     )
     (out * dout[:, query_rows]).sum().backward()
-    return [out.detach(), *(torch.zeros_like(x) if x.grad is None else x.grad for x in leaves)]
+    return [
+        out.detach(),
+        lse.detach().transpose(1, 2),
+        *(torch.zeros_like(x) if x.grad is None else x.grad for x in leaves),
+    ]
 
 
 def _run_share(case):
@@ -83,12 +91,13 @@ def _run_share(case):
 
 def on_ranks(pool, ranks, case):
     shares = pool(ranks).run(_run_share, case)
-    whole = [torch.full_like(x, torch.nan) for x in (case.tensors()[0], *case.tensors()[:3])]
+    query, key, value = case.tensors()[:3]
+    whole = [torch.full_like(x, torch.nan) for x in (query, query[..., 0], query, key, value)]
     for rank, share in enumerate(shares):
         query_rows, key_rows = case.rows(rank, ranks)
-        for x, part, rows in zip(whole, share, (query_rows, query_rows, key_rows, key_rows), strict=False):
+        for x, part, rows in zip(whole, share, (*[query_rows] * 3, key_rows, key_rows), strict=False):
             x[:, rows] = part
-    return [*whole, sum(share[4] for share in shares)]
+    return [*whole, sum(share[-1] for share in shares)]
 
 
 def by_definition(case):
@@ -100,7 +109,7 @@ def by_definition(case):
     seen = visible(case.mask if case.queries == case.keys else aligned, case.queries, case.keys)
     places = torch.arange(case.queries) + case.keys - case.queries
     distance = (places[:, None] - torch.arange(case.keys)).abs()
-    outs = []
+    outs, sums = [], []
     for row in range(case.batch):
         k, v = (x[row].repeat_interleave(HEADS // KEY_HEADS, dim=1) for x in leaves[1:3])
         scores = torch.einsum("thd,shd->hts", leaves[0][row], k) * scale
@@ -112,13 +121,17 @@ def by_definition(case):
         scores = scores.masked_fill(hidden, -torch.inf)
         if case.sinks:
             sink = leaves[3][:, None, None].expand(-1, case.queries, 1)
-            weights = torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
+            with_sink = torch.cat([scores, sink], dim=-1)
+            sums.append(with_sink.logsumexp(-1).T.detach())
+            weights = with_sink.softmax(-1)[..., :-1]
         else:
+            sums.append(scores.logsumexp(-1).T.detach())
             weights = scores.masked_fill(hidden.all(-1)[:, None], 0.0).softmax(-1).masked_fill(hidden, 0.0)
         outs.append(torch.einsum("hts,shd->thd", weights, v))
     out = torch.stack(outs)
     (out * dout).sum().backward()
-    return [out.detach(), *(torch.zeros_like(x) if x.grad is None else x.grad for x in leaves)]
+    gradients = (torch.zeros_like(x) if x.grad is None else x.grad for x in leaves)
+    return [out.detach(), torch.stack(sums), *gradients]
 
 
 SLOPES = torch.tensor([0.5, 0.25, 0.03, 0.0])
@@ -158,13 +171,58 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("partition", ["contiguous", "zigzag"])
-@pytest.mark.parametrize("name", CASES)
+ALLOWED = [
+    pytest.param(name, partition, id=f"{name}-{partition}")
+    for name, case in CASES.items()
+    for partition in PARTITIONS
+    if partition != "balanced" or case.queries == case.keys
+]
+"""Cases and partitions; "balanced" takes self-attention."""
+
+
+@pytest.mark.parametrize(("name", "partition"), ALLOWED)
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_every_feature_equals_its_definition(pool, ranks, name, partition):
     case = Case(**{**CASES[name].__dict__, "partition": partition})
-    for what, found, expected in zip(("out", *NAMES), on_ranks(pool, ranks, case), by_definition(case), strict=True):
+    for what, found, expected in zip(NAMES, on_ranks(pool, ranks, case), by_definition(case), strict=True):
         torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=2e-5, msg=lambda m, x=what: f"{x}: {m}")
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def named(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=named)
+@pytest.mark.parametrize("dense", [True, False], ids=["batch", "packed"])
+@settings(max_examples=20)
+@given(data=st.data())
+def test_any_features_on_any_ranks_are_as_exact_as_torch(pool, dense, dtype, data):
+    case = data.draw(cases(dtype, dense, same=data.draw(st.booleans())))
+    case = data.draw(st.just(case) | wide_heads(case))
+    ranks = data.draw(st.integers(2, 3))
+    assert_ranks_are_as_exact_as_torch(pool, ranks, data.draw(deals(case, dense)))
+
+
+EVERY_FEATURE = {"softcap": 2.0, "alibi": "documents", "dropout": 0.5, "padding": True, "sinks": True}
+SELF = ((40, 40), (0, 0), (5, 5), (1, 1), (33, 33))
+CROSS = ((40, 52), (0, 3), (5, 0), (1, 70), (33, 33))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=named)
+@pytest.mark.parametrize(
+    ("lengths", "partition"),
+    [(SELF, "contiguous"), (SELF, "zigzag"), (SELF, "balanced"), (CROSS, "contiguous"), (CROSS, "zigzag")],
+    ids=["self-contiguous", "self-zigzag", "self-balanced", "cross-contiguous", "cross-zigzag"],
+)
+@pytest.mark.parametrize("features", [{}, {"padding": True}, EVERY_FEATURE], ids=["plain", "padding", "every-feature"])
+def test_documents_with_padding_and_of_cross_attention(pool, features, lengths, partition, dtype):
+    rules = Rules(left=30, right=4, sink=2, chunk=48)
+    dealt = Dealt(AnyCase(lengths, rules, dims=(16, 24), dtype=dtype, **features), dense=False, partition=partition)
+    for ranks in (2, 3):
+        assert_ranks_are_as_exact_as_torch(pool, ranks, dealt)
 
 
 @pytest.mark.parametrize("partition", ["contiguous", "zigzag", "balanced"])
