@@ -27,7 +27,7 @@ def process_group(group: Group) -> dist.ProcessGroup | None:
     """The process group meant, or None for one device.
 
     Raises:
-        ArgumentError: a DeviceMesh of more than one dimension, or a group that this rank is not in.
+        ArgumentError: a DeviceMesh of more than one dimension, a group that this rank is not in, or something else.
     """
     if group is ONE_DEVICE:
         return None
@@ -41,6 +41,8 @@ def process_group(group: Group) -> dist.ProcessGroup | None:
         return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
     if group is dist.GroupMember.NON_GROUP_MEMBER:
         raise ArgumentError("group: this rank is not a member of it")
+    if not isinstance(group, dist.ProcessGroup):
+        raise ArgumentError(f"group={group!r}; allowed are a ProcessGroup, a one-dimensional DeviceMesh, or None")
     return group
 
 

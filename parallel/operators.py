@@ -174,12 +174,12 @@ class _AttentionBackward(_Refusing):
         )
 
 
-def mapped(*tensors: Tensor) -> bool:
-    """Whether one of the tensors stands for several under torch.vmap."""
+def mapped(*arguments: object) -> bool:
+    """Whether one of the arguments is a tensor that stands for several under torch.vmap."""
     if not torch._C._are_functorch_transforms_active():
         return False
-    for x in tensors:
-        while torch._C._functorch.is_functorch_wrapped_tensor(x):
+    for x in arguments:
+        while isinstance(x, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x):
             if torch._C._functorch.is_batchedtensor(x):
                 return True
             x = torch._C._functorch.get_unwrapped(x)

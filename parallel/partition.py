@@ -70,8 +70,7 @@ class Partition:
         """
         _check_sizes(length, ranks)
         chunks = max(1, min(BALANCED_CHUNKS_PER_RANK, length // ranks)) * ranks
-        if mask.query_boundaries is not None:
-            raise ArgumentError("partition='balanced' takes self-attention; deal cross attention contiguous or zigzag")
+        _check_self_attention(mask)
         mask = mask if mask.boundaries else mask & Mask.documents((0, length))
         documents = torch.tensor(mask.boundaries)
         if documents[-1] != length:
@@ -136,6 +135,7 @@ def resolve(partition: str | Partition, length: int, ranks: int, mask: Mask, bat
     if partition == "zigzag":
         return Partition.zigzag(length, ranks)
     if partition == "balanced":
+        _check_self_attention(mask)
         return Partition.balanced(mask if batch == 1 else _same_for_each_row(mask, length, batch), length, ranks)
     if isinstance(partition, str):
         if not partition.startswith("["):
@@ -148,6 +148,11 @@ def resolve(partition: str | Partition, length: int, ranks: int, mask: Mask, bat
             f"needed are {length} positions and {ranks} ranks"
         )
     return partition
+
+
+def _check_self_attention(mask: Mask) -> None:
+    if mask.query_boundaries is not None:
+        raise ArgumentError("partition='balanced' takes self-attention; deal cross attention contiguous or zigzag")
 
 
 def _check_sizes(length: int, ranks: int) -> None:

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
-from ringflash.errors import ArgumentError
 from ringflash.functional import attention
 from ringflash.mask import Mask
-from ringflash.parallel.mesh import Group, OneDevice, group_size
+from ringflash.parallel.mesh import Group, group_size, process_group
 from ringflash.parallel.partition import Partition, check_name
 
 
@@ -55,8 +52,7 @@ class DistributedFlashAttention(nn.Module):
     ) -> None:
         super().__init__()
         check_name(partition)
-        if group is not None and not isinstance(group, dist.ProcessGroup | DeviceMesh | OneDevice):
-            raise ArgumentError(f"group={group!r}; allowed are a ProcessGroup, a one-dimensional DeviceMesh, or None")
+        process_group(group)  # raises for what is none
         self.mask = Mask.causal() if mask is None else mask
         self.group = group
         self.partition = partition

@@ -90,7 +90,14 @@ def attention(
     """
     try:
         query, key, value = _autocast(query, key, value)
-        _check_transformations(query, key, value)
+        others = {
+            "alibi_slopes": alibi_slopes,
+            "dropout_seed": dropout_seed,
+            "key_padding_mask": key_padding_mask,
+            "sinks": sinks,
+        }
+        _check_tensors_or_none(others)
+        _check_transformations((query, key, value), (cu_seqlens, query_cu_seqlens, *others.values()))
         found = process_group(group)
         ranks, name = (1, "") if found is None else (found.size(), found.group_name)
         numbers = seqlen, key_seqlen, ranks, name, partition, scale, softcap, dropout, kernel, deterministic
@@ -225,13 +232,19 @@ def _check_numbers(softcap: float, dropout: float, scale: float | None) -> None:
         raise ArgumentError(f"scale={scale}; allowed are positive numbers, or None for 1 / sqrt(head_dim)")
 
 
-def _check_transformations(*tensors: Tensor) -> None:
+def _check_tensors_or_none(given: dict[str, object]) -> None:
+    for name, x in given.items():
+        if x is not None and not isinstance(x, Tensor):
+            raise ArgumentError(f"{name} is a {type(x).__name__}; allowed are a tensor and None")
+
+
+def _check_transformations(tensors: tuple[Tensor, ...], others: tuple[object, ...]) -> None:
     if torch.compiler.is_compiling():
         return
     # Without this check torch takes the tangent of an operator that has no formula for it to be zero.
     if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise UnsupportedError(NO_FORWARD_MODE)
-    if mapped(*tensors):  # the operator would refuse it too late for peers to be told
+    if mapped(*tensors, *others):  # the operator would refuse it too late for peers to be told
         raise UnsupportedError(NO_VMAP)
 
 

@@ -24,6 +24,7 @@ from ringflash.kvcache_arguments import (
     check_tensors,
     check_values,
 )
+from ringflash.parallel.operators import mapped
 
 
 def flash_attn_with_kvcache(
@@ -91,6 +92,10 @@ def flash_attn_with_kvcache(
         UnsupportedError: a gradient would be needed.
     """
     check_no_gradient(q, k_cache, v_cache, k, v)
+    if not torch.compiler.is_compiling() and mapped(
+        q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, cache_leftpad, block_table, alibi_slopes
+    ):
+        raise UnsupportedError(NO_VMAP)
     check_tensors(q, k_cache, v_cache, k, v, cache_batch_idx, block_table)
     check_indices(q, cache_seqlens, cache_batch_idx, cache_leftpad, block_table)
     rows = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
@@ -195,10 +200,11 @@ def _(query: Tensor, key_cache: Tensor, value_cache: Tensor, *_) -> tuple[Tensor
     return out, query.new_empty(batch, heads, count, dtype=torch.float32)
 
 
+NO_VMAP = "flash_attn_with_kvcache does not run under torch.vmap: give the mapped dimension as the batch dimension"
+
+
 def _refuse_vmap(*_) -> None:  # noqa: ANN002
-    raise UnsupportedError(
-        "flash_attn_with_kvcache does not run under torch.vmap: give the mapped dimension as the batch dimension"
-    )
+    raise UnsupportedError(NO_VMAP)
 
 
 torch.library.register_vmap("ringflash::append_to_cache", _refuse_vmap)

@@ -8,6 +8,7 @@ from torch.autograd import forward_ad
 
 from ringflash.errors import ArgumentError, UnsupportedError
 from ringflash.flash_arguments import score_rules
+from ringflash.kernels.select import DTYPES
 
 MOST_SPLITS = 128
 """Of `num_splits`."""
@@ -44,8 +45,8 @@ def check_tensors(
             raise ArgumentError(f"{name} has shape {tuple(x.shape)}; allowed are four dimensions, heads the third")
         if x.dtype != q.dtype or x.device != q.device:
             raise ArgumentError(f"{name} is {x.dtype} on {x.device}, q {q.dtype} on {q.device}; make them agree")
-    if not q.dtype.is_floating_point:
-        raise ArgumentError(f"q is {q.dtype}; allowed are float32, float16 and bfloat16")
+    if q.dtype not in DTYPES:
+        raise ArgumentError(f"q is {q.dtype}; allowed are {', '.join(map(str, DTYPES))}")
     (batch, _, heads, dim), (entries, page, key_heads, _) = q.shape, k_cache.shape
     if k_cache.shape[3] != dim or v_cache.shape[:3] != k_cache.shape[:3] or key_heads == 0 or heads % key_heads:
         raise ArgumentError(

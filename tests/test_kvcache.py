@@ -184,6 +184,8 @@ def test_forward_mode_derivatives_are_refused_and_not_zero() -> None:
 def test_vmap_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="vmap"):
         torch.vmap(lambda x: flash_attn_with_kvcache(x, CACHE, CACHE))(torch.randn(3, *X.shape))
+    with pytest.raises(UnsupportedError, match="vmap"):
+        torch.vmap(lambda lengths: flash_attn_with_kvcache(X, CACHE, CACHE, cache_seqlens=lengths))(TWO.expand(3, 2))
 
 
 @pytest.mark.parametrize(
@@ -192,6 +194,10 @@ def test_vmap_is_refused() -> None:
         ({"q": X[0]}, r"q has shape \(3, 4, 16\)"),
         ({"q": X.half()}, "k_cache is torch.float32 on cpu, q torch.float16"),
         ({"q": X.long(), "k_cache": CACHE.long(), "v_cache": CACHE.long()}, "q is torch.int64"),
+        (
+            {name: x.to(torch.float8_e4m3fn) for name, x in (("q", X), ("k_cache", CACHE), ("v_cache", CACHE))},
+            "q is torch.float8_e4m3fn; allowed are torch.float16",
+        ),
         ({"q": X[:, :, :3]}, "heads of q are a multiple"),
         ({"k_cache": CACHE[..., :8]}, "do not go together"),
         ({"v_cache": CACHE[:, :9]}, "do not go together"),
