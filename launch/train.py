@@ -31,11 +31,11 @@ def main(composed: DictConfig) -> None:
 
     The exit status is 0 after the last step, 75 if a signal stopped the run and it was saved, otherwise something else.
     """
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
     try:
         config = typed(composed)
-        check(config, world_size)
-        device = join(config, rank, world_size)
+        check(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+        device = join(config)
         agree(config)
         train(config, device)
         if dist.is_initialized():
@@ -52,7 +52,7 @@ def main(composed: DictConfig) -> None:
             dist.destroy_process_group()
 
 
-def join(config: Config, rank: int, world_size: int) -> torch.device:
+def join(config: Config) -> torch.device:
     """Choose this rank's device and start the default process group on it: NCCL on GPUs, gloo on CPUs."""
     timeout = timedelta(seconds=config.timeout)
     device = torch.device("cpu")

@@ -178,6 +178,10 @@ class ProgressDisplay:
         self.close()
 
 
+BINS_PER_OCTAVE = 2
+"""Ranges of context grow by 2 ** (1 / BINS_PER_OCTAVE)."""
+
+
 class PositionBin(NamedTuple):
     """Mean loss in nats per token behind `first` to `last` tokens of context."""
 
@@ -206,13 +210,11 @@ class PositionLoss:
         self.totals[0].index_add_(0, positions, values)
         self.totals[1].index_add_(0, positions, torch.ones_like(values))
 
-    def bins(self, per_octave: int = 2) -> list[PositionBin]:
-        """Means over ranges of context that grow by 2 ** (1 / per_octave); ranges without tokens are left out."""
+    def bins(self) -> list[PositionBin]:
+        """Means over growing ranges of context; ranges without tokens are left out."""
         seqlen = self.totals.shape[1]
-        steps = math.ceil(math.log2(seqlen) * per_octave) + 1
-        edges = (
-            sorted({min(seqlen, round(2 ** (i / per_octave))) for i in range(steps)} | {seqlen}) if seqlen > 1 else [1]
-        )
+        steps = math.ceil(math.log2(seqlen) * BINS_PER_OCTAVE) + 1
+        edges = sorted({min(seqlen, round(2 ** (i / BINS_PER_OCTAVE))) for i in range(steps)} | {seqlen})
         starts = [0, *edges]
         sums = [self.totals[:, start:stop].sum(dim=1).tolist() for start, stop in zip(starts, edges, strict=False)]
         return [

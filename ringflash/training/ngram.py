@@ -23,6 +23,9 @@ NAMES = {1: "unigram", 2: "bigram", 3: "trigram"}
 MAX_ORDER = 7
 """Nine bits a symbol: seven of them fit into the 64-bit keys."""
 
+BASELINE_ORDER = 5
+"""Of the longest n-grams that a run is compared with."""
+
 START = 256
 TRAIN_BYTES, VALIDATION_BYTES = 64 << 20, 32 << 20
 """Larger corpora are sampled: 64 MiB need about 3 GiB of memory."""
@@ -72,12 +75,12 @@ class NgramModel:
         return [float(-np.log2(p).mean()) for p in self.probabilities(documents)]
 
 
-def baselines(corpus: Corpus, order: int = 5) -> dict[str, float]:
+def baselines(corpus: Corpus) -> dict[str, float]:
     """Bits per byte of n-gram models, fit on the training part, on the validation part, by name and rising order.
 
     Example: baselines(corpus) -> {"unigram": 4.67, "bigram": 3.52, "trigram": 2.58, "4-gram": 1.99, "5-gram": 1.81}
     """
-    model = NgramModel(corpus.train.sample(TRAIN_BYTES), order)
+    model = NgramModel(corpus.train.sample(TRAIN_BYTES), BASELINE_ORDER)
     bits = model.bits_per_byte(corpus.validation.sample(VALIDATION_BYTES))
     return {NAMES.get(n, f"{n}-gram"): value for n, value in enumerate(bits, 1)}
 

@@ -87,15 +87,15 @@ def test_disabled_progress_still_prints_notes():
     assert out.getvalue() == "validation [2.30] bits per byte\n"
 
 
-@given(seqlen=st.integers(1, 300), per_octave=st.integers(1, 4), seed=st.integers(0, 99))
-def test_position_bins_hold_every_prediction_once(seqlen, per_octave, seed):
+@given(seqlen=st.integers(1, 300), seed=st.integers(0, 99))
+def test_position_bins_hold_every_prediction_once(seqlen, seed):
     generator = torch.Generator().manual_seed(seed)
     positions = torch.randint(seqlen, (3, 50), generator=generator)
     losses = torch.rand(3, 50, generator=generator)
     labels = torch.randint(2, (3, 50), generator=generator) * 101 - 100
     by_position = PositionLoss(seqlen)
     by_position.add(positions, losses, labels)
-    bins = by_position.bins(per_octave)
+    bins = by_position.bins()
     assert sum(bin_.tokens for bin_ in bins) == (labels != -100).sum()
     assert sum(bin_.tokens * bin_.loss for bin_ in bins) == pytest.approx(losses[labels != -100].sum().item(), rel=1e-5)
     edges = [edge for bin_ in bins for edge in (bin_.first, bin_.last)]
