@@ -9,7 +9,7 @@ Dv the value's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -335,10 +335,10 @@ HEAD_DIMS = (48, 64, 96, 128, 192, 256, 512)
 
 
 @st.composite
-def wide_heads(draw: st.DrawFn, case: Case) -> Case:
-    """The case with head dimensions in use, the value's another one or not."""
-    dim, value_dim = (draw(st.sampled_from(HEAD_DIMS)) for _ in range(2))
-    return replace(case, dims=(dim, draw(st.sampled_from([dim, value_dim]))), scale=dim**-0.5)
+def wide_heads(draw: st.DrawFn, case: Case, dims: Sequence[int] = HEAD_DIMS) -> Case:
+    """The case with one of these head dimensions, and as many or others for the value."""
+    dim = draw(st.sampled_from(dims))
+    return replace(case, dims=(dim, draw(st.just(dim) | st.sampled_from(HEAD_DIMS))), scale=dim**-0.5)
 
 
 @st.composite

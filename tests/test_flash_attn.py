@@ -9,7 +9,19 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from attention_cases import Case, Rules, Tensors, assert_as_exact_as_torch, by_definition, cases, kept, solve, tensors
+from attention_cases import (
+    HEAD_DIMS,
+    Case,
+    Rules,
+    Tensors,
+    assert_as_exact_as_torch,
+    by_definition,
+    cases,
+    kept,
+    solve,
+    tensors,
+    wide_heads,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -18,6 +30,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import ringflash
 from ringflash import (
     ArgumentError,
+    UnsupportedError,
     flash_attn_func,
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
@@ -172,6 +185,15 @@ def test_packed_sequences_are_as_exact_as_torch(dtype: torch.dtype, data: st.Dat
     check(case, data, same, varlen, longer=longer, rest=rest)
 
 
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+@settings(max_examples=8)
+@given(st.data())
+def test_any_head_dimension_and_any_of_the_values_is_as_exact_as_torch(dim: int, data: st.DataObject) -> None:
+    same, call = data.draw(st.booleans()), data.draw(st.sampled_from([dense, varlen]))
+    case = data.draw(cases(data.draw(st.sampled_from(DTYPES)), dense=call is dense, same=same, flash=True))
+    check(data.draw(wide_heads(case, [dim])), data, same, call)
+
+
 def test_causal_is_aligned_at_the_end() -> None:
     """The pictures of flash-attn's documentation: 2 queries to 5 keys, and 5 queries to 2 keys."""
     pictures = {(2, 5): ["11110", "11111"], (5, 2): ["00", "00", "00", "10", "11"]}
@@ -321,6 +343,27 @@ def test_autocast_is_respected() -> None:
     x = torch.randn(1, 9, 2, 8)
     with torch.autocast("cpu", torch.bfloat16):
         assert flash_attn_func(x, x, x).dtype == torch.bfloat16
+
+
+def packed(x: Tensor) -> Tensor:
+    """`flash_attn_varlen_func` of the tokens (5, nheads, headdim) to themselves."""
+    return flash_attn_varlen_func(x, x, x, EDGES, EDGES, 3, 3, causal=True)
+
+
+@pytest.mark.parametrize(
+    ("call", "x"),
+    [(flash_attn_qkvpacked_func, torch.ones(2, 5, 3, 4, 8)), (packed, torch.ones(5, 4, 8))],
+    ids=["batch", "varlen"],
+)
+def test_second_derivatives_forward_mode_and_vmap_are_refused(call: Callable, x: Tensor) -> None:
+    leaf = torch.randn_like(x).requires_grad_()
+    (gradient,) = torch.autograd.grad(call(leaf).square().sum(), leaf, create_graph=True)
+    with pytest.raises(UnsupportedError, match="no second derivative"):
+        gradient.sum().backward()
+    with pytest.raises(UnsupportedError, match="no forward-mode derivative"):
+        torch.func.jvp(call, (x,), (x,))
+    with pytest.raises(UnsupportedError, match=r"vmap.*batch dimension"):
+        torch.vmap(call)(x[None])
 
 
 # Refusals

@@ -8,7 +8,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from attention_cases import Case, Rules, Tensors, assert_as_exact_as_torch, cases, layouts, solve, tensors
+from attention_cases import (
+    HEAD_DIMS,
+    Case,
+    Rules,
+    Tensors,
+    assert_as_exact_as_torch,
+    cases,
+    layouts,
+    solve,
+    tensors,
+    wide_heads,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -76,6 +87,15 @@ def test_any_features_of_a_batch_are_as_exact_as_torch(dtype: torch.dtype, data:
 @given(st.data())
 def test_any_features_of_packed_documents_are_as_exact_as_torch(dtype: torch.dtype, data: st.DataObject) -> None:
     check(data.draw(cases(dtype, dense=False)), dense=False)
+
+
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+@settings(max_examples=8)
+@given(st.data())
+def test_any_head_dimension_and_any_of_the_values_is_as_exact_as_torch(dim: int, data: st.DataObject) -> None:
+    dense = data.draw(st.booleans())
+    case = data.draw(cases(data.draw(st.sampled_from(DTYPES)), dense=dense))
+    check(data.draw(wide_heads(case, [dim])), dense)
 
 
 @settings(max_examples=30)
@@ -378,7 +398,7 @@ def test_compiled_code_names_a_bad_list(cu_seqlens: list[int]) -> None:
         compiled(x)
 
 
-@pytest.mark.parametrize("features", [{}, {**EVERY_FEATURE, "sinks": False}], ids=["plain", "every feature"])
+@pytest.mark.parametrize("features", [{}, EVERY_FEATURE], ids=["plain", "every feature"])
 def test_opcheck_of_the_operator(features: dict) -> None:
     case = Case(((6, 8), (3, 3)), Rules(left=9, right=0), **features)
     problem = tensors(case)

@@ -18,6 +18,7 @@ import ringflash
 from ringflash import (
     ArgumentError,
     Mask,
+    UnsupportedError,
     flash_attn_func,
     ring_flash_attn_func,
     ring_flash_attn_qkvpacked_func,
@@ -201,6 +202,28 @@ def test_one_rank_shows_what_dropout_took() -> None:
     assert (packed[2] < 0).any()
     assert torch.equal(packed[2], results[0][2])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def _varlen(x: Tensor) -> Tensor:
+    return ring_flash_attn_varlen_func(*[x[0]] * 3, [0, 4, 12], 8, causal=True)
+
+
+def _transformed(packed: bool) -> None:
+    call = _varlen if packed else lambda x: ring_flash_attn_func(x, x, x, causal=True)
+    x = torch.randn(1, 6, 2, 8)
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(call(leaf).square().sum(), leaf, create_graph=True)
+    with pytest.raises(UnsupportedError, match="no second derivative"):
+        gradient.sum().backward()
+    with pytest.raises(UnsupportedError, match="no forward-mode derivative"):
+        torch.func.jvp(call, (x,), (x,))
+    with pytest.raises(UnsupportedError, match=r"vmap.*batch dimension"):
+        torch.vmap(call)(x[None])
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["batch", "varlen"])
+def test_second_derivatives_forward_mode_and_vmap_are_refused(pool, packed: bool) -> None:
+    pool(2).run(_transformed, packed, timeout=15)
 
 
 def _compiled(as_list: bool) -> None:

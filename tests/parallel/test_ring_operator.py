@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from attention_cases import Case, Rules, solve
 from cases import Shape, inputs
+from dealt_cases import Dealt
 from ring import Layer, Problem
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -77,6 +79,37 @@ def test_it_traces_without_graph_breaks_on_two_ranks(pool, partition, documents)
     pool(2).run(_compiled, "aot_eager", Mask.causal(), partition, documents, timeout=120)
 
 
+FEATURES = {
+    "sinks": {"sinks": True},
+    "padding": {"padding": True},
+    "alibi": {"alibi": "documents"},
+    "everything": {"sinks": True, "padding": True, "alibi": "documents", "softcap": 2.0, "dropout": 0.4},
+}
+
+
+def _features(name, dense, boundaries):
+    """Features of a batch of cross attention, or of packed documents, with none among them."""
+    lengths = ((7, 9),) * 2 if dense else ((9, 9), (0, 0), (4, 4))
+    return Dealt(Case(lengths, Rules(left=6, right=0), **FEATURES[name]), dense, boundaries=boundaries)
+
+
+def _compiled_features(dealt):
+    share = dealt.share(dist.get_rank(), dist.get_world_size())
+    expected = solve(dealt.attend(share), share)
+    torch._dynamo.reset()
+    compiled = torch.compile(dealt.attend(share), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(solve(compiled, share), expected, atol=1e-6, rtol=1e-6)
+
+
+WAYS = [(True, "list"), (False, "list"), (False, "tensor"), (False, "mask")]
+WITH_FEATURES = [("sinks", True, "list"), ("padding", True, "list"), ("alibi", False, "tensor")]
+
+
+@pytest.mark.parametrize(("name", "dense", "boundaries"), [*WITH_FEATURES, *(("everything", *way) for way in WAYS)])
+def test_features_trace_without_graph_breaks_on_two_ranks(pool, name, dense, boundaries):
+    pool(2).run(_compiled_features, _features(name, dense, boundaries), timeout=120)
+
+
 class Recorder(TorchDispatchMode):
     """The calls of the attention operator."""
 
@@ -110,6 +143,22 @@ def test_the_operator_passes_opcheck_on_one_device():
 @pytest.mark.parametrize("partition", ["zigzag", "contiguous"])
 def test_the_operator_passes_opcheck_on_two_ranks(pool, partition):
     pool(2).run(_operator_check, partition, timeout=120)
+
+
+def _operator_check_of_features(dealt):
+    share = dealt.share(dist.get_rank(), dist.get_world_size())
+    with Recorder() as recorder:
+        dealt.attend(share)(share.query, share.key, share.value, share.sinks)
+    (call,) = recorder.calls
+    tensors = [x.detach().clone().requires_grad_() for x in call[:3]]
+    torch.library.opcheck(torch.ops.ringflash.attention.default, (*tensors, *call[3:]))
+
+
+@pytest.mark.parametrize(
+    ("name", "dense", "boundaries"), [*WITH_FEATURES, ("everything", True, "list"), ("everything", False, "tensor")]
+)
+def test_the_operator_passes_opcheck_with_features_on_two_ranks(pool, name, dense, boundaries):
+    pool(2).run(_operator_check_of_features, _features(name, dense, boundaries), timeout=120)
 
 
 def _save_attention(context, operator, *args, **kwargs):
