@@ -336,9 +336,14 @@ HEAD_DIMS = (48, 64, 96, 128, 192, 256, 512)
 
 @st.composite
 def wide_heads(draw: st.DrawFn, case: Case, dims: Sequence[int] = HEAD_DIMS) -> Case:
-    """The case with one of these head dimensions, and as many or others for the value."""
+    """The case with one of these head dimensions, and as many or others for the value.
+
+    The gradient of a row with one key is a difference of two equal sums over the value's dimension, which torch's fused
+    attention gives as 0: long sums, made ten times as large by dropout of 0.9, would differ by 1e-5.
+    """
     dim = draw(st.sampled_from(dims))
-    return replace(case, dims=(dim, draw(st.just(dim) | st.sampled_from(HEAD_DIMS))), scale=dim**-0.5)
+    value_dim = draw(st.just(dim) | st.sampled_from(HEAD_DIMS))
+    return replace(case, dims=(dim, value_dim), scale=dim**-0.5, dropout=min(case.dropout, 0.5))
 
 
 @st.composite
