@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
@@ -226,26 +227,29 @@ def test_second_derivatives_forward_mode_and_vmap_are_refused(pool, packed: bool
     pool(2).run(_transformed, packed, timeout=15)
 
 
-def _compiled(as_list: bool) -> None:
+def _compiled(way: str) -> None:
     torch.compiler.reset()
-    case = Case(((5, 5), (0, 0), (5, 5)), Rules(left=6, right=0), alibi="documents")
+    lengths = ((5, 5),) * 2 if way == "batch" else ((5, 5), (0, 0), (5, 5))
+    case = Case(lengths, Rules(left=6, right=0), alibi="documents")
     problem = tensors(case)
-    edges = case.edges()[0]
-    edges = edges if as_list else torch.tensor(edges)
-    leaves = [shard(x, 0).clone().requires_grad_() for x in (problem.query, problem.key, problem.value)]
-    compiled = torch.compile(ring_flash_attn_varlen_func, fullgraph=True, backend="aot_eager")
-    results = [
-        function(*leaves, edges, 5, **words(case, problem)) for function in (ring_flash_attn_varlen_func, compiled)
-    ]
+    whole, edges = (problem.query, problem.key, problem.value), case.edges()[0]
+    if way == "batch":
+        function = functools.partial(ring_flash_attn_func, seqlen_q=5, seqlen_k=5)
+        leaves, bounds = [shard(x.unflatten(0, (2, 5)), 1).clone().requires_grad_() for x in whole], ()
+    else:
+        function, bounds = ring_flash_attn_varlen_func, (edges if way == "list" else torch.tensor(edges), 5)
+        leaves = [shard(x, 0).clone().requires_grad_() for x in whole]
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    results = [call(*leaves, *bounds, **words(case, problem)) for call in (function, compiled)]
     gradients = [torch.autograd.grad(out.sum(), leaves) for out, _, _ in results]
     for found, expected in zip((*results[1][:2], *gradients[1]), (*results[0][:2], *gradients[0]), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("as_list", [True, False], ids=["list", "tensor"])
+@pytest.mark.parametrize("way", ["batch", "list", "tensor"])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_compiles_whole(pool, ranks: int, as_list: bool) -> None:
+def test_compiles_whole(pool, ranks: int, way: str) -> None:
     if ranks == 1:
-        _compiled(as_list)
+        _compiled(way)
     else:
-        pool(ranks).run(_compiled, as_list, timeout=120)
+        pool(ranks).run(_compiled, way, timeout=120)
