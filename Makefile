@@ -49,7 +49,7 @@ doctor: $(INSTALLED)
 install: $(INSTALLED)
 
 # What is in .venv already is used as it is; PYTHON only makes a new one.
-INTERPRETER = $(or $(wildcard $(BIN)/python),$(PYTHON))
+INTERPRETER = $(shell [ -x $(BIN)/python ] && echo $(BIN)/python || echo $(PYTHON))
 NO_PYTHON = { echo "no $(PYTHON) here; name Python 3.11 or newer: make PYTHON=..." >&2; exit 1; }
 VERSION = -c 'import sys; print("%d.%d" % sys.version_info[:2])'
 

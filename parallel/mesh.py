@@ -36,6 +36,8 @@ def process_group(group: Group) -> dist.ProcessGroup | None:
             raise ArgumentError(
                 f"group is a DeviceMesh with dimensions {group.mesh_dim_names}; pass one of them, like mesh['sequence']"
             )
+        if group.get_coordinate() is None:
+            raise ArgumentError("group: this rank is not a member of it")
         return group.get_group()
     if group is None:
         return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None

@@ -289,7 +289,8 @@ def _gather_pages(name: str, pages: Tensor, block_table: Tensor, cu_seqlens: Ten
     row = torch.where(row < edges[-1], row, 0)  # so that no row holds what was never written, which may be NaN
     sequence = (torch.searchsorted(edges, row, right=True) - 1).clamp(max=batch - 1)
     offset = (row - edges[sequence]).clamp(max=width * page_size - 1)
-    page = block_table[sequence, offset // page_size].clamp(min=0)  # entries behind a sequence's end are often -1
+    # Entries behind a sequence's end may be anything, and are often -1.
+    page = block_table[sequence, offset // page_size].clamp(0, pages.shape[0] - 1)
     return pages.flatten(0, 1)[page * page_size + offset % page_size]
 
 

@@ -53,7 +53,7 @@ def attention(
     """Exact attention of this rank's queries to the keys of all ranks.
 
     Args:
-        query: (B, s, H, D), fp32, fp16 or bf16.
+        query: (B, s, H, D), fp32, fp16 or bf16; fp64 for checks.
         key: (B, sk, Hk, D), same dtype; H a multiple of Hk.
         value: (B, sk, Hk, Dv), same dtype.
         mask: which keys a query may see, over global positions; causal if None. Where queries and keys differ in
@@ -71,6 +71,7 @@ def attention(
         scale: factor of the scores before the softmax; 1 / sqrt(D) if None.
         softcap: scores become softcap * tanh(score / softcap); 0 for none.
         alibi_slopes: fp32 (H,), or (B, H), or (documents, H) with cu_seqlens; slope * distance is taken from a score.
+            There is no gradient by them.
         dropout: probability of dropping a pair.
         dropout_seed: (1,) int64 on the query's device, the same on all ranks; with it everything that is dropped is
             given. None draws one from torch's generator of that device: ranks that were given the same
@@ -97,7 +98,7 @@ def attention(
             "sinks": sinks,
         }
         _check_tensors_or_none(others)
-        _check_transformations((query, key, value), (cu_seqlens, query_cu_seqlens, *others.values()))
+        _check_transformations((query, key, value, alibi_slopes), (cu_seqlens, query_cu_seqlens, *others.values()))
         found = process_group(group)
         ranks, name = (1, "") if found is None else (found.size(), found.group_name)
         numbers = seqlen, key_seqlen, ranks, name, partition, scale, softcap, dropout, kernel, deterministic
@@ -176,7 +177,7 @@ def _settings(
     if not isinstance(mask, Mask):
         raise ArgumentError(f"mask={mask!r}; allowed are ringflash.Mask, as Mask.causal(), and None for that")
     for what, length in (("seqlen", seqlen), ("key_seqlen", key_seqlen)):
-        if isinstance(length, float) or (length is not None and length < 0):
+        if isinstance(length, float | str | Tensor) or (length is not None and length < 0):
             raise ArgumentError(f"{what}={length}; allowed are integers from 0, or None")
     (batch, tokens, _, dim), key_tokens = query.shape, key.shape[1]
     seqlen = tokens * ranks if seqlen is None else seqlen
@@ -238,11 +239,11 @@ def _check_tensors_or_none(given: dict[str, object]) -> None:
             raise ArgumentError(f"{name} is a {type(x).__name__}; allowed are a tensor and None")
 
 
-def _check_transformations(tensors: tuple[Tensor, ...], others: tuple[object, ...]) -> None:
+def _check_transformations(tensors: tuple[Tensor | None, ...], others: tuple[object, ...]) -> None:
     if torch.compiler.is_compiling():
         return
     # Without this check torch takes the tangent of an operator that has no formula for it to be zero.
-    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise UnsupportedError(NO_FORWARD_MODE)
     if mapped(*tensors, *others):  # the operator would refuse it too late for peers to be told
         raise UnsupportedError(NO_VMAP)
@@ -280,15 +281,16 @@ def _boundaries(
         raise ArgumentError("query_cu_seqlens is given without cu_seqlens, the boundaries of the keys")
     given = [cu_seqlens, query_cu_seqlens]
     for name, x in zip(("cu_seqlens", "query_cu_seqlens"), given, strict=True):
-        if isinstance(x, Tensor) and (x.dtype.is_floating_point or x.dim() != 1):
-            raise ArgumentError(f"{name} is {x.dtype} {tuple(x.shape)}; allowed are integers (documents + 1,)")
+        if isinstance(x, Tensor) and (x.dtype not in (torch.int32, torch.int64) or x.dim() != 1):
+            raise ArgumentError(f"{name} is {x.dtype} {tuple(x.shape)}; allowed is int32 or int64 (documents + 1,)")
         if isinstance(x, Tensor) and x.device.type != "cpu" and (ranks > 1 or mask.boundaries is not None):
             raise ArgumentError(f"{name} is on {x.device}; plans for {ranks} ranks are made on the CPU, pass it there")
     if mask.boundaries is not None or not any(isinstance(x, Tensor) for x in given):
         names = ("cu_seqlens", "query_cu_seqlens")
         return tuple(None if x is None else integers(name, x) for name, x in zip(names, given, strict=True)), None, None
     device = next(x.device for x in given if isinstance(x, Tensor))  # where a list beside a tensor is to go
-    return None, *(x if x is None or isinstance(x, Tensor) else torch.tensor(x, device=device) for x in given)
+    given = [x if x is None or isinstance(x, Tensor) else integers("cu_seqlens", x) for x in given]
+    return None, *(torch.tensor(x, device=device) if isinstance(x, tuple) else x for x in given)
 
 
 def _documents(mask: Mask, known: tuple[Numbers, Numbers | None] | None) -> tuple[Mask, str]:
@@ -327,6 +329,8 @@ def _slopes_of_rows(
             f"alibi_slopes is {slopes.dtype} {tuple(slopes.shape)} on {slopes.device}; allowed is float32 of "
             f"{' or '.join(map(str, sorted(allowed)))} on {query.device}"
         )
+    if slopes.requires_grad and torch.is_grad_enabled():
+        raise ArgumentError("alibi_slopes requires a gradient; there is none by slopes, pass alibi_slopes.detach()")
     if slopes.dim() == 1:
         return slopes.expand(batch * tokens, heads)
     if slopes.shape[0] != documents_of_rows or own is None:
@@ -337,10 +341,12 @@ def _slopes_of_rows(
             keys = documents.boundaries if boundaries is None else boundaries.tolist()
             mask = mask & Mask.documents(keys, own.tolist() if isinstance(own, Tensor) else own)
         rows = resolve(partition, seqlen, ranks, mask, batch).repeat(batch).segments[group_rank(group)]
+    if not torch.compiler.is_compiling():
+        own = torch.as_tensor(own, device=own.device if isinstance(own, Tensor) else slopes.device)
     if isinstance(own, Tensor):
         positions = torch.cat([torch.arange(start, stop, device=own.device) for start, stop in rows or ((0, 0),)])
         return slopes[(torch.searchsorted(own.long(), positions, right=True) - 1).to(slopes.device)]
-    # From numbers alone: a tensor of the host would be a constant in compiled code, which CUDA graphs refuse.
+    # From numbers alone: a tensor of them would be a constant of the CPU in compiled code, which CUDA graphs refuse.
     lengths = [count(intersect(rows, (document,))) for document in pairwise(own)]
     return torch.cat([x.expand(n, heads) for x, n in zip(slopes.unbind(), lengths, strict=True)])
 
@@ -348,10 +354,11 @@ def _slopes_of_rows(
 def _visible_keys(key_padding_mask: Tensor | None, key: Tensor) -> Tensor | None:
     if key_padding_mask is None:
         return None
-    if key_padding_mask.dtype != torch.bool or key_padding_mask.shape != key.shape[:2]:
+    x = key_padding_mask
+    if x.dtype != torch.bool or x.shape != key.shape[:2] or x.device != key.device:
         raise ArgumentError(
-            f"key_padding_mask is {key_padding_mask.dtype} {tuple(key_padding_mask.shape)}; allowed is bool "
-            f"{tuple(key.shape[:2])}, True for keys that may be seen"
+            f"key_padding_mask is {x.dtype} {tuple(x.shape)} on {x.device}; allowed is bool {tuple(key.shape[:2])} on "
+            f"{key.device}, True for keys that may be seen"
         )
     return key_padding_mask.flatten().to(torch.uint8)
 
@@ -359,6 +366,8 @@ def _visible_keys(key_padding_mask: Tensor | None, key: Tensor) -> Tensor | None
 def _check_sinks(sinks: Tensor, query: Tensor) -> None:
     if sinks.shape != (query.shape[2],):
         raise ArgumentError(f"sinks has shape {tuple(sinks.shape)}; allowed is ({query.shape[2]},), one for each head")
+    if not sinks.dtype.is_floating_point or sinks.device != query.device:
+        raise ArgumentError(f"sinks is {sinks.dtype} on {sinks.device}; allowed are floats on {query.device}")
 
 
 def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:

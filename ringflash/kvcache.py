@@ -64,8 +64,8 @@ def flash_attn_with_kvcache(
         v: likewise for `v_cache`; comes with `k`.
         rotary_cos: (seqlen_ro, rotary_dim / 2) in q's dtype or fp32, seqlen_ro at least the rows of a sequence's
             cache. Turns k at the rows it is written to, and q at `cache_seqlens` + i if `causal` or with a window,
-            and else at `cache_seqlens`. Needs `k`. Queries further on than seqlen_ro are refused on the CPU; on a GPU
-            they are turned as at its last row.
+            and else at `cache_seqlens`. Needs `k`. Queries behind seqlen_ro are refused where the host knows
+            `cache_seqlens`, as a number or on the CPU; elsewhere what they give means nothing.
         rotary_sin: likewise; comes with `rotary_cos`.
         cache_seqlens: tokens of each sequence that are in the cache before, (batch,) int32 on q's device, or one
             number for all. None: the whole cache. With `k` they must leave room for it: checked on the CPU; on a GPU,
@@ -91,7 +91,7 @@ def flash_attn_with_kvcache(
         ArgumentError: an argument is not supported; raised before anything is written.
         UnsupportedError: a gradient would be needed.
     """
-    check_no_gradient(q, k_cache, v_cache, k, v)
+    check_no_gradient(q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, alibi_slopes)
     if not torch.compiler.is_compiling() and mapped(
         q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, cache_leftpad, block_table, alibi_slopes
     ):

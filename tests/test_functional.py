@@ -221,11 +221,15 @@ def test_any_layout_with_a_contiguous_last_dimension(order: tuple[int, ...]) -> 
     assert torch.equal(attention(*laid_out, group=ONE_DEVICE)[0], attention(*plain, group=ONE_DEVICE)[0])
 
 
-def test_slopes_get_no_gradient_and_sinks_do() -> None:
+def test_slopes_get_no_gradient_and_say_so_and_sinks_get_one() -> None:
     x, sinks = torch.randn(1, 6, 2, 8, requires_grad=True), torch.zeros(2, requires_grad=True)
     slopes = torch.rand(2, requires_grad=True)
-    attention(x, x, x, alibi_slopes=slopes, sinks=sinks, group=ONE_DEVICE)[0].sum().backward()
-    assert slopes.grad is None
+    arguments = {"sinks": sinks, "group": ONE_DEVICE}
+    with pytest.raises(ArgumentError, match="alibi_slopes requires a gradient; there is none by slopes"):
+        attention(x, x, x, alibi_slopes=slopes, **arguments)
+    with torch.no_grad():
+        attention(x, x, x, alibi_slopes=slopes, **arguments)
+    attention(x, x, x, alibi_slopes=slopes.detach(), **arguments)[0].sum().backward()
     assert sinks.grad.any()
     assert x.grad.any()
 
@@ -429,6 +433,11 @@ GOOD = Case(((6, 6),) * 2)
         ({"softcap": float("nan")}, r"softcap=nan; allowed are 0 for none, and positive numbers"),
         ({"softcap": float("inf")}, r"softcap=inf"),
         ({"mask": "causal"}, r"mask='causal'; allowed are ringflash\.Mask"),
+        ({"seqlen": torch.tensor(6)}, r"seqlen=6; allowed are integers"),
+        ({"sinks": torch.ones(4).long()}, r"sinks is torch\.int64 on cpu; allowed are floats on cpu"),
+        ({"sinks": torch.ones(4, device="meta")}, r"sinks is torch\.float32 on meta"),
+        ({"sinks": [1.0] * 4}, r"sinks is a list; allowed are a tensor and None"),
+        ({"key_padding_mask": torch.ones(2, 6, device="meta").bool()}, r"key_padding_mask is .* on meta"),
         ({"seqlen": 6.0}, r"seqlen=6\.0; allowed are integers from 0, or None"),
         ({"key_seqlen": -6}, r"key_seqlen=-6"),
         ({"dropout": 1.0}, r"dropout=1.0; allowed is 0 <= dropout < 1"),
@@ -444,7 +453,11 @@ GOOD = Case(((6, 6),) * 2)
         ({"query_cu_seqlens": [0, 12]}, r"query_cu_seqlens is given without cu_seqlens"),
         ({"cu_seqlens": [0, 4]}, r"cu_seqlens"),
         ({"cu_seqlens": [0, 4.5, 12]}, r"cu_seqlens=\[0, 4\.5, 12\]; allowed are integers"),
-        ({"cu_seqlens": torch.tensor([0, 4.5, 12])}, r"cu_seqlens is torch\.float32 \(3,\); allowed are integers"),
+        ({"cu_seqlens": torch.tensor([0, 4.5, 12])}, r"cu_seqlens is torch\.float32 \(3,\); allowed is int32 or int64"),
+        (
+            {"cu_seqlens": [0, 4.5, 12], "query_cu_seqlens": torch.tensor([0, 4, 12])},
+            r"cu_seqlens=\[0, 4\.5, 12\]; allowed are integers",
+        ),
         ({"cu_seqlens": torch.tensor([[0, 12]])}, r"cu_seqlens is torch\.int64 \(1, 2\)"),
         ({"cu_seqlens": [[0, 12]]}, r"cu_seqlens=\[\[0, 12\]\]; allowed are integers"),
         ({"cu_seqlens": [0, 9, 5, 12]}, r"cu_seqlens=\(0, 9, 5, 12\)"),

@@ -164,6 +164,7 @@ def test_opcheck_of_the_operators() -> None:
 X = torch.randn(2, 3, 4, 16)
 CACHE = torch.randn(2, 10, 4, 16)
 TWO = torch.tensor([4, 5], dtype=torch.int32)
+SLOPES = torch.tensor([0.1, 0.2, 0.3, 0.4])
 NEW = {"k": X, "v": X, "cache_seqlens": TWO}
 TABLE = torch.tensor([[0, 1], [1, 0]], dtype=torch.int32)
 
@@ -172,6 +173,8 @@ def test_gradients_are_refused_and_not_lost() -> None:
     q = X.clone().requires_grad_()
     with pytest.raises(UnsupportedError, match="flash_attn_with_kvcache has no backward"):
         flash_attn_with_kvcache(q, CACHE, CACHE)
+    with pytest.raises(UnsupportedError, match="flash_attn_with_kvcache has no backward"):
+        flash_attn_with_kvcache(X, CACHE, CACHE, alibi_slopes=SLOPES.clone().requires_grad_())
     with torch.no_grad():
         assert not flash_attn_with_kvcache(q, CACHE, CACHE).requires_grad
 
@@ -179,6 +182,8 @@ def test_gradients_are_refused_and_not_lost() -> None:
 def test_forward_mode_derivatives_are_refused_and_not_zero() -> None:
     with pytest.raises(UnsupportedError, match="flash_attn_with_kvcache has no forward-mode derivative"):
         torch.func.jvp(lambda q: flash_attn_with_kvcache(q, CACHE, CACHE), (X,), (X,))
+    with pytest.raises(UnsupportedError, match="flash_attn_with_kvcache has no forward-mode derivative"):
+        torch.func.jvp(lambda slopes: flash_attn_with_kvcache(X, CACHE, CACHE, alibi_slopes=slopes), *[(SLOPES,)] * 2)
 
 
 def test_vmap_is_refused() -> None:

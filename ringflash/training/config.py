@@ -187,7 +187,7 @@ def compute_dtype(config: Config) -> torch.dtype:
 
 def agree(config: Config) -> None:
     """Raise RankMismatchError on every rank if one was started with another configuration; the first collective."""
-    flat = flatten(config)
+    flat = flatten(config) | {"engine.precision of its GPU": str(compute_dtype(config))}
     everybody: list[dict] = [{}] * dist.get_world_size()
     dist.all_gather_object(everybody, flat)
     for rank, other in enumerate(everybody):

@@ -93,6 +93,16 @@ def test_a_second_make_does_not_install_again_and_a_changed_pin_does(folder: Pat
     assert make(folder, "--question", "install").returncode == 1
 
 
+def test_an_environment_whose_interpreter_is_gone_is_made_anew(folder: Path) -> None:
+    (folder / ".venv/bin").mkdir(parents=True)
+    (folder / ".venv/bin/python").symlink_to(folder / "gone")
+    result = make(folder, "--dry-run", "install")
+    assert result.returncode == 0, result.stderr
+    gone = script(folder / "python3.12", 'echo "$@" >> made; exit 1')
+    assert make(folder, "install", f"PYTHON={gone}").returncode != 0
+    assert (folder / "made").exists()  # the new interpreter was asked, not the link to none
+
+
 def test_torch_is_installed_first_and_alone_and_everything_under_the_constraints(folder: Path) -> None:
     commands = make(folder, "--dry-run", "install").stdout.splitlines()
     installs = [line.split("pip install ")[1].split() for line in commands if "pip install" in line]

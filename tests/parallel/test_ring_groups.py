@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from cases import Shape, assert_as_exact_as_torch, exact, inputs, masks
 from ring import Layer, Problem, attend_share, joined, one_device
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ringflash import ArgumentError, DistributedFlashAttention, Mask
 
@@ -65,8 +65,10 @@ def _attend_over_whole_mesh():
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "sequence"))
     with pytest.raises(ArgumentError, match=r"data.*sequence"):
         DistributedFlashAttention(group=mesh)(*inputs(Shape(length=4))[:3])
-    outsider = dist.new_group([0, 1])
+    outsider, outside = dist.new_group([0, 1]), DeviceMesh("cpu", [0, 1])
     if dist.get_rank() >= 2:
+        with pytest.raises(ArgumentError, match="group: this rank is not a member"):
+            DistributedFlashAttention(group=outside)
         with pytest.raises(ArgumentError, match="group"):
             DistributedFlashAttention(group=outsider)(*inputs(Shape(length=4))[:3])
 

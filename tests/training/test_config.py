@@ -181,3 +181,20 @@ def test_ranks_with_other_configurations_are_named_on_every_rank(pool, rank):
         assert isinstance(outcome.error, RankMismatchError)
         assert said in str(outcome.error)
     pool(2).run(_agree_but_for, 0, "train.micro_batch", default)
+
+
+def _agree_on_another_gpu(rank):
+    import torch.distributed as dist
+
+    from ringflash.training import config
+
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == rank:
+            patch.setattr(config, "compute_dtype", lambda config: torch.bfloat16)
+        agree(load())
+
+
+def test_ranks_whose_gpus_make_another_precision_of_auto_are_named(pool):
+    for outcome in pool(2).outcomes(_agree_on_another_gpu, 1):
+        assert isinstance(outcome.error, RankMismatchError)
+        assert "rank 1 was started with engine.precision of its GPU=torch.bfloat16, rank 0 with" in str(outcome.error)
