@@ -389,7 +389,7 @@ def _stall():
 @pytest.mark.parametrize("deed", [_kill, _leave])
 @pytest.mark.parametrize("victim", [0, 2])
 def test_peers_of_a_rank_that_dies_raise_at_once(victim, deed):
-    with Pool(3, timeout=30.0, grace=PROMPT, group_timeout=120.0) as pool:
+    with Pool(3, timeout=30.0, grace=PROMPT, group_timeout=120.0, ends_on_error=True) as pool:
         begin = time.monotonic()
         outcomes = pool.outcomes(_ring, 10**6, victim, deed)
         assert time.monotonic() - begin < 2 * PROMPT

@@ -68,6 +68,7 @@ class Pool:
         grace: float = 10.0,
         group_timeout: float = 60.0,
         backend: str = "gloo",
+        ends_on_error: bool = False,
     ) -> None:
         """Describe a pool; nothing starts yet.
 
@@ -77,9 +78,11 @@ class Pool:
             grace: seconds the other ranks have to answer once one has failed.
             group_timeout: seconds after which the backend itself gives up on a peer.
             backend: of the default process group; one that names nccl gives rank r the CUDA device r.
+            ends_on_error: a rank that raises ends behind its answer, as a program does that catches nothing; its peers
+                then lose their connections to it.
         """
         self.size, self.timeout, self.grace = size, timeout, grace
-        self.group_timeout, self.backend = group_timeout, backend
+        self.group_timeout, self.backend, self.ends_on_error = group_timeout, backend, ends_on_error
         self._folder: str | None = None
         self._workers: list[multiprocessing.process.BaseProcess] = []
         self._pipes: list[Connection] = []
@@ -133,7 +136,7 @@ class Pool:
         self._folder = tempfile.mkdtemp(prefix="ringflash-pool-")
         for rank in range(self.size):
             pipe, end = context.Pipe()
-            args = (rank, self.size, self._folder, self.group_timeout, self.backend, end)
+            args = (rank, self.size, self._folder, self.group_timeout, self.backend, self.ends_on_error, end)
             worker = context.Process(target=_serve, args=args, daemon=True)
             worker.start()
             end.close()
@@ -201,7 +204,9 @@ class Pools:
             pool.close()
 
 
-def _serve(rank: int, size: int, folder: str, group_timeout: float, backend: str, pipe: Connection) -> None:
+def _serve(
+    rank: int, size: int, folder: str, group_timeout: float, backend: str, ends_on_error: bool, pipe: Connection
+) -> None:
     """Body of a worker: join the group, then answer calls until the parent goes away."""
     with open(Path(folder, f"stack{rank}"), "w") as stacks:
         faulthandler.register(signal.SIGUSR1, file=stacks)
@@ -227,7 +232,10 @@ def _serve(rank: int, size: int, folder: str, group_timeout: float, backend: str
             except EOFError:
                 return
             sys.path[:] = path
-            pipe.send_bytes(_answer(lambda call=call: _call(*pickle.loads(call))))
+            answer = _answer(lambda call=call: _call(*pickle.loads(call)))
+            pipe.send_bytes(answer)
+            if ends_on_error and pickle.loads(answer)[1] is not None:
+                os._exit(1)
 
 
 def _call(function: Callable, args: tuple, kwargs: dict) -> Any:
