@@ -12,11 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from ringflash import UnsupportedError
 from ringflash.kernels.modifiers import dropout_threshold, philox
 from ringflash.mask import Mask
 
@@ -375,3 +377,15 @@ def cases(
         sinks="sinks" in features,
         seed=draw(st.integers(0, 2**20)),
     )
+
+
+def assert_transformations_are_refused(call: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    """Second derivatives, forward mode and vmap of a function of one tensor, each in words of its own."""
+    leaf = torch.randn_like(x).requires_grad_()
+    (gradient,) = torch.autograd.grad(call(leaf).square().sum(), leaf, create_graph=True)
+    with pytest.raises(UnsupportedError, match="no second derivative"):
+        gradient.sum().backward()
+    with pytest.raises(UnsupportedError, match="no forward-mode derivative"):
+        torch.func.jvp(call, (x,), (x,))
+    with pytest.raises(UnsupportedError, match=r"vmap.*batch dimension"):
+        torch.vmap(call)(x[None])

@@ -15,6 +15,7 @@ from attention_cases import (
     Rules,
     Tensors,
     assert_as_exact_as_torch,
+    assert_transformations_are_refused,
     by_definition,
     cases,
     kept,
@@ -30,7 +31,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import ringflash
 from ringflash import (
     ArgumentError,
-    UnsupportedError,
     flash_attn_func,
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
@@ -356,14 +356,7 @@ def packed(x: Tensor) -> Tensor:
     ids=["batch", "varlen"],
 )
 def test_second_derivatives_forward_mode_and_vmap_are_refused(call: Callable, x: Tensor) -> None:
-    leaf = torch.randn_like(x).requires_grad_()
-    (gradient,) = torch.autograd.grad(call(leaf).square().sum(), leaf, create_graph=True)
-    with pytest.raises(UnsupportedError, match="no second derivative"):
-        gradient.sum().backward()
-    with pytest.raises(UnsupportedError, match="no forward-mode derivative"):
-        torch.func.jvp(call, (x,), (x,))
-    with pytest.raises(UnsupportedError, match=r"vmap.*batch dimension"):
-        torch.vmap(call)(x[None])
+    assert_transformations_are_refused(call, x)
 
 
 # Refusals

@@ -9,7 +9,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import Case, Rules, Tensors, assert_as_exact_as_torch, cases, exact, tensors
+from attention_cases import (
+    Case,
+    Rules,
+    Tensors,
+    assert_as_exact_as_torch,
+    assert_transformations_are_refused,
+    cases,
+    exact,
+    tensors,
+)
 from cases import PARTITIONS
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -19,7 +28,6 @@ import ringflash
 from ringflash import (
     ArgumentError,
     Mask,
-    UnsupportedError,
     flash_attn_func,
     ring_flash_attn_func,
     ring_flash_attn_qkvpacked_func,
@@ -211,15 +219,7 @@ def _varlen(x: Tensor) -> Tensor:
 
 def _transformed(packed: bool) -> None:
     call = _varlen if packed else lambda x: ring_flash_attn_func(x, x, x, causal=True)
-    x = torch.randn(1, 6, 2, 8)
-    leaf = x.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(call(leaf).square().sum(), leaf, create_graph=True)
-    with pytest.raises(UnsupportedError, match="no second derivative"):
-        gradient.sum().backward()
-    with pytest.raises(UnsupportedError, match="no forward-mode derivative"):
-        torch.func.jvp(call, (x,), (x,))
-    with pytest.raises(UnsupportedError, match=r"vmap.*batch dimension"):
-        torch.vmap(call)(x[None])
+    assert_transformations_are_refused(call, torch.randn(1, 6, 2, 8))
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["batch", "varlen"])
