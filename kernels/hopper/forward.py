@@ -35,7 +35,7 @@ class ForwardTiles:
         consumers: warpgroups that compute, 2 or 3, with 64 query rows of a tile each.
         keys: key rows of a block.
         stages: blocks of keys, and of values, in shared memory; a power of two.
-        own_staging: whether the result has shared memory of its own on its way out.
+        own_staging: whether a carry and the result have shared memory of their own on their way in and out.
         registers: of a thread of the consumers and of the producer.
     """
 
@@ -67,7 +67,7 @@ def attend(
 ) -> Carry:
     """See ringflash.kernels.reference.attend. A carry is overwritten where its tensors can hold the result."""
     out_dtype = out_dtype or query.dtype
-    carry = carry and (in_pairs(carry[0]), carry[1].contiguous())
+    carry = carry and (addressable_carry(carry[0]), carry[1].contiguous())
     call = _call(query, key, value, intervals, scale, carry, out_dtype)
     plan = plans.get(call) if modifiers is None else None
     if plan is None:
@@ -88,7 +88,7 @@ def launch_forward(
     tiles: ForwardTiles,
 ) -> Carry:
     """`attend` with given tiles, for checked arguments."""
-    carry = carry and (in_pairs(carry[0]), carry[1].contiguous())
+    carry = carry and (addressable_carry(carry[0]), carry[1].contiguous())
     call = (*_call(query, key, value, intervals, scale, carry, out_dtype), tiles)
     plan = plans.get(call)
     if plan is None:
@@ -96,10 +96,10 @@ def launch_forward(
     return plan(query, key, value, intervals, carry)
 
 
-def in_pairs(carry_out: Tensor) -> Tensor:
-    """A contiguous tensor at an address of whole 8 bytes, as the kernel reads two numbers at a time."""
+def addressable_carry(carry_out: Tensor) -> Tensor:
+    """A contiguous tensor at an address of whole 16 bytes, as the tensor memory engine takes it."""
     carry_out = carry_out.contiguous()
-    return carry_out if carry_out.data_ptr() % 8 == 0 else carry_out.clone()
+    return carry_out if carry_out.data_ptr() % 16 == 0 else carry_out.clone()
 
 
 plans = Plans()
@@ -164,9 +164,13 @@ class ForwardPlan:
         rows = ROWS.value
         self.query_form = form_of(descriptor(query, rows, dim))
         self.key_form, self.value_form = (form_of(descriptor(x, tiles.keys, dim)) for x in (key, value))
-        self.out_form = None
-        if not self.float_out:
-            self.out_form = form_of(descriptor(unplaced(self.out_shape, out_dtype), rows, dim))
+        # Without staging neither a carry nor a result in fp32 has room in shared memory.
+        self.direct_out = self.float_out and not tiles.own_staging
+        self.carry_form = self.out_form = None
+        if carry is not None and tiles.own_staging:
+            self.carry_form = form_of(descriptor(carry[0], rows, dim))
+        if not self.direct_out:
+            self.out_form = form_of(descriptor(unplaced(self.out_shape, self.stored_dtype), rows, dim))
         tile_count = -(-query_rows // (tiles.consumers * rows))
         programs = min(tile_count * heads, multiprocessors(query.device))
         group = heads // key_heads
@@ -178,7 +182,7 @@ class ForwardPlan:
             ),
             dict(
                 GROUP=group, CONSUMERS=tiles.consumers, STAGES=tiles.stages,
-                HAS_CARRY=carry is not None, FLOAT_OUT=self.float_out, OWN_STAGING=tiles.own_staging,
+                HAS_CARRY=carry is not None, DIRECT_OUT=self.direct_out, OWN_STAGING=tiles.own_staging,
                 CONSUMER_REGISTERS=tiles.registers[0], PRODUCER_REGISTERS=tiles.registers[1],
             ),
             {"num_warps": 4},
@@ -202,8 +206,9 @@ class ForwardPlan:
             descriptor_of(query, self.query_form),
             descriptor_of(key, self.key_form),
             descriptor_of(value, self.value_form),
-            *((None, out) if self.float_out else (descriptor_of(out, self.out_form), None)),
-            lse, carry_out, carry_lse, intervals.start, intervals.stop, first_ticket(query.device),
+            *((None, out) if self.direct_out else (descriptor_of(out, self.out_form), None)), lse,
+            None if self.carry_form is None else descriptor_of(carry_out, self.carry_form), carry_out, carry_lse,
+            intervals.start, intervals.stop, first_ticket(query.device),
         )  # fmt: skip
         self.launch(attend_kernel, tensors)
         return out.to(self.out_dtype), lse

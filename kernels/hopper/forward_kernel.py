@@ -4,8 +4,9 @@ In a step of the key loop a warpgroup has the scores of block j and the weights-
 the tensor cores, and does the softmax of block j under the latter (Shah et al., FlashAttention-3, arXiv 2407.08608).
 Meanwhile the other warpgroups' products fill what gaps it leaves.
 
-A carry, the merged result of earlier launches, is merged into a tile under the tile's last product, so that its loads
-are not waited for.
+A carry, the merged result of earlier launches, is loaded under a tile's last blocks and merged behind its last product.
+Then each warpgroup begins a tile when the one before it has its first scores, so that they do not end all at once, when
+the tensor cores would stand still.
 
 Legend: T query rows, S key rows, H query heads, Hk key heads, D head dimension, M query rows of a tile, N key rows of
 a block.
@@ -70,6 +71,7 @@ class Problem(NamedTuple):
     query_rows: gl.tensor
     schedule: Schedule
     tickets: Tickets
+    begun: gl.shared_memory_descriptor
 
 
 class Result(NamedTuple):
@@ -78,6 +80,7 @@ class Result(NamedTuple):
     out_desc: gl.tensor
     out_ptr: gl.tensor
     lse_ptr: gl.tensor
+    carry_desc: gl.tensor
     carry_out_ptr: gl.tensor
     carry_lse_ptr: gl.tensor
 
@@ -88,11 +91,11 @@ class Result(NamedTuple):
     ]
 )  # fmt: skip
 def attend_kernel(
-    query_desc, key_desc, value_desc, out_desc, out_ptr, lse_ptr, carry_out_ptr, carry_lse_ptr,
+    query_desc, key_desc, value_desc, out_desc, out_ptr, lse_ptr, carry_desc, carry_out_ptr, carry_lse_ptr,
     start_ptr, stop_ptr, counter_ptr, query_rows, tiles, heads, section,
     query_head_stride, key_head_stride, value_head_stride, scale_log2,
     GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, HAS_CARRY: gl.constexpr,
-    FLOAT_OUT: gl.constexpr, OWN_STAGING: gl.constexpr,
+    OWN_STAGING: gl.constexpr, DIRECT_OUT: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """See `launch_forward` for the arguments."""
@@ -100,27 +103,35 @@ def attend_kernel(
     keys = allocate_ring(key_desc, STAGES, CONSUMERS)
     values = allocate_ring(value_desc, STAGES, CONSUMERS)
     tickets = allocate_tickets(counter_ptr, CONSUMERS)
-    # The result leaves through shared memory. Where that has no room of its own it takes the query's place, and the
-    # next tile's query cannot be loaded under this tile's last steps.
+    # The result leaves through shared memory, and if that has room a carry comes through the same place. If not the
+    # result takes the query's place, and the next tile's query cannot be loaded under this tile's last steps.
+    carries = queries
+    staging = queries.blocks
     if OWN_STAGING:
-        staging = gl.allocate_shared_memory(
-            query_desc.dtype, [CONSUMERS, ROWS, query_desc.block_type.shape[1]], query_desc.layout
-        )
-    else:
-        staging = queries.blocks
+        if HAS_CARRY:
+            carries = allocate_ring(carry_desc, CONSUMERS, 1)
+            staging = carries.blocks
+        else:
+            staging = gl.allocate_shared_memory(
+                out_desc.dtype, [CONSUMERS, ROWS, out_desc.block_type.shape[1]], out_desc.layout
+            )
+    begun = gl.allocate_shared_memory(gl.int64, [CONSUMERS - 1, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(CONSUMERS - 1):
+        mbarrier.init(begun.index(i), count=WARPGROUP)
     fence_async_shared()
-    problem = Problem(start_ptr, stop_ptr, query_rows, Schedule(tiles, heads, section), tickets)
-    result = Result(out_desc, out_ptr, lse_ptr, carry_out_ptr, carry_lse_ptr)
+    problem = Problem(start_ptr, stop_ptr, query_rows, Schedule(tiles, heads, section), tickets, begun)
+    result = Result(out_desc, out_ptr, lse_ptr, carry_desc, carry_out_ptr, carry_lse_ptr)
     gl.static_assert(CONSUMERS == 2 or CONSUMERS == 3)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (consume, (problem, result, queries, keys, values, staging, scale_log2,
-                           0, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING)),
-                (consume, (problem, result, queries, keys, values, staging, scale_log2,
-                           1, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING)),
-                (produce, (problem, result, query_desc, key_desc, value_desc, queries, keys, values,
-                           query_head_stride, key_head_stride, value_head_stride, GROUP, STAGES, HAS_CARRY)),
+                (consume, (problem, result, queries, keys, values, carries, staging, scale_log2,
+                           0, STAGES, HAS_CARRY, OWN_STAGING, DIRECT_OUT)),
+                (consume, (problem, result, queries, keys, values, carries, staging, scale_log2,
+                           1, STAGES, HAS_CARRY, OWN_STAGING, DIRECT_OUT)),
+                (produce, (problem, result, query_desc, key_desc, value_desc, queries, keys, values, carries,
+                           query_head_stride, key_head_stride, value_head_stride, GROUP, STAGES,
+                           HAS_CARRY, OWN_STAGING)),
             ],
             [4, 1],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -128,14 +139,15 @@ def attend_kernel(
     else:
         gl.warp_specialize(
             [
-                (consume, (problem, result, queries, keys, values, staging, scale_log2,
-                           0, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING)),
-                (consume, (problem, result, queries, keys, values, staging, scale_log2,
-                           1, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING)),
-                (consume, (problem, result, queries, keys, values, staging, scale_log2,
-                           2, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING)),
-                (produce, (problem, result, query_desc, key_desc, value_desc, queries, keys, values,
-                           query_head_stride, key_head_stride, value_head_stride, GROUP, STAGES, HAS_CARRY)),
+                (consume, (problem, result, queries, keys, values, carries, staging, scale_log2,
+                           0, STAGES, HAS_CARRY, OWN_STAGING, DIRECT_OUT)),
+                (consume, (problem, result, queries, keys, values, carries, staging, scale_log2,
+                           1, STAGES, HAS_CARRY, OWN_STAGING, DIRECT_OUT)),
+                (consume, (problem, result, queries, keys, values, carries, staging, scale_log2,
+                           2, STAGES, HAS_CARRY, OWN_STAGING, DIRECT_OUT)),
+                (produce, (problem, result, query_desc, key_desc, value_desc, queries, keys, values, carries,
+                           query_head_stride, key_head_stride, value_head_stride, GROUP, STAGES,
+                           HAS_CARRY, OWN_STAGING)),
             ],
             [4, 4, 1],
             [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -166,14 +178,15 @@ def fill(ring, desc, row, column, stage, parity):
 
 @gluon.jit
 def produce(
-    problem, result, query_desc, key_desc, value_desc, queries, keys, values,
+    problem, result, query_desc, key_desc, value_desc, queries, keys, values, carries,
     query_head_stride, key_head_stride, value_head_stride,
-    GROUP: gl.constexpr, STAGES: gl.constexpr, HAS_CARRY: gl.constexpr,
+    GROUP: gl.constexpr, STAGES: gl.constexpr, HAS_CARRY: gl.constexpr, OWN_STAGING: gl.constexpr,
 ):  # fmt: skip
     """The producer warp: queries of all warpgroups, then key and value blocks in turn, tile after tile."""
     CONSUMERS: gl.constexpr = queries.blocks.shape[0]
     M: gl.constexpr = CONSUMERS * ROWS
     N: gl.constexpr = key_desc.block_type.shape[0]
+    D: gl.constexpr = queries.blocks.shape[2]
     step = 0
     turn = 0
     place = gl.program_id(0)
@@ -196,17 +209,22 @@ def produce(
             if HAS_CARRY and block == gl.maximum(blocks - CARRY_AHEAD, 0):
                 prefetch_rows(
                     result.carry_out_ptr, result.carry_lse_ptr, first_row, head, problem.query_rows,
-                    problem.schedule.heads, M, queries.blocks.shape[2],
+                    problem.schedule.heads, M, D,
                 )  # fmt: skip
+        # Behind all blocks: the consumers give the carry's place back in the midst of them, and a wait for that must
+        # not keep a block from them.
+        if HAS_CARRY and OWN_STAGING:
+            for part in gl.static_range(CONSUMERS):
+                fill(carries, result.carry_desc, first_row + part * ROWS, head * D, part, turn & 1)
         place = draw(problem.tickets, turn)
         turn += 1
 
 
 @gluon.jit
 def consume(
-    problem, result, queries, keys, values, staging, scale_log2,
-    PART: gl.constexpr, STAGES: gl.constexpr, HAS_CARRY: gl.constexpr, FLOAT_OUT: gl.constexpr,
-    OWN_STAGING: gl.constexpr,
+    problem, result, queries, keys, values, carries, staging, scale_log2,
+    PART: gl.constexpr, STAGES: gl.constexpr, HAS_CARRY: gl.constexpr, OWN_STAGING: gl.constexpr,
+    DIRECT_OUT: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup: rows PART * 64 to PART * 64 + 64 of each tile."""
     M: gl.constexpr = queries.blocks.shape[0] * ROWS
@@ -220,21 +238,21 @@ def consume(
         span = key_span(problem.start_ptr, problem.stop_ptr, first_row, problem.query_rows, M)
         blocks = block_count(span, N)
         attend_tile(
-            problem, result, queries, keys, values, staging, span, blocks, first_row + PART * ROWS, head, step, turn,
-            scale_log2, PART, STAGES, HAS_CARRY, FLOAT_OUT, OWN_STAGING,
+            problem, result, queries, keys, values, carries, staging, span, blocks, first_row + PART * ROWS, head,
+            step, turn, scale_log2, PART, STAGES, HAS_CARRY, OWN_STAGING, DIRECT_OUT,
         )  # fmt: skip
         step += blocks
         place = read(problem.tickets, turn)
         turn += 1
-    if not FLOAT_OUT:
+    if not DIRECT_OUT:
         store_wait(0)  # shared memory must outlive the last store's reading of it
 
 
 @gluon.jit
 def attend_tile(
-    problem, result, queries, keys, values, staging, span, blocks, first_row, head, step, turn, scale_log2,
-    PART: gl.constexpr, STAGES: gl.constexpr, HAS_CARRY: gl.constexpr, FLOAT_OUT: gl.constexpr,
-    OWN_STAGING: gl.constexpr,
+    problem, result, queries, keys, values, carries, staging, span, blocks, first_row, head, step, turn, scale_log2,
+    PART: gl.constexpr, STAGES: gl.constexpr, HAS_CARRY: gl.constexpr, OWN_STAGING: gl.constexpr,
+    DIRECT_OUT: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup's 64 rows over the tile's key blocks that they see, from the initial state to the stored result."""
     N: gl.constexpr = keys.blocks.shape[1]
@@ -243,6 +261,7 @@ def attend_tile(
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2)
+    CARRY_LANDS: gl.constexpr = HAS_CARRY and OWN_STAGING
 
     rows = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
     inside = rows < problem.query_rows
@@ -262,15 +281,24 @@ def attend_tile(
     stage, parity = stage_and_parity(step + first, STAGES)
     mbarrier.wait(queries.full.index(PART), turn & 1)
     mbarrier.wait(keys.full.index(stage), parity)
+    # One barrier does, as no warpgroup is a tile ahead of another: the producer loads queries for all at once.
+    if CARRY_LANDS and PART > 0:
+        mbarrier.wait(problem.begun.index(PART - 1), turn & 1)
     scores_token = warpgroup_mma(
         query, keys.blocks.index(stage).permute((1, 0)), no_scores, use_acc=False, is_async=True
     )
     scores = warpgroup_mma_wait(0, deps=[scores_token])
     release(keys.empty.index(stage))
+    if CARRY_LANDS and queries.blocks.shape[0] > PART + 1:
+        release(problem.begun.index(PART))
     scores = hide(scores, own, row_start, row_stop, first_key, N, SCORES)
     weights, rescale, maximum, total = softmax_step(scores, maximum, total, scale_log2)
     weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
     mbarrier.wait(values.full.index(stage), parity)
+    if CARRY_LANDS and turn > 0:
+        # The earlier tile's result has left the carry's place.
+        store_wait(0)
+        release(carries.empty.index(PART))
 
     for block in range(first + 1, last):
         earlier = stage
@@ -293,13 +321,11 @@ def attend_tile(
         factor = gl.convert_layout(rescale, gl.SliceLayout(1, OUT))
         out = rescale_if_needed(out, factor, D)
 
-    if OWN_STAGING or FLOAT_OUT:
+    if OWN_STAGING or DIRECT_OUT:
         release(queries.empty.index(PART))
     out_token = warpgroup_mma(weights, values.blocks.index(stage), out, is_async=True)
     if HAS_CARRY:
         carried_lse = gl.load(result.carry_lse_ptr + head * problem.query_rows + rows, mask=inside, other=float("-inf"))
-        if D < 256:
-            carried = load_carried(problem, result, first_row, 0, head, D, D, OUT)
     total = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, SCORES), assert_trivial=True)
     if HAS_CARRY:
         maximum, total, own_weight, carry_weight = merge_sums(maximum, total, carried_lse)
@@ -313,12 +339,14 @@ def attend_tile(
     pass_over(keys, values, step + last, step + blocks, STAGES)
     if not HAS_CARRY:
         out = out * gl.convert_layout(factor, gl.SliceLayout(1, OUT))[:, None]
-    elif D < 256:
+    elif CARRY_LANDS:
+        mbarrier.wait(carries.full.index(PART), turn & 1)
+        carried = carries.blocks.index(PART).load(OUT)
         out = weighted_sum(out, own_weight * factor, carried, carry_weight * factor)
     else:
         out = merge_halves(problem, result, out, first_row, head, own_weight * factor, carry_weight * factor)
-    store_out(problem, result, staging.index(PART), out, first_row, head, FLOAT_OUT, D)
-    if not (OWN_STAGING or FLOAT_OUT):
+    store_out(problem, result, staging.index(PART), out, first_row, head, DIRECT_OUT)
+    if not (OWN_STAGING or DIRECT_OUT):
         store_wait(0)
         release(queries.empty.index(PART))
 
@@ -379,12 +407,16 @@ def weighted_sum(a, weight_of_a, b, weight_of_b):
 
 
 @gluon.jit
-def store_out(problem, result, staging, out, first_row, head, FLOAT_OUT: gl.constexpr, D: gl.constexpr):
-    """Write a warpgroup's rows: straight from registers in fp32 (whole sectors), through shared memory in 16 bits."""
-    if FLOAT_OUT:
+def store_out(problem, result, staging, out, first_row, head, DIRECT_OUT: gl.constexpr):
+    """Write a warpgroup's rows: through shared memory or, in fp32, straight from registers (whole sectors)."""
+    if DIRECT_OUT:
         store_rows(result.out_ptr, out, first_row, head, problem.query_rows, problem.schedule.heads)
     else:
+        D: gl.constexpr = out.shape[1]
+        dtype: gl.constexpr = result.out_desc.dtype
         store_wait(0)  # the earlier tile's store has read the buffer
-        staging.store(out.to(staging.dtype))
+        if staging.dtype != dtype:  # a carry's place, which has room for twice as many rows in 16 bits
+            staging = staging._reinterpret(dtype, [2 * ROWS, D], result.out_desc.layout).slice(0, ROWS, 0)
+        staging.store(out.to(dtype))
         fence_async_shared()
         async_store(result.out_desc, [first_row, head * D], staging)
