@@ -148,7 +148,8 @@ def tell_peers(group: Group, error: Exception) -> None:
     if not name:
         return
     if torch.compiler.is_compiling():
-        _announce(name, f"{type(error).__name__}: {str(error)}")  # noqa: RUF010 - torch.compile traces no other form
+        said = error.args[0] if error.args else ""  # torch 2.11 does not trace str(error)
+        _announce(name, f"{type(error).__name__}: {said}")
     else:
         agreement(process_group(group)).tell(error)
 

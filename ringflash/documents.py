@@ -57,7 +57,8 @@ def refine(
         raise ArgumentError(f"cannot intersect documents that end at {pairs_a[-1][0]} and at {pairs_b[-1][0]} tokens")
     pairs = next((x for x, y in ((pairs_a, pairs_b), (pairs_b, pairs_a)) if set(y) <= set(x)), None)
     if pairs is None:  # each as often as either has it, for empty documents count where each has a prefix length
-        pairs = sorted((Counter(pairs_a) | Counter(pairs_b)).elements())
+        most = Counter(pairs_a) | Counter(pairs_b)
+        pairs = sorted(pair for pair, times in most.items() for _ in range(times))  # torch 2.11 traces no .elements()
     keys, queries = zip(*pairs, strict=True)
     if any(x > y for x, y in itertools.pairwise(queries)):
         raise ArgumentError("cannot intersect documents whose query and key boundaries cross")

@@ -310,7 +310,8 @@ def test_compiles_whole(call: Callable, packing: str, features: dict) -> None:
         }
         both = 1 if packing == "qkv" else 2
         bounds = () if call is dense else (*[edges] * both, *[9] * both)
-        return functions[packing][call is varlen](*arguments, *bounds, **words)
+        one_length, any_lengths = functions[packing]
+        return (any_lengths if call is varlen else one_length)(*arguments, *bounds, **words)
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     results = []
