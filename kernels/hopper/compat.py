@@ -28,6 +28,16 @@ else:
         _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)
 
 
+_Block = gl.shared_memory_descriptor
+_reinterpret = getattr(_Block, "reinterpret", None) or _Block._reinterpret  # public from 3.9 on
+
+
+@_core.builtin
+def reinterpret(block, dtype, shape, layout, _semantic=None):
+    """A block's memory as another block of as many bytes."""
+    return _reinterpret(block, dtype, shape, layout, _semantic=_semantic)
+
+
 WARPGROUP = gl.constexpr(128)
 """Threads of a warpgroup, and so arrivals that one `release` makes."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from ringflash.kernels.hopper.compat import async_add
+from ringflash.kernels.hopper.compat import async_add, reinterpret
 
 HALF = gl.constexpr(64)
 """Rows and columns of a part; also key rows of a warpgroup."""
@@ -80,4 +80,4 @@ SWAP, SWAP_OPERANDS = map(gl.constexpr, _swap_assembly())
 def lay_down(staging, part):
     """Store a part where the tensor memory engine will take it from."""
     swapped = gl.inline_asm_elementwise(SWAP, SWAP_OPERANDS, [part], dtype=gl.float32, is_pure=True, pack=32)
-    staging._reinterpret(gl.float32, [HALF, HALF], TURNED).store(swapped)
+    reinterpret(staging, gl.float32, [HALF, HALF], TURNED).store(swapped)

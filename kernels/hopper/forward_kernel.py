@@ -29,6 +29,7 @@ from ringflash.kernels.hopper.compat import (
     WARPGROUP,
     async_load,
     async_store,
+    reinterpret,
     release,
     store_wait,
 )
@@ -416,7 +417,7 @@ def store_out(problem, result, staging, out, first_row, head, DIRECT_OUT: gl.con
         dtype: gl.constexpr = result.out_desc.dtype
         store_wait(0)  # the earlier tile's store has read the buffer
         if staging.dtype != dtype:  # a carry's place, which has room for twice as many rows in 16 bits
-            staging = staging._reinterpret(dtype, [2 * ROWS, D], result.out_desc.layout).slice(0, ROWS, 0)
+            staging = reinterpret(staging, dtype, [2 * ROWS, D], result.out_desc.layout).slice(0, ROWS, 0)
         staging.store(out.to(dtype))
         fence_async_shared()
         async_store(result.out_desc, [first_row, head * D], staging)
