@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 ARGS ?=
+TORCH ?=
 TRITON ?=
 
 VENV := .venv
@@ -10,12 +11,13 @@ INSTALLED := $(VENV)/.installed
 SPACE := $(subst ,, )
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-triton lint doctor clean
+.PHONY: help install train test test-torch test-triton lint doctor clean
 
 help:
 	@echo 'make train    train a small model on every GPU of this machine, or on two CPU processes'
 	@echo '              make train ARGS="data.path=corpus/ optimizer.lr=1e-3" passes Hydra overrides'
 	@echo 'make test     run the tests; make test ARGS="-k mask" runs some of them'
+	@echo 'make test-torch TORCH=2.11.0   run the tests with another version of torch'
 	@echo 'make test-triton TRITON=3.6.0  compile the Hopper kernels with another version of triton'
 	@echo 'make lint     check formatting and style'
 	@echo 'make doctor   show what this machine has and what to change'
@@ -33,9 +35,18 @@ train: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)
 
-# GPU machines have other versions than constraints.txt names, and what one compiles another may refuse.
+# Users have other versions than constraints.txt names, and what one traces or compiles another may refuse. In an
+# environment of its own, with the triton that this torch brings; the tests of kernels are for test-triton.
+test-torch:
+	@[ -n "$(TORCH)" ] || { echo 'which version? make test-torch TORCH=2.11.0' >&2; exit 1; }
+	[ -x .torch-$(TORCH)/bin/python ] || $(PYTHON) -m venv .torch-$(TORCH)
+	grep -v -e '^torch==' -e '^triton==' -e '^setuptools==' constraints.txt > .torch-$(TORCH)/constraints.txt
+	.torch-$(TORCH)/bin/python -m pip install --constraint .torch-$(TORCH)/constraints.txt torch==$(TORCH)
+	.torch-$(TORCH)/bin/python -m pip install --constraint .torch-$(TORCH)/constraints.txt --editable '.[huggingface,test]'
+	.torch-$(TORCH)/bin/python -m pytest --ignore=tests/kernels --ignore=tests/packaging $(ARGS)
+
 test-triton: $(INSTALLED)
-	[ -n "$(TRITON)" ] || { echo 'which version? make test-triton TRITON=3.6.0' >&2; exit 1; }
+	@[ -n "$(TRITON)" ] || { echo 'which version? make test-triton TRITON=3.6.0' >&2; exit 1; }
 	[ -d .triton-$(TRITON) ] || $(BIN)/python -m pip install --no-deps --target .triton-$(TRITON) triton==$(TRITON)
 	PYTHONPATH=.triton-$(TRITON) TRITON_CACHE_DIR=.triton-$(TRITON)/cache $(BIN)/python -m pytest tests/kernels/test_hopper_ahead_of_time.py
 
@@ -82,5 +93,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .triton-* build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .torch-* .triton-* build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
