@@ -279,18 +279,19 @@ def _boundaries(
     """
     if query_cu_seqlens is not None and cu_seqlens is None:
         raise ArgumentError("query_cu_seqlens is given without cu_seqlens, the boundaries of the keys")
-    given = [cu_seqlens, query_cu_seqlens]
-    for name, x in zip(("cu_seqlens", "query_cu_seqlens"), given, strict=True):
+    given = {"cu_seqlens": cu_seqlens, "query_cu_seqlens": query_cu_seqlens}
+    for name, x in given.items():
         if isinstance(x, Tensor) and (x.dtype not in (torch.int32, torch.int64) or x.dim() != 1):
             raise ArgumentError(f"{name} is {x.dtype} {tuple(x.shape)}; allowed is int32 or int64 (documents + 1,)")
         if isinstance(x, Tensor) and x.device.type != "cpu" and (ranks > 1 or mask.boundaries is not None):
             raise ArgumentError(f"{name} is on {x.device}; plans for {ranks} ranks are made on the CPU, pass it there")
-    if mask.boundaries is not None or not any(isinstance(x, Tensor) for x in given):
-        names = ("cu_seqlens", "query_cu_seqlens")
-        return tuple(None if x is None else integers(name, x) for name, x in zip(names, given, strict=True)), None, None
-    device = next(x.device for x in given if isinstance(x, Tensor))  # where a list beside a tensor is to go
-    given = [x if x is None or isinstance(x, Tensor) else integers("cu_seqlens", x) for x in given]
-    return None, *(torch.tensor(x, device=device) if isinstance(x, tuple) else x for x in given)
+    device = next((x.device for x in given.values() if isinstance(x, Tensor)), None)
+    if mask.boundaries is not None or device is None:
+        return tuple(None if x is None else integers(name, x) for name, x in given.items()), None, None
+    return None, *(
+        x if x is None or isinstance(x, Tensor) else torch.tensor(integers(name, x), device=device)
+        for name, x in given.items()  # a list goes where the tensor beside it is
+    )
 
 
 def _documents(mask: Mask, known: tuple[Numbers, Numbers | None] | None) -> tuple[Mask, str]:

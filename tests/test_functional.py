@@ -456,7 +456,11 @@ GOOD = Case(((6, 6),) * 2)
         ({"cu_seqlens": torch.tensor([0, 4.5, 12])}, r"cu_seqlens is torch\.float32 \(3,\); allowed is int32 or int64"),
         (
             {"cu_seqlens": [0, 4.5, 12], "query_cu_seqlens": torch.tensor([0, 4, 12])},
-            r"cu_seqlens=\[0, 4\.5, 12\]; allowed are integers",
+            r"^cu_seqlens=\[0, 4\.5, 12\]; allowed are integers",
+        ),
+        (
+            {"cu_seqlens": torch.tensor([0, 4, 12]), "query_cu_seqlens": [0, 4.5, 12]},
+            r"^query_cu_seqlens=\[0, 4\.5, 12\]; allowed are integers",
         ),
         ({"cu_seqlens": torch.tensor([[0, 12]])}, r"cu_seqlens is torch\.int64 \(1, 2\)"),
         ({"cu_seqlens": [[0, 12]]}, r"cu_seqlens=\[\[0, 12\]\]; allowed are integers"),

@@ -165,11 +165,11 @@ class ForwardPlan:
         self.query_form = form_of(descriptor(query, rows, dim))
         self.key_form, self.value_form = (form_of(descriptor(x, tiles.keys, dim)) for x in (key, value))
         # Without staging neither a carry nor a result in fp32 has room in shared memory.
-        self.direct_out = self.float_out and not tiles.own_staging
+        direct_out = self.float_out and not tiles.own_staging
         self.carry_form = self.out_form = None
         if carry is not None and tiles.own_staging:
             self.carry_form = form_of(descriptor(carry[0], rows, dim))
-        if not self.direct_out:
+        if not direct_out:
             self.out_form = form_of(descriptor(unplaced(self.out_shape, self.stored_dtype), rows, dim))
         tile_count = -(-query_rows // (tiles.consumers * rows))
         programs = min(tile_count * heads, multiprocessors(query.device))
@@ -182,7 +182,7 @@ class ForwardPlan:
             ),
             dict(
                 GROUP=group, CONSUMERS=tiles.consumers, STAGES=tiles.stages,
-                HAS_CARRY=carry is not None, DIRECT_OUT=self.direct_out, OWN_STAGING=tiles.own_staging,
+                HAS_CARRY=carry is not None, DIRECT_OUT=direct_out, OWN_STAGING=tiles.own_staging,
                 CONSUMER_REGISTERS=tiles.registers[0], PRODUCER_REGISTERS=tiles.registers[1],
             ),
             {"num_warps": 4},
@@ -206,7 +206,7 @@ class ForwardPlan:
             descriptor_of(query, self.query_form),
             descriptor_of(key, self.key_form),
             descriptor_of(value, self.value_form),
-            *((None, out) if self.direct_out else (descriptor_of(out, self.out_form), None)), lse,
+            *((None, out) if self.out_form is None else (descriptor_of(out, self.out_form), None)), lse,
             None if self.carry_form is None else descriptor_of(carry_out, self.carry_form), carry_out, carry_lse,
             intervals.start, intervals.stop, first_ticket(query.device),
         )  # fmt: skip

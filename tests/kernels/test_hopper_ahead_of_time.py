@@ -68,8 +68,8 @@ FORWARD_SHAPES = [
 @pytest.mark.parametrize(("dim", "tiles"), FORWARD_SHAPES, ids=str)
 @pytest.mark.parametrize(
     ("carry", "out_dtype"),
-    [(False, torch.bfloat16), (True, torch.float32), (True, torch.bfloat16)],
-    ids=["plain", "carry", "last carry"],
+    [(False, torch.bfloat16), (False, torch.float32), (True, torch.float32), (True, torch.bfloat16)],
+    ids=["plain", "first carry", "carry", "last carry"],
 )
 def test_forward_fits_and_keeps_the_softmax_before_the_wait(dim, tiles, carry, out_dtype):
     compiled = compile_forward(dim, tiles, torch.bfloat16, carry, out_dtype)
