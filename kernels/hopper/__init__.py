@@ -1,9 +1,10 @@
 """Warp-specialised kernels for Hopper (H100, H200) of the contract in ringflash.kernels.reference, in Triton's Gluon.
 
 Read in the order the data takes: operands (what the kernels apply to, and tensors as the hardware takes them), schedule
-(which tile when), softmax, forward_kernel and forward (the kernel and its launch); backward_work (what a program of the
-backward works on), dquery (how the query's gradient leaves it) and turns (in which order, where it has to repeat),
-backward_kernel, backward_wide_kernel and backward; compat holds what differs between triton's versions.
+(which tile when), softmax, float_rows (rows in fp32 between memory and registers), forward_work (what is loaded, and
+where to), forward_kernel and forward (the kernel and its launch); backward_work (what a program of the backward works
+on), dquery (how the query's gradient leaves it) and turns (in which order, where it has to repeat), backward_kernel,
+backward_wide_kernel and backward; compat holds what differs between triton's versions.
 """
 
 from ringflash.kernels.hopper.backward import attend_backward

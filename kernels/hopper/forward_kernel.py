@@ -14,8 +14,6 @@ a block.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -27,19 +25,25 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ringflash.kernels.hopper.compat import (
     WARPGROUP,
-    async_load,
     async_store,
     reinterpret,
     release,
     store_wait,
 )
-from ringflash.kernels.hopper.float_rows import load_rows, prefetch_rows, store_rows
+from ringflash.kernels.hopper.float_rows import load_rows, store_rows
+from ringflash.kernels.hopper.forward_work import (
+    Inputs,
+    Memory,
+    Problem,
+    Result,
+    allocate_ring,
+    allocate_staging,
+    produce,
+)
 from ringflash.kernels.hopper.schedule import (
     Schedule,
-    Tickets,
     allocate_tickets,
     block_count,
-    draw,
     key_span,
     own_blocks,
     read,
@@ -50,40 +54,8 @@ from ringflash.kernels.hopper.softmax import ROWS, hide, own_sums, rescale_if_ne
 
 LN_2 = gl.constexpr(0.6931471805599453)
 LOG2_E = gl.constexpr(1.4426950408889634)
-CARRY_AHEAD = gl.constexpr(8)
-"""Blocks before the end of a tile that its part of the carry is asked for."""
 LOWEST = gl.constexpr(-1e30)
 """Row maximum before any key: finite, so that a hidden score (-inf) less the maximum is -inf and not nan."""
-
-
-class Ring(NamedTuple):
-    """Stages of shared memory that the producer fills and the consumers give back, with their barriers."""
-
-    blocks: gl.shared_memory_descriptor
-    full: gl.shared_memory_descriptor
-    empty: gl.shared_memory_descriptor
-
-
-class Problem(NamedTuple):
-    """What all warps need to know of the launch."""
-
-    start_ptr: gl.tensor
-    stop_ptr: gl.tensor
-    query_rows: gl.tensor
-    schedule: Schedule
-    tickets: Tickets
-    begun: gl.shared_memory_descriptor
-
-
-class Result(NamedTuple):
-    """Where the consumers' results go, and where the carry comes from."""
-
-    out_desc: gl.tensor
-    out_ptr: gl.tensor
-    lse_ptr: gl.tensor
-    carry_desc: gl.tensor
-    carry_out_ptr: gl.tensor
-    carry_lse_ptr: gl.tensor
 
 
 @gluon.jit(
@@ -100,136 +72,51 @@ def attend_kernel(
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """See `launch_forward` for the arguments."""
+    inputs = Inputs(query_desc, key_desc, value_desc, query_head_stride, key_head_stride, value_head_stride)
+    result = Result(out_desc, out_ptr, lse_ptr, carry_desc, carry_out_ptr, carry_lse_ptr)
     queries = allocate_ring(query_desc, CONSUMERS, 1)
     keys = allocate_ring(key_desc, STAGES, CONSUMERS)
     values = allocate_ring(value_desc, STAGES, CONSUMERS)
     tickets = allocate_tickets(counter_ptr, CONSUMERS)
-    # The result leaves through shared memory, and if that has room a carry comes through the same place. If not the
-    # result takes the query's place, and the next tile's query cannot be loaded under this tile's last steps.
-    carries = queries
-    staging = queries.blocks
-    if OWN_STAGING:
-        if HAS_CARRY:
-            carries = allocate_ring(carry_desc, CONSUMERS, 1)
-            staging = carries.blocks
-        else:
-            staging = gl.allocate_shared_memory(
-                out_desc.dtype, [CONSUMERS, ROWS, out_desc.block_type.shape[1]], out_desc.layout
-            )
+    carries, staging = allocate_staging(queries, result, CONSUMERS, HAS_CARRY, OWN_STAGING)
+    memory = Memory(queries, keys, values, carries, staging)
     begun = gl.allocate_shared_memory(gl.int64, [CONSUMERS - 1, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(CONSUMERS - 1):
         mbarrier.init(begun.index(i), count=WARPGROUP)
     fence_async_shared()
     problem = Problem(start_ptr, stop_ptr, query_rows, Schedule(tiles, heads, section), tickets, begun)
-    result = Result(out_desc, out_ptr, lse_ptr, carry_desc, carry_out_ptr, carry_lse_ptr)
     gl.static_assert(CONSUMERS == 2 or CONSUMERS == 3)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (consume, (problem, result, queries, keys, values, carries, staging, scale_log2,
-                           0, STAGES, HAS_CARRY, OWN_STAGING, DIRECT_OUT)),
-                (consume, (problem, result, queries, keys, values, carries, staging, scale_log2,
-                           1, STAGES, HAS_CARRY, OWN_STAGING, DIRECT_OUT)),
-                (produce, (problem, result, query_desc, key_desc, value_desc, queries, keys, values, carries,
-                           query_head_stride, key_head_stride, value_head_stride, GROUP, STAGES,
-                           HAS_CARRY, OWN_STAGING)),
+                (consume, (problem, result, memory, scale_log2, 0, HAS_CARRY, OWN_STAGING, DIRECT_OUT)),
+                (consume, (problem, result, memory, scale_log2, 1, HAS_CARRY, OWN_STAGING, DIRECT_OUT)),
+                (produce, (problem, inputs, result, memory, GROUP, HAS_CARRY, OWN_STAGING)),
             ],
             [4, 1],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-        )  # fmt: skip
+        )
     else:
         gl.warp_specialize(
             [
-                (consume, (problem, result, queries, keys, values, carries, staging, scale_log2,
-                           0, STAGES, HAS_CARRY, OWN_STAGING, DIRECT_OUT)),
-                (consume, (problem, result, queries, keys, values, carries, staging, scale_log2,
-                           1, STAGES, HAS_CARRY, OWN_STAGING, DIRECT_OUT)),
-                (consume, (problem, result, queries, keys, values, carries, staging, scale_log2,
-                           2, STAGES, HAS_CARRY, OWN_STAGING, DIRECT_OUT)),
-                (produce, (problem, result, query_desc, key_desc, value_desc, queries, keys, values, carries,
-                           query_head_stride, key_head_stride, value_head_stride, GROUP, STAGES,
-                           HAS_CARRY, OWN_STAGING)),
+                (consume, (problem, result, memory, scale_log2, 0, HAS_CARRY, OWN_STAGING, DIRECT_OUT)),
+                (consume, (problem, result, memory, scale_log2, 1, HAS_CARRY, OWN_STAGING, DIRECT_OUT)),
+                (consume, (problem, result, memory, scale_log2, 2, HAS_CARRY, OWN_STAGING, DIRECT_OUT)),
+                (produce, (problem, inputs, result, memory, GROUP, HAS_CARRY, OWN_STAGING)),
             ],
             [4, 4, 1],
             [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-        )  # fmt: skip
-
-
-@gluon.jit
-def allocate_ring(desc, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
-    """Room for STAGES tiles of a descriptor, each given back by so many warpgroups."""
-    blocks = gl.allocate_shared_memory(
-        desc.dtype, [STAGES, desc.block_type.shape[0], desc.block_type.shape[1]], desc.layout
-    )
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=CONSUMERS * WARPGROUP)
-    return Ring(blocks, full, empty)
-
-
-@gluon.jit
-def fill(ring, desc, row, column, stage, parity):
-    """Load the tile at (row, column) into a stage as soon as its consumers have given it back."""
-    mbarrier.wait(ring.empty.index(stage), parity ^ 1)
-    mbarrier.expect(ring.full.index(stage), desc.block_type.nbytes)
-    async_load(desc, [row, column], ring.full.index(stage), ring.blocks.index(stage))
-
-
-@gluon.jit
-def produce(
-    problem, result, query_desc, key_desc, value_desc, queries, keys, values, carries,
-    query_head_stride, key_head_stride, value_head_stride,
-    GROUP: gl.constexpr, STAGES: gl.constexpr, HAS_CARRY: gl.constexpr, OWN_STAGING: gl.constexpr,
-):  # fmt: skip
-    """The producer warp: queries of all warpgroups, then key and value blocks in turn, tile after tile."""
-    CONSUMERS: gl.constexpr = queries.blocks.shape[0]
-    M: gl.constexpr = CONSUMERS * ROWS
-    N: gl.constexpr = key_desc.block_type.shape[0]
-    D: gl.constexpr = queries.blocks.shape[2]
-    step = 0
-    turn = 0
-    place = gl.program_id(0)
-    while place < problem.schedule.tiles * problem.schedule.heads:
-        tile, head = tile_and_head(problem.schedule, place)
-        first_row = tile * M
-        span = key_span(problem.start_ptr, problem.stop_ptr, first_row, problem.query_rows, M)
-        key_column = head // GROUP * key_head_stride
-        value_column = head // GROUP * value_head_stride
-        for part in gl.static_range(CONSUMERS):
-            fill(queries, query_desc, first_row + part * ROWS, head * query_head_stride, part, turn & 1)
-        blocks = block_count(span, N)
-        for block in range(blocks):
-            stage, parity = stage_and_parity(step, STAGES)
-            fill(keys, key_desc, span.begin + block * N, key_column, stage, parity)
-            fill(values, value_desc, span.begin + block * N, value_column, stage, parity)
-            step += 1
-            # Late, as the second-level cache would not keep it for all of the tile; not before the first block is on
-            # its way, for which the consumers wait.
-            if HAS_CARRY and block == gl.maximum(blocks - CARRY_AHEAD, 0):
-                prefetch_rows(
-                    result.carry_out_ptr, result.carry_lse_ptr, first_row, head, problem.query_rows,
-                    problem.schedule.heads, M, D,
-                )  # fmt: skip
-        # Behind all blocks: the consumers give the carry's place back in the midst of them, and a wait for that must
-        # not keep a block from them.
-        if HAS_CARRY and OWN_STAGING:
-            for part in gl.static_range(CONSUMERS):
-                fill(carries, result.carry_desc, first_row + part * ROWS, head * D, part, turn & 1)
-        place = draw(problem.tickets, turn)
-        turn += 1
+        )
 
 
 @gluon.jit
 def consume(
-    problem, result, queries, keys, values, carries, staging, scale_log2,
-    PART: gl.constexpr, STAGES: gl.constexpr, HAS_CARRY: gl.constexpr, OWN_STAGING: gl.constexpr,
-    DIRECT_OUT: gl.constexpr,
+    problem, result, memory, scale_log2,
+    PART: gl.constexpr, HAS_CARRY: gl.constexpr, OWN_STAGING: gl.constexpr, DIRECT_OUT: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup: rows PART * 64 to PART * 64 + 64 of each tile."""
-    M: gl.constexpr = queries.blocks.shape[0] * ROWS
-    N: gl.constexpr = keys.blocks.shape[1]
+    M: gl.constexpr = memory.query.blocks.shape[0] * ROWS
+    N: gl.constexpr = memory.key.blocks.shape[1]
     step = 0
     turn = 0
     place = gl.program_id(0)
@@ -239,8 +126,8 @@ def consume(
         span = key_span(problem.start_ptr, problem.stop_ptr, first_row, problem.query_rows, M)
         blocks = block_count(span, N)
         attend_tile(
-            problem, result, queries, keys, values, carries, staging, span, blocks, first_row + PART * ROWS, head,
-            step, turn, scale_log2, PART, STAGES, HAS_CARRY, OWN_STAGING, DIRECT_OUT,
+            problem, result, memory, span, blocks, first_row + PART * ROWS, head, step, turn, scale_log2,
+            PART, HAS_CARRY, OWN_STAGING, DIRECT_OUT,
         )  # fmt: skip
         step += blocks
         place = read(problem.tickets, turn)
@@ -251,11 +138,12 @@ def consume(
 
 @gluon.jit
 def attend_tile(
-    problem, result, queries, keys, values, carries, staging, span, blocks, first_row, head, step, turn, scale_log2,
-    PART: gl.constexpr, STAGES: gl.constexpr, HAS_CARRY: gl.constexpr, OWN_STAGING: gl.constexpr,
-    DIRECT_OUT: gl.constexpr,
+    problem, result, memory, span, blocks, first_row, head, step, turn, scale_log2,
+    PART: gl.constexpr, HAS_CARRY: gl.constexpr, OWN_STAGING: gl.constexpr, DIRECT_OUT: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup's 64 rows over the tile's key blocks that they see, from the initial state to the stored result."""
+    queries, keys, values, carries = memory.query, memory.key, memory.value, memory.carry
+    STAGES: gl.constexpr = keys.blocks.shape[0]
     N: gl.constexpr = keys.blocks.shape[1]
     D: gl.constexpr = keys.blocks.shape[2]
     dtype: gl.constexpr = keys.blocks.dtype
@@ -346,7 +234,7 @@ def attend_tile(
         out = weighted_sum(out, own_weight * factor, carried, carry_weight * factor)
     else:
         out = merge_halves(problem, result, out, first_row, head, own_weight * factor, carry_weight * factor)
-    store_out(problem, result, staging.index(PART), out, first_row, head, DIRECT_OUT)
+    store_out(problem, result, memory.staging.index(PART), out, first_row, head, DIRECT_OUT)
     if not (OWN_STAGING or DIRECT_OUT):
         store_wait(0)
         release(queries.empty.index(PART))
