@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 
 from ringflash.errors import ArgumentError
-from ringflash.mask import Interval, Mask
-from ringflash.parallel.partition import NAMES, resolve
-from ringflash.parallel.plan import Plan, ring
-from ringflash.parallel.verify import verify
-from ringflash.parallel.visibility import position_bounds
-from ringflash.segments import Segments, count, intersect
+from ringflash.parallel.planning.plan import Plan, ring
+from ringflash.parallel.planning.verify import verify
+from ringflash.parallel.positions.mask import Interval, Mask
+from ringflash.parallel.positions.partition import NAMES, resolve
+from ringflash.parallel.positions.segments import Segments, count, intersect
+from ringflash.parallel.positions.visibility import position_bounds
 
 MATRIX = 176  # pixels of a side; the boundary of a mask is sampled once a pixel
 GAP = 40

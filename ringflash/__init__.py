@@ -9,16 +9,9 @@ Example:
     torch.Size([1, 4096, 8, 64])
 """
 
-from pathlib import Path as _Path
-
-_checkout = _Path(__file__).resolve().parent.parent
-if (_checkout / "pyproject.toml").is_file() and (_checkout / "kernels").is_dir():
-    # In a checkout the sibling folders are this package's subpackages; an installed wheel holds them inside.
-    __path__.append(str(_checkout))
-
-from ringflash.attention import DistributedFlashAttention  # noqa: E402
-from ringflash.errors import ArgumentError, RankMismatchError, RingflashError, UnsupportedError  # noqa: E402
-from ringflash.flash_attn import (  # noqa: E402
+from ringflash.attention import DistributedFlashAttention
+from ringflash.batches import positions, shard, shard_batch, unshard
+from ringflash.compat.flash_attn import (
     flash_attn_func,
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
@@ -26,16 +19,16 @@ from ringflash.flash_attn import (  # noqa: E402
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
-from ringflash.kvcache import flash_attn_with_kvcache  # noqa: E402
-from ringflash.mask import Mask  # noqa: E402
-from ringflash.parallel.partition import Partition  # noqa: E402
-from ringflash.ring_flash_attn import (  # noqa: E402
+from ringflash.compat.kvcache import flash_attn_with_kvcache
+from ringflash.compat.ring_flash_attn import (
     ring_flash_attn_func,
     ring_flash_attn_qkvpacked_func,
     ring_flash_attn_varlen_func,
     ring_flash_attn_varlen_qkvpacked_func,
 )
-from ringflash.sharding import positions, shard, shard_batch, unshard  # noqa: E402
+from ringflash.errors import ArgumentError, RankMismatchError, RingflashError, UnsupportedError
+from ringflash.parallel.positions.mask import Mask
+from ringflash.parallel.positions.partition import Partition
 
 __all__ = [
     "ArgumentError",

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ringflash.functional import attention
-from ringflash.mask import Mask
 from ringflash.parallel.mesh import Group, group_size, process_group
-from ringflash.parallel.partition import Partition, check_name
+from ringflash.parallel.positions.mask import Mask
+from ringflash.parallel.positions.partition import Partition, check_name
 
 
 class DistributedFlashAttention(nn.Module):

@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ringflash.errors import ArgumentError, UnsupportedError
-from ringflash.integers import integers
 from ringflash.kernels.plans import Plans, form
-from ringflash.mask import Mask
-from ringflash.parallel.agreement import tell_peers
+from ringflash.parallel.agreement.agreement import tell_peers
+from ringflash.parallel.execution.operators import NO_FORWARD_MODE, NO_VMAP, call_attention, mapped
 from ringflash.parallel.mesh import Group, group_rank, group_size, process_group
-from ringflash.parallel.operators import NO_FORWARD_MODE, NO_VMAP, call_attention, mapped
-from ringflash.parallel.partition import Partition, check_name, resolve
-from ringflash.segments import count, intersect
+from ringflash.parallel.positions.integers import integers
+from ringflash.parallel.positions.mask import Mask
+from ringflash.parallel.positions.partition import Partition, check_name, resolve
+from ringflash.parallel.positions.segments import count, intersect
 
 Boundaries = Sequence[int] | Tensor | None
 Numbers = tuple[int, ...]
@@ -169,7 +169,7 @@ def _settings(
     kernel: str,
     deterministic: bool,
 ) -> tuple:
-    """The mask, and the operator's settings but the documents (see `ringflash.parallel.call.Call`), checked."""
+    """The mask, and the settings but the documents (`ringflash.parallel.execution.call.Call`), checked."""
     check_tensors(query, key, value)
     _check_numbers(softcap, dropout, scale)
     check_name(partition)

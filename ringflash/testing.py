@@ -27,8 +27,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from ringflash.errors import ArgumentError
 from ringflash.functional import attention
 from ringflash.kernels.select import NAMES, select
-from ringflash.mask import Mask
 from ringflash.parallel.mesh import ONE_DEVICE
+from ringflash.parallel.positions.mask import Mask
 
 Result = Tensor | tuple[Tensor | None, ...]
 

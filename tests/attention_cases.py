@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ringflash import UnsupportedError
 from ringflash.kernels.modifiers import dropout_threshold, philox
-from ringflash.mask import Mask
+from ringflash.parallel.positions.mask import Mask
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from ringflash.kernels import reference
 from ringflash.kernels.intervals import KeyIntervals, causal_intervals, dense_intervals
 from ringflash.kernels.modifiers import Modifiers, kept
-from ringflash.mask import Mask
+from ringflash.parallel.positions.mask import Mask
 
 LAYOUTS = ("plain", "heads first", "part of wider rows", "one row for all")
 

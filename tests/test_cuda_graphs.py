@@ -15,8 +15,9 @@ from ringflash import Mask
 from ringflash.functional import attention
 from ringflash.kernels import plans
 from ringflash.kernels.intervals import causal_intervals
-from ringflash.parallel import call, visibility
+from ringflash.parallel.execution import call
 from ringflash.parallel.mesh import ONE_DEVICE
+from ringflash.parallel.positions import visibility
 
 MASKS = {
     "causal": Mask.causal(),

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ringflash import flash_attn_with_kvcache, kvcache
 from ringflash.functional import attention
 from ringflash.kernels.devices import as_given
-from ringflash.parallel import operators
+from ringflash.parallel.execution import operators
 from ringflash.parallel.mesh import ONE_DEVICE
 
 

@@ -17,9 +17,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from ringflash import ArgumentError, Mask
 from ringflash.functional import attention
-from ringflash.parallel import program
-from ringflash.parallel.call import Inputs
+from ringflash.parallel.execution.call import Inputs
 from ringflash.parallel.mesh import ONE_DEVICE
+from ringflash.parallel.planning import program
 
 EVERY_FEATURE = {"softcap": 2.0, "alibi": "heads", "dropout": 0.4, "padding": True}
 CASE = Case(((20, 25), (0, 4), (7, 7)), Rules(left=9, right=0, sink=2))

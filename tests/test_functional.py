@@ -28,7 +28,7 @@ from ringflash import ArgumentError, Mask, UnsupportedError
 from ringflash.functional import attention
 from ringflash.kernels import blockwise
 from ringflash.kernels.modifiers import philox
-from ringflash.parallel.call import Call, Inputs, prepare, table_of
+from ringflash.parallel.execution.call import Call, Inputs, prepare, table_of
 from ringflash.parallel.mesh import ONE_DEVICE
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

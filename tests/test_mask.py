@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringflash.errors import ArgumentError
-from ringflash.mask import Mask, Visibility
+from ringflash.parallel.positions.mask import Mask, Visibility
 
 
 @dataclass(frozen=True)

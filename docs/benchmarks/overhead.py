@@ -29,7 +29,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ringflash import flash_attn_func
 from ringflash.functional import attention
-from ringflash.parallel.call import Inputs
+from ringflash.parallel.execution.call import Inputs
 from ringflash.parallel.mesh import ONE_DEVICE
 
 HEADS, DIM = 8, 64

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ringflash.sharding import IGNORED_LABEL
+from ringflash.batches import IGNORED_LABEL
 
 CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**27}
 """Logits that may exist at once: as many as stay in a core's cache, or as keep a GPU busy (512 MiB in fp32)."""

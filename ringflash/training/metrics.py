@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
 
-from ringflash.sharding import IGNORED_LABEL
+from ringflash.batches import IGNORED_LABEL
 
 
 class ScalarLog:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from ringflash.batches import IGNORED_LABEL
 from ringflash.errors import ArgumentError, CheckpointError, DataError
-from ringflash.sharding import IGNORED_LABEL
 
 if TYPE_CHECKING:
     from ringflash.training.data import Documents

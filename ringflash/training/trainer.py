@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from ringflash.batches import shard_batch
 from ringflash.configs.schema import Config, ModelConfig
 from ringflash.errors import ArgumentError, RankMismatchError, RingflashError
-from ringflash.sharding import shard_batch
 from ringflash.training import checkpoint
 from ringflash.training.config import accumulation, compute_dtype, sequence_degree
 from ringflash.training.data import Corpus, PackedBatches, ValidationBatches, prepare

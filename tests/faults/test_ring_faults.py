@@ -28,15 +28,15 @@ from ringflash import (
     UnsupportedError,
     unshard,
 )
-from ringflash.functional import attention
-from ringflash.parallel import executor
-from ringflash.parallel.agreement import Agreement, agreement, signature
-from ringflash.parallel.history import PERIOD
-from ringflash.ring_flash_attn import (
+from ringflash.compat.ring_flash_attn import (
     ring_flash_attn_func,
     ring_flash_attn_qkvpacked_func,
     ring_flash_attn_varlen_func,
 )
+from ringflash.functional import attention
+from ringflash.parallel.agreement.agreement import Agreement, agreement, signature
+from ringflash.parallel.agreement.history import PERIOD
+from ringflash.parallel.execution import executor
 
 PROMPT = 10.0
 """Seconds within which a disagreement must be an error on every rank."""

@@ -16,7 +16,7 @@ from ringflash.errors import ArgumentError
 from ringflash.functional import attention
 from ringflash.kernels import select as module
 from ringflash.kernels.select import select, select_decoding
-from ringflash.parallel import executor
+from ringflash.parallel.execution import executor
 from ringflash.parallel.mesh import ONE_DEVICE
 
 

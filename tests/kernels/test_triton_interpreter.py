@@ -37,8 +37,8 @@ from ringflash.kernels.modifiers import Modifiers, kept
 from ringflash.kernels.plans import Plans
 from ringflash.kernels.triton import backward, forward
 from ringflash.kernels.triton.tiles import Tiles
-from ringflash.mask import Mask
-from ringflash.parallel.launches import attend, attend_backward, launches
+from ringflash.parallel.planning.launches import attend, attend_backward, launches
+from ringflash.parallel.positions.mask import Mask
 
 if not triton.knobs.runtime.interpret:
 

@@ -11,7 +11,7 @@ import pytest
 from checkout import CHECKOUT
 
 PROBE = """
-import ringflash.kernels.reference, ringflash.parallel.plan, ringflash.launch.plan, ringflash.configs.schema
+import ringflash.kernels.reference, ringflash.parallel.planning.plan, ringflash.launch.plan, ringflash.configs.schema
 from transformers import LlamaForCausalLM
 """
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ringflash.mask import Mask
+from ringflash.parallel.positions.mask import Mask
 
 
 def blocks(queries: int, keys: int, size: int | tuple[int, int], seed: int, share: float = 0.4) -> Mask:

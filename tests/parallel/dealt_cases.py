@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ringflash.functional import attention
-from ringflash.mask import Mask
-from ringflash.parallel.partition import resolve
+from ringflash.parallel.positions.mask import Mask
+from ringflash.parallel.positions.partition import resolve
 
 
 @dataclass(frozen=True)

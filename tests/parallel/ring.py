@@ -15,8 +15,8 @@ from cases import RESULTS, Shape, assert_as_exact_as_torch, inputs, visible_in_b
 from torch import Tensor
 
 from ringflash import DistributedFlashAttention
-from ringflash.mask import Mask
-from ringflash.parallel.partition import Partition, resolve
+from ringflash.parallel.positions.mask import Mask
+from ringflash.parallel.positions.partition import Partition, resolve
 
 
 @dataclass(frozen=True)

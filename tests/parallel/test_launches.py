@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from ringflash.kernels import blockwise, reference
 from ringflash.kernels.modifiers import Modifiers
-from ringflash.mask import Mask
-from ringflash.parallel.launches import Launch, attend, attend_backward, launches
-from ringflash.parallel.visibility import key_intervals
+from ringflash.parallel.planning.launches import Launch, attend, attend_backward, launches
+from ringflash.parallel.positions.mask import Mask
+from ringflash.parallel.positions.visibility import key_intervals
 
 
 def shown(work: tuple[Launch, ...], queries: int) -> torch.Tensor:

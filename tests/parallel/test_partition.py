@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringflash.errors import ArgumentError
-from ringflash.mask import Mask
-from ringflash.parallel.partition import Partition
+from ringflash.parallel.positions.mask import Mask
+from ringflash.parallel.positions.partition import Partition
 
 
 def build(kind: str, mask: Mask, length: int, ranks: int) -> Partition:

@@ -12,10 +12,10 @@ from cases import MASKS, PARTITIONS, any_blocks, any_mask, masks, visible
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ringflash.mask import Mask
-from ringflash.parallel.partition import Partition, resolve
-from ringflash.parallel.plan import Plan, Stage, Transfer, ring
-from ringflash.parallel.verify import PlanError, verify
+from ringflash.parallel.planning.plan import Plan, Stage, Transfer, ring
+from ringflash.parallel.planning.verify import PlanError, verify
+from ringflash.parallel.positions.mask import Mask
+from ringflash.parallel.positions.partition import Partition, resolve
 
 
 def positions(segments) -> list[int]:

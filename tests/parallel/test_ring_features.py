@@ -21,7 +21,7 @@ from ring import place_in
 
 from ringflash import ArgumentError, Mask, RankMismatchError
 from ringflash.functional import attention
-from ringflash.parallel.partition import resolve
+from ringflash.parallel.positions.partition import resolve
 
 HEADS, KEY_HEADS, DIM = 4, 2, 16
 NAMES = ("out", "lse", "query", "key", "value", "sinks")

@@ -21,7 +21,7 @@ from ringflash import (
     shard_batch,
     unshard,
 )
-from ringflash.parallel.partition import resolve
+from ringflash.parallel.positions.partition import resolve
 
 
 def _held(partition, length, mask=None):

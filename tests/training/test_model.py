@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ringflash import ArgumentError, shard_batch
 from ringflash.configs.schema import AttentionConfig, ModelConfig, RopeScalingConfig
 from ringflash.kernels import blockwise
-from ringflash.parallel.transport.point_to_point import PointToPoint
+from ringflash.parallel.transport.send_recv import PointToPoint
 from ringflash.training import loss
 from ringflash.training.config import load
 from ringflash.training.model import Transformer, attention_mask

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ringflash.errors import ArgumentError
-from ringflash.integers import integers
+from ringflash.parallel.positions.integers import integers
 
 Boundaries = tuple[int, ...]
 

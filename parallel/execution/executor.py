@@ -14,12 +14,12 @@ from torch import Tensor
 
 from ringflash.kernels.modifiers import Modifiers
 from ringflash.kernels.select import select
-from ringflash.mask import Mask
-from ringflash.parallel.agreement import tell_peers
-from ringflash.parallel.call import Call, Inputs, prepare, table_of
-from ringflash.parallel.gradients import KeyGradients
-from ringflash.parallel.launches import attend, attend_backward
-from ringflash.parallel.program import Program, StageProgram
+from ringflash.parallel.agreement.agreement import tell_peers
+from ringflash.parallel.execution.call import Call, Inputs, prepare, table_of
+from ringflash.parallel.execution.gradients import KeyGradients
+from ringflash.parallel.planning.launches import attend, attend_backward
+from ringflash.parallel.planning.program import Program, StageProgram
+from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.transport import Pending, PointToPoint
 
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ringflash.kernels.intervals import KeyIntervals
-from ringflash.mask import Mask
-from ringflash.parallel.launches import Launch, launches
-from ringflash.parallel.partition import Partition
-from ringflash.parallel.plan import Plan, Transfer
-from ringflash.parallel.visibility import places, position_bounds
-from ringflash.segments import Segments, contains, count
+from ringflash.parallel.planning.launches import Launch, launches
+from ringflash.parallel.planning.plan import Plan, Transfer
+from ringflash.parallel.positions.mask import Mask
+from ringflash.parallel.positions.partition import Partition
+from ringflash.parallel.positions.segments import Segments, contains, count
+from ringflash.parallel.positions.visibility import places, position_bounds
 
 Rows = slice | Tensor
 """Rows of a tensor: a slice where they lie together (no copy), otherwise their indices."""

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from ringflash.errors import RankMismatchError
-from ringflash.parallel.history import History, disagreement
+from ringflash.parallel.agreement.history import History, disagreement
 from ringflash.parallel.mesh import Group, group_name, process_group
 
 REMEMBERED = 4096

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ringflash.parallel.program import Shipment, StageProgram
+from ringflash.parallel.planning.program import Shipment, StageProgram
 from ringflash.parallel.transport import Pending, PointToPoint
 
 

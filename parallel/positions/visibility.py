@@ -1,7 +1,7 @@
 """From a mask over global positions to the row indices that kernels understand, with torch on any device.
 
-`ringflash.mask.Mask` defines a mask one position at a time; here the same rules are applied to whole tensors of
-positions, where the document boundaries live, without a copy to the host.
+`ringflash.parallel.positions.mask.Mask` defines a mask one position at a time; here the same rules are applied to whole
+tensors of positions, where the document boundaries live, without a copy to the host.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ringflash.block_layout import BlockLayout
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.plans import build_to_keep
-from ringflash.mask import UNBOUNDED, Mask
+from ringflash.parallel.positions.blocks import BlockLayout
+from ringflash.parallel.positions.mask import UNBOUNDED, Mask
 
 
 def position_bounds(

@@ -20,11 +20,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 
-from ringflash.block_layout import BlockLayout
-from ringflash.documents import boundaries_of, document_at, longest, refine
 from ringflash.errors import ArgumentError
-from ringflash.integers import integers
-from ringflash.segments import Interval, Segments, intersect, normalize
+from ringflash.parallel.positions.blocks import BlockLayout
+from ringflash.parallel.positions.documents import boundaries_of, document_at, longest, refine
+from ringflash.parallel.positions.integers import integers
+from ringflash.parallel.positions.segments import Interval, Segments, intersect, normalize
 
 UNBOUNDED = 2**31 - 1
 """Position behind every token; positions are 32-bit in the kernels."""

@@ -16,11 +16,9 @@ from torch import Tensor
 
 from ringflash.errors import ArgumentError
 from ringflash.kernels.plans import build_to_keep
-from ringflash.mask import Mask
-from ringflash.parallel.agreement import agreement, errors_told, signature
-from ringflash.parallel.partition import resolve
-from ringflash.parallel.plan import ring
-from ringflash.parallel.program import (
+from ringflash.parallel.agreement.agreement import agreement, errors_told, signature
+from ringflash.parallel.planning.plan import ring
+from ringflash.parallel.planning.program import (
     Program,
     document_table,
     local_program,
@@ -28,6 +26,8 @@ from ringflash.parallel.program import (
     table_program,
     table_shape,
 )
+from ringflash.parallel.positions.mask import Mask
+from ringflash.parallel.positions.partition import resolve
 from ringflash.parallel.transport import PointToPoint
 
 LONGEST_SHOWN = 200

@@ -22,8 +22,8 @@ from torch import Tensor
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.modifiers import Modifiers
 from ringflash.kernels.reference import Carry
-from ringflash.mask import Mask
-from ringflash.parallel.visibility import key_intervals
+from ringflash.parallel.positions.mask import Mask
+from ringflash.parallel.positions.visibility import key_intervals
 
 PACKING_GAIN = 2
 """How many launches over all rows one over picked rows must save: picking and putting back is work, too."""

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ringflash.mask import Mask
-from ringflash.parallel.partition import Partition
-from ringflash.segments import Segments, count, intersect, normalize
+from ringflash.parallel.positions.mask import Mask
+from ringflash.parallel.positions.partition import Partition
+from ringflash.parallel.positions.segments import Segments, count, intersect, normalize
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ringflash.compat.probabilities import signed_probabilities
 from ringflash.errors import ArgumentError
 from ringflash.functional import attention
-from ringflash.integers import integers
 from ringflash.kernels.plans import Plans
-from ringflash.mask import Mask
 from ringflash.parallel.mesh import Group
-from ringflash.parallel.partition import Partition
-from ringflash.probabilities import signed_probabilities
+from ringflash.parallel.positions.integers import integers
+from ringflash.parallel.positions.mask import Mask
+from ringflash.parallel.positions.partition import Partition
 
 Attention = Tensor | tuple[Tensor, Tensor, Tensor | None]
 """out, or (out, softmax_lse, S_dmask) if these were asked for."""

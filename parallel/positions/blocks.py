@@ -14,7 +14,7 @@ from functools import cached_property
 from math import gcd
 
 from ringflash.errors import ArgumentError
-from ringflash.segments import Interval, Segments, count, intersect
+from ringflash.parallel.positions.segments import Interval, Segments, count, intersect
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from ringflash.errors import RingflashError
-from ringflash.mask import Mask
-from ringflash.parallel.plan import Plan, Stage, Transfer
-from ringflash.segments import Segments, contains, count, intersect, normalize
+from ringflash.parallel.planning.plan import Plan, Stage, Transfer
+from ringflash.parallel.positions.mask import Mask
+from ringflash.parallel.positions.segments import Segments, contains, count, intersect, normalize
 
 
 class PlanError(RingflashError):

@@ -12,11 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ringflash.errors import ArgumentError, UnsupportedError
-from ringflash.kernels.decode import Cache, Rotary, Rules
-from ringflash.kernels.devices import as_given
-from ringflash.kernels.select import select_decoding
-from ringflash.kvcache_arguments import (
+from ringflash.compat.kvcache_arguments import (
     check_indices,
     check_no_gradient,
     check_rotary,
@@ -24,7 +20,11 @@ from ringflash.kvcache_arguments import (
     check_tensors,
     check_values,
 )
-from ringflash.parallel.operators import mapped
+from ringflash.errors import ArgumentError, UnsupportedError
+from ringflash.kernels.decode import Cache, Rotary, Rules
+from ringflash.kernels.devices import as_given
+from ringflash.kernels.select import select_decoding
+from ringflash.parallel.execution.operators import mapped
 
 
 def flash_attn_with_kvcache(

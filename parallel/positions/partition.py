@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ringflash.errors import ArgumentError
-from ringflash.mask import Mask
-from ringflash.parallel.visibility import visible_pairs
-from ringflash.segments import Segments, count, normalize
+from ringflash.parallel.positions.mask import Mask
+from ringflash.parallel.positions.segments import Segments, count, normalize
+from ringflash.parallel.positions.visibility import visible_pairs
 
 NAMES = ("contiguous", "zigzag", "balanced")
 

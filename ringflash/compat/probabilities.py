@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ringflash.kernels.modifiers import dropout_threshold, philox
-from ringflash.mask import Mask
+from ringflash.parallel.positions.mask import Mask
 
 
 @torch.no_grad()

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ringflash.errors import UnsupportedError
 from ringflash.kernels.devices import as_given
-from ringflash.parallel.call import Call, Inputs, shape_of_table
-from ringflash.parallel.executor import backward, forward
+from ringflash.parallel.execution.call import Call, Inputs, shape_of_table
+from ringflash.parallel.execution.executor import backward, forward
 
 
 def attention(

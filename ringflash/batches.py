@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringflash.errors import ArgumentError
-from ringflash.mask import Mask
-from ringflash.parallel.agreement import agreement, errors_told, signature
+from ringflash.parallel.agreement.agreement import agreement, errors_told, signature
 from ringflash.parallel.mesh import Group, group_rank, group_size, process_group
-from ringflash.parallel.partition import Partition, resolve
+from ringflash.parallel.positions.mask import Mask
+from ringflash.parallel.positions.partition import Partition, resolve
 
 IGNORED_LABEL = -100
 """Label of a token that has no next token in its document; torch's cross entropy skips it."""

@@ -1,0 +1,1 @@
+"""Ranks find out that they are about to do different things."""

@@ -1,0 +1,1 @@
+"""The operators, and the walk over one rank's program."""

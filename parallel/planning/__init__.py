@@ -1,0 +1,1 @@
+"""From a mask and a partition to what one rank does: moves, launches, and the proof that they are right."""

@@ -1,0 +1,1 @@
+"""Functions by the names and signatures of other packages."""
