@@ -1,23 +1,19 @@
-"""From Hydra's configuration to a checked `Config`, the same on every rank.
+"""From a composed configuration to a checked one, the same on every rank.
 
-Hydra and the schema refuse wrong keys and types by name; here are the checks of values, each naming its key. No key
-names code to run: `_target_` is refused like any other key that the schema lacks.
+`composing` and the schema refuse wrong keys and types by name; here are the checks of values, each naming its key.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from hydra import compose, initialize_config_module
-from omegaconf import DictConfig, OmegaConf
 
-from ringflash.configs.schema import Config, ModelConfig, register
+from ringflash.configs.schema import Config, ModelConfig
 from ringflash.errors import ArgumentError, RankMismatchError
 from ringflash.kernels.select import NAMES as KERNELS
 from ringflash.kernels.select import select
@@ -72,22 +68,6 @@ POSITIVE = (
 SHARES = ("optimizer.min_lr_ratio", "optimizer.beta1", "optimizer.beta2", "data.validation_fraction")
 SMALLEST_VOCABULARY = 257
 """Tokens of the bytes tokenizer, and of a BPE without any merges."""
-
-
-def load(overrides: Sequence[str] = ()) -> Config:
-    """The configuration that a command line of these overrides gives, for notebooks and tests.
-
-    Example: load(["model=llama3_1b", "train.seqlen=131072"])
-    """
-    register()
-    with initialize_config_module("ringflash.configs", version_base="1.3"):
-        return typed(compose("config", list(overrides)))
-
-
-def typed(config: DictConfig) -> Config:
-    """The dataclass of a composed Hydra configuration; keys that the schema lacks are refused, however they came in."""
-    _refuse_unknown(config)
-    return OmegaConf.to_object(config)
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -197,16 +177,6 @@ def agree(config: Config) -> None:
                 raise RankMismatchError(
                     f"rank {rank} was started with {key}={value}, rank 0 with {key}={first}; give all ranks the same"
                 )
-
-
-def _refuse_unknown(node: DictConfig, prefix: str = "") -> None:
-    # Hydra's "+key=value" opens typed nodes too, and OmegaConf would hand the extra key on as an attribute.
-    known = {entry.name for entry in dataclasses.fields(OmegaConf.get_type(node))}
-    for name in node:
-        if name not in known:
-            raise ArgumentError(f"{prefix}{name} is no configuration key; allowed here are {', '.join(sorted(known))}")
-        if not OmegaConf.is_missing(node, name) and OmegaConf.is_dict(node[name]):
-            _refuse_unknown(node[name], f"{prefix}{name}.")
 
 
 def _check_vocabulary(config: Config) -> None:

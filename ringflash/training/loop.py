@@ -5,6 +5,7 @@ Everything in here is a collective unless it says otherwise: all ranks walk the 
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -103,7 +104,7 @@ def _stop(trainer: Trainer, progress: ProgressDisplay) -> NoReturn:
 
 def _run_folder(config: Config) -> Path:
     """The run's folder, made by rank 0, whose clock names it."""
-    box = [config.run_dir or f"runs/{config.name}/{time.strftime('%Y-%m-%d_%H-%M-%S')}"]
+    box = [config.run_dir or _unused(Path("runs", config.name, time.strftime("%Y-%m-%d_%H-%M-%S")))]
     dist.broadcast_object_list(box, src=0)
     folder, problem = Path(box[0]), None
     if dist.get_rank() == 0:
@@ -116,6 +117,12 @@ def _run_folder(config: Config) -> Path:
     if problem is not None:
         raise ArgumentError(f"run_dir={folder}: cannot write there: {problem}")
     return folder
+
+
+def _unused(folder: Path) -> Path:
+    """The folder, or where there is one already, of a run that started in the same second, the first free name."""
+    names = itertools.chain([folder.name], (f"{folder.name}-{number}" for number in itertools.count(2)))
+    return next(path for path in map(folder.with_name, names) if not path.exists())
 
 
 def _report(trainer: Trainer, validation: Validation, progress: ProgressDisplay) -> None:

@@ -11,19 +11,18 @@ from pathlib import Path
 CHECKOUT = Path(__file__).parents[2]
 
 
-def command(ranks, *overrides):
+def command(ranks, *overrides, experiment="smoke"):
     """The command line; ranks=None starts one process without torchrun."""
     start = [sys.executable]
     if ranks is not None:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return [*start, str(CHECKOUT / "launch" / "train.py"), "experiment=smoke", *overrides]
+    return [*start, str(CHECKOUT / "launch" / "train.py"), f"experiment={experiment}", *overrides]
 
 
-def launch(folder, ranks, *overrides, timeout=240):
+def launch(folder, ranks, *overrides, experiment="smoke", timeout=240):
     """Run to the end with `folder` as working directory."""
-    return subprocess.run(
-        command(ranks, *overrides), cwd=folder, env=environment(), capture_output=True, text=True, timeout=timeout
-    )
+    arguments = command(ranks, *overrides, experiment=experiment)
+    return subprocess.run(arguments, cwd=folder, env=environment(), capture_output=True, text=True, timeout=timeout)
 
 
 def environment():

@@ -12,7 +12,8 @@ from hydra.errors import HydraException
 import ringflash.configs.schema
 from ringflash.configs.schema import Config
 from ringflash.errors import ArgumentError, RankMismatchError
-from ringflash.training.config import accumulation, agree, check, compute_dtype, flatten, load
+from ringflash.training.composing import groups, load, sweep
+from ringflash.training.config import accumulation, agree, check, compute_dtype, flatten
 from ringflash.training.trainer import vocabulary
 
 FOLDER = Path(ringflash.configs.schema.__file__).parent
@@ -62,6 +63,25 @@ def test_wrong_keys_and_types_are_refused_by_name(override, said):
     with pytest.raises((HydraException, ArgumentError)) as caught:
         load([override])
     assert said in _message(caught.value)
+
+
+def test_a_sweep_is_every_combination_of_several_values():
+    assert sweep(["seed=0", "train.steps=1,2", "+debug=overfit,short"]) == [
+        ["seed=0", f"train.steps={steps}", f"+debug={debug}"] for steps in (1, 2) for debug in ("overfit", "short")
+    ]
+    assert len(sweep(["engine=glob(zero*)", "seed=range(2)"])) == 6
+    with pytest.raises(ArgumentError, match=r"optimizer\.lr=interval\(0,1\) has no end"):
+        sweep(["optimizer.lr=interval(0,1)"])
+
+
+def test_values_may_be_taken_from_other_keys_and_from_what_hydra_knows():
+    config = load(["seed=3", "name=lr-${optimizer.lr}", "run_dir=runs/${hydra:job.name}/${seed}"])
+    assert (config.name, config.run_dir) == ("lr-0.0015", "runs/train/3")
+
+
+def test_the_groups_are_the_folders_with_their_files():
+    listed = [f"{group}={file}" for group, files in groups().items() for file in files]
+    assert listed == [f"{file.parent.name}={file.stem}" for file in FILES]
 
 
 def test_no_file_names_code_to_run():

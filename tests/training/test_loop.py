@@ -22,7 +22,8 @@ from ringflash.errors import (
 )
 from ringflash.training import loop
 from ringflash.training.checkpoint import Checkpoint, newest
-from ringflash.training.config import agree, check, load
+from ringflash.training.composing import load
+from ringflash.training.config import agree, check
 from ringflash.training.loop import train
 
 

@@ -13,7 +13,7 @@ from ringflash.configs.schema import AttentionConfig, ModelConfig, RopeScalingCo
 from ringflash.kernels import blockwise
 from ringflash.parallel.transport.send_recv import PointToPoint
 from ringflash.training import loss
-from ringflash.training.config import load
+from ringflash.training.composing import load
 from ringflash.training.model import Transformer, attention_mask
 
 SCALING = RopeScalingConfig(factor=8.0, original_max_position_embeddings=64)

@@ -70,6 +70,20 @@ def test_one_process_without_torchrun_goes_on_with_a_run_of_two_ranks(finished, 
     assert not (tmp_path / "longer" / "tensorboard").exists()
 
 
+def test_a_sweep_over_a_handed_over_experiment_is_one_run_after_another(tmp_path):
+    (tmp_path / "conf/experiment").mkdir(parents=True)
+    (tmp_path / "conf/experiment/mine.yaml").write_text(
+        "# @package _global_\ndefaults: [smoke]\nname: mine\ntrain: {steps: 1}\nlogging: {baselines: false}\n"
+    )
+    flags = ("--multirun", "--config-dir", "conf", "logging=quiet")
+    result = launch(tmp_path, None, *flags, "seed=1,2", experiment="mine")
+    assert result.returncode == 0, result.stderr
+    runs = sorted((tmp_path / "runs/mine").iterdir())
+    assert [yaml.safe_load((run / "config.yaml").read_text())["seed"] for run in runs] == [1, 2]
+    assert all(sorted(losses(run)) == [1] for run in runs)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["conf", "runs"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -77,6 +91,8 @@ def test_one_process_without_torchrun_goes_on_with_a_run_of_two_ranks(finished, 
         (["checkpoint.resume=nowhere"], "ArgumentError: checkpoint.resume=nowhere: no such folder"),
         (["+model._target_=os.system"], "ArgumentError: model._target_ is no configuration key"),
         (["model.layers=3"], "Key 'layers' not in 'ModelConfig'"),
+        (["hydra.callbacks.x._target_=os.abort"], "ArgumentError: hydra.callbacks.x._target_ would configure Hydra"),
+        (["run_dir=${nowhere}"], "Interpolation key 'nowhere' not found"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
