@@ -77,8 +77,7 @@ def save(
 
 def newest(root: Path) -> Path | None:
     """The complete checkpoint of the highest step in a folder, if there is one."""
-    complete = [path for path in _folders(root) if (path / MANIFEST).is_file()]
-    return max(complete, key=step_of, default=None)
+    return max(filter(_complete, _steps(root)), key=step_of, default=None)
 
 
 def step_of(path: Path) -> int:
@@ -164,7 +163,9 @@ class _Writer:
 
     def _begin(self, shapes: Shapes) -> None:
         for left in self.final.parent.glob(f"step-*{PARTIAL}"):  # from a run that was killed while saving
-            shutil.rmtree(left)
+            _remove(left)
+        if not _complete(self.final):  # from one that was killed while removing it
+            _remove(self.final)
         self.partial.mkdir(parents=True)
         entries = {WEIGHTS: [], OPTIMIZER: []}
         for name, shape in shapes.items():
@@ -240,17 +241,30 @@ def _problem(path: Path) -> str | None:
     return None
 
 
-def _folders(root: Path) -> list[Path]:
-    if not root.is_dir():
-        return []
-    return sorted(path for path in root.iterdir() if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir())
+def _steps(root: Path) -> list[Path]:
+    """Everything that is named like a checkpoint, by rising step."""
+    there = root.iterdir() if root.is_dir() else ()
+    return sorted((path for path in there if re.fullmatch(r"step-\d{8,}", path.name)), key=step_of)
+
+
+def _complete(path: Path) -> bool:
+    # A folder gets its name when all is written, and loses its manifest before anything else.
+    return (path / MANIFEST).is_file()
 
 
 def _prune(root: Path, keep: int) -> None:
-    for path in sorted(_folders(root), key=step_of)[:-keep]:
+    complete = [path for path in _steps(root) if _complete(path)]
+    for path in set(_steps(root)) - set(complete[-keep:]):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
         # The manifest goes first: what is left of a removal that was cut short does not count as a checkpoint.
         (path / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _write_synced(path: Path, data: bytes) -> None:

@@ -110,6 +110,58 @@ def test_only_the_newest_are_kept_and_what_a_killed_run_left_is_removed(tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000011", "step-00000100"]
 
 
+def _folder_with_half_a_file(path):
+    path.mkdir()
+    (path / checkpoint.WEIGHTS).write_bytes(b"half")
+
+
+LEFT = {
+    "folder": _folder_with_half_a_file,
+    "file": lambda path: path.write_bytes(b"half"),
+    "dangling_link": lambda path: path.symlink_to("nowhere"),
+    "link_to_a_folder": lambda path: path.symlink_to(path.parent.parent),
+}
+
+
+@pytest.mark.parametrize("leave", LEFT.values(), ids=LEFT)
+@pytest.mark.parametrize("name", ["step-00000100", "step-00000100.partial", "step-00000050.partial", "step-00000300"])
+def test_whatever_a_killed_run_left_under_a_name_does_not_keep_a_step_from_being_saved(tmp_path, name, leave):
+    root = tmp_path / "run"
+    first = save(root, 90)
+    leave(root / name)
+    assert checkpoint.newest(root) == first
+    for step in (100, 110):
+        assert_holds(save(root, step, keep=2), step)
+    assert sorted(path.name for path in root.iterdir()) == ["latest", "step-00000100", "step-00000110"]
+    assert tmp_path.exists()
+
+
+def test_a_removal_that_was_killed_at_any_moment_does_not_keep_its_step_from_being_saved_again(tmp_path):
+    for number in range(len(FILES) + 1):
+        root = tmp_path / str(number)
+        path = save(root, 100)
+        for name in (checkpoint.MANIFEST, *FILES)[: number + 1]:
+            (path / name).unlink()
+        assert checkpoint.newest(root) is None
+        assert_holds(save(root, 100), 100)
+
+
+def test_what_is_left_of_checkpoints_does_not_count_as_kept(tmp_path):
+    for step in (10, 20, 30):
+        save(tmp_path, step)
+    (tmp_path / "step-00000030" / checkpoint.MANIFEST).unlink()
+    assert_holds(save(tmp_path, 25, keep=2), 25)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000020", "step-00000025"]
+
+
+def test_a_complete_checkpoint_is_not_replaced(tmp_path):
+    path = save(tmp_path, 7)
+    with pytest.raises(CheckpointError, match=f"{path}: not saved: .*the last good one is {path}"):
+        save(tmp_path, 7)
+    assert_holds(path, 7)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["latest", path.name]
+
+
 @pytest.mark.parametrize(
     ("shapes", "said"),
     [
