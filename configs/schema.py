@@ -1,15 +1,25 @@
-"""Types of every configuration key; a key or type that is not here fails with its name.
+"""Type and bounds of every configuration key; a key, type or value that is not allowed here fails with its name.
 
 `register()` hands them to Hydra under the name `schema`, on which `config.yaml` is built. The groups' YAML files only
-give values. Choices are plain strings: ringflash.training.config.check names the key and lists what is allowed.
+give values. Bounds stand in the fields' metadata, and ringflash.training.config.checks compares them: `choices`,
+`at_least`, `positive`, `share` (0 up to, not including, 1) and `bits` (of an unsigned integer). Numbers are finite.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
+
+from ringflash.kernels.select import NAMES as KERNELS
+
+
+def _bounded(default: Any = MISSING, **bounds: Any) -> Any:
+    return field(default=default, metadata=bounds)
 
 
 @dataclass
@@ -22,7 +32,7 @@ class RopeScalingConfig:
     """Frequencies of fewer turns than this within the original context count as low."""
     high_freq_factor: float = 4.0
     """Frequencies of more turns than this within the original context stay as they are."""
-    original_max_position_embeddings: int = 8192
+    original_max_position_embeddings: int = _bounded(8192, at_least=1)
     """The original context, in tokens."""
 
 
@@ -30,25 +40,25 @@ class RopeScalingConfig:
 class ModelConfig:
     """Shape of a Llama-style decoder; names are those of Hugging Face's LlamaConfig."""
 
-    hidden_size: int = MISSING
+    hidden_size: int = _bounded(at_least=1)
     """Width of the residual stream."""
-    intermediate_size: int = MISSING
+    intermediate_size: int = _bounded(at_least=1)
     """Width of the SwiGLU feed-forward."""
-    num_hidden_layers: int = MISSING
+    num_hidden_layers: int = _bounded(at_least=1)
     """Blocks of attention and feed-forward."""
-    num_attention_heads: int = MISSING
+    num_attention_heads: int = _bounded(at_least=1)
     """Query heads."""
-    num_key_value_heads: int = MISSING
+    num_key_value_heads: int = _bounded(at_least=1)
     """Key and value heads; must divide the query heads."""
-    head_dim: int | None = None
+    head_dim: int | None = _bounded(None, at_least=1)
     """Width of a head, even; null: hidden_size / num_attention_heads."""
-    vocab_size: int | None = None
+    vocab_size: int | None = _bounded(None, at_least=1)
     """Rows of the embedding; null: the tokenizer's size rounded up to a multiple of 64."""
-    rope_theta: float = 10000.0
+    rope_theta: float = _bounded(10000.0, positive=True)
     """Base of the rotary frequencies."""
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
     """Llama-3 frequency scaling."""
-    rms_norm_eps: float = 1e-5
+    rms_norm_eps: float = _bounded(1e-5, positive=True)
     """Added to the mean square in RMSNorm."""
     tie_word_embeddings: bool = True
     """Whether the output head is the embedding."""
@@ -66,9 +76,9 @@ class DataConfig:
     """"bpe" (trained on the training files and cached), "bytes", or a Hugging Face tokenizer folder."""
     vocab_size: int = 8192
     """Tokens of a BPE that is trained here."""
-    validation_fraction: float = 0.05
+    validation_fraction: float = _bounded(0.05, positive=True, share=True)
     """Share of the files that is held out."""
-    max_bytes: int | None = None
+    max_bytes: int | None = _bounded(None, at_least=1)
     """Read no more text than this; null: all of it."""
     cache_dir: str = "runs/cache"
     """Where trained tokenizers and token files are kept."""
@@ -78,17 +88,17 @@ class DataConfig:
 class AttentionConfig:
     """Mask and execution of attention."""
 
-    mask: str = "causal"
+    mask: str = _bounded("causal", choices=("causal", "sliding_window", "chunked"))
     """"causal", "sliding_window" or "chunked"; documents of a packed sequence never see each other."""
-    window: int = 1024
+    window: int = _bounded(1024, at_least=0)
     """Tokens before the query that a sliding window shows."""
-    sink: int = 0
+    sink: int = _bounded(0, at_least=0)
     """First tokens of a document that stay visible outside the sliding window."""
-    chunk: int = 8192
+    chunk: int = _bounded(8192, at_least=1)
     """Tokens of a chunk of the chunked mask."""
-    partition: str = "zigzag"
-    """How a sequence is dealt to ranks: "contiguous", "zigzag" or "balanced"."""
-    kernel: str = "auto"
+    partition: str = _bounded("zigzag", choices=("contiguous", "zigzag", "balanced"))
+    """How a sequence is sharded over ranks: "contiguous", "zigzag" or "balanced"."""
+    kernel: str = _bounded("auto", choices=KERNELS)
     """Attention kernel; "auto" picks by device, dtype and head dimension."""
     deterministic: bool = False
     """Repeat bit for bit."""
@@ -98,21 +108,21 @@ class AttentionConfig:
 class OptimizerConfig:
     """AdamW with linear warm-up and cosine decay."""
 
-    lr: float = 3e-4
+    lr: float = _bounded(3e-4, positive=True)
     """Highest learning rate."""
-    min_lr_ratio: float = 0.1
+    min_lr_ratio: float = _bounded(0.1, share=True)
     """Learning rate at the end, as a share of the highest."""
-    warmup_steps: int = 100
+    warmup_steps: int = _bounded(100, at_least=0)
     """Steps of linear warm-up."""
-    beta1: float = 0.9
+    beta1: float = _bounded(0.9, share=True)
     """Decay of the first moment."""
-    beta2: float = 0.95
+    beta2: float = _bounded(0.95, share=True)
     """Decay of the second moment."""
-    eps: float = 1e-8
+    eps: float = _bounded(1e-8, positive=True)
     """Added to the root of the second moment."""
-    weight_decay: float = 0.1
+    weight_decay: float = _bounded(0.1, at_least=0)
     """Of matrices; norms are not decayed."""
-    clip: float = 1.0
+    clip: float = _bounded(1.0, at_least=0)
     """Highest gradient norm; 0: no clipping."""
 
 
@@ -120,9 +130,9 @@ class OptimizerConfig:
 class EngineConfig:
     """How parameters, gradients and optimizer state live on the ranks."""
 
-    name: str = "ddp"
+    name: str = _bounded("ddp", choices=("ddp", "zero1", "zero2", "zero3"))
     """"ddp", or DeepSpeed's "zero1", "zero2", "zero3"."""
-    precision: str = "auto"
+    precision: str = _bounded("auto", choices=("auto", "fp32", "bf16"))
     """"fp32", "bf16" (master weights and optimizer stay fp32), or "auto": bf16 on a GPU that has it, else fp32."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass, except for its attention."""
@@ -132,21 +142,21 @@ class EngineConfig:
 class TrainConfig:
     """Length of the run and size of its batches."""
 
-    steps: int = 100
+    steps: int = _bounded(100, at_least=1)
     """Optimizer steps."""
-    seqlen: int = 4096
+    seqlen: int = _bounded(4096, at_least=2)
     """Tokens of a packed sequence, over all ranks that share it."""
-    global_batch: int = 1
+    global_batch: int = _bounded(1, at_least=1)
     """Sequences of one optimizer step, over all ranks; stays the same on any number of ranks."""
-    micro_batch: int = 1
+    micro_batch: int = _bounded(1, at_least=1)
     """Sequences that one group of ranks works on at a time; the rest is gradient accumulation."""
-    sequence_degree: int | None = None
+    sequence_degree: int | None = _bounded(None, at_least=1)
     """Ranks that share a sequence; null: all. The remaining factor of the ranks is data parallel."""
     overfit: bool = False
     """Train on the first batch again and again, for debugging."""
-    validate_every: int = 0
+    validate_every: int = _bounded(0, at_least=0)
     """Steps between validations; 0: only at the end."""
-    validation_sequences: int | None = None
+    validation_sequences: int | None = _bounded(None, at_least=1)
     """Packed sequences in a validation; null: all."""
 
 
@@ -154,9 +164,9 @@ class TrainConfig:
 class CheckpointConfig:
     """When to save and what to start from."""
 
-    every: int = 0
+    every: int = _bounded(0, at_least=0)
     """Steps between checkpoints; 0: only at the end."""
-    keep: int = 2
+    keep: int = _bounded(2, at_least=1)
     """Newest checkpoints that are kept."""
     resume: str = "auto"
     """"auto" (the newest complete checkpoint in the run directory, if any), "never", or a checkpoint's folder."""
@@ -166,7 +176,7 @@ class CheckpointConfig:
 class LoggingConfig:
     """What is shown and written during the run."""
 
-    every: int = 1
+    every: int = _bounded(1, at_least=1)
     """Steps between entries."""
     progress: bool = True
     """Show the progress bar."""
@@ -186,11 +196,11 @@ class Config:
     """Folder of the run under runs/."""
     run_dir: str | None = None
     """Where everything is written; null: runs/<name>/<start time>."""
-    seed: int = 0
+    seed: int = _bounded(0, at_least=0, bits=64)
     """Of the initial weights and the data order."""
-    device: str = "auto"
+    device: str = _bounded("auto", choices=("auto", "cuda", "cpu"))
     """"cuda", "cpu", or "auto": cuda where there is one."""
-    timeout: float = 600.0
+    timeout: float = _bounded(600.0, positive=True)
     """Seconds after which a rank gives up on its peers."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -200,6 +210,16 @@ class Config:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+def entries(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
+    """("train.steps", 300, its bounds) and so on, of each key of a configuration or a part of it."""
+    for entry in dataclasses.fields(config):
+        value = getattr(config, entry.name)
+        if dataclasses.is_dataclass(value):
+            yield from entries(value, f"{prefix}{entry.name}.")
+        else:
+            yield prefix + entry.name, value, entry.metadata
 
 
 def register() -> None:

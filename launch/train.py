@@ -21,10 +21,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ringflash.configs.schema import Config
 from ringflash.errors import ArgumentError, RingflashError, RunStoppedError
-from ringflash.training.composing import compose, groups, sweep, typed
-from ringflash.training.config import agree, check, device_type
-from ringflash.training.interruption import STOPPED, ignore_signals
-from ringflash.training.loop import train
+from ringflash.training.config.agreement import agree
+from ringflash.training.config.checks import check
+from ringflash.training.config.composing import compose, groups, sweep, typed
+from ringflash.training.config.meaning import device_type
+from ringflash.training.run.interruption import STOPPED, ignore_signals
+from ringflash.training.run.loop import train
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).parents[1] / "training"))
 
 from launcher import command, environment, launch, losses
 
-from ringflash.training.interruption import STOPPED
+from ringflash.training.run.interruption import STOPPED
 
 JOB = (
     "logging=quiet",

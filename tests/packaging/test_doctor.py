@@ -11,8 +11,8 @@ import pytest
 import torch
 from checkout import CHECKOUT
 
+from ringflash.configs.schema import Config, entries
 from ringflash.launch import doctor
-from ringflash.training.config import CHOICES
 
 
 def advice_of(look, monkeypatch: pytest.MonkeyPatch, **environment: str) -> str:
@@ -81,7 +81,8 @@ def test_a_gpu_without_bfloat16_is_told_a_precision_that_exists(
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     advice = advice_of(doctor.look_at_gpus, monkeypatch)
     assert ("engine.precision=fp32" in advice) == advised
-    assert "fp32" in CHOICES["engine.precision"]
+    bounds = {key: bounds for key, _, bounds in entries(Config())}
+    assert "fp32" in bounds["engine.precision"]["choices"]
 
 
 def test_links_are_read_from_the_topology(monkeypatch: pytest.MonkeyPatch) -> None:

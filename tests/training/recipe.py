@@ -11,9 +11,10 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from ringflash import shard_batch
 from ringflash.configs.schema import AttentionConfig, EngineConfig, ModelConfig, OptimizerConfig
-from ringflash.training import checkpoint
-from ringflash.training.engine import create_engine, parameter_shapes
-from ringflash.training.model import Transformer
+from ringflash.training.checkpoint import writing
+from ringflash.training.checkpoint.reading import Checkpoint
+from ringflash.training.engines.create import create_engine, parameter_shapes
+from ringflash.training.model.transformer import Transformer
 
 # Sizes that 2 and 4 ranks do not divide. Adam's first steps would turn rounding into whole steps where a gradient is
 # almost zero; a large eps makes the update linear in the gradient.
@@ -74,7 +75,7 @@ def steps(
     mesh = init_device_mesh(device, (world // degree, degree), mesh_dim_names=("data", "sequence"))
     group, data_rank, data_ranks = mesh["sequence"].get_group(), mesh["data"].get_local_rank(), world // degree
     model = build(group, replace(MODEL, tie_word_embeddings=tied), device="meta", dtype=dtype, **options)
-    found = None if resume is None else checkpoint.Checkpoint(Path(resume))
+    found = None if resume is None else Checkpoint(Path(resume))
     if found is not None:
         found.check_shapes(parameter_shapes(model))
         assert found.state == {"step": first}
@@ -90,7 +91,7 @@ def steps(
         loss, norm, _ = engine.train_step([shard_batch(batch, group) for batch in micro], optimizer.lr)
         curve.append((loss.item(), norm.item()))
     if folder is not None:
-        checkpoint.save(Path(folder), last, engine.tensors(), engine.shapes, {"step": last}, keep=9)
+        writing.save(Path(folder), last, engine.tensors(), engine.shapes, {"step": last}, keep=9)
     return curve, {name: tensor.detach().clone() for name, tensor in engine.tensors()}
 
 
@@ -108,9 +109,9 @@ def plain(last=2, tied=True, optimizer=OPTIMIZER):
     curve = []
     for step in range(last):
         batch = together(batches(step))
-        dealt = shard_batch(batch)
-        labels = dealt.pop("labels")
-        loss = torch.nn.functional.cross_entropy(model(**dealt).flatten(0, 1), labels.flatten(), ignore_index=-100)
+        shard = shard_batch(batch)
+        labels = shard.pop("labels")
+        loss = torch.nn.functional.cross_entropy(model(**shard).flatten(0, 1), labels.flatten(), ignore_index=-100)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optimizer.clip or float("inf"))
         adam.step()

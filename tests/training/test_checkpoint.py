@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, found damaged before use, and at home under every engine and number of ranks."""
+"""Checkpoints: whole or not there, found damaged before use, and good under every engine and number of ranks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import signal
+from pathlib import Path
 
 import pytest
 import recipe
@@ -18,12 +19,13 @@ from safetensors.torch import load_file
 from test_engine import assert_same
 
 from ringflash.errors import CheckpointError
-from ringflash.training import checkpoint
-from ringflash.training.checkpoint import Checkpoint
-from ringflash.training.optimizer import MOMENTS
+from ringflash.training.checkpoint import writing
+from ringflash.training.checkpoint.files import MANIFEST, OPTIMIZER, STATE, WEIGHTS, newest
+from ringflash.training.checkpoint.reading import Checkpoint
+from ringflash.training.engines.optimizer import MOMENTS
 
 SHAPES = {"embed.weight": (7, 3), "norm.weight": (3,)}
-FILES = (checkpoint.WEIGHTS, checkpoint.OPTIMIZER, checkpoint.STATE)
+FILES = (WEIGHTS, OPTIMIZER, STATE)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,7 +44,7 @@ def tensors(step):
 
 
 def save(root, step, keep=9):
-    return checkpoint.save(root, step, tensors(step), SHAPES, {"step": step, "text": "ß"}, keep)
+    return writing.save(root, step, tensors(step), SHAPES, {"step": step, "text": "ß"}, keep)
 
 
 def assert_holds(path, step):
@@ -55,13 +57,13 @@ def assert_holds(path, step):
 def test_what_was_saved_is_read_back_and_is_plain_safetensors(tmp_path):
     path = save(tmp_path, 5)
     assert_holds(path, 5)
-    weights = load_file(path / checkpoint.WEIGHTS)
+    weights = load_file(path / WEIGHTS)
     assert weights.keys() == SHAPES.keys()
     assert torch.equal(weights["norm.weight"], dict(tensors(5))["weight/norm.weight"])
     assert (tmp_path / "latest").read_text() == path.name
 
 
-@pytest.mark.parametrize("file", [*FILES, checkpoint.MANIFEST])
+@pytest.mark.parametrize("file", [*FILES, MANIFEST])
 @given(data=st.data())
 def test_a_flipped_bit_anywhere_is_found_and_its_file_named(tmp_path_factory, file, data):
     path = save(tmp_path_factory.mktemp("run"), 1)
@@ -69,7 +71,7 @@ def test_a_flipped_bit_anywhere_is_found_and_its_file_named(tmp_path_factory, fi
     bit = data.draw(st.integers(0, 8 * len(content) - 1))
     content[bit // 8] ^= 1 << bit % 8
     (path / file).write_bytes(content)
-    if file != checkpoint.MANIFEST:
+    if file != MANIFEST:
         with pytest.raises(CheckpointError, match=f"{path / file} is damaged"):
             Checkpoint(path)
         return
@@ -79,7 +81,7 @@ def test_a_flipped_bit_anywhere_is_found_and_its_file_named(tmp_path_factory, fi
         assert str(path) in str(error)  # noqa: PT017
 
 
-@pytest.mark.parametrize("file", [*FILES, checkpoint.MANIFEST])
+@pytest.mark.parametrize("file", [*FILES, MANIFEST])
 def test_a_short_or_absent_file_is_named(tmp_path, file):
     path = save(tmp_path, 1)
     content = (path / file).read_bytes()
@@ -92,15 +94,15 @@ def test_a_short_or_absent_file_is_named(tmp_path, file):
 
 
 def test_the_newest_complete_checkpoint_wins(tmp_path):
-    assert checkpoint.newest(tmp_path / "none") is None
+    assert newest(tmp_path / "none") is None
     first, second = save(tmp_path, 90), save(tmp_path, 100)
-    assert checkpoint.newest(tmp_path) == second
+    assert newest(tmp_path) == second
     (tmp_path / "step-00000200.partial").mkdir()
     (tmp_path / "step-00000300").mkdir()
     (tmp_path / "latest").unlink()
-    assert checkpoint.newest(tmp_path) == second
-    (second / checkpoint.MANIFEST).unlink()
-    assert checkpoint.newest(tmp_path) == first
+    assert newest(tmp_path) == second
+    (second / MANIFEST).unlink()
+    assert newest(tmp_path) == first
 
 
 def test_only_the_newest_are_kept_and_what_a_killed_run_left_is_removed(tmp_path):
@@ -112,7 +114,7 @@ def test_only_the_newest_are_kept_and_what_a_killed_run_left_is_removed(tmp_path
 
 def _folder_with_half_a_file(path):
     path.mkdir()
-    (path / checkpoint.WEIGHTS).write_bytes(b"half")
+    (path / WEIGHTS).write_bytes(b"half")
 
 
 LEFT = {
@@ -129,7 +131,7 @@ def test_whatever_a_killed_run_left_under_a_name_does_not_keep_a_step_from_being
     root = tmp_path / "run"
     first = save(root, 90)
     leave(root / name)
-    assert checkpoint.newest(root) == first
+    assert newest(root) == first
     for step in (100, 110):
         assert_holds(save(root, step, keep=2), step)
     assert sorted(path.name for path in root.iterdir()) == ["latest", "step-00000100", "step-00000110"]
@@ -140,16 +142,16 @@ def test_a_removal_that_was_killed_at_any_moment_does_not_keep_its_step_from_bei
     for number in range(len(FILES) + 1):
         root = tmp_path / str(number)
         path = save(root, 100)
-        for name in (checkpoint.MANIFEST, *FILES)[: number + 1]:
+        for name in (MANIFEST, *FILES)[: number + 1]:
             (path / name).unlink()
-        assert checkpoint.newest(root) is None
+        assert newest(root) is None
         assert_holds(save(root, 100), 100)
 
 
 def test_what_is_left_of_checkpoints_does_not_count_as_kept(tmp_path):
     for step in (10, 20, 30):
         save(tmp_path, step)
-    (tmp_path / "step-00000030" / checkpoint.MANIFEST).unlink()
+    (tmp_path / "step-00000030" / MANIFEST).unlink()
     assert_holds(save(tmp_path, 25, keep=2), 25)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000020", "step-00000025"]
 
@@ -182,11 +184,11 @@ class _FailingWrites:
     def __init__(self, monkeypatch, passing):
         self.left = passing
         for owner, name in (
-            (checkpoint._HashedFile, "write"),
+            (writing._HashedFile, "write"),
             (os, "fsync"),
             (os, "replace"),
-            (checkpoint.Path, "rename"),
-            (checkpoint.Path, "mkdir"),
+            (Path, "rename"),
+            (Path, "mkdir"),
         ):
             monkeypatch.setattr(owner, name, self._wrap(getattr(owner, name)))
 
@@ -214,7 +216,7 @@ def test_a_disk_that_is_full_at_any_moment_leaves_a_good_checkpoint(tmp_path):
                 failures += 1
                 assert "No space left on device" in str(error)  # noqa: PT017
                 assert "the last good one is" in str(error)  # noqa: PT017
-        found = checkpoint.newest(root)
+        found = newest(root)
         assert_holds(found, 1 if found == first else 2)
         assert_holds(save(root, 3), 3)
     assert failures > 15
@@ -223,7 +225,7 @@ def test_a_disk_that_is_full_at_any_moment_leaves_a_good_checkpoint(tmp_path):
 def _save_beyond_the_limit(folder):
     """The kernel itself refuses to let a file grow, halfway through rank 0's weights."""
     recipe.steps("zero2", degree=2, last=1, folder=folder)
-    unlimited = checkpoint.save
+    unlimited = writing.save
 
     def limited(*args, **kwargs):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -234,13 +236,13 @@ def _save_beyond_the_limit(folder):
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "save", limited)
+        patch.setattr(writing, "save", limited)
         with pytest.raises(CheckpointError) as caught:
             recipe.steps("zero2", degree=2, last=2, folder=folder)
     return str(caught.value)
 
 
-def test_every_rank_hears_that_rank_0_could_not_write(pool, tmp_path):
+def test_every_rank_is_notified_that_rank_0_could_not_write(pool, tmp_path):
     said = pool(2).run(_save_beyond_the_limit, str(tmp_path))
     assert said[0] == said[1]
     assert "step-00000002: not saved: [Errno 27] File too large" in said[0]
@@ -258,21 +260,18 @@ def _open(path):
 
 def test_every_rank_refuses_a_damaged_checkpoint(pool, tmp_path):
     path = save(tmp_path, 1)
-    with open(path / checkpoint.OPTIMIZER, "r+b") as file:
+    with open(path / OPTIMIZER, "r+b") as file:
         file.seek(-1, os.SEEK_END)
         last = file.read(1)
         file.seek(-1, os.SEEK_END)
         file.write(bytes([last[0] ^ 4]))
-    assert (
-        pool(2).run(_open, path)
-        == [f"{path / checkpoint.OPTIMIZER} is damaged: its SHA-256 is not the one in {checkpoint.MANIFEST}"] * 2
-    )
+    assert pool(2).run(_open, path) == [f"{path / OPTIMIZER} is damaged: its SHA-256 is not the one in {MANIFEST}"] * 2
 
 
 def test_an_unknown_format_is_refused(tmp_path):
     path = save(tmp_path, 1)
-    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
-    (path / checkpoint.MANIFEST).write_text(json.dumps({**manifest, "format": 99}))
+    manifest = json.loads((path / MANIFEST).read_text())
+    (path / MANIFEST).write_text(json.dumps({**manifest, "format": 99}))
     with pytest.raises(CheckpointError, match="format 99; this version reads format 1"):
         Checkpoint(path)
 

@@ -14,7 +14,7 @@ import yaml
 
 from ringflash.errors import ArgumentError
 from ringflash.launch import train
-from ringflash.training.composing import compose
+from ringflash.training.config.composing import compose
 
 CALL = {"_target_": "handed.run"}
 LOGGING = {"version": 1, "root": {"handlers": ["x"]}, "handlers": {"x": {"()": "handed.run"}}}

@@ -10,11 +10,12 @@ import torch
 from hydra.errors import HydraException
 
 import ringflash.configs.schema
-from ringflash.configs.schema import Config
+from ringflash.configs.schema import Config, entries
 from ringflash.errors import ArgumentError, RankMismatchError
-from ringflash.training.composing import groups, load, sweep
-from ringflash.training.config import accumulation, agree, check, compute_dtype, flatten
-from ringflash.training.trainer import vocabulary
+from ringflash.training.config.agreement import agree
+from ringflash.training.config.checks import check
+from ringflash.training.config.composing import groups, load, sweep
+from ringflash.training.config.meaning import accumulation, compute_dtype, vocabulary
 
 FOLDER = Path(ringflash.configs.schema.__file__).parent
 FILES = sorted(FOLDER.glob("*/*.yaml"))
@@ -160,11 +161,19 @@ def test_a_folder_that_may_be_a_checkpoint_is_not_refused(tmp_path):
         check(load([f"checkpoint.resume={resume}"]), 1)
 
 
-def test_every_key_of_the_checks_exists():
-    from ringflash.training import config as module
+MEET_OTHER_VALUES = {
+    "data.vocab_size",  # counts for a BPE only
+    "model.rope_scaling.factor",
+    "model.rope_scaling.low_freq_factor",
+    "model.rope_scaling.high_freq_factor",
+}
 
-    lists = (module.AT_LEAST_TWO, module.AT_LEAST_ONE, module.AT_LEAST_ZERO, module.POSITIVE, module.SHARES)
-    assert flatten(Config()).keys() >= {*module.CHOICES}.union(*lists)
+
+def test_every_number_says_its_bounds_and_every_bound_is_one_that_is_checked():
+    for key, value, bounds in entries(load()):
+        assert bounds.keys() <= {"choices", "at_least", "positive", "share", "bits"}, key
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            assert bounds or key in MEET_OTHER_VALUES, key
 
 
 @pytest.mark.parametrize(
@@ -206,11 +215,11 @@ def test_ranks_with_other_configurations_are_named_on_every_rank(pool, rank):
 def _agree_on_another_gpu(rank):
     import torch.distributed as dist
 
-    from ringflash.training import config
+    from ringflash.training.config import agreement
 
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == rank:
-            patch.setattr(config, "compute_dtype", lambda config: torch.bfloat16)
+            patch.setattr(agreement, "compute_dtype", lambda config: torch.bfloat16)
         agree(load())
 
 

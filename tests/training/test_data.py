@@ -7,6 +7,7 @@ import os
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pyarrow
@@ -19,10 +20,13 @@ from hypothesis import strategies as st
 from ringflash import shard_batch
 from ringflash.configs.schema import DataConfig
 from ringflash.errors import ArgumentError, CheckpointError, DataError
-from ringflash.training import building, data
-from ringflash.training.building import split
-from ringflash.training.data import Documents, PackedBatches, ValidationBatches, prepare
-from ringflash.training.sources import read_documents, source_files
+from ringflash.training.corpus import building
+from ringflash.training.corpus import prepare as preparing
+from ringflash.training.corpus.building import split
+from ringflash.training.corpus.documents import Documents
+from ringflash.training.corpus.packing import PackedBatches, ValidationBatches
+from ringflash.training.corpus.prepare import prepare
+from ringflash.training.corpus.sources import read_documents, source_files
 
 SEPARATOR = 256
 
@@ -44,9 +48,9 @@ def documents(lengths):
 
 def predictions(batch):
     """(token, next token) of all labelled tokens of a batch, as the training loop would see them."""
-    dealt = shard_batch(batch)
-    predicted = dealt["labels"] != -100
-    return list(zip(dealt["input_ids"][predicted].tolist(), dealt["labels"][predicted].tolist(), strict=True))
+    shard = shard_batch(batch)
+    predicted = shard["labels"] != -100
+    return list(zip(shard["input_ids"][predicted].tolist(), shard["labels"][predicted].tolist(), strict=True))
 
 
 def all_pairs(docs):
@@ -68,10 +72,9 @@ def test_validation_predicts_every_token_once_and_counts_every_byte(lengths, seq
     for part in parts:
         counted = list(part)
         assert len(counted) == len(part)
-        for batch_, num_tokens, batch_bytes in counted:
+        for batch_, batch_bytes in counted:
             assert batch_["input_ids"].shape == (batch, seqlen)
             pairs = predictions(batch_)
-            assert len(pairs) == num_tokens
             assert sum(target != SEPARATOR for _, target in pairs) == batch_bytes
             seen.update(pairs)
             num_bytes += batch_bytes
@@ -108,13 +111,13 @@ def test_segments_are_pieces_of_documents():
 
 def drawn(docs, ranks, batch, batches, state=None, seed=0):
     """The sequences of some batches in global order."""
-    deals = [PackedBatches(docs, 16, batch, seed, rank, ranks) for rank in range(ranks)]
+    loaders = [PackedBatches(docs, 16, batch, seed, rank, ranks) for rank in range(ranks)]
     if state is not None:
-        for deal in deals:
-            deal.load_state_dict(state)
-    rows = [[row.tolist() for _ in range(batches) for row in next(deal)["input_ids"]] for deal in deals]
-    assert all(deal.state_dict() == deals[0].state_dict() for deal in deals)
-    return [row for together in zip(*rows, strict=True) for row in together], deals[0].state_dict()
+        for loader in loaders:
+            loader.load_state_dict(state)
+    rows = [[row.tolist() for _ in range(batches) for row in next(loader)["input_ids"]] for loader in loaders]
+    assert all(loader.state_dict() == loaders[0].state_dict() for loader in loaders)
+    return [row for together in zip(*rows, strict=True) for row in together], loaders[0].state_dict()
 
 
 @settings(max_examples=30)
@@ -170,6 +173,10 @@ def test_split_holds_out_a_fair_share(lengths, fraction):
 # prepare
 
 
+def prepare_in(folder, config):
+    return prepare(replace(config, cache_dir=str(folder)))
+
+
 def write_folder(folder):
     for i in range(30):
         file = folder / ("sub" if i % 2 else ".") / f"{i:02}.txt"
@@ -187,7 +194,7 @@ def text_folder(tmp_path):
 @pytest.mark.parametrize("tokenizer", ["bpe", "bytes"])
 def test_prepare_keeps_the_text_of_every_document(text_folder, tmp_path, tokenizer):
     config = DataConfig(path=str(text_folder), tokenizer=tokenizer, vocab_size=300, validation_fraction=0.2)
-    corpus = prepare(config, tmp_path / "cache")
+    corpus = prepare_in(tmp_path / "cache", config)
     texts = []
     for part in (corpus.train, corpus.validation):
         for i, (start, stop) in enumerate(part.spans):
@@ -233,7 +240,7 @@ def test_only_one_of_several_ranks_builds_while_the_others_wait(text_folder, tmp
         time.sleep(0.3)
         building.build(*arguments)
 
-    monkeypatch.setattr(data, "build", slow_build)
+    monkeypatch.setattr(preparing, "build", slow_build)
     config = DataConfig(path=str(text_folder), tokenizer="bytes", cache_dir=str(tmp_path / "cache"))
     with ThreadPoolExecutor(4) as ranks:
         corpora = list(ranks.map(prepare, [config] * 4))
@@ -253,7 +260,7 @@ def test_a_build_that_fails_fails_on_every_rank_and_blocks_nobody(text_folder, t
 
 def test_one_file_is_cut_at_a_line_into_train_and_validation(tmp_path):
     (tmp_path / "book.txt").write_text("".join(f"line {i} naïve\n" for i in range(500)))
-    corpus = prepare(DataConfig(path=str(tmp_path / "book.txt"), tokenizer="bytes"), tmp_path / "cache")
+    corpus = prepare_in(tmp_path / "cache", DataConfig(path=str(tmp_path / "book.txt"), tokenizer="bytes"))
     ((start, cut),), ((again, end),) = corpus.train.spans, corpus.validation.spans
     text = corpus.train.text
     assert (start, cut, end) == (0, again, len(text))
@@ -263,7 +270,7 @@ def test_one_file_is_cut_at_a_line_into_train_and_validation(tmp_path):
 
 def test_one_file_of_one_line_is_cut_between_characters(tmp_path):
     (tmp_path / "book.txt").write_text("漢字" * 500 + "\n")
-    corpus = prepare(DataConfig(path=str(tmp_path / "book.txt"), tokenizer="bytes"), tmp_path / "cache")
+    corpus = prepare_in(tmp_path / "cache", DataConfig(path=str(tmp_path / "book.txt"), tokenizer="bytes"))
     for part in (corpus.train, corpus.validation):
         ((start, end),) = part.spans
         part.text[start:end].tobytes().decode()
@@ -271,12 +278,12 @@ def test_one_file_of_one_line_is_cut_between_characters(tmp_path):
 
 
 def test_long_documents_are_encoded_in_pieces_without_loss(tmp_path, monkeypatch):
-    monkeypatch.setattr("ringflash.training.building.PIECE_BYTES", 50)
-    monkeypatch.setattr("ringflash.training.building.GROUP_BYTES", 120)
+    monkeypatch.setattr("ringflash.training.corpus.building.PIECE_BYTES", 50)
+    monkeypatch.setattr("ringflash.training.corpus.building.GROUP_BYTES", 120)
     text = ("漢字" * 40 + "\n" + "word " * 30 + "\n\n  end") * 3
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "b.txt").write_text(text[::-1])
-    corpus = prepare(DataConfig(path=str(tmp_path), vocab_size=280), tmp_path / ".cache")
+    corpus = prepare_in(tmp_path / ".cache", DataConfig(path=str(tmp_path), vocab_size=280))
     for part in (corpus.train, corpus.validation):
         assert corpus.tokenizer.decode(part.tokens).decode() in (text, text[::-1])
         assert np.count_nonzero(part.tokens == corpus.tokenizer.separator) == 1
@@ -290,14 +297,14 @@ def test_jsonl_and_parquet_hold_many_documents(tmp_path):
     expected = [text.encode() for text in texts if text]
     assert list(read_documents(tmp_path / "a.jsonl", "body")) == expected
     assert list(read_documents(tmp_path / "a.parquet", "body")) == expected
-    corpus = prepare(DataConfig(path=str(tmp_path), text_field="body", tokenizer="bytes"), tmp_path / ".cache")
+    corpus = prepare_in(tmp_path / ".cache", DataConfig(path=str(tmp_path), text_field="body", tokenizer="bytes"))
     assert len(corpus.train) + len(corpus.validation) == 6
 
 
 def test_max_bytes_reads_no_more_and_cuts_no_character(text_folder, tmp_path):
     for limit in (700, 701, 702):
         config = DataConfig(path=str(text_folder), tokenizer="bytes", max_bytes=limit)
-        corpus = prepare(config, tmp_path / "cache")
+        corpus = prepare_in(tmp_path / "cache", config)
         size = corpus.train.num_bytes + corpus.validation.num_bytes
         assert limit - 3 <= size <= limit
         corpus.train.text.tobytes().decode()
@@ -340,50 +347,50 @@ def bad_folder(folder, name, content):
 def test_undecodable_text_names_the_file_and_the_place(tmp_path, name, content, message):
     folder = bad_folder(tmp_path, name, content)
     with pytest.raises(DataError, match=message):
-        prepare(DataConfig(path=str(folder), tokenizer="bytes"), tmp_path / ".cache")
+        prepare_in(tmp_path / ".cache", DataConfig(path=str(folder), tokenizer="bytes"))
     assert not list((tmp_path / ".cache").glob("building*"))
 
 
 def test_parquet_without_the_column_names_what_is_there(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x"], "n": [1]}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"no column data.text_field=text; its columns are body, n"):
-        prepare(DataConfig(path=str(tmp_path)), tmp_path / ".cache")
+        prepare_in(tmp_path / ".cache", DataConfig(path=str(tmp_path)))
     with pytest.raises(DataError, match="holds int64, not strings"):
-        prepare(DataConfig(path=str(tmp_path), text_field="n"), tmp_path / ".cache")
+        prepare_in(tmp_path / ".cache", DataConfig(path=str(tmp_path), text_field="n"))
 
 
 def test_missing_empty_and_unreadable_paths_are_named(tmp_path):
     with pytest.raises(DataError, match=r"none: no such file or folder"):
-        prepare(DataConfig(path=str(tmp_path / "none")), tmp_path / ".cache")
+        prepare_in(tmp_path / ".cache", DataConfig(path=str(tmp_path / "none")))
     with pytest.raises(DataError, match="no files in it"):
-        prepare(DataConfig(path=str(tmp_path)), tmp_path / ".cache")
+        prepare_in(tmp_path / ".cache", DataConfig(path=str(tmp_path)))
     (tmp_path / "empty.txt").touch()
     with pytest.raises(DataError, match="no text in its 1 files"):
-        prepare(DataConfig(path=str(tmp_path)), tmp_path / ".cache")
+        prepare_in(tmp_path / ".cache", DataConfig(path=str(tmp_path)))
     (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"cannot read .*gone\.txt: No such file"):
-        prepare(DataConfig(path=str(tmp_path)), tmp_path / ".cache")
+        prepare_in(tmp_path / ".cache", DataConfig(path=str(tmp_path)))
 
 
 def test_unwritable_cache_and_bad_values_are_named(text_folder, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"data.cache_dir=.*file"):
-        prepare(DataConfig(path=str(text_folder)), tmp_path / "file")
+        prepare_in(tmp_path / "file", DataConfig(path=str(text_folder)))
     with pytest.raises(ArgumentError, match="validation_fraction=0"):
-        prepare(DataConfig(path=str(text_folder), validation_fraction=0.0), tmp_path / "cache")
+        prepare_in(tmp_path / "cache", DataConfig(path=str(text_folder), validation_fraction=0.0))
     with pytest.raises(ArgumentError, match="max_bytes=0"):
-        prepare(DataConfig(path=str(text_folder), max_bytes=0), tmp_path / "cache")
+        prepare_in(tmp_path / "cache", DataConfig(path=str(text_folder), max_bytes=0))
     with pytest.raises(DataError, match=r"data.tokenizer=gpt9: no such folder"):
-        prepare(DataConfig(path=str(text_folder), tokenizer="gpt9"), tmp_path / "cache")
+        prepare_in(tmp_path / "cache", DataConfig(path=str(text_folder), tokenizer="gpt9"))
     (tmp_path / "one.txt").write_text("x")
     with pytest.raises(DataError, match="too short to hold a part of it out"):
-        prepare(DataConfig(path=str(tmp_path / "one.txt")), tmp_path / "cache")
+        prepare_in(tmp_path / "cache", DataConfig(path=str(tmp_path / "one.txt")))
 
 
 def test_bits_per_byte_of_a_uniform_model_is_eight(text_folder, tmp_path):
-    corpus = prepare(DataConfig(path=str(text_folder), tokenizer="bytes"), tmp_path / "cache")
+    corpus = prepare_in(tmp_path / "cache", DataConfig(path=str(text_folder), tokenizer="bytes"))
     nats = num_bytes = 0.0
-    for _, num_tokens, batch_bytes in ValidationBatches(corpus.validation, 64, 2):
-        nats += num_tokens * math.log(256)
+    for batch, batch_bytes in ValidationBatches(corpus.validation, 64, 2):
+        nats += len(predictions(batch)) * math.log(256)
         num_bytes += batch_bytes
     assert nats / math.log(2) / num_bytes == pytest.approx(8)

@@ -13,8 +13,8 @@ import recipe
 import torch
 
 from ringflash.configs.schema import EngineConfig
-from ringflash.training.engine import create_engine
-from ringflash.training.optimizer import learning_rate
+from ringflash.training.engines.create import create_engine
+from ringflash.training.engines.optimizer import learning_rate
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3")
 

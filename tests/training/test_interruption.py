@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ringflash.training.interruption import SIGNALS, Answer, StopSignals
+from ringflash.training.run.interruption import SIGNALS, Answer, StopSignals
 
 
 @pytest.mark.parametrize("number", SIGNALS)

@@ -20,11 +20,13 @@ from ringflash.errors import (
     RingflashError,
     RunStoppedError,
 )
-from ringflash.training import loop
-from ringflash.training.checkpoint import Checkpoint, newest
-from ringflash.training.composing import load
-from ringflash.training.config import agree, check
-from ringflash.training.loop import train
+from ringflash.training.checkpoint.files import newest
+from ringflash.training.checkpoint.reading import Checkpoint
+from ringflash.training.config.agreement import agree
+from ringflash.training.config.checks import check
+from ringflash.training.config.composing import load
+from ringflash.training.run import loop
+from ringflash.training.run.loop import train
 
 
 def _train(folder, run, *overrides):
@@ -97,7 +99,7 @@ def test_weights_that_are_not_finite_replace_no_good_checkpoint(pool, folder):
     assert torch.isfinite(weights).all()
 
 
-def _train_until_told(folder, run, rank, method, call, *overrides):
+def _train_until_signalled(folder, run, rank, method, call, *overrides):
     """One rank receives SIGTERM at the beginning of a call of one of its trainer's methods."""
     before, calls = signal.getsignal(signal.SIGTERM), 0
 
@@ -132,8 +134,8 @@ def _train_until_told(folder, run, rank, method, call, *overrides):
 def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_the_run_goes_on_from_there(
     pool, folder, curve, rank, method, call, step, overrides
 ):
-    run = f"told-{method}-{step}"
-    for said in pool(2).run(_train_until_told, folder, run, rank, method, call, *overrides):
+    run = f"signalled-{method}-{step}"
+    for said in pool(2).run(_train_until_signalled, folder, run, rank, method, call, *overrides):
         assert said == f"stopped by a signal after step {step} of 6; it is saved"
     assert newest(folder / run / "checkpoints").name == f"step-{step:08}"
     assert not (folder / run / "results.json").exists()

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ringflash.training.metrics import PositionLoss, ProgressDisplay, ScalarLog, read_scalars
-from ringflash.training.plots import plot_run
+from ringflash.training.run.plots import plot_run
+from ringflash.training.run.position_loss import PositionLoss
+from ringflash.training.run.progress import ProgressDisplay
+from ringflash.training.run.scalars import ScalarLog, read_scalars
 
 
 def test_scalars_reach_both_logs(tmp_path):

@@ -12,9 +12,9 @@ from ringflash import ArgumentError, shard_batch
 from ringflash.configs.schema import AttentionConfig, ModelConfig, RopeScalingConfig
 from ringflash.kernels import blockwise
 from ringflash.parallel.transport.send_recv import PointToPoint
-from ringflash.training import loss
-from ringflash.training.composing import load
-from ringflash.training.model import Transformer, attention_mask
+from ringflash.training.config.composing import load
+from ringflash.training.model import loss
+from ringflash.training.model.transformer import Transformer, attention_mask
 
 SCALING = RopeScalingConfig(factor=8.0, original_max_position_embeddings=64)
 
@@ -45,10 +45,10 @@ def test_computes_what_transformers_llama_computes(tied, scaling):
     ours = Transformer(config, 65)
     ours.load_state_dict({name.removeprefix("model."): weight for name, weight in theirs.state_dict().items()})
     ids = torch.randint(65, (2, 200))
-    dealt = shard_batch({"input_ids": ids})
-    dealt.pop("labels")
+    shard = shard_batch({"input_ids": ids})
+    shard.pop("labels")
     with torch.no_grad():
-        torch.testing.assert_close(ours(**dealt), theirs(ids).logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours(**shard), theirs(ids).logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -121,12 +121,12 @@ class _Counted:
 
 def _count_calls(activation_checkpointing):
     model = recipe.build(activation_checkpointing=activation_checkpointing)
-    dealt = shard_batch(recipe.together(recipe.batches(0)))
+    shard = shard_batch(recipe.together(recipe.batches(0)))
     products = []
     for layer in model.layers:
         layer.mlp.up_proj.register_forward_hook(lambda *_: products.append(1))
     with _Counted() as calls:
-        model(**dealt).backward()
+        model(**shard).backward()
     return calls, len(products), [weight.grad for weight in model.parameters()]
 
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from ringflash.configs.schema import DataConfig
 from ringflash.errors import ArgumentError
-from ringflash.training.data import prepare
-from ringflash.training.ngram import NgramModel, baselines
+from ringflash.training.corpus.ngram import NgramModel, baselines
+from ringflash.training.corpus.prepare import prepare
 
 documents = st.lists(st.text("aab", min_size=0, max_size=8).map(str.encode), min_size=1, max_size=5)
 
@@ -74,7 +74,7 @@ def test_order_is_checked():
 def test_baselines_are_fit_on_the_training_part_and_scored_on_the_other(tmp_path):
     for i in range(10):
         (tmp_path / f"{i}.txt").write_text(f"text number {i} says: " + "good day\n" * (20 - i))
-    corpus = prepare(DataConfig(path=str(tmp_path), tokenizer="bytes"), tmp_path / ".cache")
+    corpus = prepare(DataConfig(path=str(tmp_path), tokenizer="bytes", cache_dir=str(tmp_path / ".cache")))
     bits = baselines(corpus)
     assert list(bits) == ["unigram", "bigram", "trigram", "4-gram", "5-gram"]
     train, validation = corpus.train.sample(10**6), corpus.validation.sample(10**6)

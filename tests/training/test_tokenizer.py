@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 from tokenizers import models, normalizers, pre_tokenizers
 
 from ringflash.errors import ArgumentError, DataError
-from ringflash.training.tokenizer import BPETokenizer, ByteTokenizer, HuggingFaceTokenizer, huggingface_folder, load
+from ringflash.training.corpus.tokenizer import (
+    BPETokenizer,
+    ByteTokenizer,
+    HuggingFaceTokenizer,
+    huggingface_folder,
+    load,
+)
 
 SAMPLE = b"def f(x):\n    return x + 1\n\n\nclass A:\n    def g(self):\n        return self.f(12345)\n" * 40
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from launcher import launch, losses
 
-from ringflash.training.checkpoint import Checkpoint
+from ringflash.training.checkpoint.reading import Checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ringflash.errors import ArgumentError
-
-if TYPE_CHECKING:
-    from ringflash.training.data import Corpus
+from ringflash.training.corpus.documents import Corpus
 
 NAMES = {1: "unigram", 2: "bigram", 3: "trigram"}
 MAX_ORDER = 7

@@ -1,17 +1,4 @@
-"""Checkpoints that are whole or not there, and are checked before they are used.
-
-    checkpoints/
-      step-00000300/
-        weights.safetensors     fp32 weights by parameter name
-        optimizer.safetensors   AdamW's moments, "exp_avg/<parameter>" and "exp_avg_sq/<parameter>"
-        state.json              step, position in the data, random state, the model's shape, the configuration
-        manifest.json           size and SHA-256 of each file
-      latest                    name of the newest folder
-
-A checkpoint is written into a folder of another name, synced to disk, and renamed: a crash or a full disk leaves the
-ones before it as they were. Tensors are whole whatever engine wrote them, and pass through memory one by one. Loaders
-of safetensors return flipped bits without a word, so every file is compared with the manifest first.
-"""
+"""Writing a checkpoint: into a folder of another name, hashed and synced, then renamed."""
 
 from __future__ import annotations
 
@@ -19,28 +6,31 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from torch import Tensor
 
 from ringflash.errors import CheckpointError
-from ringflash.training.optimizer import MOMENTS
-
-WEIGHTS, OPTIMIZER, STATE, MANIFEST = "weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
-FORMAT = 1
-PARTIAL = ".partial"
-
-T = TypeVar("T")
-
-Shapes = Mapping[str, tuple[int, ...]]
-"""Shape of each parameter by its name."""
+from ringflash.training.checkpoint.files import (
+    FORMAT,
+    MANIFEST,
+    OPTIMIZER,
+    PARTIAL,
+    STATE,
+    WEIGHTS,
+    Shapes,
+    is_complete,
+    newest,
+    place,
+    steps,
+)
+from ringflash.training.engines.optimizer import MOMENTS
+from ringflash.training.ranks import from_rank_0
 
 
 def save(
@@ -75,55 +65,6 @@ def save(
     return final
 
 
-def newest(root: Path) -> Path | None:
-    """The complete checkpoint of the highest step in a folder, if there is one."""
-    return max(filter(_complete, _steps(root)), key=step_of, default=None)
-
-
-def step_of(path: Path) -> int:
-    """Optimizer steps that a checkpoint folder has behind it, from its name."""
-    return int(path.name.removeprefix("step-"))
-
-
-class Checkpoint:
-    """A checkpoint found good; reads its tensors one at a time.
-
-    Attributes:
-        state: what `save` was given.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """Verify a checkpoint; with torch.distributed every rank calls this, and rank 0 reads it through.
-
-        Raises:
-            CheckpointError: on every rank, naming the file that is missing or damaged.
-        """
-        self.path = path
-        alone = not dist.is_initialized()
-        problem = _problem(path) if alone or dist.get_rank() == 0 else None
-        problem = problem if alone else from_rank_0(problem)
-        if problem is not None:
-            raise CheckpointError(problem)
-        self.state: dict[str, Any] = json.loads((path / STATE).read_text())
-        self._files = {name: safe_open(path / name, framework="pt") for name in (WEIGHTS, OPTIMIZER)}
-
-    def read(self, name: str) -> Tensor:
-        """Whole fp32 tensor by the name an engine gave it, on the CPU."""
-        file, key = _place(name)
-        return self._files[file].get_tensor(key)
-
-    def check_shapes(self, shapes: Shapes) -> None:
-        """Raise CheckpointError, naming a parameter, unless these are the parameters of the model."""
-        weights = self._files[WEIGHTS]
-        there = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
-        for name in [*shapes, *there]:
-            if shapes.get(name) != there.get(name):
-                raise CheckpointError(
-                    f"{self.path} is of another model: {name} is {there.get(name, 'absent')} there and "
-                    f"{shapes.get(name, 'absent')} here"
-                )
-
-
 class _Writer:
     """Streams tensors into the two safetensors files of a folder that is not yet a checkpoint."""
 
@@ -147,7 +88,7 @@ class _Writer:
 
     def add(self, name: str, tensor: Tensor) -> None:
         data = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
-        self._files[_place(name)[0]].write(memoryview(data).cast("B"))
+        self._files[place(name)[0]].write(memoryview(data).cast("B"))
 
     def commit(self, state: dict[str, Any]) -> None:
         self._files[STATE] = _HashedFile(self.partial / STATE)
@@ -164,13 +105,13 @@ class _Writer:
     def _begin(self, shapes: Shapes) -> None:
         for left in self.final.parent.glob(f"step-*{PARTIAL}"):  # from a run that was killed while saving
             _remove(left)
-        if not _complete(self.final):  # from one that was killed while removing it
+        if not is_complete(self.final):  # from one that was killed while removing it
             _remove(self.final)
         self.partial.mkdir(parents=True)
         entries = {WEIGHTS: [], OPTIMIZER: []}
         for name, shape in shapes.items():
             for kind in ("weight", *MOMENTS):
-                file, key = _place(f"{kind}/{name}")
+                file, key = place(f"{kind}/{name}")
                 entries[file].append((key, shape))
         for file, contents in entries.items():
             self._files[file] = _HashedFile(self.partial / file)
@@ -213,48 +154,9 @@ def _safetensors_header(contents: list[tuple[str, tuple[int, ...]]]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _place(name: str) -> tuple[str, str]:
-    """File and key of an engine's tensor."""
-    kind, _, parameter = name.partition("/")
-    return (WEIGHTS, parameter) if kind == "weight" else (OPTIMIZER, name)
-
-
-def _problem(path: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None."""
-    if not path.is_dir():
-        return f"{path}: no such checkpoint"
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        if manifest["format"] != FORMAT:
-            return f"{path / MANIFEST}: format {manifest['format']}; this version reads format {FORMAT}"
-        expected = {name: manifest["files"][name] for name in (WEIGHTS, OPTIMIZER, STATE)}
-        for name, entry in expected.items():
-            if (path / name).stat().st_size != entry["bytes"]:
-                return f"{path / name} is damaged: {(path / name).stat().st_size} bytes instead of {entry['bytes']}"
-            with open(path / name, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                    return f"{path / name} is damaged: its SHA-256 is not the one in {MANIFEST}"
-    except OSError as error:
-        return f"{error.filename}: {error.strerror}"
-    except (ValueError, KeyError, TypeError) as error:
-        return f"{path / MANIFEST} is damaged: {type(error).__name__}: {error}"
-    return None
-
-
-def _steps(root: Path) -> list[Path]:
-    """Everything that is named like a checkpoint, by rising step."""
-    there = root.iterdir() if root.is_dir() else ()
-    return sorted((path for path in there if re.fullmatch(r"step-\d{8,}", path.name)), key=step_of)
-
-
-def _complete(path: Path) -> bool:
-    # A folder gets its name when all is written, and loses its manifest before anything else.
-    return (path / MANIFEST).is_file()
-
-
 def _prune(root: Path, keep: int) -> None:
-    complete = [path for path in _steps(root) if _complete(path)]
-    for path in set(_steps(root)) - set(complete[-keep:]):
+    complete = [path for path in steps(root) if is_complete(path)]
+    for path in set(steps(root)) - set(complete[-keep:]):
         _remove(path)
 
 
@@ -280,10 +182,3 @@ def _sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def from_rank_0(value: T) -> T:
-    """What rank 0 passes, on every rank; a collective."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]

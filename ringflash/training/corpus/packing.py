@@ -12,16 +12,14 @@ S is the sequence length in tokens, B the sequences of a batch on one data rank.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ringflash.batches import IGNORED_LABEL
 from ringflash.errors import ArgumentError, CheckpointError, DataError
-
-if TYPE_CHECKING:
-    from ringflash.training.data import Documents
+from ringflash.training.corpus.documents import Documents
 
 
 class PackedBatches:
@@ -96,12 +94,10 @@ class CountedBatch(NamedTuple):
     Attributes:
         batch: {"input_ids": (B, S) int64, "labels": (B, S) int64, not shifted, -100 in padding, "cu_seqlens"}, which
             `ringflash.shard_batch` takes.
-        num_tokens: predictions in the batch.
-        num_bytes: bytes of text that they stand for.
+        num_bytes: bytes of text that its predictions stand for.
     """
 
     batch: dict[str, Any]
-    num_tokens: int
     num_bytes: int
 
 
@@ -135,7 +131,7 @@ class ValidationBatches:
         input_ids = np.full((self.batch, self.seqlen), self.documents.tokens[0], np.int64)
         labels = np.full((self.batch, self.seqlen), IGNORED_LABEL, np.int64)
         num_bytes = np.zeros((self.batch, self.seqlen), np.int64)
-        cu_seqlens, num_tokens = [0], 0
+        cu_seqlens = [0]
         for row, sample in enumerate(samples):
             first = sample * (self.seqlen - 1)
             there = min(self.seqlen, max(0, len(tokens) - first))
@@ -144,14 +140,13 @@ class ValidationBatches:
             self._stream.read(counts, first, num_bytes[row, :there])
             labels[row, :there] = input_ids[row, :there]
             cu_seqlens += bounds if there == self.seqlen else [*bounds, (row + 1) * self.seqlen]
-            num_tokens += there - len(bounds)
         batch = {
             "input_ids": torch.from_numpy(input_ids),
             "labels": torch.from_numpy(labels),
             "cu_seqlens": cu_seqlens,
         }
         # A row's first token is predicted in the row before, or is a separator.
-        return CountedBatch(batch, num_tokens, int(num_bytes[:, 1:].sum()))
+        return CountedBatch(batch, int(num_bytes[:, 1:].sum()))
 
 
 class _Stream:

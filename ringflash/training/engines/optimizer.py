@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ringflash.configs.schema import OptimizerConfig
+from ringflash.training.engines.deepspeed_private import whole_shape
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps for each weight beside its step; names are torch's."""
@@ -15,18 +16,13 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 def adamw(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101); matrices decay, norms do not."""
-    matrices = [weight for weight in module.parameters() if len(_shape(weight)) > 1]
-    vectors = [weight for weight in module.parameters() if len(_shape(weight)) <= 1]
+    matrices = [weight for weight in module.parameters() if len(whole_shape(weight)) > 1]
+    vectors = [weight for weight in module.parameters() if len(whole_shape(weight)) <= 1]
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
-
-
-def _shape(weight: nn.Parameter) -> torch.Size:
-    # A parameter that ZeRO 3 has divided is empty; DeepSpeed keeps its shape beside it.
-    return getattr(weight, "ds_shape", weight.shape)
 
 
 def adam_state(weight: torch.Tensor, step: int) -> dict[str, torch.Tensor]:

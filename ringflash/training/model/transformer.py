@@ -25,8 +25,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from ringflash import DistributedFlashAttention, Mask
 from ringflash.configs.schema import AttentionConfig, ModelConfig, RopeScalingConfig
-from ringflash.training.config import check_model, head_dim
-from ringflash.training.loss import cross_entropy, cross_entropy_sum
+from ringflash.training.model.loss import cross_entropy, cross_entropy_sum
+from ringflash.training.model.shape import check_shape, head_dim
 
 
 class Linear(nn.Module):
@@ -123,7 +123,7 @@ class Head(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The decoder; one call takes this rank's shard of a batch as `ringflash.shard_batch` deals it.
+    """The decoder; one call takes this rank's shard of a batch as `ringflash.shard_batch` shards it.
 
     Example:
         model = Transformer(ModelConfig(64, 128, 2, 2, 1), vocab_size=256)
@@ -152,7 +152,7 @@ class Transformer(nn.Module):
             seed: of the initial weights.
         """
         super().__init__()
-        check_model(config)
+        check_shape(config)
         self.config, self.dtype, self.activation_checkpointing, self.seed = (
             config,
             dtype,

@@ -1,7 +1,7 @@
 """Building a corpus folder: gather the text, hold documents out, train the tokenizer, write the tokens.
 
 Files of the folder: text.bin (all documents end to end); for each part, tokens.bin, offsets.npy and spans.npy as in
-`data.Documents`, for validation token_bytes.bin too; the tokenizer's own; and meta.json, which is written last.
+`documents.Documents`, for validation token_bytes.bin too; the tokenizer's own; and meta.json, which is written last.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import numpy as np
 
 from ringflash.configs.schema import DataConfig
 from ringflash.errors import DataError
-from ringflash.training import tokenizer as tokenizing
-from ringflash.training.sources import read_documents
-from ringflash.training.tokenizer import Tokenizer
+from ringflash.training.corpus import tokenizer as tokenizing
+from ringflash.training.corpus.documents import sample
+from ringflash.training.corpus.sources import read_documents
+from ringflash.training.corpus.tokenizer import Tokenizer
 
 TOKENIZER_BYTES = 64 << 20
 """A BPE is trained on at most this much text."""
@@ -94,21 +95,6 @@ def split(lengths: np.ndarray, fraction: float) -> np.ndarray:
     held_out = np.zeros(len(order), bool)
     held_out[chosen if len(chosen) else order[len(order) // 2]] = True
     return held_out
-
-
-def sample(text: np.ndarray, spans: np.ndarray, max_bytes: int) -> list[np.ndarray]:
-    """Text of the spans, or of a fixed random choice of them that is cut to `max_bytes`."""
-    lengths = spans[:, 1] - spans[:, 0]
-    order = np.arange(len(spans))
-    if lengths.sum() > max_bytes:
-        order = np.random.default_rng(0).permutation(order)
-        stop = np.searchsorted(np.cumsum(lengths[order]), max_bytes) + 1
-        order = order[:stop]
-    chosen, left = [], max_bytes
-    for start, end in spans[order]:
-        chosen.append(text[start : min(end, start + left)])
-        left -= len(chosen[-1])
-    return chosen
 
 
 def write_atomically(path: Path, text: str) -> None:

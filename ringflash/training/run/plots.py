@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ringflash.training.metrics import PositionBin
+from ringflash.training.run.position_loss import PositionBin
 
 Curve = Sequence[tuple[int, float]]
 """(step, bits per byte) pairs."""

@@ -18,16 +18,21 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from ringflash.batches import shard_batch
-from ringflash.configs.schema import Config, ModelConfig
+from ringflash.configs.schema import Config
 from ringflash.errors import ArgumentError, RankMismatchError, RingflashError
-from ringflash.training import checkpoint
-from ringflash.training.config import accumulation, compute_dtype, sequence_degree
-from ringflash.training.data import Corpus, PackedBatches, ValidationBatches, prepare
-from ringflash.training.engine import create_engine, parameter_shapes
-from ringflash.training.interruption import Answer
-from ringflash.training.metrics import PositionBin, PositionLoss
-from ringflash.training.model import Transformer, attention_mask
-from ringflash.training.optimizer import learning_rate
+from ringflash.training.checkpoint import writing
+from ringflash.training.checkpoint.files import newest, step_of
+from ringflash.training.checkpoint.reading import Checkpoint
+from ringflash.training.config.meaning import accumulation, compute_dtype, sequence_degree, vocabulary
+from ringflash.training.corpus.documents import Corpus
+from ringflash.training.corpus.packing import PackedBatches, ValidationBatches
+from ringflash.training.corpus.prepare import prepare
+from ringflash.training.engines.create import create_engine, parameter_shapes
+from ringflash.training.engines.optimizer import learning_rate
+from ringflash.training.model.transformer import Transformer, attention_mask
+from ringflash.training.ranks import from_all, from_rank_0
+from ringflash.training.run.interruption import Answer
+from ringflash.training.run.position_loss import PositionBin, PositionLoss
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,7 @@ class Trainer:
         positions, num_bytes = PositionLoss(train.seqlen), 0
         for _, counted in zip(range(limit), batches, strict=False):
             num_bytes += counted.num_bytes
-            shard = self._deal(counted.batch)
+            shard = self._shard(counted.batch)
             positions.add(shard["position_ids"], self.engine.evaluate(shard), shard["labels"])
             asked = torch.full((), float(stop()), device=self.device)
             dist.all_reduce(asked)
@@ -160,7 +165,7 @@ class Trainer:
             "model": dataclasses.asdict(self.config.model) | {"vocab_size": self.vocab_size},
             "config": dataclasses.asdict(self.config),
         }
-        path = checkpoint.save(
+        path = writing.save(
             self.folder / "checkpoints",
             self.step,
             self.engine.tensors(),
@@ -186,37 +191,28 @@ class Trainer:
     def _next_batches(self) -> list[dict]:
         if self._first_batches is not None:
             return self._first_batches
-        batches = [self._deal(next(self.batches)) for _ in range(self.accumulation)]
+        batches = [self._shard(next(self.batches)) for _ in range(self.accumulation)]
         if self.config.train.overfit:
             self._first_batches = batches
         return batches
 
-    def _deal(self, batch: dict) -> dict:
+    def _shard(self, batch: dict) -> dict:
         on_device = {name: x.to(self.device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
         attention = self.config.attention
         return shard_batch(on_device, self.group, attention.partition, attention_mask(attention))
 
-    def _find_checkpoint(self) -> checkpoint.Checkpoint | None:
+    def _find_checkpoint(self) -> Checkpoint | None:
         resume = self.config.checkpoint.resume
-        there = checkpoint.from_rank_0(checkpoint.newest(self.folder / "checkpoints"))
+        there = from_rank_0(newest(self.folder / "checkpoints"))
         path = {"auto": there, "never": None}.get(resume, Path(resume))
-        found = None if path is None else checkpoint.Checkpoint(path)
+        found = None if path is None else Checkpoint(path)
         step = 0 if found is None else found.state["step"]
-        if there is not None and checkpoint.step_of(there) > step:
+        if there is not None and step_of(there) > step:
             raise ArgumentError(
                 f"checkpoint.resume={resume} starts at step {step}, but run_dir={self.folder} already holds "
                 f"{there.name}; give another run_dir"
             )
         return found
-
-
-def vocabulary(model: ModelConfig, tokens: int) -> int:
-    """Rows of the embedding for a tokenizer of so many tokens."""
-    if model.vocab_size is None:
-        return -(-tokens // 64) * 64
-    if model.vocab_size < tokens:
-        raise ArgumentError(f"model.vocab_size={model.vocab_size} is less than the {tokens} tokens of the tokenizer")
-    return model.vocab_size
 
 
 def _prepare_alike(config: Config) -> Corpus:
@@ -225,8 +221,7 @@ def _prepare_alike(config: Config) -> Corpus:
         corpus, said = prepare(config.data), None
     except RingflashError as error:
         corpus, said = error, f"{type(error).__name__}: {error}"
-    read: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(read, said or corpus.train.identity)
+    read = from_all(said or corpus.train.identity)
     if isinstance(corpus, RingflashError):
         raise corpus
     for rank, other in enumerate(read):

@@ -3,7 +3,7 @@
 Hydra composes; none of what it could start besides is started. Its own node, `hydra`, names classes to instantiate
 (callbacks, launcher, sweeper), factories to call (`()` in the logging nodes), packages to import (searchpath) and
 environment variables to set, so a file that someone hands over could run code by it. Here that node is never used, and
-whoever sets any of it is told by its key. Every other key is one of ringflash.configs.schema.
+whatever sets any of it is refused by its key. Every other key is one of ringflash.configs.schema.
 """
 
 from __future__ import annotations

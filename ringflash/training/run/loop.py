@@ -18,12 +18,13 @@ from omegaconf import OmegaConf
 
 from ringflash.configs.schema import Config
 from ringflash.errors import ArgumentError, CheckpointError, RunStoppedError
-from ringflash.training import checkpoint
-from ringflash.training.interruption import StopSignals
-from ringflash.training.metrics import ProgressDisplay, ScalarLog, read_scalars
-from ringflash.training.ngram import baselines
-from ringflash.training.plots import plot_run
-from ringflash.training.trainer import Trainer, Validation
+from ringflash.training.corpus.ngram import baselines
+from ringflash.training.ranks import from_rank_0
+from ringflash.training.run.interruption import StopSignals
+from ringflash.training.run.plots import plot_run
+from ringflash.training.run.progress import ProgressDisplay
+from ringflash.training.run.scalars import ScalarLog, read_scalars
+from ringflash.training.run.trainer import Trainer, Validation
 
 
 def train(config: Config, device: torch.device) -> Path:
@@ -104,16 +105,15 @@ def _stop(trainer: Trainer, progress: ProgressDisplay) -> NoReturn:
 
 def _run_folder(config: Config) -> Path:
     """The run's folder, made by rank 0, whose clock names it."""
-    box = [config.run_dir or _unused(Path("runs", config.name, time.strftime("%Y-%m-%d_%H-%M-%S")))]
-    dist.broadcast_object_list(box, src=0)
-    folder, problem = Path(box[0]), None
+    chosen = config.run_dir or _unused(Path("runs", config.name, time.strftime("%Y-%m-%d_%H-%M-%S")))
+    folder, problem = Path(from_rank_0(chosen)), None
     if dist.get_rank() == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
         except OSError as error:
             problem = str(error)
-    problem = checkpoint.from_rank_0(problem)
+    problem = from_rank_0(problem)
     if problem is not None:
         raise ArgumentError(f"run_dir={folder}: cannot write there: {problem}")
     return folder

@@ -1,8 +1,8 @@
-"""A run that is told to stop ends after the step it is in, with a checkpoint, on all ranks together.
+"""A run that a signal stops ends after the step it is in, with a checkpoint, on all ranks together.
 
 SIGTERM is what schedulers send to a job they are about to take away, SIGINT what a terminal sends for Ctrl-C. Signals
-may reach only some ranks, or reach them in different steps, so each rank tells the others in the step's last reduction
-(`Engine.train_step`) and all stop after the first step in which any was told.
+may reach only some ranks, or reach them in different steps, so each rank notifies the others in the step's last
+reduction (`Engine.train_step`), and all stop after the first step in which any was signalled.
 
     answer = Answer()
     with StopSignals() as signals:
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 STOPPED = 75
-"""Exit status of a process whose run was told to stop and saved a checkpoint. EX_TEMPFAIL of sysexits.h: a temporary
+"""Exit status of a process whose run was stopped and saved a checkpoint. EX_TEMPFAIL of sysexits.h: a temporary
 failure, try again; unlike 128 + 15 it cannot be taken for a process that a signal killed with nothing saved."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -38,7 +38,7 @@ class StopSignals:
         self._before: dict[signal.Signals, object] = {}
 
     def received(self) -> bool:
-        """Whether this process was told to stop."""
+        """Whether this process was signalled to stop."""
         return self._received
 
     def __enter__(self) -> StopSignals:

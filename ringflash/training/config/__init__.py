@@ -1,0 +1,1 @@
+"""From YAML files and overrides to a configuration that is checked, and the same on every rank."""

@@ -1,0 +1,97 @@
+"""Values that cannot work, each refused by its key before anything is started.
+
+Wrong keys and types are refused while composing. The bounds of a value by itself stand with its key, in
+ringflash.configs.schema; here they are compared, and after them what several keys, the ranks or the machine must fit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from ringflash.configs.schema import Config, entries
+from ringflash.errors import ArgumentError
+from ringflash.kernels.select import select
+from ringflash.training.checkpoint.files import MANIFEST, is_complete
+from ringflash.training.config.meaning import compute_dtype, device_type, sequence_degree
+from ringflash.training.model.shape import check_shape, head_dim
+
+SMALLEST_VOCABULARY = 257
+"""Tokens of the bytes tokenizer, and of a BPE without any merges."""
+
+
+def check(config: Config, world_size: int) -> None:
+    """Raise ArgumentError, naming the key, for values that cannot work on this many ranks."""
+    for key, value, bounds in entries(config):
+        if value is not None:
+            _check_bounds(key, value, bounds)
+    _check_vocabulary(config)
+    check_shape(config.model)
+    _check_kernel(config)
+    _check_ranks(config, world_size)
+    _check_resume(config.checkpoint.resume)
+
+
+def _check_bounds(key: str, value: object, bounds: Mapping[str, object]) -> None:
+    """Compare one value with its field's metadata; ringflash.configs.schema says what the names mean."""
+    choices, least = bounds.get("choices"), bounds.get("at_least")
+    if choices is not None and value not in choices:
+        raise ArgumentError(f"{key}={value!r}; allowed are {', '.join(choices)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ArgumentError(f"{key}={value}; allowed are finite numbers")
+    if least is not None and value < least:
+        raise ArgumentError(f"{key}={value}; allowed are {least} and more")
+    if bounds.get("positive") and value <= 0:
+        raise ArgumentError(f"{key}={value}; it must be positive")
+    if bounds.get("share") and not 0 <= value < 1:
+        raise ArgumentError(f"{key}={value}; allowed are 0 up to, not including, 1")
+    if "bits" in bounds and value >= 1 << bounds["bits"]:
+        raise ArgumentError(f"{key}={value}; allowed are 0 up to, not including, 2^{bounds['bits']}")
+
+
+def _check_vocabulary(config: Config) -> None:
+    tokenizer = config.data.tokenizer
+    if tokenizer not in ("bpe", "bytes"):
+        return  # a folder's tokenizer may have any size, and says which only when it is read
+    sizes = {"model.vocab_size": config.model.vocab_size}
+    if tokenizer == "bpe":
+        sizes["data.vocab_size"] = config.data.vocab_size
+    for key, size in sizes.items():
+        if size is not None and size < SMALLEST_VOCABULARY:
+            least = f"{SMALLEST_VOCABULARY} and more: 256 bytes and the separator"
+            raise ArgumentError(f"{key}={size}; data.tokenizer={tokenizer} needs {least}")
+
+
+def _check_kernel(config: Config) -> None:
+    # On GPUs attention itself refuses: here no rank has chosen its GPU yet, and asking would start CUDA on the first.
+    if device_type(config) == "cpu":
+        try:
+            select("cpu", compute_dtype(config), head_dim(config.model), kernel=config.attention.kernel)
+        except ArgumentError as error:
+            raise ArgumentError(f"attention.{error}") from error
+
+
+def _check_resume(resume: str) -> None:
+    if resume not in ("auto", "never") and not is_complete(Path(resume)):
+        state = f"no {MANIFEST} in it" if Path(resume).is_dir() else "no such folder"
+        raise ArgumentError(f"checkpoint.resume={resume}: {state}; allowed are auto, never and a checkpoint's folder")
+
+
+def _check_ranks(config: Config, world_size: int) -> None:
+    train, degree = config.train, sequence_degree(config, world_size)
+    if world_size % degree:
+        raise ArgumentError(f"train.sequence_degree={degree} does not divide the {world_size} ranks")
+    data_ranks = world_size // degree
+    if train.global_batch % (train.micro_batch * data_ranks):
+        raise ArgumentError(
+            f"train.global_batch={train.global_batch} is not divisible by train.micro_batch={train.micro_batch} x "
+            f"{data_ranks} data-parallel groups ({world_size} ranks / sequence degree {degree})"
+        )
+    if config.attention.partition == "balanced" and train.micro_batch > 1:
+        raise ArgumentError(
+            "attention.partition=balanced levels the work of one packed sequence, so "
+            f"train.micro_batch={train.micro_batch} must be 1 (train.global_batch may be more)"
+        )
+    if train.seqlen < degree:
+        raise ArgumentError(f"train.seqlen={train.seqlen} is shorter than the {degree} ranks that share a sequence")

@@ -1,0 +1,46 @@
+"""What a configuration comes to on this many ranks and this machine, where a key leaves it open."""
+
+from __future__ import annotations
+
+import torch
+
+from ringflash.configs.schema import Config, ModelConfig
+from ringflash.errors import ArgumentError
+
+
+def sequence_degree(config: Config, world_size: int) -> int:
+    """Ranks that share one sequence."""
+    return config.train.sequence_degree or world_size
+
+
+def accumulation(config: Config, world_size: int) -> int:
+    """Micro-batches of one optimizer step on each group of ranks."""
+    data_ranks = world_size // sequence_degree(config, world_size)
+    return config.train.global_batch // (config.train.micro_batch * data_ranks)
+
+
+def device_type(config: Config) -> str:
+    """Type of device to run on; asking for a GPU where there is none is an error."""
+    available = torch.cuda.is_available()
+    if config.device == "cuda" and not available:
+        raise ArgumentError("device=cuda, but torch finds no GPU here; allowed are cpu and auto")
+    return "cuda" if available and config.device != "cpu" else "cpu"
+
+
+def compute_dtype(config: Config) -> torch.dtype:
+    """Dtype of activations: what engine.precision says, and for auto bfloat16 on GPUs that compute it."""
+    precision = config.engine.precision
+    if precision == "auto":
+        # torch.cuda.is_bf16_supported() also says yes to GPUs that only emulate it, slower than fp32.
+        computed = device_type(config) == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
+        precision = "bf16" if computed else "fp32"
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def vocabulary(model: ModelConfig, tokens: int) -> int:
+    """Rows of the embedding for a tokenizer of so many tokens."""
+    if model.vocab_size is None:
+        return -(-tokens // 64) * 64
+    if model.vocab_size < tokens:
+        raise ArgumentError(f"model.vocab_size={model.vocab_size} is less than the {tokens} tokens of the tokenizer")
+    return model.vocab_size

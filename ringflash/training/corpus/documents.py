@@ -1,0 +1,87 @@
+"""What a tokenized text is: documents end to end, those to learn from and those held out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ringflash.training.corpus.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Documents of the train or validation part.
+
+    Attributes:
+        tokens: all documents end to end, each opened by a separator; uint16 or uint32.
+        offsets: (documents + 1,) int64; document i is tokens[offsets[i] : offsets[i + 1]].
+        text: uint8, the whole corpus.
+        spans: (documents, 2) int64; document i is text[spans[i, 0] : spans[i, 1]].
+        token_bytes: uint32, bytes that each of `tokens` stands for; None for the training part.
+        identity: names the text, the tokenizer and the part.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    text: np.ndarray
+    spans: np.ndarray
+    token_bytes: np.ndarray | None
+    identity: str
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are predicted: all but the separators."""
+        return len(self.tokens) - len(self)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of text."""
+        return int((self.spans[:, 1] - self.spans[:, 0]).sum())
+
+    def sample(self, max_bytes: int) -> list[np.ndarray]:
+        """Text (uint8) of all documents, or of a fixed random choice of them that is cut to `max_bytes`."""
+        return sample(self.text, self.spans, max_bytes)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A tokenized text: what `prepare` returns.
+
+    Attributes:
+        train: documents to learn from, in the sources' order.
+        validation: held-out documents, shuffled once, so that any first part of them represents the whole.
+        tokenizer: the tokenizer of both.
+        sha256: of the text and its division into documents.
+        folder: the cache folder of this corpus.
+    """
+
+    train: Documents
+    validation: Documents
+    tokenizer: Tokenizer
+    sha256: str
+    folder: Path
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes that a predicted training token stands for, on average."""
+        return self.train.num_bytes / self.train.num_tokens
+
+
+def sample(text: np.ndarray, spans: np.ndarray, max_bytes: int) -> list[np.ndarray]:
+    """Text of the spans, or of a fixed random choice of them that is cut to `max_bytes`."""
+    lengths = spans[:, 1] - spans[:, 0]
+    order = np.arange(len(spans))
+    if lengths.sum() > max_bytes:
+        order = np.random.default_rng(0).permutation(order)
+        stop = np.searchsorted(np.cumsum(lengths[order]), max_bytes) + 1
+        order = order[:stop]
+    chosen, left = [], max_bytes
+    for start, end in spans[order]:
+        chosen.append(text[start : min(end, start + left)])
+        left -= len(chosen[-1])
+    return chosen

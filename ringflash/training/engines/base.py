@@ -1,0 +1,86 @@
+"""What an engine is: a model with its optimizer, spread over the ranks.
+
+All engines treat all ranks, data and sequence alike, as one data-parallel group. A rank's gradient is that of
+`local loss sum / valid tokens of the whole step * ranks`, and the engine averages over ranks: the result is the
+gradient of the mean loss over all tokens of the step, whatever the sharding, the accumulation and the engine.
+
+An engine exports its state as whole fp32 tensors by parameter name, one at a time, and imports the same, so a
+checkpoint of any engine on any number of ranks continues on any other.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ringflash.training.model.loss import valid_tokens
+from ringflash.training.model.transformer import Transformer
+
+Read = Callable[[str], Tensor]
+"""Tensor of a checkpoint by name: `weight/<parameter>`, `exp_avg/<parameter>`, `exp_avg_sq/<parameter>`."""
+
+
+class Engine(ABC):
+    """A model with its optimizer, spread over the ranks."""
+
+    model: Transformer
+    shapes: dict[str, tuple[int, ...]]
+    """Shape of each parameter, in the order of `tensors`."""
+
+    def train_step(
+        self, batches: Sequence[dict], lr: float, stop: Callable[[], bool] = lambda: False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One optimizer step over this rank's shards of its micro-batches.
+
+        Args:
+            batches: arguments of the model for each micro-batch, on its device.
+            lr: learning rate.
+            stop: whether this rank wants the run to stop; asked at the step's end.
+
+        Returns:
+            Mean loss per token over all ranks, the gradient's norm before clipping, and how many ranks want to stop;
+            scalars on the device.
+        """
+        self.model.train()
+        valid = torch.stack([valid_tokens(batch["labels"]) for batch in batches]).sum()
+        dist.all_reduce(valid)
+        # A step whose every token is masked has no gradient; without the clamp it would have NaN.
+        share = 1 / valid.clamp(min=1)
+        total = torch.zeros((), device=valid.device)
+        for index, batch in enumerate(batches):
+            total += self.accumulate(batch, share * dist.get_world_size(), last=index == len(batches) - 1)
+        norm = self.update(lr)
+        sums = torch.stack([total, torch.full_like(total, float(stop()))])
+        dist.all_reduce(sums)
+        return sums[0] * share, norm, sums[1]
+
+    @torch.no_grad()
+    def evaluate(self, batch: dict) -> Tensor:
+        """Cross entropy (B, T) fp32 of each token of this rank's shard; 0 where there is no label."""
+        self.model.eval()
+        return self.wrapped(**batch, per_token=True)
+
+    @property
+    @abstractmethod
+    def wrapped(self) -> nn.Module:
+        """What to call instead of the model."""
+
+    @abstractmethod
+    def accumulate(self, batch: dict, factor: Tensor, last: bool) -> Tensor:
+        """Add the gradient of factor * loss sum; returns the loss sum, detached."""
+
+    @abstractmethod
+    def update(self, lr: float) -> Tensor:
+        """Clip, step, clear the gradients; returns their norm before clipping."""
+
+    @abstractmethod
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield ("weight/<parameter>" or "<moment>/<parameter>", whole fp32 tensor); a collective on every rank."""
+
+    @abstractmethod
+    def load(self, state: Read, step: int) -> None:
+        """Continue from the master weights and moments of a checkpoint; the model's own weights are there already."""

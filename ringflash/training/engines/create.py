@@ -1,0 +1,58 @@
+"""Choosing an engine, and giving a model its memory and weights in it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ringflash.configs.schema import EngineConfig, OptimizerConfig
+from ringflash.training.engines.base import Engine, Read
+from ringflash.training.engines.ddp import DdpEngine
+from ringflash.training.engines.materialise import materialise
+from ringflash.training.engines.zero import ZeroEngine
+from ringflash.training.model.transformer import Transformer
+
+
+def create_engine(
+    model: Transformer,
+    device: torch.device,
+    config: EngineConfig,
+    optimizer: OptimizerConfig,
+    accumulation: int = 1,
+    state: Read | None = None,
+    step: int = 0,
+) -> Engine:
+    """Give a model memory and weights, and spread both over the ranks.
+
+    Args:
+        model: built on the meta device.
+        device: this rank's.
+        config: which engine.
+        optimizer: AdamW's settings.
+        accumulation: micro-batches of one step.
+        state: reads a checkpoint's tensors; None to start from the model's initial weights.
+        step: optimizer steps that the checkpoint has behind it.
+    """
+    shapes = parameter_shapes(model)
+
+    def fill(name: str, weight: Tensor) -> None:
+        if state is None:
+            model.initialise(name, weight)
+        else:
+            weight.copy_(state(f"weight/{name}"))
+
+    if config.name == "ddp":
+        materialise(model, device, fill)
+        engine = DdpEngine(model, optimizer)
+    else:
+        stage = int(config.name.removeprefix("zero"))
+        engine = ZeroEngine(model, device, fill, stage, optimizer, accumulation)
+    engine.shapes = shapes
+    if state is not None:
+        engine.load(state, step)
+    return engine
+
+
+def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shape of each parameter of a model that no engine has divided."""
+    return {name: tuple(weight.shape) for name, weight in model.named_parameters()}

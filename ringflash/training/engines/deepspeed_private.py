@@ -1,0 +1,51 @@
+"""What ZeRO needs of DeepSpeed that DeepSpeed does not document, name by name.
+
+Another version may rename or change any of it. tests/training/test_deepspeed_private.py shows for each what is relied
+on, so that an upgrade shows which one went.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+MASTERS = (
+    "fp32_partitioned_groups_flat",  # ZeRO 3
+    "single_partition_of_fp32_groups",  # ZeRO 1 and 2
+    "fp32_groups_flat_partition",  # ZeRO 1 in bf16
+)
+
+
+def compile_no_cpu_collectives(deepspeed: ModuleType) -> None:
+    """Keep `init_distributed` from compiling an operator for CPUs, which takes minutes and needs a compiler."""
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def master_weights(zero: object) -> list[Tensor]:
+    """This rank's flat fp32 weights, one tensor for each parameter group (stage 3: for each sub-group)."""
+    for name in MASTERS:
+        if hasattr(zero, name):
+            return getattr(zero, name)
+    raise AttributeError(f"{type(zero).__name__} of this DeepSpeed version keeps its fp32 weights elsewhere")
+
+
+def optimizer_state(zero: object) -> dict[Tensor, dict[str, Tensor]]:
+    """State of the torch optimizer that DeepSpeed wraps, by master weight."""
+    return zero.optimizer.state
+
+
+def link_optimizer_state(zero: object) -> None:
+    """Stages 1 and 2: let `safe_get_full_optimizer_state` find state that DeepSpeed's first step has not made."""
+    zero._lazy_init_hp_params_optimizer_state()
+
+
+def part_size(weight: nn.Parameter) -> int:
+    """Stage 3: elements of the equal parts in which the ranks hold a weight, the last ones padded."""
+    return weight.ds_tensor.numel()
+
+
+def whole_shape(weight: nn.Parameter) -> torch.Size:
+    """Shape of a weight; one that stage 3 has divided is empty itself."""
+    return getattr(weight, "ds_shape", weight.shape)

@@ -1,0 +1,142 @@
+"""DeepSpeed's ZeRO 1, 2 and 3, with what its state needs to be whole fp32 tensors by parameter name."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from io import StringIO
+from types import ModuleType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ringflash.configs.schema import OptimizerConfig
+from ringflash.training.engines.base import Engine, Read
+from ringflash.training.engines.deepspeed_private import (
+    compile_no_cpu_collectives,
+    link_optimizer_state,
+    master_weights,
+    optimizer_state,
+    part_size,
+)
+from ringflash.training.engines.materialise import Fill, materialise
+from ringflash.training.engines.optimizer import MOMENTS, adam_state, adamw
+from ringflash.training.model.transformer import Transformer
+
+
+class ZeroEngine(Engine):
+    """DeepSpeed ZeRO; optimizer state (1), also gradients (2), also parameters (3) divided among all ranks."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        device: torch.device,
+        fill: Fill,
+        stage: int,
+        config: OptimizerConfig,
+        accumulation: int,
+    ) -> None:
+        deepspeed = import_deepspeed(device)
+        self.model, self.stage = model, stage
+        self._safe = deepspeed.utils
+        settings = _deepspeed_config(model, stage, config, accumulation)
+
+        def divide(module: nn.Module) -> None:
+            deepspeed.zero.Init(module=module, config_dict_or_path=settings)
+
+        with redirect_stdout(StringIO()):  # it prints how much memory it uses
+            if stage == 3:  # never whole on a rank, and in the dtype that the others are cast to
+                materialise(model, device, fill, model.dtype, divide)
+            else:
+                materialise(model, device, fill)
+            self._engine, self._zero, _, _ = deepspeed.initialize(
+                model=model, optimizer=adamw(model, config), config=settings, dist_init_required=False
+            )
+        # The optimizer that DeepSpeed wraps makes its state in its first step, group by group, and DeepSpeed finds
+        # the first group's only; made here, the state of every group is found, and a checkpoint has a place to go.
+        for master in master_weights(self._zero):
+            optimizer_state(self._zero)[master] = adam_state(master.detach(), 0)
+        if stage < 3:
+            link_optimizer_state(self._zero)
+
+    @property
+    def wrapped(self) -> nn.Module:
+        """The DeepSpeed engine."""
+        return self._engine
+
+    def accumulate(self, batch: dict, factor: Tensor, last: bool) -> Tensor:
+        """See Engine; DeepSpeed counts micro-batches itself."""
+        loss = self._engine(**batch)
+        self._engine.backward(loss * factor, scale_wrt_gas=False)
+        if not last:
+            self._engine.step()
+        return loss.detach()
+
+    def update(self, lr: float) -> Tensor:
+        """See Engine."""
+        for group in self._zero.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        return torch.as_tensor(self._engine.get_global_grad_norm())
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """See Engine; gathered from all ranks one by one."""
+        for name, weight in self.model.named_parameters():
+            yield f"weight/{name}", self._safe.safe_get_full_fp32_param(weight)
+            for moment in MOMENTS:
+                yield f"{moment}/{name}", self._safe.safe_get_full_optimizer_state(weight, moment)
+
+    def load(self, state: Read, step: int) -> None:
+        """See Engine; each rank keeps its part."""
+        for master in master_weights(self._zero):
+            optimizer_state(self._zero)[master]["step"].fill_(step)
+        for name, weight in self.model.named_parameters():
+            self._set(weight, state(f"weight/{name}"), None)
+            for moment in MOMENTS:
+                self._set(weight, state(f"{moment}/{name}"), moment)
+
+    def _set(self, weight: nn.Parameter, whole: Tensor, moment: str | None) -> None:
+        whole = whole.to(device=weight.device, dtype=torch.float32)
+        if self.stage < 3:
+            names = () if moment is None else (moment,)
+            setter = self._safe.safe_set_full_fp32_param if moment is None else self._safe.safe_set_full_optimizer_state
+            setter(weight, whole, *names)
+            return
+        # DeepSpeed's own division of a whole tensor fails where its size is no multiple of the ranks.
+        part = part_size(weight)
+        padded = nn.functional.pad(whole.flatten(), (0, part * dist.get_world_size() - whole.numel()))
+        mine = padded[part * dist.get_rank() :][:part]
+        if moment is None:
+            self._safe.safe_set_local_fp32_param(weight, mine)
+        else:
+            self._safe.safe_set_local_optimizer_state(weight, mine, moment)
+
+
+def import_deepspeed(device: torch.device) -> ModuleType:
+    """DeepSpeed on this device and in the default process group, quiet, and compiling nothing."""
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # torchrun sets it; DeepSpeed refuses to be without
+    os.environ["DS_ACCELERATOR"] = device.type  # it would take a GPU that is there even if device=cpu
+    import deepspeed
+
+    deepspeed.logger.setLevel("ERROR")
+    # It calls collectives by names that torch has deprecated; each call would say so.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    if device.type == "cpu":
+        compile_no_cpu_collectives(deepspeed)
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, dist_init_required=False)
+    return deepspeed
+
+
+def _deepspeed_config(model: Transformer, stage: int, config: OptimizerConfig, accumulation: int) -> dict:
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.clip,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage},
+        "bf16": {"enabled": model.dtype == torch.bfloat16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }

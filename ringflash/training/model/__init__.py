@@ -1,0 +1,1 @@
+"""A Llama-style decoder whose attention spans the ranks that share a sequence, and its loss."""
