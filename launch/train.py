@@ -24,7 +24,7 @@ from ringflash.errors import ArgumentError, RingflashError, RunStoppedError
 from ringflash.training.config.agreement import agree
 from ringflash.training.config.checks import check
 from ringflash.training.config.composing import compose, groups, sweep, typed
-from ringflash.training.config.meaning import device_type
+from ringflash.training.config.derived import device_type
 from ringflash.training.run.interruption import STOPPED, ignore_signals
 from ringflash.training.run.loop import train
 

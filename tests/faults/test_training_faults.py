@@ -60,7 +60,7 @@ def test_a_killed_rank_ends_the_run_and_the_next_start_continues_it(whole, tmp_p
     assert curve == pytest.approx(expected, rel=1e-4)
 
 
-def _start_and_signal(folder, ranks, job, told, number):
+def _start_and_signal(folder, ranks, job, target, number):
     """Signal a process of a run in its first steps; returns the exit status and the output."""
     log = folder / "run" / "metrics.jsonl"
     started = time.monotonic()
@@ -76,13 +76,13 @@ def _start_and_signal(folder, ranks, job, told, number):
             assert run.poll() is None
             assert time.monotonic() < started + 200
             time.sleep(0.01)
-        os.kill(told(run.pid), number)
+        os.kill(target(run.pid), number)
         output, _ = run.communicate(timeout=60)
     return run.returncode, output
 
 
 @pytest.mark.parametrize(
-    ("ranks", "told", "number"),
+    ("ranks", "target", "number"),
     [
         (2, lambda launcher: launcher, signal.SIGTERM),
         (2, lambda launcher: _workers(launcher)[1], signal.SIGINT),
@@ -90,17 +90,17 @@ def _start_and_signal(folder, ranks, job, told, number):
     ],
     ids=["torchrun", "one_rank", "without_torchrun"],
 )
-def test_a_run_that_is_told_to_stop_saves_its_step_and_the_next_start_continues_it(
-    whole, tmp_path, ranks, told, number
+def test_a_run_that_is_signalled_to_stop_saves_its_step_and_the_next_start_continues_it(
+    whole, tmp_path, ranks, target, number
 ):
     folder, _ = whole
     job = (f"data.cache_dir={folder / 'runs' / 'cache'}", *JOB, "checkpoint.every=0", "train.steps=80")
     uninterrupted = launch(tmp_path, ranks, "run_dir=whole", *job)
     assert uninterrupted.returncode == 0, uninterrupted.stderr
-    status, output = _start_and_signal(tmp_path, ranks, job, told, number)
+    status, output = _start_and_signal(tmp_path, ranks, job, target, number)
     done = len(losses(tmp_path / "run"))
     assert done < 80
-    assert f"told to stop: saved run/checkpoints/step-{done:08}; run_dir=run goes on from there" in output
+    assert f"stopped by a signal: saved run/checkpoints/step-{done:08}; run_dir=run goes on from there" in output
     for rank in range(ranks or 1):
         said = f"rank {rank}: stopped by a signal after step {done} of 80; it is saved; exit status {STOPPED}"
         assert said in output

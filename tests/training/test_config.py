@@ -15,7 +15,7 @@ from ringflash.errors import ArgumentError, RankMismatchError
 from ringflash.training.config.agreement import agree
 from ringflash.training.config.checks import check
 from ringflash.training.config.composing import groups, load, sweep
-from ringflash.training.config.meaning import accumulation, compute_dtype, vocabulary
+from ringflash.training.config.derived import accumulation, compute_dtype, vocabulary
 
 FOLDER = Path(ringflash.configs.schema.__file__).parent
 FILES = sorted(FOLDER.glob("*/*.yaml"))

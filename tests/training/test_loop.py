@@ -198,7 +198,7 @@ def _train_where_files_differ(folder, differ):
 
 
 @pytest.mark.parametrize("differ", ["content", "absent"])
-def test_ranks_that_read_different_text_are_told(pool, tmp_path, differ):
+def test_ranks_that_read_different_text_are_notified(pool, tmp_path, differ):
     first, second = pool(2).outcomes(_train_where_files_differ, tmp_path, differ)
     assert isinstance(first.error, RankMismatchError)
     assert "data.path=text" in str(first.error)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ringflash.configs.schema import Config, entries
 from ringflash.errors import RankMismatchError
-from ringflash.training.config.meaning import compute_dtype
+from ringflash.training.config.derived import compute_dtype
 from ringflash.training.ranks import from_all
 
 

@@ -14,7 +14,7 @@ from ringflash.configs.schema import Config, entries
 from ringflash.errors import ArgumentError
 from ringflash.kernels.select import select
 from ringflash.training.checkpoint.files import MANIFEST, is_complete
-from ringflash.training.config.meaning import compute_dtype, device_type, sequence_degree
+from ringflash.training.config.derived import compute_dtype, device_type, sequence_degree
 from ringflash.training.model.shape import check_shape, head_dim
 
 SMALLEST_VOCABULARY = 257

@@ -14,7 +14,7 @@ from ringflash.training.model.transformer import Transformer
 
 
 class DdpEngine(Engine):
-    """Everything whole on every rank, fp32 weights; gradients are reduced with the last micro-batch."""
+    """Everything whole on every rank, fp32 weights."""
 
     def __init__(self, model: Transformer, config: OptimizerConfig) -> None:
         self.model = model
@@ -29,7 +29,7 @@ class DdpEngine(Engine):
         return self._wrapped
 
     def accumulate(self, batch: dict, factor: Tensor, last: bool) -> Tensor:
-        """See Engine; ranks exchange gradients with the last micro-batch only."""
+        """See Engine; gradients are reduced with the last micro-batch only."""
         self._wrapped.require_backward_grad_sync = last
         loss = self._wrapped(**batch)
         (loss * factor).backward()

@@ -99,7 +99,7 @@ def _stop(trainer: Trainer, progress: ProgressDisplay) -> NoReturn:
     step, path = trainer.saved
     if step != trainer.step:
         path = trainer.save()
-    progress.note(f"told to stop: saved {path}; run_dir={trainer.folder} goes on from there")
+    progress.note(f"stopped by a signal: saved {path}; run_dir={trainer.folder} goes on from there")
     raise RunStoppedError(f"stopped by a signal after step {trainer.step} of {trainer.config.train.steps}; it is saved")
 
 

@@ -23,7 +23,7 @@ from ringflash.errors import ArgumentError, RankMismatchError, RingflashError
 from ringflash.training.checkpoint import writing
 from ringflash.training.checkpoint.files import newest, step_of
 from ringflash.training.checkpoint.reading import Checkpoint
-from ringflash.training.config.meaning import accumulation, compute_dtype, sequence_degree, vocabulary
+from ringflash.training.config.derived import accumulation, compute_dtype, sequence_degree, vocabulary
 from ringflash.training.corpus.documents import Corpus
 from ringflash.training.corpus.packing import PackedBatches, ValidationBatches
 from ringflash.training.corpus.prepare import prepare
