@@ -1,0 +1,115 @@
+"""Every private name of torch that ringflash uses, and why no public one does: one file's work for a new torch.
+
+tests/kernels/test_torch_private.py shows for each name what it is relied on for. The file imports nothing of ringflash,
+so that everything may import it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup, Store
+
+OpOverload = torch._ops.OpOverload
+"""The type of torch.ops.<namespace>.<name>.default, for annotations; torch names it nowhere else."""
+
+# Dispatch and autograd
+
+no_autocast: Callable[[], AbstractContextManager] = torch._C._DisableAutocast
+"""Ends autocast of every device within a `with`.
+
+torch.autocast(device_type, enabled=False) does so for one device, at several microseconds a call.
+"""
+
+below_autograd: Callable[[], AbstractContextManager] = torch._C._AutoDispatchBelowAutograd
+"""Calls operators within a `with` as if none of them had a gradient: by which a gradient's own operator goes on.
+
+torch.no_grad() lets each call pass through the Autograd key again, and so through the function that calls.
+"""
+
+any_requires_grad: Callable[..., bool] = torch._C._any_requires_grad
+"""Whether one of the arguments is a tensor that requires a gradient. In Python it would be a loop over 20 of them."""
+
+never_compiled: Callable[[Callable], Callable] = torch._disable_dynamo
+"""A function that torch.compile leaves alone. Unlike torch.compiler.disable, it does not import torch._dynamo."""
+
+
+def apply_unbound(function: type[torch.autograd.Function], *inputs: object) -> Any:
+    """`function.apply` outside of torch.func.
+
+    `torch.autograd.Function.apply` binds the names of `forward`'s arguments first, for 10 us, which only torch.func
+    has need of. The method of its base class is what it calls thereafter.
+    """
+    return super(torch.autograd.Function, function).apply(*inputs)
+
+
+# torch.func
+
+
+def transforms_active() -> bool:
+    """Whether a transformation of torch.func (grad, vjp, jvp, vmap, functionalize) is at work. No public name asks."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def only_functionalized() -> bool:
+    """Whether the innermost transformation of those that are active is functionalization, as torch.compile uses it."""
+    innermost = torch._C._functorch.peek_interpreter_stack().key()
+    return innermost == torch._C._functorch.TransformType.Functionalize
+
+
+def mapped(*arguments: object) -> bool:
+    """Whether one of the arguments is a tensor that stands for several under torch.vmap.
+
+    Such a tensor shows the shape of one of those that it stands for, so its public face does not tell.
+    """
+    if not transforms_active():
+        return False
+    functorch = torch._C._functorch
+    for x in arguments:
+        while isinstance(x, Tensor) and functorch.is_functorch_wrapped_tensor(x):
+            if functorch.is_batchedtensor(x):
+                return True
+            x = functorch.get_unwrapped(x)
+    return False
+
+
+# CUDA graphs, kernels
+
+
+def warming_up(device: torch.device) -> bool:
+    """Whether torch.compile may be warming up for CUDA graphs (mode="reduce-overhead") in this thread."""
+    trees = sys.modules.get("torch._inductor.cudagraph_trees")
+    if trees is None or device.type != "cuda":
+        return False
+    try:
+        manager = trees.get_manager(device.index, create_if_none_exists=False)
+    except AssertionError:  # a thread that has nothing to do with compiled code
+        return False
+    return manager is not None and manager.in_warmup
+
+
+cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+"""What scaled_dot_product_attention runs on CPUs, with the log-sum-exp, which the public function keeps to itself."""
+
+cpu_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+"""Its gradient, from a log-sum-exp over more keys than those at hand."""
+
+
+# torch.distributed
+
+
+def process_group(name: str) -> ProcessGroup:
+    """The group of a `group_name`: operators take no objects, and torch's own collectives find theirs so as well."""
+    return torch.distributed.distributed_c10d._resolve_process_group(name)
+
+
+def default_store() -> Store:
+    """The store that init_process_group made or was given; it has no other name where torchrun made it."""
+    return torch.distributed.distributed_c10d._get_default_store()
