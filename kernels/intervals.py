@@ -6,6 +6,9 @@ to sink_stop[t] in front of them). Queries and keys lie in ascending global orde
 From that monotony follow the bounds of any tile, by reading its first and last row or by binary search, on whichever
 device the rows live and without copying anything back.
 
+Sink tokens are a document's first tokens that every later query of it goes on seeing (Xiao et al., arXiv 2309.17453).
+Learned sink logits, which have no key, are something else: a factor of the result, which the kernels know nothing of.
+
 Legend: T query rows, S key rows.
 """
 
@@ -14,11 +17,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from ringflash.kernels.plans import Plans, build_to_keep
+from ringflash.kernels.kept import Kept, build_to_keep
+
+Built = TypeVar("Built")
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,8 +35,8 @@ class KeyIntervals:
         start: (T,) int32, first visible key row; never decreases.
         stop: (T,) int32, one behind the last visible key row; never decreases. `stop <= start` means no key.
         key_count: S, the number of key rows.
-        sink_start: (T,) int32 or None, a second range that lies wholly before `start`; never decreases.
-        sink_stop: (T,) int32 or None, end of that second range; never decreases.
+        sink_start: (T,) int32 or None, first visible sink token, wholly before `start`; never decreases.
+        sink_stop: (T,) int32 or None, one behind the last visible sink token; never decreases.
     """
 
     start: Tensor
@@ -51,51 +57,53 @@ class KeyIntervals:
         return self.start.shape[0]
 
     @property
-    def has_sink(self) -> bool:
+    def has_sink_tokens(self) -> bool:
         """Whether rows may see a second range in front of the first."""
         return self.sink_start is not None
 
     def ranges(self) -> list[tuple[Tensor, Tensor]]:
-        """The (start, stop) pairs: the key range, then the sink range if there is one."""
+        """The (start, stop) pairs: the key range, then the sink tokens' if there is one."""
         pairs = [(self.start, self.stop)]
-        return [*pairs, (self.sink_start, self.sink_stop)] if self.has_sink else pairs
+        return [*pairs, (self.sink_start, self.sink_stop)] if self.has_sink_tokens else pairs
 
-    def visible(self, rows: slice = slice(None), keys: slice = slice(None)) -> Tensor:
-        """Dense boolean (rows, keys) matrix of visible pairs, for oracles and small tiles."""
-        column = torch.arange(self.key_count, device=self.start.device)[keys]
-        seen = [(start[rows, None] <= column) & (column < stop[rows, None]) for start, stop in self.ranges()]
-        return seen[0] | seen[1] if self.has_sink else seen[0]
+    def visible(self) -> Tensor:
+        """Dense boolean (T, S) matrix of visible pairs, for the dense reference."""
+        column = torch.arange(self.key_count, device=self.start.device)
+        seen = [(start[:, None] <= column) & (column < stop[:, None]) for start, stop in self.ranges()]
+        return seen[0] | seen[1] if self.has_sink_tokens else seen[0]
 
     def query_order(self, block: int) -> Tensor:
         """Tiles of `block` query rows, those with the most key rows first; (tiles,) int32.
 
         Long tiles first keep the last wave of a launch short.
         """
-        return self._cached(("query_order", block), lambda: _longest_first(self._query_tile_work(block)))
+        return self.kept(("query_order", block), lambda: _longest_first(self._query_tile_work(block)))
 
-    def key_tile_rows(self, block: int, sink: bool = False) -> Tensor:
+    def key_tile_rows(self, block: int, sink_tokens: bool = False) -> Tensor:
         """Query rows that see each tile of `block` key rows; (tiles, 4) int32.
 
         Columns: first row that sees any key of the tile, first and one-behind-last row that see all of it, one
         behind the last row that sees any. Rows between are contiguous because start and stop never decrease.
         """
-        start, stop = self.ranges()[1 if sink else 0]
-        return self._cached(("key_tile_rows", block, sink), lambda: _key_tile_rows(start, stop, self.key_count, block))
+        start, stop = self.ranges()[1 if sink_tokens else 0]
+        name = "key_tile_rows", block, sink_tokens
+        return self.kept(name, lambda: _key_tile_rows(start, stop, self.key_count, block))
 
     def key_order(self, block: int) -> Tensor:
         """Tiles of `block` key rows, those seen by the most query rows first; (tiles,) int32."""
 
         def build() -> Tensor:
-            tables = [self.key_tile_rows(block, sink) for sink in ((False, True) if self.has_sink else (False,))]
-            return _longest_first([table[:, 3] - table[:, 0] for table in tables])
+            rows = [self.key_tile_rows(block, bool(index)) for index in range(len(self.ranges()))]
+            return _longest_first([rows_of_tile[:, 3] - rows_of_tile[:, 0] for rows_of_tile in rows])
 
-        return self._cached(("key_order", block), build)
+        return self.kept(("key_order", block), build)
 
     def _query_tile_work(self, block: int) -> list[Tensor]:
         first, last = _tile_edges(self.query_count, block, self.start.device)[1]
         return [(stop[last] - start[first]).clamp_(min=0) for start, stop in self.ranges()]
 
-    def _cached(self, name: tuple, build: Callable[[], Tensor]) -> Tensor:
+    def kept(self, name: tuple, build: Callable[[], Built]) -> Built:
+        """What `build` makes of these intervals, made at the first call with this name and kept as long as they are."""
         found = self._cache.get(name)
         if found is None:
             found = build_to_keep(build, self.start.device)
@@ -104,7 +112,7 @@ class KeyIntervals:
         return found
 
 
-_edges = Plans()
+_edges = Kept()
 
 
 def _tile_edges(count: int, block: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -140,12 +148,6 @@ def _key_tile_rows(start: Tensor, stop: Tensor, key_count: int, block: int) -> T
     any_end = torch.maximum(any_end, any_begin)
     all_begin = all_begin.clamp(min=any_begin, max=any_end)
     return torch.stack([any_begin, all_begin, all_end.clamp(min=all_begin, max=any_end), any_end], dim=1)
-
-
-def dense_intervals(query_count: int, key_count: int, device: torch.device | str = "cpu") -> KeyIntervals:
-    """Every query row sees every key row."""
-    start = torch.zeros(query_count, dtype=torch.int32, device=device)
-    return KeyIntervals(start, torch.full_like(start, key_count), key_count)
 
 
 def causal_intervals(query_count: int, key_count: int, device: torch.device | str = "cpu") -> KeyIntervals:

@@ -30,7 +30,7 @@ class Modifiers:
         slopes: (T, H) fp32 ALiBi slopes, or None. A dimension may have stride 0.
         dropout: probability of dropping a pair; 0 for none.
         seed: (1,) int64 on the tensors' device, for dropout.
-        query_positions: (T,) int32 place of each query row among the keys; with slopes or dropout.
+        query_positions: (T,) int32 position of each query row among the keys; with slopes or dropout.
         key_positions: (S,) int32 global position of each key row; with slopes or dropout.
         key_visible: (S,) uint8, 0 for keys that nobody may see, or None.
     """
@@ -49,7 +49,7 @@ PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 LOW_32 = 0xFFFFFFFF
 
 
-def kept(modifiers: Modifiers, heads: int, rows: slice = slice(None), keys: slice = slice(None)) -> Tensor:
+def keep_mask(modifiers: Modifiers, heads: int, rows: slice = slice(None), keys: slice = slice(None)) -> Tensor:
     """Which pairs dropout keeps, (H, rows, keys) bool: the definition that kernels on GPUs follow."""
     query = modifiers.query_positions[rows].long()[None, :, None]
     key = modifiers.key_positions[keys].long()[None, None, :]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ringflash.kernels.intervals import KeyIntervals
-from ringflash.kernels.modifiers import Modifiers, kept
+from ringflash.kernels.modifiers import Modifiers, keep_mask
 
 Carry = tuple[Tensor, Tensor]
 """(out (T, H, Dv) fp32, lse (H, T) fp32) after the launches so far."""
@@ -148,7 +148,7 @@ def _scores(
 def _dropout_factor(modifiers: Modifiers | None, query: Tensor) -> Tensor | float:
     if modifiers is None or not modifiers.dropout:
         return 1.0
-    return kept(modifiers, query.shape[1]).double() / (1 - modifiers.dropout)
+    return keep_mask(modifiers, query.shape[1]).double() / (1 - modifiers.dropout)
 
 
 def _per_query_head(x: Tensor, heads: int) -> Tensor:

@@ -20,7 +20,15 @@ import torch
 
 from ringflash.errors import ArgumentError
 
-NAMES = ("auto", "reference", "blockwise", "triton", "hopper")
+MODULES = {
+    "reference": "ringflash.kernels.reference",
+    "blockwise": "ringflash.kernels.cpu.blockwise",
+    "triton": "ringflash.kernels.triton.attend",
+    "hopper": "ringflash.kernels.hopper",
+}
+"""Where the implementations lie, by the names that users know them by."""
+
+NAMES = ("auto", *MODULES)
 """What `kernel` may be. "auto" is the first of `AUTO_ON_GPUS` that can run, and else, as on CPUs, "blockwise"."""
 
 AUTO_ON_GPUS = ("hopper", "triton")
@@ -55,7 +63,7 @@ def select(
 
     Example:
         >>> select("cpu", torch.float32, 64).__name__
-        'ringflash.kernels.blockwise'
+        'ringflash.kernels.cpu.blockwise'
     """
     return _select(torch.device(device), dtype, head_dim, value_head_dim or head_dim, kernel, modifiers, sink_tokens)
 
@@ -86,15 +94,20 @@ def _select(
             )
     elif missing := _missing(kernel, *problem):
         raise ArgumentError(f"kernel={kernel!r} cannot run: {missing}")
-    return importlib.import_module(f"ringflash.kernels.{kernel}")
+    return importlib.import_module(MODULES[kernel])
+
+
+def name_of(kernels: ModuleType) -> str:
+    """The name in `NAMES` of what `select` gave."""
+    return next(name for name, module in MODULES.items() if module == kernels.__name__)
 
 
 @functools.cache
 def select_decoding(device: torch.device, dtype: torch.dtype, head_dim: int, value_head_dim: int) -> ModuleType:
     """The module whose `append` and `attend` to call for a cache of keys and values; see `ringflash.kernels.decode`."""
-    decode = importlib.import_module("ringflash.kernels.decode")
+    portable = importlib.import_module("ringflash.kernels.cpu.decode")
     if device.type != "cuda":
-        return decode
+        return portable
     missing = "the package triton is not installed"
     if importlib.util.find_spec("triton") is not None:
         triton = importlib.import_module("ringflash.kernels.triton.decode")
@@ -105,7 +118,7 @@ def select_decoding(device: torch.device, dtype: torch.dtype, head_dim: int, val
         "attention to a cache on this GPU runs as torch operators, many times slower than as Triton kernels, because "
         f"those cannot run: {missing}"
     )
-    return decode
+    return portable
 
 
 @functools.cache
@@ -151,16 +164,5 @@ def _missing(
             return "it applies no softcap, ALiBi slopes, dropout or key padding; triton and blockwise do"
         if sink_tokens:
             return "it takes no masks with sink tokens; triton and blockwise do"
-        return importlib.import_module("ringflash.kernels.hopper").supports(device, dtype, head_dim, value_head_dim)
-    tiles = importlib.import_module("ringflash.kernels.triton.tiles")
-    try:
-        chip = tiles.chip_of(device)
-    except ArgumentError as error:
-        return str(error)
-    if dtype == torch.float64:
-        return f"query is {dtype}; it takes float16, bfloat16 and float32"
-    most = tiles.widest(chip, dtype)
-    for name, dim in (("head_dim", head_dim), ("value_head_dim", value_head_dim)):
-        if dim % 8 or not 8 <= dim <= most:
-            return f"{name}={dim}; it takes multiples of 8 up to {most} here"
-    return None
+        return importlib.import_module(MODULES["hopper"]).supports(device, dtype, head_dim, value_head_dim)
+    return importlib.import_module(MODULES["triton"]).missing(device, dtype, head_dim, value_head_dim)

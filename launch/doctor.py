@@ -29,7 +29,7 @@ try:
 
     from ringflash import DistributedFlashAttention, shard, unshard
     from ringflash.errors import ArgumentError
-    from ringflash.kernels.select import select
+    from ringflash.kernels.select import name_of, select
 except ModuleNotFoundError as missing:
     sys.exit(
         f"{missing.name} is not installed for {sys.executable}.\n"
@@ -210,7 +210,7 @@ def look_at_kernels(report: Report) -> None:
 def kernel_name(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """Short name of the implementation that `ringflash.kernels.select` takes."""
     try:
-        return select(device, dtype, head_dim, head_dim, "auto").__name__.split(".")[2]
+        return name_of(select(device, dtype, head_dim, head_dim, "auto"))
     except ArgumentError as error:
         return f"none: {error}"
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ringflash.errors import ArgumentError, UnsupportedError
-from ringflash.kernels.plans import Plans, form
+from ringflash.kernels.kept import Kept, metadata
 from ringflash.parallel.agreement.agreement import tell_peers
 from ringflash.parallel.execution.operators import NO_FORWARD_MODE, NO_VMAP, call_attention, mapped
 from ringflash.parallel.mesh import Group, group_rank, group_size, process_group
@@ -139,13 +139,13 @@ def attention(
     return (out, lse) if sinks is None else _with_sinks(out, lse, sinks)
 
 
-_plans = Plans()
+_plans = Kept()
 """What `_settings` gave, by what it was asked for."""
 
 
 def _settings_once(query: Tensor, key: Tensor, value: Tensor, *others: object) -> tuple:
     """`_settings`, worked out anew only for calls of another form."""
-    call = (form(query), form(key), form(value), others)
+    call = (metadata(query), metadata(key), metadata(value), others)
     try:
         found = _plans.get(call)
     except TypeError:  # not hashable: sizes that are symbols, or arguments that are refused

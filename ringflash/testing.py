@@ -26,7 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ringflash.errors import ArgumentError
 from ringflash.functional import attention
-from ringflash.kernels.select import NAMES, select
+from ringflash.kernels.select import NAMES, name_of, select
 from ringflash.parallel.mesh import ONE_DEVICE
 from ringflash.parallel.positions.mask import Mask
 
@@ -224,7 +224,7 @@ def main() -> int:
     parser.add_argument("--kernel", default="auto", choices=NAMES)
     parser.add_argument("--tokens", type=int, default=160, help="sequence length; at least 8")
     options = parser.parse_args()
-    chosen = select(options.device, torch.bfloat16, HEAD_DIMS[0], kernel=options.kernel).__name__
+    chosen = name_of(select(options.device, torch.bfloat16, HEAD_DIMS[0], kernel=options.kernel))
     print(f"Largest errors against float64, ringflash / torch {torch.__version__}, on {options.device} by {chosen}.")
     broken = check(options.device, options.kernel, max(8, options.tokens))
     print(f"{broken} rows are more than twice as far off as torch (+ 1e-5)." if broken else "All within the rule.")

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from ringflash.kernels import reference
-from ringflash.kernels.intervals import KeyIntervals, causal_intervals, dense_intervals
-from ringflash.kernels.modifiers import Modifiers, kept
+from ringflash.kernels.intervals import KeyIntervals, causal_intervals
+from ringflash.kernels.modifiers import Modifiers, keep_mask
 from ringflash.parallel.positions.mask import Mask
 
 LAYOUTS = ("plain", "heads first", "part of wider rows", "one row for all")
@@ -190,7 +190,7 @@ def torch_own(problem: Problem) -> Results:
         scores = _masked_scores(query_HTD, key_HSD, visible, problem)
         weights = torch.softmax(scores, -1, dtype=torch.float32)
         if problem.modifiers.dropout:
-            weights = weights * kept(problem.modifiers, len(query_HTD)) / (1 - problem.modifiers.dropout)
+            weights = weights * keep_mask(problem.modifiers, len(query_HTD)) / (1 - problem.modifiers.dropout)
         out_HTD = weights.to(query.dtype) @ value_HSD
     out = out_HTD.transpose(0, 1)
     # Gradients of lse pass through scores in the problem's dtype, as those of out do; its values are float32's.
@@ -351,6 +351,12 @@ def draw_modifiers(
         key_positions=torch.arange(keys, dtype=torch.int32, device=device) + first_key,
         key_visible=visible.byte().to(device) if padding else None,
     )
+
+
+def dense_intervals(query_count: int, key_count: int, device: torch.device | str = "cpu") -> KeyIntervals:
+    """Every query row sees every key row."""
+    start = torch.zeros(query_count, dtype=torch.int32, device=device)
+    return KeyIntervals(start, torch.full_like(start, key_count), key_count)
 
 
 @st.composite

@@ -18,10 +18,10 @@ os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from oracle import Problem, draw_modifiers, draw_problem, monotone_intervals, run, to_device
+from oracle import Problem, dense_intervals, draw_modifiers, draw_problem, monotone_intervals, run, to_device
 
 from ringflash import flash_attn_with_kvcache
-from ringflash.kernels.intervals import KeyIntervals, causal_intervals, dense_intervals
+from ringflash.kernels.intervals import KeyIntervals, causal_intervals
 from ringflash.kernels.select import select
 
 HEADS = (4, 2)
@@ -41,7 +41,7 @@ def intervals() -> dict[str, KeyIntervals]:
 def check(name: str, problem: Problem, cuts: tuple[int, ...] = (), deterministic: bool = False) -> None:
     """Forward and backward."""
     dims = problem.query.shape[2], problem.value.shape[2]
-    asked = problem.modifiers is not None, problem.intervals.has_sink
+    asked = problem.modifiers is not None, problem.intervals.has_sink_tokens
     kernels = select("cuda", problem.query.dtype, *dims, name, *asked)
     results = run(kernels, problem, cuts, deterministic=deterministic)
     for result, x in vars(results).items():

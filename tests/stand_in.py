@@ -15,12 +15,14 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from ringflash.kernels import select, triton
+from ringflash.kernels import select
+from ringflash.kernels.gpu import row_delta
 from ringflash.kernels.hopper import backward as hopper_backward
+from ringflash.kernels.hopper import checks as hopper_checks
 from ringflash.kernels.hopper import forward as hopper_forward
-from ringflash.kernels.hopper import operands as hopper_operands
-from ringflash.kernels.plans import Plans
-from ringflash.kernels.triton import backward, delta, forward, operands
+from ringflash.kernels.kept import Kept
+from ringflash.kernels.triton import attend as triton
+from ringflash.kernels.triton.attend import backward, checks, forward
 
 DEVICES = count(1000)
 """Triton keeps programs by device: what is compiled for a stand-in must be nobody else's."""
@@ -77,8 +79,8 @@ def stand_in(kernels: ModuleType = triton) -> Iterator[StandIn]:
     """Triton's driver while this lasts.
 
     Args:
-        kernels: the package that calls choose, `ringflash.kernels.triton` or `.hopper`; both take tensors on the CPU
-            for Hopper's.
+        kernels: the package that calls choose, `ringflash.kernels.triton.attend` or `ringflash.kernels.hopper`; both
+            take tensors on the CPU for Hopper's.
     """
 
     def choice(*problem: object) -> ModuleType:
@@ -89,12 +91,12 @@ def stand_in(kernels: ModuleType = triton) -> Iterator[StandIn]:
     with (
         mock.patch.object(driver, "_active", found),
         mock.patch.object(select, "_select", choice),
-        mock.patch.multiple(operands, **chip),
-        mock.patch.multiple(forward, **chip, plans=Plans()),
-        mock.patch.multiple(delta, **chip, launches=Plans()),
-        mock.patch.multiple(backward, **chip, plans=Plans()),
-        mock.patch.object(hopper_operands, "supports", _supported),
-        mock.patch.multiple(hopper_forward, multiprocessors=_multiprocessors, plans=Plans()),
-        mock.patch.multiple(hopper_backward, plans=Plans()),
+        mock.patch.multiple(checks, **chip),
+        mock.patch.multiple(forward, **chip, prepared_calls=Kept()),
+        mock.patch.multiple(row_delta, **chip, launchers=Kept()),
+        mock.patch.multiple(backward, **chip, prepared_calls=Kept()),
+        mock.patch.object(hopper_checks, "supports", _supported),
+        mock.patch.multiple(hopper_forward, multiprocessors=_multiprocessors, prepared_calls=Kept()),
+        mock.patch.multiple(hopper_backward, prepared_calls=Kept()),
     ):
         yield found

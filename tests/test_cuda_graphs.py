@@ -13,7 +13,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 from ringflash import Mask
 from ringflash.functional import attention
-from ringflash.kernels import plans
+from ringflash.kernels import kept
 from ringflash.kernels.intervals import causal_intervals
 from ringflash.parallel.execution import call
 from ringflash.parallel.mesh import ONE_DEVICE
@@ -31,8 +31,8 @@ MASKS = {
 def threads_of_tensors(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Every thread that something to keep is built in while torch says that it warms up."""
     seen: list[int] = []
-    monkeypatch.setattr(plans, "warming_up", lambda device: True)
-    executor = plans.ThreadPoolExecutor
+    monkeypatch.setattr(kept, "warming_up", lambda device: True)
+    executor = kept.ThreadPoolExecutor
 
     class Watched(executor):
         def submit(self, build, /):
@@ -42,7 +42,7 @@ def threads_of_tensors(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
             return super().submit(watched)
 
-    monkeypatch.setattr(plans, "ThreadPoolExecutor", Watched)
+    monkeypatch.setattr(kept, "ThreadPoolExecutor", Watched)
     return seen
 
 
@@ -59,7 +59,7 @@ def test_programs_are_built_in_another_thread_while_graphs_warm_up(name: str, th
     assert threads_of_tensors
     assert threading.get_ident() not in threads_of_tensors
     forget()
-    with mock.patch.object(plans, "warming_up", return_value=False):
+    with mock.patch.object(kept, "warming_up", return_value=False):
         expected = attention(*operands, mask=MASKS[name], group=ONE_DEVICE)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
@@ -69,7 +69,7 @@ def test_tables_of_tiles_are_built_in_another_thread_while_graphs_warm_up(thread
     tables = intervals.key_tile_rows(16), intervals.key_order(16), intervals.query_order(16)
     assert threads_of_tensors
     assert threading.get_ident() not in threads_of_tensors
-    with mock.patch.object(plans, "warming_up", return_value=False):
+    with mock.patch.object(kept, "warming_up", return_value=False):
         again = causal_intervals(301, 307)
         expected = again.key_tile_rows(16), again.key_order(16), again.query_order(16)
     assert all(torch.equal(a, b) for a, b in zip(tables, expected, strict=True))
@@ -77,7 +77,7 @@ def test_tables_of_tiles_are_built_in_another_thread_while_graphs_warm_up(thread
 
 def test_an_error_while_building_is_raised_as_it_is(threads_of_tensors: list[int]) -> None:
     with pytest.raises(ZeroDivisionError):
-        plans.build_to_keep(lambda: 1 // 0, torch.device("cpu"))
+        kept.build_to_keep(lambda: 1 // 0, torch.device("cpu"))
     assert threads_of_tensors
 
 

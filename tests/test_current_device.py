@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ringflash import flash_attn_with_kvcache, kvcache
+from ringflash import flash_attn_with_kvcache
+from ringflash.compat import kvcache
 from ringflash.functional import attention
-from ringflash.kernels.devices import as_given
+from ringflash.kernels.devices import on_device_without_autocast
 from ringflash.parallel.execution import operators
 from ringflash.parallel.mesh import ONE_DEVICE
 
@@ -34,7 +35,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
     monkeypatch.setattr(torch.cuda, "device", switched)
     for module in (kvcache, operators):
-        monkeypatch.setattr(module, "as_given", lambda x: as_given(there))
+        monkeypatch.setattr(module, "on_device_without_autocast", lambda x: on_device_without_autocast(there))
     yield request.param
     assert current == [0]
 

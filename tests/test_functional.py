@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ringflash import ArgumentError, Mask, UnsupportedError
 from ringflash.functional import attention
-from ringflash.kernels import blockwise
+from ringflash.kernels.cpu import blockwise
 from ringflash.kernels.modifiers import philox
 from ringflash.parallel.execution.call import Call, Inputs, prepare, table_of
 from ringflash.parallel.mesh import ONE_DEVICE

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import ringflash
 from ringflash import ArgumentError, UnsupportedError, flash_attn_func, flash_attn_with_kvcache
-from ringflash.kernels import decode
+from ringflash.kernels.cpu import decode
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

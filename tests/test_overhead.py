@@ -19,7 +19,7 @@ import ringflash
 from ringflash import DistributedFlashAttention, Mask, flash_attn_func
 from ringflash.functional import attention
 from ringflash.kernels import hopper
-from ringflash.kernels import triton as portable
+from ringflash.kernels.triton import attend as portable
 from ringflash.parallel.mesh import ONE_DEVICE
 
 if triton.knobs.runtime.interpret:
@@ -30,10 +30,11 @@ ONCE = {
     "check_tensors", "_check_numbers", "check_name", "check_operands", "check_modifiers", "_checked_boundaries",
     # masks, plans, programs
     "spec", "from_spec", "__and__", "key_intervals", "position_bounds", "local_program", "rank_program", "_separated",
-    # launches: tiles, the constructors of plans, Triton's search for the program, checks of descriptors
-    "forward_tiles", "key_gradient_tiles", "query_gradient_tiles", "__init__:ForwardPlan", "__init__:BackwardPlan",
-    "__init__:QueryGradientPlan", "__init__:KeyGradientPlan", "__init__:Launch", "described", "descriptor",
-    "list_descriptor", "form_of", "addressable", "supports", "run:JITFunction", "__post_init__:TensorDescriptor",
+    # launches: tiles, what is prepared once, Triton's search for the program, checks of descriptors
+    "forward_tiles", "key_gradient_tiles", "query_gradient_tiles", "__init__:PreparedForward",
+    "__init__:PreparedBackward", "__init__:PreparedQueryGradient", "__init__:PreparedKeyGradient",
+    "__init__:Launcher", "described", "descriptor",
+    "list_descriptor", "description_of", "addressable", "supports", "run:JITFunction", "__post_init__:TensorDescriptor",
     "_longest_first", "_key_tile_rows",
 }  # fmt: skip
 """Functions that a call of a form seen before does not come to."""
@@ -91,7 +92,7 @@ def test_a_call_of_a_known_form_works_nothing_out_again(kernels: ModuleType, nam
         launches, driver.launches = len(driver.launches), []
         with calls_counted() as second:
             both_ways()
-    assert first.keys() >= {"check_operands", "__init__:Launch", "run:JITFunction"}  # or ONCE names what is no more
+    assert first.keys() >= {"check_operands", "__init__:Launcher", "run:JITFunction"}  # or ONCE names what is no more
     assert not ONCE & second.keys()
     assert launches == len(driver.launches) == 4
     assert second["ringflash"] < 160

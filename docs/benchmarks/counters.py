@@ -33,25 +33,31 @@ LAUNCHES = 3
 def launch_all(direction: str, dims: list[int]) -> None:
     """Every case LAUNCHES times, a line with its name before each."""
     import torch
-    from hopper import HEADS, backward_variants, document_intervals, forward_variants, random
-
-    from ringflash.kernels.hopper import backward, forward
+    from hopper import (
+        HEADS,
+        backward_variants,
+        document_intervals,
+        forward_variants,
+        prepared_backward,
+        prepared_forward,
+        random,
+    )
 
     for dim in dims:
         for name, (tokens, lengths, causal, heads) in CASES.items():
             heads = heads or HEADS[dim]
-            intervals, scale = document_intervals(lengths, causal), dim**-0.5
+            intervals = document_intervals(lengths, causal)
             q, k, v, dout = (random((tokens, heads, dim), torch.bfloat16) for _ in range(4))
             lse, delta = 8 + torch.rand(heads, tokens, device="cuda"), torch.randn(heads, tokens, device="cuda")
             variants = forward_variants(dim) if direction == "forward" else backward_variants(dim)
             for variant, settings in variants.items():
+                if direction == "forward":
+                    launch = prepared_forward(q, k, v, intervals, settings)
+                else:
+                    launch = prepared_backward(dout, q, k, v, lse, delta, intervals, None, q.dtype, **settings)
                 for _ in range(LAUNCHES):
                     print("CASE", json.dumps({"dim": dim, "case": name, "variant": variant}), flush=True)
-                    if direction == "forward":
-                        forward.launch_forward(q, k, v, intervals, scale, None, q.dtype, settings)
-                    else:
-                        arguments = (dout, q, k, v, lse, delta, intervals, scale, None, q.dtype, q.dtype)
-                        backward.launch_backward(*arguments, **settings)
+                    launch()
     torch.cuda.synchronize()
 
 

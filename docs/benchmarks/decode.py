@@ -2,7 +2,7 @@
 
     python docs/benchmarks/decode.py --out decode.json
     python docs/benchmarks/decode.py --only 1 16x8192   # cases of batch 1, and one more
-    python docs/benchmarks/decode.py --sweep   # block shapes and parts, for kernels/triton/decode_tiles.py
+    python docs/benchmarks/decode.py --sweep   # block shapes and parts, for kernels/triton/decode/launch_sizes.py
 
 Prints tables, and writes every figure where --out says. 32 query heads on 8 key heads of 128, bfloat16. Every figure
 is a median, and stands beside the time that the bytes of keys and values would take in a copy of 2 GiB (read and
@@ -36,8 +36,9 @@ from triton.testing import do_bench
 
 from ringflash import flash_attn_with_kvcache
 from ringflash.kernels.decode import Cache, Rules
-from ringflash.kernels.triton import decode
-from ringflash.kernels.triton.decode_tiles import DecodeTiles
+from ringflash.kernels.gpu.chips import multiprocessors
+from ringflash.kernels.triton.decode import attend_cache
+from ringflash.kernels.triton.decode.launch_sizes import LaunchSizes
 from ringflash.launch.benchmark_kernels import timed_by_events
 
 Run = Callable[[], object]
@@ -243,13 +244,13 @@ def sweep(copy: float) -> None:
             k, v = (torch.randn(batch, length, KEY_HEADS, DIM, device="cuda", dtype=torch.bfloat16) for _ in range(2))
             layers.append((q, Cache(k, v, None, length)))
         for shape in SHAPES:
-            tiles = DecodeTiles(*shape)
-            slots = decode.multiprocessors(q.device) * tiles.resident
+            sizes = LaunchSizes(*shape)
+            slots = multiprocessors(q.device) * sizes.resident
             waves = {max(1, min(128, round(w * slots / (batch * KEY_HEADS)))) for w in (0.5, 1, 2, 4, 8)}
             found = {}
             for splits in sorted(waves):
                 launch = functools.partial(
-                    decode.launch, rules=rules, rotary=None, appended=0, splits=splits, tiles=tiles, tile_rows=16
+                    attend_cache.launch, rules=rules, rotary=None, appended=0, splits=splits, sizes=sizes, tile_rows=16
                 )
                 run = graphed(one_after_another([functools.partial(launch, *layer) for layer in layers]))
                 found[splits] = f"{size * calls / in_turn_microseconds(run) / 1e3 / copy:.2f}"

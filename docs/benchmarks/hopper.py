@@ -25,7 +25,7 @@ from triton.testing import do_bench
 
 from ringflash.kernels import hopper, reference
 from ringflash.kernels.hopper import backward, forward
-from ringflash.kernels.intervals import KeyIntervals, causal_intervals, dense_intervals
+from ringflash.kernels.intervals import KeyIntervals, causal_intervals
 
 HEADS = {64: 32, 128: 16, 256: 8}
 TOKENS = 32768
@@ -45,21 +45,54 @@ def document_intervals(lengths: list[int], causal: bool, window: int | None = No
     return KeyIntervals(start.int().cuda(), stop.int().cuda(), int(ends[-1]))
 
 
+def dense_intervals(query_count: int, key_count: int) -> KeyIntervals:
+    """Every row sees every key."""
+    start = torch.zeros(query_count, dtype=torch.int32, device="cuda")
+    return KeyIntervals(start, torch.full_like(start, key_count), key_count)
+
+
+def prepared_forward(
+    q: Tensor, k: Tensor, v: Tensor, intervals: KeyIntervals, tiles: forward.ForwardTiles
+) -> Callable[[], tuple[Tensor, Tensor]]:
+    """The forward with given sizes."""
+    launch = forward.PreparedForward(q, k, v, intervals, q.shape[2] ** -0.5, None, q.dtype, tiles)
+    return partial(launch, q, k, v, intervals, None)
+
+
+def prepared_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    intervals: KeyIntervals,
+    carry: Tensor | None,
+    dtype: torch.dtype,
+    tiles: backward.BackwardTiles,
+    deterministic: bool = False,
+) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
+    """The backward with given sizes, gradients in `dtype`; a carry is overwritten."""
+    operands, numbers = (dout, q, k, v), (lse, delta, carry)
+    launch = backward.PreparedBackward(operands, numbers, q.shape[2] ** -0.5, dtype, tiles, deterministic)
+    return partial(launch, operands, numbers, intervals, dtype)
+
+
 def cases() -> dict[str, tuple[KeyIntervals, int, int]]:
     """Intervals, query heads and key heads by name; lengths are odd on purpose."""
     return {
         "causal": (causal_intervals(1000, 1000, "cuda"), 4, 4),
         "causal, grouped": (causal_intervals(1153, 1153, "cuda"), 8, 2),
-        "full, longer keys": (dense_intervals(777, 1301, "cuda"), 6, 3),
+        "full, longer keys": (dense_intervals(777, 1301), 6, 3),
         "causal, more keys": (causal_intervals(300, 1100, "cuda"), 4, 4),
         "rows without keys": (causal_intervals(1000, 300, "cuda"), 4, 2),
         "window": (document_intervals([1500], True, 300), 4, 2),
         "narrow window": (document_intervals([4000], True, 70), 4, 1),
         "documents": (document_intervals([5, 200, 1, 130, 64, 700, 33, 128], True), 4, 2),
         "documents, full": (document_intervals([5, 200, 1, 130, 64, 300, 33, 128], False), 4, 4),
-        "one row": (dense_intervals(1, 1, "cuda"), 2, 1),
-        "short": (dense_intervals(63, 65, "cuda"), 2, 2),
-        "decode": (dense_intervals(3, 3000, "cuda"), 8, 1),
+        "one row": (dense_intervals(1, 1), 2, 1),
+        "short": (dense_intervals(63, 65), 2, 2),
+        "decode": (dense_intervals(3, 3000), 8, 1),
         "many tiles": (causal_intervals(2100, 2100, "cuda"), 16, 8),
     }
 
@@ -133,9 +166,9 @@ def check_backward(dim: int, dtype: torch.dtype, variants: dict[str, dict]) -> b
         )
         for (variant, settings), carried in itertools.product(variants.items(), (False, True)):
             # With a carry as between the launches of a ring, otherwise as in a single one.
-            dtypes = (torch.float32, torch.float32) if carried else (dtype, dtype)
+            made = torch.float32 if carried else dtype
             results = [
-                backward.launch_backward(*arguments, scale, earlier.clone() if carried else None, *dtypes, **settings)
+                prepared_backward(*arguments, earlier.clone() if carried else None, made, **settings)()
                 for _ in range(2)
             ]
             torch.cuda.synchronize()
@@ -173,7 +206,7 @@ def forward_variants(dim: int) -> dict[str, forward.ForwardTiles]:
 
 
 def backward_variants(dim: int) -> dict[str, dict]:
-    """Arguments of launch_backward to compare with those in use."""
+    """Arguments of prepared_backward to compare with those in use."""
     tiles = backward.BACKWARD_TILES[dim]
     return {"in use": {"tiles": tiles}, "in turn": {"tiles": tiles, "deterministic": True}}
 
@@ -186,11 +219,10 @@ def time_forward(dim: int, variants: dict[str, forward.ForwardTiles], lengths: t
             batch = TOKENS // length
             intervals = document_intervals([length] * batch, causal)
             q, k, v = (random((TOKENS, heads, dim), torch.bfloat16) for _ in range(3))
-            scale, flops = dim**-0.5, 4 * pairs(intervals) * heads * dim
+            flops = 4 * pairs(intervals) * heads * dim
             per_batch = [x.view(batch, length, heads, dim).transpose(1, 2) for x in (q, k, v)]
-            launch = partial(forward.launch_forward, q, k, v, intervals, scale, None, q.dtype)
             runs = {"cudnn": partial(cudnn_forward, per_batch, causal)}
-            runs |= {name: partial(launch, tiles) for name, tiles in variants.items()}
+            runs |= {name: prepared_forward(q, k, v, intervals, tiles) for name, tiles in variants.items()}
             rows += time_all(
                 runs,
                 flops,
@@ -216,23 +248,29 @@ def time_backward(dim: int, variants: dict[str, dict], lengths: tuple[int, ...],
             k, v = (random((TOKENS, heads // group, dim), torch.bfloat16) for _ in range(2))
             scale, flops = dim**-0.5, 10 * pairs(intervals) * heads * dim
             out, lse = hopper.attend(q, k, v, intervals, scale=scale)
+            operands = (dout, q, k, v)
 
             def ours(
                 settings: dict,
-                data: tuple = (dout, q, k, v, lse),
+                operands: tuple = operands,
                 out: Tensor = out,
+                lse: Tensor = lse,
                 intervals: KeyIntervals = intervals,
-            ) -> object:
-                delta = hopper.row_delta(data[0], out)
-                dtypes = (out.dtype, out.dtype)
-                return backward.launch_backward(*data, delta, intervals, dim**-0.5, None, *dtypes, **settings)
+            ) -> Callable[[], object]:
+                launch = backward.PreparedBackward(operands, (lse, lse, None), dim**-0.5, out.dtype, **settings)
+
+                def run() -> object:
+                    delta = hopper.row_delta(operands[0], out)
+                    return launch(operands, (lse, delta, None), intervals, out.dtype)
+
+                return run
 
             leaves = [x.view(batch, length, -1, dim).transpose(1, 2).detach().requires_grad_() for x in (q, k, v)]
             with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
                 result = F.scaled_dot_product_attention(*leaves, is_causal=causal, enable_gqa=group > 1)
             gradient = dout.view(batch, length, heads, dim).transpose(1, 2)
             runs = {"cudnn": partial(torch.autograd.grad, result, leaves, gradient, retain_graph=True)}
-            runs |= {name: partial(ours, settings) for name, settings in variants.items()}
+            runs |= {name: ours(settings) for name, settings in variants.items()}
             rows += time_all(
                 runs,
                 flops,
@@ -251,10 +289,10 @@ def compile_variants(dim: int) -> None:
     """Launch every shape once on little data, so that a later `tune` finds it in Triton's cache."""
     q, intervals = random((128, HEADS[dim], dim), torch.bfloat16), causal_intervals(128, 128, "cuda")
     for tiles in forward_variants(dim).values():
-        out, lse = forward.launch_forward(q, q, q, intervals, dim**-0.5, None, q.dtype, tiles)
+        out, lse = prepared_forward(q, q, q, intervals, tiles)()
     delta = hopper.row_delta(out, out)
     for settings in backward_variants(dim).values():
-        backward.launch_backward(out, q, q, q, lse, delta, intervals, dim**-0.5, None, q.dtype, q.dtype, **settings)
+        prepared_backward(out, q, q, q, lse, delta, intervals, None, q.dtype, **settings)()
 
 
 def print_table(rows: list[dict]) -> None:

@@ -29,6 +29,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ringflash import flash_attn_func
 from ringflash.functional import attention
+from ringflash.kernels.select import MODULES
 from ringflash.parallel.execution.call import Inputs
 from ringflash.parallel.mesh import ONE_DEVICE
 
@@ -114,7 +115,7 @@ def without_gpu(kernel: str) -> ExitStack:
     from stand_in import stand_in
 
     stack = ExitStack()
-    driver = stack.enter_context(stand_in(import_module(f"ringflash.kernels.{kernel}")))
+    driver = stack.enter_context(stand_in(import_module(MODULES[kernel])))
     driver.launches = deque(maxlen=1)  # so that no tensors are kept
     stack.enter_context(mock.patch.object(Inputs, "on_device", lambda inputs, call: inputs.boundaries is not None))
     return stack

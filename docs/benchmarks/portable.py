@@ -23,8 +23,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from triton.testing import do_bench
 
-from ringflash.kernels import triton as kernels
 from ringflash.kernels.intervals import KeyIntervals
+from ringflash.kernels.triton import attend as kernels
 
 # heads, key heads, head dimension, batch, length, causal
 CASES = [

@@ -1,15 +1,15 @@
 """Warp-specialised kernels for Hopper (H100, H200) of the contract in ringflash.kernels.reference, in Triton's Gluon.
 
-Read in the order the data takes: operands (what the kernels apply to, and tensors as the hardware takes them), schedule
-(which tile when), softmax, float_rows (rows in fp32 between memory and registers), forward_work (what is loaded, and
+Read in the order the data takes: checks (what is refused), descriptors (tensors as the hardware takes them), schedule
+(which tile when), softmax, fp32_rows (rows in fp32 between memory and registers), forward_work (what is loaded, and
 where to), forward_kernel and forward (the kernel and its launch); backward_work (what a program of the backward works
-on), dquery (how the query's gradient leaves it) and turns (in which order, where it has to repeat), backward_kernel,
-backward_wide_kernel and backward; compat holds what differs between triton's versions.
+on), dquery_accumulate (how the query's gradient leaves it) and dquery_in_turn (in which order, where it has to repeat),
+backward_kernel, backward_wide_kernel and backward; compat holds what differs between triton's versions.
 """
 
+from ringflash.kernels.gpu.row_delta import row_delta
 from ringflash.kernels.hopper.backward import attend_backward
+from ringflash.kernels.hopper.checks import supports
 from ringflash.kernels.hopper.forward import attend
-from ringflash.kernels.hopper.operands import supports
-from ringflash.kernels.triton import row_delta
 
 __all__ = ["attend", "attend_backward", "row_delta", "supports"]

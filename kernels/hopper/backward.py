@@ -9,29 +9,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ringflash.kernels.gpu.launcher import Launcher, aligned
 from ringflash.kernels.hopper.backward_kernel import attend_backward_kernel
 from ringflash.kernels.hopper.backward_wide_kernel import attend_backward_wide_kernel
-from ringflash.kernels.hopper.dquery import HALF
-from ringflash.kernels.hopper.operands import (
+from ringflash.kernels.hopper.checks import check_operands
+from ringflash.kernels.hopper.descriptors import (
     addressable,
-    check_operands,
+    description_of,
     descriptor,
     descriptor_of,
-    form_of,
-    head_section,
     list_descriptor,
-    unplaced,
+    without_memory,
 )
-from ringflash.kernels.hopper.turns import PARTS, heads_in_turn, turns_of_tiles
+from ringflash.kernels.hopper.dquery_accumulate import HALF
+from ringflash.kernels.hopper.dquery_in_turn import PARTS, heads_in_turn, turns_of_tiles
+from ringflash.kernels.hopper.schedule import head_section
 from ringflash.kernels.intervals import KeyIntervals
+from ringflash.kernels.kept import Kept, metadata
 from ringflash.kernels.modifiers import Modifiers
-from ringflash.kernels.plans import Plans, form
-from ringflash.kernels.triton.launch import Launch, aligned
 
 
 @dataclass(frozen=True)
 class BackwardTiles:
-    """Shape of a backward launch.
+    """Sizes of a backward launch.
 
     Attributes:
         keys: key rows of a tile.
@@ -75,41 +75,17 @@ def attend_backward(
     operands = (dout, query, key, value)
     numbers = (lse, delta, carry)
     call = _call(operands, numbers, intervals, scale, dkey_dtype, deterministic)
-    plan = plans.get(call) if modifiers is None else None
-    if plan is None:
+    prepared = prepared_calls.get(call) if modifiers is None else None
+    if prepared is None:
         check_operands(query, key, value, intervals, scale, modifiers)
         tiles = BACKWARD_TILES[query.shape[2]]
-        plan = plans.add(call, BackwardPlan(operands, numbers, scale, dkey_dtype, tiles, deterministic))
-    return plan(operands, numbers, intervals, dquery_dtype)
+        prepared = PreparedBackward(operands, numbers, scale, dkey_dtype, tiles, deterministic)
+        prepared_calls.add(call, prepared)
+    return prepared(operands, numbers, intervals, dquery_dtype)
 
 
-def launch_backward(
-    dout: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    intervals: KeyIntervals,
-    scale: float,
-    carry: Tensor | None,
-    dquery_dtype: torch.dtype,
-    dkey_dtype: torch.dtype,
-    tiles: BackwardTiles,
-    deterministic: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`attend_backward` with given tiles, for checked arguments."""
-    operands = (dout, query, key, value)
-    numbers = (lse, delta, carry)
-    call = (*_call(operands, numbers, intervals, scale, dkey_dtype, deterministic), tiles)
-    plan = plans.get(call)
-    if plan is None:
-        plan = plans.add(call, BackwardPlan(operands, numbers, scale, dkey_dtype, tiles, deterministic))
-    return plan(operands, numbers, intervals, dquery_dtype)
-
-
-plans = Plans()
-"""`BackwardPlan` by what the two functions above were asked for."""
+prepared_calls = Kept()
+"""`PreparedBackward` by what `attend_backward` was asked for."""
 
 Operands = tuple[Tensor, Tensor, Tensor, Tensor]
 """Dout, query, key, value."""
@@ -125,23 +101,23 @@ def _call(
     dkey_dtype: torch.dtype,
     deterministic: bool,
 ) -> tuple:
-    """All that a plan depends on."""
+    """All that a `PreparedBackward` depends on."""
     return (
-        *map(form, operands), *map(form, numbers), dkey_dtype,
-        intervals.start.shape, intervals.key_count, intervals.has_sink, scale, deterministic,
+        *map(metadata, operands), *map(metadata, numbers), dkey_dtype,
+        intervals.start.shape, intervals.key_count, intervals.has_sink_tokens, scale, deterministic,
         aligned(*operands, *numbers) or tuple(map(aligned, (*operands, *numbers))),
     )  # fmt: skip
 
 
-class BackwardPlan:
-    """What is worked out once for calls of one form, and their launches.
+class PreparedBackward:
+    """What is worked out once for calls alike, and their launches.
 
     Args:
-        operands: dout, query, key and value of the first call, as in `launch_backward`.
+        operands: dout, query, key and value of the first call, checked.
         numbers: lse, delta and carry of the first call.
-        scale: as in `launch_backward`, of the first call; so are the others.
+        scale: as in `attend_backward`, of the first call; so are the others.
         dkey_dtype: see scale.
-        tiles: see scale.
+        tiles: sizes of the launch.
         deterministic: see scale.
     """
 
@@ -152,7 +128,7 @@ class BackwardPlan:
         scale: float,
         dkey_dtype: torch.dtype,
         tiles: BackwardTiles,
-        deterministic: bool,
+        deterministic: bool = False,
     ) -> None:
         _, query, key, _ = operands
         (query_rows, heads, dim), (key_rows, key_heads, _) = query.shape, key.shape
@@ -166,25 +142,31 @@ class BackwardPlan:
             return
         direct = aligned(*operands, *numbers)
         reachable = _reachable(operands)
-        self.as_given = all(x is y for x, y in zip(operands, reachable, strict=True))
+        self.all_addressable = all(x is y for x, y in zip(operands, reachable, strict=True))
         blocks = (tiles.queries, tiles.queries, tiles.keys, tiles.keys)
-        self.forms = tuple(form_of(descriptor(x, rows, dim)) for x, rows in zip(reachable, blocks, strict=True))
-        dquery = unplaced(query.shape, torch.float32) if numbers[2] is None else numbers[2].contiguous()
-        self.dquery_form = form_of(descriptor(dquery, HALF.value, HALF.value))
-        self.dkey_form = None
+        self.descriptions = tuple(
+            description_of(descriptor(x, rows, dim)) for x, rows in zip(reachable, blocks, strict=True)
+        )
+        dquery = without_memory(query.shape, torch.float32) if numbers[2] is None else numbers[2].contiguous()
+        self.dquery_description = description_of(descriptor(dquery, HALF.value, HALF.value))
+        self.dkey_description = None
         if not self.float_out:
-            self.dkey_form = form_of(descriptor(unplaced(key.shape, dkey_dtype), HALF.value, min(dim, 128)))
+            self.dkey_description = description_of(
+                descriptor(without_memory(key.shape, dkey_dtype), HALF.value, min(dim, 128))
+            )
 
         # A block may reach as many rows behind the last.
         padded_rows = -(-(query_rows + tiles.queries) // 128) * 128
-        self.number_form = form_of(list_descriptor(unplaced((heads * padded_rows,), torch.float32), tiles.queries))
+        self.number_description = description_of(
+            list_descriptor(without_memory((heads * padded_rows,), torch.float32), tiles.queries)
+        )
         self.number_count = heads * padded_rows
         row_blocks = -(-padded_rows // 1024)
-        self.launch_rows = Launch(row_blocks * heads, (query_rows, padded_rows, row_blocks), {}, {}, direct)
+        self.launch_rows = Launcher(row_blocks * heads, (query_rows, padded_rows, row_blocks), {}, {}, direct)
 
         section = head_section(query_rows * 2 * group, key_heads, 1, dim)
         self.shape = (query_rows, padded_rows, key_rows, key_heads, *(() if deterministic else (section,)))
-        self.launch = Launch(
+        self.launch = Launcher(
             -(-key_rows // tiles.keys) * key_heads,
             (*(x.stride(1) for x in (reachable[1], reachable[0], *reachable[2:])), float(scale)),
             dict(
@@ -211,19 +193,19 @@ class BackwardPlan:
         if self.float_out:
             written = (None, None, dkey, dvalue)
         else:
-            written = (descriptor_of(dkey, self.dkey_form), descriptor_of(dvalue, self.dkey_form), None, None)
+            written = (*(descriptor_of(x, self.dkey_description) for x in (dkey, dvalue)), None, None)
         order, turns, turn_now, section = None, None, None, ()
         if self.deterministic:
             turns, turn_now, *section = adding_turns(intervals, self.heads, self.dim, self.tiles)
         else:
             order = intervals.key_order(self.tiles.keys)
-        if not self.as_given:
+        if not self.all_addressable:
             operands = _reachable(operands)
-        dout_desc, query_desc, key_desc, value_desc = map(descriptor_of, operands, self.forms)
+        dout_desc, query_desc, key_desc, value_desc = map(descriptor_of, operands, self.descriptions)
         tensors = (
             query_desc, dout_desc, key_desc, value_desc,
-            descriptor_of(scaled_lse, self.number_form), descriptor_of(minus_delta, self.number_form),
-            descriptor_of(dquery, self.dquery_form), *written,
+            descriptor_of(scaled_lse, self.number_description), descriptor_of(minus_delta, self.number_description),
+            descriptor_of(dquery, self.dquery_description), *written,
             intervals.key_tile_rows(1), intervals.key_tile_rows(self.tiles.keys), order, turns, turn_now,
             *self.shape, *section,
         )  # fmt: skip
@@ -241,23 +223,23 @@ def adding_turns(
     intervals: KeyIntervals, heads: tuple[int, int], dim: int, tiles: BackwardTiles
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Turn of each key tile; whose turn it is, (heads, blocks, parts) to write in; heads to work on at a time."""
-    table = intervals.key_tile_rows(tiles.keys)
+    tile_rows = intervals.key_tile_rows(tiles.keys)
 
     def build() -> tuple[Tensor, Tensor, Tensor]:
-        row_bytes = heads[0] // heads[1] * dim * 8
-        return *turns_of_tiles(table, intervals.query_count, tiles.queries), heads_in_turn(table, heads[1], row_bytes)
+        turns, first_turns = turns_of_tiles(tile_rows, intervals.query_count, tiles.queries)
+        return turns, first_turns, heads_in_turn(tile_rows, heads[1], heads[0] // heads[1] * dim * 8)
 
-    turns, first_turns, section = intervals._cached(("turns", heads, dim, tiles.keys, tiles.queries), build)
+    turns, first_turns, section = intervals.kept(("turns", heads, dim, tiles.keys, tiles.queries), build)
     return turns, first_turns[None, :, None].expand(heads[0], -1, PARTS.value).contiguous(), section
 
 
-def prepare_rows(plan: BackwardPlan, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+def prepare_rows(prepared: PreparedBackward, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     """Lse times log2 e and minus delta, flat, each head's rows followed by rows of no weight.
 
     Rows without keys (lse -inf) get +inf, so that no weight is left.
     """
-    scaled_lse, minus_delta = lse.new_empty(plan.number_count), lse.new_empty(plan.number_count)
-    plan.launch_rows(prepare_rows_kernel, (lse.contiguous(), delta.contiguous(), scaled_lse, minus_delta))
+    scaled_lse, minus_delta = lse.new_empty(prepared.number_count), lse.new_empty(prepared.number_count)
+    prepared.launch_rows(prepare_rows_kernel, (lse.contiguous(), delta.contiguous(), scaled_lse, minus_delta))
     return scaled_lse, minus_delta
 
 

@@ -27,9 +27,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ringflash.kernels.hopper.backward_work import Inputs, Sums, allocate_buffers, find_work, produce, unseen_zero
 from ringflash.kernels.hopper.compat import async_store, meet, release, store_wait
-from ringflash.kernels.hopper.dquery import HALF, add_earlier, lay_down
+from ringflash.kernels.hopper.dquery_accumulate import HALF, add_earlier, lay_down
+from ringflash.kernels.hopper.dquery_in_turn import (
+    add_in_turn,
+    first_block_and_member,
+    hand_over,
+    next_block_and_member,
+)
 from ringflash.kernels.hopper.schedule import stage_and_parity
-from ringflash.kernels.hopper.turns import add_in_turn, first_place, hand_over, next_place
 
 
 @gluon.jit(
@@ -47,7 +52,7 @@ def attend_backward_kernel(
     FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """See `launch_backward` for the arguments."""
+    """See `backward.PreparedBackward` for the arguments."""
     inputs = Inputs(
         query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc,
         query_head_stride, dout_head_stride, key_head_stride, value_head_stride,
@@ -131,7 +136,7 @@ def consume(
         mbarrier.wait(douts.full.index(0), 0)
         minus_delta = douts.numbers.index(0).load(COLUMNS)
 
-    block, member = first_place(rows, ORDERED)
+    block, member = first_block_and_member(rows, ORDERED)
     steps = rows.blocks * GROUP
     for step in range(steps):
         stage = stage_and_parity(step, QUERY_STAGES)[0]
@@ -186,7 +191,7 @@ def consume(
             minus_delta = douts.numbers.index(next_dout).load(COLUMNS)
         scores, dkey = warpgroup_mma_wait(0, deps=[scores_token, dkey_token])
         release(queries.empty.index(stage))
-        block, member = next_place(rows, block, member, GROUP, ORDERED)
+        block, member = next_block_and_member(rows, block, member, GROUP, ORDERED)
 
     if not ORDERED:
         fence_async_shared()

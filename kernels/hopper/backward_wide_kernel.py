@@ -20,9 +20,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ringflash.kernels.hopper.backward_work import Inputs, Sums, allocate_buffers, find_work, produce, unseen_zero
 from ringflash.kernels.hopper.compat import async_add, async_store, meet, release, store_wait
-from ringflash.kernels.hopper.dquery import HALF, add_earlier, corner, lay_down
+from ringflash.kernels.hopper.dquery_accumulate import HALF, add_earlier, corner, lay_down
+from ringflash.kernels.hopper.dquery_in_turn import (
+    add_in_turn,
+    first_block_and_member,
+    hand_over,
+    next_block_and_member,
+)
 from ringflash.kernels.hopper.schedule import stage_and_parity
-from ringflash.kernels.hopper.turns import add_in_turn, first_place, hand_over, next_place
 
 
 @gluon.jit(
@@ -40,7 +45,7 @@ def attend_backward_wide_kernel(
     FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """See `launch_backward` for the arguments."""
+    """See `backward.PreparedBackward` for the arguments."""
     inputs = Inputs(
         query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc,
         query_head_stride, dout_head_stride, key_head_stride, value_head_stride,
@@ -114,7 +119,7 @@ def consume_wide(
     mbarrier.wait(buffers.loaded.index(0), 0)
     mbarrier.wait(buffers.loaded.index(1), 0)
 
-    block, member = first_place(rows, ORDERED)
+    block, member = first_block_and_member(rows, ORDERED)
     steps = rows.blocks * GROUP
     for step in range(steps):
         stage, parity = stage_and_parity(step, STAGES)
@@ -182,7 +187,7 @@ def consume_wide(
         else:
             store_wait(0)
             lay_down(dquery.index(PART), second)
-        block, member = next_place(rows, block, member, GROUP, ORDERED)
+        block, member = next_block_and_member(rows, block, member, GROUP, ORDERED)
 
     if not ORDERED:
         fence_async_shared()

@@ -12,8 +12,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ringflash.kernels.hopper.compat import WARPGROUP, async_load
+from ringflash.kernels.hopper.dquery_in_turn import Turns, allocate_turns
 from ringflash.kernels.hopper.schedule import stage_and_parity
-from ringflash.kernels.hopper.turns import Turns, allocate_turns
 
 
 class Inputs(NamedTuple):
@@ -156,7 +156,7 @@ def key_tile_and_head(key_rows, section, order_ptr, N: gl.constexpr, ORDERED: gl
 
 @gluon.jit
 def visiting_rows(
-    table_ptr, key_tile, query_rows, padded_rows, key_rows, first_head,
+    rows_of_tile_ptr, key_tile, query_rows, padded_rows, key_rows, first_head,
     M: gl.constexpr, N: gl.constexpr, ALIGNED: gl.constexpr,
 ):  # fmt: skip
     """The query rows of a key tile, from its entry in `KeyIntervals.key_tile_rows`; one block at least.
@@ -164,7 +164,7 @@ def visiting_rows(
     They begin at a multiple of ALIGNED: 4, as the tensor memory engine wants the first of a row's numbers aligned to
     16 bytes; or M, so that the blocks of all tiles are the same.
     """
-    entry = table_ptr + key_tile * 4
+    entry = rows_of_tile_ptr + key_tile * 4
     begin = gl.load(entry) // ALIGNED * ALIGNED
     blocks = gl.maximum((gl.load(entry + 3) - begin + M - 1) // M, 1)
     # Rows behind the last key are zeros, whose weights must not reach dQ as infinity times zero: mask the whole tile.

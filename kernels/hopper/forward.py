@@ -9,27 +9,27 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
-from ringflash.kernels.hopper.forward_kernel import LOG2_E, ROWS, attend_kernel
-from ringflash.kernels.hopper.operands import (
+from ringflash.kernels.gpu.chips import multiprocessors
+from ringflash.kernels.gpu.launcher import Launcher, aligned
+from ringflash.kernels.hopper.checks import check_operands
+from ringflash.kernels.hopper.descriptors import (
     addressable,
-    check_operands,
+    description_of,
     descriptor,
     descriptor_of,
-    form_of,
-    head_section,
-    multiprocessors,
-    unplaced,
+    without_memory,
 )
+from ringflash.kernels.hopper.forward_kernel import LOG2_E, ROWS, attend_kernel
+from ringflash.kernels.hopper.schedule import head_section
 from ringflash.kernels.intervals import KeyIntervals
+from ringflash.kernels.kept import Kept, metadata
 from ringflash.kernels.modifiers import Modifiers
-from ringflash.kernels.plans import Plans, form
 from ringflash.kernels.reference import Carry
-from ringflash.kernels.triton.launch import Launch, aligned
 
 
 @dataclass(frozen=True)
 class ForwardTiles:
-    """Shape of a forward launch.
+    """Sizes of a forward launch.
 
     Attributes:
         consumers: warpgroups that compute, 2 or 3, with 64 query rows of a tile each.
@@ -69,31 +69,13 @@ def attend(
     out_dtype = out_dtype or query.dtype
     carry = carry and (addressable_carry(carry[0]), carry[1].contiguous())
     call = _call(query, key, value, intervals, scale, carry, out_dtype)
-    plan = plans.get(call) if modifiers is None else None
-    if plan is None:
+    prepared = prepared_calls.get(call) if modifiers is None else None
+    if prepared is None:
         check_operands(query, key, value, intervals, scale, modifiers)
         tiles = FORWARD_TILES[query.shape[2]]
-        plan = plans.add(call, ForwardPlan(query, key, value, intervals, scale, carry, out_dtype, tiles))
-    return plan(query, key, value, intervals, carry)
-
-
-def launch_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    intervals: KeyIntervals,
-    scale: float,
-    carry: Carry | None,
-    out_dtype: torch.dtype,
-    tiles: ForwardTiles,
-) -> Carry:
-    """`attend` with given tiles, for checked arguments."""
-    carry = carry and (addressable_carry(carry[0]), carry[1].contiguous())
-    call = (*_call(query, key, value, intervals, scale, carry, out_dtype), tiles)
-    plan = plans.get(call)
-    if plan is None:
-        plan = plans.add(call, ForwardPlan(query, key, value, intervals, scale, carry, out_dtype, tiles))
-    return plan(query, key, value, intervals, carry)
+        prepared = PreparedForward(query, key, value, intervals, scale, carry, out_dtype, tiles)
+        prepared_calls.add(call, prepared)
+    return prepared(query, key, value, intervals, carry)
 
 
 def addressable_carry(carry_out: Tensor) -> Tensor:
@@ -102,8 +84,8 @@ def addressable_carry(carry_out: Tensor) -> Tensor:
     return carry_out if carry_out.data_ptr() % 16 == 0 else carry_out.clone()
 
 
-plans = Plans()
-"""`ForwardPlan` by what `attend` and `launch_forward` were asked for."""
+prepared_calls = Kept()
+"""`PreparedForward` by what `attend` was asked for."""
 
 
 def _call(
@@ -115,28 +97,28 @@ def _call(
     carry: Carry | None,
     out_dtype: torch.dtype,
 ) -> tuple:
-    """All that a plan depends on; a carry is contiguous."""
+    """All that a `PreparedForward` depends on; a carry is contiguous."""
     carry_out, carry_lse = carry or (None, None)
     return (
-        form(query), form(key), form(value), form(carry_out), form(carry_lse), out_dtype,
-        intervals.start.shape, intervals.key_count, intervals.has_sink, scale,
+        *map(metadata, (query, key, value, carry_out, carry_lse)), out_dtype,
+        intervals.start.shape, intervals.key_count, intervals.has_sink_tokens, scale,
         aligned(query, key, value, carry_out, carry_lse, intervals.start, intervals.stop)
         or tuple(map(aligned, (query, key, value))),
     )  # fmt: skip
 
 
-class ForwardPlan:
-    """What is worked out once for calls of one form, and their launch.
+class PreparedForward:
+    """What is worked out once for calls alike, and their launch.
 
     Args:
-        query: as in `launch_forward`, of the first call; so are the others, with carry contiguous.
+        query: as in `attend`, of the first call and checked; so are the others, with carry as `addressable_carry`.
         key: see query.
         value: see query.
         intervals: see query.
         scale: see query.
         carry: see query.
         out_dtype: see query.
-        tiles: see query.
+        tiles: sizes of the launch.
     """
 
     def __init__(
@@ -160,21 +142,24 @@ class ForwardPlan:
         direct = aligned(query, key, value, *(carry or ()), intervals.start, intervals.stop)
         given = (query, key, value)
         query, key, value = map(addressable, given)
-        self.as_given = all(x is y for x, y in zip(given, (query, key, value), strict=True))
+        self.all_addressable = all(x is y for x, y in zip(given, (query, key, value), strict=True))
         rows = ROWS.value
-        self.query_form = form_of(descriptor(query, rows, dim))
-        self.key_form, self.value_form = (form_of(descriptor(x, tiles.keys, dim)) for x in (key, value))
+        self.query_description = description_of(descriptor(query, rows, dim))
+        self.key_description, self.value_description = (
+            description_of(descriptor(x, tiles.keys, dim)) for x in (key, value)
+        )
         # Without staging neither a carry nor a result in fp32 has room in shared memory.
         direct_out = self.float_out and not tiles.own_staging
-        self.carry_form = self.out_form = None
+        self.carry_description = self.out_description = None
         if carry is not None and tiles.own_staging:
-            self.carry_form = form_of(descriptor(carry[0], rows, dim))
+            self.carry_description = description_of(descriptor(carry[0], rows, dim))
         if not direct_out:
-            self.out_form = form_of(descriptor(unplaced(self.out_shape, self.stored_dtype), rows, dim))
+            out = without_memory(self.out_shape, self.stored_dtype)
+            self.out_description = description_of(descriptor(out, rows, dim))
         tile_count = -(-query_rows // (tiles.consumers * rows))
         programs = min(tile_count * heads, multiprocessors(query.device))
         group = heads // key_heads
-        self.launch = Launch(
+        self.launch = Launcher(
             programs,
             (
                 query_rows, tile_count, heads, head_section(key_rows, key_heads, group, dim),
@@ -200,14 +185,15 @@ class ForwardPlan:
             if carry:
                 return carry_out.to(self.out_dtype), lse
             return out.zero_().to(self.out_dtype), lse.fill_(-torch.inf)
-        if not self.as_given:
+        if not self.all_addressable:
             query, key, value = addressable(query), addressable(key), addressable(value)
         tensors = (
-            descriptor_of(query, self.query_form),
-            descriptor_of(key, self.key_form),
-            descriptor_of(value, self.value_form),
-            *((None, out) if self.out_form is None else (descriptor_of(out, self.out_form), None)), lse,
-            None if self.carry_form is None else descriptor_of(carry_out, self.carry_form), carry_out, carry_lse,
+            descriptor_of(query, self.query_description),
+            descriptor_of(key, self.key_description),
+            descriptor_of(value, self.value_description),
+            *((None, out) if self.out_description is None else (descriptor_of(out, self.out_description), None)), lse,
+            None if self.carry_description is None else descriptor_of(carry_out, self.carry_description),
+            carry_out, carry_lse,
             intervals.start, intervals.stop, first_ticket(query.device),
         )  # fmt: skip
         self.launch(attend_kernel, tensors)
@@ -239,7 +225,7 @@ def zero_of(device: torch.device) -> Tensor:
     zeros = _zeros.get(device)
     zero = None if zeros is None else next(zeros, None)
     if zero is None:
-        # One in 16 bytes: Triton compiles another program for other addresses.
+        # One in 16 bytes: Triton compiles another kernel for other addresses.
         zeros = iter(torch.zeros(ZEROS, 4, dtype=torch.int32, device=device).unbind())
         zero = next(zeros)
         _zeros[device] = zeros

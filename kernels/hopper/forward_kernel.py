@@ -30,7 +30,6 @@ from ringflash.kernels.hopper.compat import (
     release,
     store_wait,
 )
-from ringflash.kernels.hopper.float_rows import load_rows, store_rows
 from ringflash.kernels.hopper.forward_work import (
     Inputs,
     Memory,
@@ -40,6 +39,7 @@ from ringflash.kernels.hopper.forward_work import (
     allocate_staging,
     produce,
 )
+from ringflash.kernels.hopper.fp32_rows import load_rows, store_rows
 from ringflash.kernels.hopper.schedule import (
     Schedule,
     allocate_tickets,
@@ -71,7 +71,7 @@ def attend_kernel(
     OWN_STAGING: gl.constexpr, DIRECT_OUT: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """See `launch_forward` for the arguments."""
+    """See `forward.PreparedForward` for the arguments."""
     inputs = Inputs(query_desc, key_desc, value_desc, query_head_stride, key_head_stride, value_head_stride)
     result = Result(out_desc, out_ptr, lse_ptr, carry_desc, carry_out_ptr, carry_lse_ptr)
     queries = allocate_ring(query_desc, CONSUMERS, 1)
@@ -118,27 +118,27 @@ def consume(
     M: gl.constexpr = memory.query.blocks.shape[0] * ROWS
     N: gl.constexpr = memory.key.blocks.shape[1]
     step = 0
-    turn = 0
-    place = gl.program_id(0)
-    while place < problem.schedule.tiles * problem.schedule.heads:
-        tile, head = tile_and_head(problem.schedule, place)
+    tiles_done = 0
+    ticket = gl.program_id(0)
+    while ticket < problem.schedule.tiles * problem.schedule.heads:
+        tile, head = tile_and_head(problem.schedule, ticket)
         first_row = tile * M
         span = key_span(problem.start_ptr, problem.stop_ptr, first_row, problem.query_rows, M)
         blocks = block_count(span, N)
         attend_tile(
-            problem, result, memory, span, blocks, first_row + PART * ROWS, head, step, turn, scale_log2,
+            problem, result, memory, span, blocks, first_row + PART * ROWS, head, step, tiles_done, scale_log2,
             PART, HAS_CARRY, OWN_STAGING, DIRECT_OUT,
         )  # fmt: skip
         step += blocks
-        place = read(problem.tickets, turn)
-        turn += 1
+        ticket = read(problem.tickets, tiles_done)
+        tiles_done += 1
     if not DIRECT_OUT:
         store_wait(0)  # shared memory must outlive the last store's reading of it
 
 
 @gluon.jit
 def attend_tile(
-    problem, result, memory, span, blocks, first_row, head, step, turn, scale_log2,
+    problem, result, memory, span, blocks, first_row, head, step, tiles_done, scale_log2,
     PART: gl.constexpr, HAS_CARRY: gl.constexpr, OWN_STAGING: gl.constexpr, DIRECT_OUT: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup's 64 rows over the tile's key blocks that they see, from the initial state to the stored result."""
@@ -168,11 +168,11 @@ def attend_tile(
     # The first block has no earlier one to overlap with.
     first_key = span.begin + first * N
     stage, parity = stage_and_parity(step + first, STAGES)
-    mbarrier.wait(queries.full.index(PART), turn & 1)
+    mbarrier.wait(queries.full.index(PART), tiles_done & 1)
     mbarrier.wait(keys.full.index(stage), parity)
     # One barrier does, as no warpgroup is a tile ahead of another: the producer loads queries for all at once.
     if CARRY_LANDS and PART > 0:
-        mbarrier.wait(problem.begun.index(PART - 1), turn & 1)
+        mbarrier.wait(problem.begun.index(PART - 1), tiles_done & 1)
     scores_token = warpgroup_mma(
         query, keys.blocks.index(stage).permute((1, 0)), no_scores, use_acc=False, is_async=True
     )
@@ -184,7 +184,7 @@ def attend_tile(
     weights, rescale, maximum, total = softmax_step(scores, maximum, total, scale_log2)
     weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
     mbarrier.wait(values.full.index(stage), parity)
-    if CARRY_LANDS and turn > 0:
+    if CARRY_LANDS and tiles_done > 0:
         # The earlier tile's result has left the carry's place.
         store_wait(0)
         release(carries.empty.index(PART))
@@ -229,7 +229,7 @@ def attend_tile(
     if not HAS_CARRY:
         out = out * gl.convert_layout(factor, gl.SliceLayout(1, OUT))[:, None]
     elif CARRY_LANDS:
-        mbarrier.wait(carries.full.index(PART), turn & 1)
+        mbarrier.wait(carries.full.index(PART), tiles_done & 1)
         carried = carries.blocks.index(PART).load(OUT)
         out = weighted_sum(out, own_weight * factor, carried, carry_weight * factor)
     else:

@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ringflash.kernels.hopper.compat import WARPGROUP, async_load
-from ringflash.kernels.hopper.float_rows import prefetch_rows
+from ringflash.kernels.hopper.fp32_rows import prefetch_rows
 from ringflash.kernels.hopper.schedule import (
     Schedule,
     Tickets,
@@ -134,16 +134,19 @@ def produce(
     N: gl.constexpr = keys.blocks.shape[1]
     D: gl.constexpr = queries.blocks.shape[2]
     step = 0
-    turn = 0
-    place = gl.program_id(0)
-    while place < problem.schedule.tiles * problem.schedule.heads:
-        tile, head = tile_and_head(problem.schedule, place)
+    tiles_done = 0
+    ticket = gl.program_id(0)
+    while ticket < problem.schedule.tiles * problem.schedule.heads:
+        tile, head = tile_and_head(problem.schedule, ticket)
         first_row = tile * M
         span = key_span(problem.start_ptr, problem.stop_ptr, first_row, problem.query_rows, M)
         key_column = head // GROUP * inputs.key_head_stride
         value_column = head // GROUP * inputs.value_head_stride
         for part in gl.static_range(CONSUMERS):
-            fill(queries, inputs.query_desc, first_row + part * ROWS, head * inputs.query_head_stride, part, turn & 1)
+            fill(
+                queries, inputs.query_desc, first_row + part * ROWS, head * inputs.query_head_stride, part,
+                tiles_done & 1,
+            )  # fmt: skip
         blocks = block_count(span, N)
         for block in range(blocks):
             stage, parity = stage_and_parity(step, STAGES)
@@ -161,6 +164,6 @@ def produce(
         # not keep a block from them.
         if HAS_CARRY and OWN_STAGING:
             for part in gl.static_range(CONSUMERS):
-                fill(carries, result.carry_desc, first_row + part * ROWS, head * D, part, turn & 1)
-        place = draw(problem.tickets, turn)
-        turn += 1
+                fill(carries, result.carry_desc, first_row + part * ROWS, head * D, part, tiles_done & 1)
+        ticket = draw(problem.tickets, tiles_done)
+        tiles_done += 1

@@ -1,11 +1,13 @@
 """Which tile a program works on when, and which blocks of the other side it visits.
 
+A program is here, as in all of kernels/, what Triton calls one: a block of threads of a launch, with a number.
+
 Tiles are numbered so that two things hold at once. Long tiles come first: rows are taken from the last to the first,
 which for causal, document and window masks is longest first within a document and ends the launch with short tiles.
 And tiles that read the same keys run at about the same time: heads are taken in sections whose keys and values fit in
 the second-level cache together, rows within a section, heads innermost.
 
-A launch has one program for each multiprocessor. Each starts with the tile of its own number and then draws tickets, so
+A launch has one program for each multiprocessor. Each takes its own number for its first ticket and then draws more, so
 that no program waits for another and the loads of a tile run under the last steps of the one before.
 """
 
@@ -18,6 +20,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ringflash.kernels.hopper.compat import WARPGROUP, release
+
+CACHED_KEYS = 32 * 2**20
+"""Bytes of keys and values that one section of heads may take of the 50 MB of second-level cache."""
+
+
+def head_section(key_rows: int, key_heads: int, group: int, dim: int) -> int:
+    """Query heads whose keys and values fit in the second-level cache together; whole groups, dividing all heads."""
+    fitting = max(1, CACHED_KEYS // max(1, key_rows * dim * 4))
+    return group * max(n for n in range(1, key_heads + 1) if key_heads % n == 0 and n <= fitting)
 
 
 class Schedule(NamedTuple):
@@ -60,9 +71,9 @@ def allocate_tickets(counter_ptr, READERS: gl.constexpr):
 
 
 @gluon.jit
-def draw(tickets, turn):
-    """Draw the tile of the next turn, for the producer warp, and pass it on."""
-    slot, parity = stage_and_parity(turn, 2)
+def draw(tickets, tiles_done):
+    """Draw the ticket for the next tile, for the producer warp, and pass it on."""
+    slot, parity = stage_and_parity(tiles_done, 2)
     number = gl.atomic_add(tickets.counter_ptr, 1) + gl.num_programs(0)
     mbarrier.wait(tickets.empty.index(slot), parity ^ 1)
     tickets.numbers.index(slot).store(gl.full([1], number, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
@@ -71,9 +82,9 @@ def draw(tickets, turn):
 
 
 @gluon.jit
-def read(tickets, turn):
-    """The tile of the next turn, for a consumer warpgroup."""
-    slot, parity = stage_and_parity(turn, 2)
+def read(tickets, tiles_done):
+    """The ticket for the next tile, for a consumer warpgroup."""
+    slot, parity = stage_and_parity(tiles_done, 2)
     mbarrier.wait(tickets.full.index(slot), parity)
     number = gl.max(tickets.numbers.index(slot).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
     release(tickets.empty.index(slot))
@@ -81,12 +92,12 @@ def read(tickets, turn):
 
 
 @gluon.jit
-def tile_and_head(schedule, place):
-    """Tile and head of a place in the order above."""
+def tile_and_head(schedule, ticket):
+    """Tile and head that a ticket is for, in the order above."""
     per_section = schedule.tiles * schedule.section
-    within = place % per_section
+    within = ticket % per_section
     tile = schedule.tiles - 1 - within // schedule.section
-    return tile, place // per_section * schedule.section + within % schedule.section
+    return tile, ticket // per_section * schedule.section + within % schedule.section
 
 
 @gluon.jit

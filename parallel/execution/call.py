@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringflash.errors import ArgumentError
-from ringflash.kernels.plans import build_to_keep
+from ringflash.kernels.kept import build_to_keep
 from ringflash.parallel.agreement.agreement import agreement, errors_told, signature
 from ringflash.parallel.planning.plan import ring
 from ringflash.parallel.planning.program import (

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ringflash.errors import UnsupportedError
-from ringflash.kernels.devices import as_given
+from ringflash.kernels.devices import on_device_without_autocast
 from ringflash.parallel.execution.call import Call, Inputs, shape_of_table
 from ringflash.parallel.execution.executor import backward, forward
 
@@ -51,7 +51,7 @@ def attention(
         mask, documents, partition, group, batch, seqlen, key_seqlen, scale, softcap, dropout, kernel, deterministic,
         sinks,
     )  # fmt: skip
-    with as_given(query):
+    with on_device_without_autocast(query):
         return forward(inputs, call)
 
 
@@ -89,7 +89,7 @@ def attention_backward(
         mask, documents, partition, group, batch, seqlen, key_seqlen, scale, softcap, dropout, kernel, deterministic,
         sinks,
     )  # fmt: skip
-    with as_given(query):
+    with on_device_without_autocast(query):
         return backward(dout, dlse, out, lse, table, inputs, call)
 
 

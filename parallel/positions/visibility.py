@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ringflash.kernels.intervals import KeyIntervals
-from ringflash.kernels.plans import build_to_keep
+from ringflash.kernels.kept import build_to_keep
 from ringflash.parallel.positions.blocks import BlockLayout
 from ringflash.parallel.positions.mask import UNBOUNDED, Mask
 

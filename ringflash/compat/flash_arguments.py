@@ -10,7 +10,7 @@ from torch import Tensor
 from ringflash.compat.probabilities import signed_probabilities
 from ringflash.errors import ArgumentError
 from ringflash.functional import attention
-from ringflash.kernels.plans import Plans
+from ringflash.kernels.kept import Kept
 from ringflash.parallel.mesh import Group
 from ringflash.parallel.positions.integers import integers
 from ringflash.parallel.positions.mask import Mask
@@ -20,7 +20,7 @@ Attention = Tensor | tuple[Tensor, Tensor, Tensor | None]
 """out, or (out, softmax_lse, S_dmask) if these were asked for."""
 
 
-_plans = Plans()
+_plans = Kept()
 """`Options` by the arguments they were made of."""
 
 

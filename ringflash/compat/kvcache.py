@@ -22,9 +22,9 @@ from ringflash.compat.kvcache_arguments import (
 )
 from ringflash.errors import ArgumentError, UnsupportedError
 from ringflash.kernels.decode import Cache, Rotary, Rules
-from ringflash.kernels.devices import as_given
+from ringflash.kernels.devices import on_device_without_autocast
 from ringflash.kernels.select import select_decoding
-from ringflash.parallel.execution.operators import mapped
+from ringflash.kernels.torch_private import mapped
 
 
 def flash_attn_with_kvcache(
@@ -156,7 +156,7 @@ def _append(
 ) -> None:
     kernels = select_decoding(key.device, key.dtype, key_cache.shape[3], value_cache.shape[3])
     cache = Cache(key_cache, value_cache, lengths, offset, None, batch_index, block_table)
-    with as_given(key):
+    with on_device_without_autocast(key):
         kernels.append(key, value, cache, None if cos is None else Rotary(cos, sin, interleaved))
 
 
@@ -184,7 +184,7 @@ def _attend(
     kernels = select_decoding(query.device, query.dtype, key_cache.shape[3], value_cache.shape[3])
     cache = Cache(key_cache, value_cache, lengths, offset, leftpad, batch_index, block_table)
     rotary = None if cos is None else Rotary(cos, sin, interleaved)
-    with as_given(query):
+    with on_device_without_autocast(query):
         return kernels.attend(query, cache, Rules(scale, left, right, softcap, slopes), rotary, appended, splits)
 
 

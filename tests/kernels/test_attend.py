@@ -22,6 +22,7 @@ from oracle import (
     assert_nan_stays,
     assert_same,
     between,
+    dense_intervals,
     draw_modifiers,
     draw_problem,
     errors,
@@ -33,11 +34,12 @@ from oracle import (
 )
 
 from ringflash.errors import ArgumentError
-from ringflash.kernels import blockwise, reference, tiling
-from ringflash.kernels.intervals import KeyIntervals, causal_intervals, dense_intervals
-from ringflash.kernels.plans import Plans
+from ringflash.kernels import reference
+from ringflash.kernels.cpu import blockwise, rectangles
+from ringflash.kernels.cpu.rectangle_attention import MatrixProducts
+from ringflash.kernels.intervals import KeyIntervals, causal_intervals
+from ringflash.kernels.kept import Kept
 from ringflash.kernels.select import NAMES, select
-from ringflash.kernels.tile_math import MatrixProducts
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -97,8 +99,8 @@ def test_blockwise_with_modifiers_is_as_accurate_as_torch(dtype: torch.dtype, da
 @given(st.data())
 def test_matrix_product_tiles_are_as_accurate_as_torch(dtype: torch.dtype, data: st.DataObject) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blockwise, "_tile_math", lambda *operands: MatrixProducts)  # as on devices other than the CPU
-        patch.setattr(tiling, "BLOCK", (48, 80))  # several blocks also in small problems
+        patch.setattr(blockwise, "_math", lambda *operands: MatrixProducts)  # as on devices other than the CPU
+        patch.setattr(rectangles, "BLOCK", (48, 80))  # several blocks also in small problems
         check(blockwise, data.draw(problems(dtype, 200)), data)
 
 
@@ -299,7 +301,7 @@ def test_hopper_kernels_are_accurate_with_heads_in_sections(
 
     for module, heads in ((forward, section * 2), (backward, section)):
         monkeypatch.setattr(module, "head_section", lambda *sizes, heads=heads: heads)
-        monkeypatch.setattr(module, "plans", Plans())
+        monkeypatch.setattr(module, "prepared_calls", Kept())
     for intervals in (causal_intervals(1001, 1300, "cuda"), to_device(monotone_intervals(900, 1100, 3, False), "cuda")):
         problem = draw_problem(intervals, (8, 4), (dim, dim), torch.bfloat16)
         assert_accurate(run(kernels, problem), problem)

@@ -13,8 +13,8 @@ pytest.importorskip("triton")
 from aot import SHARED_LIMIT, Resources, catch, compile_for
 
 from ringflash.kernels.decode import Cache, Rotary, Rules
-from ringflash.kernels.triton import append as append_module
-from ringflash.kernels.triton import decode, decode_tiles
+from ringflash.kernels.triton.decode import append_cache, attend_cache
+from ringflash.kernels.triton.decode.launch_sizes import MOST_SPLITS, choose_splits, launch_sizes
 
 CHIPS = {"sm_80": "ampere", "sm_89": "consumer", "sm_90": "hopper", "sm_100": "blackwell", "gfx942": "cdna"}
 PLAIN = Rules(scale=0.1)
@@ -48,13 +48,13 @@ def compile_attention(
     rotary = None if rules is PLAIN else Rotary(tables, tables, interleaved=True)
 
     def launch() -> None:
-        decode.attend(query, cache_of(dim, dtype, page), rules, rotary, splits=splits)
+        attend_cache.attend(query, cache_of(dim, dtype, page), rules, rotary, splits=splits)
 
     with (
-        mock.patch.object(decode, "chip_of", return_value=CHIPS[target]),
-        mock.patch.object(decode, "multiprocessors", return_value=multiprocessors),
+        mock.patch.object(attend_cache, "chip_of", return_value=CHIPS[target]),
+        mock.patch.object(attend_cache, "multiprocessors", return_value=multiprocessors),
     ):
-        return compile_for(target, catch(decode, "attend_cache_kernel", launch))
+        return compile_for(target, catch(attend_cache, "attend_cache_kernel", launch))
 
 
 DIMS = [
@@ -76,11 +76,11 @@ def test_decoding_spills_nothing_and_shares_a_multiprocessor(
     target: str, dtype: torch.dtype, dim: int, splits: int
 ) -> None:
     compiled = compile_attention(target, dtype, dim, splits=splits)
-    tiles = decode_tiles.decode_tiles(CHIPS[target], dtype, dim, many=False)
+    sizes = launch_sizes(CHIPS[target], dtype, dim, many=False)
     assert compiled.spilled == 0
-    assert compiled.shared * tiles.resident <= SHARED_LIMIT[target]
+    assert compiled.shared * sizes.resident <= SHARED_LIMIT[target]
     if splits > 1 and target != "gfx942":
-        assert -(-compiled.registers // 8) * 8 * 32 * tiles.warps * min(tiles.resident, 2) <= 65536
+        assert -(-compiled.registers // 8) * 8 * 32 * sizes.warps * min(sizes.resident, 2) <= 65536
 
 
 @pytest.mark.parametrize("target", ["sm_90", "sm_100"])
@@ -95,11 +95,11 @@ def test_more_sequences_than_the_chip_holds_fit(target: str, page: int | None) -
 @pytest.mark.parametrize("page", [None, 16, 256])
 def test_keys_are_copied_16_bytes_at_a_time_as_far_ahead_with_pages_as_without(target: str, page: int | None) -> None:
     compiled = compile_attention(target, torch.bfloat16, 128, page)
-    tiles = decode_tiles.decode_tiles(CHIPS[target], torch.bfloat16, 128, many=False)
-    in_a_block = 2 * tiles.keys * 128 * 2 // (16 * 32 * tiles.warps)
+    sizes = launch_sizes(CHIPS[target], torch.bfloat16, 128, many=False)
+    in_a_block = 2 * sizes.keys * 128 * 2 // (16 * 32 * sizes.warps)
     assert compiled.spilled == 0
     # The prologue fills all stages but one, the loop fills that.
-    assert compiled.assembly.count("cp.async.cg.shared.global") == tiles.stages * in_a_block
+    assert compiled.assembly.count("cp.async.cg.shared.global") == sizes.stages * in_a_block
 
 
 # Many rows with every feature leave a few registers short, once a block of keys at most.
@@ -114,7 +114,7 @@ def test_prefill_with_every_feature_fits(target: str, dim: int) -> None:
 def test_appending_compiles(target: str) -> None:
     new, tables = meta(2, 40, 8, 128, dtype=torch.bfloat16), meta(4096, 32, dtype=torch.bfloat16)
     cache, rotary = cache_of(128, torch.bfloat16, 256), Rotary(tables, tables, interleaved=False)
-    appending = catch(append_module, "append_kernel", lambda: append_module.append(new, new, cache, rotary))
+    appending = catch(append_cache, "append_kernel", lambda: append_cache.append(new, new, cache, rotary))
     assert compile_for(target, appending).spilled <= 16  # 32 rows a program
 
 
@@ -150,7 +150,7 @@ def test_a_part_is_counted_behind_all_its_stores_and_before_others_are_loaded(ta
 @pytest.mark.parametrize("blocks", [1, 7, 128, 1024, 16384])
 def test_chosen_parts_fill_the_chip_and_no_more(programs: int, blocks: int) -> None:
     multiprocessors = 132
-    splits = decode_tiles.choose_splits(programs, blocks, multiprocessors)
-    assert 1 <= splits <= min(decode_tiles.MOST_SPLITS, blocks)
-    assert splits in (decode_tiles.MOST_SPLITS, blocks) or programs * splits >= 0.9 * multiprocessors
+    splits = choose_splits(programs, blocks, multiprocessors)
+    assert 1 <= splits <= min(MOST_SPLITS, blocks)
+    assert splits in (MOST_SPLITS, blocks) or programs * splits >= 0.9 * multiprocessors
     assert splits == 1 or programs * splits <= 2 * multiprocessors

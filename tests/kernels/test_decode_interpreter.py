@@ -32,8 +32,11 @@ else:
     from hypothesis import strategies as st
     from triton.runtime.interpreter import InterpreterBuilder
 
-    from ringflash import flash_attn_with_kvcache, kvcache
+    from ringflash import flash_attn_with_kvcache
+    from ringflash.compat import kvcache
+    from ringflash.kernels.decode import Cache
     from ringflash.kernels.triton import decode
+    from ringflash.kernels.triton.decode import attend_cache
 
     @pytest.fixture(autouse=True, scope="module")
     def triton_on_the_cpu() -> Iterator[None]:
@@ -70,7 +73,7 @@ else:
         case = CacheCase(1, 10, None, 350, None, (8, 2), (16, 24), splits=splits, seed=2)
         problem = tensors(case)
         counters = torch.zeros(1000, dtype=torch.int32)
-        monkeypatch.setattr(decode, "counters", lambda count, device: counters)
+        monkeypatch.setattr(attend_cache, "counters", lambda count, device: counters)
         first = call(flash_attn_with_kvcache, case, problem)[:2]
         assert_as_exact_as_torch(call(flash_attn_with_kvcache, case, problem), case, problem)
         set_place = InterpreterBuilder.set_grid_idx
@@ -96,5 +99,5 @@ else:
     def test_what_does_not_fit_is_not_written() -> None:
         cache = torch.zeros(2, 8, 1, 16)
         new, lengths = torch.ones(2, 5, 1, 16), torch.tensor([6, 2], dtype=torch.int32)
-        decode.append(new, new, decode.Cache(cache, cache.clone(), lengths))
+        decode.append(new, new, Cache(cache, cache.clone(), lengths))
         assert cache[..., 0, 0].tolist() == [[0] * 6 + [1] * 2, [0] * 2 + [1] * 5 + [0]]

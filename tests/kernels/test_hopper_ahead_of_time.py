@@ -26,7 +26,8 @@ def compile_forward(
 
     def launch():
         intervals = causal_intervals(1000, 1200, "meta")
-        forward.launch_forward(query, key, key, intervals, 0.1, state, out_dtype, tiles)
+        prepared = forward.PreparedForward(query, key, key, intervals, 0.1, state, out_dtype, tiles)
+        prepared(query, key, key, intervals, state)
 
     with mock.patch.object(forward, "multiprocessors", return_value=132):
         return compile_call(catch(forward, "attend_kernel", launch))
@@ -40,8 +41,9 @@ def compile_backward(
     numbers = torch.empty(8, 1000, device="meta")
 
     def launch():
-        arguments = (query, query, key, key, numbers, numbers, causal_intervals(1000, 1200, "meta"), 0.1, None)
-        backward.launch_backward(*arguments, dtype, dkey_dtype, tiles, deterministic)
+        operands, sums = (query, query, key, key), (numbers, numbers, None)
+        prepared = backward.PreparedBackward(operands, sums, 0.1, dkey_dtype, tiles, deterministic)
+        prepared(operands, sums, causal_intervals(1000, 1200, "meta"), dtype)
 
     name = "attend_backward_wide_kernel" if dim == 256 else "attend_backward_kernel"
     with mock.patch.object(backward, "prepare_rows", return_value=(numbers, numbers)):

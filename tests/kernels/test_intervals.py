@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from oracle import any_intervals
+from oracle import any_intervals, dense_intervals
 
-from ringflash.kernels.intervals import KeyIntervals, causal_intervals, dense_intervals
+from ringflash.kernels.intervals import KeyIntervals, causal_intervals
 
 BLOCKS = st.sampled_from([1, 3, 16, 32])
 
@@ -20,9 +20,9 @@ def tiles(count: int, block: int) -> list[range]:
 @settings(max_examples=200)
 @given(any_intervals(70), BLOCKS)
 def test_key_tile_rows_bound_the_rows_that_see_a_tile(intervals: KeyIntervals, block: int) -> None:
-    for sink, (start, stop) in enumerate(intervals.ranges()):
+    for sink_tokens, (start, stop) in enumerate(intervals.ranges()):
         bounds = list(zip(start.tolist(), stop.tolist(), strict=True))
-        table = intervals.key_tile_rows(block, sink=bool(sink)).tolist()
+        table = intervals.key_tile_rows(block, sink_tokens=bool(sink_tokens)).tolist()
         assert len(table) == len(tiles(intervals.key_count, block))
         for keys, (any_begin, all_begin, all_end, any_end) in zip(
             tiles(intervals.key_count, block), table, strict=True
@@ -40,7 +40,7 @@ def test_key_tile_rows_bound_the_rows_that_see_a_tile(intervals: KeyIntervals, b
 def test_without_empty_rows_key_tile_rows_are_tight(intervals: KeyIntervals, block: int) -> None:
     assume(bool((intervals.start < intervals.stop).all()))
     for keys, row in zip(tiles(intervals.key_count, block), intervals.key_tile_rows(block).tolist(), strict=True):
-        seen = intervals.visible(keys=slice(keys[0], keys[-1] + 1))
+        seen = intervals.visible()[:, keys[0] : keys[-1] + 1]
         some, every = (torch.nonzero(x).flatten().tolist() for x in (seen.any(1), seen.all(1)))
         assert list(range(row[0], row[3])) == some
         assert list(range(row[1], row[2])) == every
@@ -59,7 +59,7 @@ def test_orders_hold_every_tile_once_the_longest_first(intervals: KeyIntervals, 
     assert sorted(order.tolist()) == list(range(len(spans)))
     assert [spans[i] for i in order.tolist()] == sorted(spans, reverse=True)
 
-    tables = [intervals.key_tile_rows(block, sink) for sink in (False, True)[: len(ranges)]]
+    tables = [intervals.key_tile_rows(block, sink_tokens) for sink_tokens in (False, True)[: len(ranges)]]
     heights = sum(table[:, 3] - table[:, 0] for table in tables).tolist()
     order = intervals.key_order(block).tolist()
     assert sorted(order) == list(range(len(heights)))
@@ -74,7 +74,6 @@ def test_visible_lists_the_pairs_of_all_ranges(intervals: KeyIntervals) -> None:
         for row in range(intervals.query_count)
     ]
     assert intervals.visible().tolist() == right
-    assert intervals.visible(slice(1, 4), slice(2, 9)).tolist() == [row[2:9] for row in right[1:4]]
 
 
 @given(any_intervals(300))
@@ -84,7 +83,7 @@ def test_random_intervals_keep_the_promise_that_kernels_rely_on(intervals: KeyIn
         assert bool((bound.diff() >= 0).all())
         assert bound.min() >= 0
         assert bound.max() <= intervals.key_count
-    if intervals.has_sink:
+    if intervals.has_sink_tokens:
         assert bool((intervals.sink_stop <= intervals.start).all())
 
 

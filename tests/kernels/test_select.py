@@ -15,13 +15,13 @@ from ringflash import Mask
 from ringflash.errors import ArgumentError
 from ringflash.functional import attention
 from ringflash.kernels import select as module
-from ringflash.kernels.select import select, select_decoding
+from ringflash.kernels.select import name_of, select, select_decoding
 from ringflash.parallel.execution import executor
 from ringflash.parallel.mesh import ONE_DEVICE
 
 
 def chosen(*arguments: object) -> str:
-    return select(*arguments).__name__.removeprefix("ringflash.kernels.")
+    return name_of(select(*arguments))
 
 
 @pytest.fixture(autouse=True)
@@ -46,8 +46,8 @@ def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """One of NVIDIA's before Hopper."""
-    tiles = pytest.importorskip("ringflash.kernels.triton.tiles")
-    monkeypatch.setattr(tiles, "chip_of", lambda device: "ampere")
+    checks = pytest.importorskip("ringflash.kernels.triton.attend.checks")
+    monkeypatch.setattr(checks, "chip_of", lambda device: "ampere")
     hopper = importlib.import_module("ringflash.kernels.hopper")
     monkeypatch.setattr(hopper, "supports", lambda *problem: "it takes compute capability 9.0")
 
@@ -60,7 +60,7 @@ def test_cpu_tensors_go_to_torch_operators(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", ["reference", "blockwise"])
 def test_a_named_kernel_is_taken(name: str) -> None:
     kernels = select(torch.device("cpu"), torch.float32, 20, 36, name)
-    assert kernels.__name__ == f"ringflash.kernels.{name}"
+    assert name_of(kernels) == name
     assert all(callable(getattr(kernels, function)) for function in ("attend", "attend_backward", "row_delta"))
 
 
@@ -149,8 +149,8 @@ def test_slow_kernels_on_a_gpu_are_told_once_with_reason_and_cure(
 
 @pytest.mark.usefixtures("on_a_gpu")
 def test_a_dtype_that_would_run_is_named_where_only_it_is_too_wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    tiles = pytest.importorskip("ringflash.kernels.triton.tiles")
-    monkeypatch.setattr(tiles, "widest", lambda chip, dtype: 256 if dtype == torch.float32 else 512)
+    checks = pytest.importorskip("ringflash.kernels.triton.attend.checks")
+    monkeypatch.setattr(checks, "widest", lambda chip, dtype: 256 if dtype == torch.float32 else 512)
     with pytest.warns(UserWarning, match=rf"{SLOW}head_dim=512.*Give .* as torch\.bfloat16 or torch\.float16;"):
         assert chosen("cuda", torch.float32, 512) == "blockwise"
 
@@ -207,11 +207,11 @@ def decoding(*problem: object) -> str:
 
 
 def test_caches_on_the_cpu_are_read_by_torch_operators() -> None:
-    assert decoding(torch.device("cpu"), torch.bfloat16, 128, 128) == "decode"
+    assert decoding(torch.device("cpu"), torch.bfloat16, 128, 128) == "cpu.decode"
 
 
 def test_caches_on_gpus_are_read_by_triton_and_else_a_warning_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    triton = pytest.importorskip("ringflash.kernels.triton.decode")
+    triton = pytest.importorskip("ringflash.kernels.triton.decode.attend_cache")
     monkeypatch.setattr(triton, "chip_of", lambda device: "ampere")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -224,13 +224,13 @@ def test_caches_on_gpus_are_read_by_triton_and_else_a_warning_says_why_not(monke
         ((torch.float32, 64, 512), "headdim of v_cache=512; they take multiples of 8 up to 256"),
     ):
         with pytest.warns(UserWarning, match=slow + reason):
-            assert decoding(CUDA, *problem) == "decode"
+            assert decoding(CUDA, *problem) == "cpu.decode"
 
 
 @pytest.mark.usefixtures("without_triton")
 def test_without_triton_caches_on_gpus_are_read_by_torch_operators_with_a_warning() -> None:
     with pytest.warns(UserWarning, match="triton is not installed"):
-        assert decoding(CUDA, torch.bfloat16, 128, 128) == "decode"
+        assert decoding(CUDA, torch.bfloat16, 128, 128) == "cpu.decode"
 
 
 def test_forced_hopper_says_that_it_modifies_no_scores() -> None:
@@ -251,7 +251,8 @@ def test_cpu_machines_import_no_gpu_kernels() -> None:
 import sys, torch
 from ringflash.kernels.select import select
 select("cpu", torch.float32, 64)
-print([name for name in sys.modules if name.startswith(("ringflash.kernels.triton", "ringflash.kernels.hopper"))])
+of_gpus = tuple(f"ringflash.kernels.{name}" for name in ("gpu", "triton", "hopper"))
+print([name for name in sys.modules if name.startswith(of_gpus)])
 """
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
     assert ran.stdout.strip() == "[]"

@@ -7,10 +7,11 @@ import torch
 from aot import SHARED_LIMIT, Resources, catch, compile_for
 
 from ringflash.errors import ArgumentError
+from ringflash.kernels.gpu import chips, row_delta
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.modifiers import Modifiers
-from ringflash.kernels.triton import backward, delta, forward, tiles
-from ringflash.kernels.triton.modifiers import modifier_operands
+from ringflash.kernels.triton.attend import backward, forward, tile_sizes
+from ringflash.kernels.triton.attend.modify_scores import modifier_operands
 
 CHIPS = {"sm_80": "ampere", "sm_89": "consumer", "sm_90": "hopper", "sm_100": "blackwell", "gfx942": "cdna"}
 """The row of the table of tiles that a target takes."""
@@ -45,16 +46,18 @@ def launch(
     if kernel == "attend":
         carry = (out.float(), lse) if carried else None
         operands = (query, key, value)
-        plan = forward.ForwardPlan(operands, intervals, 1.0, tiles.forward_tiles(*row), True, carried)
-        return catch(forward, "attend_kernel", lambda: plan(operands, intervals, modified, carry, dtype))
+        prepared = forward.PreparedForward(operands, intervals, 1.0, tile_sizes.forward_tiles(*row), True, carried)
+        return catch(forward, "attend_kernel", lambda: prepared(operands, intervals, modified, carry, dtype))
     operands = (query, key, value, dout)
     if kernel == "dkey":
-        plan = backward.KeyGradientPlan(operands, intervals, 1.0, tiles.key_gradient_tiles(*row), True)
+        prepared = backward.PreparedKeyGradient(operands, intervals, 1.0, tile_sizes.key_gradient_tiles(*row), True)
         pairs = torch.empty(16, rows, 2)
-        return catch(backward, "dkey_kernel", lambda: plan(operands, pairs, intervals, modified, dtype))
+        return catch(backward, "dkey_kernel", lambda: prepared(operands, pairs, intervals, modified, dtype))
     carry = out.float() if carried else None
-    plan = backward.QueryGradientPlan(operands, intervals, 1.0, tiles.query_gradient_tiles(*row), True, carried)
-    return catch(backward, "dquery_kernel", lambda: plan(operands, lse, lse, intervals, modified, carry, dtype))
+    prepared = backward.PreparedQueryGradient(
+        operands, intervals, 1.0, tile_sizes.query_gradient_tiles(*row), True, carried
+    )
+    return catch(backward, "dquery_kernel", lambda: prepared(operands, lse, lse, intervals, modified, carry, dtype))
 
 
 def check(resources: Resources, target: str, kernel: str, dim: int, dtype: torch.dtype) -> None:
@@ -105,10 +108,10 @@ def test_kernels_for_head_dimension_512_fit(target: str, kernel: str) -> None:
 
 
 def test_head_dimensions_that_fit_no_blocks_are_not_offered() -> None:
-    assert tiles.widest("hopper", torch.float32) == 512
-    assert tiles.widest("consumer", torch.bfloat16) == 512
-    assert tiles.widest("consumer", torch.float32) == 256
-    assert tiles.widest("cdna", torch.float32) == 256
+    assert tile_sizes.widest("hopper", torch.float32) == 512
+    assert tile_sizes.widest("consumer", torch.bfloat16) == 512
+    assert tile_sizes.widest("consumer", torch.float32) == 256
+    assert tile_sizes.widest("cdna", torch.float32) == 256
 
 
 @pytest.mark.parametrize("kernel", ["attend", "dkey", "dquery"])
@@ -121,8 +124,8 @@ def test_exact_float32_kernels_fit_hopper(kernel: str) -> None:
 def test_row_delta_compiles(target: str) -> None:
     dout = torch.empty(64, 4, 128, dtype=torch.bfloat16)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(delta, "chip_of", lambda device: CHIPS[target])
-        call = catch(delta, "delta_kernel", lambda: delta.row_delta(dout, dout, torch.empty(4, 64)))
+        patch.setattr(row_delta, "chip_of", lambda device: CHIPS[target])
+        call = catch(row_delta, "delta_kernel", lambda: row_delta.row_delta(dout, dout, torch.empty(4, 64)))
     resources = compile_for(target, call)
     assert resources.spilled == 0
 
@@ -146,9 +149,9 @@ def test_hopper_reads_by_the_tensor_memory_engine_and_multiplies_asynchronously(
     ],
 )
 def test_chips_are_told_by_their_capability(capability: tuple[int, int], chip: str) -> None:
-    assert tiles.chip_of_capability(capability) == chip
+    assert chips.chip_of_capability(capability) == chip
 
 
 def test_chips_before_ampere_are_refused() -> None:
     with pytest.raises(ArgumentError, match=r"7\.5"):
-        tiles.chip_of_capability((7, 5))
+        chips.chip_of_capability((7, 5))

@@ -24,6 +24,7 @@ from oracle import (
     assert_accurate,
     assert_nan_stays,
     assert_same,
+    dense_intervals,
     draw_modifiers,
     draw_problem,
     run,
@@ -31,12 +32,12 @@ from oracle import (
 
 from ringflash.errors import ArgumentError
 from ringflash.kernels import reference
-from ringflash.kernels import triton as kernels
-from ringflash.kernels.intervals import KeyIntervals, causal_intervals, dense_intervals
-from ringflash.kernels.modifiers import Modifiers, kept
-from ringflash.kernels.plans import Plans
-from ringflash.kernels.triton import backward, forward
-from ringflash.kernels.triton.tiles import Tiles
+from ringflash.kernels.intervals import KeyIntervals, causal_intervals
+from ringflash.kernels.kept import Kept
+from ringflash.kernels.modifiers import Modifiers, keep_mask
+from ringflash.kernels.triton import attend as kernels
+from ringflash.kernels.triton.attend import backward, forward
+from ringflash.kernels.triton.attend.tile_sizes import Tiles
 from ringflash.parallel.planning.launches import attend, attend_backward, launches
 from ringflash.parallel.positions.mask import Mask
 
@@ -62,8 +63,8 @@ else:
             patch.setattr(forward, "forward_tiles", lambda *row: request.param)
             patch.setattr(backward, "key_gradient_tiles", lambda *row: request.param)
             patch.setattr(backward, "query_gradient_tiles", lambda *row: request.param)
-            patch.setattr(forward, "plans", Plans())
-            patch.setattr(backward, "plans", Plans())
+            patch.setattr(forward, "prepared_calls", Kept())
+            patch.setattr(backward, "prepared_calls", Kept())
             yield request.param
 
     @st.composite
@@ -157,7 +158,7 @@ else:
         dquery, _, _ = kernels.attend_backward(torch.ones_like(query), query, key, key, lse, delta, **launch)
         rows_apart = unit[:queries].contiguous()
         _, _, dvalue = kernels.attend_backward(rows_apart, query, key, key, lse, delta, **launch)
-        right = kept(modifiers, heads)
+        right = keep_mask(modifiers, heads)
         assert torch.equal(out[..., :keys].transpose(0, 1) != 0, right)
         assert torch.equal(dquery[..., :keys].transpose(0, 1) != 0, right)
         assert torch.equal(dvalue[..., :queries].permute(1, 2, 0) != 0, right)

@@ -13,10 +13,10 @@ from triton.compiler.compiler import LazyDict
 from triton.runtime.jit import JITFunction
 
 from ringflash.kernels import hopper
-from ringflash.kernels import triton as kernels
 from ringflash.kernels.hopper.forward import ZEROS, zero_of
 from ringflash.kernels.intervals import KeyIntervals, causal_intervals
 from ringflash.kernels.modifiers import Modifiers
+from ringflash.kernels.triton import attend as kernels
 
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter launches nothing", allow_module_level=True)

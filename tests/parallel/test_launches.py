@@ -8,7 +8,8 @@ from cases import any_blocks, any_mask, visible
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ringflash.kernels import blockwise, reference
+from ringflash.kernels import reference
+from ringflash.kernels.cpu import blockwise
 from ringflash.kernels.modifiers import Modifiers
 from ringflash.parallel.planning.launches import Launch, attend, attend_backward, launches
 from ringflash.parallel.positions.mask import Mask

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ringflash import ArgumentError, shard_batch
 from ringflash.configs.schema import AttentionConfig, ModelConfig, RopeScalingConfig
-from ringflash.kernels import blockwise
+from ringflash.kernels.cpu import blockwise
 from ringflash.parallel.transport.send_recv import PointToPoint
 from ringflash.training.config.composing import load
 from ringflash.training.model import loss

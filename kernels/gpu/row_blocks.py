@@ -1,4 +1,4 @@
-"""What the forward and backward kernels share: reading a block of rows, and the stretches of keys a tile walks over."""
+"""Blocks of rows of one head, as Triton kernels read and write them; and the constants of a softmax in base 2."""
 
 import triton
 import triton.language as tl
@@ -52,24 +52,6 @@ def block_inside(row, rows, BLOCK: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: 
     return (row + tl.arange(0, BLOCK)[:, None] < rows) & (tl.arange(0, PADDED_DIM)[None, :] < DIM)
 
 
-@triton.jit
-def key_stretches(start, stop, first_row, last_row, BLOCK: tl.constexpr):
-    """The keys a tile of query rows walks over: (begin, interior, right, end).
-
-    [begin, interior): whole blocks that some row may not see yet (left edge), [interior, right): whole blocks that
-    every row sees, [right, end): keys that some row may no longer see (right edge).
-    """
-    begin = tl.load(start + first_row)
-    end = tl.load(stop + last_row)
-    seen_by_all = tl.load(start + last_row)
-    edge = tl.maximum(tl.minimum(seen_by_all, end) - begin, 0)
-    interior = begin + tl.cdiv(edge, BLOCK) * BLOCK
-    full = tl.maximum(tl.load(stop + first_row) - interior, 0)
-    right = interior + full // BLOCK * BLOCK
-    return begin, interior, right, end
-
-
-@triton.jit
-def visible(column, row_start, row_stop):
-    """(rows, columns) that the rows may see."""
-    return (row_start[:, None] <= column[None, :]) & (column[None, :] < row_stop[:, None])
+def padded(dim: int) -> int:
+    """Columns of a block that holds `dim`: the matrix units need a power of two, at least 16."""
+    return max(16, 1 << (dim - 1).bit_length())  # triton.next_power_of_2 takes 6 us

@@ -1,7 +1,7 @@
-"""Cuts the visible pairs of a launch into few rectangles, for kernels that work rectangle by rectangle.
+"""Cuts the visible pairs of a call into few rectangles, for kernels that work rectangle by rectangle.
 
-A document under a causal mask is one tile however long it is, the interior of a window needs no mask, and what nobody
-sees is in no tile.
+A document under a causal mask is one rectangle however long it is, the interior of a window needs no mask, and what
+nobody sees is in no rectangle.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from torch import Tensor
 from ringflash.kernels.intervals import KeyIntervals
 
 STRIP = 128
-"""Rows of a tile whose rows see different keys, unless they follow one of the two patterns of `_strips`."""
+"""Rows of a rectangle whose rows see different keys, unless they follow one of the two patterns of `_strips`."""
 
 BLOCK = (128, 512)
-"""Most rows and keys of a small tile: its scores, 256 KiB a head, stay in cache."""
+"""Most rows and keys of a small rectangle: its scores, 256 KiB a head, stay in cache."""
 
 
 class Kind(enum.Enum):
-    """Which pairs of a tile are visible."""
+    """Which pairs of a rectangle are visible."""
 
     FULL = "all of them"
-    CAUSAL = "row i of the tile sees its keys up to i; as many keys as rows"
+    CAUSAL = "row i of the rectangle sees its keys up to i; as many keys as rows"
     PARTIAL = "each pair has to be looked at"
 
 
-class Tile(NamedTuple):
-    """A rectangle of query rows x key rows, and which range of the rows it shows: 0 for keys, 1 for sink keys."""
+class Rectangle(NamedTuple):
+    """A rectangle of query rows x key rows, and which range of the rows it shows: 0 for keys, 1 for sink tokens."""
 
     rows: slice
     keys: slice
@@ -40,43 +40,43 @@ class Tile(NamedTuple):
     range: int
 
 
-def tiles(intervals: KeyIntervals, large: bool) -> list[Tile]:
-    """The tiles of a launch, each visible pair in exactly one.
+def rectangles(intervals: KeyIntervals, large: bool) -> list[Rectangle]:
+    """The rectangles of a call, each visible pair in exactly one.
 
     Args:
         intervals: what each row sees; read in one copy, and the list is kept with them.
-        large: FULL and CAUSAL tiles may be of any size; else tiles are BLOCK at most, and none is CAUSAL.
+        large: FULL and CAUSAL rectangles may be of any size; else rectangles are BLOCK at most, and none is CAUSAL.
     """
 
-    def build() -> list[Tile]:
+    def build() -> list[Rectangle]:
         if not intervals.query_count:
             return []
         bounds = torch.stack([bound for pair in intervals.ranges() for bound in pair]).cpu().numpy().astype(np.int64)
         ranges = bounds.reshape(-1, 2, intervals.query_count)
-        return list(_large_tiles(ranges) if large else _small_tiles(ranges))
+        return list(_large_rectangles(ranges) if large else _small_rectangles(ranges))
 
-    return intervals._cached(("tiles", large), build)
+    return intervals.kept(("rectangles", large), build)
 
 
-def visible(tile: Tile, intervals: KeyIntervals) -> Tensor | None:
-    """(R, K) visible pairs of a PARTIAL tile."""
-    if tile.kind is not Kind.PARTIAL:
+def visible(rectangle: Rectangle, intervals: KeyIntervals) -> Tensor | None:
+    """(R, K) visible pairs of a PARTIAL rectangle."""
+    if rectangle.kind is not Kind.PARTIAL:
         return None
-    column = torch.arange(tile.keys.start, tile.keys.stop, device=intervals.start.device)
-    start, stop = intervals.ranges()[tile.range]
-    return (start[tile.rows, None] <= column) & (column < stop[tile.rows, None])
+    column = torch.arange(rectangle.keys.start, rectangle.keys.stop, device=intervals.start.device)
+    start, stop = intervals.ranges()[rectangle.range]
+    return (start[rectangle.rows, None] <= column) & (column < stop[rectangle.rows, None])
 
 
-def _large_tiles(ranges: np.ndarray) -> Iterator[Tile]:
+def _large_rectangles(ranges: np.ndarray) -> Iterator[Rectangle]:
     ranges[:, 1] = ranges.max(1)  # a range that ends before it starts is empty
     for first, last in _strips(ranges):
         for index, (start, stop) in enumerate(ranges[:, :, first:last]):
-            for rows, keys, kind in _strip_tiles(start, stop):
-                yield Tile(slice(first + rows, last), slice(*keys), kind, index)
+            for rows, keys, kind in _strip_rectangles(start, stop):
+                yield Rectangle(slice(first + rows, last), slice(*keys), kind, index)
 
 
 def _strips(ranges: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Runs of rows to be cut into tiles together.
+    """Runs of rows to be cut into rectangles together.
 
     A run of any length in which every row sees the same keys, or one key more than the row before (as within a causal
     document), needs no mask at all. Rows of no such run go STRIP at a time.
@@ -112,15 +112,15 @@ def _thrifty(ranges: np.ndarray, first: int, last: int) -> Iterator[tuple[int, i
         yield first, last
 
 
-def _strip_tiles(start: np.ndarray, stop: np.ndarray) -> Iterator[tuple[int, tuple[int, int], Kind]]:
-    """(first row of the strip, keys, kind) of the tiles of one strip."""
+def _strip_rectangles(start: np.ndarray, stop: np.ndarray) -> Iterator[tuple[int, tuple[int, int], Kind]]:
+    """(first row of the strip, keys, kind) of the rectangles of one strip."""
     seeing = np.flatnonzero(start < stop)
     if not seeing.size:
         return
     skipped = int(seeing[0])
     start, stop = start[skipped:].tolist(), stop[skipped:].tolist()
     rising = len(stop) > 1 and stop == list(range(stop[0], stop[0] + len(stop)))
-    # Keys that all rows see lie between; the causal tile takes the first row's last key too.
+    # Keys that all rows see lie between; the causal rectangle takes the first row's last key too.
     inner = (start[-1], stop[0] - rising)
     constant = start[0] == start[-1]
     if inner[1] - inner[0] < STRIP and not (constant and (rising or stop[0] == stop[-1])):
@@ -134,7 +134,7 @@ def _strip_tiles(start: np.ndarray, stop: np.ndarray) -> Iterator[tuple[int, tup
         yield skipped, (inner[1], stop[-1]), Kind.CAUSAL if rising else Kind.PARTIAL
 
 
-def _small_tiles(ranges: np.ndarray) -> Iterator[Tile]:
+def _small_rectangles(ranges: np.ndarray) -> Iterator[Rectangle]:
     row_count = ranges.shape[2]
     for first in range(0, row_count, BLOCK[0]):
         last = min(first + BLOCK[0], row_count)
@@ -142,4 +142,4 @@ def _small_tiles(ranges: np.ndarray) -> Iterator[Tile]:
             for key in range(start[0], stop[-1], BLOCK[1]):
                 key_last = min(key + BLOCK[1], stop[-1])
                 full = start[-1] <= key and key_last <= stop[0]
-                yield Tile(slice(first, last), slice(key, key_last), Kind.FULL if full else Kind.PARTIAL, index)
+                yield Rectangle(slice(first, last), slice(key, key_last), Kind.FULL if full else Kind.PARTIAL, index)

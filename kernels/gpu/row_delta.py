@@ -6,15 +6,14 @@ Legend: M rows of a tile, V head dimension of values.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
-from ringflash.kernels.plans import Plans, form
-from ringflash.kernels.triton.blocks import load_block
-from ringflash.kernels.triton.launch import Launch, aligned
-from ringflash.kernels.triton.operands import padded
-from ringflash.kernels.triton.tiles import chip_of
+from torch import Tensor
+
+from ringflash.kernels.gpu.chips import chip_of
+from ringflash.kernels.gpu.launcher import Launcher, aligned
+from ringflash.kernels.gpu.row_blocks import load_block, padded
+from ringflash.kernels.kept import Kept, metadata
 
 
 @triton.jit(do_not_specialize=["row_count"])
@@ -39,11 +38,11 @@ def row_delta(dout: Tensor, out: Tensor, dlse: Tensor | None = None) -> Tensor:
     """See ringflash.kernels.reference.row_delta."""
     dout, out = (x if x.stride(2) == 1 else x.contiguous() for x in (dout, out))
     direct = aligned(dout, out, dlse)
-    call = (form(dout), form(out), form(dlse), direct)
-    launch = launches.get(call)
+    call = (metadata(dout), metadata(out), metadata(dlse), direct)
+    launch = launchers.get(call)
     if launch is None:
         chip_of(dout.device)  # raises where Triton cannot run
-        launch = launches.add(call, _launch(dout, out, dlse, direct))
+        launch = launchers.add(call, _launcher(dout, out, dlse, direct))
     rows, heads, _ = out.shape
     delta = out.new_empty((heads, rows), dtype=torch.float32)
     if rows:
@@ -51,12 +50,12 @@ def row_delta(dout: Tensor, out: Tensor, dlse: Tensor | None = None) -> Tensor:
     return delta
 
 
-launches = Plans()
-"""`Launch` by what `row_delta` was asked for."""
+launchers = Kept()
+"""`Launcher` by what `row_delta` was asked for."""
 
 
-def _launch(dout: Tensor, out: Tensor, dlse: Tensor | None, direct: bool) -> Launch:
+def _launcher(dout: Tensor, out: Tensor, dlse: Tensor | None, direct: bool) -> Launcher:
     rows, heads, value_dim = out.shape
     strides = (*dout.stride()[:2], *out.stride()[:2], *((0, 0) if dlse is None else dlse.stride()))
     constants = dict(HAS_DLSE=dlse is not None, M=32, VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded(value_dim))
-    return Launch(triton.cdiv(rows, 32) * heads, (rows, heads, *strides), constants, {"num_warps": 4}, direct)
+    return Launcher(triton.cdiv(rows, 32) * heads, (rows, heads, *strides), constants, {"num_warps": 4}, direct)

@@ -4,9 +4,9 @@ A program takes one key head of one sequence, a tile of query rows and one of se
 tile are the G query heads of that key head for each query, so keys and values are read once for all of them (Ainslie
 et al., arXiv 2305.13245). Programs of different parts leave fp32 results that the last of them merges by their
 log-sum-exp, in a fixed order: the same bits every time (split-KV as in Dao et al., Flash-Decoding, 2023, without a
-second kernel: decode_merge.py).
+second kernel: merge_parts.py).
 
-What decides is how many bytes are on their way to a multiprocessor: decode_tiles.py keeps two blocks of keys and values
+What decides is how many bytes are on their way to a multiprocessor: launch_sizes.py keeps two blocks of keys and values
 in flight for each of several programs, over 100 KiB on Hopper, a few times what memory latency asks for.
 
 Legend: M query rows of a tile, N key rows of a block, D head dimension of keys, V of values; R rows and C columns that
@@ -15,8 +15,6 @@ are merged at a time.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -24,23 +22,20 @@ import triton
 import triton.language as tl
 from ringflash.errors import ArgumentError
 from ringflash.kernels.decode import Cache, Rotary, Rules
-from ringflash.kernels.triton.append import (
-    append,
-    index_constants,
-    index_operands,
-    index_strides,
-    load_turned,
+from ringflash.kernels.gpu.chips import DTYPES, chip_of, multiprocessors
+from ringflash.kernels.gpu.row_blocks import LN_2, LOG2_E, padded
+from ringflash.kernels.triton.decode.cache_access import (
+    cache_constants,
+    cache_operands,
+    cache_strides,
+    load_rotated,
     rotary_operands,
     sequence_entry,
     tokens_before,
 )
-from ringflash.kernels.triton.blocks import LN_2, LOG2_E
-from ringflash.kernels.triton.decode_merge import counters, merge_if_last, merging, shape_of_merge
-from ringflash.kernels.triton.decode_tiles import DecodeTiles, choose_splits, decode_tiles
-from ringflash.kernels.triton.operands import DTYPES, padded
-from ringflash.kernels.triton.tiles import chip_of
-
-__all__ = ["append", "attend", "missing"]
+from ringflash.kernels.triton.decode.counters import counters
+from ringflash.kernels.triton.decode.launch_sizes import LaunchSizes, choose_splits, launch_sizes
+from ringflash.kernels.triton.decode.merge_parts import merge_if_last, merging, shape_of_merge
 
 
 @triton.jit
@@ -66,17 +61,17 @@ def modified(scores_MN, distance_MN, slope_M, scale, softcap, CAPPED: tl.constex
 
 @triton.jit(
     do_not_specialize=[
-        "offset", "appended", "query_count", "capacity", "places", "splits", "tiles", "left", "right", "part_rows"
+        "offset", "appended", "query_count", "capacity", "rotary_rows", "splits", "tiles", "left", "right", "part_rows"
     ]
 )  # fmt: skip
 def attend_cache_kernel(
     query, key, value, out, lse, parts, parts_lse, counters,
     lengths, batch_index, block_table, cos, sin, leftpad, slopes,
-    offset, appended, query_count, capacity, places, key_heads, splits, tiles, part_rows, scale, softcap, left, right,
-    table_row, cos_row, sin_row, slopes_row,
+    offset, appended, query_count, capacity, rotary_rows, key_heads, splits, tiles, part_rows, scale, softcap,
+    left, right, block_table_row, cos_row, sin_row, slopes_row,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr, PAGE: tl.constexpr, TURNED: tl.constexpr,
+    VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr, PAGE: tl.constexpr, ROTATED: tl.constexpr,
     INTERLEAVED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, CAPPED: tl.constexpr,
     LEVELS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, CDNA: tl.constexpr,
 ):  # fmt: skip
@@ -96,7 +91,7 @@ def attend_cache_kernel(
     query_M = row_M // GROUP
     exists_M = query_M < query_count
     head_M = key_head * GROUP + row_M % GROUP
-    place_M = total - query_count + query_M
+    position_M = total - query_count + query_M
     first_query = tile * M // GROUP
     last_query = tl.minimum((tile * M + M - 1) // GROUP, query_count - 1)
 
@@ -108,10 +103,10 @@ def attend_cache_kernel(
     start_M = tl.zeros([M], tl.int32) + begin
     stop_M = tl.zeros([M], tl.int32) + end
     if HAS_LEFT:
-        start_M = tl.maximum(start_M, place_M - left)
+        start_M = tl.maximum(start_M, position_M - left)
         begin = tl.maximum(begin, total - query_count + first_query - left)
     if HAS_RIGHT:
-        stop_M = tl.minimum(stop_M, place_M + right + 1)
+        stop_M = tl.minimum(stop_M, position_M + right + 1)
         end = tl.minimum(end, total - query_count + last_query + right + 1)
     # Blocks begin at multiples of N, so that none lies in two pages if N divides a page.
     first_block = begin // N
@@ -120,10 +115,10 @@ def attend_cache_kernel(
     from_block = first_block + tl.minimum(part * share, blocks)
     to_block = first_block + tl.minimum(part * share + share, blocks)
 
-    turn_M = used + (query_M if HAS_LEFT or HAS_RIGHT else tl.zeros([M], tl.int32))
-    q_MD = load_turned(
-        query + sequence * q_batch + tl.cast(query_M, tl.int64) * q_row + head_M * q_head, exists_M, turn_M,
-        cos, sin, cos_row, sin_row, places, DIM, PADDED_DIM, TURNED, INTERLEAVED,
+    rotary_row_M = used + (query_M if HAS_LEFT or HAS_RIGHT else tl.zeros([M], tl.int32))
+    q_MD = load_rotated(
+        query + sequence * q_batch + tl.cast(query_M, tl.int64) * q_row + head_M * q_head, exists_M, rotary_row_M,
+        cos, sin, cos_row, sin_row, rotary_rows, DIM, PADDED_DIM, ROTATED, INTERLEAVED,
     )  # fmt: skip
     slope_M = tl.zeros([M], tl.float32)
     if slopes is not None:
@@ -136,7 +131,7 @@ def attend_cache_kernel(
         k_base += entry * k_batch
         v_base += entry * v_batch
     else:
-        block_table += sequence * table_row
+        block_table += sequence * block_table_row
     maximum_M = tl.full([M], float("-inf"), tl.float32)
     sum_M = tl.zeros([M], tl.float32)
     acc_MV = tl.zeros([M, PADDED_VALUE_DIM], tl.float32)
@@ -159,7 +154,7 @@ def attend_cache_kernel(
             v_first_N = v_base + page_N * v_batch + row_N * v_row
         k_ND = load_rows(k_first_N, inside_N, DIM, PADDED_DIM)
         scores_MN = tl.dot(q_MD, k_ND.T, input_precision="ieee")
-        distance_MN = place_M[:, None] - column_N[None, :]
+        distance_MN = position_M[:, None] - column_N[None, :]
         scores_MN = modified(scores_MN, distance_MN, slope_M, scale, softcap, CAPPED, slopes is not None)
         seen_MN = (column_N[None, :] >= start_M[:, None]) & (column_N[None, :] < stop_M[:, None])
         scores_MN = tl.where(seen_MN, scores_MN, float("-inf"))
@@ -195,12 +190,6 @@ def attend_cache_kernel(
         )  # fmt: skip
 
 
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """How many a device has; a number for the interpreter to run with."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
 def missing(device: torch.device, dtype: torch.dtype, dim: int, value_dim: int) -> str | None:
     """None where these kernels run, otherwise the reason in words why they do not."""
     try:
@@ -219,16 +208,16 @@ def missing(device: torch.device, dtype: torch.dtype, dim: int, value_dim: int) 
 def attend(
     query: Tensor, cache: Cache, rules: Rules, rotary: Rotary | None = None, appended: int = 0, splits: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """See ringflash.kernels.decode.attend; `splits` is in how many parts keys are shared out, 0 chooses."""
+    """See ringflash.kernels.cpu.decode.attend; `splits` is in how many parts keys are shared out, 0 chooses."""
     (batch, count, heads, dim), key_heads, value_dim = query.shape, cache.key.shape[2], cache.value.shape[3]
-    rows, size = count * heads // key_heads, max(dim, value_dim)
+    rows, widest = count * heads // key_heads, max(dim, value_dim)
     many = batch * key_heads >= 2 * multiprocessors(query.device)
-    tiles = decode_tiles(chip_of(query.device), query.dtype, size, many)
-    tile_rows = min(max(16, 1 << (rows - 1).bit_length()), tiles.queries) if rows else 16
+    sizes = launch_sizes(chip_of(query.device), query.dtype, widest, many)
+    tile_rows = min(max(16, 1 << (rows - 1).bit_length()), sizes.queries) if rows else 16
     programs = batch * key_heads * -(-rows // tile_rows)
     if splits == 0 and programs:
-        splits = choose_splits(programs, -(-cache.capacity // tiles.keys), multiprocessors(query.device))
-    return launch(query, cache, rules, rotary, appended, splits, tiles, tile_rows)
+        splits = choose_splits(programs, -(-cache.capacity // sizes.keys), multiprocessors(query.device))
+    return launch(query, cache, rules, rotary, appended, splits, sizes, tile_rows)
 
 
 def launch(
@@ -238,10 +227,10 @@ def launch(
     rotary: Rotary | None,
     appended: int,
     splits: int,
-    tiles: DecodeTiles,
+    sizes: LaunchSizes,
     tile_rows: int,
 ) -> tuple[Tensor, Tensor]:
-    """`attend` with given tiles and splits."""
+    """`attend` with given sizes and splits."""
     (batch, count, heads, dim), key_heads, value_dim = query.shape, cache.key.shape[2], cache.value.shape[3]
     group = heads // key_heads
     tile_count = -(-count * group // tile_rows)
@@ -255,30 +244,30 @@ def launch(
         parts = query.new_empty((results, *out.shape), dtype=torch.float32)
         parts_lse = query.new_empty((results, *lse.shape), dtype=torch.float32)
         zeros = counters(batch * key_heads * tile_count * counted, query.device)
-    merged_rows, merged_columns = shape_of_merge(min(count * group, tile_rows), padded(value_dim), tiles.warps)
+    merged_rows, merged_columns = shape_of_merge(min(count * group, tile_rows), padded(value_dim), sizes.warps)
     # Any bound as large as this is none; larger numbers would overflow in the kernel.
     widest = cache.capacity + appended + count
     slopes, capped, chip = rules.slopes, rules.softcap > 0, chip_of(query.device)
     # Merging would be compiled to share a multiprocessor with more programs than there are, and spill.
-    registers = {"maxnreg": tiles.registers} if levels and chip not in ("cdna", "interpreter") else {}
+    registers = {"maxnreg": sizes.registers} if levels and chip not in ("cdna", "interpreter") else {}
     attend_cache_kernel[(batch * splits * key_heads * tile_count,)](
         query, cache.key, cache.value, out, lse, parts, parts_lse, zeros,
-        *index_operands(cache), *rotary_operands(rotary),
+        *cache_operands(cache), *rotary_operands(rotary),
         None if cache.leftpad is None else cache.leftpad.contiguous(),
         slopes if slopes is None or slopes.stride(-1) == 1 else slopes.contiguous(),
         cache.offset, appended, count, cache.capacity, 0 if rotary is None else rotary.cos.shape[0],
         key_heads, splits, tile_count, lse.numel(),
         rules.scale * LOG2_E.value * (2 / rules.softcap if capped else 1.0), float(rules.softcap),
         min(rules.left or 0, widest), min(rules.right or 0, widest),
-        *index_strides(cache, rotary), slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0,
+        *cache_strides(cache, rotary), slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0,
         *query.stride()[:3], *cache.key.stride()[:3], *cache.value.stride()[:3],
-        GROUP=group, M=tile_rows, N=tiles.keys, DIM=dim, PADDED_DIM=padded(dim),
+        GROUP=group, M=tile_rows, N=sizes.keys, DIM=dim, PADDED_DIM=padded(dim),
         VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded(value_dim),
         LEVELS=levels, R=merged_rows, C=merged_columns, CDNA=chip == "cdna",
         # One query stands at the last key: nothing is to its right.
         HAS_LEFT=rules.left is not None, HAS_RIGHT=rules.right is not None and count > 1, CAPPED=capped,
         # Pages are looked up as far ahead of their rows' loads as these are of their use.
-        **index_constants(cache, rotary), num_warps=tiles.warps,
-        num_stages=tiles.stages if cache.block_table is None else 2 * tiles.stages - 1, **registers,
+        **cache_constants(cache, rotary), num_warps=sizes.warps,
+        num_stages=sizes.stages if cache.block_table is None else 2 * sizes.stages - 1, **registers,
     )  # fmt: skip
     return out, lse

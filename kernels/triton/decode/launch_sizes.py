@@ -1,4 +1,4 @@
-"""Block shapes of attention to a cache by chip, dtype and head dimension, and in how many parts to share out keys.
+"""Block sizes of attention to a cache by chip, dtype and head dimension, and in how many parts to share out keys.
 
 Hopper's at head dimension 128 are measured (docs/benchmarks/decode.md), the others chosen by arithmetic:
 tests/kernels/test_decode_ahead_of_time.py shows that nothing spills and that the programs share a multiprocessor as
@@ -13,8 +13,8 @@ import torch
 
 
 @dataclass(frozen=True)
-class DecodeTiles:
-    """Shape of a launch.
+class LaunchSizes:
+    """Sizes of blocks and tiles, and how the kernel is compiled.
 
     Attributes:
         keys: key rows in a block.
@@ -39,53 +39,53 @@ class DecodeTiles:
         return min(255, 65536 // (32 * self.warps * min(self.resident, 2)))
 
 
-def decode_tiles(chip: str, dtype: torch.dtype, dim: int, many: bool) -> DecodeTiles:
-    """Tiles by chip, dtype and the larger head dimension; and whether there are programs for several rounds."""
+def launch_sizes(chip: str, dtype: torch.dtype, dim: int, many: bool) -> LaunchSizes:
+    """Sizes by chip, dtype and the larger head dimension; and whether there are programs for several rounds."""
     if dtype == torch.float32:
-        return _TILES[chip]["fp32" if dim <= 128 else "fp32 wide"]
+        return _SIZES[chip]["fp32" if dim <= 128 else "fp32 wide"]
     row = next(row for row in (64, 128, 256, 512) if dim <= row)
-    return (_TILES_OF_MANY.get((chip, row)) if many else None) or _TILES[chip][row]
+    return (_SIZES_OF_MANY.get((chip, row)) if many else None) or _SIZES[chip][row]
 
 
 # Blocks of keys and values in flight fill the shared memory of `resident` programs: 227 KiB on Hopper, 163 KiB on
 # Ampere, 99 KiB on consumer chips, 64 KiB on CDNA. float32 runs on the plain multiply-add units, from registers.
-_TILES = {
+_SIZES = {
     "hopper": {
-        64: DecodeTiles(128, 4, 3, 3),
-        128: DecodeTiles(64, 4, 3, 2),
-        256: DecodeTiles(32, 4, 4, 2, queries=32),
-        512: DecodeTiles(32, 8, 3, 1, queries=16),
-        "fp32": DecodeTiles(16, 8, 3, 2, queries=16),
-        "fp32 wide": DecodeTiles(16, 8, 3, 1, queries=16),
+        64: LaunchSizes(128, 4, 3, 3),
+        128: LaunchSizes(64, 4, 3, 2),
+        256: LaunchSizes(32, 4, 4, 2, queries=32),
+        512: LaunchSizes(32, 8, 3, 1, queries=16),
+        "fp32": LaunchSizes(16, 8, 3, 2, queries=16),
+        "fp32 wide": LaunchSizes(16, 8, 3, 1, queries=16),
     },
     "ampere": {
-        64: DecodeTiles(64, 4, 3, 3),
-        128: DecodeTiles(64, 4, 2, 3),
-        256: DecodeTiles(32, 4, 2, 3, queries=32),
-        512: DecodeTiles(16, 4, 2, 2, queries=16),
-        "fp32": DecodeTiles(16, 8, 3, 2, queries=16),
-        "fp32 wide": DecodeTiles(16, 8, 2, 1, queries=16),
+        64: LaunchSizes(64, 4, 3, 3),
+        128: LaunchSizes(64, 4, 2, 3),
+        256: LaunchSizes(32, 4, 2, 3, queries=32),
+        512: LaunchSizes(16, 4, 2, 2, queries=16),
+        "fp32": LaunchSizes(16, 8, 3, 2, queries=16),
+        "fp32 wide": LaunchSizes(16, 8, 2, 1, queries=16),
     },
     "consumer": {
-        64: DecodeTiles(64, 4, 2, 2),
-        128: DecodeTiles(32, 4, 2, 2),
-        256: DecodeTiles(16, 4, 2, 2, queries=32),
-        512: DecodeTiles(16, 4, 2, 1, queries=16),
-        "fp32": DecodeTiles(16, 8, 2, 2, queries=16),
-        "fp32 wide": DecodeTiles(16, 8, 1, 1, queries=16),
+        64: LaunchSizes(64, 4, 2, 2),
+        128: LaunchSizes(32, 4, 2, 2),
+        256: LaunchSizes(16, 4, 2, 2, queries=32),
+        512: LaunchSizes(16, 4, 2, 1, queries=16),
+        "fp32": LaunchSizes(16, 8, 2, 2, queries=16),
+        "fp32 wide": LaunchSizes(16, 8, 1, 1, queries=16),
     },
     "cdna": {
-        64: DecodeTiles(64, 4, 1, 2),
-        128: DecodeTiles(32, 4, 1, 2),
-        256: DecodeTiles(16, 4, 1, 2),
-        512: DecodeTiles(16, 4, 1, 1, queries=16),
-        "fp32": DecodeTiles(16, 4, 1, 2, queries=16),
-        "fp32 wide": DecodeTiles(16, 4, 1, 1, queries=16),
+        64: LaunchSizes(64, 4, 1, 2),
+        128: LaunchSizes(32, 4, 1, 2),
+        256: LaunchSizes(16, 4, 1, 2),
+        512: LaunchSizes(16, 4, 1, 1, queries=16),
+        "fp32": LaunchSizes(16, 4, 1, 2, queries=16),
+        "fp32 wide": LaunchSizes(16, 4, 1, 1, queries=16),
     },
-    "interpreter": dict.fromkeys((64, 128, 256, 512, "fp32", "fp32 wide"), DecodeTiles(16, 4, 1, 2, queries=32)),
+    "interpreter": dict.fromkeys((64, 128, 256, 512, "fp32", "fp32 wide"), LaunchSizes(16, 4, 1, 2, queries=32)),
 }
-_TILES["blackwell"] = _TILES["hopper"]
-_TILES_OF_MANY = {(chip, 128): DecodeTiles(128, 8, 3, 1) for chip in ("hopper", "blackwell")}
+_SIZES["blackwell"] = _SIZES["hopper"]
+_SIZES_OF_MANY = {(chip, 128): LaunchSizes(128, 8, 3, 1) for chip in ("hopper", "blackwell")}
 MOST_SPLITS = 128
 """Parts that are worth merging."""
 

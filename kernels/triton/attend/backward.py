@@ -6,16 +6,23 @@ import torch
 from torch import Tensor
 
 from ringflash.errors import ArgumentError
+from ringflash.kernels.gpu.chips import chip_of
+from ringflash.kernels.gpu.launcher import aligned
+from ringflash.kernels.gpu.row_blocks import LOG2_E
 from ringflash.kernels.intervals import KeyIntervals
+from ringflash.kernels.kept import Kept, metadata
 from ringflash.kernels.modifiers import Modifiers
-from ringflash.kernels.plans import Plans, form
-from ringflash.kernels.triton.backward_kernels import dkey_kernel, dquery_kernel
-from ringflash.kernels.triton.blocks import LOG2_E
-from ringflash.kernels.triton.launch import aligned
-from ringflash.kernels.triton.modifiers import ModifierOperands, modifier_operands, modifiers_aligned, modifiers_form
-from ringflash.kernels.triton.operands import check_operands, operand
-from ringflash.kernels.triton.tile_plan import TilePlan
-from ringflash.kernels.triton.tiles import Tiles, chip_of, key_gradient_tiles, query_gradient_tiles
+from ringflash.kernels.triton.attend.backward_kernels import dkey_kernel, dquery_kernel
+from ringflash.kernels.triton.attend.checks import check_operands
+from ringflash.kernels.triton.attend.descriptors import operand
+from ringflash.kernels.triton.attend.modify_scores import (
+    ModifierOperands,
+    modifier_operands,
+    modifiers_aligned,
+    modifiers_metadata,
+)
+from ringflash.kernels.triton.attend.prepared_kernel import PreparedKernel
+from ringflash.kernels.triton.attend.tile_sizes import Tiles, key_gradient_tiles, query_gradient_tiles
 
 Operands = tuple[Tensor, Tensor, Tensor, Tensor]
 """query, key, value, dout"""
@@ -44,33 +51,35 @@ def attend_backward(
     ranges = (intervals.start, intervals.stop, intervals.sink_start, intervals.sink_stop)
     direct = aligned(query, key, value, dout, lse, delta, carry, *ranges) and modifiers_aligned(modifiers)
     call = (
-        form(dout), form(query), form(key), form(value), form(lse), form(delta), form(carry), dquery_dtype, dkey_dtype,
-        intervals.start.shape, intervals.key_count, intervals.has_sink, scale, modifiers_form(modifiers), direct,
+        *map(metadata, (dout, query, key, value, lse, delta, carry)), dquery_dtype, dkey_dtype,
+        intervals.start.shape, intervals.key_count, intervals.has_sink_tokens, scale,
+        modifiers_metadata(modifiers), direct,
     )  # fmt: skip
     operands = (query, key, value, dout)
-    plan = plans.get(call)
-    if plan is None:
+    prepared = prepared_calls.get(call)
+    if prepared is None:
         check_operands(query, key, value, intervals, scale, modifiers)
         if dout.dtype != query.dtype:
             raise ArgumentError(f"dout is {dout.dtype}; allowed is the query's dtype, {query.dtype}")
         dropout = modifiers is not None and bool(modifiers.dropout)
         row = (chip_of(query.device), query.dtype, max(query.shape[2], value.shape[2]), dropout)
-        of_query = QueryGradientPlan(operands, intervals, scale, query_gradient_tiles(*row), direct, carry is not None)
-        of_keys = KeyGradientPlan(operands, intervals, scale, key_gradient_tiles(*row), direct)
-        plan = plans.add(call, (of_query, of_keys))
-    of_query, of_keys = plan
+        query_tiles, key_tiles = query_gradient_tiles(*row), key_gradient_tiles(*row)
+        of_query = PreparedQueryGradient(operands, intervals, scale, query_tiles, direct, carry is not None)
+        of_keys = PreparedKeyGradient(operands, intervals, scale, key_tiles, direct)
+        prepared = prepared_calls.add(call, (of_query, of_keys))
+    of_query, of_keys = prepared
     modified = modifier_operands(modifiers, scale)
     dquery, pairs = of_query(operands, lse, delta, intervals, modified, carry, dquery_dtype)
     dkey, dvalue = of_keys(operands, pairs, intervals, modified, dkey_dtype)
     return dquery, dkey, dvalue
 
 
-plans = Plans()
-"""`QueryGradientPlan` and `KeyGradientPlan` by what `attend_backward` was asked for."""
+prepared_calls = Kept()
+"""`PreparedQueryGradient` and `PreparedKeyGradient` by what `attend_backward` was asked for."""
 
 
-class QueryGradientPlan(TilePlan):
-    """The launch that gives the gradient of query."""
+class PreparedQueryGradient(PreparedKernel):
+    """The kernel that gives the gradient of query."""
 
     def __init__(
         self, operands: Operands, intervals: KeyIntervals, scale: float, tiles: Tiles, direct: bool, has_carry: bool
@@ -88,7 +97,7 @@ class QueryGradientPlan(TilePlan):
         carry: Tensor | None,
         dquery_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        """Gradient of query, and (H, T, 2) lse in base 2 and delta for `KeyGradientPlan`."""
+        """Gradient of query, and (H, T, 2) lse in base 2 and delta for `PreparedKeyGradient`."""
         in_place = carry is not None and dquery_dtype == torch.float32
         dquery = carry if in_place else operands[0].new_empty(operands[0].shape, dtype=dquery_dtype)
         pairs = lse.new_empty((*lse.shape, 2))
@@ -103,8 +112,8 @@ class QueryGradientPlan(TilePlan):
         return dquery, pairs
 
 
-class KeyGradientPlan(TilePlan):
-    """The launch that gives the gradients of key and value."""
+class PreparedKeyGradient(PreparedKernel):
+    """The kernel that gives the gradients of key and value."""
 
     def __init__(self, operands: Operands, intervals: KeyIntervals, scale: float, tiles: Tiles, direct: bool) -> None:
         scales = (scale, scale * LOG2_E.value)
@@ -118,7 +127,7 @@ class KeyGradientPlan(TilePlan):
         modifiers: ModifierOperands,
         dkey_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        """Gradients of key and value; `pairs` as `QueryGradientPlan` leaves them."""
+        """Gradients of key and value; `pairs` as `PreparedQueryGradient` leaves them."""
         _, key, value, _ = operands
         dkey, dvalue = (x.new_empty(x.shape, dtype=dkey_dtype) for x in (key, value))
         if self.empty:
@@ -127,7 +136,7 @@ class KeyGradientPlan(TilePlan):
             *map(operand, operands, self.descriptions), pairs, dkey, dvalue,
             intervals.start, intervals.stop, intervals.sink_start, intervals.sink_stop,
             intervals.key_tile_rows(self.tile_rows),
-            intervals.key_tile_rows(self.tile_rows, sink=True) if intervals.has_sink else None,
+            intervals.key_tile_rows(self.tile_rows, sink_tokens=True) if intervals.has_sink_tokens else None,
             intervals.key_order(self.tile_rows),
         )  # fmt: skip
         self.launch(dkey_kernel, tensors, modifiers)

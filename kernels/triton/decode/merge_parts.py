@@ -5,24 +5,17 @@ stores of its part, and the one that finds all others counted merges them: in th
 so that the bits are the same every time. With more than FAN parts this happens twice, first for FAN neighbours and then
 for what came of them, as one multiprocessor takes long to read 128 parts of many rows.
 
-Counters are zero before a launch and zero behind it. They belong to one launch at a time: `counters`.
+Counters are zero before a launch and zero behind it. They belong to one launch at a time: counters.py.
 
 Legend: R rows of a tile, P parts, C columns of values.
 """
 
 from __future__ import annotations
 
-import threading
-
-import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
 from ringflash.errors import ArgumentError
-from ringflash.kernels.plans import build_to_keep
-from ringflash.kernels.triton.blocks import LN_2, LOG2_E
-from triton.runtime import driver
+from ringflash.kernels.gpu.row_blocks import LN_2, LOG2_E
 
 FAN = tl.constexpr(16)
 """Most parts that one program merges at once; FAN ** 2 is the most there may be."""
@@ -143,67 +136,3 @@ def shape_of_merge(rows: int, value_dim: int, warps: int) -> tuple[int, int]:
     together = MERGED_AT_ONCE * 4 // (warps * FAN.value)
     columns = min(value_dim, together)
     return min(1 << (rows - 1).bit_length(), together // columns), columns
-
-
-COUNTERS = 1 << 16
-"""That are kept for launches in graphs at a time, 256 KiB: at 8 key heads for 8192 launches of one sequence."""
-
-
-def counters(count: int, device: torch.device) -> Tensor:
-    """`count` int32 zeros for one launch on the current stream of the current device, which is to set them back.
-
-    Launches of a stream follow one another, so they share theirs. A launch in a CUDA graph runs wherever the graph is
-    replayed, beside whatever runs there: it gets some that no other launch ever gets, from a supply that was set before
-    the capture, or where too few are left, zeros that are set within the graph. Streams are told apart by their
-    handles, as torch tells its memory apart.
-    """
-    if device.type != "cuda":
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    if torch.cuda.is_current_stream_capturing():
-        owned = _take(count, device)
-        return torch.zeros(count, dtype=torch.int32, device=device) if owned is None else owned
-    if device not in _supply or _supply[device].numel() < COUNTERS // 2:
-        _fill(device)
-    stream = device, driver.active.get_current_stream(device.index)
-    shared = _shared.get(stream)
-    if shared is None or shared.numel() < count:
-        size = max(1024, 1 << (count - 1).bit_length())
-        shared = build_to_keep(lambda: torch.zeros(size, dtype=torch.int32, device=device), device)
-        _shared[stream] = shared
-    return shared
-
-
-def _take(count: int, device: torch.device) -> Tensor | None:
-    """Counters that were never given out and never are again, or None."""
-    taken = -(-count // 4) * 4  # Triton compiles another program for addresses that are no multiples of 16.
-    with _lock:
-        left = _supply.get(device)
-        if left is None or left.numel() < taken:
-            return None
-        _supply[device] = left[taken:]
-    return left[:count]
-
-
-def _fill(device: torch.device) -> None:
-    """A new supply. A graph may be replayed on any stream, so the host waits for the zeros, and for nothing else."""
-
-    def build() -> Tensor:
-        stream = torch.cuda.Stream(device)
-        with torch.cuda.stream(stream):
-            zeros = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
-        stream.synchronize()
-        return zeros
-
-    zeros = build_to_keep(build, device)
-    with _lock:
-        _supplies.append(zeros)
-        _supply[device] = zeros
-
-
-_lock = threading.Lock()
-_shared: dict[tuple[torch.device, int], Tensor] = {}
-"""Counters of each stream's launches."""
-_supply: dict[torch.device, Tensor] = {}
-"""What is left of the newest supply."""
-_supplies: list[Tensor] = []
-"""All supplies, whose addresses are in graphs."""

@@ -1,24 +1,20 @@
 """Block shapes, warps and pipeline stages by chip, dtype and head dimension: one table, nothing is tuned at run time.
 
-So two runs of one program on one kind of chip launch the same kernels and round alike. Hopper's 16-bit rows are the
+So two runs of one script on one kind of chip launch the same kernels and round alike. Hopper's 16-bit rows are the
 fastest of docs/benchmarks/tiles.json. No other chip was at hand: those rows are the largest blocks that fit registers
 and shared memory, which tests/kernels/test_triton_ahead_of_time.py checks.
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
 
-import triton
-from ringflash.errors import ArgumentError
-
 
 @dataclass(frozen=True)
 class Tiles:
-    """Shape of a launch.
+    """Sizes of a kernel's tiles and blocks, and how it is compiled.
 
     Attributes:
         queries: query rows in a block.
@@ -42,27 +38,6 @@ class Tiles:
         """What the compiler is told."""
         options = {"num_warps": self.warps, "num_stages": self.stages}
         return options if self.registers is None else {**options, "maxnreg": self.registers}
-
-
-@functools.cache
-def chip_of(device: torch.device) -> str:
-    """The row of the table: "hopper", "blackwell", "ampere", "consumer", "cdna" or "interpreter"."""
-    if device.type == "cpu" and triton.knobs.runtime.interpret:
-        return "interpreter"
-    if device.type != "cuda":
-        raise ArgumentError(f"device={device}; the Triton kernels run on CUDA and ROCm devices")
-    if torch.version.hip:
-        return "cdna"
-    return chip_of_capability(torch.cuda.get_device_capability(device))
-
-
-def chip_of_capability(capability: tuple[int, int]) -> str:
-    """The row of the table for an NVIDIA compute capability."""
-    if capability < (8, 0):
-        raise ArgumentError(f"compute capability {capability[0]}.{capability[1]}; the Triton kernels need 8.0 or newer")
-    if capability[0] in (9, 10):  # 227 KiB of shared memory a program, tensor memory engine
-        return "hopper" if capability[0] == 9 else "blackwell"
-    return "ampere" if capability in ((8, 0), (8, 7)) else "consumer"  # 163 KiB and 99 KiB
 
 
 def forward_tiles(chip: str, dtype: torch.dtype, dim: int, dropout: bool = False) -> Tiles:

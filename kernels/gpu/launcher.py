@@ -1,8 +1,8 @@
-"""Launches whose types, grid and numbers are settled once, so that a repeated call pays for its tensors only.
+"""Kernels whose types, grid and numbers are settled once, so that a repeated launch pays for its tensors only.
 
-Triton's own `kernel[grid](...)` finds out on every call what type each argument has and which compiled program that
+Triton's own `kernel[grid](...)` finds out on every call what type each argument has and which compiled kernel that
 makes: 20 to 40 us of host time for kernels of 30 arguments, which is longer than attention over 1,024 tokens runs. For
-arguments of the same form it is the same program, so a `Launch` keeps the one that its first call has compiled.
+arguments of the same types it is the same one, so a `Launcher` keeps the one that its first call has compiled.
 """
 
 from __future__ import annotations
@@ -10,16 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from torch import Tensor
-
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 ALIGNMENT = 16
-"""Bytes. Triton compiles another program for addresses that are no multiple of it."""
+"""Bytes. Triton compiles another kernel for addresses that are no multiple of it."""
 
 
 def aligned(*tensors: Tensor | None) -> bool:
-    """Whether Triton takes the addresses of all tensors to be multiples of `ALIGNMENT`, as a `Launch` wants."""
+    """Whether Triton takes the addresses of all tensors to be multiples of `ALIGNMENT`, as a `Launcher` wants."""
     address = 0
     for x in tensors:
         if x is not None:
@@ -27,8 +26,8 @@ def aligned(*tensors: Tensor | None) -> bool:
     return address % ALIGNMENT == 0
 
 
-class Launch:
-    """A kernel's launch with everything but the tensors given.
+class Launcher:
+    """Launches one kernel, with everything given but the tensors.
 
     Args:
         programs: how many.
@@ -36,7 +35,7 @@ class Launch:
             see `__call__`.
         constants: compile-time constants.
         options: what the compiler is told.
-        direct: whether tensors will be `aligned`, so that one compiled program serves all calls.
+        direct: whether tensors will be `aligned`, so that one compiled kernel serves all calls.
     """
 
     __slots__ = ("_compiled", "_constants", "_device", "_direct", "_grid", "_kernel", "_numbers", "_options")
@@ -61,8 +60,8 @@ class Launch:
 
         Args:
             kernel: the same one in every call.
-            tensors: the first arguments: tensors, descriptors or None, each of the same form in every call; or numbers,
-                the same in every call.
+            tensors: the first arguments: tensors, descriptors or None, each with the same metadata in every call; or
+                numbers, the same in every call.
             rest: what follows the numbers.
         """
         if self._kernel is kernel and self._device == driver.active.get_current_device():

@@ -1,9 +1,9 @@
 """Exact attention in torch operators only: what runs on CPU, and on any device where Triton is absent.
 
-The visible pairs of a launch are cut into few large rectangles (tiling.py). On CPU a tile is one call of torch's fused
-operator, which returns the log-sum-exp; elsewhere, with modifiers, and where value has another head dimension, it is a
-few matrix products (tile_math.py). Tiles of the same rows are merged by their log-sum-exp, so memory grows with T and
-never with T x S.
+The visible pairs of a call are cut into few large rectangles (rectangles.py). On CPU a rectangle is one call of torch's
+fused operator, which returns the log-sum-exp; elsewhere, with modifiers, and where value has another head dimension, it
+is a few matrix products (rectangle_attention.py). Rectangles of the same rows are merged by their log-sum-exp, so
+memory grows with T and never with T x S.
 
 Arithmetic is float32 for fp16, bf16 and fp32, and float64 for float64. The contract is that of reference.py.
 
@@ -16,11 +16,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ringflash.kernels.cpu.rectangle_attention import Fused, MatrixProducts, Scoring
+from ringflash.kernels.cpu.rectangles import rectangles
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.modifiers import Modifiers
 from ringflash.kernels.reference import Carry
-from ringflash.kernels.tile_math import Fused, Launch, MatrixProducts
-from ringflash.kernels.tiling import tiles
 
 
 def attend(
@@ -44,11 +44,11 @@ def attend(
         out, lse = carry[0].to(dtype), carry[1].to(dtype)
     out_HGTD, lse_HGT = _grouped(out, key.shape[1]), lse.unflatten(0, (key.shape[1], -1))
     q, k, v = _operands(query, key, value)
-    math, launch = _tile_math(query, value, modifiers), Launch(intervals, scale, modifiers)
-    for tile in tiles(intervals, large=math is Fused):
-        rows, keys = tile.rows, tile.keys
-        tile_out, tile_lse = math.forward(q[:, :, rows], k[:, :, keys], v[:, :, keys], tile, launch)
-        _merge(out_HGTD[:, :, rows], lse_HGT[:, :, rows], tile_out, tile_lse)
+    math, scoring = _math(query, value, modifiers), Scoring(intervals, scale, modifiers)
+    for rectangle in rectangles(intervals, large=math is Fused):
+        rows, keys = rectangle.rows, rectangle.keys
+        rectangle_out, rectangle_lse = math.forward(q[:, :, rows], k[:, :, keys], v[:, :, keys], rectangle, scoring)
+        _merge(out_HGTD[:, :, rows], lse_HGT[:, :, rows], rectangle_out, rectangle_lse)
     return out.to(out_dtype), lse.float()
 
 
@@ -70,7 +70,7 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attend` over these keys; see `reference.attend_backward`.
 
-    Tiles are added in a fixed order: the result repeats bit for bit with and without `deterministic`.
+    Rectangles are added in a fixed order: the result repeats bit for bit with and without `deterministic`.
     """
     key_heads, dtype = key.shape[1], _accumulator(query.dtype)
     dquery = query.new_zeros(query.shape, dtype=dtype) if carry is None else carry.to(dtype)
@@ -78,15 +78,15 @@ def attend_backward(
     dq_HGTD, dk_HSD, dv_HSD = _grouped(dquery, key_heads), dkey.transpose(0, 1), dvalue.transpose(0, 1)
 
     q, k, v = _operands(query, key, value)
-    math, launch = _tile_math(query, value, modifiers), Launch(intervals, scale, modifiers)
+    math, scoring = _math(query, value, modifiers), Scoring(intervals, scale, modifiers)
     do = _grouped(_operand(dout, dtype), key_heads)
     do, of_delta = math.prepare(do, delta.to(dtype).unflatten(0, (key_heads, -1)))
     # A row without keys has lse -inf and only hidden pairs; 0 keeps exp(hidden - lse) at 0 instead of nan.
     lse_HGT = lse.to(dtype).nan_to_num(neginf=0.0).unflatten(0, (key_heads, -1))
-    for tile in tiles(intervals, large=math is Fused):
-        rows, keys = tile.rows, tile.keys
+    for rectangle in rectangles(intervals, large=math is Fused):
+        rows, keys = rectangle.rows, rectangle.keys
         of_rows = (do[:, :, rows], of_delta[:, :, rows], lse_HGT[:, :, rows], q[:, :, rows])
-        dq, dk, dv = math.backward(*of_rows, k[:, :, keys], v[:, :, keys], tile, launch)
+        dq, dk, dv = math.backward(*of_rows, k[:, :, keys], v[:, :, keys], rectangle, scoring)
         dq_HGTD[:, :, rows] += dq
         dk_HSD[:, keys] += dk
         dv_HSD[:, keys] += dv
@@ -101,7 +101,7 @@ def row_delta(dout: Tensor, out: Tensor, dlse: Tensor | None = None) -> Tensor:
     return (delta if dlse is None else delta - dlse).float().contiguous()
 
 
-def _tile_math(query: Tensor, value: Tensor, modifiers: Modifiers | None) -> type[Fused] | type[MatrixProducts]:
+def _math(query: Tensor, value: Tensor, modifiers: Modifiers | None) -> type[Fused] | type[MatrixProducts]:
     fused = query.device.type == "cpu" and query.shape[2] == value.shape[2] and modifiers is None
     return Fused if fused else MatrixProducts
 
@@ -130,10 +130,10 @@ def _grouped(x: Tensor, key_heads: int) -> Tensor:
     return x.unflatten(1, (key_heads, -1)).permute(1, 2, 0, 3)
 
 
-def _merge(out: Tensor, lse: Tensor, tile_out: Tensor, tile_lse: Tensor) -> None:
-    """Adds a tile's keys to (out, lse), both in place."""
-    merged = torch.logaddexp(lse, tile_lse)
+def _merge(out: Tensor, lse: Tensor, rectangle_out: Tensor, rectangle_lse: Tensor) -> None:
+    """Adds a rectangle's keys to (out, lse), both in place."""
+    merged = torch.logaddexp(lse, rectangle_lse)
     finite = merged.nan_to_num(neginf=0.0)
     out *= torch.exp(lse - finite)[..., None]
-    out += tile_out * torch.exp(tile_lse - finite)[..., None]
+    out += rectangle_out * torch.exp(rectangle_lse - finite)[..., None]
     lse.copy_(merged)

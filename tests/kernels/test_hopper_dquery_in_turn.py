@@ -1,6 +1,6 @@
 """The order in which Hopper programs add to the query's gradient: no turn is missing, none is taken twice.
 
-What a program does is written down once more here, in `visits` and `run`, as backward_work.py and turns.py of
+What a program does is written down once more here, in `visits` and `run`, as backward_work.py and dquery_in_turn.py of
 kernels/hopper have it.
 """
 
@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from oracle import any_intervals, monotone_intervals
+from oracle import any_intervals, dense_intervals, monotone_intervals
 
-from ringflash.kernels.hopper.turns import heads_in_turn, turns_of_tiles
-from ringflash.kernels.intervals import KeyIntervals, causal_intervals, dense_intervals
+from ringflash.kernels.hopper.dquery_in_turn import heads_in_turn, turns_of_tiles
+from ringflash.kernels.intervals import KeyIntervals, causal_intervals
 
 BLOCKS = st.sampled_from([1, 3, 8, 16])
 NOBODY = KeyIntervals(torch.full((40,), 30), torch.full((40,), 30), key_count=90)
@@ -65,7 +65,7 @@ def test_a_tile_visits_all_rows_that_see_it_and_has_a_turn_if_there_are_any(
 ) -> None:
     visited, turns, _ = order_of(intervals, keys, rows)
     for tile, turn in enumerate(turns):
-        seeing = intervals.visible(keys=slice(tile * keys, (tile + 1) * keys)).any(1).nonzero().flatten().tolist()
+        seeing = intervals.visible()[:, tile * keys : (tile + 1) * keys].any(1).nonzero().flatten().tolist()
         assert turn >= 0 or not seeing
         assert {row // rows for row in seeing} <= {*visited[tile]}
 

@@ -1,7 +1,7 @@
-"""Score modifiers on one block of pairs: what ringflash.kernels.modifiers defines, for forward and backward alike.
+"""Modifies the scores of one block of pairs as ringflash.kernels.modifiers defines, for forward and backward alike.
 
 The kernels keep scores raw, as query . key, and multiply by the scale where they exponentiate. Softcap and slopes are
-divided by the scale instead, which comes to the same. A field that is None takes its step out of the program when it is
+divided by the scale instead, which comes to the same. A field that is None takes its step out of the kernel when it is
 compiled. Positions and slopes come broadcast, (M, 1) and (1, N) or transposed, so the orientation is the caller's.
 
 Legend: M query rows, N key rows of a block.
@@ -17,9 +17,9 @@ from torch import Tensor
 import triton
 import triton.language as tl
 from ringflash.errors import ArgumentError
+from ringflash.kernels.gpu.launcher import aligned
+from ringflash.kernels.kept import metadata
 from ringflash.kernels.modifiers import Modifiers, dropout_threshold
-from ringflash.kernels.plans import form
-from ringflash.kernels.triton.launch import aligned
 
 
 class ModifierOperands(NamedTuple):
@@ -68,11 +68,11 @@ def modifier_operands(modifiers: Modifiers | None, scale: float) -> ModifierOper
     return operands
 
 
-def modifiers_form(modifiers: Modifiers | None) -> tuple | None:
+def modifiers_metadata(modifiers: Modifiers | None) -> tuple | None:
     """All that a launch depends on, beside the tensors' addresses."""
     if modifiers is None:
         return None
-    return (modifiers.softcap, modifiers.dropout, *map(form, _tensors(modifiers)))
+    return (modifiers.softcap, modifiers.dropout, *map(metadata, _tensors(modifiers)))
 
 
 def modifiers_aligned(modifiers: Modifiers | None) -> bool:

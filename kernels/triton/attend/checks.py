@@ -1,4 +1,4 @@
-"""Checks of the tensors given to the kernels, and the forms in which kernels take them."""
+"""What the kernels take; what they do not is refused in words."""
 
 from __future__ import annotations
 
@@ -6,13 +6,26 @@ import torch
 from torch import Tensor
 
 from ringflash.errors import ArgumentError
+from ringflash.kernels.gpu.chips import DTYPES, chip_of
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.modifiers import Modifiers
-from ringflash.kernels.triton.modifiers import check_modifiers
-from ringflash.kernels.triton.tiles import chip_of, widest
-from triton.tools.tensor_descriptor import TensorDescriptor
+from ringflash.kernels.triton.attend.modify_scores import check_modifiers
+from ringflash.kernels.triton.attend.tile_sizes import widest
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+def missing(device: torch.device, dtype: torch.dtype, head_dim: int, value_head_dim: int) -> str | None:
+    """None where these kernels run, otherwise the reason in words why they do not."""
+    try:
+        chip = chip_of(device)
+    except ArgumentError as error:
+        return str(error)
+    if dtype not in DTYPES:
+        return f"query is {dtype}; it takes float16, bfloat16 and float32"
+    most = widest(chip, dtype)
+    for name, dim in (("head_dim", head_dim), ("value_head_dim", value_head_dim)):
+        if dim % 8 or not 8 <= dim <= most:
+            return f"{name}={dim}; it takes multiples of 8 up to {most} here"
+    return None
 
 
 def check_operands(
@@ -45,39 +58,3 @@ def check_operands(
         raise ArgumentError(f"scale={scale}; allowed are positive finite numbers")
     if modifiers is not None:
         check_modifiers(modifiers, query, key)
-
-
-def padded(dim: int) -> int:
-    """Columns of a block that holds `dim`: the matrix units need a power of two, at least 16."""
-    return max(16, 1 << (dim - 1).bit_length())  # triton.next_power_of_2 takes 6 us
-
-
-def describable(*tensors: Tensor) -> bool:
-    """Whether the tensor memory engine can address these (rows, heads, columns) tensors."""
-    return all(
-        x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:2])
-        for x in tensors
-    )
-
-
-def described(x: Tensor, block: int) -> dict[str, object]:
-    """All that a describable (rows, heads, columns) tensor's descriptor holds, for blocks of `block` rows."""
-    rows, heads, dim = x.shape
-    row_stride, head_stride, _ = x.stride()
-    checked = TensorDescriptor(x, [heads, rows, dim], [head_stride, row_stride, 1], [1, block, padded(dim)])
-    return {**vars(checked), "base": None}
-
-
-def operand(x: Tensor, description: dict[str, object] | None) -> Tensor | TensorDescriptor:
-    """A (rows, heads, columns) tensor as the kernels' load_block takes it.
-
-    Args:
-        x: aligned, if there is a description.
-        description: what `described` gave for a tensor of the same form, to be read by descriptor; None for pointers.
-    """
-    if description is None:
-        return x
-    # A descriptor holds an address, so each call makes its own; what was checked of its form need not be checked again.
-    descriptor = object.__new__(TensorDescriptor)
-    descriptor.__dict__.update(description, base=x)
-    return descriptor

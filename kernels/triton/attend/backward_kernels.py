@@ -9,15 +9,9 @@ Legend: M query rows, N key rows, D head dimension of keys, V of values.
 
 import triton
 import triton.language as tl
-from ringflash.kernels.triton.blocks import (
-    LOG2_E,
-    block_inside,
-    block_offsets,
-    key_stretches,
-    load_block,
-    visible,
-)
-from ringflash.kernels.triton.modifiers import (
+from ringflash.kernels.gpu.row_blocks import LOG2_E, block_inside, block_offsets, load_block
+from ringflash.kernels.triton.attend.key_stretches import key_stretches, visible
+from ringflash.kernels.triton.attend.modify_scores import (
     biased,
     blind_rows_aside,
     capped,
@@ -68,7 +62,7 @@ def dquery_kernel(
     q_row, q_head, k_row, k_head, v_row, v_head, do_row, do_head, modifiers,
     GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr,
-    HAS_CARRY: tl.constexpr, HAS_SINK: tl.constexpr, SPLIT: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    HAS_CARRY: tl.constexpr, HAS_SINK_TOKENS: tl.constexpr, SPLIT: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Programs and their walk over keys are those of the forward kernel.
 
@@ -93,7 +87,7 @@ def dquery_kernel(
     do_MV = load_block(dout, head, first_row, query_count, do_row, do_head, M, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS)
     dq_MD = tl.zeros([M, PADDED_DIM], tl.float32)
     begin, interior, right, end = key_stretches(start, stop, first_row, last_row, N)
-    if HAS_SINK:
+    if HAS_SINK_TOKENS:
         row_start_M = tl.load(sink_start + row_M, mask=exists_M, other=0)
         row_stop_M = tl.load(sink_stop + row_M, mask=exists_M, other=0)
         sink_begin = tl.load(sink_start + first_row)
@@ -170,12 +164,12 @@ def dkey_stretch(
 
 @triton.jit(do_not_specialize=["query_count", "key_count", "tile_count"])
 def dkey_kernel(
-    query, key, value, dout, lse_and_delta, dkey, dvalue, start, stop, sink_start, sink_stop, rows, sink_rows, order,
-    query_count, key_count, tile_count, key_heads, scale, scale_log2,
+    query, key, value, dout, lse_and_delta, dkey, dvalue, start, stop, sink_start, sink_stop, rows, sink_token_rows,
+    order, query_count, key_count, tile_count, key_heads, scale, scale_log2,
     q_row, q_head, k_row, k_head, v_row, v_head, do_row, do_head, modifiers,
     GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr,
-    HAS_SINK: tl.constexpr, SPLIT: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    HAS_SINK_TOKENS: tl.constexpr, SPLIT: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Program = (key head, tile in `order`), the last fastest; walks over the query rows that see the tile."""
     key_head = tl.program_id(0) // tile_count
@@ -197,9 +191,9 @@ def dkey_kernel(
     bounds = (any_begin, interior, right, any_end) if SPLIT else (any_begin, any_end)
     for member in tl.range(0, GROUP):
         head = key_head * GROUP + member
-        if HAS_SINK:
-            sink_begin = tl.load(sink_rows + tile * 4)
-            sink_end = tl.load(sink_rows + tile * 4 + 3)
+        if HAS_SINK_TOKENS:
+            sink_begin = tl.load(sink_token_rows + tile * 4)
+            sink_end = tl.load(sink_token_rows + tile * 4 + 3)
             dk_ND, dv_NV = dkey_stretch(
                 dk_ND, dv_NV, k_ND, v_NV, sink_begin, sink_end, sink_end, sink_end, column_N, sink_start, sink_stop,
                 query, dout, lse_and_delta, head, query_count, q_row, q_head, do_row, do_head, scale_log2,

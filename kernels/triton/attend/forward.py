@@ -14,21 +14,17 @@ from torch import Tensor
 
 import triton
 import triton.language as tl
+from ringflash.kernels.gpu.chips import chip_of
+from ringflash.kernels.gpu.launcher import aligned
+from ringflash.kernels.gpu.row_blocks import LN_2, LOG2_E, block_inside, block_offsets, load_block
 from ringflash.kernels.intervals import KeyIntervals
+from ringflash.kernels.kept import Kept, metadata
 from ringflash.kernels.modifiers import Modifiers
-from ringflash.kernels.plans import Plans, form
 from ringflash.kernels.reference import Carry
-from ringflash.kernels.triton.blocks import (
-    LN_2,
-    LOG2_E,
-    block_inside,
-    block_offsets,
-    key_stretches,
-    load_block,
-    visible,
-)
-from ringflash.kernels.triton.launch import aligned
-from ringflash.kernels.triton.modifiers import (
+from ringflash.kernels.triton.attend.checks import check_operands
+from ringflash.kernels.triton.attend.descriptors import operand
+from ringflash.kernels.triton.attend.key_stretches import key_stretches, visible
+from ringflash.kernels.triton.attend.modify_scores import (
     ModifierOperands,
     biased,
     capped,
@@ -36,13 +32,12 @@ from ringflash.kernels.triton.modifiers import (
     kept_pairs,
     modifier_operands,
     modifiers_aligned,
-    modifiers_form,
+    modifiers_metadata,
     of_keys,
     of_rows,
 )
-from ringflash.kernels.triton.operands import check_operands, operand
-from ringflash.kernels.triton.tile_plan import TilePlan
-from ringflash.kernels.triton.tiles import Tiles, chip_of, forward_tiles
+from ringflash.kernels.triton.attend.prepared_kernel import PreparedKernel
+from ringflash.kernels.triton.attend.tile_sizes import Tiles, forward_tiles
 
 Operands = tuple[Tensor, Tensor, Tensor]
 """query, key, value"""
@@ -98,7 +93,7 @@ def attend_kernel(
     query_count, key_count, tile_count, heads, scale_log2, q_row, q_head, k_row, k_head, v_row, v_head, modifiers,
     GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr,
-    HAS_CARRY: tl.constexpr, HAS_SINK: tl.constexpr, SPLIT: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    HAS_CARRY: tl.constexpr, HAS_SINK_TOKENS: tl.constexpr, SPLIT: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Program = (key head, tile in `order`, query head of the group), the last fastest.
 
@@ -128,7 +123,7 @@ def attend_kernel(
     q_MD = load_block(query, head, first_row, query_count, q_row, q_head, M, DIM, PADDED_DIM, DESCRIPTORS)
     position_M, slope_M = of_rows(modifiers, head, row_M, exists_M)
     begin, interior, right, end = key_stretches(start, stop, first_row, last_row, N)
-    if HAS_SINK:
+    if HAS_SINK_TOKENS:
         row_start_M = tl.load(sink_start + row_M, mask=exists_M, other=0)
         row_stop_M = tl.load(sink_stop + row_M, mask=exists_M, other=0)
         sink_begin = tl.load(sink_start + first_row)
@@ -174,26 +169,28 @@ def attend(
     ranges = (intervals.start, intervals.stop, intervals.sink_start, intervals.sink_stop)
     direct = aligned(query, key, value, carry_out, carry_lse, *ranges) and modifiers_aligned(modifiers)
     call = (
-        form(query), form(key), form(value), form(carry_out), form(carry_lse), out_dtype,
-        intervals.start.shape, intervals.key_count, intervals.has_sink, scale, modifiers_form(modifiers), direct,
+        *map(metadata, (query, key, value, carry_out, carry_lse)), out_dtype,
+        intervals.start.shape, intervals.key_count, intervals.has_sink_tokens, scale,
+        modifiers_metadata(modifiers), direct,
     )  # fmt: skip
     operands = (query, key, value)
-    plan = plans.get(call)
-    if plan is None:
+    prepared = prepared_calls.get(call)
+    if prepared is None:
         check_operands(query, key, value, intervals, scale, modifiers)
         dropout = modifiers is not None and bool(modifiers.dropout)
         dim = max(query.shape[2], value.shape[2])
         tiles = forward_tiles(chip_of(query.device), query.dtype, dim, dropout)
-        plan = plans.add(call, ForwardPlan(operands, intervals, scale, tiles, direct, carry is not None))
-    return plan(operands, intervals, modifier_operands(modifiers, scale), carry, out_dtype)
+        prepared = PreparedForward(operands, intervals, scale, tiles, direct, carry is not None)
+        prepared_calls.add(call, prepared)
+    return prepared(operands, intervals, modifier_operands(modifiers, scale), carry, out_dtype)
 
 
-plans = Plans()
-"""`ForwardPlan` by what `attend` was asked for."""
+prepared_calls = Kept()
+"""`PreparedForward` by what `attend` was asked for."""
 
 
-class ForwardPlan(TilePlan):
-    """The launch that gives the result and its log-sum-exp."""
+class PreparedForward(PreparedKernel):
+    """The kernel that gives the result and its log-sum-exp."""
 
     def __init__(
         self, operands: Operands, intervals: KeyIntervals, scale: float, tiles: Tiles, direct: bool, has_carry: bool

@@ -1,24 +1,25 @@
-"""What the kernels over tiles take alike, worked out once for calls of one form."""
+"""What the kernels over tiles take alike, worked out once for calls alike."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 import triton
+from ringflash.kernels.gpu.launcher import Launcher
+from ringflash.kernels.gpu.row_blocks import padded
 from ringflash.kernels.intervals import KeyIntervals
-from ringflash.kernels.triton.launch import Launch
-from ringflash.kernels.triton.operands import describable, described, padded
-from ringflash.kernels.triton.tiles import Tiles
+from ringflash.kernels.triton.attend.descriptors import describable, described
+from ringflash.kernels.triton.attend.tile_sizes import Tiles
 
 
-class TilePlan:
-    """The launch of one kernel whose programs own a tile of rows of one head, from the first call of a form.
+class PreparedKernel:
+    """A kernel whose programs own a tile of rows of one head, ready to be launched for calls like the first.
 
     Args:
         operands: query, key, value and, for gradients, dout; checked.
         intervals: as in `attend`.
         scales: the kernel's numbers before the operands' strides.
-        tiles: shape of the launch.
+        tiles: sizes of tiles and blocks.
         direct: whether all tensors are `aligned`.
         owns_keys: whether the tiles are of keys and key heads; otherwise of query rows and query heads.
         **constants: compile-time constants of this kernel alone.
@@ -51,13 +52,13 @@ class TilePlan:
         owned_rows, owned_heads = (key_count, key_heads) if owns_keys else (query_count, heads)
         tile_count = triton.cdiv(owned_rows, self.tile_rows)
         strides = [stride for x in operands for stride in x.stride()[:2]]
-        self.launch = Launch(
+        self.launch = Launcher(
             tile_count * owned_heads,
             (query_count, key_count, tile_count, owned_heads, *scales, *strides),
             dict(
                 GROUP=heads // key_heads, M=tiles.queries, N=tiles.keys, DIM=dim, PADDED_DIM=padded(dim),
                 VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded(value_dim),
-                HAS_SINK=intervals.has_sink, SPLIT=tiles.split, DESCRIPTORS=descriptors, **constants,
+                HAS_SINK_TOKENS=intervals.has_sink_tokens, SPLIT=tiles.split, DESCRIPTORS=descriptors, **constants,
             ),
             tiles.options(),
             direct,

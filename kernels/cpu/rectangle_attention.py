@@ -1,9 +1,9 @@
-"""Attention within one tile, in two ways: by torch's fused CPU operator, or by matrix products on any device.
+"""Attention within one rectangle, in two ways: by torch's fused CPU operator, or by matrix products on any device.
 
-Both are used as modules are: `prepare` once for a backward launch, `forward` and `backward` for each tile.
+Both are used as modules are: `prepare` once for a backward pass, `forward` and `backward` for each rectangle.
 
-Legend: Hk key heads, G query heads of each, R rows and K keys of the tile, D head dimension, Dv value's. Tensors come
-as (Hk, G, R, D) and (Hk, G, K, D); key and value repeat along G without taking memory.
+Legend: Hk key heads, G query heads of each, R rows and K keys of the rectangle, D head dimension, Dv value's. Tensors
+come as (Hk, G, R, D) and (Hk, G, K, D); key and value repeat along G without taking memory.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ringflash.kernels.cpu.rectangles import Kind, Rectangle, visible
 from ringflash.kernels.intervals import KeyIntervals
-from ringflash.kernels.modifiers import Modifiers, kept
-from ringflash.kernels.tiling import Kind, Tile, visible
+from ringflash.kernels.modifiers import Modifiers, keep_mask
+from ringflash.kernels.torch_private import cpu_attention, cpu_attention_backward
 
 
-class Launch(NamedTuple):
-    """What all tiles of a launch share."""
+class Scoring(NamedTuple):
+    """How scores are made and which of them count: the same for all rectangles of a call."""
 
     intervals: KeyIntervals
     scale: float
@@ -27,7 +28,7 @@ class Launch(NamedTuple):
 
 
 class Fused:
-    """Tiles of torch's fused CPU operator; no modifiers, one head dimension for all."""
+    """Rectangles by torch's fused CPU operator; no modifiers, one head dimension for all."""
 
     @staticmethod
     def prepare(dout: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,21 +50,21 @@ class Fused:
         return dout, direction * torch.where(largest > 0, factor, 0)
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile, launch: Launch) -> tuple[Tensor, Tensor]:
-        """(out, lse) of the tile's rows over the tile's keys."""
-        mask = visible(tile, launch.intervals)
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, is_causal=tile.kind is Kind.CAUSAL, attn_mask=_additive(mask, q.dtype), scale=launch.scale
+    def forward(q: Tensor, k: Tensor, v: Tensor, rectangle: Rectangle, scoring: Scoring) -> tuple[Tensor, Tensor]:
+        """(out, lse) of the rectangle's rows over its keys."""
+        mask = visible(rectangle, scoring.intervals)
+        out, lse = cpu_attention(
+            q, k, v, is_causal=rectangle.kind is Kind.CAUSAL, attn_mask=_additive(mask, q.dtype), scale=scoring.scale
         )
         # The operator reports 0 for a row whose every key is masked.
         return out, lse if mask is None else lse.masked_fill(~mask.any(1), -torch.inf)
 
     @staticmethod
     def backward(
-        dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, tile: Tile, launch: Launch
+        dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, rectangle: Rectangle, scoring: Scoring
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(dq, dk, dv) of the tile's pairs, dk and dv (Hk, K, D); `dout` and `out` as prepared."""
-        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        """(dq, dk, dv) of the rectangle's pairs, dk and dv (Hk, K, D); `dout` and `out` as prepared."""
+        dq, dk, dv = cpu_attention_backward(
             dout,
             q,
             k,
@@ -71,15 +72,15 @@ class Fused:
             out,
             lse,
             dropout_p=0.0,
-            is_causal=tile.kind is Kind.CAUSAL,
-            attn_mask=_additive(visible(tile, launch.intervals), q.dtype),
-            scale=launch.scale,
+            is_causal=rectangle.kind is Kind.CAUSAL,
+            attn_mask=_additive(visible(rectangle, scoring.intervals), q.dtype),
+            scale=scoring.scale,
         )
         return dq, dk.sum(1), dv.sum(1)
 
 
 class MatrixProducts:
-    """Tiles of plain matrix products, with everything that `Modifiers` can ask for."""
+    """Rectangles by plain matrix products, with everything that `Modifiers` can ask for."""
 
     @staticmethod
     def prepare(dout: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,26 +88,33 @@ class MatrixProducts:
         return dout, delta[..., None]
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile, launch: Launch) -> tuple[Tensor, Tensor]:
+    def forward(q: Tensor, k: Tensor, v: Tensor, rectangle: Rectangle, scoring: Scoring) -> tuple[Tensor, Tensor]:
         """See `Fused.forward`."""
-        scores, _ = _scores(q, k, tile, launch)
+        scores, _ = _scores(q, k, rectangle, scoring)
         lse = torch.logsumexp(scores, -1)
         weights = scores.sub_(lse.nan_to_num(neginf=0.0)[..., None]).exp_()
-        if launch.modifiers is not None and launch.modifiers.dropout:
-            weights *= _dropout_factor(weights, tile, launch.modifiers)
+        if scoring.modifiers is not None and scoring.modifiers.dropout:
+            weights *= _dropout_factor(weights, rectangle, scoring.modifiers)
         return _by_key_head(weights, v), lse
 
     @staticmethod
     def backward(
-        dout: Tensor, delta: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, tile: Tile, launch: Launch
+        dout: Tensor,
+        delta: Tensor,
+        lse: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rectangle: Rectangle,
+        scoring: Scoring,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Fused.backward`."""
-        scores, slope = _scores(q, k, tile, launch)
+        scores, slope = _scores(q, k, rectangle, scoring)
         weights = scores.sub_(lse[..., None]).exp_()
         dweights = _by_key_head(dout, v.mT)
         shown = weights
-        if launch.modifiers is not None and launch.modifiers.dropout:
-            factor = _dropout_factor(weights, tile, launch.modifiers)
+        if scoring.modifiers is not None and scoring.modifiers.dropout:
+            factor = _dropout_factor(weights, rectangle, scoring.modifiers)
             dweights, shown = dweights.mul_(factor), weights * factor
         dscores = dweights.sub_(delta).mul_(weights).mul_(slope)
         dk = dscores.flatten(1, 2).mT @ q.flatten(1, 2)
@@ -114,28 +122,28 @@ class MatrixProducts:
         return _by_key_head(dscores, k), dk, dv
 
 
-def _scores(q: Tensor, k: Tensor, tile: Tile, launch: Launch) -> tuple[Tensor, Tensor | float]:
+def _scores(q: Tensor, k: Tensor, rectangle: Rectangle, scoring: Scoring) -> tuple[Tensor, Tensor | float]:
     """Modified scores (Hk, G, R, K), -inf where hidden, and their derivative by q . k."""
-    scores = _by_key_head(q, k.mT).mul_(launch.scale)
-    slope: Tensor | float = launch.scale
-    mask, modifiers = visible(tile, launch.intervals), launch.modifiers
+    scores = _by_key_head(q, k.mT).mul_(scoring.scale)
+    slope: Tensor | float = scoring.scale
+    mask, modifiers = visible(rectangle, scoring.intervals), scoring.modifiers
     if modifiers is not None:
         if modifiers.softcap:
             bent = torch.tanh(scores / modifiers.softcap)
-            scores, slope = bent * modifiers.softcap, (1 - bent * bent) * launch.scale
+            scores, slope = bent * modifiers.softcap, (1 - bent * bent) * scoring.scale
         if modifiers.slopes is not None:
-            far = modifiers.query_positions[tile.rows, None] - modifiers.key_positions[None, tile.keys]
-            slopes = modifiers.slopes[tile.rows].T.unflatten(0, q.shape[:2])[..., None]
+            far = modifiers.query_positions[rectangle.rows, None] - modifiers.key_positions[None, rectangle.keys]
+            slopes = modifiers.slopes[rectangle.rows].T.unflatten(0, q.shape[:2])[..., None]
             scores = scores - slopes.to(scores.dtype) * far.abs()
         if modifiers.key_visible is not None:
-            shown = modifiers.key_visible[None, tile.keys] != 0
+            shown = modifiers.key_visible[None, rectangle.keys] != 0
             mask = shown if mask is None else mask & shown
     return scores if mask is None else scores.masked_fill_(~mask, -torch.inf), slope
 
 
-def _dropout_factor(weights: Tensor, tile: Tile, modifiers: Modifiers) -> Tensor:
+def _dropout_factor(weights: Tensor, rectangle: Rectangle, modifiers: Modifiers) -> Tensor:
     heads = weights.shape[0] * weights.shape[1]
-    pairs = kept(modifiers, heads, tile.rows, tile.keys).unflatten(0, weights.shape[:2])
+    pairs = keep_mask(modifiers, heads, rectangle.rows, rectangle.keys).unflatten(0, weights.shape[:2])
     return pairs.to(weights.dtype) / (1 - modifiers.dropout)
 
 

@@ -22,7 +22,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from ringflash.kernels.hopper.compat import async_add, store_wait
-from ringflash.kernels.hopper.dquery import corner, lay_down, parts_in_step
+from ringflash.kernels.hopper.dquery_accumulate import corner, lay_down, parts_in_step
 
 PARTS = gl.constexpr(2)
 """Parts of a block of dQ, one for each consumer warpgroup, that are added in turns of their own."""
@@ -120,7 +120,7 @@ def add_in_turn(turns, rows, dquery_desc, parts, queries, PART: gl.constexpr, GR
     PIECES: gl.constexpr = parts_in_step(D)
     blocks_of_head = (rows.query_rows + M - 1) // M
     part = parts.index(PART)
-    block, member = first_place(rows, True)
+    block, member = first_block_and_member(rows, True)
     for step in range(rows.blocks * GROUP):
         row = rows.begin + block * M
         head = rows.first_head + member
@@ -136,22 +136,22 @@ def add_in_turn(turns, rows, dquery_desc, parts, queries, PART: gl.constexpr, GR
             mbarrier.arrive(turns.free.index(PART), count=1)
         if turns.own >= 0:
             pass_turn(now_ptr)
-        block, member = next_place(rows, block, member, GROUP, True)
+        block, member = next_block_and_member(rows, block, member, GROUP, True)
 
 
 @gluon.jit
-def first_place(rows, TURNED: gl.constexpr):
+def first_block_and_member(rows, ORDERED: gl.constexpr):
     """Block and member of the group that a program's first step is for."""
     block = 0
-    if TURNED:
+    if ORDERED:
         block = rows.blocks - 1
     return block, 0
 
 
 @gluon.jit
-def next_place(rows, block, member, GROUP: gl.constexpr, TURNED: gl.constexpr):
+def next_block_and_member(rows, block, member, GROUP: gl.constexpr, ORDERED: gl.constexpr):
     """Block and member of the next step: block after block, head after head; or the order that this file is about."""
-    if TURNED:
+    if ORDERED:
         last = member + 1 == GROUP
         member = gl.where(last, 0, member + 1)
         block = gl.where(last, block - 1, block)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ringflash.kernels.hopper.operands import addressable, block_layout, descriptor
+from ringflash.kernels.hopper.descriptors import addressable, block_layout, descriptor
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def add_earlier(
 # shared memory separates no two neighbours: storing 8 bytes each, all of a half-warp, would take twice the time. So
 # odd rows store other columns in each instruction, those that differ in bit 4. Two things together do that: their
 # threads swap registers, and the part is stored to a layout in which odd rows are swapped as well.
-TURNED = gl.constexpr(
+SWAPPED = gl.constexpr(
     gl.SharedLinearLayout(
         [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16], [1, 4 ^ 16], [2, 8], [4, 16], [8, 0], [16, 0], [32, 0], [0, 32]],
         alignment=1024,
@@ -80,4 +80,4 @@ SWAP, SWAP_OPERANDS = map(gl.constexpr, _swap_assembly())
 def lay_down(staging, part):
     """Store a part where the tensor memory engine will take it from."""
     swapped = gl.inline_asm_elementwise(SWAP, SWAP_OPERANDS, [part], dtype=gl.float32, is_pure=True, pack=32)
-    reinterpret(staging, gl.float32, [HALF, HALF], TURNED).store(swapped)
+    reinterpret(staging, gl.float32, [HALF, HALF], SWAPPED).store(swapped)

@@ -1,0 +1,62 @@
+"""What the Hopper kernels take; what they do not is refused in words."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ringflash.errors import ArgumentError
+from ringflash.kernels.intervals import KeyIntervals
+from ringflash.kernels.modifiers import Modifiers
+
+HEAD_DIMS = (64, 128, 256)
+
+
+def supports(
+    device: torch.device | str, dtype: torch.dtype, head_dim: int, value_head_dim: int | None = None
+) -> str | None:
+    """None where the kernels of this package run, otherwise the reason in words why they do not.
+
+    Example:
+        >>> supports("cpu", torch.bfloat16, 128)
+        'device is cpu; it takes NVIDIA GPUs of compute capability 9.0'
+    """
+    device = torch.device(device)
+    if device.type != "cuda" or torch.version.hip:
+        return f"device is {device}; it takes NVIDIA GPUs of compute capability 9.0"
+    capability = torch.cuda.get_device_capability(device)
+    if capability != (9, 0):
+        return f"device has compute capability {capability[0]}.{capability[1]}; it takes 9.0"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"query is {dtype}; it takes float16 and bfloat16"
+    if head_dim not in HEAD_DIMS:
+        return f"head_dim={head_dim}; it takes {', '.join(map(str, HEAD_DIMS))}"
+    if value_head_dim not in (None, head_dim):
+        return f"value_head_dim={value_head_dim}; it takes that of query and key, {head_dim}"
+    return None
+
+
+def check_operands(
+    query: Tensor, key: Tensor, value: Tensor, intervals: KeyIntervals, scale: float, modifiers: Modifiers | None
+) -> None:
+    """Raise ArgumentError for what the kernels cannot compute."""
+    if modifiers is not None:
+        raise ArgumentError(f"modifiers={modifiers}; the Hopper kernels apply none, triton and blockwise apply all")
+    if intervals.has_sink_tokens:
+        raise ArgumentError("intervals have sink tokens; the Hopper kernels take none, triton and blockwise do")
+    if key.dtype != query.dtype or value.dtype != query.dtype:
+        raise ArgumentError(f"query, key, value are {query.dtype}, {key.dtype}, {value.dtype}; all three must agree")
+    if query.shape[1] % key.shape[1] or value.shape[:2] != key.shape[:2] or key.shape[2] != query.shape[2]:
+        raise ArgumentError(
+            f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}; allowed are "
+            "(T, H, D), (S, Hk, D), (S, Hk, D) with H a multiple of Hk"
+        )
+    if missing := supports(query.device, query.dtype, query.shape[2], value.shape[2]):
+        raise ArgumentError(f"kernel='hopper' cannot run: {missing}")
+    if intervals.query_count != query.shape[0] or intervals.key_count != key.shape[0]:
+        raise ArgumentError(
+            f"intervals are for {intervals.query_count} query and {intervals.key_count} key rows; "
+            f"query has {query.shape[0]}, key has {key.shape[0]}"
+        )
+    if not 0.0 < scale < float("inf"):
+        raise ArgumentError(f"scale={scale}; allowed are positive finite numbers")

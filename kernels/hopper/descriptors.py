@@ -1,0 +1,74 @@
+"""Tensors as the tensor memory engine takes them."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
+
+
+def addressable(x: Tensor) -> Tensor:
+    """`x` (rows, heads, dim) itself where the tensor memory engine can address it, otherwise a contiguous copy.
+
+    It takes addresses and strides of whole 16 bytes, and coordinates of 32 bits: head h begins at column h * stride.
+    """
+    strides = [stride * x.element_size() for stride in x.stride()[:2]]
+    aligned = x.data_ptr() % 16 == 0 and strides[0] > 0 and all(stride % 16 == 0 for stride in strides)
+    width = (x.shape[1] - 1) * x.stride(1) + x.shape[2]
+    if aligned and x.stride(2) == 1 and width < 2**31:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)  # .contiguous() may be x itself, at its address
+
+
+def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Blocks of (rows, columns) of one head of an addressable (rows, heads, dim) tensor.
+
+    Head h's columns are h * head stride onwards of one long row, so any strides are two dimensions. Rows behind the
+    last are read as zeros and not written.
+    """
+    row_count, heads, dim = x.shape
+    width = (heads - 1) * x.stride(1) + dim
+    return TensorDescriptor(
+        x, [row_count, width], [x.stride(0), 1], [rows, columns], block_layout(rows, columns, x.dtype)
+    )
+
+
+def list_descriptor(x: Tensor, block: int) -> TensorDescriptor:
+    """Blocks of a flat tensor of float32."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+    return TensorDescriptor(x, [x.numel()], [1], [block], layout)
+
+
+Description = dict[str, object]
+"""All that a descriptor holds but the tensor."""
+
+
+def description_of(found: TensorDescriptor) -> Description:
+    """What other tensors with the metadata of `found`'s are described with, see `descriptor_of`."""
+    return {**vars(found), "base": None}
+
+
+def descriptor_of(x: Tensor, description: Description) -> TensorDescriptor:
+    """A tensor's descriptor, as `descriptor` makes it, from a description that has been checked.
+
+    A descriptor holds an address, so each call makes its own.
+    """
+    found = object.__new__(TensorDescriptor)
+    found.__dict__.update(description, base=x)
+    return found
+
+
+def without_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A contiguous tensor without memory, to describe those by that each call allocates."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@functools.cache
+def block_layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """How a block lies in shared memory: swizzled as the tensor cores read it."""
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], GLUON_DTYPES[dtype])

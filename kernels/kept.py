@@ -1,0 +1,51 @@
+"""What is worked out once and kept: for calls alike, found again by a single look-up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ringflash.kernels.torch_private import warming_up
+
+MOST_KEPT = 4096
+"""Kinds of calls that are remembered; packed documents of another length bring a new one with every step."""
+
+Value = TypeVar("Value")
+
+
+class Kept(dict):
+    """Values by key, forgotten all at once when there are too many."""
+
+    def add(self, key: Hashable, value: Value) -> Value:
+        """Keep a value."""
+        if len(self) >= MOST_KEPT:
+            self.clear()
+        self[key] = value
+        return value
+
+
+def metadata(x: Tensor | None) -> tuple | None:
+    """All that may be worked out from a tensor beforehand: not its address, and not what it holds."""
+    return None if x is None else (x.shape, x.stride(), x.dtype, x.device)
+
+
+def build_to_keep(build: Callable[[], Value], device: torch.device) -> Value:
+    """What `build` makes, its tensors in memory that may be kept from one call to the next.
+
+    While torch.compile warms up for CUDA graphs (mode="reduce-overhead"), what this thread allocates lies where the
+    graphs are going to work, and torch refuses what outlives the call. What another thread allocates lies elsewhere.
+    """
+    if not warming_up(device):
+        return build()
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+    def build_there() -> Value:
+        with torch.cuda.stream(stream):
+            return build()
+
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(build_there).result()

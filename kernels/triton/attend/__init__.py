@@ -1,0 +1,13 @@
+"""The contract of ringflash.kernels.reference in Triton.
+
+Read in the order the data takes: checks (what is refused), tile_sizes (by chip), descriptors (tensors as kernels take
+them), key_stretches (the walk over keys), modify_scores (softcap, ALiBi, dropout, padding), prepared_kernel (what is
+worked out once), forward, backward_kernels and backward.
+"""
+
+from ringflash.kernels.gpu.row_delta import row_delta
+from ringflash.kernels.triton.attend.backward import attend_backward
+from ringflash.kernels.triton.attend.checks import missing
+from ringflash.kernels.triton.attend.forward import attend
+
+__all__ = ["attend", "attend_backward", "missing", "row_delta"]
