@@ -112,17 +112,18 @@ class KeyIntervals:
         return found
 
 
-_edges = Kept()
+_edges = Kept(128 * 2**20, size=lambda edges: sum(x.nbytes for x in edges))
+"""`_tile_edges`, as many bytes of them."""
 
 
 def _tile_edges(count: int, block: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """First and last row of each tile of `block` rows, (2, tiles): one behind each as int32, and themselves int64."""
+    if _capturing(device):  # a graph has its own, as those that are kept may be forgotten before its last replay
+        return _new_tile_edges(count, block, device)
     name = count, block, device
     found = _edges.get(name)
     if found is None:
-        found = build_to_keep(functools.partial(_new_tile_edges, count, block, device), device)
-        if not _capturing(device):
-            _edges.add(name, found)
+        found = _edges.add(name, build_to_keep(functools.partial(_new_tile_edges, count, block, device), device))
     return found
 
 

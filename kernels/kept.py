@@ -18,12 +18,25 @@ Value = TypeVar("Value")
 
 
 class Kept(dict):
-    """Values by key, forgotten all at once when there are too many."""
+    """Values by key, forgotten all at once when there would be too many.
+
+    Args:
+        most: what the values may come to together.
+        size: what a value counts for; 1 if None.
+    """
+
+    def __init__(self, most: int = MOST_KEPT, size: Callable[[Value], int] | None = None) -> None:
+        super().__init__()
+        self.most, self.size = most, size
+        self.total = 0
 
     def add(self, key: Hashable, value: Value) -> Value:
         """Keep a value."""
-        if len(self) >= MOST_KEPT:
+        size = 1 if self.size is None else self.size(value)
+        if self.total + size > self.most:
             self.clear()
+            self.total = 0
+        self.total += size
         self[key] = value
         return value
 

@@ -68,7 +68,7 @@ def select(
     return _select(torch.device(device), dtype, head_dim, value_head_dim or head_dim, kernel, modifiers, sink_tokens)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def _select(
     device: torch.device,
     dtype: torch.dtype,
@@ -102,7 +102,7 @@ def name_of(kernels: ModuleType) -> str:
     return next(name for name, module in MODULES.items() if module == kernels.__name__)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def select_decoding(device: torch.device, dtype: torch.dtype, head_dim: int, value_head_dim: int) -> ModuleType:
     """The module whose `append` and `attend` to call for a cache of keys and values; see `ringflash.kernels.decode`."""
     portable = importlib.import_module("ringflash.kernels.cpu.decode")
@@ -121,7 +121,7 @@ def select_decoding(device: torch.device, dtype: torch.dtype, head_dim: int, val
     return portable
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def _warn_of_slowness(message: str) -> None:
     """Once per process for each reason: nothing else would show that the fast kernels are not at work."""
     warnings.warn(message, stacklevel=2)

@@ -14,6 +14,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from ringflash.errors import ArgumentError
+from ringflash.kernels.kept import Kept
 from ringflash.kernels.triton.decode import counters, merge_parts
 
 DEVICE = torch.device("cuda", 0)
@@ -31,7 +32,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: gpu.capturing)
     monkeypatch.setattr(torch.cuda, "Stream", mock.Mock())
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
-    monkeypatch.setattr(counters, "_shared", {})
+    monkeypatch.setattr(counters, "_shared", Kept())
     monkeypatch.setattr(counters, "_supply", {})
     monkeypatch.setattr(counters, "_supplies", [])
     return gpu
@@ -89,3 +90,17 @@ def test_more_parts_than_are_merged_are_refused() -> None:
     assert merge_parts.merging(256)[0] == 2
     with pytest.raises(ArgumentError, match="splits=257; allowed are 1 to 256"):
         merge_parts.merging(257)
+
+
+def test_supplies_end_and_captures_then_set_their_own_zeros(
+    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(counters, "MOST_SUPPLIES", 2)
+    captured = []
+    for _ in range(5):
+        gpu.capturing = False
+        counters.counters(8, DEVICE)
+        gpu.capturing = True
+        captured.append(counters.counters(counters.COUNTERS - 4, DEVICE))
+    assert len(counters._supplies) == 2
+    assert_disjoint(captured)

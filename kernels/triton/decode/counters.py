@@ -7,11 +7,14 @@ import threading
 import torch
 from torch import Tensor
 
-from ringflash.kernels.kept import build_to_keep
+from ringflash.kernels.kept import Kept, build_to_keep
 from triton.runtime import driver
 
 COUNTERS = 1 << 16
 """That are kept for launches in graphs at a time, 256 KiB: at 8 key heads for 8192 launches of one sequence."""
+
+MOST_SUPPLIES = 64
+"""That are ever made, 16 MiB: nothing tells when a graph is gone, so none is given back."""
 
 
 def counters(count: int, device: torch.device) -> Tensor:
@@ -27,14 +30,14 @@ def counters(count: int, device: torch.device) -> Tensor:
     if torch.cuda.is_current_stream_capturing():
         owned = _take(count, device)
         return torch.zeros(count, dtype=torch.int32, device=device) if owned is None else owned
-    if device not in _supply or _supply[device].numel() < COUNTERS // 2:
+    if (device not in _supply or _supply[device].numel() < COUNTERS // 2) and len(_supplies) < MOST_SUPPLIES:
         _fill(device)
     stream = device, driver.active.get_current_stream(device.index)
     shared = _shared.get(stream)
     if shared is None or shared.numel() < count:
         size = max(1024, 1 << (count - 1).bit_length())
         shared = build_to_keep(lambda: torch.zeros(size, dtype=torch.int32, device=device), device)
-        _shared[stream] = shared
+        _shared.add(stream, shared)
     return shared
 
 
@@ -66,8 +69,8 @@ def _fill(device: torch.device) -> None:
 
 
 _lock = threading.Lock()
-_shared: dict[tuple[torch.device, int], Tensor] = {}
-"""Counters of each stream's launches."""
+_shared = Kept(256)
+"""Counters of each stream's launches, by device and handle; allocated on the stream, so they may be forgotten."""
 _supply: dict[torch.device, Tensor] = {}
 """What is left of the newest supply."""
 _supplies: list[Tensor] = []

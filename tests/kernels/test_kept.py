@@ -1,0 +1,61 @@
+"""What is kept between calls stays within bounds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ringflash.kernels import intervals
+from ringflash.kernels.intervals import causal_intervals
+from ringflash.kernels.kept import MOST_KEPT, Kept, metadata
+
+
+def test_values_are_found_again_until_there_are_too_many() -> None:
+    kept = Kept(most=3)
+    assert [kept.add(name, name.upper()) for name in "abc"] == ["A", "B", "C"]
+    assert kept == {"a": "A", "b": "B", "c": "C"}
+    kept.add("d", "D")
+    assert kept == {"d": "D"}
+
+
+def test_by_default_values_are_counted() -> None:
+    kept = Kept()
+    for number in range(MOST_KEPT + 1):
+        kept.add(number, number)
+    assert len(kept) == 1
+
+
+def test_values_may_be_weighed_and_one_that_is_too_heavy_is_kept_alone() -> None:
+    kept = Kept(most=10, size=len)
+    for value in ("four", "five.", "x", "much too heavy", "y"):
+        assert kept.add(value, value) == value
+        assert sum(map(len, kept)) <= 10 or len(kept) == 1
+    assert set(kept) == {"y"}
+
+
+def test_metadata_tells_shapes_strides_and_dtypes_apart_and_not_addresses_or_numbers() -> None:
+    x = torch.zeros(4, 6)
+    assert metadata(x) == metadata(torch.ones(4, 6))
+    others = (None, x.T, x[:, :5], x[::2].expand(2, 6), x.half(), x.to("meta"))
+    assert len({metadata(x), *map(metadata, others)}) == len(others) + 1
+
+
+def test_edges_of_tiles_are_kept_within_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    edges = Kept(10_000, size=intervals._edges.size)
+    monkeypatch.setattr(intervals, "_edges", edges)
+    for keys in range(100, 300):
+        causal_intervals(keys, keys).key_tile_rows(1)
+        assert sum(x.nbytes for pair in edges.values() for x in pair) <= 10_000
+    assert edges
+
+
+def test_a_captured_graph_has_edges_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are kept are forgotten one day, and a graph reads where it was captured."""
+    edges = Kept()
+    monkeypatch.setattr(intervals, "_edges", edges)
+    before = intervals._tile_edges(100, 16, torch.device("cpu"))
+    monkeypatch.setattr(intervals, "_capturing", lambda device: True)
+    captured = [intervals._tile_edges(count, 16, torch.device("cpu")) for count in (100, 50)]
+    assert list(edges.values()) == [before]
+    assert all(torch.equal(a, b) for a, b in zip(captured[0], before, strict=True))
+    assert captured[0][0] is not before[0]
