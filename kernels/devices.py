@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -22,6 +22,6 @@ def on_device_without_autocast(x: Tensor) -> AbstractContextManager:
 
 
 @contextmanager
-def _on(device: torch.device) -> Iterator[None]:
+def _on(device: torch.device) -> Generator[None]:
     with torch.cuda.device(device), no_autocast():
         yield

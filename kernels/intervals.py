@@ -21,6 +21,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ringflash.kernels.kept import Kept, build_to_keep
 
@@ -44,7 +45,7 @@ class KeyIntervals:
     key_count: int
     sink_start: Tensor | None = None
     sink_stop: Tensor | None = None
-    _cache: dict = field(default_factory=dict, repr=False)
+    _cache: dict = field(default_factory=dict, repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
         for name in ("start", "stop", "sink_start", "sink_stop"):
@@ -64,7 +65,14 @@ class KeyIntervals:
     def ranges(self) -> list[tuple[Tensor, Tensor]]:
         """The (start, stop) pairs: the key range, then the sink tokens' if there is one."""
         pairs = [(self.start, self.stop)]
-        return [*pairs, (self.sink_start, self.sink_stop)] if self.has_sink_tokens else pairs
+        if self.sink_start is not None and self.sink_stop is not None:
+            pairs.append((self.sink_start, self.sink_stop))
+        return pairs
+
+    def tensors(self) -> list[Tensor]:
+        """The ranges and all that was worked out of them, for counting bytes."""
+        worked_out = (x for x in tree_leaves(list(self._cache.values())) if isinstance(x, Tensor))
+        return [*(bound for pair in self.ranges() for bound in pair), *worked_out]
 
     def visible(self) -> Tensor:
         """Dense boolean (T, S) matrix of visible pairs, for the dense reference."""

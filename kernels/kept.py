@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class Kept(dict):
         size: what a value counts for; 1 if None.
     """
 
-    def __init__(self, most: int = MOST_KEPT, size: Callable[[Value], int] | None = None) -> None:
+    def __init__(self, most: int = MOST_KEPT, size: Callable[[Any], int] | None = None) -> None:
         super().__init__()
         self.most, self.size = most, size
         self.total = 0

@@ -51,6 +51,9 @@ LOW_32 = 0xFFFFFFFF
 
 def keep_mask(modifiers: Modifiers, heads: int, rows: slice = slice(None), keys: slice = slice(None)) -> Tensor:
     """Which pairs dropout keeps, (H, rows, keys) bool: the definition that kernels on GPUs follow."""
+    assert modifiers.seed is not None  # these three come with dropout
+    assert modifiers.query_positions is not None
+    assert modifiers.key_positions is not None
     query = modifiers.query_positions[rows].long()[None, :, None]
     key = modifiers.key_positions[keys].long()[None, None, :]
     head = torch.arange(heads, device=query.device)[:, None, None]

@@ -138,6 +138,8 @@ def _scores(
             bent = torch.tanh(scores / modifiers.softcap)
             scores, slope = modifiers.softcap * bent, scale * (1 - bent * bent)
         if modifiers.slopes is not None:
+            assert modifiers.query_positions is not None  # both come with slopes
+            assert modifiers.key_positions is not None
             distance = modifiers.query_positions.double()[:, None] - modifiers.key_positions.double()[None, :]
             scores = scores - modifiers.slopes.double().T[..., None] * distance.abs()
         if modifiers.key_visible is not None:

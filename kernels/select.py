@@ -133,9 +133,14 @@ def _cure(
     """What to change for kernel="triton" to run."""
     if importlib.util.find_spec("triton") is None:
         return "Install triton"
-    padded = tuple(-(-dim // 8) * 8 for dim in (head_dim, value_head_dim))
-    for dims, how in (((head_dim, value_head_dim), ""), (padded, f", and zeros up to head dimensions {padded}")):
-        fits = [x for x in reversed(DTYPES) if _missing("triton", device, x, *dims, modifiers, sink_tokens) is None]
+    padded = -(-head_dim // 8) * 8, -(-value_head_dim // 8) * 8
+    for (dim, value_dim), how in (
+        ((head_dim, value_head_dim), ""),
+        (padded, f", and zeros up to head dimensions {padded}"),
+    ):
+        fits = [
+            x for x in reversed(DTYPES) if _missing("triton", device, x, dim, value_dim, modifiers, sink_tokens) is None
+        ]
         if dtype in fits:
             return f"Pad with zeros up to head dimensions {padded}, and pass the scale that belongs to {head_dim}"
         if fits:

@@ -47,15 +47,20 @@ def apply_unbound(function: type[torch.autograd.Function], *inputs: object) -> A
     `torch.autograd.Function.apply` binds the names of `forward`'s arguments first, for 10 us, which only torch.func
     has need of. The method of its base class is what it calls thereafter.
     """
-    return super(torch.autograd.Function, function).apply(*inputs)
+    return super(torch.autograd.Function, function).apply(*inputs)  # pyrefly: ignore[missing-attribute]  # stub lacks it
 
 
 # torch.func
 
 
-def transforms_active() -> bool:
-    """Whether a transformation of torch.func (grad, vjp, jvp, vmap, functionalize) is at work. No public name asks."""
-    return torch._C._are_functorch_transforms_active()
+transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+"""Whether a transformation of torch.func (grad, vjp, jvp, vmap, functionalize) is at work. No public name asks."""
+
+without_transforms: Callable[[], AbstractContextManager] = torch._C._DisableFuncTorch
+"""Within a `with`, tensors are made as if no transformation were at work, and may be kept beyond it.
+
+What is made under torch.func.grad or vmap otherwise stands for one pass of that transformation, and is dead behind it.
+"""
 
 
 def only_functionalized() -> bool:
@@ -107,7 +112,12 @@ cpu_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_
 
 def process_group(name: str) -> ProcessGroup:
     """The group of a `group_name`: operators take no objects, and torch's own collectives find theirs so as well."""
-    return torch.distributed.distributed_c10d._resolve_process_group(name)
+    return torch.distributed.distributed_c10d._resolve_process_group(name)  # pyrefly: ignore[bad-argument-type]  # stub: NewType
+
+
+def is_destroyed(group: ProcessGroup) -> bool:
+    """Whether destroy_process_group has ended a group whose object is still there; no public name asks."""
+    return group not in torch.distributed.distributed_c10d._world.pg_map
 
 
 def default_store() -> Store:

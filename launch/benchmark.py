@@ -20,6 +20,7 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
+import torch.cuda.nccl
 
 SUITES = ("kernels", "ring")
 

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,15 +58,15 @@ def flash_attention_2(query: Tensor, key: Tensor, value: Tensor, causal: bool) -
 
 def _sdpa(backend: SDPBackend, query: Tensor, key: Tensor, value: Tensor, causal: bool, grouped: bool) -> Tensor:
     with sdpa_kernel(backend):
-        heads_first = (x.transpose(1, 2) for x in (query, key, value))
-        return F.scaled_dot_product_attention(*heads_first, is_causal=causal, enable_gqa=grouped).transpose(1, 2)
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped).transpose(1, 2)
 
 
 def flex(causal: bool, length: int) -> Attend:
     """FlexAttention; compiled for each shape."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    compiled = torch.compile(flex_attention)
+    compiled: Callable[..., Tensor] = torch.compile(flex_attention)
     mask = None
     if causal:
         mask = create_block_mask(lambda b, h, query, key: query >= key, None, None, length, length, device="cuda")
@@ -139,11 +140,11 @@ def flash_attention_3_jax(case: Case) -> dict[str, Callable[[int], float]]:
     return {"fwd": _wall_clock(jax, forward), "bwd": _wall_clock(jax, backward)}
 
 
-def _wall_clock(jax: object, function: Callable[[], object]) -> Callable[[int], float]:
+def _wall_clock(jax: ModuleType, function: Callable[[], object]) -> Callable[[int], float]:
     """Mean milliseconds of so many calls."""
 
     def milliseconds(calls: int) -> float:
-        started = time.perf_counter()
+        started, result = time.perf_counter(), None
         for _ in range(calls):
             result = function()
         jax.block_until_ready(result)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -53,12 +53,12 @@ class _HeadsForTokens(torch.autograd.Function):
     """(s, H, D) of all heads to (S, H / P, D) of all tokens, or back."""
 
     @staticmethod
-    def forward(ctx: object, x: Tensor, scatter_heads: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scatter_heads: bool) -> Tensor:
         ctx.scatter_heads = scatter_heads
         return _exchange(x, scatter_heads)
 
     @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyrefly: ignore[bad-override]  # torch's `*grads`
         return _exchange(gradient, not ctx.scatter_heads), None
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 
 try:
     import torch
+    import torch.cuda.nccl
     import torch.distributed as dist
     import torch.multiprocessing
     from rich.console import Console
@@ -68,7 +69,8 @@ def usable_cores() -> int:
 def memory() -> tuple[int, int]:
     """Bytes of main memory: available and total."""
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return tuple(int(fields[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
+    available, total = (int(fields[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
+    return available, total
 
 
 def look_at_host(report: Report) -> None:
@@ -220,6 +222,7 @@ def try_ring(report: Report, backend: str, ranks: int) -> None:
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         context = torch.multiprocessing.spawn(ring_rank, (ranks, backend, folder), nprocs=ranks, join=False)
+        assert context is not None  # as join=False returns one
         try:
             while not context.join(timeout=max(0.0, begin + SMOKE_SECONDS - time.monotonic())):
                 if time.monotonic() - begin > SMOKE_SECONDS:
@@ -245,9 +248,8 @@ def ring_rank(rank: int, ranks: int, backend: str, folder: str) -> None:
     dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, 256, 4, 64).to(device) for _ in range(3))
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        *(x.double().transpose(1, 2) for x in (query, key, value)), is_causal=True
-    ).transpose(1, 2)
+    q, k, v = (x.double().transpose(1, 2) for x in (query, key, value))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
     out = unshard(DistributedFlashAttention()(*(shard(x, 1) for x in (query, key, value))), 1)
     error = (out.double() - expected).abs().max().item()
     # Together: a process that goes while another still talks to it is at times aborted by torch at its exit.

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 from ringflash.errors import ArgumentError
-from ringflash.parallel.planning.plan import Plan, ring
+from ringflash.parallel.planning.plan import Move, Plan, Stage
+from ringflash.parallel.planning.ring import ring
 from ringflash.parallel.planning.verify import verify
 from ringflash.parallel.positions.mask import Interval, Mask
 from ringflash.parallel.positions.partition import NAMES, resolve
@@ -45,22 +46,38 @@ def visible_ranges(mask: Mask, queries: torch.Tensor) -> list[tuple[torch.Tensor
     return ranges
 
 
-def pairs(plan: Plan, mask: Mask, stage: int, rank: int) -> int:
+def stage_count(plan: Plan) -> int:
+    """Number of stages until every rank is done."""
+    return max(len(mine.stages) for mine in plan.ranks)
+
+
+def stage_of(plan: Plan, index: int, rank: int) -> Stage:
+    """What a rank does in a stage: nothing, if it is done before."""
+    stages = plan.ranks[rank].stages
+    return stages[index] if index < len(stages) else Stage()
+
+
+def arrivals(plan: Plan, index: int, rank: int) -> tuple[Move, ...]:
+    """What reached a rank for a stage, in order of the senders."""
+    moves = stage_of(plan, index - 1, rank).receives if index else ()
+    return tuple(sorted(moves, key=lambda move: move.peer))
+
+
+def pairs(plan: Plan, mask: Mask, index: int, rank: int) -> int:
     """Number of (query, key) pairs that a rank computes in a stage."""
-    ranges = visible_ranges(mask, plan.partition.positions(rank))
-    work = plan.stages[stage].work[rank]
+    ranges = visible_ranges(mask, plan.queries.positions(rank))
     return sum(
         int((stop.clamp(max=last) - start.clamp(min=first)).clamp(min=0).sum())
         for start, stop in ranges
-        for first, last in work
+        for first, last in stage_of(plan, index, rank).work
     )
 
 
-def keys_there(plan: Plan, stage: int, rank: int) -> Segments:
-    """Keys that lie on a rank in a stage: its own first, afterwards those that arrived for the stage."""
-    if stage == 0:
-        return plan.partition.segments[rank]
-    return tuple(segment for transfer in plan.arrivals(stage, rank) for segment in transfer.segments)
+def keys_there(plan: Plan, index: int, rank: int) -> Segments:
+    """Keys that a rank may use in a stage: what arrived for it, and its own in the first and where it attends them."""
+    own = plan.keys.segments[rank]
+    arrived = (segment for move in arrivals(plan, index, rank) for segment in move.segments)
+    return tuple(sorted((*arrived, *(own if index == 0 else intersect(stage_of(plan, index, rank).work, own)))))
 
 
 # Text
@@ -68,20 +85,21 @@ def keys_there(plan: Plan, stage: int, rank: int) -> Segments:
 
 def as_text(plan: Plan, mask: Mask, title: str) -> str:
     """The plan in words and numbers, a line for each rank of each stage."""
-    ranks = plan.partition.ranks
+    ranks = plan.queries.ranks
     lines = [title, "", "who holds what"]
-    lines += [f"  rank {rank}: {_spans(segments)}" for rank, segments in enumerate(plan.partition.segments)]
+    lines += [f"  rank {rank}: {_spans(segments)}" for rank, segments in enumerate(plan.queries.segments)]
     totals = [0] * ranks
-    for index, stage in enumerate(plan.stages):
+    for index in range(stage_count(plan)):
         lines += ["", f"stage {index}"]
-        for rank, work in enumerate(stage.work):
-            computed = pairs(plan, mask, index, rank)
+        for rank in range(ranks):
+            stage, computed = stage_of(plan, index, rank), pairs(plan, mask, index, rank)
             totals[rank] += computed
-            sends = [f"sends {_spans(t.segments)} to rank {t.destination}" for t in stage.sends if t.source == rank]
-            attends = f"attends {_spans(work)}: {computed:,} pairs" if work else "attends nothing"
+            sends = [f"sends {_spans(move.segments)} to rank {move.peer}" for move in stage.sends]
+            attends = f"attends {_spans(stage.work)}: {computed:,} pairs" if stage.work else "attends nothing"
             lines.append(f"  rank {rank}: " + "; ".join([attends, *sends]))
     level = max(totals) * ranks / sum(totals) if sum(totals) else 1.0
-    lines += ["", f"{plan.moved_tokens():,} keys travel; the busiest rank computes {level:.2f} times the mean"]
+    moved = sum(mine.moved_tokens for mine in plan.ranks)
+    lines += ["", f"{moved:,} keys travel; the busiest rank computes {level:.2f} times the mean"]
     return "\n".join(lines)
 
 
@@ -94,7 +112,7 @@ def _spans(segments: Segments) -> str:
 
 def as_svg(plan: Plan, mask: Mask, title: str) -> str:
     """The plan as one SVG picture, the same bytes each time."""
-    ranks, stages = plan.partition.ranks, len(plan.stages)
+    ranks, stages = plan.queries.ranks, stage_count(plan)
     width = MARGIN + stages * (MATRIX + GAP)
     lanes_top = 64 + MATRIX + 30
     height = lanes_top + ranks * LANE + 34
@@ -105,13 +123,11 @@ def as_svg(plan: Plan, mask: Mask, title: str) -> str:
         body += [_text(left, 48, name, size=12, weight="bold"), *_matrix(plan, mask, stage, left, 64)]
         for rank in range(ranks):
             body += _lane(plan, stage, rank, left, lanes_top + rank * LANE)
-        for transfer in plan.stages[stage].sends:
-            body.append(
-                _arrow(
-                    (left + MATRIX + 3, lanes_top + transfer.source * LANE + STRIP / 2),
-                    (left + MATRIX + GAP - 4, lanes_top + transfer.destination * LANE + STRIP / 2),
-                )
-            )
+        sends = ((rank, move.peer) for rank in range(ranks) for move in stage_of(plan, stage, rank).sends)
+        for source, destination in sends:
+            start = (left + MATRIX + 3, lanes_top + source * LANE + STRIP / 2)
+            stop = (left + MATRIX + GAP - 4, lanes_top + destination * LANE + STRIP / 2)
+            body.append(_arrow(start, stop))
     for rank in range(ranks):
         body.append(_text(12, lanes_top + rank * LANE + 11, f"rank {rank}", fill=_colour(rank, ranks), weight="bold"))
     return "\n".join(
@@ -136,14 +152,14 @@ def _text_legend(height: int) -> list[str]:
 
 def _matrix(plan: Plan, mask: Mask, stage: int, left: float, top: float) -> list[str]:
     """The attention matrix: what each rank computes in this stage, before it, and later."""
-    ranks, length = plan.partition.ranks, plan.partition.length
+    ranks, length = plan.queries.ranks, plan.queries.length
     frame = f'<rect x="{left}" y="{top}" width="{MATRIX}" height="{MATRIX}" fill="#fafafa" stroke="#999"/>'
     parts = [frame]
-    for rank, held in enumerate(plan.partition.segments):
+    for rank, held in enumerate(plan.queries.segments):
         colour = _colour(rank, ranks)
-        done = [work.work[rank] for work in plan.stages[:stage]]
+        done = [stage_of(plan, earlier, rank).work for earlier in range(stage)]
         fills = [("#dcdcdc", 1.0, ((0, length),)), *((colour, 0.3, work) for work in done)]
-        for fill, opacity, keys in [*fills, (colour, 1.0, plan.stages[stage].work[rank])]:
+        for fill, opacity, keys in [*fills, (colour, 1.0, stage_of(plan, stage, rank).work)]:
             path = "".join(
                 _path(points, left, top, length)
                 for queries in held
@@ -199,10 +215,10 @@ def _path(points: list[Point], left: float, top: float, length: int) -> str:
 
 def _lane(plan: Plan, stage: int, rank: int, left: float, top: float) -> list[str]:
     """The keys on one rank in one stage, where they lie in the sequence, and where they came from."""
-    length, ranks = plan.partition.length, plan.partition.ranks
+    length, ranks = plan.keys.length, plan.keys.ranks
     parts = [f'<rect x="{left}" y="{top}" width="{MATRIX}" height="{STRIP}" fill="#fafafa" stroke="#999"/>']
-    there, work = keys_there(plan, stage, rank), plan.stages[stage].work[rank]
-    for owner, owned in enumerate(plan.partition.segments):
+    there, work = keys_there(plan, stage, rank), stage_of(plan, stage, rank).work
+    for owner, owned in enumerate(plan.keys.segments):
         for keys, opacity in ((intersect(there, owned), 0.3), (intersect(work, owned), 1.0)):
             for start, stop in keys:
                 x, wide = left + start / length * MATRIX, (stop - start) / length * MATRIX
@@ -210,9 +226,8 @@ def _lane(plan: Plan, stage: int, rank: int, left: float, top: float) -> list[st
                     f'<rect x="{x:.1f}" y="{top}" width="{wide:.1f}" height="{STRIP}" '
                     f'fill="{_colour(owner, ranks)}" fill-opacity="{opacity:g}"/>'
                 )
-    arrivals = plan.arrivals(stage, rank)
-    if arrivals:
-        news = ", ".join(f"{count(t.segments):,} keys from rank {t.source}" for t in arrivals)
+    if arrived := arrivals(plan, stage, rank):
+        news = ", ".join(f"{count(move.segments):,} keys from rank {move.peer}" for move in arrived)
         parts.append(_text(left, top + STRIP + 10, news, size=9, fill="#555"))
     return parts
 

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import enum
+from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ringflash.errors import ArgumentError
+
+
+@dataclass(frozen=True)
+class GroupLeftBehind:
+    """In place of the group of a module that was saved; a process group does not travel in a file.
+
+    Attributes:
+        ranks: how many it had.
+    """
+
+    ranks: int
 
 
 class OneDevice(enum.Enum):
@@ -31,6 +43,11 @@ def process_group(group: Group) -> dist.ProcessGroup | None:
     """
     if group is ONE_DEVICE:
         return None
+    if isinstance(group, GroupLeftBehind):
+        raise ArgumentError(
+            f"group was a group of {group.ranks} ranks that does not travel in a file; set it to one of this process, "
+            "as module.group = mesh['sequence']"
+        )
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             raise ArgumentError(

@@ -29,6 +29,7 @@ from ringflash.compat.ring_flash_attn import (
 from ringflash.errors import ArgumentError, RankMismatchError, RingflashError, UnsupportedError
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import Partition
+from ringflash.parallel.sharding import Sharding
 
 __all__ = [
     "ArgumentError",
@@ -37,6 +38,7 @@ __all__ = [
     "Partition",
     "RankMismatchError",
     "RingflashError",
+    "Sharding",
     "UnsupportedError",
     "flash_attn_func",
     "flash_attn_kvpacked_func",

@@ -1,4 +1,4 @@
-"""`DistributedFlashAttention`: attention over a sequence whose tokens are dealt to the ranks of a group.
+"""`DistributedFlashAttention`: attention over a sequence whose tokens are sharded over the ranks of a group.
 
 Legend: B sequences, S tokens of one sequence over all ranks, s tokens of it on this rank, H query heads, Hk key heads,
 D head dimension, Dv the value's.
@@ -6,25 +6,27 @@ D head dimension, Dv the value's.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from ringflash.functional import attention
-from ringflash.parallel.mesh import Group, group_size, process_group
+from ringflash.parallel.mesh import ONE_DEVICE, Group, GroupLeftBehind, group_size, process_group
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import Partition, check_name
+from ringflash.parallel.sharding import Sharding
 
 
 class DistributedFlashAttention(nn.Module):
     """Exact attention of this rank's tokens to the tokens of all ranks.
 
     Args:
-        mask: which keys a query may see, over global positions; causal if None.
-        group: a ProcessGroup or one-dimensional DeviceMesh over whose ranks each sequence is dealt. None is the default
-            group if torch.distributed is initialised, and one device otherwise.
-        partition: how tokens are dealt: "zigzag", "contiguous", "balanced" (for the mask), or a `Partition` of one
-            sequence. Deal with `ringflash.shard` and the same partition.
+        mask: which keys a query may see, over global positions; causal if None, or the only mask of a sharding.
+        group: a ProcessGroup or one-dimensional DeviceMesh over whose ranks each sequence is sharded. None is the
+            default group if torch.distributed is initialised, and one device otherwise.
+        partition: how tokens are sharded: "zigzag", "contiguous", "balanced" (for the mask), or a `Partition` of one
+            sequence. Shard with `ringflash.shard` and the same partition, or make a `ringflash.Sharding` and pass it.
         scale: factor of the scores before the softmax; 1 / sqrt(D) if None.
         kernel: "auto", or the name of one implementation (see `ringflash.kernels.select`).
         deterministic: gradients repeat bit for bit.
@@ -54,6 +56,7 @@ class DistributedFlashAttention(nn.Module):
         check_name(partition)
         process_group(group)  # raises for what is none
         self.mask = Mask.causal() if mask is None else mask
+        self._names_its_mask = mask is not None
         self.group = group
         self.partition = partition
         self.scale = scale
@@ -61,6 +64,16 @@ class DistributedFlashAttention(nn.Module):
         self.deterministic = deterministic
         self.softcap = softcap
         self.dropout = dropout
+
+    def __deepcopy__(self, memo: dict[int, object]) -> DistributedFlashAttention:
+        copied = memo[id(self)] = self.__new__(type(self))
+        # Groups are processes' own, not the module's: a copy attends over the same one.
+        copied.__dict__ = {name: x if name == "group" else copy.deepcopy(x, memo) for name, x in self.__dict__.items()}
+        return copied
+
+    def __getstate__(self) -> dict[str, object]:
+        travels = self.group is None or self.group is ONE_DEVICE or isinstance(self.group, GroupLeftBehind)
+        return self.__dict__ if travels else self.__dict__ | {"group": GroupLeftBehind(group_size(self.group))}
 
     def forward(
         self,
@@ -74,6 +87,7 @@ class DistributedFlashAttention(nn.Module):
         sinks: Tensor | None = None,
         query_cu_seqlens: Sequence[int] | Tensor | None = None,
         key_seqlen: int | None = None,
+        sharding: Sharding | None = None,
     ) -> Tensor:
         """Attention output for this rank's tokens.
 
@@ -88,8 +102,9 @@ class DistributedFlashAttention(nn.Module):
             key_padding_mask: (B, s) bool, False for this rank's keys that nobody may see.
             sinks: (H,) learned logits that join each row's softmax without a value, as in gpt-oss.
             query_cu_seqlens: boundaries of the queries, where they differ from those of the keys.
-            key_seqlen: Sk, tokens of keys over all ranks; needed only where they are not dealt as the queries are, and
-                not every rank holds the same number.
+            key_seqlen: Sk, tokens of keys over all ranks; needed only where they are not sharded as the queries are,
+                and not every rank holds the same number.
+            sharding: how the batch lies on its ranks, in place of lengths, documents and partition.
 
         Returns:
             (B, s, H, Dv) in the query's dtype.
@@ -99,7 +114,17 @@ class DistributedFlashAttention(nn.Module):
             RankMismatchError: ranks disagree on an argument.
         """
         return self.forward_with_lse(
-            query, key, value, cu_seqlens, seqlen, alibi_slopes, key_padding_mask, sinks, query_cu_seqlens, key_seqlen
+            query,
+            key,
+            value,
+            cu_seqlens,
+            seqlen,
+            alibi_slopes,
+            key_padding_mask,
+            sinks,
+            query_cu_seqlens,
+            key_seqlen,
+            sharding,
         )[0]
 
     def forward_with_lse(
@@ -114,19 +139,21 @@ class DistributedFlashAttention(nn.Module):
         sinks: Tensor | None = None,
         query_cu_seqlens: Sequence[int] | Tensor | None = None,
         key_seqlen: int | None = None,
+        sharding: Sharding | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Like `forward`; returns also the log-sum-exp of each row, (B, H, s) fp32."""
         return attention(
             query,
             key,
             value,
-            mask=self.mask,
+            mask=self.mask if sharding is None or self._names_its_mask else None,
             cu_seqlens=cu_seqlens,
             query_cu_seqlens=query_cu_seqlens,
             seqlen=seqlen,
             key_seqlen=key_seqlen,
             group=self.group,
-            partition=self.partition,
+            partition=self.partition if sharding is None else None,
+            sharding=sharding,
             scale=self.scale,
             softcap=self.softcap,
             alibi_slopes=alibi_slopes,

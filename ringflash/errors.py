@@ -22,7 +22,7 @@ class CheckpointError(RingflashError, RuntimeError):
 
 
 class RunStoppedError(RingflashError):
-    """A training run was told to stop by a signal; it has saved a checkpoint and can go on from there."""
+    """A training run was stopped by a signal; it has saved a checkpoint and can go on from there."""
 
 
 class DataError(RingflashError, RuntimeError):

@@ -1,4 +1,4 @@
-"""`attention`: the one function under every front, with every feature, on one device or on many.
+"""`attention`: the one function under every interface, with every feature, on one device or on many.
 
 Legend: B sequences; S query and Sk key tokens of one sequence over all ranks, s and sk of them on this rank; H query
 heads, Hk key heads, D head dimension, Dv the value's.
@@ -6,26 +6,49 @@ heads, Hk key heads, D head dimension, Dv the value's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from ringflash.errors import ArgumentError, UnsupportedError
 from ringflash.kernels.kept import Kept, metadata
-from ringflash.parallel.agreement.agreement import tell_peers
-from ringflash.parallel.execution.operators import NO_FORWARD_MODE, NO_VMAP, call_attention, mapped
-from ringflash.parallel.mesh import Group, group_rank, group_size, process_group
+from ringflash.kernels.torch_private import mapped
+from ringflash.parallel.agreement.rounds import refuse
+from ringflash.parallel.execution.call import NEEDS, Request
+from ringflash.parallel.execution.operators import NO_FORWARD_MODE, NO_VMAP, call_attention, transformed
+from ringflash.parallel.lookup import find
+from ringflash.parallel.mesh import Group, process_group
+from ringflash.parallel.placement import on_a_device
 from ringflash.parallel.positions.integers import integers
 from ringflash.parallel.positions.mask import Mask
-from ringflash.parallel.positions.partition import Partition, check_name, resolve
-from ringflash.parallel.positions.segments import count, intersect
+from ringflash.parallel.positions.partition import Partition
+from ringflash.parallel.sharding import Sharding, check_marks
 
 Boundaries = Sequence[int] | Tensor | None
 Numbers = tuple[int, ...]
+
+CAUSAL = Mask.causal()
+"""What no mask stands for."""
+
+
+class Located(NamedTuple):
+    """All that tells the operator which sharding a call has, and how many documents that has.
+
+    Attributes:
+        tensors: handle, boundaries and query_boundaries (see `ringflash.parallel.execution.call.Inputs`).
+        request: see `ringflash.parallel.execution.call.Settings`.
+        sizes: see there.
+        documents: number of documents that were given; None without any.
+    """
+
+    tensors: tuple[Tensor | None, Tensor | None, Tensor | None]
+    request: str
+    sizes: tuple[int, ...]
+    documents: int | None
 
 
 def attention(
@@ -39,7 +62,8 @@ def attention(
     seqlen: int | None = None,
     key_seqlen: int | None = None,
     group: Group = None,
-    partition: str | Partition = "zigzag",
+    partition: str | Partition | None = None,
+    sharding: Sharding | None = None,
     scale: float | None = None,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
@@ -64,10 +88,12 @@ def attention(
         query_cu_seqlens: those of the B * S queries, where they differ.
         seqlen: S; needed only where not every rank holds the same number of queries.
         key_seqlen: Sk; likewise for keys.
-        group: a ProcessGroup or one-dimensional DeviceMesh over whose ranks each sequence is dealt. None is the default
-            group if torch.distributed is initialised, and one device otherwise; `ringflash.parallel.mesh.ONE_DEVICE`
-            never communicates.
-        partition: how tokens are dealt; see `ringflash.shard`.
+        group: a ProcessGroup or one-dimensional DeviceMesh over whose ranks each sequence is sharded. None is the
+            default group if torch.distributed is initialised, and one device otherwise;
+            `ringflash.parallel.mesh.ONE_DEVICE` never communicates.
+        partition: how tokens are sharded; see `ringflash.shard`. "zigzag" if None.
+        sharding: how the batch lies on its ranks, in place of lengths, documents and partition. `mask` is then one of
+            its masks, and may be None where it has one.
         scale: factor of the scores before the softmax; 1 / sqrt(D) if None.
         softcap: scores become softcap * tanh(score / softcap); 0 for none.
         alibi_slopes: fp32 (H,), or (B, H), or (documents, H) with cu_seqlens; slope * distance is taken from a score.
@@ -89,6 +115,8 @@ def attention(
         RankMismatchError: ranks disagree on an argument.
         UnsupportedError: asked for second derivatives, for forward-mode derivatives, or under torch.vmap.
     """
+    if sharding is not None and not isinstance(sharding, Sharding):
+        raise ArgumentError(f"sharding={sharding!r}; allowed are ringflash.Sharding and None")
     try:
         query, key, value = _autocast(query, key, value)
         others = {
@@ -99,103 +127,164 @@ def attention(
         }
         _check_tensors_or_none(others)
         _check_transformations((query, key, value, alibi_slopes), (cu_seqlens, query_cu_seqlens, *others.values()))
-        found = process_group(group)
-        ranks, name = (1, "") if found is None else (found.size(), found.group_name)
-        numbers = seqlen, key_seqlen, ranks, name, partition, scale, softcap, dropout, kernel, deterministic
+        numbers = scale, softcap, dropout, kernel, deterministic
         settings_of = _settings if torch.compiler.is_compiling() else _settings_once
-        mask, rules, *settings = settings_of(query, key, value, mask, *numbers)
-        known, boundaries, query_boundaries = None, None, None
-        if cu_seqlens is not None or query_cu_seqlens is not None:
-            known, boundaries, query_boundaries = _boundaries(mask, cu_seqlens, query_cu_seqlens, ranks)
-        documents_of = _documents if torch.compiler.is_compiling() else _documents_once
-        documents, text = documents_of(mask, known)
+        settings = settings_of(query, key, value, *numbers)
+        if mask is not None and not isinstance(mask, Mask):
+            raise ArgumentError(f"mask={mask!r}; allowed are ringflash.Mask, as Mask.causal(), and None for that")
+        if sharding is None:
+            given = CAUSAL if mask is None else mask, cu_seqlens, query_cu_seqlens, seqlen, key_seqlen
+            located = _located(
+                query, key, value, *given, process_group(group), "zigzag" if partition is None else partition
+            )
+        else:
+            _check_alone(cu_seqlens, query_cu_seqlens, seqlen, key_seqlen, partition)
+            located = _located_by(sharding, query, key, value, mask, group)
+        if alibi_slopes is not None:
+            _check_slopes(alibi_slopes, query, located)
+        if sinks is not None:
+            _check_sinks(sinks, query)
         arguments = (
             query.flatten(0, 1),
             key.flatten(0, 1),
             value.flatten(0, 1),
-            boundaries,
-            query_boundaries,
-            None
-            if alibi_slopes is None
-            else _slopes_of_rows(
-                alibi_slopes, query, mask, documents, boundaries, query_boundaries, settings[3], group, partition
-            ),
-            _seed(dropout, dropout_seed, query),
-            _visible_keys(key_padding_mask, key),
-            rules,
-            text,
+            *located.tensors,
+            alibi_slopes,
+            _seed(dropout, dropout_seed, query) if dropout or dropout_seed is not None else None,
+            None if key_padding_mask is None else _visible_keys(key_padding_mask, key),
+            sinks,
+            located.request,
+            located.sizes,
             *settings,
-            sinks is not None,
+            _needs(query, key, value, sinks),
         )
-        if sinks is not None:
-            _check_sinks(sinks, query)
     except Exception as error:
-        tell_peers(group, error)
+        refuse(group if sharding is None else sharding.peers(group), error)
         raise
     out, lse, _ = call_attention(*arguments)
     (batch, tokens), heads = query.shape[:2], query.shape[2]
-    out = out.view(batch, tokens, heads, value.shape[3])
-    lse = lse.view(heads, batch, tokens).transpose(0, 1)
-    return (out, lse) if sinks is None else _with_sinks(out, lse, sinks)
+    return out.view(batch, tokens, heads, value.shape[3]), lse.view(heads, batch, tokens).transpose(0, 1)
 
 
-_plans = Kept()
+_settings_kept = Kept()
 """What `_settings` gave, by what it was asked for."""
 
 
-def _settings_once(query: Tensor, key: Tensor, value: Tensor, *others: object) -> tuple:
+def _settings_once(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple:
     """`_settings`, worked out anew only for calls of another form."""
     call = (metadata(query), metadata(key), metadata(value), others)
     try:
-        found = _plans.get(call)
+        found = _settings_kept.get(call)
     except TypeError:  # not hashable: sizes that are symbols, or arguments that are refused
         return _settings(query, key, value, *others)
-    return found or _plans.add(call, _settings(query, key, value, *others))
+    return found or _settings_kept.add(call, _settings(query, key, value, *others))
 
 
 def _settings(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Mask | None,
-    seqlen: int | None,
-    key_seqlen: int | None,
-    ranks: int,
-    name: str,
-    partition: str | Partition,
     scale: float | None,
     softcap: float,
     dropout: float,
     kernel: str,
     deterministic: bool,
 ) -> tuple:
-    """The mask, and the settings but the documents (`ringflash.parallel.execution.call.Call`), checked."""
+    """The operator's settings (see `ringflash.parallel.execution.call.Settings`), checked."""
     check_tensors(query, key, value)
     _check_numbers(softcap, dropout, scale)
-    check_name(partition)
-    mask = Mask.causal() if mask is None else mask
-    if not isinstance(mask, Mask):
-        raise ArgumentError(f"mask={mask!r}; allowed are ringflash.Mask, as Mask.causal(), and None for that")
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    return scale, float(softcap), float(dropout), kernel, deterministic
+
+
+def _needs(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> int:
+    """Which gradients somebody may ask for, as the sum of `NEEDS`."""
+    everything = transformed()  # by torch.func, whose tensors do not say what is needed
+    if not (everything or torch.is_grad_enabled()):
+        return 0
+    given = ((query, NEEDS["query"]), (key, NEEDS["key"]), (value, NEEDS["value"]), (sinks, NEEDS["sinks"]))
+    return sum([bit for x, bit in given if x is not None and (everything or x.requires_grad)])
+
+
+# Which sharding a call has
+
+
+def _located(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask,
+    cu_seqlens: Boundaries,
+    query_cu_seqlens: Boundaries,
+    seqlen: int | None,
+    key_seqlen: int | None,
+    group: dist.ProcessGroup | None,
+    partition: str | Partition,
+) -> Located:
+    """By mask, documents and lengths: looked up here, or by the operator where the host cannot."""
+    ranks = 1 if group is None else group.size()
+    group = None if ranks == 1 else group
     for what, length in (("seqlen", seqlen), ("key_seqlen", key_seqlen)):
         if isinstance(length, float | str | Tensor) or (length is not None and length < 0):
             raise ArgumentError(f"{what}={length}; allowed are integers from 0, or None")
-    (batch, tokens, _, dim), key_tokens = query.shape, key.shape[1]
+    (batch, tokens), key_tokens = query.shape[:2], key.shape[1]
     seqlen = tokens * ranks if seqlen is None else seqlen
     key_seqlen = (seqlen if key_tokens == tokens else key_tokens * ranks) if key_seqlen is None else key_seqlen
-    return (
-        mask,
-        mask.spec(documents=False),
-        partition if isinstance(partition, str) else partition.spec(),
-        name if ranks > 1 else "",
-        batch,
-        seqlen,
-        key_seqlen,
-        dim**-0.5 if scale is None else scale,
-        float(softcap),
-        float(dropout),
-        kernel,
-        deterministic,
-    )
+    sizes = batch, seqlen, key_seqlen
+    if cu_seqlens is not None or query_cu_seqlens is not None:
+        _check_boundaries(mask, cu_seqlens, query_cu_seqlens, ranks)
+    on_device = cu_seqlens is not None and (on_a_device(cu_seqlens) or on_a_device(query_cu_seqlens))
+    if on_device or torch.compiler.is_compiling():
+        known, boundaries, query_boundaries = _boundaries(mask, cu_seqlens, query_cu_seqlens)
+        request = Request(
+            mask.spec(documents=False),
+            _documents(mask, known).spec(),
+            partition if isinstance(partition, str) else partition.spec(),
+            "" if group is None else group.group_name,
+        )
+        edges = known[0] if known is not None else boundaries if boundaries is not None else mask.boundaries
+        count = None if edges is None else len(edges) - 1
+        return Located((None, boundaries, query_boundaries), request.text(), sizes, count)
+    sharding = find(mask, sizes, group, partition, cu_seqlens, query_cu_seqlens)
+    check_marks(sharding, query, key, value)
+    return Located((sharding.handle(mask), None, None), "", (), sharding.documents)
+
+
+def _located_by(
+    sharding: Sharding, query: Tensor, key: Tensor, value: Tensor, mask: Mask | None, group: Group
+) -> Located:
+    """By a sharding."""
+    if query.dim() == 4 and query.shape[0] != sharding.batch:
+        raise ArgumentError(f"query has a batch of {query.shape[0]}; sharding was made for batch={sharding.batch}")
+    if torch.compiler.is_compiling():
+        known = group is None and sharding.group is not None
+        found = None if known else process_group(group)
+        name = "" if found is None or found.size() == 1 else found.group_name
+        rules = "" if mask is None else mask.spec()
+        request = Request(rules, "", "", name).text()
+        return Located((sharding.first_handle, None, None), request, (), sharding.documents)
+    if group is not None or sharding.group is None:
+        sharding.bind(group)
+    check_marks(sharding, query, key, value)
+    return Located((sharding.handle(mask), None, None), "", (), sharding.documents)
+
+
+def _check_alone(
+    cu_seqlens: Boundaries,
+    query_cu_seqlens: Boundaries,
+    seqlen: int | None,
+    key_seqlen: int | None,
+    partition: str | Partition | None,
+) -> None:
+    given = {
+        "cu_seqlens": cu_seqlens,
+        "query_cu_seqlens": query_cu_seqlens,
+        "seqlen": seqlen,
+        "key_seqlen": key_seqlen,
+        "partition": partition,
+    }
+    if beside := [name for name, x in given.items() if x is not None]:
+        raise ArgumentError(f"{', '.join(beside)} beside sharding, which has them; pass the sharding alone")
 
 
 def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -233,7 +322,7 @@ def _check_numbers(softcap: float, dropout: float, scale: float | None) -> None:
         raise ArgumentError(f"scale={scale}; allowed are positive numbers, or None for 1 / sqrt(head_dim)")
 
 
-def _check_tensors_or_none(given: dict[str, object]) -> None:
+def _check_tensors_or_none(given: Mapping[str, object]) -> None:
     for name, x in given.items():
         if x is not None and not isinstance(x, Tensor):
             raise ArgumentError(f"{name} is a {type(x).__name__}; allowed are a tensor and None")
@@ -243,9 +332,9 @@ def _check_transformations(tensors: tuple[Tensor | None, ...], others: tuple[obj
     if torch.compiler.is_compiling():
         return
     # Without this check torch takes the tangent of an operator that has no formula for it to be zero.
-    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+    if any([x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors]):
         raise UnsupportedError(NO_FORWARD_MODE)
-    if mapped(*tensors, *others):  # the operator would refuse it too late for peers to be told
+    if mapped(*tensors, *others):  # the operator would refuse it too late for peers to be notified
         raise UnsupportedError(NO_VMAP)
 
 
@@ -259,7 +348,7 @@ def _seed(dropout: float, given: Tensor | None, query: Tensor) -> Tensor | None:
         if not dropout:
             raise ArgumentError("dropout_seed is given, but dropout is 0")
         return given
-    return torch.randint(2**62, (1,), device=query.device) if dropout else None
+    return torch.randint(2**62, (1,), device=query.device)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -269,62 +358,49 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
 
 
+def _check_boundaries(mask: Mask, cu_seqlens: Boundaries, query_cu_seqlens: Boundaries, ranks: int) -> None:
+    if cu_seqlens is None:
+        raise ArgumentError("query_cu_seqlens is given without cu_seqlens, the boundaries of the keys")
+    for name, x in (("cu_seqlens", cu_seqlens), ("query_cu_seqlens", query_cu_seqlens)):
+        if isinstance(x, Tensor) and (x.dtype not in (torch.int32, torch.int64) or x.dim() != 1):
+            raise ArgumentError(f"{name} is {x.dtype} {tuple(x.shape)}; allowed is int32 or int64 (documents + 1,)")
+        if on_a_device(x) and (ranks > 1 or mask.boundaries is not None):
+            raise ArgumentError(f"{name} is on {x.device}; plans for {ranks} ranks are made on the CPU, pass it there")
+
+
 def _boundaries(
-    mask: Mask, cu_seqlens: Boundaries, query_cu_seqlens: Boundaries, ranks: int
+    mask: Mask, cu_seqlens: Boundaries, query_cu_seqlens: Boundaries
 ) -> tuple[tuple[Numbers, Numbers | None] | None, Tensor | None, Tensor | None]:
     """Document boundaries of keys and of queries: as numbers or, one by one, as tensors, which may hold others later.
 
     As numbers if they are lists, which as tensors would be constants on the CPU in a compiled graph: CUDA graphs
     refuse those. And if the mask, which holds numbers, has boundaries of its own to intersect them with.
     """
-    if query_cu_seqlens is not None and cu_seqlens is None:
-        raise ArgumentError("query_cu_seqlens is given without cu_seqlens, the boundaries of the keys")
+    if cu_seqlens is None:
+        return None, None, None
     given = {"cu_seqlens": cu_seqlens, "query_cu_seqlens": query_cu_seqlens}
-    for name, x in given.items():
-        if isinstance(x, Tensor) and (x.dtype not in (torch.int32, torch.int64) or x.dim() != 1):
-            raise ArgumentError(f"{name} is {x.dtype} {tuple(x.shape)}; allowed is int32 or int64 (documents + 1,)")
-        if isinstance(x, Tensor) and x.device.type != "cpu" and (ranks > 1 or mask.boundaries is not None):
-            raise ArgumentError(f"{name} is on {x.device}; plans for {ranks} ranks are made on the CPU, pass it there")
     device = next((x.device for x in given.values() if isinstance(x, Tensor)), None)
     if mask.boundaries is not None or device is None:
-        return tuple(None if x is None else integers(name, x) for name, x in given.items()), None, None
-    return None, *(
+        known: Any = tuple(None if x is None else integers(name, x) for name, x in given.items())
+        return known, None, None
+    keys, queries = (
         x if x is None or isinstance(x, Tensor) else torch.tensor(integers(name, x), device=device)
         for name, x in given.items()  # a list goes where the tensor beside it is
     )
+    return None, keys, queries
 
 
-def _documents(mask: Mask, known: tuple[Numbers, Numbers | None] | None) -> tuple[Mask, str]:
-    """Documents of the mask and of known boundaries, in a mask of nothing else, and its text."""
+def _documents(mask: Mask, known: tuple[Numbers, Numbers | None] | None) -> Mask:
+    """Documents of the mask and of known boundaries, in a mask of nothing else."""
     if known is not None and mask.boundaries is None:
-        documents = Mask(boundaries=known[0], query_boundaries=known[1])  # checked by the operator, as tensors are
-    else:
-        documents = Mask(boundaries=mask.boundaries, query_boundaries=mask.query_boundaries)
-        documents = documents if known is None else documents & Mask.documents(*known)
-    return documents, documents.spec()
+        return Mask(boundaries=known[0], query_boundaries=known[1])  # checked by the operator, as tensors are
+    documents = Mask(boundaries=mask.boundaries, query_boundaries=mask.query_boundaries)
+    return documents if known is None else documents & Mask.documents(*known)
 
 
-_documents_once = lru_cache(maxsize=256)(_documents)
-
-
-def _slopes_of_rows(
-    slopes: Tensor,
-    query: Tensor,
-    mask: Mask,
-    documents: Mask,
-    boundaries: Tensor | None,
-    query_boundaries: Tensor | None,
-    seqlen: int,
-    group: Group,
-    partition: str | Partition,
-) -> Tensor:
-    """The ALiBi slopes of each of this rank's rows, (B * s, H) fp32."""
-    batch, tokens, heads, _ = query.shape
-    own = boundaries if query_boundaries is None else query_boundaries
-    if own is None:
-        own = documents.query_boundaries or documents.boundaries
-    documents_of_rows = batch if own is None else len(own) - 1
-    allowed = {(heads,), (batch, heads), (documents_of_rows, heads)}
+def _check_slopes(slopes: Tensor, query: Tensor, located: Located) -> None:
+    batch, _, heads, _ = query.shape
+    allowed = {(heads,), (batch, heads), (batch if located.documents is None else located.documents, heads)}
     if tuple(slopes.shape) not in allowed or slopes.dtype != torch.float32 or slopes.device != query.device:
         raise ArgumentError(
             f"alibi_slopes is {slopes.dtype} {tuple(slopes.shape)} on {slopes.device}; allowed is float32 of "
@@ -332,29 +408,9 @@ def _slopes_of_rows(
         )
     if slopes.requires_grad and torch.is_grad_enabled():
         raise ArgumentError("alibi_slopes requires a gradient; there is none by slopes, pass alibi_slopes.detach()")
-    if slopes.dim() == 1:
-        return slopes.expand(batch * tokens, heads)
-    if slopes.shape[0] != documents_of_rows or own is None:
-        return slopes.repeat_interleave(tokens, dim=0)
-    ranks, rows = group_size(group), ((0, batch * tokens),)
-    if ranks > 1:
-        if partition == "balanced":  # the one that looks at the documents
-            keys = documents.boundaries if boundaries is None else boundaries.tolist()
-            mask = mask & Mask.documents(keys, own.tolist() if isinstance(own, Tensor) else own)
-        rows = resolve(partition, seqlen, ranks, mask, batch).repeat(batch).segments[group_rank(group)]
-    if not torch.compiler.is_compiling():
-        own = torch.as_tensor(own, device=own.device if isinstance(own, Tensor) else slopes.device)
-    if isinstance(own, Tensor):
-        positions = torch.cat([torch.arange(start, stop, device=own.device) for start, stop in rows or ((0, 0),)])
-        return slopes[(torch.searchsorted(own.long(), positions, right=True) - 1).to(slopes.device)]
-    # From numbers alone: a tensor of them would be a constant of the CPU in compiled code, which CUDA graphs refuse.
-    lengths = [count(intersect(rows, (document,))) for document in pairwise(own)]
-    return torch.cat([x.expand(n, heads) for x, n in zip(slopes.unbind(), lengths, strict=True)])
 
 
-def _visible_keys(key_padding_mask: Tensor | None, key: Tensor) -> Tensor | None:
-    if key_padding_mask is None:
-        return None
+def _visible_keys(key_padding_mask: Tensor, key: Tensor) -> Tensor:
     x = key_padding_mask
     if x.dtype != torch.bool or x.shape != key.shape[:2] or x.device != key.device:
         raise ArgumentError(
@@ -369,12 +425,3 @@ def _check_sinks(sinks: Tensor, query: Tensor) -> None:
         raise ArgumentError(f"sinks has shape {tuple(sinks.shape)}; allowed is ({query.shape[2]},), one for each head")
     if not sinks.dtype.is_floating_point or sinks.device != query.device:
         raise ArgumentError(f"sinks is {sinks.dtype} on {sinks.device}; allowed are floats on {query.device}")
-
-
-def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """One more logit per head in the softmax: rows shrink by their share of the sum, exp(lse - lse with sink)."""
-    sink = sinks.float()[None, :, None]
-    nothing = torch.isneginf(lse) & torch.isneginf(sink)
-    sink = sink.clamp(min=torch.finfo(torch.float32).min)  # finite: the difference of two infinities is nan
-    share = torch.sigmoid(lse - sink).transpose(1, 2)[..., None]
-    return (out.float() * share).to(out.dtype), torch.logaddexp(lse, sink).masked_fill(nothing, -torch.inf)

@@ -155,10 +155,11 @@ class Case:
         exact = _solve(self._exact, [x.double() for x in tensors], gradients)
         ours = _solve(lambda *x: attention(*x, mask=self.mask, group=ONE_DEVICE, kernel=kernel), tensors, gradients)
         theirs = _solve(self._torch, tensors, gradients)
-        return tuple(
+        of_ours, of_theirs = (
             {name: largest_difference(x, right) for name, x, right in zip(RESULTS, results, exact, strict=True)}
             for results in (ours, theirs)
         )
+        return of_ours, of_theirs
 
     def _exact(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """By definition, from the mask's own words."""

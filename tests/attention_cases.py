@@ -181,7 +181,13 @@ def torchs_own_errors(case: Case, given: Tensors) -> list[float]:
     there too, without the features, and with values as large as dropout makes them.
     """
     if case.plain:
-        return largest_errors(solve(lambda *x: _fused(case, given, *x), given), exact(case, given))
+        errors = largest_errors(solve(lambda *x: _fused(case, given, *x), given), exact(case, given))
+        if not case.sinks:
+            return errors
+        # Fused attention knows no sinks. What weighs them in behind it never rounds `out` with them in it, whose
+        # gradient every attention that returns `out` has to take; one that is written out rounds the weights.
+        of_sinks = largest_errors(solve(lambda *x: by_definition(case, given, *x), given), exact(case, given))[-1]
+        return [*errors[:-1], max(errors[-1], of_sinks)]
     written_out = largest_errors(solve(lambda *x: by_definition(case, given, *x), given), exact(case, given))
     plain = replace(case, softcap=0.0, alibi="", dropout=0.0)
     alike = replace(given, value=given.value / (1 - case.dropout), slopes=None, dropout_seed=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from unittest import mock
 
@@ -15,7 +16,7 @@ from ringflash import Mask
 from ringflash.functional import attention
 from ringflash.kernels import kept
 from ringflash.kernels.intervals import causal_intervals
-from ringflash.parallel.execution import call
+from ringflash.parallel.lookup import shardings
 from ringflash.parallel.mesh import ONE_DEVICE
 from ringflash.parallel.positions import visibility
 
@@ -47,7 +48,8 @@ def threads_of_tensors(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def forget() -> None:
-    for cache in (call._cached_program, visibility._layout_bounds, visibility._on_device):
+    shardings.clear()
+    for cache in (visibility._layout_bounds, visibility._on_device):
         cache.cache_clear()
 
 
@@ -148,3 +150,41 @@ def test_compiling_with_reduce_overhead_gives_the_same_in_every_call(name: str) 
             expected = torch.autograd.grad(plain(*leaves), leaves)
             for a, b in zip(found, expected, strict=True):
                 torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_reads_its_own_program_after_many_other_lengths() -> None:
+    x = torch.randn(1, 1000, 4, 64, device="cuda", dtype=torch.bfloat16)
+    edges = [0, 300, 1000]
+
+    def attend(x: Tensor, edges: list[int]) -> Tensor:
+        return attention(x, x, x, cu_seqlens=edges, group=ONE_DEVICE)[0]
+
+    expected = attend(x, edges).clone()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        attend(x, edges)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = attend(x, edges)
+    for length in range(1, 301):
+        attend(x, [0, length, 1000])
+    shardings.clear()
+    gc.collect()
+    junk = [torch.full((250_000,), 2**30, device="cuda", dtype=torch.int32) for _ in range(64)]
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured, expected), len(junk)
+
+
+@pytest.mark.gpu
+def test_packings_that_never_come_again_do_not_stay_on_the_gpu() -> None:
+    tokens = 2**20
+    x = torch.randn(1, tokens, 1, 64, device="cuda", dtype=torch.bfloat16)
+    sizes = []
+    for packing in range(1, 65):
+        attention(x, x, x, cu_seqlens=[*range(0, packing * 16, 16), tokens // 2, tokens], group=ONE_DEVICE)
+        sizes.append(torch.cuda.memory_allocated())
+    assert sizes[-1] - sizes[0] < 1.5 * shardings.most_bytes

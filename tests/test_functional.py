@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from attention_cases import (
@@ -28,7 +29,7 @@ from ringflash import ArgumentError, Mask, UnsupportedError
 from ringflash.functional import attention
 from ringflash.kernels.cpu import blockwise
 from ringflash.kernels.modifiers import philox
-from ringflash.parallel.execution.call import Call, Inputs, prepare, table_of
+from ringflash.parallel.execution.call import Inputs, Request, Settings, prepare, table_of
 from ringflash.parallel.mesh import ONE_DEVICE
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -162,17 +163,18 @@ def test_small_random_blocks_on_a_gpu(right: int | None, boundaries: str) -> Non
 
 def test_the_blocks_of_a_document_whose_length_the_host_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is made of cu_seqlens on a GPU must be the rows of the way over the host."""
-    monkeypatch.setattr(Inputs, "on_device", lambda inputs, call: True)
+    monkeypatch.setattr(Inputs, "on_device", lambda inputs: True)
     mask = Mask.causal() & Mask.blocks(torch.rand(5, 5, generator=torch.Generator().manual_seed(0)) < 0.5, 8)
-    call = Call(mask.spec(), Mask().spec(), "zigzag", "", 1, 40, 40, 1.0, 0.0, 0.0, "auto", False, False)
+    request = Request(mask.spec(), Mask().spec(), "zigzag", "").text()
+    settings = Settings(request, (1, 40, 40), 1.0, 0.0, 0.0, "auto", False, 0)
     edges = torch.tensor([0, 13, 13, 37, 40])
-    inputs = Inputs(*[torch.empty(40, 1, 8)] * 3, edges, None, None, None, None)
-    (stage,) = prepare(call, inputs, table_of(call, inputs))[0].stages
+    inputs = Inputs(*[torch.empty(40, 1, 8)] * 3, None, edges, None, None, None, None, None)
+    (stage,) = prepare(inputs, settings, table_of(inputs, settings), "forward").program.stages
     pairs = sum(launch.intervals.visible().int() for launch in stage.launches)
     assert pairs.tolist() == [[(mask & Mask.documents(edges)).sees(q, k) for k in range(40)] for q in range(40)]
-    for tokens in ("seqlen", "key_seqlen"):
+    for sizes in ((1, 41, 40), (1, 40, 41)):
         with pytest.raises(ArgumentError, match=r"layout reaches over 40 .* has 41"):
-            table_of(call._replace(**{tokens: 41}), inputs)
+            table_of(inputs, settings._replace(sizes=sizes))
 
 
 def test_one_interval_for_each_query_takes_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -451,7 +453,7 @@ GOOD = Case(((6, 6),) * 2)
         ({"key_padding_mask": torch.ones(2, 5).bool()}, r"key_padding_mask is torch.bool \(2, 5\)"),
         ({"sinks": torch.ones(2)}, r"sinks has shape \(2,\); allowed is \(4,\)"),
         ({"query_cu_seqlens": [0, 12]}, r"query_cu_seqlens is given without cu_seqlens"),
-        ({"cu_seqlens": [0, 4]}, r"cu_seqlens"),
+        ({"cu_seqlens": [0, 14]}, r"cu_seqlens ends at 14, behind the last of 12 tokens"),
         ({"cu_seqlens": [0, 4.5, 12]}, r"cu_seqlens=\[0, 4\.5, 12\]; allowed are integers"),
         ({"cu_seqlens": torch.tensor([0, 4.5, 12])}, r"cu_seqlens is torch\.float32 \(3,\); allowed is int32 or int64"),
         (
@@ -497,3 +499,15 @@ def test_every_dtype_of_boundaries() -> None:
         given = torch.tensor(edges, dtype=dtype)
         found = attention(*flat, cu_seqlens=given, alibi_slopes=problem.slopes, group=ONE_DEVICE)[0]
         assert torch.equal(found, expected)
+
+
+def test_boundaries_in_a_numpy_array_serve_every_layer() -> None:
+    problem = tensors(GOOD)
+    flat = [x[None] for x in (problem.query, problem.key, problem.value)]
+    edges = np.array([0, 6, 12])
+    expected = attention(*flat, cu_seqlens=[0, 6, 12], group=ONE_DEVICE)[0]
+    for _ in range(2):
+        assert torch.equal(attention(*flat, cu_seqlens=edges, group=ONE_DEVICE)[0], expected)
+    edges[1] = 5
+    expected = attention(*flat, cu_seqlens=[0, 5, 12], group=ONE_DEVICE)[0]
+    assert torch.equal(attention(*flat, cu_seqlens=edges, group=ONE_DEVICE)[0], expected)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringflash.errors import ArgumentError
-from ringflash.parallel.positions.mask import Mask, Visibility
+from ringflash.parallel.positions.mask import Mask
 
 
 @dataclass(frozen=True)
@@ -236,21 +236,6 @@ def test_blocks_that_a_bound_hides_cost_no_layer() -> None:
     assert (window & Mask.documents([0, 128], [0, 64])).layers != (window & Mask.documents([0, 64])).layers
 
 
-@settings(max_examples=300)
-@given(st.data(), st.integers(1, 30), st.booleans())
-def test_classify_is_sound_and_without_sinks_exact(data: st.DataObject, total: int, sinks: bool) -> None:
-    rules = data.draw(rule_lists(total, sinks, layouts=data.draw(st.sampled_from([0, 0, 1]))))
-    mask = composed(rules)
-    rows, columns = (sorted(data.draw(st.tuples(*[st.integers(0, total)] * 2))) for _ in range(2))
-    pairs = [key in seen(query, rules, total) for query in range(*rows) for key in range(*columns)]
-    exact = Visibility.EMPTY if not any(pairs) else Visibility.FULL if all(pairs) else Visibility.PARTIAL
-    kind = mask.classify(tuple(rows), tuple(columns))
-    if mask.sink or mask.layout:
-        assert kind in (exact, Visibility.PARTIAL)
-    else:
-        assert kind is exact
-
-
 @settings(max_examples=200)
 @given(st.data(), st.integers(1, 30))
 def test_keys_needed_hold_every_key_that_is_seen(data: st.DataObject, total: int) -> None:
@@ -286,9 +271,18 @@ def test_text_form_keeps_everything(data: st.DataObject, total: int) -> None:
     assert mask.without_documents().boundaries is None
 
 
-def test_rectangles_without_pairs_are_empty_and_need_no_keys() -> None:
-    assert Mask.causal().classify((3, 3), (0, 5)) is Visibility.EMPTY
-    assert Mask.causal().classify((0, 5), (2, 2)) is Visibility.EMPTY
+@given(st.data(), st.integers(1, 20), st.integers(1, 9))
+def test_tokens_behind_the_last_document_see_nothing_and_nobody_sees_them(
+    data: st.DataObject, total: int, tail: int
+) -> None:
+    rules = data.draw(rule_lists(total, layouts=data.draw(st.integers(0, 1))))
+    mask = composed(rules) & Mask.documents([0, total])
+    assert all(mask.keys_needed((query, query + 1)) == () for query in range(total, total + tail))
+    assert not any(mask.sees(query, key) for query in range(total, total + tail) for key in range(total + tail))
+    assert not any(mask.sees(query, key) for query in range(total) for key in range(total, total + tail))
+
+
+def test_no_queries_need_no_keys() -> None:
     assert Mask.causal().keys_needed((4, 4)) == ()
 
 
@@ -315,12 +309,10 @@ def test_rectangles_without_pairs_are_empty_and_need_no_keys() -> None:
         (lambda: Mask.prefix_lm([1, 2, 9]) & Mask.documents([0, 5, 5, 9]) & Mask.documents([0, 7, 9]), "3 lengths"),
         (lambda: Mask.documents([0, 7, 9]) & (Mask.prefix_lm([1, 2, 9]) & Mask.documents([0, 5, 5, 9])), "3 lengths"),
         (lambda: Mask.prefix_lm([1, 2]).sees(0, 1), "2 lengths, but there are no documents"),
-        (lambda: Mask.prefix_lm([1, 2]).classify((0, 4), (0, 4)), "2 lengths, but there are no documents"),
         (lambda: Mask.prefix_lm([1, 2]) & Mask.prefix_lm([1, 2, 3]), "2 and 3 documents"),
         (lambda: Mask.sliding_window(9, sink=1) & Mask.sliding_window(9, sink=2), "different sinks: 1 and 2"),
         (lambda: Mask.documents([0, 4]) & Mask.documents([0, 5]), "end at 4 and at 5"),
-        (lambda: Mask.documents([0, 4]).key_interval(4), "position 4 lies outside"),
-        (lambda: Mask.documents([0, 4]).key_interval(-1), "position -1 lies outside"),
+        (lambda: Mask.documents([0, 4]).key_interval(-1), "position -1 lies before"),
         (lambda: Mask.blocks([[True]], 0), "block_size=0"),
         (lambda: Mask.blocks([[True]], (4, -1)), r"block_size=\(4, -1\)"),
         (lambda: Mask.blocks([[True]], (4, 4, 4)), r"block_size=\(4, 4, 4\)"),

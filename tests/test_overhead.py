@@ -29,7 +29,7 @@ ONCE = {
     # checks
     "check_tensors", "_check_numbers", "check_name", "check_operands", "check_modifiers", "_checked_boundaries",
     # masks, plans, programs
-    "spec", "from_spec", "__and__", "key_intervals", "position_bounds", "local_program", "rank_program", "_separated",
+    "spec", "from_spec", "__and__", "key_intervals", "position_bounds", "local_program", "rank_program", "rows_apart",
     # launches: tiles, what is prepared once, Triton's search for the program, checks of descriptors
     "forward_tiles", "key_gradient_tiles", "query_gradient_tiles", "__init__:PreparedForward",
     "__init__:PreparedBackward", "__init__:PreparedQueryGradient", "__init__:PreparedKeyGradient",

@@ -132,6 +132,8 @@ def _scores(q: Tensor, k: Tensor, rectangle: Rectangle, scoring: Scoring) -> tup
             bent = torch.tanh(scores / modifiers.softcap)
             scores, slope = bent * modifiers.softcap, (1 - bent * bent) * scoring.scale
         if modifiers.slopes is not None:
+            assert modifiers.query_positions is not None  # both come with slopes
+            assert modifiers.key_positions is not None
             far = modifiers.query_positions[rectangle.rows, None] - modifiers.key_positions[None, rectangle.keys]
             slopes = modifiers.slopes[rectangle.rows].T.unflatten(0, q.shape[:2])[..., None]
             scores = scores - slopes.to(scores.dtype) * far.abs()

@@ -6,6 +6,7 @@ import functools
 
 import torch
 import triton
+import triton.knobs
 
 from ringflash.errors import ArgumentError
 

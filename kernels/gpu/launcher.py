@@ -8,6 +8,7 @@ arguments of the same types it is the same one, so a `Launcher` keeps the one th
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 from triton.compiler import CompiledKernel
@@ -53,9 +54,11 @@ class Launcher:
         self._numbers = numbers
         self._constants = dict(constants)
         self._options = dict(options)
-        self._kernel = self._compiled = self._device = None
+        self._kernel: Any = None
+        self._compiled: Any = None
+        self._device: Any = None
 
-    def __call__(self, kernel: object, tensors: tuple, *rest: tuple) -> None:
+    def __call__(self, kernel: Any, tensors: tuple, *rest: tuple) -> None:
         """Launch on the current device and stream.
 
         Args:
@@ -64,6 +67,7 @@ class Launcher:
                 numbers, the same in every call.
             rest: what follows the numbers.
         """
+        # pyrefly: ignore[missing-attribute]  # stub: a GPU's driver has it
         if self._kernel is kernel and self._device == driver.active.get_current_device():
             self._compiled[self._grid](*tensors, *self._numbers, *rest, *self._constants.values())
             return
@@ -73,4 +77,5 @@ class Launcher:
             last = kernel.params[len(arguments) :]  # with those left to their defaults: the launcher counts
             self._constants = {x.name: self._constants.get(x.name, x.default) for x in last}
             # The kernel last: another thread may be looking.
+            # pyrefly: ignore[missing-attribute]  # stub: a GPU's driver has it
             self._compiled, self._device, self._kernel = compiled, driver.active.get_current_device(), kernel

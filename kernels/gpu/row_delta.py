@@ -58,4 +58,4 @@ def _launcher(dout: Tensor, out: Tensor, dlse: Tensor | None, direct: bool) -> L
     rows, heads, value_dim = out.shape
     strides = (*dout.stride()[:2], *out.stride()[:2], *((0, 0) if dlse is None else dlse.stride()))
     constants = dict(HAS_DLSE=dlse is not None, M=32, VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded(value_dim))
-    return Launcher(triton.cdiv(rows, 32) * heads, (rows, heads, *strides), constants, {"num_warps": 4}, direct)
+    return Launcher(-(-rows // 32) * heads, (rows, heads, *strides), constants, {"num_warps": 4}, direct)

@@ -1,4 +1,4 @@
-"""What a call to attention asks for, and the program that answers it, made once and kept.
+"""What a call to attention asks for, and what answers it: a program, kernels, and ranks that agree.
 
 Legend: B sequences of S query and Sk key tokens over all ranks; this rank holds T query rows and Tk key rows of them;
 H query heads, Hk key heads, D head dimension, Dv the value's.
@@ -6,70 +6,54 @@ H query heads, Hk key heads, D head dimension, Dv the value's.
 
 from __future__ import annotations
 
-import hashlib
-from functools import lru_cache
-from typing import NamedTuple
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ringflash.errors import ArgumentError
-from ringflash.kernels.kept import build_to_keep
-from ringflash.parallel.agreement.agreement import agreement, errors_told, signature
-from ringflash.parallel.planning.plan import ring
-from ringflash.parallel.planning.program import (
-    Program,
-    document_table,
-    local_program,
-    rank_program,
-    table_program,
-    table_shape,
-)
+from ringflash.kernels.modifiers import Modifiers
+from ringflash.kernels.select import select
+from ringflash.kernels.torch_private import process_group
+from ringflash.parallel.agreement.rounds import agreement
+from ringflash.parallel.lookup import find
+from ringflash.parallel.placement import Placement, batch_boundaries, check_on_device, on_a_device, placement_of
+from ringflash.parallel.planning.program import Program, document_table, table_program, table_shape
 from ringflash.parallel.positions.mask import Mask
-from ringflash.parallel.positions.partition import resolve
-from ringflash.parallel.transport import PointToPoint
-
-LONGEST_SHOWN = 200
-"""Characters of a mask that ranks show each other; a layout of blocks may have a million."""
-
-SHOWN = {"seqlen": "seqlen (to be passed where lengths do not divide evenly)", "sinks": "sinks given"}
-"""Names of a call's arguments as a disagreement shows them, where the name does not say what to do."""
+from ringflash.parallel.transport.send_recv import SendRecv
 
 
-class Call(NamedTuple):
+class Settings(NamedTuple):
     """The arguments of the operators that are not tensors.
 
     Attributes:
-        mask: `Mask.spec()` without document boundaries.
-        documents: `Mask.spec()` of document boundaries alone; of none if `Inputs` has them, or there are none.
-        partition: name or `Partition.spec()`.
-        group: name of the process group; empty for one device.
-        batch: B.
-        seqlen: S, query tokens of one sequence over all ranks.
-        key_seqlen: Sk, key tokens of one sequence over all ranks; as in self-attention if equal to S and there are no
-            query boundaries, otherwise queries are aligned to the end of the keys.
+        request: text of a call from traced code, see `Request`; empty where the handle says everything.
+        sizes: B, S and Sk of such a call.
         scale: factor of the scores.
         softcap: see `ringflash.kernels.modifiers`; 0 for none.
         dropout: see `ringflash.kernels.modifiers`; 0 for none.
         kernel: name for `ringflash.kernels.select`.
         deterministic: gradients repeat bit for bit.
-        sinks: whether learned sink logits join the softmax behind the operator; here for ranks to agree on.
+        needs: gradients that somebody is going to ask for: the sum of `NEEDS` of query, key, value, sinks.
     """
 
-    mask: str
-    documents: str
-    partition: str
-    group: str
-    batch: int
-    seqlen: int
-    key_seqlen: int
+    request: str
+    sizes: Sequence[int]
     scale: float
     softcap: float
     dropout: float
     kernel: str
     deterministic: bool
-    sinks: bool
+    needs: int
+
+
+NEEDS = {"query": 1, "key": 2, "value": 4, "sinks": 8}
 
 
 class Inputs(NamedTuple):
@@ -79,189 +63,295 @@ class Inputs(NamedTuple):
         query: (T, H, D), this rank's rows in ascending global order.
         key: (Tk, Hk, D).
         value: (Tk, Hk, Dv).
-        boundaries: (documents + 1,) int64 global document boundaries over B * Sk keys, or None. On the CPU; on one
-            device also where the query is. None where the call has them as text.
+        handle: (2,) int64 on the CPU, of a `ringflash.parallel.sharding.Sharding`; None where `Settings` has a request.
+        boundaries: (documents + 1,) global document boundaries over B * Sk keys of a request that has them as a tensor:
+            on the CPU, or with one rank where the query is.
         query_boundaries: the same for the B * S queries, where they differ; document i of the queries sees document i
             of the keys.
-        slopes: (T, H) fp32 ALiBi slopes of this rank's rows, or None.
+        slopes: fp32 ALiBi slopes (H,), (B, H) or (documents, H), or None.
         seed: (1,) int64 where the query is, for dropout; the same on every rank.
         key_visible: (Tk,) uint8, 0 for keys that are padding, or None.
+        sinks: (H,) learned logits that join each row's softmax without a value, or None.
     """
 
     query: Tensor
     key: Tensor
     value: Tensor
+    handle: Tensor | None
     boundaries: Tensor | None
     query_boundaries: Tensor | None
     slopes: Tensor | None
     seed: Tensor | None
     key_visible: Tensor | None
+    sinks: Tensor | None
 
-    def modified(self, call: Call) -> bool:
+    def modified(self, settings: Settings) -> bool:
         """Whether scores or weights are modified (see `ringflash.kernels.modifiers`)."""
-        return self.key_visible is not None or self.positioned(call) or bool(call.softcap)
+        return self.key_visible is not None or self.slopes is not None or bool(settings.dropout or settings.softcap)
 
-    def positioned(self, call: Call) -> bool:
-        """Whether they depend on positions."""
-        return self.slopes is not None or bool(call.dropout)
-
-    def on_device(self, call: Call) -> bool:
+    def on_device(self) -> bool:
         """Whether there are boundaries that the host must not read."""
-        return not call.group and self.boundaries is not None and self.boundaries.device.type != "cpu"
+        return self.handle is None and on_a_device(self.boundaries)
 
     def keys(self) -> tuple[Tensor, ...]:
         """What travels: key, value and, if any, which keys are visible."""
         return (self.key, self.value) if self.key_visible is None else (self.key, self.value, self.key_visible)
 
 
-def table_of(call: Call, inputs: Inputs) -> Tensor:
-    """What both passes over boundaries on the device need of them (see `document_table`); else empty."""
-    if inputs.on_device(call):
-        return _device_table(call, inputs)
-    return inputs.query.new_empty((0, 0), dtype=torch.int32)
+class Request(NamedTuple):
+    """What traced code knows of a call, which is text and numbers: its sharding is found when the operator runs.
+
+    Attributes:
+        rules: `Mask.spec()` of the mask, without document boundaries unless there is a handle; empty for the only one
+            of a handle's masks.
+        documents: `Mask.spec()` of document boundaries alone; empty where there is a handle.
+        partition: name or `Partition.spec()`; empty where there is a handle.
+        group: name of the process group; empty for one device.
+    """
+
+    rules: str
+    documents: str
+    partition: str
+    group: str
+
+    def text(self) -> str:
+        """All of it; `read` makes it again."""
+        return "|".join(self)  # in one line: torch.compile writes it into comments of its code
+
+    @staticmethod
+    @lru_cache(maxsize=256)
+    def read(text: str) -> tuple[Mask | None, Mask | None, str, str]:
+        """Rules, documents, partition and group of a text; None for an empty one."""
+        rules, documents, partition, group = text.split("|", 3)
+        mask, apart = (Mask.from_spec(spec) if spec else None for spec in (rules, documents))
+        return mask, apart, partition, group
 
 
-def shape_of_table(call: Call, inputs: Inputs) -> tuple[int, int]:
-    """Shape of `table_of`."""
-    if inputs.on_device(call):
-        return table_shape(Mask.from_spec(call.mask), call.batch * call.seqlen, inputs.positioned(call))
-    return 0, 0
+@dataclass
+class Ready:
+    """Everything that a pass walks with.
+
+    Attributes:
+        inputs: of the call.
+        settings: of the call.
+        program: what this rank does.
+        placement: what its sharding is; None for boundaries on the device.
+        kernels: from `ringflash.kernels.select`.
+        modified: whether scores or weights are modified.
+        transport: moves rows between ranks; None on one device.
+        index: which of the placement's masks the call has.
+        form: what must be the same on all ranks beside the sharding.
+    """
+
+    inputs: Inputs
+    settings: Settings
+    program: Program
+    placement: Placement | None
+    kernels: ModuleType
+    modified: bool
+    transport: SendRecv | None
+    index: int = 0
+    form: tuple = ()
+
+    def modifiers(self, index: int, offset: int, at_hand: tuple[Tensor, ...]) -> Modifiers | None:
+        """What is done to the scores of a stage, of whose keys some are at hand, from `offset` on."""
+        inputs, settings = self.inputs, self.settings
+        if not self.modified:
+            return None
+        positioned = inputs.slopes is not None or bool(settings.dropout)
+        return Modifiers(
+            softcap=settings.softcap,
+            slopes=None if inputs.slopes is None else self.slopes,
+            dropout=settings.dropout,
+            seed=inputs.seed,
+            query_positions=self.program.query_positions if positioned else None,
+            key_positions=self._key_positions(index, offset, len(at_hand[0])) if positioned else None,
+            key_visible=None if inputs.key_visible is None else at_hand[2],
+        )
+
+    def _key_positions(self, index: int, offset: int, keys: int) -> Tensor:
+        found = self.program.key_positions(index)
+        return found if len(found) == keys else found[offset : offset + keys]
+
+    def begin(self) -> None:
+        """Make sure that all ranks are about to do the same; nothing is sent before. Everything needed is at hand."""
+        placement: Any = self.placement
+        agreement(placement.group).check(
+            placement.call_digest(self.index, self.form),
+            lambda: _described(placement, self.index, self.form),
+            self.inputs.query.device,
+        )
+        if any(self.form[-1]):
+            raise _surplus(placement, self.form[-1])
+
+    def refuse(self, error: Exception) -> None:
+        """Let the other ranks, if there are any, know that this one cannot begin."""
+        if self.transport is not None:
+            placement: Any = self.placement
+            agreement(placement.group).refuse(error, placement.call_digest(self.index, self.form))
+
+    def close(self, failure: Exception | None) -> None:
+        """End a call of several ranks: raise this rank's failure, or hear of another's."""
+        placement: Any = self.placement  # there is one where there are several ranks
+        agreement(placement.group).close(failure, self.inputs.query.device)
+        if failure is not None:
+            raise failure
+
+    @cached_property
+    def slopes(self) -> Tensor:
+        """ALiBi slopes of each of this rank's rows, (T, H)."""
+        slopes, rows = self.inputs.slopes, self.inputs.query.shape[0]
+        assert slopes is not None
+        if slopes.dim() == 1:
+            return slopes.expand(rows, -1)
+        if self.placement is not None:
+            return slopes[self.placement.slope_rows(slopes.shape[0], slopes.device)]
+        own = self.inputs.boundaries if self.inputs.query_boundaries is None else self.inputs.query_boundaries
+        assert own is not None  # without a placement the boundaries are tensors
+        row = torch.arange(rows, device=slopes.device)
+        if len(own) - 1 != slopes.shape[0]:
+            return slopes[row // max(1, self.settings.sizes[1])]
+        return slopes[(torch.searchsorted(own.long(), row, right=True) - 1).clamp_(max=slopes.shape[0] - 1)]
 
 
-def prepare(call: Call, inputs: Inputs, table: Tensor) -> tuple[Program, PointToPoint | None]:
-    """The program of this rank and its transport, after making sure that all ranks are about to do the same.
+def prepare(inputs: Inputs, settings: Settings, table: Tensor, which: str) -> Ready:
+    """Find the program and the kernels; ranks have not agreed yet, see `Ready.begin`.
 
     Args:
-        call: the call's settings.
-        inputs: its tensors.
+        inputs: the call's tensors.
+        settings: its other arguments.
         table: from `table_of`.
+        which: "forward" or "backward".
     """
+    query, value, modified = inputs.query, inputs.value, inputs.modified(settings)
+    problem = query.device, query.dtype, query.shape[-1], value.shape[-1], settings.kernel, modified
+    if inputs.handle is None and inputs.on_device():
+        mask, program = _program_on_device(inputs, settings, table)
+        return Ready(inputs, settings, program, None, select(*problem, bool(mask.sink)), modified, None)
+    handle: Any = inputs.handle  # None only beside a request
+    placement, index = _requested(inputs, settings) if settings.request else placement_of(handle)
+    mask, device = placement.masks[index], inputs.query.device
+    rows = placement.rows
+    surplus = query.shape[0] - rows[0], inputs.key.shape[0] - rows[1]
+    if placement.group is None:
+        if any(surplus):
+            raise _surplus(placement, surplus)
+        program = placement.program(index, device)
+        return Ready(inputs, settings, program, placement, select(*problem, bool(mask.sink)), modified, None)
+    form = _form(inputs, settings, surplus, which)
+    try:
+        program, kernels = placement.program(index, device), select(*problem, bool(mask.sink))
+    except Exception as error:  # which only this rank's machine may raise
+        agreement(placement.group).refuse(error, placement.call_digest(index, form))
+        raise
+    return Ready(inputs, settings, program, placement, kernels, modified, placement.transport, index, form)
+
+
+def _requested(inputs: Inputs, settings: Settings) -> tuple[Placement, int]:
+    """The sharding that traced code asks for, and which of its masks."""
+    rules, documents, partition, name = Request.read(settings.request)
+    group = process_group(name) if name else None
+    with refusals_notified(group):
+        if inputs.handle is not None:
+            placement, _ = placement_of(inputs.handle)
+            if group is not None or placement.group is None:
+                placement.bind(group)
+            return placement, placement.index_of(rules)
+        assert rules is not None  # without a handle a text has both
+        assert documents is not None
+        boundaries = documents.boundaries, documents.query_boundaries
+        if inputs.boundaries is not None:
+            boundaries = inputs.boundaries, inputs.query_boundaries
+        batch, seqlen, key_seqlen = settings.sizes
+        sharding = find(rules, (batch, seqlen, key_seqlen), group, partition, *boundaries)
+        return placement_of(sharding.handle(rules))
+
+
+@contextmanager
+def refusals_notified(group: dist.ProcessGroup | None) -> Generator[None]:
+    """Around what one rank may fail at before the ranks compare: the others hear of the error and do not wait."""
+    try:
+        yield
+    except Exception as error:
+        if group is not None and group.size() > 1:
+            agreement(group).refuse(error)
+        raise
+
+
+def _form(inputs: Inputs, settings: Settings, surplus: tuple[int, int], which: str) -> tuple:
+    """What must be the same on all ranks beside the sharding."""
     query, key, value = inputs.query, inputs.key, inputs.value
-    device = query.device
-    if inputs.on_device(call):
-        rows = call.batch * call.seqlen, call.batch * call.key_seqlen
-        return table_program(Mask.from_spec(call.mask), table, *rows, inputs.positioned(call)), None
-    documents = _documents(call, inputs)
-    if not call.group:
-        program = _cached_program(call, documents, None, device)
-        _check_rows(call, query.shape[0] - program.queries, key.shape[0] - program.keys, 0)
-        return program, None
-    group = dist.distributed_c10d._resolve_process_group(call.group)
-    with errors_told(group):
-        program = _cached_program(call, documents, group, device)
-    surplus = query.shape[0] - program.queries, key.shape[0] - program.keys
-    heads = (query.shape[1], key.shape[1], value.shape[1])
-    given = (inputs.slopes is not None, inputs.key_visible is not None)
-    agreement(group).check(
-        _signature(call, documents, query.dtype, heads, query.shape[2:] + value.shape[2:], given, surplus)
+    return (
+        which,
+        str(query.dtype),
+        (query.shape[1], key.shape[1], value.shape[1]),
+        (query.shape[2], value.shape[2]),
+        settings[2:],
+        (inputs.sinks is not None, inputs.slopes is not None, inputs.key_visible is not None),
+        surplus,
     )
-    _check_rows(call, *surplus, group.rank())
-    return program, _transport(group, device)
 
 
-@lru_cache(maxsize=1024)
-def _signature(
-    call: Call,
-    boundaries: tuple[tuple[int, ...] | None, ...],
-    dtype: torch.dtype,
-    heads: tuple[int, ...],
-    head_dims: tuple[int, ...],
-    given: tuple[bool, bool],
-    surplus_tokens: tuple[int, int],
-) -> str:
-    """What must be the same on all ranks."""
-    # In the order in which a disagreement is reported: what others follow from comes first.
-    values = {"dtype": str(dtype), "heads": heads, "head_dim": head_dims} | call._asdict()
-    del values["group"], values["documents"]  # the same for all ranks, and in `boundaries`
-    if len(call.mask) > LONGEST_SHOWN:
-        digest = hashlib.sha256(call.mask.encode()).hexdigest()[:16]
-        values["mask"] = f"{call.mask[:LONGEST_SHOWN]}... (SHA-256 {digest}...)"
-    values["cu_seqlens"] = hashlib.sha256(repr(boundaries).encode()).hexdigest()[:16]
-    values["alibi_slopes given"], values["key_padding_mask given"] = given
-    values["query and key tokens beyond the rank's share of seqlen"] = surplus_tokens
-    return signature({SHOWN.get(name, name): value for name, value in values.items()})
+def _described(placement: Placement, index: int, form: tuple) -> dict[str, object]:
+    """Names and values of what must be the same, in the order in which a disagreement is to be reported."""
+    which, dtype, heads, head_dims, numbers, given, surplus = form
+    scale, softcap, dropout, kernel, deterministic, needs = numbers
+    return {
+        "pass": which,
+        "dtype": dtype,
+        "heads": heads,
+        "head_dim": head_dims,
+        **placement.of_mask(index),
+        **placement.of_all,
+        "scale": scale,
+        "softcap": softcap,
+        "dropout": dropout,
+        "kernel": kernel,
+        "deterministic": deterministic,
+        "gradients needed": [name for name, bit in NEEDS.items() if needs & bit],
+        "sinks given": given[0],
+        "alibi_slopes given": given[1],
+        "key_padding_mask given": given[2],
+        "query and key tokens beyond the rank's share of seqlen": surplus,
+    }
 
 
-def _check_rows(call: Call, queries: int, keys: int, rank: int) -> None:
-    if queries or keys:
-        raise ArgumentError(
-            f"query has {queries:+d} and key {keys:+d} tokens against what partition {call.partition!r} of "
-            f"{call.batch} x {call.seqlen} queries and {call.batch} x {call.key_seqlen} keys gives rank {rank}; "
-            "pass seqlen where lengths do not divide evenly"
-        )
-
-
-@lru_cache(maxsize=256)
-def _cached_program(
-    call: Call,
-    documents: tuple[tuple[int, ...] | None, tuple[int, ...] | None],
-    group: dist.ProcessGroup | None,
-    device: torch.device,
-) -> Program:
-    return build_to_keep(lambda: _program(call, documents, group, device), device)
-
-
-def _program(
-    call: Call,
-    documents: tuple[tuple[int, ...] | None, tuple[int, ...] | None],
-    group: dist.ProcessGroup | None,
-    device: torch.device,
-) -> Program:
-    mask = Mask.from_spec(call.mask) & _separated(call, documents)
-    if group is None:
-        bounds = (
-            None if x is None else torch.tensor(x, device=device) for x in (mask.boundaries, mask.query_boundaries)
-        )
-        return local_program(mask, *bounds, call.batch * call.seqlen, call.batch * call.key_seqlen, device)
-    queries, keys = (
-        resolve(call.partition, tokens, group.size(), mask, call.batch).repeat(call.batch)
-        for tokens in (call.seqlen, call.key_seqlen)
+def _surplus(placement: Placement, surplus: tuple[int, int]) -> ArgumentError:
+    return ArgumentError(
+        f"query has {surplus[0]:+d} and key {surplus[1]:+d} tokens against what partition "
+        f"{placement.partition_name!r} of {placement.batch} x {placement.seqlen} queries and {placement.batch} x "
+        f"{placement.key_seqlen} keys gives rank {placement.rank}; pass seqlen where lengths do not divide evenly"
     )
-    return rank_program(ring(mask, queries, keys), mask, group.rank(), device)
 
 
-def _separated(call: Call, documents: tuple[tuple[int, ...] | None, tuple[int, ...] | None]) -> Mask:
-    """The rows of the batch, and the documents within them."""
-    lengths = (call.key_seqlen, call.seqlen)
-    rows = Mask.documents(*([i * tokens for i in range(call.batch + 1)] for tokens in lengths))
-    for name, bounds, tokens in zip(("cu_seqlens", "query_cu_seqlens"), documents, lengths, strict=True):
-        if bounds is not None and bounds[-1:] != (call.batch * tokens,):
-            raise ArgumentError(f"{name}={bounds}; it must end at {call.batch} x {tokens} tokens over all ranks")
-    # Documents first: a prefix for each document counts them, empty ones too.
-    return rows if documents[0] is None else Mask.documents(*documents) & rows
+# Boundaries on the device
 
 
-def _device_table(call: Call, inputs: Inputs) -> Tensor:
-    mask, boundaries, query_boundaries = Mask.from_spec(call.mask), inputs.boundaries, inputs.query_boundaries
-    if mask.layout is not None:  # nobody here knows the lengths of the documents; this is the most that they can be
-        mask.layout.check_reach("queries", call.seqlen)
-        mask.layout.check_reach("keys", call.key_seqlen)
-    if call.batch > 1 and (query_boundaries is not None or isinstance(mask.prefix, tuple)):
-        raise ArgumentError(
-            f"cu_seqlens on {boundaries.device} with a batch of {call.batch}: pass one packed sequence, or cu_seqlens "
-            "on the CPU"
-        )
-    if isinstance(mask.prefix, tuple) and len(mask.prefix) != boundaries.shape[0] - 1:
-        raise ArgumentError(
-            f"prefix_lm has {len(mask.prefix)} lengths for {boundaries.shape[0] - 1} documents; allowed is one length "
-            "for all, or one for each document"
-        )
-    bounds = [None if x is None else x.to(torch.int64) for x in (boundaries, query_boundaries)]
-    if call.batch > 1:
-        rows = torch.arange(0, call.batch + 1, device=boundaries.device) * call.seqlen
-        bounds[0] = torch.cat([bounds[0], rows]).sort().values
-    rows = call.batch * call.seqlen, call.batch * call.key_seqlen
-    return document_table(mask, *bounds, *rows, inputs.positioned(call))
+def table_of(inputs: Inputs, settings: Settings) -> Tensor:
+    """What both passes over boundaries on the device need of them (see `document_table`); else empty."""
+    if not inputs.on_device():
+        return inputs.query.new_empty((0, 0), dtype=torch.int32)
+    mask = Request.read(settings.request)[0]
+    batch, seqlen, key_seqlen = settings.sizes
+    assert mask is not None  # as there is no handle
+    assert inputs.boundaries is not None
+    check_on_device(mask, settings.sizes, inputs.boundaries, inputs.query_boundaries)
+    queries = None if inputs.query_boundaries is None else inputs.query_boundaries.long()
+    keys = batch_boundaries(inputs.boundaries.long(), batch, seqlen)
+    return document_table(mask, keys, queries, batch * seqlen, batch * key_seqlen, inputs.query.device)
 
 
-def _documents(call: Call, inputs: Inputs) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
-    """Boundaries of keys and of queries, however they came."""
-    if inputs.boundaries is None:
-        documents = Mask.from_spec(call.documents)
-        return documents.boundaries, documents.query_boundaries
-    return tuple(None if x is None else tuple(x.tolist()) for x in (inputs.boundaries, inputs.query_boundaries))
+def shape_of_table(inputs: Inputs, settings: Settings) -> tuple[int, int]:
+    """Shape of `table_of`."""
+    if not inputs.on_device():
+        return 0, 0
+    batch, seqlen, _ = settings.sizes
+    mask = Request.read(settings.request)[0]
+    assert mask is not None
+    return table_shape(mask, inputs.query_boundaries is not None, batch * seqlen)
 
 
-@lru_cache(maxsize=64)
-def _transport(group: dist.ProcessGroup, device: torch.device) -> PointToPoint:
-    return PointToPoint(group, device)
+def _program_on_device(inputs: Inputs, settings: Settings, table: Tensor) -> tuple[Mask, Program]:
+    mask, (batch, seqlen, key_seqlen) = Request.read(settings.request)[0], settings.sizes
+    assert mask is not None
+    return mask, table_program(mask, table, batch * seqlen, batch * key_seqlen)

@@ -1,65 +1,86 @@
-"""Key and value gradients on their way home."""
+"""Gradients of keys and values, reduced at the ranks that own them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ringflash.parallel.planning.program import Shipment, StageProgram
-from ringflash.parallel.transport import Pending, PointToPoint
+from ringflash.parallel.planning.program import Program, Shipment, StageProgram, picked
+from ringflash.parallel.transport.send_recv import SendRecv, Ticket
 
 
 class KeyGradients:
-    """Sums this rank's key and value gradients, its own and those that other ranks send, in a fixed order.
+    """Sums this rank's key and value gradients, its own parts and those that other ranks send, in a fixed order.
 
-    Each remote part travels once, straight to its owner, in fp32; the owner adds parts in stage order, so the sum
-    repeats bit for bit and its rounding does not grow with the number of ranks.
+    Each foreign part travels once, straight to the owner of the keys, in fp32; the owner adds parts in stage order, so
+    the sum repeats bit for bit and its rounding does not grow with the number of ranks.
+
+    Args:
+        wanted: key and value, or one of them, or neither: those whose gradients somebody needs.
+        program: what this rank does.
+        transport: between ranks; None on one device.
     """
 
-    def __init__(self, key: Tensor, value: Tensor, keep_fp32: bool) -> None:
-        self._key, self._value = key, value
-        self.dtype = torch.promote_types(key.dtype, torch.float32) if keep_fp32 else key.dtype
+    def __init__(self, wanted: list[Tensor], program: Program, transport: SendRecv | None) -> None:
+        self._wanted, self._transport = wanted, transport
+        dtype = wanted[0].dtype if wanted else torch.float32  # value's is key's
+        accumulator = torch.promote_types(dtype, torch.float32)
+        self.dtype = accumulator if program.sums_parts else dtype
+        """What the parts of own keys are computed in."""
         self._sums: list[Tensor] | None = None
-        self._pending: tuple[Pending, list[tuple[Shipment, list[Tensor]]]] | None = None
+        self._pending: tuple[Ticket, list[tuple[Shipment, list[Tensor]]]] | None = None
+        self._buffers: list[Tensor] = []
+        if transport is not None:
+            self._buffers = [x.new_empty(program.buffers.reduces, *x.shape[1:], dtype=accumulator) for x in wanted]
 
-    def add_own(self, stage: StageProgram, partial: list[Tensor]) -> None:
-        """Take over the gradients of keys that this rank owns."""
-        if self._sums is None and len(partial[0]) == len(self._key):
-            self._sums = partial
-        else:
-            self._add(stage.work, partial)
+    def settle(self, stage: StageProgram, parts: list[Tensor] | None) -> None:
+        """Keep the part of own keys, send the others off, and add what the stage before brought.
 
-    def exchange(self, transport: PointToPoint | None, stage: StageProgram, partial: list[Tensor] | None) -> None:
-        """Post a stage's gradients on their way, and add those that the stage before brought."""
-        if transport is None or not (stage.returns or stage.contributions):
+        Args:
+            stage: the stage.
+            parts: for each of `wanted` the gradients of the keys attended to; None if there were none.
+        """
+        if parts is not None and stage.kept is not None:
+            self._keep(stage, parts)
+        if self._transport is None or not self._wanted or not (stage.returns or stage.reduces):
             return
-        sends = [(s.peer, part[s.rows].contiguous()) for s in stage.returns for part in partial]
-        incoming = [(s, self._buffers(s.count)) for s in stage.contributions]
-        receives = [(s.peer, buffer) for s, buffers in incoming for buffer in buffers]
-        posted = transport.exchange(sends, receives), incoming
-        self._collect()
-        self._pending = posted
+        if self._pending is not None:  # before the buffers are filled anew; it had the whole stage to arrive
+            self._collect()
+        # pyrefly: ignore[not-iterable]  # there are parts where there are returns, and a missing one is to be an error
+        sends = [(s.peer, picked(part, s.rows)) for s in stage.returns for part in parts]
+        incoming, filled = [], 0
+        for s in stage.reduces:
+            incoming.append((s, [x[filled : filled + s.count] for x in self._buffers]))
+            filled += s.count
+        receives = [(s.peer, x) for s, buffers in incoming for x in buffers]
+        self._pending = self._transport.transfer(sends, receives), incoming
 
-    def finish(self) -> tuple[Tensor, Tensor]:
-        """Wait for the last parts; (dkey, dvalue) in the dtype of key and value."""
-        self._collect()
-        sums = self._sums or [torch.zeros_like(self._key), torch.zeros_like(self._value)]
-        return sums[0].to(self._key.dtype), sums[1].to(self._value.dtype)
+    def finish(self) -> list[Tensor]:
+        """Wait for the last parts; the gradient of each of `wanted`, in its dtype."""
+        if self._pending is not None:
+            self._collect()
+        sums = self._sums or [torch.zeros_like(x) for x in self._wanted]
+        return [total.to(x.dtype) for total, x in zip(sums, self._wanted, strict=True)]
+
+    def _keep(self, stage: StageProgram, parts: list[Tensor]) -> None:
+        if self._sums is None and stage.everything:
+            self._sums = parts
+        else:
+            self._add(stage.own, parts if not stage.returns else [part[stage.kept] for part in parts])
 
     def _collect(self) -> None:
-        if self._pending is None:
-            return
-        pending, incoming = self._pending
+        assert self._pending is not None
+        ticket, incoming = self._pending
         self._pending = None
-        pending.wait()
+        ticket.wait()
         for shipment, buffers in incoming:
             self._add(shipment.rows, buffers)
 
-    def _add(self, rows: slice | Tensor, parts: list[Tensor]) -> None:
+    def _add(self, rows: slice | Tensor | None, parts: list[Tensor]) -> None:
         if self._sums is None:
-            self._sums = [torch.zeros_like(x, dtype=self.dtype) for x in (self._key, self._value)]
+            self._sums = [torch.zeros_like(x, dtype=self.dtype) for x in self._wanted]
         for total, part in zip(self._sums, parts, strict=True):
-            total[rows] += part
-
-    def _buffers(self, count: int) -> list[Tensor]:
-        return [x.new_empty(count, *x.shape[1:], dtype=self.dtype) for x in (self._key, self._value)]
+            if isinstance(rows, Tensor):
+                total.index_add_(0, rows, part.to(total.dtype))
+            else:
+                picked(total, rows).add_(part)

@@ -1,9 +1,9 @@
 """Attention over all ranks of a group as PyTorch operators, `ringflash::attention` and its backward.
 
 They are opaque to torch.compile, known to autograd, and can be named in a selective-checkpoint policy. Operators take
-no Python objects, so mask and partition come as text and the group by its name. Document boundaries come as a tensor,
-whose values do not become compile-time constants, or, where they are constants anyway, as text. Tensors and numbers
-mean what `call.Inputs` and `call.Call` say of the arguments of the same name.
+no Python objects, so a sharding comes as its handle, a small tensor whose values do not become compile-time constants.
+Traced code that has a mask and lengths instead passes them as one text, a request that the operator looks up. Tensors
+and numbers mean what `call.Inputs` and `call.Settings` say of the arguments of the same name.
 
 They are registered with the dispatcher by hand: `torch.library.custom_op` walks over the schema of each call that
 needs gradients, 0.1 ms for about 20 arguments.
@@ -11,48 +11,52 @@ needs gradients, 0.1 ms for about 20 arguments.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ringflash.errors import UnsupportedError
 from ringflash.kernels.devices import on_device_without_autocast
-from ringflash.parallel.execution.call import Call, Inputs, shape_of_table
+from ringflash.kernels.torch_private import (
+    OpOverload,
+    any_requires_grad,
+    apply_unbound,
+    below_autograd,
+    never_compiled,
+    only_functionalized,
+    transforms_active,
+)
+from ringflash.parallel.execution.call import NEEDS, Inputs, Settings, shape_of_table
 from ringflash.parallel.execution.executor import backward, forward
+from ringflash.parallel.placement import HELD
 
 
 def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    handle: Tensor | None,
     boundaries: Tensor | None,
     query_boundaries: Tensor | None,
     slopes: Tensor | None,
     seed: Tensor | None,
     key_visible: Tensor | None,
-    mask: str,
-    documents: str,
-    partition: str,
-    group: str,
-    batch: int,
-    seqlen: int,
-    key_seqlen: int,
+    sinks: Tensor | None,
+    request: str,
+    sizes: Sequence[int],
     scale: float,
     softcap: float,
     dropout: float,
     kernel: str,
     deterministic: bool,
-    sinks: bool,
+    needs: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of this rank's queries to the keys of all ranks; see `executor.forward`."""
-    inputs = Inputs(query, key, value, boundaries, query_boundaries, slopes, seed, key_visible)
-    call = Call(
-        mask, documents, partition, group, batch, seqlen, key_seqlen, scale, softcap, dropout, kernel, deterministic,
-        sinks,
-    )  # fmt: skip
+    inputs = Inputs(query, key, value, handle, boundaries, query_boundaries, slopes, seed, key_visible, sinks)
+    settings = Settings(request, sizes, scale, softcap, dropout, kernel, deterministic, needs)
     with on_device_without_autocast(query):
-        return forward(inputs, call)
+        return forward(inputs, settings)
 
 
 def attention_backward(
@@ -64,33 +68,27 @@ def attention_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    handle: Tensor | None,
     boundaries: Tensor | None,
     query_boundaries: Tensor | None,
     slopes: Tensor | None,
     seed: Tensor | None,
     key_visible: Tensor | None,
-    mask: str,
-    documents: str,
-    partition: str,
-    group: str,
-    batch: int,
-    seqlen: int,
-    key_seqlen: int,
+    sinks: Tensor | None,
+    request: str,
+    sizes: Sequence[int],
     scale: float,
     softcap: float,
     dropout: float,
     kernel: str,
     deterministic: bool,
-    sinks: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `attention` by query, key and value; see `executor.backward`."""
-    inputs = Inputs(query, key, value, boundaries, query_boundaries, slopes, seed, key_visible)
-    call = Call(
-        mask, documents, partition, group, batch, seqlen, key_seqlen, scale, softcap, dropout, kernel, deterministic,
-        sinks,
-    )  # fmt: skip
+    needs: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `attention` by query, key, value and sinks, those in `needs`; see `executor.backward`."""
+    inputs = Inputs(query, key, value, handle, boundaries, query_boundaries, slopes, seed, key_visible, sinks)
+    settings = Settings(request, sizes, scale, softcap, dropout, kernel, deterministic, needs)
     with on_device_without_autocast(query):
-        return backward(dout, dlse, out, lse, table, inputs, call)
+        return backward(dout, dlse, out, lse, table, inputs, settings)
 
 
 TENSORS = len(Inputs._fields)
@@ -105,15 +103,19 @@ NO_FORWARD_MODE = "attention has no forward-mode derivative (torch.func.jvp); ta
 
 
 def _attention_shapes(*arguments):  # noqa: ANN002, ANN202
-    inputs, call = Inputs(*arguments[:TENSORS]), Call(*arguments[TENSORS:])
+    inputs, settings = Inputs(*arguments[:TENSORS]), Settings(*arguments[TENSORS:])
     query, value = inputs.query, inputs.value
     out = query.new_empty(*query.shape[:-1], value.shape[-1])
     lse = query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
-    return out, lse, query.new_empty(shape_of_table(call, inputs), dtype=torch.int32)
+    return out, lse, query.new_empty(shape_of_table(inputs, settings), dtype=torch.int32)
 
 
-def _attention_backward_shapes(dout, dlse, out, lse, table, query, key, value, *rest):  # noqa: ANN001, ANN002, ANN202
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+def _attention_backward_shapes(dout, dlse, out, lse, table, *arguments):  # noqa: ANN001, ANN002, ANN202
+    inputs, settings = Inputs(*arguments[:TENSORS]), Settings(*arguments[TENSORS:])
+    return tuple(
+        x.new_empty(x.shape) if settings.needs & bit else inputs.query.new_empty(0)
+        for x, bit in ((getattr(inputs, name), bit) for name, bit in NEEDS.items())
+    )
 
 
 class _Refusing(torch.autograd.Function):
@@ -139,22 +141,28 @@ class _Attention(_Refusing):
         ctx.mark_non_differentiable(output[2])
         ctx.settings = inputs[TENSORS:]
         ctx.set_materialize_grads(False)
+        ctx.sharding = getattr(inputs[3], HELD, None)  # alive until the backward pass, whatever becomes of the handle
 
     @staticmethod
+    # pyrefly: ignore[bad-override]  # torch's `*grads`: three here
     def backward(ctx, dout: Tensor | None, dlse: Tensor | None, _):  # noqa: ANN001, ANN205
-        nothing = (None,) * (TENSORS - 3 + len(ctx.settings))
+        others = len(ctx.settings)
         if dout is None and dlse is None:
-            return (None, None, None, *nothing)
+            return (None,) * (TENSORS + others)
         saved = ctx.saved_tensors
         dout = torch.zeros_like(saved[0]) if dout is None else dout
         inputs = (dout, dlse, *saved, *ctx.settings)
         if transformed():
-            return (*_AttentionBackward.apply(*inputs), *nothing)
-        # Without a graph of the gradients, which is as good as always, nobody has to look for one.
-        gradients = (
-            _attention_backward(*inputs) if torch.is_grad_enabled() else _below_autograd(_attention_backward, inputs)
-        )
-        return (*gradients, *nothing)
+            gradients = _AttentionBackward.apply(*inputs)
+        elif torch.is_grad_enabled():
+            gradients = _attention_backward(*inputs)
+        else:  # without a graph of the gradients, which is as good as always, nobody has to look for one
+            gradients = _below_autograd(_attention_backward, inputs)
+        needs = Settings(*ctx.settings).needs
+        of_query, of_key, of_value, of_sinks = [
+            x if needs & bit else None for x, bit in zip(gradients, NEEDS.values(), strict=True)
+        ]
+        return (of_query, of_key, of_value, *(None,) * (TENSORS - 4), of_sinks, *(None,) * others)
 
 
 class _AttentionBackward(_Refusing):
@@ -174,27 +182,13 @@ class _AttentionBackward(_Refusing):
         )
 
 
-def mapped(*arguments: object) -> bool:
-    """Whether one of the arguments is a tensor that stands for several under torch.vmap."""
-    if not torch._C._are_functorch_transforms_active():
-        return False
-    for x in arguments:
-        while isinstance(x, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x):
-            if torch._C._functorch.is_batchedtensor(x):
-                return True
-            x = torch._C._functorch.get_unwrapped(x)
-    return False
-
-
 def transformed() -> bool:
     """Whether grad, vjp, jvp or vmap of torch.func is at work, which wants `_Attention.apply`, not the operator."""
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-        return False
-    return torch._C._functorch.peek_interpreter_stack().key() != torch._C._functorch.TransformType.Functionalize
+    return not torch.compiler.is_compiling() and transforms_active() and not only_functionalized()
 
 
-def _below_autograd(operator: torch._ops.OpOverload, inputs: tuple) -> tuple[Tensor, ...]:
-    with torch._C._AutoDispatchBelowAutograd():
+def _below_autograd(operator: OpOverload, inputs: tuple) -> tuple[Tensor, ...]:
+    with below_autograd():
         return operator(*inputs)
 
 
@@ -205,9 +199,7 @@ def _refuse_vmap(info, in_dims, *_) -> None:  # noqa: ANN001, ANN002
 _library = torch.library.Library("ringflash", "FRAGMENT")
 
 
-def _register(
-    function: Callable, shapes: Callable, differentiable: type[torch.autograd.Function]
-) -> torch._ops.OpOverload:
+def _register(function: Callable, shapes: Callable, differentiable: type[torch.autograd.Function]) -> OpOverload:
     """Make an operator of a function, with shapes for tracing, a gradient, and a refusal under vmap."""
     name = function.__name__
     schema = torch.library.infer_schema(function, mutates_args=())
@@ -215,15 +207,14 @@ def _register(
     operator = getattr(torch.ops.ringflash, name).default
 
     def with_gradient(*inputs):  # noqa: ANN002, ANN202
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+        if torch.is_grad_enabled() and any_requires_grad(*inputs):
             if transformed():
                 raise UnsupportedError(f"torch.ops.ringflash.{name} under torch.func; call ringflash's functions there")
-            # Function.apply binds the arguments' names first, for 10 us; torch.func alone has need of it.
-            return super(torch.autograd.Function, differentiable).apply(*inputs)
+            return apply_unbound(differentiable, *inputs)
         return _below_autograd(operator, inputs)
 
     # Code that runs below a compiled frame is not to be compiled in turn.
-    _library.impl(name, torch._disable_dynamo(function), "CompositeExplicitAutograd")
+    _library.impl(name, never_compiled(function), "CompositeExplicitAutograd")
     _library.impl(name, with_gradient, "Autograd")
     torch.library.register_fake(f"ringflash::{name}", shapes, lib=_library)
     torch.library.register_vmap(f"ringflash::{name}", _refuse_vmap, lib=_library)

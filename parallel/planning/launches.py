@@ -10,10 +10,11 @@ Legend: T query rows of this rank, S key rows at hand.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,11 +42,20 @@ class Launch:
     intervals: KeyIntervals
     rows: Tensor | None = None
 
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything that it keeps, for counting bytes."""
+        yield from (x for x in (*self.intervals.tensors(), self.rows) if x is not None)
+
+    def of_keys(self, first: int, last: int) -> Launch:
+        """The same over some of the key rows."""
+        start, stop, *sinks = [x.clamp(first, last) - first for pair in self.intervals.ranges() for x in pair]
+        return Launch(KeyIntervals(start, stop, last - first, *sinks), self.rows)
+
     def to(self, device: torch.device) -> Launch:
         """The same on another device."""
-        bounds = [None if x is None else x.to(device) for pair in self.intervals.ranges() for x in pair]
+        bounds = [x.to(device) for pair in self.intervals.ranges() for x in pair]
         rows = None if self.rows is None else self.rows.to(device)
-        return Launch(KeyIntervals(*bounds[:2], self.intervals.key_count, *bounds[2:]), rows)
+        return Launch(KeyIntervals(bounds[0], bounds[1], self.intervals.key_count, *bounds[2:]), rows)
 
 
 def launches(
@@ -157,7 +167,8 @@ def _of_rows(modifiers: Modifiers | None, rows: Tensor) -> Modifiers | None:
     if modifiers is None:
         return None
     of_queries = {name: getattr(modifiers, name) for name in ("slopes", "query_positions")}
-    return replace(modifiers, **{name: x if x is None else x[rows] for name, x in of_queries.items()})
+    of_rows: dict[str, Any] = {name: x if x is None else x[rows] for name, x in of_queries.items()}
+    return replace(modifiers, **of_rows)
 
 
 class _Piece(NamedTuple):
@@ -182,8 +193,12 @@ def _pieces(
     """What each layer shows, looking only at the rows whose blocks it has: layers may be hundreds."""
     own, pieces = boundaries if query_boundaries is None else query_boundaries, []
     begin = 0 if own is None else own[torch.searchsorted(own, queries, right=True) - 1]
+    assert layers[0].layout is not None
     block = (queries - begin) // layers[0].layout.size
+    # A tail behind the documents may reach beyond the layout; it sees nothing, whichever block it is said to be in.
+    block = block.clamp(max=len(layers[0].layout.rows) - 1)
     for layer in layers:
+        assert layer.layout is not None
         has_block = torch.tensor([bool(runs) for runs in layer.layout.rows], device=queries.device)
         rows = has_block[block].nonzero()[:, 0]
         intervals = key_intervals(layer, boundaries, queries[rows], keys, query_boundaries)

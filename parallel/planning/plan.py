@@ -1,111 +1,133 @@
-"""A plan: who attends which keys when, and which keys travel meanwhile. Pure Python, no torch.
+"""A plan: who attends which keys when, and which keys travel meanwhile. Plain data, no torch.
 
-A plan has stages. In stage i each rank attends its own queries to some key intervals (`work`) while keys for stage
-i + 1 travel (`sends`). The first stage works on local keys; every later one on what arrived for it. The backward pass
-walks the same stages and returns each key gradient to its owner after the work on it.
+A plan is made for one rank at a time. In stage i the rank attends its own queries to some keys (`work`): its own, those
+that arrived for the stage, or both. While it does, keys for stage i + 1 arrive and others leave. The backward pass
+walks the same stages and, behind the work of each, sends the gradient parts of foreign keys to the owners of the keys.
 
     plan = ring(Mask.causal(), Partition.zigzag(4096, 4))
-    plan.stages[0].sends[0]       # Transfer(source=0, destination=1, segments=((0, 512), (3584, 4096)))
+    plan.of(1).stages[0].receives       # (Move(peer=0, segments=((0, 512),)),)
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
-from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import Partition
-from ringflash.parallel.positions.segments import Segments, count, intersect, normalize
+from ringflash.parallel.positions.segments import Segments, count
 
 
 @dataclass(frozen=True)
-class Transfer:
-    """Keys and values of some global positions on their way from one rank to another."""
+class Move:
+    """Rows of some global key positions that go to another rank, or come from it.
 
-    source: int
-    destination: int
+    Attributes:
+        peer: the other rank.
+        segments: which positions.
+        relayed: what is sent arrived from elsewhere before; otherwise it is this rank's own.
+    """
+
+    peer: int
     segments: Segments
+    relayed: bool = False
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of a plan.
+    """What one rank does in one step of a plan.
 
     Attributes:
-        work: for each rank, the key segments that its queries attend in this stage.
-        sends: transfers that run during this stage and arrive before the next one.
+        work: key segments that its queries attend to.
+        receives: keys and values that arrive before the next stage.
+        sends: keys and values that leave during this stage.
+        returns: gradient parts of foreign keys that leave for their owners after the work, in the backward pass.
+        reduces: gradient parts of own keys that arrive after the work, to be added up.
     """
 
-    work: tuple[Segments, ...]
-    sends: tuple[Transfer, ...]
+    work: Segments = ()
+    receives: tuple[Move, ...] = ()
+    sends: tuple[Move, ...] = ()
+    returns: tuple[Move, ...] = ()
+    reduces: tuple[Move, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.work or self.receives or self.sends or self.returns or self.reduces)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Stages over a partition.
+class Buffers:
+    """The most key positions that lie beside a rank's own at one time; what the executor allocates.
 
     Attributes:
-        partition: which query positions each rank holds.
-        keys: which key positions each rank holds; the same partition in self-attention.
-        stages: what happens, in order.
-        buffer_tokens: the most key positions that a rank ever receives for one stage.
+        arrivals: in each of two buffers, which take turns: one is attended to and sent from while the other fills.
+        returns: gradient parts that leave, in each of two.
+        reduces: gradient parts that arrive, in one.
     """
 
-    partition: Partition
-    keys: Partition
+    arrivals: int = 0
+    returns: int = 0
+    reduces: int = 0
+
+    @staticmethod
+    def of(stages: tuple[Stage, ...], piece: int | None = None) -> Buffers:
+        """What stages need whose gradient parts travel in pieces of so many positions; whole if None."""
+        return Buffers(
+            *(
+                max((tokens_at_once(getattr(stage, name), piece if gradients else None) for stage in stages), default=0)
+                for name, gradients in (("receives", False), ("returns", True), ("reduces", True))
+            )
+        )
+
+
+def tokens_at_once(moves: tuple[Move, ...], piece: int | None) -> int:
+    """Positions of several moves that travel together, each of them in pieces if one says how long."""
+    sizes = (count(move.segments) for move in moves)
+    return sum(sizes if piece is None else (min(size, piece) for size in sizes))
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """The stages of one rank.
+
+    Attributes:
+        rank: which one.
+        queries: query positions that it holds.
+        keys: key positions that it holds.
+        stages: what it does, in order. Those at the end in which it has nothing to do are left out.
+        buffers: what lies beside its own keys.
+        piece: in the backward pass keys are worked on in pieces of so many positions, whose gradient parts travel one
+            after another; each stage then works on keys of a single owner. None: all of a stage at once.
+    """
+
+    rank: int
+    queries: Segments
+    keys: Segments
     stages: tuple[Stage, ...]
-    buffer_tokens: int
+    buffers: Buffers
+    piece: int | None = None
 
-    def arrivals(self, stage: int, rank: int) -> tuple[Transfer, ...]:
-        """Transfers that reach a rank before a stage, in order of their source."""
-        if stage == 0:
-            return ()
-        incoming = (t for t in self.stages[stage - 1].sends if t.destination == rank)
-        return tuple(sorted(incoming, key=lambda t: t.source))
-
-    def returns(self, stage: int) -> tuple[Transfer, ...]:
-        """Transfers of key gradients to their owners after a stage's work in the backward pass."""
-        transfers = []
-        for rank, work in enumerate(self.stages[stage].work):
-            for owner, owned in enumerate(self.keys.segments):
-                segments = intersect(work, owned) if owner != rank else ()
-                if segments:
-                    transfers.append(Transfer(rank, owner, segments))
-        return tuple(transfers)
-
+    @property
     def moved_tokens(self) -> int:
-        """Key positions that cross between ranks in the forward pass."""
-        return sum(count(transfer.segments) for stage in self.stages for transfer in stage.sends)
+        """Key positions that leave this rank in the forward pass."""
+        return sum(count(move.segments) for stage in self.stages for move in stage.sends)
 
 
-def ring(mask: Mask, partition: Partition, keys: Partition | None = None) -> Plan:
-    """Each block of keys travels from its owner to the next rank, stage by stage, as far as somebody needs it.
+class Plan:
+    """The plans of all ranks, each made when it is asked for.
 
-    After Liu et al., Ring Attention (arXiv 2310.01889), except that only the positions that a later rank still needs
-    are passed on: a window's ring ends early, and a causal ring drops what lies in the future of all that follow.
-
-    Args:
-        mask: which keys a query position sees.
-        partition: how queries are dealt.
-        keys: how keys are dealt, to as many ranks; like the queries if None.
+    Attributes:
+        name: of the generator.
+        queries: which query positions each rank holds.
+        keys: which key positions each rank holds; the same partition in self-attention.
     """
-    keys = keys or partition
-    ranks = partition.ranks
-    needed = [
-        normalize(interval for segment in segments for interval in mask.keys_needed(segment))
-        for segments in partition.segments
-    ]
-    work = [[()] * ranks for _ in range(ranks)]
-    sends: list[list[Transfer]] = [[] for _ in range(ranks)]
-    for owner, owned in enumerate(keys.segments):
-        wanted: Segments = ()
-        for hop in reversed(range(ranks)):
-            rank = (owner + hop) % ranks
-            work[hop][rank] = intersect(owned, needed[rank])
-            wanted = normalize((*wanted, *work[hop][rank]))
-            travelling = intersect(owned, wanted)
-            if hop and travelling:
-                sends[hop - 1].append(Transfer((rank - 1) % ranks, rank, travelling))
-    stages = [Stage(tuple(w), tuple(sorted(s, key=lambda t: t.source))) for w, s in zip(work, sends, strict=True)]
-    while len(stages) > 1 and not any(stages[-1].work):
-        stages.pop()
-    return Plan(partition, keys, tuple(stages), max(keys.counts()))
+
+    def __init__(self, name: str, queries: Partition, keys: Partition, of: Callable[[int], RankPlan]) -> None:
+        self.name, self.queries, self.keys = name, queries, keys
+        self.of = of
+        """The plan of one rank."""
+
+    @cached_property
+    def ranks(self) -> tuple[RankPlan, ...]:
+        """The plans of all ranks, for pictures and proofs; a rank that attends makes only its own."""
+        return tuple(map(self.of, range(self.queries.ranks)))

@@ -1,42 +1,53 @@
-"""A plan as one rank executes it: positions turned into tensor rows, once for each shape and then kept.
+"""A plan as one rank executes it: positions turned into rows of tensors on a device.
 
-Legend: T query rows of this rank, S key rows at hand.
+Legend: T query rows of this rank, S key rows that a stage attends to.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ringflash.kernels.intervals import KeyIntervals
+from ringflash.kernels.kept import build_to_keep
 from ringflash.parallel.planning.launches import Launch, launches
-from ringflash.parallel.planning.plan import Plan, Transfer
+from ringflash.parallel.planning.plan import Buffers, Move, RankPlan, Stage
 from ringflash.parallel.positions.mask import Mask
-from ringflash.parallel.positions.partition import Partition
-from ringflash.parallel.positions.segments import Segments, contains, count
+from ringflash.parallel.positions.segments import Segments, count, cut, intersect
 from ringflash.parallel.positions.visibility import places, position_bounds
 
 Rows = slice | Tensor
 """Rows of a tensor: a slice where they lie together (no copy), otherwise their indices."""
 
+ALIGNED = 4
+"""Rows of int32 tables begin at whole 16 bytes, as the kernels' copies want."""
+
 
 @dataclass(frozen=True)
 class Shipment:
-    """Rows for another rank.
+    """Rows that go to another rank or come from one.
 
     Attributes:
         peer: rank in the group.
-        rows: which rows of the source tensor go, or which rows of the destination tensor it lands in.
+        rows: of the tensor that they are taken from, or are put or added into; None for all of it.
         count: number of rows.
-        local: rows are of this rank's own keys rather than of those that arrived for the stage.
+        relayed: rows to send lie among what arrived for the stage, not among this rank's own keys.
     """
 
     peer: int
-    rows: Rows
+    rows: Rows | None
     count: int
-    local: bool = False
+    relayed: bool = False
+
+
+def picked(x: Tensor, rows: Rows | None) -> Tensor:
+    """Rows of a tensor; contiguous if the tensor is."""
+    return x if rows is None else x[rows]
 
 
 @dataclass(frozen=True)
@@ -44,43 +55,149 @@ class StageProgram:
     """What this rank does in one stage.
 
     Attributes:
-        launches: calls of the kernels over the rows attended; none if the stage has no work here.
-        work: rows attended, of the keys at hand.
-        key_positions: (S,) int32 global positions of the rows attended; None where no modifier asks for them.
+        launches: calls of the kernels over the keys attended; none if the stage has no work here.
+        own: rows of this rank's own keys that are attended to, or None.
+        arrived: rows among what arrived for the stage that are attended to, in ascending order of position, or None.
+        order: puts the own rows with the arrived ones behind them into ascending order; None where they are already.
+        key_segments: global positions of the keys attended to.
         is_last: no later stage has work here, so the result may leave in the model's dtype.
         sends: keys to send while attending.
-        arrivals: keys that come for the next stage, in the order in which they are laid end to end.
-        arrival_order: rows that put the arrived keys into ascending order.
-        returns: key gradients to send to their owners after the work in the backward pass; rows of the attended keys.
-        contributions: key gradients that come from others; rows of this rank's own keys.
+        receives: keys that come for the next stage; rows of the buffer that they fill.
+        received: all rows of the buffer that are filled then; None for the whole buffer.
+        returns: gradient parts to send to the owners in the backward pass; rows of the attended keys.
+        reduces: gradient parts that come from others; rows of this rank's own keys.
+        kept: which of the attended rows are own, or None.
+        everything: all own keys are attended to and nothing else, as they lie.
+        offset: where a piece of a stage begins among the keys that the stage attends to.
     """
 
-    launches: tuple[Launch, ...]
-    work: Rows
-    key_positions: Tensor | None
-    is_last: bool
-    sends: tuple[Shipment, ...]
-    arrivals: tuple[Shipment, ...]
-    arrival_order: Rows
-    returns: tuple[Shipment, ...]
-    contributions: tuple[Shipment, ...]
+    launches: tuple[Launch, ...] = ()
+    own: Rows | None = None
+    arrived: Rows | None = None
+    order: Rows | None = None
+    key_segments: Segments = ()
+    is_last: bool = True
+    sends: tuple[Shipment, ...] = ()
+    receives: tuple[Shipment, ...] = ()
+    received: Rows | None = None
+    returns: tuple[Shipment, ...] = ()
+    reduces: tuple[Shipment, ...] = ()
+    kept: Rows | None = None
+    everything: bool = False
+    offset: int = 0
+
+    def pieces(self, size: int) -> tuple[StageProgram, ...]:
+        """The stage for the backward pass, so many keys at a time; transfers of keys are the whole stage's."""
+        keys = count(self.key_segments) if self.launches else 0
+        most = max([keys, *(shipment.count for shipment in self.reduces)])
+        if most <= size:
+            return (self,)
+        return tuple(self._piece(first, min(first + size, keys), first + size, keys) for first in range(0, most, size))
+
+    def _piece(self, first: int, last: int, behind: int, keys: int) -> StageProgram:
+        there = first < last
+        return StageProgram(
+            launches=tuple(launch.of_keys(first, last) for launch in self.launches) if there else (),
+            own=_part(self.own, first, last) if there and self.own is not None else None,
+            arrived=_part(self.arrived, first, last) if there and self.arrived is not None else None,
+            key_segments=cut(self.key_segments, first, last),
+            is_last=self.is_last and last == keys,
+            returns=tuple(Shipment(s.peer, None, last - first) for s in self.returns) if there else (),
+            reduces=tuple(
+                Shipment(s.peer, _part(s.rows, first, min(behind, s.count)), min(behind, s.count) - first)
+                for s in self.reduces
+                if first < s.count
+            ),
+            kept=slice(0, last - first) if there and self.kept is not None else None,
+            offset=first,
+        )
+
+    def at_hand(self, own: tuple[Tensor, ...], arrived: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The rows attended to, of each tensor of this rank's own keys and of what arrived."""
+        if self.everything:
+            return own
+        if self.arrived is None:
+            return tuple([x[self.own] for x in own])
+        if self.own is None:
+            return tuple([x[self.arrived] for x in arrived])
+        both = (torch.cat([x[self.own], y[self.arrived]]) for x, y in zip(own, arrived, strict=True))
+        return tuple(x if self.order is None else x[self.order] for x in both)
 
 
 @dataclass(frozen=True)
 class Program:
-    """All stages for one rank.
+    """All stages for one rank on one device.
 
     Attributes:
         queries: number of query rows that the rank holds.
         keys: number of key rows that it holds.
-        query_positions: (T,) int32 place of each query row among the keys; None where no modifier asks for them.
         stages: what it does, in order.
+        buffers: key rows that lie beside its own.
+        piece: see `RankPlan`.
+        query_places: (T,) place of each query row among the keys; None if it is the row's own number.
+        device: where the launches' tensors are.
     """
 
     queries: int
     keys: int
-    query_positions: Tensor | None
     stages: tuple[StageProgram, ...]
+    buffers: Buffers
+    query_places: Tensor | None
+    device: torch.device
+    piece: int | None = None
+
+    @cached_property
+    def query_positions(self) -> Tensor:
+        """(T,) int32 place of each query row among the keys, for modifiers that depend on it."""
+        places = self.query_places
+        if places is None:
+            return build_to_keep(lambda: segment_positions(((0, self.queries),), self.device), self.device)
+        return build_to_keep(lambda: places.int().to(self.device), self.device)
+
+    @cached_property
+    def backward_stages(self) -> tuple[tuple[StageProgram, ...], ...]:
+        """The pieces of each stage in which the backward pass works."""
+        if self.piece is None:
+            return tuple((stage,) for stage in self.stages)
+        return build_to_keep(lambda: tuple(stage.pieces(self.piece) for stage in self.stages), self.device)
+
+    @cached_property
+    def sums_parts(self) -> bool:
+        """Whether gradients of own keys are sums of several parts, which are then kept in fp32."""
+        return any(stage.reduces or len(stage.launches) > 1 for stage in self.stages)
+
+    @cached_property
+    def _key_positions(self) -> dict[int, Tensor]:
+        return {}
+
+    def key_positions(self, index: int) -> Tensor:
+        """(S,) int32 global positions of the keys that a stage attends to, for modifiers that depend on it."""
+        found = self._key_positions.get(index)
+        if found is None:
+            segments = self.stages[index].key_segments
+            found = build_to_keep(lambda: segment_positions(segments, self.device), self.device)
+            self._key_positions[index] = found
+        return found
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything that it keeps on its device, for counting bytes; some more than once."""
+        pieces = (piece for stage in vars(self).get("backward_stages", ()) for piece in stage)
+        for stage in (*self.stages, *pieces):
+            for launch in stage.launches:
+                yield from launch.tensors()
+            shipments = (*stage.sends, *stage.receives, *stage.returns, *stage.reduces)
+            rows = (stage.own, stage.arrived, stage.order, stage.kept, *(x.rows for x in shipments))
+            yield from (x for x in rows if isinstance(x, Tensor))
+        yield from self._key_positions.values()
+        yield from (x for x in (self.query_places, vars(self).get("query_positions")) if x is not None)
+
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in self.tensors()}
+        return sum(storages.values())
+
+
+# One device
 
 
 def local_program(
@@ -91,121 +208,235 @@ def local_program(
     keys: int,
     device: torch.device,
 ) -> Program:
-    """One rank that holds all queries and keys."""
-    query, key = torch.arange(queries, device=device), torch.arange(keys, device=device)
-    work = launches(mask, boundaries, query, key, query_boundaries) if queries and keys else ()
-    rows = slice(0, keys)
-    stage = StageProgram(work, rows, key.int(), True, (), (), rows, (), ())
-    return Program(queries, keys, places(boundaries, query, query_boundaries).int(), (stage,))
+    """One rank that holds all queries and keys.
+
+    Args:
+        mask: rules; its own document boundaries are not read.
+        boundaries: as in `visibility.position_bounds`, on the device. The host reads them of masks of several layers.
+        query_boundaries: likewise.
+        queries: T.
+        keys: S.
+        device: of all tensors.
+    """
+    if len(mask.layers) > 1:
+        query, key = torch.arange(queries, device=device), torch.arange(keys, device=device)
+        work = launches(mask, boundaries, query, key, query_boundaries) if queries and keys else ()
+        among_keys = None if query_boundaries is None else places(boundaries, query, query_boundaries)
+        return _whole(work, queries, keys, among_keys, device)
+    table = document_table(mask, boundaries, query_boundaries, queries, keys, device)
+    return table_program(mask, table, queries, keys)
 
 
 def document_table(
-    mask: Mask, boundaries: Tensor, query_boundaries: Tensor | None, queries: int, keys: int, positioned: bool
+    mask: Mask,
+    boundaries: Tensor | None,
+    query_boundaries: Tensor | None,
+    queries: int,
+    keys: int,
+    device: torch.device,
 ) -> Tensor:
-    """All that one rank's program owes to boundaries that the host must not read, (R, queries rounded up) int32.
+    """All that one rank's program owes to boundaries that the host must not read, (R, T rounded up) int32.
 
-    Rows are start, stop and, with sinks, sink_start and sink_stop of each layer of the mask, then `query_positions` if
-    `positioned`; they begin at addresses of whole 16 bytes. The backward pass takes them from the forward pass.
+    Rows are start, stop and, with sink tokens, sink_start and sink_stop of each layer of the mask, then, where queries
+    have boundaries of their own, each query's place among the keys.
     """
-    table = boundaries.new_zeros(table_shape(mask, queries, positioned), dtype=torch.int32)
-    query = torch.arange(queries, device=boundaries.device)
+    table = torch.zeros(table_shape(mask, query_boundaries is not None, queries), dtype=torch.int32, device=device)
+    query = torch.arange(queries, device=device)
     bounds = []
     for layer in mask.layers:
         bounds += position_bounds(layer, boundaries, query, query_boundaries)[: 4 if mask.sink else 2]
     table[: len(bounds), :queries] = torch.stack(bounds).clamp_(0, keys)
-    if positioned:
+    if query_boundaries is not None:
         table[-1, :queries] = places(boundaries, query, query_boundaries)
     return table
 
 
-def table_shape(mask: Mask, queries: int, positioned: bool) -> tuple[int, int]:
+def table_shape(mask: Mask, with_places: bool, queries: int) -> tuple[int, int]:
     """Shape of `document_table`."""
-    return len(mask.layers) * (4 if mask.sink else 2) + positioned, (queries + 3) // 4 * 4
+    return len(mask.layers) * (4 if mask.sink else 2) + with_places, _aligned(queries)
 
 
-def table_program(mask: Mask, table: Tensor, queries: int, keys: int, positioned: bool) -> Program:
-    """The program of a `document_table`; without positions if it has none."""
-    rows = iter(table[:, :queries].unbind())
-    work = []
-    if queries and keys:
-        for _ in mask.layers:
-            start, stop = next(rows), next(rows)
-            sinks = (next(rows), next(rows)) if mask.sink else ()
-            work.append(Launch(KeyIntervals(start, stop, keys, *sinks)))
-    query_positions = table[-1, :queries] if positioned else None
-    key_positions = torch.arange(keys, dtype=torch.int32, device=table.device) if positioned else None
+def table_program(mask: Mask, table: Tensor, queries: int, keys: int) -> Program:
+    """The program of a `document_table`."""
+    rows = table[:, :queries].unbind()
+    columns = 4 if mask.sink else 2
+    work = [
+        Launch(KeyIntervals(rows[i], rows[i + 1], keys, *rows[i + 2 : i + columns]))
+        for i in range(0, len(mask.layers) * columns, columns)
+    ]
+    among_keys = rows[-1] if len(rows) % columns else None
+    return _whole(tuple(work) if queries and keys else (), queries, keys, among_keys, table.device)
+
+
+def _whole(
+    work: tuple[Launch, ...], queries: int, keys: int, among_keys: Tensor | None, device: torch.device
+) -> Program:
+    """A single stage over all own keys."""
     everything = slice(0, keys)
-    stage = StageProgram(tuple(work), everything, key_positions, True, (), (), everything, (), ())
-    return Program(queries, keys, query_positions, (stage,))
+    stage = StageProgram(work, own=everything, key_segments=((0, keys),), kept=everything, everything=True)
+    return Program(queries, keys, (stage,), Buffers(), among_keys, device)
 
 
-def rank_program(plan: Plan, mask: Mask, rank: int, device: torch.device) -> Program:
-    """One rank's part of a plan."""
+# Several ranks
+
+
+def rank_program(plan: RankPlan, mask: Mask, device: torch.device) -> Program:
+    """A rank's plan, on a device.
+
+    Args:
+        plan: of this rank.
+        mask: with its documents.
+        device: of the tensors that kernels read.
+    """
+    queries = segment_positions(plan.queries)
     boundaries, query_boundaries = (
         None if x is None else torch.tensor(x) for x in (mask.boundaries, mask.query_boundaries)
     )
-    queries = plan.partition.positions(rank)
-    last = max((i for i, stage in enumerate(plan.stages) if stage.work[rank]), default=-1)
-    stages = []
-    held = plan.keys.segments[rank]
-    for index, stage in enumerate(plan.stages):
-        arrivals = plan.arrivals(index + 1, rank) if index + 1 < len(plan.stages) else ()
-        work = stage.work[rank]
-        here = ()
-        if work and len(queries):
-            here = launches(mask, boundaries, queries, _positions(work), query_boundaries)
-        coming = [segment for transfer in arrivals for segment in transfer.segments]
-        stages.append(
-            StageProgram(
-                launches=tuple(launch.to(device) for launch in here),
-                work=_rows(held, work, device),
-                key_positions=_positions(work).int().to(device),
-                is_last=index == last,
-                sends=tuple(_outgoing(t, held, plan.keys, device) for t in stage.sends if t.source == rank),
-                arrivals=tuple(Shipment(t.source, slice(None), count(t.segments)) for t in arrivals),
-                arrival_order=_ascending_order(coming, device),
-                returns=tuple(
-                    Shipment(t.destination, _rows(work, t.segments, device), count(t.segments))
-                    for t in plan.returns(index)
-                    if t.source == rank
-                ),
-                contributions=tuple(
-                    Shipment(t.source, _rows(plan.keys.segments[rank], t.segments, device), count(t.segments))
-                    for t in plan.returns(index)
-                    if t.destination == rank
-                ),
-            )
-        )
-        held = tuple(sorted(coming))
-    among_keys = places(boundaries, queries, query_boundaries).int().to(device)
-    return Program(len(queries), plan.keys.counts()[rank], among_keys, tuple(stages))
+    if len(mask.layers) > 1:
+        work = [
+            launches(mask, boundaries, queries, segment_positions(stage.work), query_boundaries)
+            if stage.work and len(queries)
+            else ()
+            for stage in plan.stages
+        ]
+        work = [tuple(launch.to(device) for launch in each) for each in work]
+    else:
+        work = _interval_launches(plan, mask.layers[0], boundaries, queries, query_boundaries, device)
+    last = max((i for i, stage in enumerate(plan.stages) if stage.work), default=-1)
+    stages, arrived = [], ()
+    for index, (stage, here) in enumerate(zip(plan.stages, work, strict=True)):
+        stages.append(_stage(stage, here, plan, arrived, index == last, device))
+        arrived = tuple(segment for move in stage.receives for segment in move.segments)
+    among_keys = places(boundaries, queries, query_boundaries)
+    return Program(len(queries), count(plan.keys), tuple(stages), plan.buffers, among_keys, device, plan.piece)
 
 
-def _outgoing(transfer: Transfer, held: Segments, keys: Partition, device: torch.device) -> Shipment:
-    local = not contains(held, transfer.segments)
-    source = keys.segments[transfer.source] if local else held
-    return Shipment(transfer.destination, _rows(source, transfer.segments, device), count(transfer.segments), local)
+def _stage(
+    stage: Stage, work: tuple[Launch, ...], plan: RankPlan, arrived: Segments, is_last: bool, device: torch.device
+) -> StageProgram:
+    """One stage.
+
+    Args:
+        stage: of the plan.
+        work: its launches.
+        plan: what it belongs to.
+        arrived: positions of the keys that arrived for it, in the order in which they lie in the buffer.
+        is_last: no later stage has work.
+        device: of row indices.
+    """
+    own, buffer = plan.keys, plan.buffers.arrivals
+    mine, foreign = intersect(stage.work, own), intersect(stage.work, tuple(sorted(arrived)))
+    order = _rows((*mine, *foreign), stage.work, device) if mine and foreign else None
+    receives, filled = [], 0
+    for move in stage.receives:
+        size = count(move.segments)
+        receives.append(Shipment(move.peer, None if size == buffer else slice(filled, filled + size), size))
+        filled += size
+    return StageProgram(
+        launches=work,
+        own=_rows(own, mine, device) if mine or not stage.work else None,
+        arrived=_rows(arrived, foreign, device) if foreign else None,
+        order=None if isinstance(order, slice) else order,
+        key_segments=stage.work,
+        is_last=is_last,
+        sends=tuple(_shipment(move, arrived if move.relayed else own, device) for move in stage.sends),
+        receives=tuple(receives),
+        received=None if filled == buffer else slice(0, filled),
+        returns=tuple(_shipment(move, stage.work, device) for move in stage.returns),
+        reduces=tuple(_shipment(move, own, device) for move in stage.reduces),
+        kept=_rows(stage.work, mine, device) if mine else None,
+        everything=mine == own and not foreign,
+    )
 
 
-def _positions(segments: Segments) -> Tensor:
-    parts = [torch.arange(start, stop) for start, stop in segments]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+def _shipment(move: Move, held: Segments, device: torch.device) -> Shipment:
+    rows = None if held == move.segments else _rows(held, move.segments, device)
+    return Shipment(move.peer, rows, count(move.segments), move.relayed)
+
+
+def _interval_launches(
+    plan: RankPlan,
+    layer: Mask,
+    boundaries: Tensor | None,
+    queries: Tensor,
+    query_boundaries: Tensor | None,
+    device: torch.device,
+) -> list[tuple[Launch, ...]]:
+    """One launch for each stage with work, all of their intervals in one table that is copied to the device once."""
+    columns = 4 if layer.sink else 2
+    bounds = position_bounds(layer, boundaries, queries, query_boundaries)[:columns]
+    bounds = [bound.int().numpy() for bound in bounds]
+    working = [index for index, stage in enumerate(plan.stages) if stage.work and len(queries)]
+    table = np.empty((len(working), columns, _aligned(len(queries))), dtype=np.int32)
+    for rows, index in zip(table, working, strict=True):
+        for row, bound in zip(rows, bounds, strict=True):
+            _keys_before(bound, plan.stages[index].work, row[: len(queries)])
+    on_device = torch.from_numpy(table).to(device)[..., : len(queries)]
+    launches_of: list[tuple[Launch, ...]] = [()] * len(plan.stages)
+    for rows, index in zip(on_device.unbind(), working, strict=True):
+        start, stop, *sinks = rows.unbind()
+        launches_of[index] = (Launch(KeyIntervals(start, stop, count(plan.stages[index].work), *sinks)),)
+    return launches_of
+
+
+def _keys_before(bounds: np.ndarray, keys: Segments, out: np.ndarray) -> None:
+    """How many of the key positions lie before each bound, into `out`; bounds never decrease."""
+    before = behind = 0
+    edges = np.searchsorted(bounds, np.array(keys, dtype=bounds.dtype)).tolist()
+    for (start, stop), (first, last) in zip(keys, edges, strict=True):
+        out[behind:first] = before
+        np.subtract(bounds[first:last], start - before, out=out[first:last])
+        before, behind = before + stop - start, last
+    out[behind:] = before
+
+
+def segment_positions(segments: Segments, device: torch.device | None = None) -> Tensor:
+    """The positions themselves, (positions,) int64 on the CPU, or int32 on a device."""
+    dtype = torch.int64 if device is None else torch.int32
+    parts = [torch.arange(start, stop, dtype=dtype, device=device) for start, stop in segments]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=dtype, device=device)
 
 
 def _rows(held: Segments, wanted: Segments, device: torch.device) -> Rows:
-    """Where the wanted positions stand in a tensor that holds the positions `held` in ascending order."""
-    rows = torch.searchsorted(_positions(held), _positions(wanted))
-    return _compact(rows, device)
+    """Where wanted positions, in ascending order, stand in a tensor that holds the positions `held`, in any order."""
+    if held == wanted:
+        return slice(0, count(held))
+    runs = _runs(held, wanted)
+    if len(runs) <= 1:
+        return slice(*runs[0]) if runs else slice(0, 0)
+    return segment_positions(tuple(runs)).to(device)
 
 
-def _ascending_order(coming: list[tuple[int, int]], device: torch.device) -> Rows:
-    return _compact(torch.argsort(_positions(tuple(coming))), device)
+def _runs(held: Segments, wanted: Segments) -> list[tuple[int, int]]:
+    """The same as first and one-behind-last rows of what lies together."""
+    places, before = [], 0
+    for start, stop in held:
+        places.append((start, stop, before))
+        before += stop - start
+    places.sort()
+    runs: list[tuple[int, int]] = []
+    place = 0
+    for start, stop in wanted:
+        while start < stop:
+            while places[place][1] <= start:
+                place += 1
+            first, last, before = places[place]
+            end = min(stop, last)
+            row = before + start - first
+            if runs and runs[-1][1] == row:
+                runs[-1] = runs[-1][0], row + end - start
+            else:
+                runs.append((row, row + end - start))
+            start = end
+    return runs
 
 
-def _compact(rows: Tensor, device: torch.device) -> Rows:
-    if len(rows) == 0:
-        return slice(0, 0)
-    first, last = int(rows[0]), int(rows[-1])
-    if last - first + 1 == len(rows) and bool((rows.diff() == 1).all()):
-        return slice(first, last + 1)
-    return rows.to(device)
+def _part(rows: Rows | None, first: int, last: int) -> Rows:
+    """Some of the rows that others are."""
+    if rows is None:
+        return slice(first, last)
+    return slice(rows.start + first, rows.start + last) if isinstance(rows, slice) else rows[first:last]
+
+
+def _aligned(count: int) -> int:
+    return -(-count // ALIGNED) * ALIGNED

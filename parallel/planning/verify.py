@@ -1,9 +1,9 @@
-"""Proof, without a device, that a plan computes every visible pair exactly once and cannot hang."""
+"""Proof, without a device, that a plan computes every visible pair and every gradient exactly once and cannot hang."""
 
 from __future__ import annotations
 
 from ringflash.errors import RingflashError
-from ringflash.parallel.planning.plan import Plan, Stage, Transfer
+from ringflash.parallel.planning.plan import Move, Plan, RankPlan, Stage, tokens_at_once
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.segments import Segments, contains, count, intersect, normalize
 
@@ -13,65 +13,113 @@ class PlanError(RingflashError):
 
 
 def verify(plan: Plan, mask: Mask) -> None:
-    """Raise PlanError unless the plan is right for the mask.
+    """Raise PlanError unless the plan is right for the mask, forward and backward.
 
-    Shown, for every rank: work lies on keys that are there; no key is attended twice; every key that any of the rank's
-    queries sees is attended; only keys that are there are sent, to another rank, at most once a stage; what arrives
-    for a stage stays within `plan.buffer_tokens`. Queries never move, and the partition holds each position once, so
-    each visible pair is computed by exactly one rank. All transfers of a stage are posted before any is waited for, so
-    stages cannot deadlock.
+    Shown, for every rank:
+    - It attends to keys that are there: its own, or such as arrived for this very stage. Every key that any of its
+      queries sees is attended to once. Queries never move, and a partition holds each position once, so each visible
+      pair is computed by exactly one rank.
+    - Only keys that are there are sent. What one rank sends in a stage is what the other receives in it, so no rank
+      waits for what nobody sends. All transfers of a stage are posted before any is waited for: stages cannot deadlock.
+    - The gradient part of each foreign key that a stage works on leaves for its owner behind that stage, once, and the
+      owner expects it there; the part of its own keys stays.
+    - What arrives and leaves fits in the buffers that the plan names. Of the two for arrivals a stage reads one, which
+      was filled in the stage before, and fills the other, so none is overwritten while it is read.
     """
-    for index, stage in enumerate(plan.stages):
-        _check_ranks(index, stage, plan.partition.ranks)
-    for rank, held in enumerate(plan.keys.segments):
-        done: Segments = ()
-        for index, stage in enumerate(plan.stages):
-            arrived = _arrived(plan, index, rank)
-            _check_work(f"stage {index}, rank {rank}", stage.work[rank], held if index == 0 else arrived, done)
-            done = normalize((*done, *stage.work[rank]))
-            _check_sends(index, rank, stage.sends, held, arrived)
-            if count(arrived) > plan.buffer_tokens:
-                raise PlanError(f"stage {index}, rank {rank}: {count(arrived)} tokens arrive in {plan.buffer_tokens}")
-        seen = normalize(
-            interval for segment in plan.partition.segments[rank] for interval in mask.keys_needed(segment)
-        )
-        needed = intersect(seen, ((0, plan.keys.length),))  # masks without a right bound know no end
-        if not contains(done, needed):
-            raise PlanError(f"rank {rank}: sees {needed}, attends only {done}")
-    if plan.stages and plan.stages[-1].sends:
-        raise PlanError("the last stage sends keys that nobody attends")
+    if plan.queries.ranks != plan.keys.ranks:
+        raise PlanError(f"queries lie on {plan.queries.ranks} ranks, keys on {plan.keys.ranks}")
+    for rank, mine in enumerate(plan.ranks):
+        if mine.rank != rank:
+            raise PlanError(f"rank {rank}: has the plan of rank {mine.rank}")
+        if mine.piece != plan.ranks[0].piece or (mine.piece is not None and mine.piece < 1):
+            raise PlanError(f"rank {rank}: pieces of {mine.piece} positions, on rank 0 of {plan.ranks[0].piece}")
+        _check_rank(plan, mine, mask)
 
 
-def _check_ranks(index: int, stage: Stage, ranks: int) -> None:
-    if len(stage.work) != ranks:
-        raise PlanError(f"stage {index}: work for {len(stage.work)} ranks, the partition has {ranks}")
-    for transfer in stage.sends:
-        if not (0 <= transfer.source < ranks and 0 <= transfer.destination < ranks):
-            raise PlanError(f"stage {index}: {transfer} names a rank outside 0 to {ranks - 1}")
-
-
-def _arrived(plan: Plan, index: int, rank: int) -> Segments:
+def _check_rank(plan: Plan, mine: RankPlan, mask: Mask) -> None:
+    if (mine.queries, mine.keys) != (plan.queries.segments[mine.rank], plan.keys.segments[mine.rank]):
+        raise PlanError(f"rank {mine.rank}: its plan is for other queries or keys than its partition holds")
+    done: Segments = ()
     arrived: Segments = ()
-    for transfer in plan.arrivals(index, rank):
-        if intersect(arrived, transfer.segments):
-            raise PlanError(f"stage {index}, rank {rank}: the same keys arrive twice")
-        arrived = tuple(sorted((*arrived, *transfer.segments)))
-    return arrived
+    for index, stage in enumerate(mine.stages):
+        where = f"stage {index}, rank {mine.rank}"
+        _check_work(where, stage.work, normalize((*mine.keys, *arrived)), done)
+        _check_sends(where, stage, mine.keys, arrived)
+        _check_gradients(where, stage, plan, mine)
+        for ours, theirs in (
+            ("sends", "receives"),
+            ("receives", "sends"),
+            ("returns", "reduces"),
+            ("reduces", "returns"),
+        ):
+            _check_peers(where, plan, index, mine.rank, getattr(stage, ours), ours, theirs)
+        for name, moves in (("arrivals", stage.receives), ("returns", stage.returns), ("reduces", stage.reduces)):
+            tokens = tokens_at_once(moves, None if name == "arrivals" else mine.piece)
+            if tokens > getattr(mine.buffers, name):
+                raise PlanError(f"{where}: {tokens} {name} in a buffer of {getattr(mine.buffers, name)}")
+        done = normalize((*done, *stage.work))
+        arrived = _disjoint(where, "receives", stage.receives)
+        if intersect(arrived, mine.keys):
+            raise PlanError(f"{where}: receives {intersect(arrived, mine.keys)}, which it has")
+    if arrived:
+        raise PlanError(f"rank {mine.rank}: receives keys in its last stage")
+    seen = normalize(interval for segment in mine.queries for interval in mask.keys_needed(segment))
+    needed = intersect(seen, ((0, plan.keys.length),))  # masks without a right bound know no end
+    if not contains(done, needed):
+        raise PlanError(f"rank {mine.rank}: sees {needed}, attends only {done}")
 
 
 def _check_work(where: str, work: Segments, present: Segments, done: Segments) -> None:
-    if any(start >= stop for start, stop in work) or count(normalize(work)) != count(work):
-        raise PlanError(f"{where}: work {work} is not disjoint")
+    if normalize(work) != work:
+        raise PlanError(f"{where}: work {work} is not ascending and apart")
     if not contains(present, work):
         raise PlanError(f"{where}: attends {work}, of which only {present} is there")
-    if intersect(done, normalize(work)):
-        raise PlanError(f"{where}: attends {intersect(done, normalize(work))} a second time")
+    if intersect(done, work):
+        raise PlanError(f"{where}: attends {intersect(done, work)} a second time")
 
 
-def _check_sends(index: int, rank: int, sends: tuple[Transfer, ...], held: Segments, arrived: Segments) -> None:
-    mine = [transfer for transfer in sends if transfer.source == rank]
-    if len({transfer.destination for transfer in mine}) != len(mine) or any(t.destination == rank for t in mine):
-        raise PlanError(f"stage {index}, rank {rank}: sends to itself or twice to one rank")
-    for transfer in mine:
-        if not any(contains(present, transfer.segments) for present in (held, arrived)):
-            raise PlanError(f"stage {index}, rank {rank}: sends {transfer.segments}, which is not there")
+def _check_sends(where: str, stage: Stage, own: Segments, arrived: Segments) -> None:
+    for move in stage.sends:
+        if not contains(arrived if move.relayed else own, move.segments):
+            raise PlanError(f"{where}: sends {move.segments}, which is not there")
+
+
+def _check_gradients(where: str, stage: Stage, plan: Plan, mine: RankPlan) -> None:
+    """Foreign keys of the work are returned, and only they."""
+    if mine.piece is not None and (len(stage.returns) > 1 or (stage.returns and intersect(stage.work, mine.keys))):
+        raise PlanError(f"{where}: works on keys of several owners, whose gradients cannot travel in pieces")
+    returned = _disjoint(where, "returns", stage.returns)
+    if intersect(returned, mine.keys):
+        raise PlanError(f"{where}: returns gradients of its own keys")
+    kept = intersect(stage.work, mine.keys)
+    if normalize((*returned, *kept)) != normalize(stage.work):
+        raise PlanError(f"{where}: works on {stage.work}, returns gradients of {returned} and keeps those of {kept}")
+    for move in stage.returns:
+        if 0 <= move.peer < plan.keys.ranks and not contains(plan.keys.segments[move.peer], move.segments):
+            raise PlanError(f"{where}: returns {move.segments} to rank {move.peer}, which does not own all of it")
+
+
+def _check_peers(
+    where: str, plan: Plan, index: int, rank: int, moves: tuple[Move, ...], ours: str, theirs: str
+) -> None:
+    if len({move.peer for move in moves}) != len(moves):
+        raise PlanError(f"{where}: {ours} twice with one rank")
+    for move in moves:
+        if not 0 <= move.peer < plan.queries.ranks or move.peer == rank:
+            raise PlanError(
+                f"{where}: {ours} with rank {move.peer}; allowed are other ranks below {plan.queries.ranks}"
+            )
+        if normalize(move.segments) != move.segments or not move.segments:
+            raise PlanError(f"{where}: {ours} {move.segments}, which is empty or not ascending and apart")
+        stages = plan.ranks[move.peer].stages
+        expected = [x.segments for x in getattr(stages[index], theirs) if x.peer == rank] if index < len(stages) else []
+        if expected != [move.segments]:
+            raise PlanError(f"{where}: {ours} {move.segments} with rank {move.peer}, which {theirs} {expected}")
+
+
+def _disjoint(where: str, name: str, moves: tuple[Move, ...]) -> Segments:
+    segments = [segment for move in moves for segment in move.segments]
+    union = normalize(segments)
+    if count(union) != count(tuple(segments)):
+        raise PlanError(f"{where}: {name} the same keys twice")
+    return union

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import gcd
+from typing import Any
 
 from ringflash.errors import ArgumentError
 from ringflash.parallel.positions.segments import Interval, Segments, count, intersect
@@ -48,7 +49,7 @@ class BlockLayout:
         return f"BlockLayout({self.queries} queries by {self.size}, {self.keys} keys, {visible:.1%} visible)"
 
     @staticmethod
-    def of_blocks(layout: Sequence[Sequence[bool]], block_size: int | tuple[int, int]) -> BlockLayout:
+    def of_blocks(layout: Any, block_size: int | tuple[int, int]) -> BlockLayout:
         """From a (query blocks, key blocks) matrix of booleans; arguments as in `Mask.blocks`."""
         sizes = block_size if isinstance(block_size, Sequence) else (block_size, block_size)
         if len(sizes) != 2 or not all(isinstance(x, int) and x > 0 for x in sizes):

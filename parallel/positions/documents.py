@@ -1,9 +1,9 @@
 """Documents laid end to end: their boundaries, checked, searched and intersected.
 
-Boundaries ascend from 0 to the number of tokens; document i holds positions [boundaries[i], boundaries[i + 1]) and may
-be empty. Queries may have boundaries of their own, in cross attention or where a cache is longer than the queries.
-There are as many of them, and document i of the queries belongs to document i of the keys. None in their place: they
-are those of the keys.
+Boundaries ascend from 0; document i holds positions [boundaries[i], boundaries[i + 1]) and may be empty. Tokens behind
+the last boundary, as padding is, belong to no document: they see nothing, and nobody sees them. Queries may have
+boundaries of their own, in cross attention or where a cache is longer than the queries. There are as many of them, and
+document i of the queries belongs to document i of the keys. None in their place: they are those of the keys.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import operator
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from ringflash.errors import ArgumentError
 from ringflash.parallel.positions.integers import integers
@@ -31,12 +32,12 @@ def boundaries_of(
     return keys, None if queries == keys else queries
 
 
-def document_at(position: int, boundaries: Boundaries) -> int:
-    """Index of the document that holds a position."""
+def document_at(position: int, boundaries: Boundaries) -> int | None:
+    """Index of the document that holds a position; None behind the last one."""
+    if position < 0:
+        raise ArgumentError(f"position {position} lies before the documents; allowed is 0 and more")
     index = bisect_right(boundaries, position) - 1
-    if not 0 <= index < len(boundaries) - 1:
-        raise ArgumentError(f"position {position} lies outside the documents, which end at {boundaries[-1]}")
-    return index
+    return index if index < len(boundaries) - 1 else None
 
 
 def longest(boundaries: Boundaries) -> int:
@@ -51,7 +52,7 @@ def refine(
     if a[0] is None or b[0] is None:
         return b if a[0] is None else a
     # `index` pins numbers that torch.compile would take for unknown: it does not sort those.
-    pinned = ([tuple(map(operator.index, bounds or of[0])) for bounds in of] for of in (a, b))
+    pinned = ([tuple(map(operator.index, bounds or of[0] or ())) for bounds in of] for of in (a, b))
     pairs_a, pairs_b = (tuple(zip(*of, strict=True)) for of in pinned)
     if pairs_a[-1] != pairs_b[-1]:
         raise ArgumentError(f"cannot intersect documents that end at {pairs_a[-1][0]} and at {pairs_b[-1][0]} tokens")
@@ -63,6 +64,35 @@ def refine(
     if any(x > y for x, y in itertools.pairwise(queries)):
         raise ArgumentError("cannot intersect documents whose query and key boundaries cross")
     return keys, None if queries == keys else queries
+
+
+def rows_apart(
+    keys: Boundaries | None, queries: Boundaries | None, batch: int, key_seqlen: int, seqlen: int
+) -> tuple[Boundaries, Boundaries | None]:
+    """Boundaries of documents that also end where the sequences of a batch do, as far as documents reach.
+
+    Args:
+        keys: boundaries over the batch * key_seqlen keys, or None for one document in each sequence.
+        queries: those of the batch * seqlen queries, where they differ.
+        batch: number of sequences laid end to end.
+        key_seqlen: keys of a sequence.
+        seqlen: queries of a sequence.
+    """
+    ends = [(i * key_seqlen, i * seqlen) for i in range(batch + 1)]
+    if keys is not None:
+        own = keys if queries is None else queries
+        for name, bounds, total in (("cu_seqlens", keys, ends[-1][0]), ("query_cu_seqlens", own, ends[-1][1])):
+            if bounds[-1] > total:
+                name = name if queries is not None else "cu_seqlens"
+                raise ArgumentError(f"{name} ends at {bounds[-1]}, behind the last of {total} tokens over all ranks")
+        if batch == 1:
+            return keys, queries
+        last = keys[-1], own[-1]
+        ends = [*((key, query) for key, query in ends if key <= last[0] and query <= last[1]), last]
+    of_keys, of_queries = (tuple(bounds) for bounds in zip(*dict.fromkeys(ends), strict=True))
+    rows = of_keys, None if of_queries == of_keys else of_queries
+    found: Any = rows if keys is None else refine((keys, queries), rows)
+    return found
 
 
 def _checked_boundaries(name: str, cu_seqlens: Sequence[int]) -> Boundaries:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
+from typing import SupportsIndex
 
 from ringflash.errors import ArgumentError
 
 
-def integers(name: str, given: Iterable[object]) -> tuple[int, ...]:
+def integers(name: str, given: Iterable[SupportsIndex]) -> tuple[int, ...]:
     """What was given, as Python's integers.
 
     Raises:

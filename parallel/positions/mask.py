@@ -7,18 +7,17 @@ partitions, plans and kernels ask it about positions.
 
     mask = Mask.causal() & Mask.documents([0, 700, 4096]) & Mask.sliding_window(left=511)
     mask.key_interval(800)                                  # (700, 801)
-    mask.classify((0, 700), (700, 4096))                    # Visibility.EMPTY
+    mask.keys_needed((600, 900))                            # ((89, 900),)
 """
 
 from __future__ import annotations
 
-import enum
 import json
 import operator
-from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
+from typing import Any
 
 from ringflash.errors import ArgumentError
 from ringflash.parallel.positions.blocks import BlockLayout
@@ -28,14 +27,6 @@ from ringflash.parallel.positions.segments import Interval, Segments, intersect,
 
 UNBOUNDED = 2**31 - 1
 """Position behind every token; positions are 32-bit in the kernels."""
-
-
-class Visibility(enum.Enum):
-    """What a rectangle of (query positions) x (key positions) holds."""
-
-    EMPTY = "no query sees any key"
-    FULL = "every query sees every key"
-    PARTIAL = "each pair has to be looked at"
 
 
 @dataclass(frozen=True)
@@ -82,7 +73,7 @@ class Mask:
 
     @cached_property
     def _hash(self) -> int:
-        return hash(tuple(getattr(self, field.name) for field in fields(self)))
+        return hash(_ALL_FIELDS(self))
 
     def __getstate__(self) -> dict[str, object]:
         # Without the hash: None has another in another process.
@@ -121,7 +112,8 @@ class Mask:
         """Documents laid end to end; a query sees its own document only.
 
         Args:
-            cu_seqlens: ascending boundaries, first 0, last the total number of tokens. Empty documents are allowed.
+            cu_seqlens: ascending boundaries, first 0. Empty documents are allowed. Tokens behind the last boundary
+                belong to none: they see nothing, and nobody sees them.
             query_cu_seqlens: boundaries of the queries, as many, where they differ from those of the keys.
         """
         keys, queries = boundaries_of(cu_seqlens, query_cu_seqlens)
@@ -216,7 +208,7 @@ class Mask:
         """The mask that `spec` wrote."""
         rules = json.loads(spec)
         layout = rules.pop("layout", None)
-        rules = {name: tuple(x) if isinstance(x, list) else x for name, x in rules.items()}
+        rules: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in rules.items()}
         return Mask(**rules, layout=None if layout is None else BlockLayout.from_json(layout))
 
     # Questions
@@ -231,6 +223,7 @@ class Mask:
         # Blocks that other rules hide would cost launches. Where queries may stand elsewhere than their numbers in the
         # layout say, a bound may hide any block.
         aligned = self.boundaries is not None and self.query_boundaries is None
+        assert self.layout is not None
         layout = self.layout.near(self.left, self.right) if aligned else self.layout
         return tuple(replace(self, layout=layer) for layer in layout.layers)
 
@@ -238,8 +231,8 @@ class Mask:
         """The same rules with the document boundaries left out, for callers that carry them as a tensor."""
         return replace(self, boundaries=None, query_boundaries=None)
 
-    def document_of(self, query: int) -> int:
-        """Index of the document that holds a query position; 0 without documents."""
+    def document_of(self, query: int) -> int | None:
+        """Index of the document that holds a query position; 0 without documents, None behind the last one."""
         bounds = self.query_boundaries or self.boundaries
         if bounds is None:
             if isinstance(self.prefix, tuple) and len(self.prefix) > 1:
@@ -260,7 +253,7 @@ class Mask:
 
     def sees(self, query: int, key: int) -> bool:
         """Whether the query position sees the key position: the definition of the mask."""
-        if self.layout is not None:
+        if self.layout is not None and self.document_of(query) is not None:
             query_begin, key_begin = self._origins(query)
             if not self.layout.sees(query - query_begin, key - key_begin):
                 return False
@@ -277,42 +270,13 @@ class Mask:
         needed = (sink, (start, self.key_interval(stop - 1)[1]))
         return tuple(interval for interval in needed if interval[0] < interval[1])
 
-    def classify(self, queries: Interval, keys: Interval) -> Visibility:
-        """EMPTY only if no pair of the rectangle is visible, FULL only if every pair is.
-
-        For self-attention without sinks and blocks both are exact. With sinks a rectangle that prefix and window cover
-        together, or one that lies between them, may count as PARTIAL, and with blocks one that several layers cover, or
-        that lies between their rows; so may queries that stand before the first key.
-        """
-        first, stop = queries
-        if first >= stop or keys[0] >= keys[1]:
-            return Visibility.EMPTY
-        if self.layers != (self,):
-            kinds = {layer.classify(queries, keys) for layer in self.layers}
-            return (
-                kinds.pop() if len(kinds) == 1 else Visibility.FULL if Visibility.FULL in kinds else Visibility.PARTIAL
-            )
-        parts = (0, 1) if self.sink else (1,)
-        if not any(self._may_see(queries, keys, part) for part in parts):
-            return Visibility.EMPTY
-        for part in parts:
-            start = self._intervals(stop - 1)[part][0]
-            end = self._intervals(first)[part][1]
-            if start <= keys[0] and end >= keys[1]:
-                return Visibility.FULL
-        return Visibility.PARTIAL
-
-    def _may_see(self, queries: Interval, keys: Interval, part: int) -> bool:
-        # Both ends never decrease: queries whose interval ends behind keys[0] are a suffix, those whose interval
-        # starts before keys[1] a prefix. In self-attention a key interval is never empty, since it holds its query.
-        positions = range(*queries)
-        low = bisect_right(positions, keys[0], key=lambda p: self._intervals(p)[part][1])
-        high = bisect_left(positions, keys[1], key=lambda p: self._intervals(p)[part][0])
-        return low < high
-
     def _intervals(self, query: int) -> tuple[Interval, Interval]:
         """Sink interval and key interval of a query; `position` is the query's place among the keys."""
         index = self.document_of(query)
+        if index is None:
+            assert self.boundaries is not None  # without any there is one document
+            nothing = (self.boundaries[-1],) * 2
+            return nothing, nothing
         begin, end = (0, UNBOUNDED) if self.boundaries is None else self.boundaries[index : index + 2]
         position = query if self.query_boundaries is None else query - self.query_boundaries[index + 1] + end
         start, stop = begin, end
@@ -350,19 +314,27 @@ class Mask:
         if self.boundaries is None:
             return 0, 0
         index = self.document_of(query)
+        assert index is not None
         return (self.query_boundaries or self.boundaries)[index], self.boundaries[index]
 
     def _pieces(self, first: int, stop: int) -> Iterator[Segments]:
         """Keys that queries [first, stop) need, for as many of them at a time as share a row of the layout."""
+        assert self.layout is not None
         while first < stop:
+            document = self.document_of(first)
+            if document is None:
+                return
             query_begin, key_begin = self._origins(first)
             row = self.layout.row_of(first - query_begin)
             bounds = self.query_boundaries or self.boundaries
-            end = stop if bounds is None else min(stop, bounds[self.document_of(first) + 1])
+            end = stop if bounds is None else min(stop, bounds[document + 1])
             end = min(end, query_begin + (row + 1) * self.layout.size)
             runs = tuple((key_begin + a, key_begin + b) for a, b in self.layout.rows[row])
             yield intersect(self._without_layout.keys_needed((first, end)), runs)
             first = end
+
+
+_ALL_FIELDS = operator.attrgetter(*(field.name for field in fields(Mask)))
 
 
 def _constant(value: int | tuple[int, ...]) -> int | list[int]:
@@ -379,7 +351,7 @@ def _least_prefix(a: int | tuple[int, ...] | None, b: int | tuple[int, ...] | No
         return b if a is None else a
     if isinstance(a, int) and isinstance(b, int):
         return min(a, b)
-    lengths = len(a) if isinstance(a, tuple) else len(b)
+    lengths = len(a) if isinstance(a, tuple) else len(b) if isinstance(b, tuple) else 0
     spread = [x if isinstance(x, tuple) else (x,) * lengths for x in (a, b)]
     if len(spread[0]) != len(spread[1]):
         raise ArgumentError(f"cannot intersect prefixes for {len(spread[0])} and {len(spread[1])} documents")

@@ -1,4 +1,4 @@
-"""Which global positions each rank holds: the only place where tokens are dealt to ranks.
+"""Which global positions each rank holds: the only place that decides where a token goes.
 
 A partition is a tuple of ascending segments for each rank. Lengths need not divide anything; a rank may hold nothing.
 
@@ -7,9 +7,14 @@ A partition is a tuple of ascending segments for each rank. Lengths need not div
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +31,9 @@ BALANCED_CHUNKS_PER_RANK = 16
 BALANCED_TOLERANCE = 1.05
 """`balanced` stops exchanging chunks once the busiest rank is within this factor of the mean."""
 
+WORK_SAMPLES = 2**16
+"""Query positions at which `balanced` looks at the work; sequences up to this length are looked at everywhere."""
+
 
 @dataclass(frozen=True)
 class Partition:
@@ -33,53 +41,63 @@ class Partition:
 
     Attributes:
         length: total number of positions.
-        segments: for each rank its ascending half-open intervals; together they hold each position exactly once.
+        segments: for each rank its ascending half-open intervals; together they hold each position exactly once. Those
+            that touch are joined, so that partitions that hold the same are equal.
     """
 
     length: int
     segments: tuple[Segments, ...]
 
     def __post_init__(self) -> None:
-        everything = sorted(interval for segments in self.segments for interval in segments)
-        ends = [0, *(stop for _, stop in everything)]
-        if [start for start, _ in everything] != ends[:-1] or ends[-1] != self.length:
+        starts, stops, ranks = self.owners
+        edges = [0, *stops.tolist()]
+        if starts.tolist() != edges[:-1] or edges[-1] != self.length:
             raise ArgumentError(
                 f"segments={str(self.segments)[:200]} must hold each of {self.length} positions exactly once"
             )
         if any(list(segments) != sorted(segments) for segments in self.segments):
             raise ArgumentError(f"segments={str(self.segments)[:200]}; each rank's must be in ascending order")
+        if (ranks[1:] == ranks[:-1]).any() or (starts == stops).any():
+            object.__setattr__(self, "segments", tuple(map(normalize, self.segments)))
+            del vars(self)["owners"]
 
     @staticmethod
     def contiguous(length: int, ranks: int) -> Partition:
         """Rank r holds the r-th of `ranks` equal parts (sizes differ by at most one)."""
         _check_sizes(length, ranks)
-        return _from_chunks(length, ranks, [[rank] for rank in range(ranks)])
+        return _from_chunks(np.arange(ranks + 1) * length // ranks, length, np.arange(ranks)[:, None])
 
     @staticmethod
     def zigzag(length: int, ranks: int) -> Partition:
         """Rank r holds parts r and 2 * ranks - 1 - r of 2 * ranks: equal work under a causal mask."""
         _check_sizes(length, ranks)
-        return _from_chunks(length, 2 * ranks, [[rank, 2 * ranks - 1 - rank] for rank in range(ranks)])
+        early = np.arange(ranks)
+        edges = np.arange(2 * ranks + 1) * length // (2 * ranks)
+        return _from_chunks(edges, length, np.stack([early, 2 * ranks - 1 - early], axis=1))
 
     @staticmethod
-    def balanced(mask: Mask, length: int, ranks: int) -> Partition:
+    def balanced(
+        masks: Mask | Sequence[Mask], length: int, ranks: int, weights: Sequence[int] | None = None
+    ) -> Partition:
         """Equal tokens and nearly equal work for any mask, documents included.
 
         Starts from contiguous shares and exchanges chunks between the busiest and other ranks until the busiest has at
         most 5% more visible pairs than the mean, so that what can stay together does.
+
+        Args:
+            masks: what a query sees; of several, the sum is levelled.
+            length: number of positions.
+            ranks: number of ranks.
+            weights: how many layers have each of the masks; one each if None.
         """
         _check_sizes(length, ranks)
+        masks = (masks,) if isinstance(masks, Mask) else masks
         chunks = max(1, min(BALANCED_CHUNKS_PER_RANK, length // ranks)) * ranks
-        _check_self_attention(mask)
-        mask = mask if mask.boundaries else mask & Mask.documents((0, length))
-        documents = torch.tensor(mask.boundaries)
-        if documents[-1] != length:
-            raise ArgumentError(f"the mask's documents end at {documents[-1]}; the sequence has {length} positions")
-        visible = visible_pairs(mask, documents, torch.arange(length))
-        running = torch.cat([torch.zeros(1, dtype=torch.int64), visible.cumsum(0)])
-        edges = torch.tensor([_edge(length, chunks, i) for i in range(chunks + 1)])
-        work = (running[edges[1:]] - running[edges[:-1]]).tolist()
-        return _from_chunks(length, chunks, _exchange_until_level(work, ranks))
+        edges = np.arange(chunks + 1) * length // chunks
+        work: Any = sum(
+            weight * _work(mask, edges) for mask, weight in zip(masks, weights or (1,) * len(masks), strict=True)
+        )
+        return _from_chunks(edges, length, _exchange_until_level(work, ranks))
 
     @property
     def ranks(self) -> int:
@@ -87,21 +105,47 @@ class Partition:
         return len(self.segments)
 
     def repeat(self, batch: int) -> Partition:
-        """The same deal for each of `batch` sequences laid end to end."""
+        """The same for each of `batch` sequences laid end to end."""
+        if batch == 1:
+            return self
         shifted = (
             tuple((start + i * self.length, stop + i * self.length) for i in range(batch) for start, stop in segments)
             for segments in self.segments
         )
         return Partition(self.length * batch, tuple(shifted))
 
+    def count(self, rank: int) -> int:
+        """Number of positions on a rank."""
+        return count(self.segments[rank])
+
     def counts(self) -> list[int]:
         """Number of positions on each rank."""
-        return [count(segments) for segments in self.segments]
+        return list(map(self.count, range(self.ranks)))
 
     def positions(self, rank: int) -> Tensor:
         """Ascending global positions that a rank holds, (tokens,) int64 on the CPU."""
         parts = [torch.arange(start, stop) for start, stop in self.segments[rank]]
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+
+    @cached_property
+    def owners(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Start, stop and rank of every segment of every rank, (segments,) int64 each, in the order of positions."""
+        flat = np.array([x for segments in self.segments for x in segments], dtype=np.int64).reshape(-1, 2)
+        ranks = np.repeat(np.arange(self.ranks), [len(segments) for segments in self.segments])
+        order = np.argsort(flat[:, 0], kind="stable")
+        return flat[order, 0], flat[order, 1], ranks[order]
+
+    @cached_property
+    def digest(self) -> bytes:
+        """16 bytes that tell partitions apart."""
+        starts, stops, ranks = self.owners
+        return hashlib.blake2b(b"".join(x.tobytes() for x in (starts, stops, ranks)), digest_size=16).digest()
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"length": self.length, "segments": self.segments}
 
     def spec(self) -> str:
         """The partition as a string from which `resolve` makes it again."""
@@ -116,15 +160,23 @@ def check_name(partition: str | Partition) -> None:
         raise ArgumentError(f"partition={partition!r}; allowed are {', '.join(NAMES)} or a Partition")
 
 
-def resolve(partition: str | Partition, length: int, ranks: int, mask: Mask, batch: int = 1) -> Partition:
+def resolve(
+    partition: str | Partition,
+    length: int,
+    ranks: int,
+    masks: Mask | Sequence[Mask],
+    batch: int = 1,
+    weights: Sequence[int] | None = None,
+) -> Partition:
     """The partition of one sequence that a name, a `Partition` or its `spec` stands for.
 
     Args:
         partition: name, `Partition`, or `Partition.spec()`.
         length: tokens of one sequence.
         ranks: number of ranks.
-        mask: what "balanced" levels the work for, over the `batch` sequences laid end to end.
-        batch: number of sequences, all dealt alike.
+        masks: what "balanced" levels the work for, over the `batch` sequences laid end to end.
+        batch: number of sequences, all sharded alike.
+        weights: as in `Partition.balanced`.
 
     Raises:
         ArgumentError: unknown name, a partition for another length or number of ranks, or "balanced" for several
@@ -135,8 +187,9 @@ def resolve(partition: str | Partition, length: int, ranks: int, mask: Mask, bat
     if partition == "zigzag":
         return Partition.zigzag(length, ranks)
     if partition == "balanced":
-        _check_self_attention(mask)
-        return Partition.balanced(mask if batch == 1 else _same_for_each_row(mask, length, batch), length, ranks)
+        masks = (masks,) if isinstance(masks, Mask) else masks
+        masks = masks if batch == 1 else [_same_for_each_row(mask, length, batch) for mask in masks]
+        return Partition.balanced(masks, length, ranks, weights)
     if isinstance(partition, str):
         if not partition.startswith("["):
             check_name(partition)
@@ -144,7 +197,7 @@ def resolve(partition: str | Partition, length: int, ranks: int, mask: Mask, bat
         partition = Partition(sum(count(rank) for rank in segments), segments)
     if partition.ranks != ranks or partition.length != length:
         raise ArgumentError(
-            f"partition deals {partition.length} positions to {partition.ranks} ranks; "
+            f"partition shards {partition.length} positions to {partition.ranks} ranks; "
             f"needed are {length} positions and {ranks} ranks"
         )
     return partition
@@ -152,7 +205,7 @@ def resolve(partition: str | Partition, length: int, ranks: int, mask: Mask, bat
 
 def _check_self_attention(mask: Mask) -> None:
     if mask.query_boundaries is not None:
-        raise ArgumentError("partition='balanced' takes self-attention; deal cross attention contiguous or zigzag")
+        raise ArgumentError("partition='balanced' takes self-attention; shard cross attention contiguous or zigzag")
 
 
 def _check_sizes(length: int, ranks: int) -> None:
@@ -161,57 +214,79 @@ def _check_sizes(length: int, ranks: int) -> None:
 
 
 def _same_for_each_row(mask: Mask, length: int, batch: int) -> Mask:
+    _check_self_attention(mask)
     rows = {i * length for i in range(batch + 1)}
     if mask.boundaries is not None and set(mask.boundaries) != rows:
         raise ArgumentError(f"partition='balanced' with documents takes one packed sequence, not a batch of {batch}")
     return mask.without_documents()
 
 
-def _edge(length: int, parts: int, index: int) -> int:
-    return index * length // parts
+def _from_chunks(edges: np.ndarray, length: int, owned: np.ndarray) -> Partition:
+    """Chunk i holds positions [edges[i], edges[i + 1]); owned, (ranks, chunks of a rank), says whose it is."""
+    owned = np.sort(owned, axis=1)
+    starts, stops = edges[owned].tolist(), edges[owned + 1].tolist()
+    return Partition(length, tuple(normalize(zip(*bounds, strict=True)) for bounds in zip(starts, stops, strict=True)))
 
 
-def _from_chunks(length: int, parts: int, owned: list[list[int]]) -> Partition:
-    segments = (
-        normalize((_edge(length, parts, chunk), _edge(length, parts, chunk + 1)) for chunk in chunks)
-        for chunks in owned
-    )
-    return Partition(length, tuple(segments))
+def _work(mask: Mask, edges: np.ndarray) -> np.ndarray:
+    """Visible pairs of the queries of each chunk, from samples that lie evenly."""
+    _check_self_attention(mask)
+    length = int(edges[-1])
+    mask = mask if mask.boundaries else mask & Mask.documents((0, length))
+    assert mask.boundaries is not None
+    if mask.boundaries[-1] > length:
+        raise ArgumentError(f"the mask's documents end at {mask.boundaries[-1]}; the sequence has {length} positions")
+    every = max(1, -(-length // WORK_SAMPLES))
+    samples = torch.arange(every // 2, length, every)
+    pairs = visible_pairs(mask, torch.tensor(mask.boundaries), samples).numpy()
+    running = np.concatenate([[0], pairs.cumsum() * every])
+    at_edges = running[np.searchsorted(samples.numpy(), edges)]
+    return at_edges[1:] - at_edges[:-1]
 
 
-def _exchange_until_level(work: list[int], ranks: int) -> list[list[int]]:
+def _exchange_until_level(work: np.ndarray, ranks: int) -> np.ndarray:
     """Chunks of each rank: contiguous shares, then exchanges that lower the busiest rank's work."""
-    share = len(work) // ranks
-    owned = [list(range(rank * share, (rank + 1) * share)) for rank in range(ranks)]
-    total = [sum(work[chunk] for chunk in chunks) for chunks in owned]
-    mean = sum(total) / ranks
+    owned = np.arange(len(work)).reshape(ranks, -1)
+    held = work[owned]
+    total = held.sum(axis=1)
+    mean = total.sum() / ranks
     for _ in range(len(work) * 4):
-        busiest = max(range(ranks), key=total.__getitem__)
+        busiest = int(total.argmax())
         if total[busiest] <= mean * BALANCED_TOLERANCE:
             break
-        swap = _best_swap(work, owned, total, busiest)
+        swap = _best_swap(held, total, busiest)
         if swap is None:
             break
-        give, other, take = swap
-        owned[busiest][owned[busiest].index(give)] = take
-        owned[other][owned[other].index(take)] = give
-        moved = work[give] - work[take]
+        other, give, take = swap
+        owned[busiest, give], owned[other, take] = owned[other, take], owned[busiest, give]
+        held[busiest, give], held[other, take] = held[other, take], held[busiest, give]
+        moved = held[other, take] - held[busiest, give]
         total[busiest] -= moved
         total[other] += moved
     return owned
 
 
-def _best_swap(work: list[int], owned: list[list[int]], total: list[int], busiest: int) -> tuple[int, int, int] | None:
-    """The exchange with the least busy rank that can help which brings the two closest together."""
-    for other in sorted(range(len(owned)), key=total.__getitem__):
+def _best_swap(held: np.ndarray, total: np.ndarray, busiest: int) -> tuple[int, int, int] | None:
+    """The exchange with the least busy rank that can help which brings the two closest together.
+
+    Args:
+        held: (ranks, chunks of a rank) work of each chunk.
+        total: (ranks,) its sums.
+        busiest: the rank that is to get rid of work.
+
+    Returns:
+        The other rank, and which of the chunks of each are exchanged.
+    """
+    for other in _least_first(total):
         gap = total[busiest] - total[other]
-        swaps = [
-            (abs(gap - 2 * (work[give] - work[take])), give, take)
-            for give in owned[busiest]
-            for take in owned[other]
-            if 0 < work[give] - work[take] < gap
-        ]
-        if swaps:
-            _, give, take = min(swaps)
-            return give, other, take
+        left = np.abs(gap - 2 * held[busiest][:, None] + 2 * held[other])  # of the gap, by what is given and taken
+        best = int(left.argmin())
+        if left.flat[best] < gap:
+            return other, *divmod(best, held.shape[1])
     return None
+
+
+def _least_first(total: np.ndarray) -> Iterator[int]:
+    """Indices by ascending value; sorts only if the least one does not serve."""
+    yield int(total.argmin())
+    yield from np.argsort(total, kind="stable")[1:].tolist()

@@ -26,6 +26,8 @@ def normalize(intervals: Iterable[Interval]) -> Segments:
 
 def intersect(a: Segments, b: Segments) -> Segments:
     """Positions in both sets; intervals of `a` that touch each other stay apart."""
+    if not a or not b or a[-1][1] <= b[0][0] or b[-1][1] <= a[0][0]:
+        return ()
     common = []
     i = j = 0
     while i < len(a) and j < len(b):
@@ -37,6 +39,15 @@ def intersect(a: Segments, b: Segments) -> Segments:
         else:
             j += 1
     return tuple(common)
+
+
+def cut(segments: Segments, first: int, last: int) -> Segments:
+    """The positions from the `first` of them up to, not including, the `last`, by their number."""
+    parts, before = [], 0
+    for start, stop in segments:
+        parts.append((max(start, start + first - before), min(stop, start + last - before)))
+        before += stop - start
+    return tuple((start, stop) for start, stop in parts if start < stop)
 
 
 def contains(outer: Segments, inner: Segments) -> bool:

@@ -6,6 +6,8 @@ tensors of positions, where the document boundaries live, without a copy to the 
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -15,6 +17,7 @@ from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.kept import build_to_keep
 from ringflash.parallel.positions.blocks import BlockLayout
 from ringflash.parallel.positions.mask import UNBOUNDED, Mask
+from ringflash.parallel.positions.segments import Segments, intersect, normalize
 
 
 def position_bounds(
@@ -32,11 +35,12 @@ def position_bounds(
         start, stop, sink_start, sink_stop: (T,) int64 global positions.
     """
     if boundaries is None:
-        index = torch.zeros_like(queries)
+        index = after = torch.zeros_like(queries)
         begin, end = index, torch.full_like(queries, UNBOUNDED)
     else:
         own = boundaries if query_boundaries is None else query_boundaries
-        after = torch.searchsorted(own, queries, right=True)
+        # Behind the last boundary there is no document; what is worked out of the last one there is replaced below.
+        after = torch.searchsorted(own, queries, right=True).clamp_(max=len(own) - 1)
         index = after - 1
         begin, end = boundaries[index], boundaries[after]
     positions = queries if query_boundaries is None else queries - query_boundaries[after] + end
@@ -64,11 +68,16 @@ def position_bounds(
             torch.minimum(stop, begin + last[block]),
         )
         sink_end = torch.minimum(sink_end, stop)
-    if mask.sink_left is None:
-        return start, torch.maximum(start, stop), start, start
-    sink_start, start = start, torch.maximum(start, positions - mask.sink_left)
-    sink_stop = torch.maximum(sink_start, torch.minimum(sink_end, start))
-    return start, torch.maximum(start, stop), sink_start, sink_stop
+    sink_start = sink_stop = start
+    if mask.sink_left is not None:
+        start = torch.maximum(start, positions - mask.sink_left)
+        sink_stop = torch.maximum(sink_start, torch.minimum(sink_end, start))
+    bounds = start, torch.maximum(start, stop), sink_start, sink_stop
+    if boundaries is None:
+        return bounds
+    own = boundaries if query_boundaries is None else query_boundaries
+    start, stop, sink_start, sink_stop = (torch.where(queries < own[-1], bound, boundaries[-1]) for bound in bounds)
+    return start, stop, sink_start, sink_stop
 
 
 def places(boundaries: Tensor | None, queries: Tensor, query_boundaries: Tensor | None = None) -> Tensor:
@@ -78,14 +87,16 @@ def places(boundaries: Tensor | None, queries: Tensor, query_boundaries: Tensor 
     """
     if query_boundaries is None:
         return queries
-    document = torch.searchsorted(query_boundaries, queries, right=True)
+    assert boundaries is not None  # come with those of queries
+    document = torch.searchsorted(query_boundaries, queries, right=True).clamp_(max=len(query_boundaries) - 1)
     return queries - query_boundaries[document] + boundaries[document]
 
 
 @lru_cache(maxsize=64)
 def _layout_bounds(layout: BlockLayout, device: torch.device) -> tuple[Tensor, Tensor]:
     """`layout.bounds` as tensors."""
-    return build_to_keep(lambda: tuple(torch.tensor(bounds, device=device) for bounds in layout.bounds), device)
+    first, last = layout.bounds
+    return build_to_keep(lambda: (torch.tensor(first, device=device), torch.tensor(last, device=device)), device)
 
 
 @lru_cache(maxsize=64)
@@ -113,6 +124,22 @@ def key_intervals(
     rows = [torch.searchsorted(key_positions, bound).to(torch.int32) for bound in bounds]
     sink = rows[2:] if mask.sink else (None, None)
     return KeyIntervals(rows[0], rows[1], key_positions.shape[0], *sink)
+
+
+def needed_keys(mask: Mask, segments: Sequence[Segments], keys: int) -> list[Segments]:
+    """For each set of query positions, the keys below `keys` that any of them sees; `Mask.keys_needed` for many."""
+    if mask.layout is not None or not any(segments):
+        needed = ([interval for segment in each for interval in mask.keys_needed(segment)] for each in segments)
+        return [intersect(normalize(each), ((0, keys),)) for each in needed]
+    first, behind = torch.tensor([segment for each in segments for segment in each]).T.contiguous()
+    boundaries, own = (None if x is None else torch.tensor(x) for x in (mask.boundaries, mask.query_boundaries))
+    # Ends never decrease: the first query of a segment sees furthest back, the last one furthest ahead.
+    start, _, *sinks = position_bounds(mask, boundaries, first, own)
+    _, stop, *_ = position_bounds(mask, boundaries, behind - 1, own)
+    bounds = [[start, stop], *([sinks] if mask.sink else [])]
+    intervals = torch.stack([torch.stack(x, dim=1) for x in bounds], dim=1).clamp_(max=keys).tolist()
+    rows = iter(intervals)
+    return [normalize((a, b) for row in itertools.islice(rows, len(each)) for a, b in row) for each in segments]
 
 
 def visible_pairs(mask: Mask, boundaries: Tensor | None, positions: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ class Options:
         return make(alibi_slopes, *given)
 
     @staticmethod
-    def _once(alibi_slopes: None, *given: object) -> Options:
+    def _once(alibi_slopes: Tensor | None, *given: Any) -> Options:
         """`_of`, from checked arguments where they were given before."""
         try:
             found = _plans.get(given)
@@ -167,6 +168,14 @@ def attend_batch(
     boundaries, longest = (edges * q.shape[1], edges * k.shape[1]), (q.shape[1], k.shape[1])
     packed = q.flatten(0, 1), k.flatten(0, 1), lse.transpose(0, 1).flatten(1)
     return out, lse, options.probabilities(*packed, seed, boundaries, longest)
+
+
+@overload
+def unpack(name: str, packed: Tensor, count: Literal[2], dims: int) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def unpack(name: str, packed: Tensor, count: Literal[3], dims: int) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 def unpack(name: str, packed: Tensor, count: int, dims: int) -> tuple[Tensor, ...]:

@@ -215,7 +215,7 @@ def flash_attn_varlen_qkvpacked_func(
     options = Options.of(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
-    return _packed(*unpack("qkv", qkv, 3, 4), (cu_seqlens,) * 2, (max_seqlen,) * 2, options)
+    return _packed(*unpack("qkv", qkv, 3, 4), (cu_seqlens, cu_seqlens), (max_seqlen, max_seqlen), options)
 
 
 def _packed(

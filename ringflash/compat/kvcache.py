@@ -105,7 +105,7 @@ def flash_attn_with_kvcache(
         raise ArgumentError("cache_seqlens is None with k given; pass how many tokens are in the cache")
     appended = 0 if k is None else k.shape[1]
     lengths = cache_seqlens if isinstance(cache_seqlens, Tensor) else None
-    offset = 0 if lengths is not None else rows if cache_seqlens is None else cache_seqlens
+    offset = 0 if isinstance(cache_seqlens, Tensor) else rows if cache_seqlens is None else cache_seqlens
     if not torch.compiler.is_compiling():
         turned, places = (0, 0) if rotary_cos is None or rules[:2] == (None, None) else (q.shape[1], len(rotary_cos))
         check_values(
@@ -157,7 +157,7 @@ def _append(
     kernels = select_decoding(key.device, key.dtype, key_cache.shape[3], value_cache.shape[3])
     cache = Cache(key_cache, value_cache, lengths, offset, None, batch_index, block_table)
     with on_device_without_autocast(key):
-        kernels.append(key, value, cache, None if cos is None else Rotary(cos, sin, interleaved))
+        kernels.append(key, value, cache, None if cos is None or sin is None else Rotary(cos, sin, interleaved))
 
 
 @torch.library.impl("ringflash::attend_to_cache", "CompositeExplicitAutograd")
@@ -183,7 +183,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     kernels = select_decoding(query.device, query.dtype, key_cache.shape[3], value_cache.shape[3])
     cache = Cache(key_cache, value_cache, lengths, offset, leftpad, batch_index, block_table)
-    rotary = None if cos is None else Rotary(cos, sin, interleaved)
+    rotary = None if cos is None or sin is None else Rotary(cos, sin, interleaved)
     with on_device_without_autocast(query):
         return kernels.attend(query, cache, Rules(scale, left, right, softcap, slopes), rotary, appended, splits)
 

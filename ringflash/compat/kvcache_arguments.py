@@ -39,7 +39,7 @@ def check_tensors(
     """Shapes, dtypes and layouts of queries, caches and new tokens."""
     if (k is None) != (v is None):
         raise ArgumentError(f"{'k' if k is None else 'v'} is None; k and v are given together or not at all")
-    named = {"q": q, "k_cache": k_cache, "v_cache": v_cache} | ({} if k is None else {"k": k, "v": v})
+    named = {"q": q, "k_cache": k_cache, "v_cache": v_cache} | ({} if k is None or v is None else {"k": k, "v": v})
     for name, x in named.items():
         if x.dim() != 4:
             raise ArgumentError(f"{name} has shape {tuple(x.shape)}; allowed are four dimensions, heads the third")
@@ -58,7 +58,7 @@ def check_tensors(
             raise ArgumentError(f"{name} has strides {x.stride()}; its last dimension must be contiguous")
         if k is not None and any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True)):
             raise ArgumentError(f"{name} is expanded, strides {x.stride()}; what is appended needs a place of its own")
-    if k is not None:
+    if k is not None and v is not None:
         allowed = (batch, k.shape[1], key_heads)
         if k.shape != (*allowed, dim) or v.shape != (*allowed, v_cache.shape[3]):
             raise ArgumentError(
@@ -103,7 +103,7 @@ def check_rotary(q: Tensor, k: Tensor | None, cos: Tensor | None, sin: Tensor | 
     """The tables of the rotary embedding, for `rows` rows of a sequence."""
     if (cos is None) != (sin is None):
         raise ArgumentError(f"rotary_{'cos' if cos is None else 'sin'} is None; both are given or neither")
-    if cos is None:
+    if cos is None or sin is None:
         return
     if k is None:
         raise ArgumentError("rotary_cos is given without k; it turns new keys and the queries that come with them")

@@ -1,4 +1,4 @@
-"""The functions of `ringflash.compat.flash_attn` over sequences whose tokens are dealt to the ranks of a group.
+"""The functions of `ringflash.compat.flash_attn` over sequences whose tokens are sharded over the ranks of a group.
 
     q, k, v = (ringflash.shard(x, dim=1) for x in (q, k, v))
     out = ring_flash_attn_func(q, k, v, causal=True)        # this rank's rows of flash_attn_func's result
@@ -18,7 +18,7 @@ from torch import Tensor
 from ringflash.compat.flash_arguments import Attention, Options, attend_batch, rows_together, unpack
 from ringflash.errors import ArgumentError
 from ringflash.functional import attention
-from ringflash.parallel.agreement.agreement import tell_peers
+from ringflash.parallel.agreement.rounds import refuse
 from ringflash.parallel.mesh import Group, group_size
 from ringflash.parallel.positions.partition import Partition
 
@@ -43,7 +43,7 @@ def ring_flash_attn_func(
     """`flash_attn_func` over the ranks of a group.
 
     Args:
-        q: (batch, s, nheads, headdim), as `ringflash.shard` deals them.
+        q: (batch, s, nheads, headdim), as `ringflash.shard` gives them.
         k: (batch, sk, nheads_k, headdim).
         v: (batch, sk, nheads_k, headdim_v).
         dropout_p: see `ringflash.compat.flash_attn`; so are those down to return_attn_probs.
@@ -55,8 +55,8 @@ def ring_flash_attn_func(
         deterministic: see dropout_p.
         return_attn_probs: see dropout_p. S_dmask needs all keys, so with dropout it is given on one rank only.
         group: a ProcessGroup, a one-dimensional DeviceMesh, or None for the default group; one device without any.
-        partition: how tokens are dealt, as `ringflash.shard` was told; "contiguous" for tokens cut into one piece for
-            each rank, in order. Nothing shows a wrong one.
+        partition: how tokens are sharded, as in `ringflash.shard`; "contiguous" for tokens cut into one piece for
+            each rank, in order.
         seqlen_q: queries of a sequence on all ranks together; needed where not every rank holds the same number.
         seqlen_k: likewise for keys.
 
@@ -70,7 +70,7 @@ def ring_flash_attn_func(
         _check_probabilities(options, group)
         q, k, v = (rows_together(name, x, 4) for name, x in (("q", q), ("k", k), ("v", v)))
     except Exception as error:
-        tell_peers(group, error)
+        refuse(group, error)
         raise
     return attend_batch(q, k, v, options, group, partition, seqlen_q, seqlen_k)
 
@@ -128,7 +128,7 @@ def ring_flash_attn_varlen_func(
     """`flash_attn_varlen_func` of packed sequences to themselves, over the ranks of a group.
 
     Args:
-        q: (s, nheads, headdim), this rank's tokens of all sequences laid end to end, as `ringflash.shard` deals them
+        q: (s, nheads, headdim), this rank's tokens of all sequences laid end to end, as `ringflash.shard` gives them
             for its mask, documents included.
         k: (s, nheads_k, headdim).
         v: (s, nheads_k, headdim_v).
@@ -162,7 +162,7 @@ def ring_flash_attn_varlen_func(
             seqlen = cu_seqlens[-1]
         _check_probabilities(options, group)
     except Exception as error:
-        tell_peers(group, error)
+        refuse(group, error)
         raise
     seed = options.draw_seed(q)
     out, lse = attention(
@@ -224,11 +224,11 @@ def ring_flash_attn_varlen_qkvpacked_func(
     )
 
 
-def _unpack(qkv: Tensor, dims: int, group: Group) -> tuple[Tensor, ...]:
+def _unpack(qkv: Tensor, dims: int, group: Group) -> tuple[Tensor, Tensor, Tensor]:
     try:
         return unpack("qkv", qkv, 3, dims)
     except Exception as error:
-        tell_peers(group, error)
+        refuse(group, error)
         raise
 
 

@@ -5,11 +5,11 @@ Each test starts processes of its own, because they end in a state that no other
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -26,6 +26,7 @@ from ringflash import (
     Partition,
     RankMismatchError,
     UnsupportedError,
+    shard,
     unshard,
 )
 from ringflash.compat.ring_flash_attn import (
@@ -34,9 +35,11 @@ from ringflash.compat.ring_flash_attn import (
     ring_flash_attn_varlen_func,
 )
 from ringflash.functional import attention
-from ringflash.parallel.agreement.agreement import Agreement, agreement, signature
-from ringflash.parallel.agreement.history import PERIOD
-from ringflash.parallel.execution import executor
+from ringflash.kernels.cpu import blockwise
+from ringflash.kernels.torch_private import default_store
+from ringflash.parallel import placement
+from ringflash.parallel.execution import call, gradients
+from ringflash.parallel.mesh import ONE_DEVICE
 
 PROMPT = 10.0
 """Seconds within which a disagreement must be an error on every rank."""
@@ -78,7 +81,7 @@ DISAGREEMENTS = {
 
 @pytest.mark.parametrize("odd_rank", [0, 2])
 @pytest.mark.parametrize("what", DISAGREEMENTS)
-def test_ranks_that_disagree_are_told_on_every_rank_who_and_what(what, odd_rank):
+def test_ranks_that_disagree_are_notified_on_every_rank_who_and_what(what, odd_rank):
     differs, words = DISAGREEMENTS[what]
     with Pool(3, timeout=PROMPT) as pool:
         outcomes = pool.outcomes(_attend, odd_rank, differs)
@@ -104,25 +107,10 @@ def _attend_then_change():
         attend(x, x, x)
 
 
-def _attend_then_apart():
-    attend = DistributedFlashAttention(Mask.causal())
-    for rows in (6, 8):
-        attend(*[torch.randn(1, rows, 2, 16)] * 3)
-    attend(*[torch.randn(1, 6 if dist.get_rank() else 8, 2, 16)] * 3)
-
-
-def test_a_rank_that_goes_back_alone_to_a_call_that_agreed_before_gets_no_result():
-    with Pool(2, timeout=30.0, grace=20.0, group_timeout=3.0) as pool:
-        repeats, goes_back = pool.outcomes(_attend_then_apart)
-    assert repeats.error is not None
-    assert isinstance(goes_back.error, RankMismatchError)
-    assert "rank 0 has not come" in str(goes_back.error)
-
-
 REFUSED = {
     "scale": ({"scale": -1.0}, "scale=-1.0"),
     "key heads": ({"key_heads": 3}, "query has 4 heads, key 3"),
-    "documents": ({"cu_seqlens": [0, 5, 17]}, r"cu_seqlens=(0, 5, 17)"),
+    "documents": ({"cu_seqlens": [0, 5, 19]}, "cu_seqlens ends at 19"),
     "partition": ({"partition": Partition.zigzag(18, 2)}, "to 2 ranks; needed are 18 positions and 3 ranks"),
 }
 
@@ -137,7 +125,7 @@ def _attend_refused_once(differs):
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_an_error_of_one_rank_is_told_to_those_that_would_wait_for_it(what):
+def test_an_error_of_one_rank_is_notified_to_those_that_would_wait_for_it(what):
     differs, words = REFUSED[what]
     with Pool(3, timeout=PROMPT) as pool:
         first, odd, last = pool.run(_attend_refused_once, differs)
@@ -195,7 +183,7 @@ def _refused_once(function, wrong, compiled):
     ],
     ids=["window", "shape", "type", "longest", "dropout", "packed"],
 )
-def test_an_error_in_the_arguments_of_flash_attns_functions_is_told(function, wrong, words):
+def test_an_error_in_the_arguments_of_flash_attns_functions_is_notified(function, wrong, words):
     with Pool(2, timeout=PROMPT) as pool:
         first, second = pool.run(_refused_once, function, wrong, None)
     assert words in second
@@ -212,7 +200,7 @@ def test_an_error_in_the_arguments_of_flash_attns_functions_is_told(function, wr
     ],
     ids=["window", "dropout"],
 )
-def test_an_error_in_the_arguments_of_compiled_attention_is_told(function, wrong, words, fullgraph):
+def test_an_error_in_the_arguments_of_compiled_attention_is_notified(function, wrong, words, fullgraph):
     with Pool(2, timeout=30.0, group_timeout=20.0) as pool:
         first, second = pool.run(_refused_once, function, wrong, fullgraph)
     assert words in second if not fullgraph else "Unsupported" in second  # torch's word for a trace that fails
@@ -223,7 +211,7 @@ def test_an_error_in_the_arguments_of_compiled_attention_is_told(function, wrong
 def _attend_without_kernels():
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == 1:
-            patch.setattr(executor, "select", _nothing_there)
+            patch.setattr(call, "select", _nothing_there)
         with pytest.raises((ArgumentError, RankMismatchError)) as raised:
             _attend(1, {})
     _attend(1, {})  # ranks are still in step
@@ -234,7 +222,7 @@ def _nothing_there(*problem):
     raise ArgumentError("kernel='triton' cannot run: the package triton is not installed")
 
 
-def test_a_kernel_that_one_machine_lacks_is_told():
+def test_a_kernel_that_one_machine_lacks_is_notified():
     with Pool(2, timeout=PROMPT) as pool:
         first, second = pool.run(_attend_without_kernels)
     assert second.endswith("the package triton is not installed")
@@ -249,7 +237,7 @@ def _attend_under_vmap_on_one_rank():
         attention(x[0], x[0], x[0])
 
 
-def test_vmap_on_one_rank_is_told_to_the_others():
+def test_vmap_on_one_rank_is_notified_to_the_others():
     with Pool(2, timeout=PROMPT) as pool:
         first, second = pool.outcomes(_attend_under_vmap_on_one_rank)
     assert isinstance(first.error, UnsupportedError), first.details
@@ -297,71 +285,225 @@ def test_unshard_told_the_length_on_some_ranks_only_is_an_error_on_every_rank():
             assert "seqlen: null on rank 0; 10 on rank 1" in str(outcome.error)
 
 
-def _compare_in_two_lives():
-    Agreement(dist.group.WORLD).check(signature({"seqlen": 6}))
+def _after_an_earlier_life():
+    """What a rank of an earlier group of this name refused still stands in the store."""
+    x = torch.randn(1, 6, 2, 16)
+    before = f"ringflash/before/{dist.group.WORLD.group_name}"
+    default_store().set(f"{before}/refused", "")
+    default_store().set(f"{before}/refused/0", json.dumps([7, [[None, "ArgumentError: scale=-1.0"]]]))
+    default_store().set(f"{before}/identity", json.dumps([7, 1234]))
+    dist.barrier()
     if dist.get_rank() == 0:
-        time.sleep(0.5)
-    Agreement(dist.group.WORLD).check(signature({"seqlen": 8}))
+        time.sleep(1.0)  # the other rank listens meanwhile
+    attention(x, x, x)
 
 
-def test_what_an_earlier_group_of_the_same_name_left_in_the_store_is_not_compared():
+def test_what_an_earlier_group_of_the_same_name_left_behind_is_not_heard():
     with Pool(2, timeout=PROMPT) as pool:
-        pool.run(_compare_in_two_lives)
+        pool.run(_after_an_earlier_life)
 
 
-def _swap_once(calls, alone):
-    """Two calls that follow each other in both orders; then one rank makes the other one."""
-    texts = [signature({"scale": scale, "seqlen": 6}) for scale in (0.25, 0.5)]
-    comparer = Agreement(dist.group.WORLD)
-    for index in range(calls):
-        comparer.check(texts[(index + (index == alone and dist.get_rank() == 1)) % 2])
+def _steps(before, calls=5):
+    """A loop over new numbers, with something that rank 0 alone does before one of its steps; the largest error."""
+    attend, errors = DistributedFlashAttention(), []
+    random = torch.Generator().manual_seed(0)
+    for step in range(calls):
+        if step == before and dist.get_rank() == 0:
+            with pytest.raises(ArgumentError):
+                DistributedFlashAttention(kernel="hopper")(*[torch.randn(1, 8, 2, 16)] * 3)
+        x = torch.randn(1, 60, 2, 16, generator=random)
+        expected, _ = attention(x, x, x, group=ONE_DEVICE)
+        leaf = shard(x, 1).requires_grad_()
+        out = attend(leaf, leaf, leaf)
+        out.sum().backward()
+        errors.append((out - shard(expected, 1)).abs().max().item())
+    return max(errors)
 
 
-def test_ranks_that_make_the_same_calls_hear_nothing():
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("before", [0, 3])
+def test_a_call_that_one_rank_tries_alone_disturbs_nobody_and_shifts_no_rank(before, ranks):
+    with Pool(ranks, timeout=2 * PROMPT) as pool:
+        assert max(pool.run(_steps, before)) < 1e-5
+
+
+def _refused_before_a_collective_of_ones_own():
+    """Rank 0 refuses its first call, catches that, and reduces something with the others, who came to the call."""
+    x = torch.randn(1, 6, 2, 16)
+    with pytest.raises((ArgumentError, RankMismatchError)):
+        attention(x, x, x, softcap=-1.0 if dist.get_rank() == 0 else 0.0)
+    loss = torch.tensor([1.0 + dist.get_rank()], dtype=torch.float64)
+    dist.all_reduce(loss)
+    attention(x, x, x)  # ranks are still in step
+    return loss.item()
+
+
+def test_a_refused_first_call_does_not_run_into_the_groups_own_collectives():
+    with Pool(2, timeout=2 * PROMPT) as pool:
+        assert pool.run(_refused_before_a_collective_of_ones_own) == [3.0, 3.0]
+
+
+NEEDED_BEFORE = {
+    "program": (placement, "rank_program"),
+    "delta": (blockwise, "row_delta"),
+    "buffers": (gradients.KeyGradients, "__init__"),
+}
+
+
+def _out_of_memory_before_the_call(where):
+    """Rank 1 cannot make what a call needs; says what was raised, and the error of the next step."""
+    random = torch.Generator().manual_seed(0)
+
+    def step():
+        x = torch.randn(1, 60, 2, 16, generator=random)
+        expected, _ = attention(x, x, x, group=ONE_DEVICE, kernel="reference")
+        leaf = shard(x, 1).requires_grad_()
+        out, _ = attention(leaf, leaf, leaf, cu_seqlens=[0, 60])
+        out.sum().backward()
+        return (out - shard(expected, 1)).abs().max().item()
+
+    def failing(*_, **__):
+        raise OutOfMemoryError("tried to allocate 20 GiB")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(*NEEDED_BEFORE[where], failing)
+        with pytest.raises((OutOfMemoryError, RankMismatchError)) as raised:
+            step()
+    return str(raised.value), step()
+
+
+@pytest.mark.parametrize("where", NEEDED_BEFORE)
+def test_what_one_rank_cannot_make_before_a_call_is_heard_by_all_and_shifts_no_rank(where):
+    with Pool(2, timeout=2 * PROMPT) as pool:
+        (first, first_error), (second, second_error) = pool.run(_out_of_memory_before_the_call, where)
+    assert second == "tried to allocate 20 GiB"
+    assert "rank 1 raised an error instead of coming to attention: OutOfMemoryError: tried to allocate" in first
+    assert max(first_error, second_error) < 1e-5
+
+
+def _known_calls_then_apart(known, alone):
+    """Calls that all ranks know, then rank 1 makes another one of them than the rest; says what was raised."""
+    x = torch.randn(1, 16, 2, 16)
+    for arguments in (*known, *known):
+        attention(x, x, x, **arguments)
+    with pytest.raises(RankMismatchError) as raised:
+        attention(x, x, x, **known[alone if dist.get_rank() == 1 else 0])
+    attention(x, x, x, **known[0])  # ranks are still in step
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(
+    ("known", "words"),
+    [
+        ([{"scale": 0.25}, {"scale": 0.5}], ("scale", "0.25", "0.5")),
+        ([{"mask": Mask.causal()}, {"mask": Mask.bidirectional()}], ("mask", "right")),
+        ([{"partition": "zigzag"}, {"partition": "contiguous"}], ("partition", "zigzag", "contiguous")),
+        ([{"seqlen": None}, {"cu_seqlens": [0, 3, 16]}], ("cu_seqlens",)),
+        ([{"softcap": 0.0}, {"softcap": 3.0}], ("softcap", "3.0")),
+    ],
+    ids=["scale", "mask", "partition", "documents", "softcap"],
+)
+def test_a_rank_that_goes_alone_from_one_known_call_to_another_is_named_in_that_call(known, words, ranks):
+    with Pool(ranks, timeout=2 * PROMPT) as pool:
+        if "cu_seqlens" in known[1]:
+            known = [known[0], {"cu_seqlens": [0, 3, 16 * ranks]}]
+        for said in pool.run(_known_calls_then_apart, known, 1):
+            assert all(word in said for word in (*words, "on rank 1")), said
+
+
+def _gradients_on_one_rank(which):
+    tensors = {name: torch.randn(1, 16, 2, 16) for name in ("query", "key", "value")}
+    tensors[which].requires_grad_(dist.get_rank() == 1)
+    attention(**tensors)
+
+
+@pytest.mark.parametrize("which", ["query", "key", "value"])
+def test_gradients_that_only_one_rank_needs_are_named_before_the_backward_pass(which):
     with Pool(2, timeout=PROMPT) as pool:
-        pool.run(_swap_once, 9 * PERIOD + 1, -1)
-
-
-def _make_calls(numbers):
-    comparer = Agreement(dist.group.WORLD)
-    for _ in range(numbers[dist.get_rank()]):
-        comparer.check(signature({"seqlen": 6}), patience=timedelta(seconds=0.5))
-
-
-@pytest.mark.parametrize("periods", [0, 5])
-def test_a_rank_that_falls_two_periods_behind_is_noticed(periods):
-    numbers = (periods + 2) * PERIOD, periods * PERIOD + 1
-    with Pool(2, timeout=PROMPT) as pool:
-        first, second = pool.outcomes(_make_calls, numbers)
-    assert second.error is None
-    assert f"rank 0 has made {numbers[0]} calls to attention" in str(first.error)
-
-
-@pytest.mark.parametrize("alone", [10, PERIOD - 1, 2 * PERIOD + 5])
-def test_a_rank_that_repeats_while_another_changes_is_found_a_period_later(alone):
-    last = (alone // PERIOD + 2) * PERIOD
-    with Pool(2, timeout=PROMPT) as pool:
-        for outcome in pool.outcomes(_swap_once, last, alone):
+        for outcome in pool.outcomes(_gradients_on_one_rank, which):
             assert isinstance(outcome.error, RankMismatchError), outcome.details or "no error"
-            values = ("0.25", "0.5") if alone % 2 == 0 else ("0.5", "0.25")
-            said = f"ranks disagree on scale: {values[0]} on rank 0; {values[1]} on rank 1"
-            assert f"{last - alone} calls to attention ago {said}" in str(outcome.error)
+            assert f'gradients needed: [] on rank 0; ["{which}"] on rank 1' in str(outcome.error)
 
 
-def _come_alone():
-    values = {"seqlen": 6}
-    agreement(dist.group.WORLD).check(signature(values))
+def _backward_on_one_rank():
+    x = torch.randn(1, 16, 2, 16, requires_grad=True)
+    out, _ = attention(x, x, x)
     if dist.get_rank() == 1:
-        agreement(dist.group.WORLD).check(signature({"seqlen": 8}), patience=timedelta(seconds=1))
+        out.sum().backward()
+    else:
+        attention(x, x, x)
 
 
-def test_a_rank_that_does_not_come_is_named_with_what_it_did_last():
+def test_a_backward_pass_that_only_one_rank_takes_is_named():
     with Pool(2, timeout=PROMPT) as pool:
-        first, second = pool.outcomes(_come_alone)
-    assert first.error is None
-    assert isinstance(second.error, RankMismatchError)
-    assert "rank 0 has not come" in str(second.error)
-    assert '{"seqlen": 6}' in str(second.error)
+        for outcome in pool.outcomes(_backward_on_one_rank):
+            assert isinstance(outcome.error, RankMismatchError), outcome.details or "no error"
+            assert 'pass: "forward" on rank 0; "backward" on rank 1' in str(outcome.error)
+
+
+class OutOfMemoryError(Exception):
+    """Stands in for torch's."""
+
+
+def _out_of_memory(name, after):
+    """The kernel of rank 1 fails once, at one of its launches; says what was raised, and the error of the next step."""
+    random = torch.Generator().manual_seed(0)
+    kernel, launches = getattr(blockwise, name), 0
+
+    def failing(*arguments, **settings):
+        nonlocal launches
+        launches += 1
+        if launches == after and dist.get_rank() == 1:
+            raise OutOfMemoryError("tried to allocate 20 GiB")
+        return kernel(*arguments, **settings)
+
+    def step():
+        x = torch.randn(1, 60, 2, 16, generator=random)
+        expected, _ = attention(x, x, x, group=ONE_DEVICE, kernel="reference")
+        leaf = shard(x, 1).requires_grad_()
+        out, _ = attention(leaf, leaf, leaf)
+        out.sum().backward()
+        return (out - shard(expected, 1)).abs().max().item()
+
+    step()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blockwise, name, failing)
+        with pytest.raises((OutOfMemoryError, RankMismatchError)) as raised:
+            step()
+    return raised.value, step()
+
+
+@pytest.mark.parametrize("after", [1, 3])
+@pytest.mark.parametrize("name", ["attend", "attend_backward"])
+def test_an_error_inside_a_kernel_of_one_rank_ends_that_call_on_all_and_leaves_them_in_step(name, after):
+    with Pool(3, timeout=2 * PROMPT) as pool:
+        outcomes = pool.run(_out_of_memory, name, after)
+    assert max(error for _, error in outcomes) < 1e-5
+    assert isinstance(outcomes[1][0], OutOfMemoryError)
+    for said, _ in (outcomes[0], outcomes[2]):
+        assert str(said) == "rank 1 raised an error within attention: OutOfMemoryError: tried to allocate 20 GiB"
+
+
+def _do_not_come(first):
+    attend = DistributedFlashAttention(Mask.causal())
+    x = torch.randn(1, 6, 2, 16)
+    if not first:
+        attend(x, x, x)
+    if dist.get_rank() == 1:
+        attend(x, x, x)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_rank_that_does_not_come_is_named(first):
+    with Pool(2, timeout=30.0, grace=20.0, group_timeout=3.0) as pool:
+        absent, waiting = pool.outcomes(_do_not_come, first)
+    assert absent.error is None
+    assert isinstance(waiting.error, RankMismatchError), waiting.details
+    assert ("not every rank has come" if first else "rank 0 has not come to call") in str(waiting.error)
+    assert "rank 0 has not" in str(waiting.error)
+    assert "imed out" in str(waiting.error)
 
 
 def _ring(steps, victim, deed):
@@ -404,18 +546,3 @@ def test_peers_of_a_rank_that_stalls_raise_when_the_groups_timeout_is_over():
     assert "imed out" in str(outcomes[0].error), outcomes[0].details
     assert 2.0 < outcomes[0].seconds < 15.0
     assert "had not answered" in str(outcomes[1].error)
-
-
-def test_a_comparison_is_made_once_for_each_new_signature():
-    with Pool(2, timeout=PROMPT) as pool:
-        pool.run(_compare_once)
-
-
-def _compare_once():
-    comparer = Agreement(dist.group.WORLD)
-    comparer.check(signature({"seqlen": 6}))
-    begin = time.monotonic()
-    for _ in range(200):
-        comparer.check(signature({"seqlen": 6}))
-    assert time.monotonic() - begin < 0.5
-    comparer.check(signature({"seqlen": 7}))

@@ -212,3 +212,24 @@ def test_the_default_store_holds_what_is_put_there() -> None:
     store = torch_private.default_store()
     dist.PrefixStore("ringflash/test", store).set("key", "value")
     assert dist.PrefixStore("ringflash/test", torch_private.default_store()).get("key") == b"value"
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_group_that_was_destroyed_is_known_while_its_object_lives() -> None:
+    group = dist.new_group([0])
+    assert not torch_private.is_destroyed(group)
+    dist.destroy_process_group(group)
+    assert torch_private.is_destroyed(group)
+
+
+def test_without_transforms_a_tensor_outlives_the_transformation_that_made_it() -> None:
+    kept = []
+
+    def function(x: Tensor) -> Tensor:
+        with torch_private.without_transforms():
+            kept.append(torch.tensor([3, 4]))
+        return x.sin().sum()
+
+    torch.func.grad(function)(torch.ones(2))
+    assert kept[0].tolist() == [3, 4]
+    assert kept[0].numpy().tolist() == [3, 4]

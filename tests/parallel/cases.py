@@ -1,15 +1,17 @@
-"""Masks, inputs and the dense float64 oracle that the tests of partitions, plans and rings share."""
+"""Masks, partitions, inputs and the dense float64 oracle that the tests of partitions, plans and rings share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 from ringflash.parallel.positions.mask import Mask
+from ringflash.parallel.positions.partition import Partition, resolve
 
 
 def blocks(queries: int, keys: int, size: int | tuple[int, int], seed: int, share: float = 0.4) -> Mask:
@@ -73,6 +75,25 @@ def any_blocks(draw: st.DrawFn, length: int) -> Mask:
     sizes = st.integers(max(1, length // 12), max(1, length))
     layout = (draw(sizes), draw(sizes)), draw(st.integers(0, 2**20)), draw(st.sampled_from([0.15, 0.5, 0.85]))
     return blocks(max(1, length), max(1, length), *layout)
+
+
+@st.composite
+def problems(draw: st.DrawFn, longest: int, most_ranks: int) -> tuple[Mask, Partition]:
+    """Any mask, and any partition of its queries and keys."""
+    length, ranks = draw(st.integers(1, longest)), draw(st.integers(1, most_ranks))
+    mask = draw(any_mask(length))
+    kind = draw(st.sampled_from([*PARTITIONS, "random"]))
+    return mask, draw(any_partition(length, ranks)) if kind == "random" else resolve(kind, length, ranks, mask)
+
+
+@st.composite
+def any_partition(draw: st.DrawFn, length: int, ranks: int) -> Partition:
+    """Any pieces of `length` positions on any rank; some ranks may hold nothing."""
+    cuts = sorted({0, length, *draw(st.lists(st.integers(0, length), max_size=3 * ranks))})
+    owners = draw(st.lists(st.integers(0, ranks - 1), min_size=len(cuts) - 1, max_size=len(cuts) - 1))
+    pieces = list(pairwise(cuts))
+    shares = (tuple(p for p, owner in zip(pieces, owners, strict=True) if owner == rank) for rank in range(ranks))
+    return Partition(length, tuple(shares))
 
 
 def visible(mask: Mask, queries: int, keys: int | None = None) -> Tensor:

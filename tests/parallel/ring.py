@@ -90,7 +90,7 @@ def joined(problem: Problem, shares: Sequence[dict[str, Tensor]]) -> dict[str, T
 
 
 def solve(pool, ranks: int, problem: Problem) -> dict[str, Tensor]:
-    """Out, lse and gradients of a problem dealt to `ranks` gloo ranks."""
+    """Out, lse and gradients of a problem sharded to `ranks` gloo ranks."""
     return joined(problem, pool(ranks).run(attend_share, problem))
 
 

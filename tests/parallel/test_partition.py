@@ -60,6 +60,14 @@ def test_every_position_is_held_exactly_once_in_ascending_segments(data, kind, l
     assert held == list(range(length))
 
 
+def test_partitions_that_hold_the_same_are_equal_however_they_are_cut():
+    whole = Partition(9, (((0, 2), (5, 9)), ((2, 5),)))
+    cut = Partition(9, (((0, 1), (1, 2), (5, 7), (7, 9)), ((2, 3), (3, 5))))
+    assert cut == whole
+    assert (cut.digest, hash(cut), cut.spec()) == (whole.digest, hash(whole), whole.spec())
+    assert Partition.zigzag(10, 2).repeat(2).segments[0] == ((0, 2), (7, 12), (17, 20))
+
+
 @given(length=st.integers(0, 3000), ranks=st.integers(1, 33))
 def test_contiguous_shares_are_one_run_each_and_differ_by_at_most_one_token(length, ranks):
     partition = Partition.contiguous(length, ranks)

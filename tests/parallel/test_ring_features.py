@@ -14,10 +14,10 @@ import torch.distributed as dist
 from attention_cases import Case as AnyCase
 from attention_cases import Rules, cases, wide_heads
 from cases import PARTITIONS, blocks, visible
-from dealt_cases import Dealt, assert_ranks_are_as_exact_as_torch, deals
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ring import place_in
+from sharded_cases import ShardedCase, any_sharding, assert_ranks_are_as_exact_as_torch
 
 from ringflash import ArgumentError, Mask, RankMismatchError
 from ringflash.functional import attention
@@ -203,7 +203,7 @@ def test_any_features_on_any_ranks_are_as_exact_as_torch(pool, dense, dtype, dat
     case = data.draw(cases(dtype, dense, same=data.draw(st.booleans())))
     case = data.draw(st.just(case) | wide_heads(case))
     ranks = data.draw(st.integers(2, 3))
-    assert_ranks_are_as_exact_as_torch(pool, ranks, data.draw(deals(case, dense)))
+    assert_ranks_are_as_exact_as_torch(pool, ranks, data.draw(any_sharding(case, dense)))
 
 
 EVERY_FEATURE = {"softcap": 2.0, "alibi": "documents", "dropout": 0.5, "padding": True, "sinks": True}
@@ -220,9 +220,11 @@ CROSS = ((40, 52), (0, 3), (5, 0), (1, 70), (33, 33))
 @pytest.mark.parametrize("features", [{}, {"padding": True}, EVERY_FEATURE], ids=["plain", "padding", "every-feature"])
 def test_documents_with_padding_and_of_cross_attention(pool, features, lengths, partition, dtype):
     rules = Rules(left=30, right=4, sink=2, chunk=48)
-    dealt = Dealt(AnyCase(lengths, rules, dims=(16, 24), dtype=dtype, **features), dense=False, partition=partition)
+    sharded = ShardedCase(
+        AnyCase(lengths, rules, dims=(16, 24), dtype=dtype, **features), dense=False, partition=partition
+    )
     for ranks in (2, 3):
-        assert_ranks_are_as_exact_as_torch(pool, ranks, dealt)
+        assert_ranks_are_as_exact_as_torch(pool, ranks, sharded)
 
 
 @pytest.mark.parametrize("partition", ["contiguous", "zigzag", "balanced"])
@@ -289,7 +291,7 @@ def _disagree(name, values):
         ("mask", tuple(blocks(600, 600, 6, seed=seed) for seed in (0, 1))),
     ],
 )
-def test_ranks_with_different_features_are_told(pool, name, values):
+def test_ranks_with_different_features_are_notified(pool, name, values):
     pool(2).run(_disagree, name, values, timeout=15)
 
 

@@ -72,10 +72,10 @@ def words(case: Case, problem: Tensors) -> dict[str, object]:
 
 def batch_on_this_rank(case: Case, problem: Tensors, partition: str, packed: bool) -> tuple[Tensor, ...]:
     """Whole results of a batch from all ranks: out, lse if any, and gradients, in flat form."""
-    batch, dealt = len(case.lengths), {"partition": partition, "mask": case.rules.mask()}
+    batch, sharded = len(case.lengths), {"partition": partition, "mask": case.rules.mask()}
     whole = [x.unflatten(0, (batch, -1)) for x in (problem.query, problem.key, problem.value, problem.dout)]
     lengths = [x.shape[1] for x in whole]
-    *leaves, dout = (shard(x, 1, **dealt).clone() for x in whole)
+    *leaves, dout = (shard(x, 1, **sharded).clone() for x in whole)
     leaves = [x.requires_grad_() for x in leaves]
     torch.manual_seed(case.seed)
     given = words(case, problem) | {"partition": partition}
@@ -87,22 +87,22 @@ def batch_on_this_rank(case: Case, problem: Tensors, partition: str, packed: boo
     if not case.dropout:
         out, lse, nothing = results
         assert nothing is None
-        dlse = shard(problem.dlse.unflatten(1, (batch, -1)), 2, **dealt).transpose(0, 1)
+        dlse = shard(problem.dlse.unflatten(1, (batch, -1)), 2, **sharded).transpose(0, 1)
         outputs, gradients = [out, lse], [dout, dlse]
     found = torch.autograd.grad(outputs, leaves, gradients)
     parts = zip((out.detach(), *found), [lengths[0], *lengths[:3]], strict=True)
-    out, *found = (unshard(x.contiguous(), 1, **dealt, seqlen=n).flatten(0, 1) for x, n in parts)
+    out, *found = (unshard(x.contiguous(), 1, **sharded, seqlen=n).flatten(0, 1) for x, n in parts)
     if case.dropout:
         return out, *found
-    lse = unshard(lse.detach().transpose(0, 1).contiguous(), 2, **dealt, seqlen=lengths[0])
+    lse = unshard(lse.detach().transpose(0, 1).contiguous(), 2, **sharded, seqlen=lengths[0])
     return out, lse.flatten(1), *found
 
 
 def packed_on_this_rank(case: Case, problem: Tensors, partition: str, packed: bool) -> tuple[Tensor, ...]:
     """The same of packed sequences."""
     edges = case.edges()[0]
-    dealt = {"partition": partition, "mask": case.rules.mask() & Mask.documents(edges)}
-    *leaves, dout = (shard(x, 0, **dealt) for x in (problem.query, problem.key, problem.value, problem.dout))
+    sharded = {"partition": partition, "mask": case.rules.mask() & Mask.documents(edges)}
+    *leaves, dout = (shard(x, 0, **sharded) for x in (problem.query, problem.key, problem.value, problem.dout))
     leaves = [x.clone().requires_grad_() for x in leaves]
     longest = max(queries for queries, _ in case.lengths)
     torch.manual_seed(case.seed)
@@ -116,12 +116,12 @@ def packed_on_this_rank(case: Case, problem: Tensors, partition: str, packed: bo
     if not case.dropout:
         out, lse, nothing = results
         assert nothing is None
-        outputs, gradients = [out, lse], [dout, shard(problem.dlse, 1, **dealt)]
+        outputs, gradients = [out, lse], [dout, shard(problem.dlse, 1, **sharded)]
     found = torch.autograd.grad(outputs, leaves, gradients)
-    out, *found = (unshard(x.contiguous(), 0, **dealt, seqlen=edges[-1]) for x in (out.detach(), *found))
+    out, *found = (unshard(x.contiguous(), 0, **sharded, seqlen=edges[-1]) for x in (out.detach(), *found))
     if case.dropout:
         return out, *found
-    return out, unshard(lse.detach().contiguous(), 1, **dealt, seqlen=edges[-1]), *found
+    return out, unshard(lse.detach().contiguous(), 1, **sharded, seqlen=edges[-1]), *found
 
 
 def check(pool: Callable, case: Case, data: st.DataObject, function: Callable) -> None:

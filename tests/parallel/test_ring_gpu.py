@@ -5,6 +5,9 @@ python -m pytest -m gpu tests/parallel
 
 from __future__ import annotations
 
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,7 +15,18 @@ from cases import PARTITIONS, RESULTS, Shape, assert_as_exact_as_torch, exact, m
 from pool import Pool
 from ring import Problem, attend_share, joined, one_device
 
-from ringflash import DistributedFlashAttention, Mask, shard, unshard
+from ringflash import (
+    ArgumentError,
+    DistributedFlashAttention,
+    Mask,
+    RankMismatchError,
+    Sharding,
+    shard,
+    unshard,
+)
+from ringflash.functional import attention
+from ringflash.kernels.select import select
+from ringflash.parallel.mesh import ONE_DEVICE
 
 pytestmark = pytest.mark.gpu
 
@@ -105,12 +119,12 @@ def test_it_compiles_without_graph_breaks(gpus):
 
 
 def _round_trip(partition):
-    dealt = {"partition": partition, "mask": Mask.causal()}
+    sharded = {"partition": partition, "mask": Mask.causal()}
     x = torch.arange(3 * 17.0, device="cuda").view(3, 17).requires_grad_()
-    whole = unshard(shard(x, 1, **dealt), 1, **dealt)
+    whole = unshard(shard(x, 1, **sharded), 1, **sharded)
     assert torch.equal(whole, x)
     whole.sum().backward()
-    held = shard(torch.arange(17, device="cuda"), 0, **dealt)
+    held = shard(torch.arange(17, device="cuda"), 0, **sharded)
     assert (x.grad[:, held] == dist.get_world_size()).all()
     assert x.grad.sum() == 3 * len(held) * dist.get_world_size()
 
@@ -118,3 +132,113 @@ def _round_trip(partition):
 @pytest.mark.parametrize("partition", PARTITIONS)
 def test_shard_and_unshard(gpus, partition):
     gpus.run(_round_trip, partition)
+
+
+# What the host finds out about ranks without waiting for them
+
+
+def _errors_of_steps(before, calls=6):
+    """A loop over new numbers, with something that rank 0 alone does before one of its steps; the largest error."""
+    attend, errors = DistributedFlashAttention(), []
+    random = torch.Generator().manual_seed(0)
+    for step in range(calls):
+        if step == before and dist.get_rank() == 0:
+            with pytest.raises(ArgumentError):
+                DistributedFlashAttention(kernel="triton")(*[torch.randn(1, 8, 2, 16, device="cuda").double()] * 3)
+        x = torch.randn(1, 512, 2, 64, generator=random).to("cuda", torch.bfloat16)
+        expected, _ = attention(x, x, x, group=ONE_DEVICE)
+        leaf = shard(x, 1).requires_grad_()
+        out = attend(leaf, leaf, leaf)
+        out.sum().backward()
+        errors.append((out - shard(expected, 1)).abs().max().item())
+    return max(errors)
+
+
+@pytest.mark.parametrize("before", [0, 3])
+def test_a_call_that_one_gpu_tries_alone_disturbs_nobody(gpus, before):
+    assert max(gpus.run(_errors_of_steps, before)) < 0.05
+
+
+def _known_calls_then_apart():
+    x = torch.randn(1, 256, 2, 64, device="cuda", dtype=torch.bfloat16)
+    for scale in (0.25, 0.5, 0.25, 0.5):
+        attention(x, x, x, scale=scale)
+
+    def go_apart():
+        attention(x, x, x, scale=0.5 if dist.get_rank() == 1 else 0.25)
+        attention(x, x, x, scale=0.25)  # at the latest
+
+    with pytest.raises(RankMismatchError) as raised:
+        go_apart()
+    torch.cuda.synchronize()
+    return str(raised.value)
+
+
+def test_a_gpu_that_goes_alone_between_known_calls_is_named_in_the_next_call(gpus):
+    for said in gpus.run(_known_calls_then_apart):
+        assert "ranks disagree on scale: 0.25 on rank 0" in said
+        assert "0.5 on rank 1" in said
+
+
+class OutOfMemoryError(Exception):
+    """Stands in for torch's."""
+
+
+def _out_of_memory(name):
+    x = torch.randn(1, 256, 2, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    kernels = select(x.device, x.dtype, 64)
+
+    def step():
+        attention(x, x, x)[0].sum().backward()
+
+    def failing(*arguments, **settings):
+        raise OutOfMemoryError("tried to allocate 20 GiB")
+
+    def steps():
+        with pytest.MonkeyPatch.context() as patch:
+            if dist.get_rank() == 1:
+                patch.setattr(kernels, name, failing)
+            step()
+        step()
+
+    step()
+    with pytest.raises((OutOfMemoryError, RankMismatchError)) as raised:
+        steps()
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["attend", "attend_backward"])
+def test_an_error_inside_a_kernel_of_one_gpu_is_heard_by_the_others_before_the_call_after_the_next(name):
+    with Pool(torch.cuda.device_count(), timeout=120.0, backend="cpu:gloo,cuda:nccl") as pool:
+        if pool.size < 2:
+            pytest.skip("needs two GPUs or more")
+        outcomes = pool.run(_out_of_memory, name)
+    assert outcomes[1] == "tried to allocate 20 GiB"
+    assert "rank 1 raised an error" in outcomes[0]
+    assert "OutOfMemoryError: tried to allocate 20 GiB" in outcomes[0]
+
+
+def _sharding_made_ahead():
+    """Made by a thread, pickled between, over the ranks; nothing waits for the host in a repeated call."""
+    sharding = pickle.loads(
+        pickle.dumps(
+            Sharding(Mask.causal(), cu_seqlens=[0, 300, 1531], rank=dist.get_rank(), ranks=dist.get_world_size())
+        )
+    )
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(sharding.prepare, torch.device("cuda", torch.cuda.current_device())).result()
+    x = torch.randn(1, 1531, 4, 64, generator=torch.Generator().manual_seed(0)).to("cuda", torch.bfloat16)
+    mine = sharding.shard(x, 1)
+    attention(mine, mine, mine, sharding=sharding)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out, _ = attention(mine, mine, mine, sharding=sharding)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected, _ = attention(x, x, x, mask=Mask.causal(), cu_seqlens=[0, 300, 1531], group=ONE_DEVICE)
+    return (sharding.unshard(out, 1) - expected).abs().max().item()
+
+
+def test_a_sharding_is_made_ahead_and_repeated_calls_never_wait_for_the_device(gpus):
+    assert max(gpus.run(_sharding_made_ahead)) < 0.05

@@ -1,4 +1,4 @@
-"""Which ranks a sequence is dealt to: one device, sub-groups, mesh dimensions, and data-parallel groups around them."""
+"""Which ranks share a sequence: one device, sub-groups, mesh dimensions, and data-parallel groups around them."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from attention_cases import Case, Rules, solve
 from cases import Shape, inputs
-from dealt_cases import Dealt
 from ring import Layer, Problem
+from sharded_cases import ShardedCase
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -90,14 +90,14 @@ FEATURES = {
 def _features(name, dense, boundaries):
     """Features of a batch of cross attention, or of packed documents, with none among them."""
     lengths = ((7, 9),) * 2 if dense else ((9, 9), (0, 0), (4, 4))
-    return Dealt(Case(lengths, Rules(left=6, right=0), **FEATURES[name]), dense, boundaries=boundaries)
+    return ShardedCase(Case(lengths, Rules(left=6, right=0), **FEATURES[name]), dense, boundaries=boundaries)
 
 
-def _compiled_features(dealt):
-    share = dealt.share(dist.get_rank(), dist.get_world_size())
-    expected = solve(dealt.attend(share), share)
+def _compiled_features(sharded):
+    share = sharded.share(dist.get_rank(), dist.get_world_size())
+    expected = solve(sharded.attend(share), share)
     torch._dynamo.reset()
-    compiled = torch.compile(dealt.attend(share), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(sharded.attend(share), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(solve(compiled, share), expected, atol=1e-6, rtol=1e-6)
 
 
@@ -130,7 +130,7 @@ def _operator_check(partition):
     attend = DistributedFlashAttention(problem.mask, partition=partition)
     for cu_seqlens in (None, [0, 9, 24]):
         with Recorder() as recorder:
-            attend(*(x[:, rows] for x in problem.inputs()[:3]), cu_seqlens=cu_seqlens, seqlen=24)
+            attend(*(x[:, rows].requires_grad_() for x in problem.inputs()[:3]), cu_seqlens=cu_seqlens, seqlen=24)
         (call,) = recorder.calls
         tensors = [x.detach().clone().requires_grad_() for x in call[:3]]
         torch.library.opcheck(torch.ops.ringflash.attention.default, (*tensors, *call[3:]))
@@ -145,10 +145,11 @@ def test_the_operator_passes_opcheck_on_two_ranks(pool, partition):
     pool(2).run(_operator_check, partition, timeout=120)
 
 
-def _operator_check_of_features(dealt):
-    share = dealt.share(dist.get_rank(), dist.get_world_size())
+def _operator_check_of_features(sharded):
+    share = sharded.share(dist.get_rank(), dist.get_world_size())
     with Recorder() as recorder:
-        dealt.attend(share)(share.query, share.key, share.value, share.sinks)
+        leaves = [x.requires_grad_() for x in (share.query, share.key, share.value)]
+        sharded.attend(share)(*leaves, None if share.sinks is None else share.sinks.requires_grad_())
     (call,) = recorder.calls
     tensors = [x.detach().clone().requires_grad_() for x in call[:3]]
     torch.library.opcheck(torch.ops.ringflash.attention.default, (*tensors, *call[3:]))
@@ -236,9 +237,9 @@ BAD_CALLS = {
     ),
     "query has 3 heads, key 2": lambda q, k, v: dict(query=q[:, :, :3], key=k, value=v),
     "do not go together": lambda q, k, v: dict(query=q, key=k[:, :5], value=v),
-    "cu_seqlens.*9": lambda q, k, v: dict(query=q, key=k, value=v, cu_seqlens=[0, 9]),
+    "cu_seqlens.*14": lambda q, k, v: dict(query=q, key=k, value=v, cu_seqlens=[0, 14]),
     "cu_seqlens.*5, 3": lambda q, k, v: dict(query=q, key=k, value=v, cu_seqlens=[0, 5, 3, 12]),
-    "cu_seqlens.*8": lambda q, k, v: dict(query=q, key=k, value=v, cu_seqlens=torch.tensor([0, 8])),
+    "cu_seqlens.*13": lambda q, k, v: dict(query=q, key=k, value=v, cu_seqlens=torch.tensor([0, 13])),
     "cu_seqlens.*7, 2": lambda q, k, v: dict(query=q, key=k, value=v, cu_seqlens=torch.tensor([0, 7, 2, 12])),
     "seqlen.*13|13.*seqlen|12 tokens.*13": lambda q, k, v: dict(query=q, key=k, value=v, seqlen=13),
 }

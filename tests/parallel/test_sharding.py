@@ -1,4 +1,4 @@
-"""Dealing tensors and batches to ranks: round trips, gradients, and what language-model training needs."""
+"""Sharding tensors and batches over ranks: round trips, gradients, and what language-model training needs."""
 
 from __future__ import annotations
 
@@ -74,14 +74,14 @@ def test_a_partition_of_ones_own_and_documents_are_honoured(pool):
 
 def test_a_balanced_deal_for_no_mask_is_refused():
     x = torch.zeros(1, 8)
-    for deal in (lambda: shard(x, 1, partition="balanced"), lambda: positions(8, partition="balanced")):
+    for make in (lambda: shard(x, 1, partition="balanced"), lambda: positions(8, partition="balanced")):
         with pytest.raises(ArgumentError, match=r"mask=None with partition='balanced'"):
-            deal()
+            make()
     with pytest.raises(ArgumentError, match=r"mask=None with partition='balanced'"):
         shard_batch({"input_ids": x}, partition="balanced")
 
 
-def test_without_a_process_group_nothing_is_dealt():
+def test_without_a_process_group_nothing_is_sharded():
     x = _values((3, 7))
     assert torch.equal(shard(x, 1), x)
     assert torch.equal(unshard(x, 1), x)
@@ -134,7 +134,7 @@ def _wrong_share():
         unshard(torch.zeros(2, 6), 1, seqlen=10)
 
 
-def test_shares_that_no_partition_deals_are_refused_on_every_rank(pool):
+def test_shares_that_no_partition_gives_are_refused_on_every_rank(pool):
     pool(2).run(_wrong_share)
 
 
@@ -167,21 +167,21 @@ def _batch(size, seqlen):
     return torch.randint(0, 1000, (size, seqlen), generator=torch.Generator().manual_seed(1))
 
 
-def _deal(size, seqlen, cu_seqlens, partition):
+def _shard_batch(size, seqlen, cu_seqlens, partition):
     batch = {"input_ids": _batch(size, seqlen)}
     if cu_seqlens is not None:
         batch["cu_seqlens"] = cu_seqlens
-    dealt = shard_batch(batch, partition=partition, mask=Mask.causal())
-    boundaries = dealt["cu_seqlens"].tolist()
+    sharded = shard_batch(batch, partition=partition, mask=Mask.causal())
+    boundaries = sharded["cu_seqlens"].tolist()
     mask = Mask.causal() & Mask.documents(boundaries) if size == 1 else None
     held = _held(partition, seqlen, mask)
     labels, places = labels_by_definition(batch["input_ids"], cu_seqlens or [])
-    assert torch.equal(dealt["input_ids"], batch["input_ids"][:, held])
-    assert torch.equal(dealt["labels"], labels[:, held])
-    assert torch.equal(dealt["position_ids"], places[:, held])
-    assert dealt["seqlen"] == seqlen
+    assert torch.equal(sharded["input_ids"], batch["input_ids"][:, held])
+    assert torch.equal(sharded["labels"], labels[:, held])
+    assert torch.equal(sharded["position_ids"], places[:, held])
+    assert sharded["seqlen"] == seqlen
     assert {*boundaries} == {*(cu_seqlens or []), *range(0, size * seqlen + 1, seqlen)}
-    assert dealt["cu_seqlens"].dtype == torch.int64
+    assert sharded["cu_seqlens"].dtype == torch.int64
 
 
 @pytest.mark.parametrize("partition", PARTITIONS)
@@ -197,25 +197,25 @@ def _deal(size, seqlen, cu_seqlens, partition):
     ids=str,
 )
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_batches_are_dealt_with_shifted_labels_and_restarting_positions(
+def test_batches_are_sharded_with_shifted_labels_and_restarting_positions(
     pool, ranks, size, seqlen, cu_seqlens, partition
 ):
-    pool(ranks).run(_deal, size, seqlen, cu_seqlens, partition)
+    pool(ranks).run(_shard_batch, size, seqlen, cu_seqlens, partition)
 
 
 @pytest.mark.parametrize("partition", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("cu_seqlens", [[0, 4, 23, 36], [0, 12, 13, 36], [0, 36]], ids=str)
 def test_documents_over_a_batch_end_at_each_sequence(pool, cu_seqlens, partition):
-    pool(2).run(_deal, 3, 12, cu_seqlens, partition)
+    pool(2).run(_shard_batch, 3, 12, cu_seqlens, partition)
 
 
 def test_given_labels_are_shifted_too_and_ignored_ones_stay_ignored():
     input_ids = _batch(1, 8)
     labels = input_ids.clone()
     labels[0, :3] = -100
-    dealt = shard_batch({"input_ids": input_ids, "labels": labels, "cu_seqlens": torch.tensor([0, 5, 8])})
+    sharded = shard_batch({"input_ids": input_ids, "labels": labels, "cu_seqlens": torch.tensor([0, 5, 8])})
     a = labels[0].tolist()
-    assert dealt["labels"].tolist() == [[-100, -100, a[3], a[4], -100, a[6], a[7], -100]]
+    assert sharded["labels"].tolist() == [[-100, -100, a[3], a[4], -100, a[6], a[7], -100]]
     assert torch.equal(labels[0, 3:], input_ids[0, 3:])
 
 
@@ -226,10 +226,10 @@ def test_every_next_token_is_a_label_on_exactly_one_rank(pool):
 
 
 def _count_labels():
-    dealt = shard_batch(
+    sharded = shard_batch(
         {"input_ids": _batch(1, 61), "cu_seqlens": [0, 7, 8, 40, 61]}, partition="balanced", mask=Mask.causal()
     )
-    return int((dealt["labels"] != -100).sum())
+    return int((sharded["labels"] != -100).sum())
 
 
 @pytest.mark.parametrize(
@@ -250,18 +250,20 @@ def test_bad_batches_are_refused_by_name_and_value(batch, message):
 
 def _attend_to_batch(partition, rules, size, seqlen, cu_seqlens):
     tensors = inputs(Shape(batch=size, length=seqlen))
-    dealt = shard_batch({"input_ids": _batch(size, seqlen), "cu_seqlens": cu_seqlens}, partition=partition, mask=rules)
-    mask = rules & Mask.documents(dealt["cu_seqlens"].tolist())
+    sharded = shard_batch(
+        {"input_ids": _batch(size, seqlen), "cu_seqlens": cu_seqlens}, partition=partition, mask=rules
+    )
+    mask = rules & Mask.documents(sharded["cu_seqlens"].tolist())
     mine = [shard(x, 1, partition=partition, mask=mask if size == 1 else rules) for x in tensors[:3]]
     out = DistributedFlashAttention(rules, partition=partition)(
-        *mine, cu_seqlens=dealt["cu_seqlens"], seqlen=dealt["seqlen"]
+        *mine, cu_seqlens=sharded["cu_seqlens"], seqlen=sharded["seqlen"]
     )
-    assert dealt["input_ids"].shape[1] == out.shape[1]
+    assert sharded["input_ids"].shape[1] == out.shape[1]
     return unshard(out, 1, partition=partition, mask=mask if size == 1 else rules)
 
 
 @pytest.mark.parametrize(("size", "partition"), [*((1, kind) for kind in PARTITIONS), (2, "contiguous"), (2, "zigzag")])
-def test_a_dealt_batch_an_attention_and_unshard_give_what_one_device_gives(pool, size, partition):
+def test_a_sharded_batch_an_attention_and_unshard_give_what_one_device_gives(pool, size, partition):
     rules, seqlen = Mask.causal() & Mask.sliding_window(9, sink=2), 29
     cu_seqlens = [0, 3, 20, size * seqlen]
     tensors = inputs(Shape(batch=size, length=seqlen))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ringflash import ArgumentError, shard_batch
 from ringflash.configs.schema import AttentionConfig, ModelConfig, RopeScalingConfig
 from ringflash.kernels.cpu import blockwise
-from ringflash.parallel.transport.send_recv import PointToPoint
+from ringflash.parallel.transport.send_recv import SendRecv
 from ringflash.training.config.composing import load
 from ringflash.training.model import loss
 from ringflash.training.model.transformer import Transformer, attention_mask
@@ -102,9 +102,9 @@ class _Counted:
     """Calls of the attention kernel and of the transport, while it is entered."""
 
     def __enter__(self):
-        self.calls = {"attend": 0, "exchange": 0}
+        self.calls = {"attend": 0, "transfer": 0}
         self._patch = pytest.MonkeyPatch()
-        for owner, name in ((blockwise, "attend"), (PointToPoint, "exchange")):
+        for owner, name in ((blockwise, "attend"), (SendRecv, "transfer")):
             self._patch.setattr(owner, name, self._counting(name, getattr(owner, name)))
         return self.calls
 
@@ -134,7 +134,7 @@ def test_checkpointed_blocks_run_their_products_twice_but_attention_and_its_tran
     for plain, saving in zip(pool(2).run(_count_calls, False), pool(2).run(_count_calls, True), strict=True):
         assert plain[0] == saving[0]
         assert plain[0]["attend"] >= 2
-        assert plain[0]["exchange"] >= 2
+        assert plain[0]["transfer"] >= 2
         assert (plain[1], saving[1]) == (2, 4)
         assert all(torch.equal(a, b) for a, b in zip(plain[2], saving[2], strict=True))
 

@@ -88,6 +88,7 @@ class _Writer:
 
     def add(self, name: str, tensor: Tensor) -> None:
         data = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
+        # pyrefly: ignore[bad-argument-type]  # stub: arrays are buffers, said from Python 3.12
         self._files[place(name)[0]].write(memoryview(data).cast("B"))
 
     def commit(self, state: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ringflash.configs.schema import Config, entries
 from ringflash.errors import ArgumentError
@@ -33,7 +34,7 @@ def check(config: Config, world_size: int) -> None:
     _check_resume(config.checkpoint.resume)
 
 
-def _check_bounds(key: str, value: object, bounds: Mapping[str, object]) -> None:
+def _check_bounds(key: str, value: Any, bounds: Mapping[str, Any]) -> None:
     """Compare one value with its field's metadata; ringflash.configs.schema says what the names mean."""
     choices, least = bounds.get("choices"), bounds.get("at_least")
     if choices is not None and value not in choices:

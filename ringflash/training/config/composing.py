@@ -11,9 +11,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
@@ -67,7 +68,8 @@ def compose(overrides: Sequence[str] = (), config_dir: str | None = None) -> Dic
 def typed(config: DictConfig) -> Config:
     """The dataclass of a composed configuration; keys that the schema lacks are refused, however they came in."""
     _refuse_unknown(config)
-    return OmegaConf.to_object(config)
+    made: Any = OmegaConf.to_object(config)
+    return made
 
 
 def sweep(overrides: Sequence[str]) -> list[list[str]]:
@@ -79,6 +81,7 @@ def sweep(overrides: Sequence[str]) -> list[list[str]]:
     with _hydra() as loader:
         for override in _parsed(overrides, loader):
             key = override.get_key_element()
+            assert override.input_line is not None  # as it was parsed
             if not override.is_sweep_override():
                 values[key] = [override.input_line]
             elif override.is_discrete_sweep():
@@ -99,7 +102,7 @@ def groups(config_dir: str | None = None) -> dict[str, list[str]]:
 
 
 @contextmanager
-def _hydra() -> Iterator[ConfigLoader]:
+def _hydra() -> Generator[ConfigLoader]:
     register()
     with initialize_config_module("ringflash.configs", job_name="train", version_base="1.3"):
         yield GlobalHydra.instance().config_loader()
@@ -132,7 +135,7 @@ def _refusal(key: str) -> ArgumentError:
     )
 
 
-def _plain(node: DictConfig) -> dict:
+def _plain(node: DictConfig) -> Any:
     return OmegaConf.to_container(node, resolve=False)
 
 
@@ -150,7 +153,8 @@ def _differences(node: object, untouched: object, key: str) -> Iterator[str]:
 
 def _refuse_unknown(node: DictConfig, prefix: str = "") -> None:
     # Hydra's "+key=value" opens typed nodes too, and OmegaConf would hand the extra key on as an attribute.
-    known = {entry.name for entry in dataclasses.fields(OmegaConf.get_type(node))}
+    kind: Any = OmegaConf.get_type(node)
+    known = {entry.name for entry in dataclasses.fields(kind)}
     for name in node:
         if name not in known:
             raise ArgumentError(f"{prefix}{name} is no configuration key; allowed here are {', '.join(sorted(known))}")

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ringflash.batches import IGNORED_LABEL
 from ringflash.errors import ArgumentError, CheckpointError, DataError
+from ringflash.parallel.sharding import IGNORED_LABEL
 from ringflash.training.corpus.documents import Documents
 
 
@@ -128,6 +128,7 @@ class ValidationBatches:
 
     def _batch(self, samples: list[int]) -> CountedBatch:
         tokens, counts = self.documents.tokens, self.documents.token_bytes
+        assert counts is not None  # the constructor has looked
         input_ids = np.full((self.batch, self.seqlen), self.documents.tokens[0], np.int64)
         labels = np.full((self.batch, self.seqlen), IGNORED_LABEL, np.int64)
         num_bytes = np.zeros((self.batch, self.seqlen), np.int64)

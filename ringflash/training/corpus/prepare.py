@@ -23,7 +23,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +64,7 @@ def prepare(config: DataConfig) -> Corpus:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Generator[None]:
     # The system releases the lock when its holder dies, so a killed build blocks nobody.
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -94,7 +94,7 @@ def _find_or_build(config: DataConfig, files: list[Path], settings: dict, cache:
 
 
 def _settings(config: DataConfig) -> dict:
-    settings = {"format": FORMAT, "tokenizers": tokenizers.__version__, **dataclasses.asdict(config)}
+    settings: dict = {"format": FORMAT, "tokenizers": tokenizers.__version__, **dataclasses.asdict(config)}
     del settings["cache_dir"], settings["path"]
     if config.tokenizer not in ("bpe", "bytes"):
         folder = tokenizing.huggingface_folder(config.tokenizer)

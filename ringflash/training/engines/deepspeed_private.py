@@ -7,6 +7,7 @@ on, so that an upgrade shows which one went.
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,17 +32,17 @@ def master_weights(zero: object) -> list[Tensor]:
     raise AttributeError(f"{type(zero).__name__} of this DeepSpeed version keeps its fp32 weights elsewhere")
 
 
-def optimizer_state(zero: object) -> dict[Tensor, dict[str, Tensor]]:
+def optimizer_state(zero: Any) -> dict[Tensor, dict[str, Tensor]]:
     """State of the torch optimizer that DeepSpeed wraps, by master weight."""
     return zero.optimizer.state
 
 
-def link_optimizer_state(zero: object) -> None:
+def link_optimizer_state(zero: Any) -> None:
     """Stages 1 and 2: let `safe_get_full_optimizer_state` find state that DeepSpeed's first step has not made."""
     zero._lazy_init_hp_params_optimizer_state()
 
 
-def part_size(weight: nn.Parameter) -> int:
+def part_size(weight: Any) -> int:
     """Stage 3: elements of the equal parts in which the ranks hold a weight, the last ones padded."""
     return weight.ds_tensor.numel()
 

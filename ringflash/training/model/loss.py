@@ -9,10 +9,12 @@ Legend: T tokens, C hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ringflash.batches import IGNORED_LABEL
+from ringflash.parallel.sharding import IGNORED_LABEL
 
 CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**27}
 """Logits that may exist at once: as many as stay in a core's cache, or as keep a GPU busy (512 MiB in fp32)."""
@@ -44,7 +46,7 @@ def valid_tokens(labels: Tensor) -> Tensor:
 
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         need_x, need_weight = ctx.needs_input_grad[:2]
         ctx.weight_dtype = weight.dtype
         weight = weight.to(x.dtype)
@@ -55,15 +57,15 @@ class _CrossEntropySum(torch.autograd.Function):
             losses, softmax = _chunk(x[rows], weight, labels[rows])
             total += losses.sum()
             dlogits = _logit_gradient(softmax, labels[rows]).to(x.dtype)
-            if need_x:
+            if dx is not None:
                 dx[rows] = dlogits @ weight
-            if need_weight:
+            if dweight is not None:
                 dweight += dlogits.T @ x[rows]
         ctx.save_for_backward(dx, dweight)
         return total
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, dtotal: Tensor) -> tuple:
+    def backward(ctx: Any, dtotal: Tensor) -> tuple:  # pyrefly: ignore[bad-override]  # torch's `*grads`: one here
         dx, dweight = ctx.saved_tensors
         dx = None if dx is None else (dx * dtotal).to(dx.dtype)
         dweight = None if dweight is None else (dweight * dtotal).to(ctx.weight_dtype)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from ringflash import DistributedFlashAttention, Mask
+from ringflash import DistributedFlashAttention, Mask, Sharding
 from ringflash.configs.schema import AttentionConfig, ModelConfig, RopeScalingConfig
 from ringflash.training.model.loss import cross_entropy, cross_entropy_sum
 from ringflash.training.model.shape import check_shape, head_dim
@@ -67,13 +67,13 @@ class Attention(nn.Module):
         self.o_proj = Linear(query, config.hidden_size)
         self.attend = attend
 
-    def forward(self, x_BTC: Tensor, rotation: tuple[Tensor, Tensor], layout: dict) -> Tensor:
+    def forward(self, x_BTC: Tensor, rotation: tuple[Tensor, Tensor], attention_arguments: dict) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         q_BTHD, k_BTKD, v_BTKD = (
             rearrange(project(x_BTC), "B T (H D) -> B T H D", D=self.head_dim)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out_BTHD = self.attend(rotate(q_BTHD, *rotation), rotate(k_BTKD, *rotation), v_BTKD, **layout)
+        out_BTHD = self.attend(rotate(q_BTHD, *rotation), rotate(k_BTKD, *rotation), v_BTKD, **attention_arguments)
         return self.o_proj(rearrange(out_BTHD, "B T H D -> B T (H D)"))
 
 
@@ -101,9 +101,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = FeedForward(config)
 
-    def forward(self, x_BTC: Tensor, rotation: tuple[Tensor, Tensor], layout: dict) -> Tensor:
+    def forward(self, x_BTC: Tensor, rotation: tuple[Tensor, Tensor], attention_arguments: dict) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        x_BTC = x_BTC + self.self_attn(self.input_layernorm(x_BTC), rotation, layout)
+        x_BTC = x_BTC + self.self_attn(self.input_layernorm(x_BTC), rotation, attention_arguments)
         return x_BTC + self.mlp(self.post_attention_layernorm(x_BTC))
 
 
@@ -172,6 +172,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         tied = config.tie_word_embeddings
         self.lm_head = Head(
+            # pyrefly: ignore[bad-argument-type]  # stub: a Parameter
             self.embed_tokens.weight if tied else nn.Parameter(torch.empty(vocab_size, config.hidden_size))
         )
         for name, weight in self.named_parameters():
@@ -185,6 +186,7 @@ class Transformer(nn.Module):
         labels: Tensor | None = None,
         cu_seqlens: Sequence[int] | None = None,
         seqlen: int | None = None,
+        sharding: Sharding | None = None,
         per_token: bool = False,
     ) -> Tensor:
         """Sum of this rank's cross entropies, or its logits if there are no labels.
@@ -193,18 +195,23 @@ class Transformer(nn.Module):
             input_ids: (B, T) int64, this rank's tokens.
             position_ids: (B, T), their positions in their documents.
             labels: (B, T) int64, the next tokens; -100 where there is none.
-            cu_seqlens: document boundaries over the B * seqlen tokens of all ranks.
-            seqlen: length of a sequence over all ranks.
+            cu_seqlens: document boundaries over the B * seqlen tokens of all ranks; with a sharding they are its own.
+            seqlen: length of a sequence over all ranks; likewise.
+            sharding: how the batch lies on its ranks.
             per_token: with labels, return each token's cross entropy (B, T) fp32 instead of their sum; no gradient.
         """
         x_BTC = self.embed_tokens(input_ids).to(self.dtype)
         rotation = rotary(position_ids, head_dim(self.config), self.config.rope_theta, self.config.rope_scaling)
-        layout = {"cu_seqlens": cu_seqlens, "seqlen": seqlen}
+        attention_arguments = (
+            {"cu_seqlens": cu_seqlens, "seqlen": seqlen} if sharding is None else {"sharding": sharding}
+        )
         for layer in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x_BTC = checkpoint(layer, x_BTC, rotation, layout, use_reentrant=False, context_fn=_keep_attention)
+                x_BTC = checkpoint(
+                    layer, x_BTC, rotation, attention_arguments, use_reentrant=False, context_fn=_keep_attention
+                )
             else:
-                x_BTC = layer(x_BTC, rotation, layout)
+                x_BTC = layer(x_BTC, rotation, attention_arguments)
         return self.lm_head(self.norm(x_BTC), labels, per_token)
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ from __future__ import annotations
 import signal
 import threading
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self._received = False
-        self._before: dict[signal.Signals, object] = {}
+        self._before: dict[signal.Signals, Any] = {}
 
     def received(self) -> bool:
         """Whether this process was signalled to stop."""

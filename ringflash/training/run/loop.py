@@ -136,8 +136,8 @@ def _report(trainer: Trainer, validation: Validation, progress: ProgressDisplay)
     (trainer.folder / "results.json").write_text(json.dumps(results, indent=1))
     if trainer.config.logging.plot:
         scalars = read_scalars(trainer.folder / "metrics.jsonl")
-        curves = (scalars.get(f"{part}/bits_per_byte", []) for part in ("train", "validation"))
-        plot_run(trainer.folder / "training.png", *curves, others, validation.positions, trainer.config.name)
+        train, valid = (scalars.get(f"{part}/bits_per_byte", []) for part in ("train", "validation"))
+        plot_run(trainer.folder / "training.png", train, valid, others, validation.positions, trainer.config.name)
         progress.note(f"picture: {trainer.folder / 'training.png'}")
 
 

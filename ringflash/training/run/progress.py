@@ -45,7 +45,7 @@ class ProgressDisplay:
         self._step, self._time, self._line_time = start_step, clock(), -math.inf
         self._step_seconds: float | None = None
         self._bar = self._task = None
-        if self._shown and self._console.is_terminal:
+        if self._shown and self._console is not None and self._console.is_terminal:
             columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.description}"))
             self._bar = Progress(*columns, console=self._console, expand=True)
             self._task = self._bar.add_task("starting", total=total_steps, completed=start_step)
@@ -67,9 +67,9 @@ class ProgressDisplay:
             f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  {_duration(seconds, fine=True)}/step  "
             f"{_duration(seconds * (self.total_steps - step))} left"
         )
-        if self._bar is not None:
+        if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=step, description=text)
-        elif now - self._line_time >= self.every_seconds or step >= self.total_steps:
+        elif self._console is not None and (now - self._line_time >= self.every_seconds or step >= self.total_steps):
             self._line_time = now
             self._console.print(f"step {step}/{self.total_steps}  {text}", markup=False)
 

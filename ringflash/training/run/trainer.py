@@ -32,6 +32,7 @@ from ringflash.training.engines.optimizer import learning_rate
 from ringflash.training.model.transformer import Transformer, attention_mask
 from ringflash.training.ranks import from_all, from_rank_0
 from ringflash.training.run.interruption import Answer
+from ringflash.training.run.loader import ShardedBatches
 from ringflash.training.run.position_loss import PositionBin, PositionLoss
 
 
@@ -61,7 +62,7 @@ class Trainer:
         self.group = mesh["sequence"].get_group()
         self.corpus = _prepare_alike(config)
         self.accumulation = accumulation(config, world)
-        self.batches = PackedBatches(
+        batches = PackedBatches(
             self.corpus.train,
             config.train.seqlen,
             config.train.micro_batch,
@@ -88,8 +89,9 @@ class Trainer:
             self.resumed.check_shapes(parameter_shapes(model))
             state = self.resumed.state
             self.step = state["step"]
-            self.batches.load_state_dict(state["data"])
+            batches.load_state_dict(state["data"])
             torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["random"])), dtype=torch.uint8))
+        self.batches = ShardedBatches(batches, self._shard)
         read = None if self.resumed is None else self.resumed.read
         self.engine = create_engine(model, device, config.engine, config.optimizer, self.accumulation, read, self.step)
         self.saved: tuple[int, Path | None] = (-1, None) if self.resumed is None else (self.step, self.resumed.path)
@@ -191,15 +193,18 @@ class Trainer:
     def _next_batches(self) -> list[dict]:
         if self._first_batches is not None:
             return self._first_batches
-        batches = [self._shard(next(self.batches)) for _ in range(self.accumulation)]
+        batches = [self.batches.take() for _ in range(self.accumulation)]
         if self.config.train.overfit:
             self._first_batches = batches
         return batches
 
     def _shard(self, batch: dict) -> dict:
-        on_device = {name: x.to(self.device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
+        """This rank's part of a batch, on its device; runs in the loader's thread."""
         attention = self.config.attention
-        return shard_batch(on_device, self.group, attention.partition, attention_mask(attention))
+        shard = shard_batch(batch, self.group, attention.partition, attention_mask(attention))
+        shard["sharding"].prepare(self.device)
+        names = ("input_ids", "labels", "position_ids")
+        return {name: shard[name].to(self.device) for name in names} | {"sharding": shard["sharding"]}
 
     def _find_checkpoint(self) -> Checkpoint | None:
         resume = self.config.checkpoint.resume
@@ -221,7 +226,7 @@ def _prepare_alike(config: Config) -> Corpus:
         corpus, said = prepare(config.data), None
     except RingflashError as error:
         corpus, said = error, f"{type(error).__name__}: {error}"
-    read = from_all(said or corpus.train.identity)
+    read = from_all(said if isinstance(corpus, RingflashError) else corpus.train.identity)
     if isinstance(corpus, RingflashError):
         raise corpus
     for rank, other in enumerate(read):

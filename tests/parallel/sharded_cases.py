@@ -1,4 +1,4 @@
-"""Deals a case of attention_cases.py to the ranks of a pool and puts their results together again.
+"""Shards a case of attention_cases.py to the ranks of a pool and puts their results together again.
 
 As in ring.py, shares are cut and joined by the partition's own segments, not by `ringflash.shard`.
 """
@@ -21,7 +21,7 @@ from ringflash.parallel.positions.partition import resolve
 
 
 @dataclass(frozen=True)
-class Dealt:
+class ShardedCase:
     """A case, and how it reaches the ranks.
 
     Attributes:
@@ -47,8 +47,10 @@ class Dealt:
     def rows(self, rank: int, ranks: int) -> tuple[Tensor, Tensor]:
         """Places in each sequence of the queries and of the keys that a rank holds."""
         mask = self.case.rules.mask() & self.documents
-        deals = (resolve(self.partition, n // self.batch, ranks, mask) for n in (self.case.queries, self.case.keys))
-        return tuple(deal.positions(rank) for deal in deals)
+        any_sharding = (
+            resolve(self.partition, n // self.batch, ranks, mask) for n in (self.case.queries, self.case.keys)
+        )
+        return tuple(deal.positions(rank) for deal in any_sharding)
 
     def share(self, rank: int, ranks: int) -> Tensors:
         """A rank's tensors, with a dimension of the batch: query, key, value and dout (B, s, ...), dlse (B, H, s)."""
@@ -117,24 +119,24 @@ class Dealt:
         )
 
 
-def solve_share(dealt: Dealt) -> Answer:
+def solve_share(sharded: ShardedCase) -> Answer:
     """This rank's answer; the body that every rank runs."""
-    share = dealt.share(dist.get_rank(), dist.get_world_size())
-    out, lse, *gradients = solve(dealt.attend(share), share)
+    share = sharded.share(dist.get_rank(), dist.get_world_size())
+    out, lse, *gradients = solve(sharded.attend(share), share)
     assert out.dtype == share.query.dtype
     assert lse.dtype == torch.float32
     return out, lse, *gradients
 
 
-def assert_ranks_are_as_exact_as_torch(pool: Callable, ranks: int, dealt: Dealt) -> None:
+def assert_ranks_are_as_exact_as_torch(pool: Callable, ranks: int, sharded: ShardedCase) -> None:
     """Out, log-sum-exp and every gradient, by the rule of attention_cases.py."""
-    found = dealt.joined(pool(ranks).run(solve_share, dealt))
-    assert_as_exact_as_torch(found, dealt.case, tensors(dealt.case))
+    found = sharded.joined(pool(ranks).run(solve_share, sharded))
+    assert_as_exact_as_torch(found, sharded.case, tensors(sharded.case))
 
 
 @st.composite
-def deals(draw: st.DrawFn, case: Case, dense: bool) -> Dealt:
-    """A case dealt in any way; "balanced" takes self-attention."""
+def any_sharding(draw: st.DrawFn, case: Case, dense: bool) -> ShardedCase:
+    """A case sharded in any way; "balanced" takes self-attention."""
     same = all(queries == keys for queries, keys in case.lengths)
     partition = draw(st.sampled_from(PARTITIONS if same else PARTITIONS[:2]))
-    return Dealt(case, dense, partition, draw(st.sampled_from(["list", "tensor", "mask"])))
+    return ShardedCase(case, dense, partition, draw(st.sampled_from(["list", "tensor", "mask"])))

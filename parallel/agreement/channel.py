@@ -1,0 +1,237 @@
+"""How ranks talk to each other about their calls: on the host, beside the tensors' own way.
+
+Making a channel needs all ranks of the group, at their first call. A rank that refuses its first call cannot wait for
+that; until it makes a call after all, its herald repeats in the key-value store what it refused, for those who wait.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+import time
+import weakref
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ringflash.errors import RankMismatchError
+from ringflash.kernels.torch_private import default_store, is_destroyed
+
+POLL = 0.02
+"""Seconds between looks at what is not there yet."""
+
+HERALDED_EVERY = 0.25
+"""Seconds between a herald's words. What stands still longer was left by a process group of the same name before."""
+
+
+def _maximum() -> dist.AllreduceOptions:
+    options = dist.AllreduceOptions()
+    options.reduceOp = dist.ReduceOp.MAX  # pyrefly: ignore[bad-assignment]  # stub: pybind converts
+    return options
+
+
+class Channel:
+    """All-reduces of a few integers on the host, and names and values through the store.
+
+    Args:
+        rank: of this process in the group.
+        ranks: size of the group.
+        identity: drawn by the group together, so that nothing is read that an earlier group of its name has left.
+    """
+
+    def __init__(self, rank: int, ranks: int, identity: int) -> None:
+        self._rank, self._ranks = rank, ranks
+        store = dist.PrefixStore(f"ringflash/{identity:x}", default_store())
+        self._store = dist.PrefixStore("words", store)
+        self.timeout: timedelta = store.timeout  # pyrefly: ignore[missing-attribute]  # stub lacks it
+        self._group = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, ranks, self.timeout)
+        self._options = _maximum()
+
+    def maximum(self, values: Tensor) -> dist.Work:
+        """Reduce values over all ranks by maximum, in place, without waiting."""
+        return self._group.allreduce([values], self._options)  # pyrefly: ignore[missing-attribute]  # stub lacks it
+
+    def post(self, number: int, entry: dict[str, object]) -> None:
+        """Say something of this rank's part in a round."""
+        self._store.set(f"{number}/{self._rank}", json.dumps(entry, default=str))
+
+    def entries(self, number: int) -> list[dict]:
+        """What every rank says of its part in a round."""
+        return [json.loads(self._store.get(f"{number}/{rank}")) for rank in range(self._ranks)]
+
+    def missing(self, number: int) -> list[int]:
+        """Ranks that do not say within a second that they, too, wait in a round."""
+        self._store.set(f"{number}/{self._rank}/waits", "")
+        missing = set(range(self._ranks))
+        for _ in range(round(1 / POLL)):
+            missing = {rank for rank in missing if not self._store.check([f"{number}/{rank}/waits"])}
+            time.sleep(POLL)
+        return sorted(missing)
+
+
+def _place(group: dist.ProcessGroup, *what: object) -> str:
+    return "/".join(map(str, ("ringflash/before", group.group_name, *what)))
+
+
+class _Beacon:
+    """Says something in the store again and again, so that others know that it is not left from before.
+
+    Args:
+        group: the words are of this group, and end with it.
+        place: key in the store.
+        every: seconds between words.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, place: str, every: float) -> None:
+        self._group, self._key, self._every = weakref.ref(group), place, every
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._repeat, daemon=True)
+        self.word: object = None
+
+    def say(self, word: object) -> None:
+        """Say this from now on."""
+        self.word = word
+        if not self._thread.is_alive():
+            self._thread.start()
+
+    def close(self) -> None:
+        """End it; returns when nothing more is going to be said."""
+        self._over.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _left(self) -> bool:
+        group = self._group()
+        return group is None or is_destroyed(group)
+
+    def _repeat(self) -> None:
+        store = default_store()
+        count = random.SystemRandom().getrandbits(30)
+        while not self._over.is_set() and not self._left():
+            count += 1
+            try:
+                store.set(self._key, json.dumps([count, self.word]))
+            except RuntimeError:  # the store went with the program
+                return
+            self._over.wait(self._every)
+
+
+class _Ear:
+    """Hears beacons that go on speaking while it listens."""
+
+    def __init__(self) -> None:
+        self._store = default_store()
+        self._first: dict[str, int] = {}
+
+    def word(self, place: str) -> Any:
+        """What is said there; None if nothing is, or nothing new."""
+        if not self._store.check([place]):
+            return None
+        count, word = json.loads(self._store.get(place))
+        return None if self._first.setdefault(place, count) == count else word
+
+
+class Herald:
+    """Says what a rank refused before there was a channel, until one is made or the group is gone."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._beacon = _Beacon(group, _place(group, "refused", group.rank()), HERALDED_EVERY)
+        self._refused: list[tuple[int | None, str]] = []
+        default_store().set(_place(group, "refused"), "")  # others need not look at every rank before
+
+    def say(self, digest: int | None, text: str) -> None:
+        """Add a refused call: its digest, where it was known, and the error."""
+        self._refused = [*self._refused, (digest, text)]
+        self._beacon.say(self._refused)
+
+    def close(self) -> None:
+        """End it."""
+        self._beacon.close()
+
+
+class Joining:
+    """This rank's way into the channel of a group, which all of its ranks make together at their first call.
+
+    Through the store alone: a rank that does not come must not be waited for by a collective of the group, into which
+    its next collective, whatever that is, would run. Rank 0 draws an identity and says it until all have arrived.
+
+    Args:
+        group: the process group.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._rank, self._ranks, self._store, self._ear = group.rank(), group.size(), default_store(), _Ear()
+        self._identity: int | None = None
+        self._arrived = False
+        self._identity_place = _place(group, "identity")
+        self._any_refused = _place(group, "refused")
+        self._heralds = {rank: _place(group, "refused", rank) for rank in range(self._ranks) if rank != self._rank}
+        self.heard: dict[int, int] = {}
+        """For each rank, how many of the calls that it refused at first are done with."""
+        self._beacon: _Beacon | None = None
+        if self._rank == 0:
+            self._identity = random.SystemRandom().getrandbits(62)
+            self._beacon = _Beacon(group, self._identity_place, POLL)
+            self._beacon.say(self._identity)
+
+    def finish(self, digest: int) -> Channel:
+        """The channel.
+
+        Args:
+            digest: of the call that this rank comes with.
+
+        Raises:
+            RankMismatchError: a rank says meanwhile that it refused its first call, and it may be this one; or not all
+                ranks come within the time that torch.distributed was told to wait.
+        """
+        timeout = self._store.timeout  # pyrefly: ignore[missing-attribute]  # stub lacks it
+        deadline = time.monotonic() + timeout.total_seconds()
+        while not self._all_are_there():
+            if self._store.check([self._any_refused]):
+                for rank, place in self._heralds.items():
+                    if said := self._refused_by(rank, place, digest):
+                        raise RankMismatchError(f"rank {rank} raised an error instead of coming to attention: {said}")
+            if time.monotonic() > deadline:
+                raise RankMismatchError(
+                    f"not every rank has come to its first call of attention, to which rank {self._rank} came; "
+                    f"{self._missing()}: timed out after {timeout}"
+                )
+            time.sleep(POLL)
+        channel = Channel(self._rank, self._ranks, self._known())
+        if self._beacon is not None:
+            self._beacon.close()
+        return channel
+
+    def _known(self) -> int:
+        assert self._identity is not None  # where all are there
+        return self._identity
+
+    def _all_are_there(self) -> bool:
+        if self._identity is None:
+            self._identity = self._ear.word(self._identity_place)
+            if self._identity is None:
+                return False
+        arrivals = f"ringflash/{self._identity:x}/arrived"
+        if not self._arrived:
+            self._store.set(f"{arrivals}/{self._rank}", "")
+            self._arrived = True
+            return self._store.add(arrivals, 1) == self._ranks
+        return self._store.add(arrivals, 0) == self._ranks
+
+    def _missing(self) -> str:
+        if self._identity is None:
+            return "rank 0 has not"
+        places = {rank: f"ringflash/{self._identity:x}/arrived/{rank}" for rank in range(self._ranks)}
+        missing = [str(rank) for rank, place in places.items() if not self._store.check([place])]
+        return f"rank{'s' * (len(missing) > 1)} {', '.join(missing)} {'have' if len(missing) > 1 else 'has'} not"
+
+    def _refused_by(self, rank: int, place: str, digest: int) -> str | None:
+        """The error of the next call of a rank that may be this one and was refused there."""
+        for index, (refused_digest, text) in enumerate(self._ear.word(place) or ()):
+            if index >= self.heard.get(rank, 0) and refused_digest in (None, digest):
+                self.heard[rank] = index + 1
+                return text
+        return None

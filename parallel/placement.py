@@ -1,0 +1,373 @@
+"""What a sharding holds on one rank, and the handles by which operators know it.
+
+Operators take no Python objects. A handle is two numbers in a tensor, for values of tensors do not become compile-time
+constants: another packing does not compile anew. The tensor keeps what it stands for alive, wherever it is kept.
+
+Legend: B sequences; S query and Sk key tokens of one sequence over all ranks; this rank holds T query rows of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import weakref
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, TypeGuard
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ringflash.errors import ArgumentError
+from ringflash.kernels.kept import build_to_keep
+from ringflash.kernels.torch_private import is_destroyed, without_transforms
+from ringflash.parallel.agreement.rounds import digest_of
+from ringflash.parallel.planning.plan import RankPlan
+from ringflash.parallel.planning.program import Program, local_program, rank_program
+from ringflash.parallel.planning.ring import ring
+from ringflash.parallel.positions.documents import rows_apart
+from ringflash.parallel.positions.mask import Mask
+from ringflash.parallel.positions.partition import Partition, check_name, resolve
+from ringflash.parallel.transport.send_recv import SendRecv
+
+LONGEST_SHOWN = 200
+"""Characters of a mask or a partition that ranks show each other; a layout of blocks may have a million."""
+
+
+NUMBER_BYTES = 100
+"""Of a document boundary, which Python keeps in a few tuples and arrays."""
+
+MOST_FORMS = 256
+"""Calls of different forms, by one sharding, whose digests are remembered."""
+
+
+class Placement:
+    """What a handle stands for: partitions, masks, plans and programs of one batch on one rank.
+
+    Attributes:
+        rank: of this process among the ranks that share a sequence.
+        ranks: how many share it.
+        batch: B.
+        seqlen: S.
+        key_seqlen: Sk.
+        rules: the masks as they were given.
+        masks: the masks with all documents.
+        documents: boundaries of the query documents that were given, without those that a batch adds; None without.
+        on_device: boundaries of keys and queries that the host must not read, or None.
+        group: ranks that communicate; None on one device, and until the sharding is first used on a group.
+    """
+
+    def __init__(
+        self,
+        masks: Sequence[Mask],
+        weights: Sequence[int],
+        place: tuple[int, int],
+        sizes: tuple[int, int, int],
+        partition: str | Partition,
+        boundaries: tuple[tuple[int, ...] | None, tuple[int, ...] | None],
+        on_device: tuple[Tensor, Tensor | None] | None,
+    ) -> None:
+        self.rank, self.ranks = place
+        self.batch, self.seqlen, self.key_seqlen = sizes
+        self.boundaries, self.on_device = boundaries, on_device
+        self.group: dist.ProcessGroup | None = None
+        if not (isinstance(partition, str) and partition.startswith("[")):  # a text may also be of a Partition
+            check_name(partition)
+        self.partition_name = partition if isinstance(partition, str) else "a Partition"
+        self.rules: list[Mask] = []
+        self.masks: list[Mask] = []
+        self._plans: dict[int, RankPlan] = {}
+        self._programs: dict[tuple[int, torch.device], Program] = {}
+        self._slope_rows: dict[tuple[int, torch.device], Tensor] = {}
+        self._digests: dict[int, str] = {}
+        self._call_digests: dict[tuple, int] = {}
+        for mask in masks:
+            self._add(mask)
+        self._partition: dict[str, Any] = {
+            "partition": partition,
+            "ranks": self.ranks,
+            "batch": self.batch,
+            "weights": weights,
+        }
+        if self.ranks > 1:
+            for index in range(len(masks)):
+                self.plan(index)
+
+    def _add(self, rules: Mask) -> None:
+        given = self.boundaries
+        if given[0] is not None and rules.boundaries is not None:
+            documents = Mask(boundaries=rules.boundaries, query_boundaries=rules.query_boundaries)
+            documents &= Mask.documents(given[0], given[1])
+            given = documents.boundaries, documents.query_boundaries
+        elif given[0] is None:
+            given = rules.boundaries, rules.query_boundaries
+        bare = rules.without_documents()
+        if self.on_device is None:
+            rows = rows_apart(*given, self.batch, self.key_seqlen, self.seqlen)
+            complete = bare & Mask(boundaries=rows[0], query_boundaries=rows[1])
+        else:
+            complete = bare
+            check_on_device(bare, (self.batch, self.seqlen, self.key_seqlen), *self.on_device)
+        if self.masks and (complete.boundaries, complete.query_boundaries) != (
+            self.masks[0].boundaries,
+            self.masks[0].query_boundaries,
+        ):
+            raise ArgumentError("masks have different documents; allowed are masks that differ in their rules only")
+        if not self.masks:
+            self.documents = given[0] if given[1] is None else given[1]
+            known = self.documents if self.on_device is None else self.on_device[0]
+            self.given_documents = None if known is None else len(known) - 1
+        self.rules.append(rules)
+        self.masks.append(complete)
+
+    def __getstate__(self) -> dict[str, object]:
+        if self.on_device is not None:
+            raise ArgumentError("a Sharding of boundaries on a device does not travel to another process")
+        state = vars(self) | {"group": None, "_programs": {}, "_slope_rows": {}}
+        state.pop("transport", None)
+        return state
+
+    @cached_property
+    def partition(self) -> Partition:
+        """Which tokens of one sequence of queries each rank holds."""
+        masks = self.masks[: len(self._partition["weights"])]
+        return resolve(length=self.seqlen, masks=masks, **self._partition)
+
+    @cached_property
+    def key_partition(self) -> Partition:
+        """The same of keys; the same partition in self-attention."""
+        masks = self.masks[: len(self._partition["weights"])]
+        same = self.key_seqlen == self.seqlen
+        return self.partition if same else resolve(length=self.key_seqlen, masks=masks, **self._partition)
+
+    @cached_property
+    def rows(self) -> tuple[int, int]:
+        """How many rows of queries and of keys this rank has."""
+        return self.batch * self.partition.count(self.rank), self.batch * self.key_partition.count(self.rank)
+
+    def index_of(self, mask: Mask | None) -> int:
+        """Which of the masks a call means; one that was not named before is added, None is the only one."""
+        if mask is None:
+            if len(self.rules) > 1:
+                raise ArgumentError(
+                    f"mask=None, and the sharding was made for {len(self.rules)} masks; pass the layer's"
+                )
+            return 0
+        for index, rules in enumerate(self.rules):
+            if rules is mask or rules == mask:
+                return index
+        self._add(mask)
+        return len(self.masks) - 1
+
+    def bind(self, group: dist.ProcessGroup | None) -> None:
+        """Say which group communicates; see `Sharding.bind`."""
+        if self.ranks == 1 or (group is not None and group is self.group):
+            return
+        place = (0, 1) if group is None else (group.rank(), group.size())
+        if self.group is not None and not is_destroyed(self.group):
+            raise ArgumentError("sharding was made for another group than the one that attention is given")
+        if place != (self.rank, self.ranks):
+            raise ArgumentError(
+                f"sharding is for rank {self.rank} of {self.ranks}; this process is rank {place[0]} of {place[1]} in "
+                "the group"
+            )
+        self.group = group
+        vars(self).pop("transport", None)
+
+    def plan(self, index: int) -> RankPlan:
+        """This rank's plan for one of the masks."""
+        found = self._plans.get(index)
+        if found is None:
+            queries, keys = (x.repeat(self.batch) for x in (self.partition, self.key_partition))
+            found = self._plans[index] = ring(self.masks[index], queries, keys).of(self.rank)
+        return found
+
+    def program(self, index: int, device: torch.device) -> Program:
+        """This rank's program for one of the masks, on a device."""
+        found = self._programs.get((index, device))
+        if found is None:
+            found = self._programs[index, device] = build_to_keep(lambda: self._build(index, device), device)
+            _keep_if_captured(self, device)
+        elif device.type == "cuda":
+            _keep_if_captured(self, device)
+        return found
+
+    def _build(self, index: int, device: torch.device) -> Program:
+        mask = self.masks[index]
+        if self.ranks > 1:
+            return rank_program(self.plan(index), mask, device)
+        bounds = self._on_device(device) if self.on_device is not None else (mask.boundaries, mask.query_boundaries)
+        keys, queries = (x if x is None or isinstance(x, Tensor) else torch.tensor(x, device=device) for x in bounds)
+        return local_program(mask, keys, queries, self.batch * self.seqlen, self.batch * self.key_seqlen, device)
+
+    def _on_device(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        assert self.on_device is not None
+        keys, queries = (None if x is None else x.to(device, torch.int64) for x in self.on_device)
+        assert keys is not None
+        return batch_boundaries(keys, self.batch, self.seqlen), queries
+
+    def slope_rows(self, documents: int, device: torch.device) -> Tensor | None:
+        """Which row of ALiBi slopes (documents, H) belongs to each of this rank's query rows, (T,) int64."""
+        found = self._slope_rows.get((documents, device))
+        if found is None:
+            found = build_to_keep(lambda: self._rows_of_slopes(documents, device), device)
+            self._slope_rows[documents, device] = found
+        return found
+
+    def _rows_of_slopes(self, documents: int, device: torch.device) -> Tensor:
+        own = self.documents
+        if self.on_device is not None:
+            own = self.on_device[0] if self.on_device[1] is None else self.on_device[1]
+            own = own.to(device, torch.int64)
+        positions = self.partition.repeat(self.batch).positions(self.rank).to(device)
+        if own is None or len(own) - 1 != documents:
+            return positions // max(1, self.seqlen)
+        own = own if isinstance(own, Tensor) else torch.tensor(own, device=device)
+        return (torch.searchsorted(own, positions, right=True) - 1).clamp_(max=documents - 1)
+
+    def call_digest(self, index: int, form: tuple) -> int:
+        """Digest of a call under one of the masks.
+
+        Args:
+            index: which mask.
+            form: everything else that must be the same on all ranks.
+        """
+        found = self._call_digests.get((index, form))
+        if found is None:
+            if len(self._call_digests) >= MOST_FORMS:
+                self._call_digests.clear()
+            found = self._call_digests[index, form] = digest_of((self.digest(index), form))
+        return found
+
+    @cached_property
+    def transport(self) -> SendRecv:
+        """Moves rows between the ranks of the group."""
+        assert self.group is not None  # one device moves nothing
+        return SendRecv(self.group)
+
+    def nbytes(self) -> int:
+        """Bytes of everything that lies on devices and of the largest things on the host."""
+        programs = sum(program.nbytes() for program in self._programs.values())
+        rows = sum(x.nbytes for x in self._slope_rows.values())
+        return programs + rows + NUMBER_BYTES * len(self.masks[0].boundaries or ())
+
+    # What ranks compare
+
+    @cached_property
+    def of_all(self) -> dict[str, object]:
+        """What must be the same on all ranks, in the order in which a disagreement is to be reported."""
+        partition = self.partition_name
+        if partition not in ("contiguous", "zigzag", "balanced"):
+            partition = self.partition.spec()
+        cu_seqlens = (self.masks[0].boundaries, self.masks[0].query_boundaries)
+        return {
+            "batch": self.batch,
+            "seqlen (to be passed where lengths do not divide evenly)": self.seqlen,
+            "key_seqlen": self.key_seqlen,
+            "partition": _shown(partition),
+            "cu_seqlens": _short(b" ".join(np.array(x or (), dtype=np.int64).tobytes() for x in cu_seqlens)),
+            "tokens of each rank": _short(self.partition.digest + self.key_partition.digest),
+        }
+
+    def of_mask(self, index: int) -> dict[str, object]:
+        """The same of one mask."""
+        return {"mask": _shown(self.rules[index].spec(documents=False))}
+
+    def digest(self, index: int) -> str:
+        """`of_all` and `of_mask` in a few characters."""
+        found = self._digests.get(index)
+        if found is None:
+            rules = self.rules[index].spec(documents=False)
+            found = self._digests[index] = _short(f"{self.of_all} {rules}".encode())
+        return found
+
+
+def _short(values: bytes) -> str:
+    return hashlib.blake2b(values, digest_size=8).hexdigest()
+
+
+def _shown(text: str) -> str:
+    if len(text) <= LONGEST_SHOWN:
+        return text
+    return f"{text[:LONGEST_SHOWN]}... (SHA-256 {hashlib.sha256(text.encode()).hexdigest()[:16]}...)"
+
+
+def check_on_device(mask: Mask, sizes: Sequence[int], keys: Tensor, queries: Tensor | None) -> None:
+    """Raise ArgumentError for what boundaries that the host must not read leave unknown.
+
+    Args:
+        mask: rules without documents.
+        sizes: batch, query tokens and key tokens of a sequence.
+        keys: (documents + 1,) boundaries of the keys.
+        queries: those of the queries, or None.
+    """
+    batch, seqlen, key_seqlen = sizes
+    if mask.layout is not None:  # nobody here knows the lengths of documents; this is the most that they can be
+        mask.layout.check_reach("queries", seqlen)
+        mask.layout.check_reach("keys", key_seqlen)
+    if batch > 1 and (queries is not None or isinstance(mask.prefix, tuple)):
+        raise ArgumentError(
+            f"cu_seqlens on {keys.device} with a batch of {batch}: pass one packed sequence, or cu_seqlens on the CPU"
+        )
+    if isinstance(mask.prefix, tuple) and len(mask.prefix) != keys.shape[0] - 1:
+        raise ArgumentError(
+            f"prefix_lm has {len(mask.prefix)} lengths for {keys.shape[0] - 1} documents; allowed is one length for "
+            "all, or one for each document"
+        )
+
+
+def on_a_device(x: Sequence[int] | Tensor | None) -> TypeGuard[Tensor]:
+    """Whether these are boundaries that the host must not read."""
+    return isinstance(x, Tensor) and x.device.type != "cpu"
+
+
+def batch_boundaries(keys: Tensor, batch: int, seqlen: int) -> Tensor:
+    """Document boundaries on a device that also end where the sequences of a batch do."""
+    if batch == 1:
+        return keys
+    rows = torch.arange(0, batch + 1, device=keys.device) * seqlen
+    return torch.cat([keys, rows.clamp_(max=keys[-1])]).sort().values
+
+
+# Handles
+
+HELD = "ringflash_placement"
+"""Attribute of a handle that keeps alive what it stands for; tensors of traced code have none."""
+
+_numbers = itertools.count(1)
+_placements: weakref.WeakValueDictionary[int, Placement] = weakref.WeakValueDictionary()
+_captured: list[Placement] = []
+"""What CUDA graphs read that were captured by hand: nothing tells when such a graph is gone."""
+
+
+def _keep_if_captured(placement: Placement, device: torch.device) -> None:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing() and placement not in _captured:
+        _captured.append(placement)
+
+
+def new_handle(placement: Placement, index: int) -> Tensor:
+    """A handle of one of the masks of a placement."""
+    number = next(_numbers)
+    _placements[number] = placement
+    # Kept for other calls, too: not for as long as one transformation lasts, nor as what autograd must not save.
+    with without_transforms(), torch.inference_mode(False):
+        handle = torch.tensor([number, index])
+    setattr(handle, HELD, placement)  # alive as long as the tensor, whoever keeps it
+    return handle
+
+
+def placement_of(handle: Tensor) -> tuple[Placement, int]:
+    """What a handle stands for, and which of its masks.
+
+    Raises:
+        ArgumentError: nobody holds the sharding any more.
+    """
+    number, index = handle.tolist()
+    found = _placements.get(number)
+    if found is None:
+        raise ArgumentError(
+            f"sharding: the handle {number} stands for a Sharding that is gone; hold it until the backward pass is done"
+        )
+    return found, index

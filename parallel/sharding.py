@@ -1,0 +1,449 @@
+"""`Sharding`: how one batch lies on the ranks of a group. Made once, ahead of the step, and held by whoever uses it.
+
+    sharding = Sharding(Mask.causal(), cu_seqlens=[0, 700, 4096], partition="balanced")
+    x = sharding.shard(batch, dim=1)                        # this rank's tokens
+    out, lse = attention(q, k, v, sharding=sharding)        # in every layer; nothing is worked out again
+
+It joins a mask, a partition and a plan for one batch. All of that is plain data: it needs neither a process group nor a
+device, only (rank, ranks), so a worker of a DataLoader makes it, and it travels pickled. The program, the plan in rows
+of tensors, is made on the device when attention first asks for it, and lives as long as the sharding.
+
+Legend: B sequences; S query and Sk key tokens of one sequence over all ranks, s and sk of them on this rank.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ringflash.errors import ArgumentError
+from ringflash.parallel.gather import gather_rows
+from ringflash.parallel.mesh import ONE_DEVICE, Group, process_group
+from ringflash.parallel.placement import Placement, new_handle, on_a_device
+from ringflash.parallel.positions.integers import integers
+from ringflash.parallel.positions.mask import Mask
+from ringflash.parallel.positions.partition import Partition
+from ringflash.parallel.positions.segments import Interval
+
+IGNORED_LABEL = -100
+"""Label of a token that has no next token in its document; torch's cross entropy skips it."""
+
+Boundaries = Sequence[int] | Tensor
+
+
+class Sharding:
+    """How one batch lies on the ranks of a group.
+
+    Args:
+        mask: which keys a query may see; causal if None. Several, where models alternate them from layer to layer: a
+            sequence, or a mapping to the number of layers that have each, by which "balanced" weighs them.
+        seqlen: S; taken from `cu_seqlens` or the mask's documents if None.
+        cu_seqlens: document boundaries over the B * Sk keys laid end to end, (documents + 1,); on the host, or with
+            one rank on a device, where the host does not read them. Tokens behind the last one belong to no document:
+            they see nothing, nobody sees them, and their gradients are zero.
+        query_cu_seqlens: those of the B * S queries, where they differ.
+        key_seqlen: Sk; S if None.
+        batch: B.
+        group: a ProcessGroup or one-dimensional DeviceMesh over whose ranks each sequence is sharded. None is the
+            default group if torch.distributed is initialised, and one device otherwise; but a DataLoader's worker and
+            a process of torchrun that has no group yet is refused: it has to say `rank` and `ranks`.
+        rank: of the process that is to use it, where that is not this one, and in place of `group`.
+        ranks: how many share a sequence.
+        partition: "zigzag", "contiguous", "balanced" (for the masks), or a `Partition` of one sequence.
+
+    Raises:
+        ArgumentError: something is not supported, by name and value.
+
+    Example:
+        >>> sharding = Sharding(Mask.causal(), seqlen=10, rank=0, ranks=2)
+        >>> sharding.shard(torch.arange(10), dim=0)
+        tensor([0, 1, 7, 8, 9])
+    """
+
+    def __init__(
+        self,
+        mask: Mask | Sequence[Mask] | Mapping[Mask, int] | None = None,
+        *,
+        seqlen: int | None = None,
+        cu_seqlens: Boundaries | None = None,
+        query_cu_seqlens: Boundaries | None = None,
+        key_seqlen: int | None = None,
+        batch: int = 1,
+        group: Group = None,
+        rank: int | None = None,
+        ranks: int | None = None,
+        partition: str | Partition = "zigzag",
+    ) -> None:
+        masks, weights = _masks(mask)
+        place, found = _place(group, rank, ranks)
+        boundaries, on_device = _boundaries(cu_seqlens, query_cu_seqlens, masks, place[1])
+        if seqlen is None:
+            seqlen = _length(boundaries, on_device, masks, batch)
+        key_seqlen = seqlen if key_seqlen is None else key_seqlen
+        sizes = _at_least("batch", batch, 1), _at_least("seqlen", seqlen, 0), _at_least("key_seqlen", key_seqlen, 0)
+        self._placement = Placement(masks, weights, place, sizes, partition, boundaries, on_device)
+        self._placement.group = found
+        self._make_handles()
+
+    def _make_handles(self) -> None:
+        self.documents = self._placement.given_documents
+        """How many documents were given; None without any."""
+        self._handles = [new_handle(self._placement, index) for index in range(len(self._placement.masks))]
+
+    def __getstate__(self) -> Placement:
+        return self._placement
+
+    def __setstate__(self, placement: Placement) -> None:
+        self._placement = placement
+        self._make_handles()
+
+    def __repr__(self) -> str:
+        x = self._placement
+        return (
+            f"Sharding({x.batch} x {x.seqlen:,} tokens, {x.partition_name}, rank {x.rank} of {x.ranks} with "
+            f"{self.tokens:,}, {len(x.masks)} mask{'s' * (len(x.masks) > 1)})"
+        )
+
+    # What it says
+
+    @property
+    def rank(self) -> int:
+        """Of the process that it is for."""
+        return self._placement.rank
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks share a sequence."""
+        return self._placement.ranks
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return self._placement.batch
+
+    @property
+    def seqlen(self) -> int:
+        """S."""
+        return self._placement.seqlen
+
+    @property
+    def key_seqlen(self) -> int:
+        """Sk."""
+        return self._placement.key_seqlen
+
+    @property
+    def masks(self) -> tuple[Mask, ...]:
+        """The masks that it was made for, as they were given."""
+        return tuple(self._placement.rules)
+
+    @property
+    def partition(self) -> Partition:
+        """Which tokens of a sequence of queries each rank holds."""
+        return self._placement.partition
+
+    @property
+    def key_partition(self) -> Partition:
+        """The same of keys."""
+        return self._placement.key_partition
+
+    @property
+    def tokens(self) -> int:
+        """S."""
+        return self.partition.count(self.rank)
+
+    @property
+    def max_tokens(self) -> int:
+        """The most that s is on any rank: known everywhere without asking, for tiles that all ranks need as many of."""
+        return max(self.partition.counts())
+
+    @property
+    def digest(self) -> str:
+        """Tells shardings apart; the same on all ranks that mean the same."""
+        return self._placement.digest(0)
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The ranks that share a sequence; None on one device, and in a process that has none."""
+        return self._placement.group
+
+    def peers(self, group: Group) -> Group:
+        """Where an error in the arguments of a call is to be notified, to which `group` was passed as well."""
+        if self.ranks == 1:
+            return ONE_DEVICE
+        return group if self.group is None else self.group
+
+    def nbytes(self) -> int:
+        """Bytes that it keeps on devices, and of the largest things on the host."""
+        return self._placement.nbytes()
+
+    def spans(self) -> tuple[tuple[Interval, ...], ...]:
+        """For each rank the positions that it holds of a sequence, as half-open intervals."""
+        return self.partition.segments
+
+    # Documents
+
+    @property
+    def cu_seqlens(self) -> Tensor | None:
+        """Document boundaries over the B * S queries, (documents + 1,) int64 on the CPU; None if on a device.
+
+        Those of a batch's sequences are among them.
+        """
+        mask = self._placement.masks[0]
+        if self._placement.on_device is not None:
+            return None
+        return torch.tensor(mask.query_boundaries or mask.boundaries)
+
+    @cached_property
+    def _document_starts(self) -> Tensor:
+        """Where the document of each query begins, (B * S,) int64; behind the last one, where that ends."""
+        edges = self.cu_seqlens
+        if edges is None:
+            raise ArgumentError("cu_seqlens are on a device, where the host must not read them; pass them on the CPU")
+        flat = torch.arange(self.batch * self.seqlen)
+        return edges[torch.searchsorted(edges, flat, right=True) - 1]
+
+    @cached_property
+    def position_ids(self) -> Tensor:
+        """Positions of this rank's tokens in their documents, (B, s) int64 on the CPU."""
+        whole = torch.arange(self.batch * self.seqlen) - self._document_starts
+        return self.shard(whole.view(self.batch, self.seqlen), 1)
+
+    def labels(self, ids: Tensor) -> Tensor:
+        """The next token of the same document, -100 where there is none: shifted first, then sharded.
+
+        Args:
+            ids: (B, S) labels of the whole batch, not shifted; input ids, or such with -100 where nothing is learned.
+
+        Returns:
+            (B, s), int64 if ids are integers of fewer bits.
+        """
+        if tuple(ids.shape) != (self.batch, self.seqlen):
+            raise ArgumentError(f"ids is {tuple(ids.shape)}; allowed is {(self.batch, self.seqlen)}, (batch, seqlen)")
+        edges = self.cu_seqlens
+        if edges is None:
+            raise ArgumentError("cu_seqlens are on a device, where the host must not read them; pass them on the CPU")
+        flat = ids.flatten()
+        flat = flat if flat.dtype == torch.int64 or flat.is_floating_point() else flat.long()
+        following = torch.cat([flat[1:], flat.new_full((1,), IGNORED_LABEL)])
+        last = edges[1:][edges.diff() > 0] - 1
+        following[last.to(flat.device)] = IGNORED_LABEL
+        following[int(edges[-1]) :] = IGNORED_LABEL
+        return self.shard(following.view_as(ids), 1)
+
+    # Tensors
+
+    def shard(self, x: Tensor, dim: int, keys: bool = False) -> Tensor:
+        """This rank's rows of a tensor that every rank holds whole. Differentiable.
+
+        Args:
+            x: any tensor.
+            dim: its sequence dimension, of length S.
+            keys: it lies as the keys do, with length Sk, where those differ.
+        """
+        partition = self.key_partition if keys else self.partition
+        if x.shape[dim] != partition.length:
+            raise ArgumentError(f"x has {x.shape[dim]} rows in dimension {dim}; allowed are {partition.length}")
+        rows = x.index_select(dim, partition.positions(self.rank).to(x.device))
+        _marks.put(rows, dim % x.dim(), partition)
+        return rows
+
+    def unshard(self, x: Tensor, dim: int, keys: bool = False) -> Tensor:
+        """The whole tensor on every rank, from the rows that `shard` gave each. Differentiable.
+
+        The gradient of this rank's rows is the sum over ranks of what each of them sends back for those rows.
+
+        Args:
+            x: this rank's rows.
+            dim: its sequence dimension.
+            keys: as in `shard`.
+        """
+        if self.group is None:
+            self.bind(None)
+        return gather_rows(x, dim, self.key_partition if keys else self.partition, self.group)
+
+    # Attention
+
+    def prepare(self, device: torch.device) -> None:
+        """Make the programs of all masks on a device ahead of the first call, as in a loader's thread."""
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        for index in range(len(self._handles)):
+            self._placement.program(index, device)
+
+    def bind(self, group: Group) -> None:
+        """Say which group communicates, where that was not known when it was made.
+
+        Raises:
+            ArgumentError: it was made for another rank, or for another group.
+        """
+        self._placement.bind(None if self.ranks == 1 else process_group(group))
+
+    @property
+    def first_handle(self) -> Tensor:
+        """Handle of the first mask."""
+        return self._handles[0]
+
+    def handle(self, mask: Mask | None = None) -> Tensor:
+        """What the operators take: (2,) int64 on the CPU.
+
+        Args:
+            mask: one of `masks`; may be None where there is one. Another mask is planned when it is first asked for.
+        """
+        if mask is self._placement.rules[0]:
+            return self._handles[0]
+        index = self._placement.index_of(mask)
+        while index >= len(self._handles):
+            self._handles.append(new_handle(self._placement, len(self._handles)))
+        return self._handles[index]
+
+
+def _masks(given: Mask | Sequence[Mask] | Mapping[Mask, int] | None) -> tuple[tuple[Mask, ...], tuple[int, ...]]:
+    given = Mask.causal() if given is None else given
+    masks = (given,) if isinstance(given, Mask) else tuple(given)
+    weights = tuple(given.values()) if isinstance(given, Mapping) else (1,) * len(masks)
+    if not masks or not all(isinstance(mask, Mask) for mask in masks):
+        raise ArgumentError(f"mask={given!r}; allowed are ringflash.Mask, as Mask.causal(), several of them, and None")
+    if any(not isinstance(weight, int) or weight < 1 for weight in weights):
+        raise ArgumentError(f"mask={given!r}; numbers of layers are allowed from 1")
+    return masks, weights
+
+
+def _at_least(name: str, size: int, least: int) -> int:
+    (found,) = integers(name, (size,))
+    if found < least:
+        raise ArgumentError(f"{name}={size!r}; allowed are integers from {least}")
+    return found
+
+
+def _place(group: Group, rank: int | None, ranks: int | None) -> tuple[tuple[int, int], dist.ProcessGroup | None]:
+    if (rank is None) != (ranks is None):
+        raise ArgumentError(f"rank={rank}, ranks={ranks}; allowed are both or neither")
+    if rank is not None and ranks is not None:
+        if not 0 <= rank < ranks:
+            raise ArgumentError(f"rank={rank}, ranks={ranks}; allowed is 0 <= rank < ranks")
+        if group is None:
+            return (rank, ranks), None
+    found = sharing_group(group)
+    place = (0, 1) if found is None else (found.rank(), found.size())
+    if rank is not None and place != (rank, ranks):
+        raise ArgumentError(f"rank={rank}, ranks={ranks}, but group has this process as rank {place[0]} of {place[1]}")
+    return place, found
+
+
+def sharing_group(group: Group) -> dist.ProcessGroup | None:
+    """The process group meant; refuses to take a process that cannot know for the only one.
+
+    Raises:
+        ArgumentError: there is no group here, and other processes that this one may belong with.
+    """
+    found = process_group(group)
+    if found is None and group is None:
+        if torch.utils.data.get_worker_info() is not None:
+            raise ArgumentError(
+                "group=None in a DataLoader's worker, where torch.distributed is not initialised: pass rank= and "
+                "ranks= to ringflash.Sharding, or group=ringflash.parallel.mesh.ONE_DEVICE"
+            )
+        if int(os.environ.get("WORLD_SIZE") or "1") > 1:
+            raise ArgumentError(
+                f"group=None, WORLD_SIZE={os.environ['WORLD_SIZE']}, and torch.distributed is not initialised: call "
+                "torch.distributed.init_process_group first, or pass rank= and ranks= to ringflash.Sharding"
+            )
+    return None if found is None or found.size() == 1 else found
+
+
+def _boundaries(
+    cu_seqlens: Boundaries | None, query_cu_seqlens: Boundaries | None, masks: Sequence[Mask], ranks: int
+) -> tuple[tuple[tuple[int, ...] | None, tuple[int, ...] | None], tuple[Tensor, Tensor | None] | None]:
+    """Boundaries as numbers, checked; or as tensors on a device."""
+    if query_cu_seqlens is not None and cu_seqlens is None:
+        raise ArgumentError("query_cu_seqlens is given without cu_seqlens, the boundaries of the keys")
+    given = {"cu_seqlens": cu_seqlens, "query_cu_seqlens": query_cu_seqlens}
+    for name, x in given.items():
+        if isinstance(x, Tensor) and (x.dtype not in (torch.int32, torch.int64) or x.dim() != 1):
+            raise ArgumentError(f"{name} is {x.dtype} {tuple(x.shape)}; allowed is int32 or int64 (documents + 1,)")
+        if on_a_device(x) and (ranks > 1 or any(mask.boundaries is not None for mask in masks)):
+            raise ArgumentError(f"{name} is on {x.device}; plans for {ranks} ranks are made on the CPU, pass it there")
+    if any(on_a_device(x) for x in given.values()):
+        device = next(x.device for x in given.values() if on_a_device(x))
+        keys, queries = (
+            None if x is None else x if isinstance(x, Tensor) else torch.tensor(integers(name, x), device=device)
+            for name, x in given.items()
+        )
+        assert keys is not None
+        return (None, None), (keys, queries)
+    keys, queries = (
+        None if x is None else tuple(x.tolist()) if isinstance(x, Tensor) else integers(name, x)
+        for name, x in given.items()
+    )
+    if keys is None:
+        return (None, None), None
+    documents = Mask.documents(keys, queries)
+    return (documents.boundaries, documents.query_boundaries), None
+
+
+def _length(
+    boundaries: tuple[tuple[int, ...] | None, tuple[int, ...] | None],
+    on_device: tuple[Tensor, Tensor | None] | None,
+    masks: Sequence[Mask],
+    batch: int,
+) -> int:
+    keys, queries = boundaries if boundaries[0] is not None else (masks[0].boundaries, masks[0].query_boundaries)
+    if on_device is not None or keys is None:
+        raise ArgumentError("seqlen=None, and no cu_seqlens on the host say how many tokens there are; pass seqlen")
+    total = (keys if queries is None else queries)[-1]
+    if total % batch:
+        raise ArgumentError(f"cu_seqlens end at {total}, which is no multiple of batch={batch}; pass seqlen")
+    return total // batch
+
+
+# Tensors that know how they were sharded
+
+
+class _Marks:
+    """How tensors were sharded that come straight from `shard`: beside them, so that it does not travel with them."""
+
+    def __init__(self) -> None:
+        self._of: dict[int, tuple[weakref.ref, int, int, Partition]] = {}
+
+    def put(self, x: Tensor, dim: int, partition: Partition) -> None:
+        """Note how a tensor was sharded."""
+        if torch.compiler.is_compiling() or x.is_inference():
+            return
+        number = id(x)
+        ended = weakref.ref(x, lambda _: self._of.pop(number, None))
+        self._of[number] = ended, x._version, dim, partition
+
+    def get(self, x: Tensor, dim: int) -> Partition | None:
+        """How this very tensor was sharded in a dimension, if it holds what it held then."""
+        found = self._of.get(id(x))
+        if found is None or found[0]() is not x or found[1:3] != (x._version, dim):
+            return None
+        return found[3]
+
+
+_marks = _Marks()
+
+
+def check_marks(sharding: Sharding, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raise ArgumentError if one of these very tensors was sharded in another way than it would be attended in."""
+    if sharding.ranks == 1:
+        return
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        mark = _marks.get(x, 1)
+        if mark is None:
+            continue
+        partition = sharding.partition if name == "query" else sharding.key_partition
+        if mark is partition or mark.digest == partition.digest:
+            continue
+        raise ArgumentError(
+            f"{name} was sharded with {str(mark.segments)[:100]}, and attention is asked for "
+            f"{str(partition.segments)[:100]}; shard and attend with one Sharding, or with the same partition, "
+            "mask and cu_seqlens"
+        )

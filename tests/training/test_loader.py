@@ -1,0 +1,60 @@
+"""Batches made ahead: the same ones in the same order, and a checkpoint that knows only of those that were taken."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+
+from ringflash.training.corpus.documents import Documents
+from ringflash.training.corpus.packing import PackedBatches
+from ringflash.training.run.loader import ShardedBatches
+
+
+def _packed() -> PackedBatches:
+    lengths = np.array([40, 7, 90, 25])
+    ends = lengths.cumsum()
+    documents = Documents(
+        tokens=np.arange(ends[-1], dtype=np.uint16),
+        offsets=np.concatenate([[0], ends]),
+        text=np.zeros(ends[-1], dtype=np.uint8),
+        spans=np.stack([ends - lengths, ends], axis=1),
+        token_bytes=None,
+        identity="test",
+    )
+    return PackedBatches(documents, seqlen=32, batch=1, seed=3)
+
+
+def test_batches_come_in_order_and_are_made_in_another_thread() -> None:
+    threads = []
+
+    def shard(batch: dict) -> dict:
+        threads.append(threading.get_ident())
+        return batch
+
+    batches, expected = ShardedBatches(_packed(), shard), _packed()
+    for _ in range(6):
+        assert batches.take()["input_ids"].equal(next(expected)["input_ids"])
+        assert batches.state_dict() == expected.state_dict()
+        assert batches.epoch == expected.epoch
+    assert threading.get_ident() not in threads
+
+
+def test_before_the_first_batch_the_state_is_the_one_that_was_loaded() -> None:
+    packed = _packed()
+    for _ in range(3):
+        next(packed)
+    resumed = _packed()
+    resumed.load_state_dict(packed.state_dict())
+    batches = ShardedBatches(resumed, lambda batch: batch)
+    assert batches.state_dict() == packed.state_dict()
+    assert batches.take()["input_ids"].equal(next(packed)["input_ids"])
+
+
+def test_what_is_raised_while_a_batch_is_made_is_raised_where_it_is_taken() -> None:
+    def shard(batch: dict) -> dict:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        ShardedBatches(_packed(), shard).take()
