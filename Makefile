@@ -19,7 +19,7 @@ help:
 	@echo 'make test     run the tests; make test ARGS="-k mask" runs some of them'
 	@echo 'make test-torch TORCH=2.11.0   run the tests with another version of torch'
 	@echo 'make test-triton TRITON=3.6.0  compile the Hopper kernels with another version of triton'
-	@echo 'make lint     check formatting and style'
+	@echo 'make lint     check formatting, style and types'
 	@echo 'make doctor   show what this machine has and what to change'
 	@echo 'make install  make .venv and install, nothing else; PYTHON=python3.12 chooses the interpreter'
 	@echo 'make clean    remove .venv and all caches; runs/ stays'
@@ -53,6 +53,7 @@ test-triton: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 
 doctor: $(INSTALLED)
 	@$(BIN)/python launch/doctor.py
