@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ringflash import flash_attn_func
+from ringflash import flash_attn_func, functional
 from ringflash.functional import attention
 from ringflash.kernels.select import MODULES
 from ringflash.parallel.execution.call import Inputs
@@ -117,7 +117,8 @@ def without_gpu(kernel: str) -> ExitStack:
     stack = ExitStack()
     driver = stack.enter_context(stand_in(import_module(MODULES[kernel])))
     driver.launches = deque(maxlen=1)  # so that no tensors are kept
-    stack.enter_context(mock.patch.object(Inputs, "on_device", lambda inputs, call: inputs.boundaries is not None))
+    stack.enter_context(mock.patch.object(Inputs, "on_device", lambda inputs: inputs.boundaries is not None))
+    stack.enter_context(mock.patch.object(functional, "on_a_device", lambda x: isinstance(x, Tensor)))
     return stack
 
 
