@@ -36,12 +36,23 @@ LENGTH = 1531
 SHAPE = Shape(length=LENGTH, heads=8, key_heads=2, head_dim=128)
 
 
-@pytest.fixture(scope="module")
-def gpus():
+def _one_rank_a_gpu():
     found = torch.cuda.device_count()
     if found < 2:
         pytest.skip(f"needs two GPUs or more, there {'is' if found == 1 else 'are'} {found}")
-    with Pool(found, timeout=240.0, backend="cpu:gloo,cuda:nccl") as pool:
+    return Pool(found, timeout=240.0, backend="cpu:gloo,cuda:nccl")
+
+
+@pytest.fixture(scope="module")
+def gpus():
+    with _one_rank_a_gpu() as pool:
+        yield pool
+
+
+@pytest.fixture
+def own_gpus():
+    """For a test after which no further call of the group can be matched."""
+    with _one_rank_a_gpu() as pool:
         yield pool
 
 
@@ -174,8 +185,8 @@ def _known_calls_then_apart():
     return str(raised.value)
 
 
-def test_a_gpu_that_goes_alone_between_known_calls_is_named_in_the_next_call(gpus):
-    for said in gpus.run(_known_calls_then_apart):
+def test_a_gpu_that_goes_alone_between_known_calls_is_named_in_the_next_call(own_gpus):
+    for said in own_gpus.run(_known_calls_then_apart):
         assert "ranks disagree on scale: 0.25 on rank 0" in said
         assert "0.5 on rank 1" in said
 
@@ -208,11 +219,8 @@ def _out_of_memory(name):
 
 
 @pytest.mark.parametrize("name", ["attend", "attend_backward"])
-def test_an_error_inside_a_kernel_of_one_gpu_is_heard_by_the_others_before_the_call_after_the_next(name):
-    with Pool(torch.cuda.device_count(), timeout=120.0, backend="cpu:gloo,cuda:nccl") as pool:
-        if pool.size < 2:
-            pytest.skip("needs two GPUs or more")
-        outcomes = pool.run(_out_of_memory, name)
+def test_an_error_inside_a_kernel_of_one_gpu_is_heard_by_the_others_before_the_call_after_the_next(own_gpus, name):
+    outcomes = own_gpus.run(_out_of_memory, name)
     assert outcomes[1] == "tried to allocate 20 GiB"
     assert "rank 1 raised an error" in outcomes[0]
     assert "OutOfMemoryError: tried to allocate 20 GiB" in outcomes[0]
