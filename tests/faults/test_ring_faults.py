@@ -81,7 +81,7 @@ DISAGREEMENTS = {
 
 @pytest.mark.parametrize("odd_rank", [0, 2])
 @pytest.mark.parametrize("what", DISAGREEMENTS)
-def test_ranks_that_disagree_are_notified_on_every_rank_who_and_what(what, odd_rank):
+def test_a_disagreement_names_ranks_and_values_on_every_rank(what, odd_rank):
     differs, words = DISAGREEMENTS[what]
     with Pool(3, timeout=PROMPT) as pool:
         outcomes = pool.outcomes(_attend, odd_rank, differs)
@@ -125,7 +125,7 @@ def _attend_refused_once(differs):
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_an_error_of_one_rank_is_notified_to_those_that_would_wait_for_it(what):
+def test_an_error_of_one_rank_reaches_those_that_would_wait_for_it(what):
     differs, words = REFUSED[what]
     with Pool(3, timeout=PROMPT) as pool:
         first, odd, last = pool.run(_attend_refused_once, differs)
@@ -183,7 +183,7 @@ def _refused_once(function, wrong, compiled):
     ],
     ids=["window", "shape", "type", "longest", "dropout", "packed"],
 )
-def test_an_error_in_the_arguments_of_flash_attns_functions_is_notified(function, wrong, words):
+def test_an_error_in_the_arguments_of_flash_attns_functions_reaches_the_others(function, wrong, words):
     with Pool(2, timeout=PROMPT) as pool:
         first, second = pool.run(_refused_once, function, wrong, None)
     assert words in second
@@ -200,7 +200,7 @@ def test_an_error_in_the_arguments_of_flash_attns_functions_is_notified(function
     ],
     ids=["window", "dropout"],
 )
-def test_an_error_in_the_arguments_of_compiled_attention_is_notified(function, wrong, words, fullgraph):
+def test_an_error_in_the_arguments_of_compiled_attention_reaches_the_others(function, wrong, words, fullgraph):
     with Pool(2, timeout=30.0, group_timeout=20.0) as pool:
         first, second = pool.run(_refused_once, function, wrong, fullgraph)
     assert words in second if not fullgraph else "Unsupported" in second  # torch's word for a trace that fails
@@ -222,7 +222,7 @@ def _nothing_there(*problem):
     raise ArgumentError("kernel='triton' cannot run: the package triton is not installed")
 
 
-def test_a_kernel_that_one_machine_lacks_is_notified():
+def test_a_kernel_that_one_machine_lacks_is_an_error_on_all():
     with Pool(2, timeout=PROMPT) as pool:
         first, second = pool.run(_attend_without_kernels)
     assert second.endswith("the package triton is not installed")
@@ -237,7 +237,7 @@ def _attend_under_vmap_on_one_rank():
         attention(x[0], x[0], x[0])
 
 
-def test_vmap_on_one_rank_is_notified_to_the_others():
+def test_vmap_on_one_rank_is_heard_by_the_others():
     with Pool(2, timeout=PROMPT) as pool:
         first, second = pool.outcomes(_attend_under_vmap_on_one_rank)
     assert isinstance(first.error, UnsupportedError), first.details

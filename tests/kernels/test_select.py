@@ -136,7 +136,7 @@ SLOW = "runs as torch operators .* because kernel='triton' cannot run: "
     ],
     ids=["float64", "too_wide", "odd", "odd_float64"],
 )
-def test_slow_kernels_on_a_gpu_are_notified_once_with_reason_and_cure(
+def test_slow_kernels_on_a_gpu_are_warned_of_once_with_reason_and_cure(
     dtype: torch.dtype, dims: tuple[int, int], reason: str, cure: str
 ) -> None:
     with pytest.warns(UserWarning, match=f"{SLOW}{reason}.*{cure}.*kernel='blockwise' asks for it"):
@@ -156,7 +156,7 @@ def test_a_dtype_that_would_run_is_named_where_only_it_is_too_wide(monkeypatch: 
 
 
 @pytest.mark.usefixtures("without_triton")
-def test_a_gpu_without_triton_is_notified_to_install_it() -> None:
+def test_a_gpu_without_triton_warns_to_install_it() -> None:
     with pytest.warns(UserWarning, match=rf"{SLOW}the package triton is not installed\. Install triton"):
         assert chosen("cuda", torch.bfloat16, 128) == "blockwise"
 
@@ -167,7 +167,7 @@ def test_a_gpu_without_triton_is_notified_to_install_it() -> None:
     [("cuda", torch.bfloat16, 128), ("cuda", torch.bfloat16, 20, 20, "blockwise"), ("cpu", torch.float32, 20)],
     ids=["fast", "asked_for", "cpu"],
 )
-def test_nothing_is_notified_where_nothing_is_slow_unasked(problem: tuple) -> None:
+def test_nobody_is_warned_where_nothing_is_slow_unasked(problem: tuple) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         chosen(*problem)

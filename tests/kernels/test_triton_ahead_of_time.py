@@ -148,7 +148,7 @@ def test_hopper_reads_by_the_tensor_memory_engine_and_multiplies_asynchronously(
         ((12, 0), "consumer"),
     ],
 )
-def test_chips_are_notified_by_their_capability(capability: tuple[int, int], chip: str) -> None:
+def test_chips_are_known_by_their_capability(capability: tuple[int, int], chip: str) -> None:
     assert chips.chip_of_capability(capability) == chip
 
 

@@ -66,7 +66,7 @@ def test_a_driver_without_a_torch_that_can_use_it_is_noticed(monkeypatch: pytest
 
 
 @pytest.mark.parametrize(("major", "advised"), [(7, True), (8, False)])
-def test_a_gpu_without_bfloat16_is_notified_a_precision_that_exists(
+def test_a_gpu_without_bfloat16_is_advised_a_precision_that_exists(
     monkeypatch: pytest.MonkeyPatch, major: int, advised: bool
 ) -> None:
     gpu = SimpleNamespace(name="some GPU", major=major, minor=5)
