@@ -21,9 +21,9 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from ringflash.kernels.kept import Kept, build_to_keep
+from ringflash.kernels.torch_private import tree_leaves
 
 Built = TypeVar("Built")
 

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.utils._pytree
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -123,3 +124,9 @@ def is_destroyed(group: ProcessGroup) -> bool:
 def default_store() -> Store:
     """The store that init_process_group made or was given; it has no other name where torchrun made it."""
     return torch.distributed.distributed_c10d._get_default_store()
+
+
+# Containers
+
+tree_leaves: Callable[[Any], list[Any]] = torch.utils._pytree.tree_leaves
+"""What lists, tuples and dicts hold, however deep; torch has no public walk of them."""

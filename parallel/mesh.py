@@ -71,12 +71,6 @@ def group_size(group: Group) -> int:
     return 1 if found is None else found.size()
 
 
-def group_rank(group: Group) -> int:
-    """This process's rank in the group; 0 for one device."""
-    found = process_group(group)
-    return 0 if found is None else found.rank()
-
-
 def group_name(group: Group) -> str:
     """Name under which operators find the group; empty where there is only one rank."""
     found = process_group(group)

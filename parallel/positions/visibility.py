@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ringflash.kernels.intervals import KeyIntervals
-from ringflash.kernels.kept import build_to_keep
+from ringflash.kernels.kept import Kept, build_to_keep
 from ringflash.parallel.positions.blocks import BlockLayout
 from ringflash.parallel.positions.mask import UNBOUNDED, Mask
 from ringflash.parallel.positions.segments import Segments, intersect, normalize
@@ -50,7 +49,7 @@ def position_bounds(
     if mask.prefix is not None:
         prefix = mask.prefix
         if isinstance(prefix, tuple):
-            prefix = _on_device(prefix, positions.device)[index]
+            prefix = _prefix_on_device(prefix, positions.device)[index]
         stop = torch.minimum(stop, torch.maximum(positions + 1, begin + prefix))
     for size in mask.chunks:
         chunk = begin + (positions - begin) // size * size
@@ -92,16 +91,23 @@ def places(boundaries: Tensor | None, queries: Tensor, query_boundaries: Tensor 
     return queries - query_boundaries[document] + boundaries[document]
 
 
-@lru_cache(maxsize=64)
-def _layout_bounds(layout: BlockLayout, device: torch.device) -> tuple[Tensor, Tensor]:
+_tensors = Kept(128 * 2**20, size=lambda tensors: sum(x.nbytes for x in tensors))
+"""What masks say in numbers, on devices, as many bytes of it."""
+
+
+def _layout_bounds(layout: BlockLayout, device: torch.device) -> tuple[Tensor, ...]:
     """`layout.bounds` as tensors."""
-    first, last = layout.bounds
-    return build_to_keep(lambda: (torch.tensor(first, device=device), torch.tensor(last, device=device)), device)
+    found = _tensors.get((layout, device))
+    return found or _tensors.add((layout, device), _on_device(layout.bounds, device))
 
 
-@lru_cache(maxsize=64)
-def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    return build_to_keep(lambda: torch.tensor(numbers, dtype=torch.int64, device=device), device)
+def _prefix_on_device(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    found = _tensors.get((lengths, device))
+    return (found or _tensors.add((lengths, device), _on_device([lengths], device)))[0]
+
+
+def _on_device(numbers: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, ...]:
+    return build_to_keep(lambda: tuple(torch.tensor(x, dtype=torch.int64, device=device) for x in numbers), device)
 
 
 def key_intervals(

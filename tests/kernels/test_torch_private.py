@@ -233,3 +233,7 @@ def test_without_transforms_a_tensor_outlives_the_transformation_that_made_it() 
     torch.func.grad(function)(torch.ones(2))
     assert kept[0].tolist() == [3, 4]
     assert kept[0].numpy().tolist() == [3, 4]
+
+
+def test_tree_leaves_are_what_containers_hold_however_deep() -> None:
+    assert torch_private.tree_leaves([(1, [2]), {"x": (3,)}]) == [1, 2, 3]
