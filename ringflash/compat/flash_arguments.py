@@ -21,7 +21,7 @@ Attention = Tensor | tuple[Tensor, Tensor, Tensor | None]
 """out, or (out, softmax_lse, S_dmask) if these were asked for."""
 
 
-_plans = Kept()
+_options = Kept()
 """`Options` by the arguments they were made of."""
 
 
@@ -57,10 +57,10 @@ class Options:
     def _once(alibi_slopes: Tensor | None, *given: Any) -> Options:
         """`_of`, from checked arguments where they were given before."""
         try:
-            found = _plans.get(given)
+            found = _options.get(given)
         except TypeError:  # a window_size that is a list
             return Options._of(alibi_slopes, *given)
-        return found or _plans.add(given, Options._of(alibi_slopes, *given))
+        return found or _options.add(given, Options._of(alibi_slopes, *given))
 
     @staticmethod
     def _of(
