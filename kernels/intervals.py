@@ -22,7 +22,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ringflash.kernels.kept import Kept, build_to_keep
+from ringflash.kernels.kept import Kept, build_to_keep, capturing
 from ringflash.kernels.torch_private import tree_leaves
 
 Built = TypeVar("Built")
@@ -115,7 +115,7 @@ class KeyIntervals:
         found = self._cache.get(name)
         if found is None:
             found = build_to_keep(build, self.start.device)
-            if not _capturing(self.start.device):
+            if not capturing(self.start.device):
                 self._cache[name] = found
         return found
 
@@ -126,7 +126,7 @@ _edges = Kept(128 * 2**20, size=lambda edges: sum(x.nbytes for x in edges))
 
 def _tile_edges(count: int, block: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """First and last row of each tile of `block` rows, (2, tiles): one behind each as int32, and themselves int64."""
-    if _capturing(device):  # a graph has its own, as those that are kept may be forgotten before its last replay
+    if capturing(device):  # a graph has its own, as those that are kept may be forgotten before its last replay
         return _new_tile_edges(count, block, device)
     name = count, block, device
     found = _edges.get(name)
@@ -139,11 +139,6 @@ def _new_tile_edges(count: int, block: int, device: torch.device) -> tuple[Tenso
     first = torch.arange(0, count, block, device=device)
     rows = torch.stack([first, (first + block).clamp(max=count) - 1])
     return (rows + 1).int(), rows
-
-
-def _capturing(device: torch.device) -> bool:
-    """What is computed while a CUDA graph is captured holds nothing before the graph runs; others must not find it."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _longest_first(work: list[Tensor]) -> Tensor:

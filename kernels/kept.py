@@ -35,15 +35,35 @@ class Kept(dict):
         size = 1 if self.size is None else self.size(value)
         if self.total + size > self.most:
             self.clear()
-            self.total = 0
         self.total += size
         self[key] = value
         return value
+
+    def clear(self) -> None:
+        """Forget all values."""
+        super().clear()
+        self.total = 0
 
 
 def metadata(x: Tensor | None) -> tuple | None:
     """All that may be worked out from a tensor beforehand: not its address, and not what it holds."""
     return None if x is None else (x.shape, x.stride(), x.dtype, x.device)
+
+
+_captured: dict[int, object] = {}
+"""What CUDA graphs read that were captured by hand, for good: nothing tells when such a graph is gone."""
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured: what is computed now holds nothing before the graph runs."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def hold_if_captured(value: Value, device: torch.device) -> Value:
+    """`value`, for good where a CUDA graph that is being captured reads it: whoever else keeps it may forget it."""
+    if capturing(device):
+        _captured[id(value)] = value
+    return value
 
 
 def build_to_keep(build: Callable[[], Value], device: torch.device) -> Value:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringflash.errors import ArgumentError
-from ringflash.kernels.kept import build_to_keep
+from ringflash.kernels.kept import build_to_keep, hold_if_captured
 from ringflash.kernels.torch_private import is_destroyed, without_transforms
 from ringflash.parallel.agreement.rounds import digest_of
 from ringflash.parallel.planning.plan import RankPlan
@@ -189,9 +189,7 @@ class Placement:
         found = self._programs.get((index, device))
         if found is None:
             found = self._programs[index, device] = build_to_keep(lambda: self._build(index, device), device)
-            _keep_if_captured(self, device)
-        elif device.type == "cuda":
-            _keep_if_captured(self, device)
+        hold_if_captured(self, device)
         return found
 
     def _build(self, index: int, device: torch.device) -> Program:
@@ -338,13 +336,6 @@ HELD = "ringflash_placement"
 
 _numbers = itertools.count(1)
 _placements: weakref.WeakValueDictionary[int, Placement] = weakref.WeakValueDictionary()
-_captured: list[Placement] = []
-"""What CUDA graphs read that were captured by hand: nothing tells when such a graph is gone."""
-
-
-def _keep_if_captured(placement: Placement, device: torch.device) -> None:
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing() and placement not in _captured:
-        _captured.append(placement)
 
 
 def new_handle(placement: Placement, index: int) -> Tensor:

@@ -49,8 +49,7 @@ def threads_of_tensors(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def forget() -> None:
     shardings.clear()
-    for cache in (visibility._layout_bounds, visibility._on_device):
-        cache.cache_clear()
+    visibility._tensors.clear()
 
 
 @pytest.mark.parametrize("name", MASKS)

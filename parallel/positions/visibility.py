@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ringflash.kernels.intervals import KeyIntervals
-from ringflash.kernels.kept import Kept, build_to_keep
+from ringflash.kernels.kept import Kept, build_to_keep, hold_if_captured
 from ringflash.parallel.positions.blocks import BlockLayout
 from ringflash.parallel.positions.mask import UNBOUNDED, Mask
 from ringflash.parallel.positions.segments import Segments, intersect, normalize
@@ -97,13 +97,13 @@ _tensors = Kept(128 * 2**20, size=lambda tensors: sum(x.nbytes for x in tensors)
 
 def _layout_bounds(layout: BlockLayout, device: torch.device) -> tuple[Tensor, ...]:
     """`layout.bounds` as tensors."""
-    found = _tensors.get((layout, device))
-    return found or _tensors.add((layout, device), _on_device(layout.bounds, device))
+    found = _tensors.get((layout, device)) or _tensors.add((layout, device), _on_device(layout.bounds, device))
+    return hold_if_captured(found, device)
 
 
 def _prefix_on_device(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    found = _tensors.get((lengths, device))
-    return (found or _tensors.add((lengths, device), _on_device([lengths], device)))[0]
+    found = _tensors.get((lengths, device)) or _tensors.add((lengths, device), _on_device([lengths], device))
+    return hold_if_captured(found, device)[0]
 
 
 def _on_device(numbers: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, ...]:

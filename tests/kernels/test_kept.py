@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
+from ringflash import Mask
 from ringflash.kernels import intervals
+from ringflash.kernels import kept as keeping
 from ringflash.kernels.intervals import causal_intervals
 from ringflash.kernels.kept import MOST_KEPT, Kept, metadata
+from ringflash.parallel.positions import visibility
 
 
 def test_values_are_found_again_until_there_are_too_many() -> None:
@@ -54,8 +60,25 @@ def test_a_captured_graph_has_edges_of_its_own(monkeypatch: pytest.MonkeyPatch) 
     edges = Kept()
     monkeypatch.setattr(intervals, "_edges", edges)
     before = intervals._tile_edges(100, 16, torch.device("cpu"))
-    monkeypatch.setattr(intervals, "_capturing", lambda device: True)
+    monkeypatch.setattr(intervals, "capturing", lambda device: True)
     captured = [intervals._tile_edges(count, 16, torch.device("cpu")) for count in (100, 50)]
     assert list(edges.values()) == [before]
     assert all(torch.equal(a, b) for a, b in zip(captured[0], before, strict=True))
     assert captured[0][0] is not before[0]
+
+
+def test_what_a_captured_graph_reads_of_a_mask_outlives_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = Mask.blocks(torch.ones(3, 3, dtype=torch.bool), 16).layout
+    device = torch.device("cpu")
+    monkeypatch.setattr(visibility, "_tensors", Kept())
+    monkeypatch.setattr(keeping, "_captured", {})
+    read: list[weakref.ref] = []
+    for captured in (False, True):
+        monkeypatch.setattr(keeping, "capturing", lambda device, captured=captured: captured)
+        read = [
+            weakref.ref(x)
+            for x in (*visibility._layout_bounds(layout, device), visibility._prefix_on_device((3, 4), device))
+        ]
+        visibility._tensors.clear()
+        gc.collect()
+        assert [x() is not None for x in read] == [captured] * len(read)
