@@ -11,25 +11,25 @@ Example:
 
 from ringflash.attention import DistributedFlashAttention
 from ringflash.batches import positions, shard, shard_batch, unshard
-from ringflash.compat.flash_attn import (
+from ringflash.errors import ArgumentError, RankMismatchError, RingflashError, UnsupportedError
+from ringflash.flash_attn import (
     flash_attn_func,
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
     flash_attn_varlen_func,
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
 )
-from ringflash.compat.kvcache import flash_attn_with_kvcache
-from ringflash.compat.ring_flash_attn import (
+from ringflash.parallel.positions.mask import Mask
+from ringflash.parallel.positions.partition import Partition
+from ringflash.parallel.sharding import Sharding
+from ringflash.ring_flash_attn import (
     ring_flash_attn_func,
     ring_flash_attn_qkvpacked_func,
     ring_flash_attn_varlen_func,
     ring_flash_attn_varlen_qkvpacked_func,
 )
-from ringflash.errors import ArgumentError, RankMismatchError, RingflashError, UnsupportedError
-from ringflash.parallel.positions.mask import Mask
-from ringflash.parallel.positions.partition import Partition
-from ringflash.parallel.sharding import Sharding
 
 __all__ = [
     "ArgumentError",

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ringflash import flash_attn_with_kvcache
-from ringflash.compat import kvcache
+from ringflash.flash_attn import kvcache
 from ringflash.functional import attention
 from ringflash.kernels.devices import on_device_without_autocast
 from ringflash.parallel.execution import operators

@@ -29,17 +29,17 @@ from ringflash import (
     shard,
     unshard,
 )
-from ringflash.compat.ring_flash_attn import (
-    ring_flash_attn_func,
-    ring_flash_attn_qkvpacked_func,
-    ring_flash_attn_varlen_func,
-)
 from ringflash.functional import attention
 from ringflash.kernels.cpu import blockwise
 from ringflash.kernels.torch_private import default_store
 from ringflash.parallel import placement
 from ringflash.parallel.execution import call, gradients
 from ringflash.parallel.mesh import ONE_DEVICE
+from ringflash.ring_flash_attn import (
+    ring_flash_attn_func,
+    ring_flash_attn_qkvpacked_func,
+    ring_flash_attn_varlen_func,
+)
 
 PROMPT = 10.0
 """Seconds within which a disagreement must be an error on every rank."""

@@ -33,7 +33,7 @@ else:
     from triton.runtime.interpreter import InterpreterBuilder
 
     from ringflash import flash_attn_with_kvcache
-    from ringflash.compat import kvcache
+    from ringflash.flash_attn import kvcache
     from ringflash.kernels.decode import Cache
     from ringflash.kernels.triton import decode
     from ringflash.kernels.triton.decode import attend_cache

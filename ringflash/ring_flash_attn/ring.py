@@ -1,4 +1,4 @@
-"""The functions of `ringflash.compat.flash_attn` over sequences whose tokens are sharded over the ranks of a group.
+"""The functions of `ringflash.flash_attn` over sequences whose tokens are sharded over the ranks of a group.
 
     q, k, v = (ringflash.shard(x, dim=1) for x in (q, k, v))
     out = ring_flash_attn_func(q, k, v, causal=True)        # this rank's rows of flash_attn_func's result
@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ringflash.compat.flash_arguments import Attention, Options, attend_batch, rows_together, unpack
 from ringflash.errors import ArgumentError
+from ringflash.flash_attn.arguments import Attention, Options, attend_batch, rows_together, unpack
 from ringflash.functional import attention
 from ringflash.parallel.agreement.rounds import refuse
 from ringflash.parallel.mesh import Group, group_size
@@ -46,7 +46,7 @@ def ring_flash_attn_func(
         q: (batch, s, nheads, headdim), as `ringflash.shard` gives them.
         k: (batch, sk, nheads_k, headdim).
         v: (batch, sk, nheads_k, headdim_v).
-        dropout_p: see `ringflash.compat.flash_attn`; so are those down to return_attn_probs.
+        dropout_p: see `ringflash.flash_attn`; so are those down to return_attn_probs.
         softmax_scale: see dropout_p.
         causal: see dropout_p.
         window_size: see dropout_p.

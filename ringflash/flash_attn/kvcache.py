@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ringflash.compat.kvcache_arguments import (
+from ringflash.errors import ArgumentError, UnsupportedError
+from ringflash.flash_attn.kvcache_arguments import (
     check_indices,
     check_no_gradient,
     check_rotary,
@@ -20,7 +21,6 @@ from ringflash.compat.kvcache_arguments import (
     check_tensors,
     check_values,
 )
-from ringflash.errors import ArgumentError, UnsupportedError
 from ringflash.kernels.decode import Cache, Rotary, Rules
 from ringflash.kernels.devices import on_device_without_autocast
 from ringflash.kernels.select import select_decoding

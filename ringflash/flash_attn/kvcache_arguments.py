@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ringflash.compat.flash_arguments import score_rules
 from ringflash.errors import ArgumentError, UnsupportedError
+from ringflash.flash_attn.arguments import score_rules
 from ringflash.kernels.select import DTYPES
 
 MOST_SPLITS = 128

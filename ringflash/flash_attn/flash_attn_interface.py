@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ringflash.compat.flash_arguments import Attention, Options, attend_batch, check_boundaries, rows_together, unpack
 from ringflash.errors import ArgumentError
+from ringflash.flash_attn.arguments import Attention, Options, attend_batch, check_boundaries, rows_together, unpack
 from ringflash.functional import attention
 from ringflash.parallel.mesh import ONE_DEVICE
 

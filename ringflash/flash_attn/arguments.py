@@ -8,8 +8,8 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ringflash.compat.probabilities import signed_probabilities
 from ringflash.errors import ArgumentError
+from ringflash.flash_attn.probabilities import signed_probabilities
 from ringflash.functional import attention
 from ringflash.kernels.kept import Kept
 from ringflash.parallel.mesh import Group

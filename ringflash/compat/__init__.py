@@ -1,1 +1,0 @@
-"""Functions by the names and signatures of other packages."""
