@@ -214,14 +214,14 @@ class Sharding:
         whole = torch.arange(self.batch * self.seqlen) - self._document_starts
         return self.shard(whole.view(self.batch, self.seqlen), 1)
 
-    def labels(self, ids: Tensor) -> Tensor:
-        """The next token of the same document, -100 where there is none: shifted first, then sharded.
+    def shifted_labels(self, ids: Tensor) -> Tensor:
+        """The next token of the same document for each token of the whole batch, -100 where there is none.
 
         Args:
             ids: (B, S) labels of the whole batch, not shifted; input ids, or such with -100 where nothing is learned.
 
         Returns:
-            (B, s), int64 if ids are integers of fewer bits.
+            (B, S), int64 if ids are integers of fewer bits.
         """
         if tuple(ids.shape) != (self.batch, self.seqlen):
             raise ArgumentError(f"ids is {tuple(ids.shape)}; allowed is {(self.batch, self.seqlen)}, (batch, seqlen)")
@@ -234,7 +234,11 @@ class Sharding:
         last = edges[1:][edges.diff() > 0] - 1
         following[last.to(flat.device)] = IGNORED_LABEL
         following[int(edges[-1]) :] = IGNORED_LABEL
-        return self.shard(following.view_as(ids), 1)
+        return following.view_as(ids)
+
+    def labels(self, ids: Tensor) -> Tensor:
+        """This rank's part of `shifted_labels`, (B, s)."""
+        return self.shard(self.shifted_labels(ids), 1)
 
     # Tensors
 

@@ -8,12 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringflash import ArgumentError, shard_batch
+from ringflash import ArgumentError, loss, shard_batch
 from ringflash.configs.schema import AttentionConfig, ModelConfig, RopeScalingConfig
 from ringflash.kernels.cpu import blockwise
 from ringflash.parallel.transport.send_recv import SendRecv
 from ringflash.training.config.composing import load
-from ringflash.training.model import loss
 from ringflash.training.model.transformer import Transformer, attention_mask
 
 SCALING = RopeScalingConfig(factor=8.0, original_max_position_embeddings=64)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ringflash.training.model.loss import valid_tokens
+from ringflash.loss import valid_tokens
 from ringflash.training.model.transformer import Transformer
 
 Read = Callable[[str], Tensor]

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from ringflash import DistributedFlashAttention, Mask, Sharding
 from ringflash.configs.schema import AttentionConfig, ModelConfig, RopeScalingConfig
-from ringflash.training.model.loss import cross_entropy, cross_entropy_sum
+from ringflash.loss import cross_entropy, cross_entropy_sum
 from ringflash.training.model.shape import check_shape, head_dim
 
 

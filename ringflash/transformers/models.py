@@ -1,0 +1,106 @@
+"""What SequenceParallel has to know of a model before its tokens are sharded, and what it refuses by name."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ringflash.errors import ArgumentError
+from ringflash.parallel.positions.mask import Mask
+
+ATTENTION_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
+"""Layer types of Transformers whose tokens meet in softmax attention alone."""
+
+STATEFUL = re.compile(
+    r"mamba|deltanet|linearattention|lightning|recurrent|rglru|rwkv|lstm|shortconv|hyena|retention", re.IGNORECASE
+)
+"""Names of modules that carry a state from token to token."""
+
+
+def pretrained_of(model: nn.Module) -> PreTrainedModel:
+    """The outermost Transformers model within a module: a model as it is, or inside of PEFT, DDP, FSDP, a compiled one.
+
+    Raises:
+        ArgumentError: there is none, or its attention is not "ring".
+    """
+    found = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if found is None:
+        raise ArgumentError(f"model is a {type(model).__name__}; allowed are Transformers models, also in wrappers")
+    for module in found.modules():
+        if isinstance(module, PreTrainedModel) and module.config._attn_implementation != "ring":
+            raise ArgumentError(
+                f"{type(module).__name__} has attn_implementation={module.config._attn_implementation!r}; load the "
+                'model with attn_implementation="ring", or call model.set_attn_implementation("ring")'
+            )
+    return found
+
+
+def check_shardable(model: PreTrainedModel) -> None:
+    """Raise ArgumentError where tokens meet elsewhere than in attention, or where the model counts positions itself."""
+    for number, kind in enumerate(getattr(model.config.get_text_config(), "layer_types", None) or ()):
+        if kind not in ATTENTION_TYPES:
+            raise ArgumentError(
+                f"layer {number} of {type(model).__name__} is of type {kind}; allowed on several ranks are "
+                f"{', '.join(ATTENTION_TYPES)}"
+            )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv1d) or (
+            STATEFUL.search(type(module).__name__) and not isinstance(module, PreTrainedModel)
+        ):
+            raise ArgumentError(
+                f"{name} of {type(model).__name__} is a {type(module).__name__}, which carries a state from token to "
+                "token; allowed on several ranks are layers whose tokens meet in softmax attention alone"
+            )
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        raise ArgumentError(
+            "output_router_logits=True: the loss that balances experts is a function of the whole batch, and each rank "
+            "would take it of its own tokens; set model.config.output_router_logits = False"
+        )
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise ArgumentError(
+            f"{type(model).__name__} takes no position_ids: it counts positions from the first token of each rank"
+        )
+
+
+def layer_masks(model: PreTrainedModel) -> dict[Mask, int]:
+    """Which keys a query may see, and how many layers have each such mask, as the configuration says."""
+    config = model.config.get_text_config()
+    causal = any(getattr(module, "is_causal", False) for module in model.modules())
+    order = Mask.causal() if causal else Mask.bidirectional()
+    masks: dict[Mask, int] = {}
+    for kind in _layer_types(config):
+        mask = order
+        if kind == "sliding_attention":
+            left = config.sliding_window - causal  # theirs counts the query itself where it is causal
+            mask = order & Mask.sliding_window(left, 0 if causal else left)
+        if kind == "chunked_attention":
+            mask = order & Mask.chunked(config.attention_chunk_size)
+        masks[mask] = masks.get(mask, 0) + 1
+    return masks or {order: 1}
+
+
+def _layer_types(config: Any) -> list[str]:
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+        types = ["sliding_attention" if windowed else "full_attention"] * getattr(config, "num_hidden_layers", 1)
+    return types
+
+
+def predicts_next(model: PreTrainedModel) -> bool:
+    """Whether a token predicts the next one; where it predicts itself, labels are not shifted."""
+    return getattr(model, "loss_type", None) != "ForMaskedLM"
+
+
+def rotary_modules(model: PreTrainedModel) -> Iterator[nn.Module]:
+    """Modules whose frequencies depend on the longest sequence ("dynamic" and "longrope")."""
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        kinds = kinds.values() if isinstance(kinds, dict) else (kinds,)
+        if any(isinstance(kind, str) and ("dynamic" in kind or kind == "longrope") for kind in kinds):
+            yield module

@@ -1,0 +1,87 @@
+"""Calls on one device alone: packed documents, padding, and caches that hold earlier tokens.
+
+Legend: B sequences; T queries and S keys of one sequence in this call.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ringflash.functional import attention
+from ringflash.parallel.mesh import ONE_DEVICE
+from ringflash.transformers.masks import Visible
+from ringflash.transformers.rows import document_boundaries
+
+
+def attend_alone(
+    query: Tensor, key: Tensor, value: Tensor, visible: Visible, features: dict[str, Any], others: dict[str, Any]
+) -> Tensor:
+    """Attention of this device's queries to its keys, (B, T, H, Dv).
+
+    Args:
+        query: (B, T, H, D).
+        key: (B, S, Hk, D).
+        value: (B, S, Hk, Dv).
+        visible: which keys each query sees.
+        features: further arguments of `attention`.
+        others: keyword arguments of the layer; `cu_seq_lens_q`, `cu_seq_lens_k` and `position_ids` name documents.
+    """
+    keys, queries, seen = _boundaries(visible, others, (query.shape[0], query.shape[1]))
+    if keys is None:
+        return attention(query, key, value, mask=visible.mask, group=ONE_DEVICE, **features)[0]
+    out, _ = attention(
+        *(x.flatten(0, 1)[None] for x in (query, key, value)),
+        mask=visible.mask,
+        cu_seqlens=keys,
+        query_cu_seqlens=None if queries is keys else queries,
+        seqlen=query.shape[0] * query.shape[1],
+        key_seqlen=key.shape[0] * key.shape[1],
+        key_padding_mask=None if seen is None else seen.flatten()[None],
+        group=ONE_DEVICE,
+        **features,
+    )
+    return out.view(*query.shape[:3], value.shape[3])
+
+
+def _boundaries(
+    visible: Visible, others: dict[str, Any], sizes: tuple[int, int]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Boundaries of keys and queries over all sequences laid end to end, and which keys are seen, where it matters."""
+    if visible.rows is not None:
+        return visible.rows
+    keys = others.get("cu_seq_lens_k")
+    if keys is not None:
+        return keys, others.get("cu_seq_lens_q"), None
+    if visible.cu_seqlens is not None:
+        return visible.cu_seqlens, visible.cu_seqlens, None
+    position_ids = others.get("position_ids")
+    if visible.holds_earlier or not isinstance(position_ids, Tensor) or position_ids.shape[1:] != sizes[1:]:
+        return None, None, None
+    found = _restarts.boundaries(position_ids, sizes[0])
+    return found, found, None
+
+
+class _Restarts:
+    """Boundaries where position_ids restart, of the newest ones: all layers of a model are given the same."""
+
+    def __init__(self) -> None:
+        self._newest: tuple[weakref.ref, int, int, Tensor | None] | None = None
+
+    def boundaries(self, position_ids: Tensor, batch: int) -> Tensor | None:
+        """Boundaries over B * T tokens, of (B or 1, T) position_ids; None where they never restart."""
+        restarts = (position_ids.diff(dim=1) != 1).expand(batch, -1)
+        if torch.compiler.is_compiling():
+            return document_boundaries(restarts)
+        found = self._newest
+        if found is not None and found[0]() is position_ids and found[1:3] == (position_ids._version, batch):
+            return found[3]
+        boundaries = document_boundaries(restarts) if bool(restarts.any()) else None
+        self._newest = weakref.ref(position_ids), position_ids._version, batch, boundaries
+        return boundaries
+
+
+_restarts = _Restarts()
