@@ -21,6 +21,7 @@ from ringflash.errors import ArgumentError
 from ringflash.functional import attention
 from ringflash.parallel.mesh import ONE_DEVICE
 from ringflash.parallel.sharding import Sharding
+from ringflash.transformers.encoder_decoder import sharding_of
 from ringflash.transformers.masks import Visible, visible_of
 from ringflash.transformers.one_device import attend_alone
 
@@ -74,7 +75,8 @@ def ring_attention(
         s_aux: (H,) sink logits.
         is_causal: the module's attribute of that name if None.
         sharding: how the batch lies on its ranks.
-        others: read are `cu_seq_lens_q`, `cu_seq_lens_k`, `position_ids` and `key_padding_mask`.
+        others: read are `cu_seq_lens_q`, `cu_seq_lens_k` and `position_ids`; `key_padding_mask`; and the further
+            shardings of models with an encoder and a decoder, `encoder_sharding` and `cross_sharding`.
 
     Returns:
         (B, T, H, Dv), and None for the probabilities.
@@ -93,6 +95,7 @@ def ring_attention(
         "softcap": softcap or 0.0,
         "sinks": None if s_aux is None else s_aux.to(query.dtype),
     }
+    sharding = sharding_of(module, visible.mask.right == 0, {"sharding": sharding} | others)
     if sharding is None:
         _check_alone(module)
         return attend_alone(query, key, value, visible, features, others), None

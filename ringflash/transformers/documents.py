@@ -36,6 +36,11 @@ class Documents(NamedTuple):
     seen: Tensor | None
     scattered: bool
 
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """First token of each sequence that is seen, and the end of the last one, (B,), where there is padding."""
+        assert self.seen is not None
+        return _ends(self.seen)
+
 
 def documents_of(batch: Mapping[str, object], size: int, seqlen: int) -> Documents:
     """Documents of a batch of B=`size` sequences of S=`seqlen` tokens.

@@ -83,7 +83,7 @@ def ring_mask(
         rows = rows_of(batch_size, (q_length, q_offset), (kv_length, kv_offset), attention_mask, chunk, device)
     found = torch.empty(1, 1, 1, 0, dtype=torch.int64, device=device) if rows is None else rows.tensor()
     if not torch.compiler.is_compiling():
-        holds_earlier = counted_there or q_offset > 0 or kv_length != q_length
+        holds_earlier = counted_there or q_offset > 0 or (kv_length != q_length and not bidirectional)
         setattr(found, VISIBLE, Visible(mask, holds_earlier, rows, None if rows else _packed(mask_function)))
     return found
 
@@ -105,8 +105,9 @@ def visible_of(
     """
     rules = layer_rules(module, is_causal, window)
     batch, queries, keys = sizes
+    longer = keys != queries and rules.right == 0  # in cross attention they are other tokens
     if mask is None:
-        return Visible(rules, keys != queries)
+        return Visible(rules, longer)
     if not isinstance(mask, Tensor) or mask.dtype != torch.int64 or mask.shape[:3] != (1, 1, 1):
         shape = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise ArgumentError(
@@ -115,7 +116,7 @@ def visible_of(
         )
     found = None if torch.compiler.is_compiling() else getattr(mask, VISIBLE, None)
     if found is None:
-        return Visible(rules, keys != queries, Rows.of_tensor(mask, batch, keys) if mask.numel() else None)
+        return Visible(rules, longer, Rows.of_tensor(mask, batch, keys) if mask.numel() else None)
     if found.mask != rules:
         raise ArgumentError(
             f"{type(module).__name__} says of itself that it sees {rules}, and its model made a mask for {found.mask}; "
@@ -140,7 +141,11 @@ def layer_rules(module: nn.Module, is_causal: bool | None, sliding_window: int |
         return mask & Mask.chunked(config.attention_chunk_size)
     if sliding_window is None:
         return mask
-    return mask & Mask.sliding_window(sliding_window - 1, 0 if causal else sliding_window - 1)
+    if causal:
+        return mask & Mask.sliding_window(sliding_window - 1)
+    # To both sides the configuration's window counts neighbours alone; layers hand on that number, or one more.
+    beside = getattr(config, "sliding_window", None) or sliding_window - 1
+    return mask & Mask.sliding_window(beside, beside)
 
 
 def _local(config: Any, size: int, bidirectional: bool) -> Mask:

@@ -61,16 +61,20 @@ def check_shardable(model: PreTrainedModel) -> None:
             "output_router_logits=True: the loss that balances experts is a function of the whole batch, and each rank "
             "would take it of its own tokens; set model.config.output_router_logits = False"
         )
-    if "position_ids" not in inspect.signature(model.forward).parameters:
+    needed = ["position_ids", *(["decoder_position_ids"] if model.config.is_encoder_decoder else [])]
+    if missing := [name for name in needed if name not in inspect.signature(model.forward).parameters]:
         raise ArgumentError(
-            f"{type(model).__name__} takes no position_ids: it counts positions from the first token of each rank"
+            f"{type(model).__name__} takes no {missing[0]}: it counts positions from the first token of each rank"
         )
 
 
-def layer_masks(model: PreTrainedModel) -> dict[Mask, int]:
-    """Which keys a query may see, and how many layers have each such mask, as the configuration says."""
-    config = model.config.get_text_config()
-    causal = any(getattr(module, "is_causal", False) for module in model.modules())
+def is_causal(model: PreTrainedModel) -> bool:
+    """Whether tokens see earlier ones only."""
+    return any(getattr(module, "is_causal", False) for module in model.modules())
+
+
+def layer_masks(config: Any, causal: bool) -> dict[Mask, int]:
+    """Which keys a query may see, and how many layers have each such mask, as a configuration says."""
     order = Mask.causal() if causal else Mask.bidirectional()
     masks: dict[Mask, int] = {}
     for kind in _layer_types(config):

@@ -8,29 +8,32 @@ Legend: B sequences; S tokens of one sequence over all ranks, s of them on this 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ringflash.errors import ArgumentError
 from ringflash.parallel.agreement.rounds import agreement, digest_of, refuse
 from ringflash.parallel.mesh import ONE_DEVICE, Group
+from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import Partition, check_name
-from ringflash.parallel.sharding import IGNORED_LABEL, Sharding, sharing_group
+from ringflash.parallel.sharding import Sharding, sharing_group
 from ringflash.transformers.attention import alone
+from ringflash.transformers.batches import fingerprint, position_ids_of, shard_targets, shard_tokens, sizes_of
 from ringflash.transformers.documents import Documents, documents_of
+from ringflash.transformers.encoder_decoder import cross_sharding, join, mark_cross_attention, split
 from ringflash.transformers.forward import Forward, fuse
-from ringflash.transformers.models import check_shardable, layer_masks, predicts_next, pretrained_of, rotary_modules
-
-DOCUMENT_KEYS = ("attention_mask", "cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-"""Keys of a batch that the sharding stands for once it is made."""
-
-LOSS_KEYS = ("labels", "shift_labels", "num_items_in_batch")
+from ringflash.transformers.models import (
+    check_shardable,
+    is_causal,
+    layer_masks,
+    predicts_next,
+    pretrained_of,
+    rotary_modules,
+)
 
 
 class SequenceParallel:
@@ -60,7 +63,13 @@ class SequenceParallel:
         if self.ranks > 1:
             check_shardable(self._model)
         self.partition = partition
-        self._masks = layer_masks(self._model)
+        self._masks = layer_masks(self._model.config.get_text_config(), causal=is_causal(self._model))
+        if self._model.config.is_encoder_decoder:
+            mark_cross_attention(self._model)
+            sides = ({"encoder": True}, False), ({"decoder": True}, True)
+            self._pair_masks = [
+                layer_masks(self._model.config.get_text_config(**side), causal) for side, causal in sides
+            ]
         self._scaled_rotary = any(rotary_modules(self._model))
         self._forward = Forward(self._model)
 
@@ -96,27 +105,47 @@ class SequenceParallel:
             RankMismatchError: ranks of the group have different batches.
         """
         try:
-            size, seqlen = _sizes(batch)
-            documents = documents_of(batch, size, seqlen)
-            sharding = Sharding(
-                self._masks,
-                batch=size,
-                seqlen=seqlen,
-                cu_seqlens=documents.cu_seqlens,
-                group=self.group,
-                partition=self.partition,
-            )
-            part = self._tokens(batch, sharding) | self._targets(batch, documents, sharding)
+            part = self._pair(batch) if self._model.config.is_encoder_decoder else self._part(batch, self._masks)[0]
         except Exception as error:
             refuse(self.group, error)
             raise
         self._check_same(batch)
+        return part
+
+    def _part(self, batch: Mapping[str, Any], masks: Mapping[Mask, int]) -> tuple[dict[str, Any], Documents]:
+        """This rank's part of one sequence of tokens, and its documents."""
+        size, seqlen = sizes_of(batch)
+        documents = documents_of(batch, size, seqlen)
+        sharding = Sharding(
+            masks,
+            batch=size,
+            seqlen=seqlen,
+            cu_seqlens=documents.cu_seqlens,
+            group=self.group,
+            partition=self.partition,
+        )
+        part = shard_tokens(batch, sharding)
+        part |= shard_targets(batch, documents, sharding, predicts_next(self._model))
         if documents.scattered:
             assert documents.seen is not None
             part["key_padding_mask"] = sharding.shard(documents.seen, 1).to(part["position_ids"].device)
         if self._scaled_rotary:
-            part["last_position"] = _position_ids(batch).amax().reshape(1)
-        return part | {"sharding": sharding}
+            part["last_position"] = position_ids_of(batch).amax().reshape(1)
+        return part | {"sharding": sharding}, documents
+
+    def _pair(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """This rank's part of the tokens of an encoder and of a decoder."""
+        batches = split(self._model, batch)
+        (encoder, documents), (decoder, _) = (
+            self._part(each, masks) for each, masks in zip(batches, self._pair_masks, strict=True)
+        )
+        if documents.scattered or self._scaled_rotary:
+            raise ArgumentError(
+                "an encoder and a decoder with padding between tokens, or with rotary frequencies that depend on the "
+                "longest sequence, are not sharded"
+            )
+        shardings = encoder["sharding"], decoder["sharding"]
+        return join(encoder, decoder, cross_sharding(*shardings, documents, self.group, self.partition))
 
     def reported(self, loss: Tensor) -> Tensor:
         """The loss of the whole batch, the same on all ranks of the group, for logs: the mean of what each computed."""
@@ -139,82 +168,12 @@ class SequenceParallel:
         """
         fuse(self._model, self._forward)
 
-    def _tokens(self, batch: Mapping[str, Any], sharding: Sharding) -> dict[str, Any]:
-        """This rank's part of everything that goes by tokens, but for labels."""
-        part: dict[str, Any] = {"position_ids": sharding.shard(_position_ids(batch), -1)}
-        whole = sharding.batch, sharding.seqlen
-        for name, x in batch.items():
-            if name in DOCUMENT_KEYS or name in LOSS_KEYS or name in part:
-                continue
-            if isinstance(x, Tensor) and x.dim() > 0:
-                if tuple(x.shape[:2]) != whole:
-                    raise ArgumentError(
-                        f"{name} is {tuple(x.shape)}; allowed are tensors of {whole}, (batch, seqlen, ...). What is no "
-                        "token, as pixel_values are, goes into inputs_embeds first"
-                    )
-                x = sharding.shard(x, 1)
-            part[name] = x
-        return part
-
-    def _targets(self, batch: Mapping[str, Any], documents: Documents, sharding: Sharding) -> dict[str, Any]:
-        """This rank's labels, and by what its loss is to be divided."""
-        labels, shifted = batch.get("labels"), batch.get("shift_labels")
-        name, given = ("labels", labels) if shifted is None else ("shift_labels", shifted)
-        if given is None:
-            return {}
-        if tuple(given.shape) != (sharding.batch, sharding.seqlen):
-            raise ArgumentError(
-                f"{name} is {tuple(given.shape)}; allowed is {(sharding.batch, sharding.seqlen)}, (batch, seqlen)"
-            )
-        hidden = None if documents.seen is None else ~documents.seen.to(given.device) & (given != IGNORED_LABEL)
-        if name == "labels" and hidden is not None and bool(hidden.any()):
-            raise ArgumentError(
-                f"labels has {int(hidden.sum())} targets at tokens that attention_mask hides; set them to "
-                f"{IGNORED_LABEL}, as data collators do"
-            )
-        shift = shifted is None and predicts_next(self._model)
-        whole = sharding.shifted_labels(given) if shift else given
-        items = batch.get("num_items_in_batch")
-        items = (whole != IGNORED_LABEL).sum().clamp(min=1) if items is None else torch.as_tensor(items)
-        part = {"labels": sharding.shard(given, 1), "num_items_in_batch": items.to(given.device).double() / self.ranks}
-        return part | {"shift_labels": sharding.shard(whole, 1)} if whole is not labels else part
-
     def _check_same(self, batch: Mapping[str, Any]) -> None:
         """Raise RankMismatchError on all ranks unless they have the same batch."""
         if self._group is None:
             return
-        held = {name: _fingerprint(x) for name, x in batch.items()}
+        held = {name: fingerprint(x) for name, x in batch.items()}
         device = next(x.device for x in batch.values() if isinstance(x, Tensor))
         agreement(self._group).check(
             digest_of(("batch", sorted(held.items()))), lambda: {"batch": sorted(held)} | held, device
         )
-
-
-def _sizes(batch: Mapping[str, Any]) -> tuple[int, int]:
-    for name, dims in (("input_ids", 2), ("inputs_embeds", 3)):
-        x = batch.get(name)
-        if x is not None:
-            if not isinstance(x, Tensor) or x.dim() != dims:
-                shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-                raise ArgumentError(f"{name} is {shape}; allowed is a tensor (batch, seqlen{', hidden' * (dims > 2)})")
-            return x.shape[0], x.shape[1]
-    raise ArgumentError(f"batch has {sorted(batch)}; input_ids or inputs_embeds is missing")
-
-
-def _position_ids(batch: Mapping[str, Any]) -> Tensor:
-    given = batch.get("position_ids")
-    if given is not None:
-        return given
-    x = batch["input_ids"] if batch.get("input_ids") is not None else batch["inputs_embeds"]
-    return torch.arange(x.shape[1], device=x.device)[None]
-
-
-def _fingerprint(x: object) -> str:
-    """What tells entries of batches apart: all of integers, and of others what they look like."""
-    if not isinstance(x, Tensor):
-        return repr(x)[:100]
-    text = f"{x.dtype} {tuple(x.shape)}"
-    if x.is_floating_point() or x.is_complex():
-        return text
-    values = x.detach().cpu().contiguous().view(torch.uint8).numpy()
-    return f"{text} {hashlib.blake2b(values.tobytes(), digest_size=8).hexdigest()}"

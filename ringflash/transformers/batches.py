@@ -1,0 +1,106 @@
+"""What of a Hugging Face batch a rank of a group holds: tokens, labels, and by what its loss is divided.
+
+Legend: B sequences; S tokens of one sequence over all ranks, s of them on this rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ringflash.errors import ArgumentError
+from ringflash.parallel.sharding import IGNORED_LABEL, Sharding
+from ringflash.transformers.documents import Documents
+
+DOCUMENT_KEYS = ("attention_mask", "cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+"""Keys of a batch that the sharding stands for once it is made."""
+
+LOSS_KEYS = ("labels", "shift_labels", "num_items_in_batch")
+
+
+def sizes_of(batch: Mapping[str, Any]) -> tuple[int, int]:
+    """B and S."""
+    for name, dims in (("input_ids", 2), ("inputs_embeds", 3)):
+        x = batch.get(name)
+        if x is not None:
+            if not isinstance(x, Tensor) or x.dim() != dims:
+                shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+                raise ArgumentError(f"{name} is {shape}; allowed is a tensor (batch, seqlen{', hidden' * (dims > 2)})")
+            return x.shape[0], x.shape[1]
+    raise ArgumentError(f"batch has {sorted(batch)}; input_ids or inputs_embeds is missing")
+
+
+def shard_tokens(batch: Mapping[str, Any], sharding: Sharding) -> dict[str, Any]:
+    """This rank's part of everything that goes by tokens, but for labels."""
+    part: dict[str, Any] = {"position_ids": sharding.shard(position_ids_of(batch), -1)}
+    whole = sharding.batch, sharding.seqlen
+    for name, x in batch.items():
+        if name in DOCUMENT_KEYS or name in LOSS_KEYS or name in part:
+            continue
+        if isinstance(x, Tensor) and x.dim() > 0:
+            if tuple(x.shape[:2]) != whole:
+                raise ArgumentError(
+                    f"{name} is {tuple(x.shape)}; allowed are tensors of {whole}, (batch, seqlen, ...). What is no "
+                    "token, as pixel_values are, goes into inputs_embeds first"
+                )
+            x = sharding.shard(x, 1)
+        part[name] = x
+    return part
+
+
+def shard_targets(
+    batch: Mapping[str, Any], documents: Documents, sharding: Sharding, predicts_next: bool
+) -> dict[str, Any]:
+    """This rank's labels, and by what its loss is to be divided, for the mean over ranks to be that of the batch.
+
+    Args:
+        batch: whole.
+        documents: its documents and padding.
+        sharding: how it lies on its ranks.
+        predicts_next: labels are those of the tokens themselves, and a token predicts the next one's.
+    """
+    labels, shifted = batch.get("labels"), batch.get("shift_labels")
+    name, given = ("labels", labels) if shifted is None else ("shift_labels", shifted)
+    if given is None:
+        return {}
+    if tuple(given.shape) != (sharding.batch, sharding.seqlen):
+        raise ArgumentError(
+            f"{name} is {tuple(given.shape)}; allowed is {(sharding.batch, sharding.seqlen)}, (batch, seqlen)"
+        )
+    hidden = None if documents.seen is None else ~documents.seen.to(given.device) & (given != IGNORED_LABEL)
+    if name == "labels" and hidden is not None and bool(hidden.any()):
+        raise ArgumentError(
+            f"labels has {int(hidden.sum())} targets at tokens that attention_mask hides; set them to "
+            f"{IGNORED_LABEL}, as data collators do"
+        )
+    shift = shifted is None and predicts_next
+    whole = sharding.shifted_labels(given) if shift else given
+    items = batch.get("num_items_in_batch")
+    items = (whole != IGNORED_LABEL).sum().clamp(min=1) if items is None else torch.as_tensor(items)
+    items = items.to(given.device, torch.float32) / sharding.ranks
+    part = {"labels": sharding.shard(given, 1), "num_items_in_batch": items}
+    return part | {"shift_labels": sharding.shard(whole, 1)} if whole is not labels else part
+
+
+def position_ids_of(batch: Mapping[str, Any]) -> Tensor:
+    """Positions of all tokens, (B or 1, S) or with a dimension in front: those given, or counted over the sequence."""
+    given = batch.get("position_ids")
+    if given is not None:
+        return given
+    x = batch["input_ids"] if batch.get("input_ids") is not None else batch["inputs_embeds"]
+    return torch.arange(x.shape[1], device=x.device)[None]
+
+
+def fingerprint(x: object) -> str:
+    """What tells entries of batches apart: all of integers, and of others what they look like."""
+    if not isinstance(x, Tensor):
+        return repr(x)[:100]
+    text = f"{x.dtype} {tuple(x.shape)}"
+    if x.is_floating_point() or x.is_complex():
+        return text
+    values = x.detach().cpu().contiguous().view(torch.uint8).numpy()
+    return f"{text} {hashlib.blake2b(values.tobytes(), digest_size=8).hexdigest()}"
