@@ -27,8 +27,8 @@ BEYOND_PAGES = 2
 
 _REASONS = {
     BEYOND_CACHE: "cache_seqlens and the new tokens need rows that k_cache does not have, or are negative",
-    BEYOND_PAGES: "cache_seqlens and the new tokens need pages that block_table does not name or k_cache does not have, "
-    "or are negative",
+    BEYOND_PAGES: "cache_seqlens and the new tokens need pages that block_table does not name or k_cache does not "
+    "have, or are negative",
 }
 
 _words: dict[torch.device, tuple[Tensor, np.ndarray]] = {}

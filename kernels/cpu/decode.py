@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ringflash.kernels.decode import Cache, Rotary, Rules
 from ringflash.kernels.overrun import refuse_or_note
+from ringflash.kernels.rotary import rotate
 
 BLOCK = 512
 """Keys that `attend` looks at together: bounds its memory."""
@@ -138,12 +139,8 @@ def cache_index(cache: Cache, rows: Tensor) -> tuple[tuple[Tensor, Tensor], Tens
 def rotated(x: Tensor, rotary: Rotary, positions: Tensor) -> Tensor:
     """X (B, n, heads, D) rotated at positions (B, n), in fp32, and rounded once."""
     positions = positions.clamp(0, rotary.cos.shape[0] - 1)
-    cos, sin = (angles[positions].to(_wide(x.dtype)).unsqueeze(2) for angles in (rotary.cos, rotary.sin))
-    rotating, rest = x[..., : 2 * cos.shape[-1]].to(cos.dtype), x[..., 2 * cos.shape[-1] :]
-    a, b = (rotating[..., 0::2], rotating[..., 1::2]) if rotary.interleaved else rotating.chunk(2, -1)
-    pair = (a * cos - b * sin, a * sin + b * cos)
-    done = torch.stack(pair, -1).flatten(-2) if rotary.interleaved else torch.cat(pair, -1)
-    return torch.cat([done.to(x.dtype), rest], -1)
+    cos, sin = (angles[positions].unsqueeze(2) for angles in (rotary.cos, rotary.sin))
+    return rotate(x, cos, sin, rotary.interleaved)
 
 
 def _scores(query_BKGSD: Tensor, key_BNKD: Tensor, rules: Rules, distance_BSN: Tensor) -> Tensor:
