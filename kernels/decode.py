@@ -3,7 +3,7 @@
 An implementation is a module with two functions, `append` and `attend`, that mean what those of
 ringflash.kernels.cpu.decode mean, which runs wherever torch does and is exact in float32 (float64 for float64); the
 other is ringflash.kernels.triton.decode. `ringflash.kernels.select` chooses. On a GPU neither reads a tensor's values
-on the host.
+on the host: both stay within the cache, and ringflash.kernels.overrun tells of lengths that go beyond it.
 
 Sequence b fills the rows [leftpad[b], used[b]) of its part of the cache. With n keys appended, query i of S stands at
 row used[b] + n - S + i, its position: the last query at the last key. It sees the rows from its position - left to its

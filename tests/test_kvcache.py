@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -16,6 +17,7 @@ from torch import Tensor
 import ringflash
 from ringflash import ArgumentError, UnsupportedError, flash_attn_func, flash_attn_with_kvcache
 from ringflash.kernels.cpu import decode
+from ringflash.kernels.overrun import raise_if_overrun
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -222,6 +224,11 @@ def test_vmap_is_refused() -> None:
         ({"cache_leftpad": TWO[:1]}, "cache_leftpad is torch.int32"),
         ({"block_table": TABLE, "cache_batch_idx": TWO}, "cache_batch_idx is given with block_table"),
         ({"block_table": TABLE[0]}, r"block_table is torch.int32 \(2,\); allowed is int32 \(2, pages\)"),
+        ({"block_table": TABLE, "k_cache": CACHE[:0], "v_cache": CACHE[:0]}, r"k_cache has shape \(0, 10, 4, 16\)"),
+        (
+            {**NEW, "cache_seqlens": 0, **dict.fromkeys("kv", torch.ones(2, 11, 4, 16))},
+            "k has 11 new tokens; allowed are the 10 rows",
+        ),
         ({"block_table": TABLE + 1}, "block_table names pages that are not there; allowed is 0 to 1"),
         ({**NEW, "rotary_cos": X[0, 0]}, "rotary_sin is None"),
         ({"rotary_cos": X[0, 0], "rotary_sin": X[0, 0]}, "rotary_cos is given without k"),
@@ -376,6 +383,97 @@ def test_steps_on_gpus_never_wait_and_a_graph_replays_them() -> None:
         seqlens += 1
     expected = flash_attn_func(q.float(), k.float(), v.float(), causal=True)
     torch.testing.assert_close(torch.cat(outs, 1).float(), expected, rtol=2e-2, atol=2e-2)
+
+
+BEYOND = (
+    (None, [509, 3], "rows that k_cache does not have"),
+    (None, [3, -1], "or are negative"),
+    (16, [509, 3], "pages that block_table does not name"),
+    (16, [3, 47], "pages that block_table does not name"),  # behind its third page come fillers
+)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 20], ids=["triton", "torch-operators"])
+@pytest.mark.parametrize(("page", "lengths", "message"), BEYOND, ids=str)
+def test_lengths_beyond_a_cache_on_gpus_are_raised_by_the_next_call(
+    page: int | None, lengths: list[int], message: str, dim: int
+) -> None:
+    """In a call and in a graph that is replayed; nothing waits."""
+    q, k, v = torch.randn(3, 2, 5, 2, dim, device="cuda", dtype=torch.bfloat16).unbind(0)
+    where = {}
+    if page is not None:
+        table = torch.arange(64, device="cuda", dtype=torch.int32).view(2, 32)
+        table[1, 3:] = -1
+        where["block_table"] = table
+    shape = (64, 16) if page else (2, 512)
+    k_cache, v_cache = torch.zeros(2, *shape, 2, dim, device="cuda", dtype=torch.bfloat16).unbind(0)
+    seqlens = torch.tensor([0, 8], device="cuda", dtype=torch.int32)
+    beyond = torch.tensor(lengths, device="cuda", dtype=torch.int32)
+
+    def append() -> None:
+        flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=seqlens, causal=True, **where)
+
+    def attend() -> None:
+        held = (seqlens + 5).where(seqlens >= 0, seqlens)
+        flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=held, **where)
+
+    def check(run: Callable[[], None]) -> None:
+        before = seqlens.clone()
+        seqlens.copy_(beyond)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        seqlens.copy_(before)
+        torch.cuda.synchronize()
+        written = k_cache.clone()
+        with pytest.raises(
+            ArgumentError, match=f"in an earlier call of flash_attn_with_kvcache on cuda:0, .*{message}"
+        ):
+            append()
+        assert torch.equal(k_cache, written)
+        append()
+        torch.cuda.synchronize()
+        append()
+
+    for step in (append, attend):
+        step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        graph.replay()
+        check(step)
+        check(graph.replay)
+    first = k_cache.view(2, 512, 2, dim)[0].abs().sum((1, 2))
+    fits = range(lengths[0], min(lengths[0] + 5, 512))
+    assert first.nonzero().flatten().tolist() == sorted({*range(5), *fits})
+
+
+@pytest.mark.gpu
+def test_whoever_replays_a_graph_alone_may_ask_for_lengths_beyond_the_cache() -> None:
+    cache, values = torch.zeros(2, 1, 64, 2, 64, device="cuda").unbind(0)
+    seqlens = torch.zeros(1, device="cuda", dtype=torch.int32)
+    token = torch.randn(1, 1, 2, 64, device="cuda")
+
+    def step() -> None:
+        flash_attn_with_kvcache(token, cache, values, token, token, cache_seqlens=seqlens)
+        seqlens.add_(1)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for _ in range(63):
+        graph.replay()
+    torch.cuda.synchronize()
+    raise_if_overrun("cuda")
+    graph.replay()
+    torch.cuda.synchronize()
+    with pytest.raises(ArgumentError, match=r"in an earlier call .* rows that k_cache does not have"):
+        raise_if_overrun("cuda")
+    raise_if_overrun("cuda")
 
 
 @pytest.mark.gpu

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ringflash.kernels.decode import Cache, Rotary, Rules
+from ringflash.kernels.overrun import refuse_or_note
+from ringflash.kernels.rotary import rotate
 
 BLOCK = 512
 """Keys that `attend` looks at together: bounds its memory."""
@@ -18,14 +20,30 @@ BLOCK = 512
 def append(key: Tensor, value: Tensor, cache: Cache, rotary: Rotary | None = None) -> None:
     """Write key (B, n, Hk, D) and value (B, n, Hk, V) behind the rows that are filled.
 
-    Keys are rotated by `rotary` at the rows they come to. Nothing is written where the cache has no rows: here torch
-    refuses such indices, kernels on GPUs pass over them.
+    Keys are rotated by `rotary` at the rows they come to. What the cache has no row for is refused on the CPU; on a GPU
+    it is not written, and the word of ringflash.kernels.overrun says so.
     """
+    if key.numel() == 0:
+        return
     rows = used_rows(cache, key.shape[0])[:, None] + torch.arange(key.shape[1], device=key.device)
     if rotary is not None:
         key = rotated(key, rotary, rows)
-    index = cache_index(cache, rows)
-    cache.key[index], cache.value[index] = key, value
+    index, exists = cache_index(cache, rows)
+    refuse_or_note(~exists, cache)
+    write_existing(key, value, cache, index, exists)
+
+
+def write_existing(key: Tensor, value: Tensor, cache: Cache, index: tuple[Tensor, Tensor], exists: Tensor) -> None:
+    """Write the tokens of `append` whose row `exists`, (B, n), at `index`, without a look at which these are.
+
+    Every token writes: those without a row write what the first token with one does, or if there is none, what their
+    place holds already.
+    """
+    exists = exists.flatten()
+    token = torch.arange(exists.numel(), device=exists.device).where(exists, exists.int().argmax())
+    place = index[0].flatten()[token], index[1].flatten()[token]
+    for new, old in ((key, cache.key), (value, cache.value)):
+        old[place] = new.flatten(0, 1)[token].where(exists.any(), old[place])
 
 
 def attend(
@@ -51,6 +69,7 @@ def attend(
     used, index = used_rows(cache, batch), torch.arange(count, device=query.device)
     if rotary is not None:
         query = rotated(query, rotary, used[:, None] + (index if rules.local else torch.zeros_like(index)))
+    refuse_or_note(~has_all_rows(cache, used, appended), cache)
     total, first = used + appended, 0 if cache.leftpad is None else cache.leftpad.long()
     position_BS = total[:, None] - count + index
     stop_BS = total.clamp(max=cache.capacity)[:, None].expand_as(position_BS)
@@ -70,7 +89,7 @@ def attend(
     for block in range(begin, end, BLOCK):
         row_N = torch.arange(block, min(block + BLOCK, end), device=query.device)
         exists_BN = (row_N >= start_BS.amin(1, keepdim=True)) & (row_N < stop_BS.amax(1, keepdim=True))
-        rows = tuple(x.where(exists_BN, 0) for x in cache_index(cache, row_N.expand(batch, -1)))
+        rows = tuple(x.where(exists_BN, 0) for x in cache_index(cache, row_N.expand(batch, -1))[0])
         # Rows that nobody sees may hold anything, and 0 * nan is not 0.
         key, value = (x[rows].to(wide).where(exists_BN[..., None, None], 0.0) for x in (cache.key, cache.value))
         scores = _scores(query_BKGSD, key, rules, (position_BS[..., None] - row_N).abs())
@@ -94,24 +113,34 @@ def used_rows(cache: Cache, batch: int) -> Tensor:
     return cache.lengths.long() + cache.offset
 
 
-def cache_index(cache: Cache, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices into the first two dimensions of the cache's key and value for rows (B, n) of each sequence."""
-    if cache.block_table is not None:
+def has_all_rows(cache: Cache, used: Tensor, appended: int) -> Tensor:
+    """Whether the cache has all rows of each sequence, (B,), as far as the last one tells."""
+    last = used + appended - 1
+    return (used >= 0) & ((last < 0) | cache_index(cache, last[:, None])[1][:, 0])
+
+
+def cache_index(cache: Cache, rows: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Indices into the first two dimensions of the cache's key and value for rows (B, n) of each sequence.
+
+    Beside them which of the rows exist; the indices of the others lie within the cache too.
+    """
+    exists = (rows >= 0) & (rows < cache.capacity)
+    if cache.block_table is not None and cache.capacity:
         page_rows = cache.key.shape[1]
-        return cache.block_table.long().gather(1, rows // page_rows), rows % page_rows
+        rows = rows.where(exists, 0)
+        entry = cache.block_table.long().gather(1, rows // page_rows)
+        exists = exists & (entry >= 0) & (entry < cache.key.shape[0])
+        return (entry.where(exists, 0), rows % page_rows), exists
     batch, index = torch.arange(rows.shape[0], device=rows.device), cache.batch_index
-    return (batch if index is None else index.long())[:, None].expand_as(rows), rows
+    entry = (batch if index is None else index.long())[:, None].expand_as(rows)
+    return (entry, rows.where(exists, 0)), exists
 
 
 def rotated(x: Tensor, rotary: Rotary, positions: Tensor) -> Tensor:
     """X (B, n, heads, D) rotated at positions (B, n), in fp32, and rounded once."""
     positions = positions.clamp(0, rotary.cos.shape[0] - 1)
-    cos, sin = (angles[positions].to(_wide(x.dtype)).unsqueeze(2) for angles in (rotary.cos, rotary.sin))
-    rotating, rest = x[..., : 2 * cos.shape[-1]].to(cos.dtype), x[..., 2 * cos.shape[-1] :]
-    a, b = (rotating[..., 0::2], rotating[..., 1::2]) if rotary.interleaved else rotating.chunk(2, -1)
-    pair = (a * cos - b * sin, a * sin + b * cos)
-    done = torch.stack(pair, -1).flatten(-2) if rotary.interleaved else torch.cat(pair, -1)
-    return torch.cat([done.to(x.dtype), rest], -1)
+    cos, sin = (angles[positions].unsqueeze(2) for angles in (rotary.cos, rotary.sin))
+    return rotate(x, cos, sin, rotary.interleaved)
 
 
 def _scores(query_BKGSD: Tensor, key_BNKD: Tensor, rules: Rules, distance_BSN: Tensor) -> Tensor:

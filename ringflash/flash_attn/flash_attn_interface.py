@@ -34,8 +34,19 @@ from torch.nn.functional import pad
 
 from ringflash.errors import ArgumentError
 from ringflash.flash_attn.arguments import Attention, Options, attend_batch, check_boundaries, rows_together, unpack
+from ringflash.flash_attn.kvcache import flash_attn_with_kvcache
 from ringflash.functional import attention
 from ringflash.parallel.mesh import ONE_DEVICE
+
+__all__ = [
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+]
 
 
 def flash_attn_func(

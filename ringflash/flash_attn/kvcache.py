@@ -23,6 +23,7 @@ from ringflash.flash_attn.kvcache_arguments import (
 )
 from ringflash.kernels.decode import Cache, Rotary, Rules
 from ringflash.kernels.devices import on_device_without_autocast
+from ringflash.kernels.overrun import raise_if_overrun
 from ringflash.kernels.select import select_decoding
 from ringflash.kernels.torch_private import mapped
 
@@ -68,8 +69,9 @@ def flash_attn_with_kvcache(
             `cache_seqlens`, as a number or on the CPU; elsewhere what they give means nothing.
         rotary_sin: likewise; comes with `rotary_cos`.
         cache_seqlens: tokens of each sequence that are in the cache before, (batch,) int32 on q's device, or one
-            number for all. None: the whole cache. With `k` they must leave room for it: checked on the CPU; on a GPU,
-            which is not waited for, what does not fit is not written.
+            number for all. None: the whole cache. With `k` they must leave room for it, in the cache or in the pages
+            that `block_table` names. A GPU is not waited for: what does not fit is not written, and the next call on
+            that GPU raises. Where only a CUDA graph is replayed, `ringflash.kernels.overrun.raise_if_overrun` asks.
         cache_batch_idx: (batch,) int32, which entry of the cache is whose; None for 0, 1, 2 ... Not with `block_table`.
         cache_leftpad: (batch,) int32, the row at which each sequence begins; None for 0.
         block_table: (batch, most pages of a sequence) int32, which pages hold each sequence.
@@ -88,7 +90,8 @@ def flash_attn_with_kvcache(
         out (batch, seqlen_q, nheads, headdim of v_cache), with softmax_lse (batch, nheads, seqlen_q) fp32 if asked for.
 
     Raises:
-        ArgumentError: an argument is not supported; raised before anything is written.
+        ArgumentError: an argument is not supported; raised before anything is written. Or lengths on a GPU went beyond
+            the cache in an earlier call: raised once, by the first call that comes when the GPU has found out.
         UnsupportedError: a gradient would be needed.
     """
     check_no_gradient(q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, alibi_slopes)
@@ -154,6 +157,7 @@ def _append(
     sin: Tensor | None,
     interleaved: bool,
 ) -> None:
+    raise_if_overrun(key.device)
     kernels = select_decoding(key.device, key.dtype, key_cache.shape[3], value_cache.shape[3])
     cache = Cache(key_cache, value_cache, lengths, offset, None, batch_index, block_table)
     with on_device_without_autocast(key):
@@ -181,6 +185,8 @@ def _attend(
     softcap: float,
     splits: int,
 ) -> tuple[Tensor, Tensor]:
+    if not appended:  # else the same call has asked before it appended, and might hear of itself
+        raise_if_overrun(query.device)
     kernels = select_decoding(query.device, query.dtype, key_cache.shape[3], value_cache.shape[3])
     cache = Cache(key_cache, value_cache, lengths, offset, leftpad, batch_index, block_table)
     rotary = None if cos is None or sin is None else Rotary(cos, sin, interleaved)

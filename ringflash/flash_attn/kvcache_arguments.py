@@ -67,8 +67,8 @@ def check_tensors(
             )
     if block_table is not None and cache_batch_idx is not None:
         raise ArgumentError("cache_batch_idx is given with block_table, which says already where each sequence lies")
-    if block_table is not None and page == 0:
-        raise ArgumentError(f"k_cache has shape {tuple(k_cache.shape)}; pages of no rows")
+    if block_table is not None and 0 in (entries, page):
+        raise ArgumentError(f"k_cache has shape {tuple(k_cache.shape)}; allowed are 1 page and more, of 1 row and more")
     if block_table is None and cache_batch_idx is None and entries < batch:
         raise ArgumentError(f"k_cache has {entries} entries for {batch} sequences; pass cache_batch_idx to share them")
 
@@ -167,6 +167,10 @@ def check_values(
         places: rows of rotary_cos.
     """
     on_host = k_cache.device.type == "cpu"
+    if appended > rows:
+        raise ArgumentError(
+            f"k has {appended} new tokens; allowed are the {rows} rows that the cache has for a sequence"
+        )
     if lengths is None or (on_host and lengths.numel()):
         least, most = (offset, offset) if lengths is None else (int(x) for x in lengths.aminmax())
         if least < 0 or most + appended > rows:

@@ -25,6 +25,7 @@ if not triton.knobs.runtime.interpret:
         assert result.returncode == 0, result.stdout + result.stderr
 
 else:
+    from contextlib import nullcontext
     from dataclasses import replace
 
     from decode_cases import CacheCase, assert_as_exact_as_torch, cache_cases, call, tensors
@@ -32,9 +33,10 @@ else:
     from hypothesis import strategies as st
     from triton.runtime.interpreter import InterpreterBuilder
 
-    from ringflash import flash_attn_with_kvcache
+    from ringflash import ArgumentError, flash_attn_with_kvcache
     from ringflash.flash_attn import kvcache
-    from ringflash.kernels.decode import Cache
+    from ringflash.kernels import overrun
+    from ringflash.kernels.decode import Cache, Rules
     from ringflash.kernels.triton import decode
     from ringflash.kernels.triton.decode import attend_cache
 
@@ -43,6 +45,10 @@ else:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kvcache, "select_decoding", lambda *problem: decode)
             yield
+
+    @pytest.fixture(autouse=True)
+    def no_words(monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(overrun, "_words", {})
 
     def check(case: CacheCase) -> None:
         problem = tensors(case)
@@ -96,8 +102,43 @@ else:
         lse = call(flash_attn_with_kvcache, case, problem)[1]
         assert lse.isnan().tolist() == [[[False], [True]]]
 
-    def test_what_does_not_fit_is_not_written() -> None:
-        cache = torch.zeros(2, 8, 1, 16)
-        new, lengths = torch.ones(2, 5, 1, 16), torch.tensor([6, 2], dtype=torch.int32)
-        decode.append(new, new, Cache(cache, cache.clone(), lengths))
-        assert cache[..., 0, 0].tolist() == [[0] * 6 + [1] * 2, [0] * 2 + [1] * 5 + [0]]
+    @pytest.mark.parametrize("page", [None, 2, 16], ids=["cache", "pages-smaller-than-blocks", "pages-of-blocks"])
+    @pytest.mark.parametrize("lengths", [[13, 2], [2, -3], [15, 16], [2**31 - 2, -(2**31)], [2, 11]], ids=str)
+    def test_what_does_not_fit_is_not_written_and_the_next_call_raises(lengths: list[int], page: int | None) -> None:
+        new, used = torch.ones(2, 5, 1, 16), torch.tensor(lengths, dtype=torch.int32)
+        table = None if page is None else torch.arange(32 // page, dtype=torch.int32).view(2, -1).flip(1)
+        cache = torch.zeros(32, 1, 16).unflatten(0, (-1, page or 16))
+        written = Cache(cache, cache.clone(), used, block_table=table)
+        decode.append(new, new, written)
+        expected = [[float(n <= row < n + 5) for row in range(16)] for n in lengths]
+        rows = cache if table is None else cache[table.long()].flatten(1, 2)
+        assert rows[..., 0, 0].tolist() == expected
+        held = used.where(used < 0, used + 5)  # which overflows where it is largest
+        runs = (
+            lambda: None,
+            lambda: decode.attend(new, written, Rules(0.3), appended=5),
+            lambda: decode.attend(new, replace(written, lengths=held), Rules(0.3)),
+        )
+        for run in runs:
+            run()
+            fits = lengths == [2, 11]
+            with nullcontext() if fits else pytest.raises(ArgumentError, match=r"earlier call.*cache_seqlens"):
+                overrun.raise_if_overrun("cpu")
+
+    @pytest.mark.parametrize("page", [2, 16])
+    def test_pages_that_are_not_there_are_neither_written_nor_read(page: int) -> None:
+        """Fillers behind the pages of a sequence that has grown too long."""
+        fillers = torch.tensor([[1, -1], [0, 9]], dtype=torch.int32)
+        guard = torch.full((4 * page, 1, 16), torch.nan)
+        guard[page : 3 * page] = 0.0
+        cache = guard[page : 3 * page].unflatten(0, (2, page))
+        used, new = torch.tensor([page, page - 1], dtype=torch.int32), torch.ones(2, 2, 1, 16)
+        written = Cache(cache, cache, used, block_table=fillers)
+        decode.append(new, new, written)
+        assert guard.nan_to_num()[:, 0, 0].nonzero().flatten().tolist() == [2 * page - 1]
+        with pytest.raises(ArgumentError, match=r"earlier call.*pages that block_table does not name"):
+            overrun.raise_if_overrun("cpu")
+        out, _ = decode.attend(new, written, Rules(0.3), appended=2)
+        assert not out.isnan().any()
+        with pytest.raises(ArgumentError, match=r"earlier call.*pages that block_table does not name"):
+            overrun.raise_if_overrun("cpu")

@@ -24,11 +24,14 @@ from ringflash.errors import ArgumentError
 from ringflash.kernels.decode import Cache, Rotary, Rules
 from ringflash.kernels.gpu.chips import DTYPES, chip_of, multiprocessors
 from ringflash.kernels.gpu.row_blocks import LN_2, LOG2_E, padded
+from ringflash.kernels.overrun import overrun_word, reason_code
 from ringflash.kernels.triton.decode.cache_access import (
     cache_constants,
     cache_operands,
     cache_strides,
+    last_page_of,
     load_rotated,
+    page_within,
     rotary_operands,
     sequence_entry,
     tokens_before,
@@ -61,19 +64,20 @@ def modified(scores_MN, distance_MN, slope_M, scale, softcap, CAPPED: tl.constex
 
 @triton.jit(
     do_not_specialize=[
-        "offset", "appended", "query_count", "capacity", "rotary_rows", "splits", "tiles", "left", "right", "part_rows"
+        "offset", "appended", "query_count", "capacity", "entries", "rotary_rows", "splits", "tiles", "left", "right",
+        "part_rows",
     ]
 )  # fmt: skip
 def attend_cache_kernel(
-    query, key, value, out, lse, parts, parts_lse, counters,
+    query, key, value, out, lse, parts, parts_lse, counters, overrun,
     lengths, batch_index, block_table, cos, sin, leftpad, slopes,
-    offset, appended, query_count, capacity, rotary_rows, key_heads, splits, tiles, part_rows, scale, softcap,
+    offset, appended, query_count, capacity, entries, rotary_rows, key_heads, splits, tiles, part_rows, scale, softcap,
     left, right, block_table_row, cos_row, sin_row, slopes_row,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr, PAGE: tl.constexpr, ROTATED: tl.constexpr,
     INTERLEAVED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, CAPPED: tl.constexpr,
-    LEVELS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, CDNA: tl.constexpr,
+    LEVELS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, CDNA: tl.constexpr, OVERRUN: tl.constexpr,
 ):  # fmt: skip
     """Program = (sequence, part of its keys, key head, tile of query rows), the last fastest.
 
@@ -132,6 +136,7 @@ def attend_cache_kernel(
         v_base += entry * v_batch
     else:
         block_table += sequence * block_table_row
+    last_page = last_page_of(used, appended, capacity, block_table, PAGE)  # comes while keys are at work
     maximum_M = tl.full([M], float("-inf"), tl.float32)
     sum_M = tl.zeros([M], tl.float32)
     acc_MV = tl.zeros([M, PADDED_VALUE_DIM], tl.float32)
@@ -143,12 +148,12 @@ def attend_cache_kernel(
             k_first_N = k_base + tl.cast(column, tl.int64) * k_row + tl.arange(0, N) * k_row
             v_first_N = v_base + tl.cast(column, tl.int64) * v_row + tl.arange(0, N) * v_row
         elif PAGE % N == 0:
-            page = tl.load(block_table + column // PAGE).to(tl.int64)
+            page = page_within(tl.load(block_table + column // PAGE), entries)
             row = tl.cast(column % PAGE, tl.int64)
             k_first_N = k_base + page * k_batch + row * k_row + tl.arange(0, N) * k_row
             v_first_N = v_base + page * v_batch + row * v_row + tl.arange(0, N) * v_row
         else:
-            page_N = tl.load(block_table + column_N // PAGE, mask=inside_N, other=0).to(tl.int64)
+            page_N = page_within(tl.load(block_table + column_N // PAGE, mask=inside_N, other=0), entries)
             row_N = (column_N % PAGE).to(tl.int64)
             k_first_N = k_base + page_N * k_batch + row_N * k_row
             v_first_N = v_base + page_N * v_batch + row_N * v_row
@@ -168,6 +173,9 @@ def attend_cache_kernel(
         acc_MV = tl.dot(weights_MN.to(v_NV.dtype), v_NV, acc_MV * decay_M[:, None], input_precision="ieee")
         maximum_M = new_maximum_M
 
+    if overrun is not None:
+        tells = (tile == 0) & (key_head == 0) & (part == 0)
+        tl.store(overrun, OVERRUN, mask=tells & ((last_page < 0) | (last_page >= entries)))
     divisor_M = tl.where(sum_M == 0.0, 1.0, sum_M)
     heads = key_heads * GROUP
     result = sequence * query_count
@@ -251,19 +259,19 @@ def launch(
     # Merging would be compiled to share a multiprocessor with more programs than there are, and spill.
     registers = {"maxnreg": sizes.registers} if levels and chip not in ("cdna", "interpreter") else {}
     attend_cache_kernel[(batch * splits * key_heads * tile_count,)](
-        query, cache.key, cache.value, out, lse, parts, parts_lse, zeros,
+        query, cache.key, cache.value, out, lse, parts, parts_lse, zeros, overrun_word(cache),
         *cache_operands(cache), *rotary_operands(rotary),
         None if cache.leftpad is None else cache.leftpad.contiguous(),
         slopes if slopes is None or slopes.stride(-1) == 1 else slopes.contiguous(),
-        cache.offset, appended, count, cache.capacity, 0 if rotary is None else rotary.cos.shape[0],
-        key_heads, splits, tile_count, lse.numel(),
+        cache.offset, appended, count, cache.capacity, cache.key.shape[0],
+        0 if rotary is None else rotary.cos.shape[0], key_heads, splits, tile_count, lse.numel(),
         rules.scale * LOG2_E.value * (2 / rules.softcap if capped else 1.0), float(rules.softcap),
         min(rules.left or 0, widest), min(rules.right or 0, widest),
         *cache_strides(cache, rotary), slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0,
         *query.stride()[:3], *cache.key.stride()[:3], *cache.value.stride()[:3],
         GROUP=group, M=tile_rows, N=sizes.keys, DIM=dim, PADDED_DIM=padded(dim),
         VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded(value_dim),
-        LEVELS=levels, R=merged_rows, C=merged_columns, CDNA=chip == "cdna",
+        LEVELS=levels, R=merged_rows, C=merged_columns, CDNA=chip == "cdna", OVERRUN=reason_code(cache),
         # One query stands at the last key: nothing is to its right.
         HAS_LEFT=rules.left is not None, HAS_RIGHT=rules.right is not None and count > 1, CAPPED=capped,
         # Pages are looked up as far ahead of their rows' loads as these are of their use.

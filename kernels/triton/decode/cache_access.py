@@ -49,6 +49,22 @@ def sequence_entry(sequence, batch_index):
 
 
 @triton.jit
+def last_page_of(used, appended, capacity, block_table, PAGE: tl.constexpr):
+    """The page of a sequence's last row, 0 without pages or rows; -1 where the cache does not have all its rows."""
+    page = tl.where((used < 0) | (used > capacity - appended), -1, 0)
+    if PAGE > 0:
+        rows = used + appended
+        page = tl.load(block_table + (rows - 1) // PAGE, mask=(page == 0) & (rows > 0), other=page)
+    return page
+
+
+@triton.jit
+def page_within(page, entries):
+    """A page's number, or that of the last page for one that is not among the `entries` of the cache."""
+    return tl.minimum(page.to(tl.uint32), tl.cast(entries - 1, tl.uint32)).to(tl.int64)
+
+
+@triton.jit
 def tokens_before(sequence, lengths, offset):
     """Rows of a sequence that are filled."""
     used = offset
