@@ -48,7 +48,7 @@ def split(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[dict[str, A
     losses = {name: batch[name] for name in ("labels", "num_items_in_batch") if batch.get(name) is not None}
     encoder = {name: x for name, x in batch.items() if not name.startswith("decoder_") and name not in losses}
     if "input_ids" not in decoder and "inputs_embeds" not in decoder:
-        shifted_of = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+        shifted_of: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
         if "labels" not in losses or shifted_of is None:
             raise ArgumentError(f"batch has {sorted(batch)}; decoder_input_ids or labels are missing")
         decoder["input_ids"] = shifted_of(losses["labels"])
