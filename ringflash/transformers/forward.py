@@ -24,6 +24,9 @@ from ringflash.loss import cross_entropy_sum
 from ringflash.parallel.sharding import IGNORED_LABEL
 from ringflash.transformers.models import predicts_next, rotary_modules
 
+FORWARD = "ringflash_forward"
+"""Attribute of a model that holds its `Forward`."""
+
 PROBED = 4
 """Tokens whose logits the model is given in place of all, to see what it makes of them before its loss."""
 
@@ -110,6 +113,15 @@ class Forward:
 
     def _without_last_position(self, module: nn.Module, arguments: tuple, output: Any) -> Any:
         return output if self.call.last_position is None else tuple(x[..., :-1, :] for x in output)
+
+
+def forward_of(model: PreTrainedModel) -> Forward:
+    """The `Forward` of a model: one, however often it is asked for."""
+    found = getattr(model, FORWARD, None)
+    if found is None:
+        found = Forward(model)
+        setattr(model, FORWARD, found)
+    return found
 
 
 def _loss(

@@ -25,7 +25,7 @@ from ringflash.transformers.attention import alone
 from ringflash.transformers.batches import fingerprint, position_ids_of, shard_targets, shard_tokens, sizes_of
 from ringflash.transformers.documents import Documents, documents_of
 from ringflash.transformers.encoder_decoder import cross_sharding, join, mark_cross_attention, split
-from ringflash.transformers.forward import Forward, fuse
+from ringflash.transformers.forward import forward_of, fuse
 from ringflash.transformers.models import (
     check_shardable,
     is_causal,
@@ -71,7 +71,7 @@ class SequenceParallel:
                 layer_masks(self._model.config.get_text_config(**side), causal) for side, causal in sides
             ]
         self._scaled_rotary = any(rotary_modules(self._model))
-        self._forward = Forward(self._model)
+        self._forward = forward_of(self._model)
 
     @property
     def ranks(self) -> int:
