@@ -355,6 +355,23 @@ def test_compiles_whole(packing: str) -> None:
         torch.testing.assert_close(found, expected)
 
 
+def test_a_llama_compiles_whole_with_documents_and_padding() -> None:
+    torch.compiler.reset()
+    model = replaced(llama("sdpa"))
+    ids, mask = torch.randint(VOCABULARY, (1, 23)), torch.ones(1, 1, 1, 23, dtype=torch.bool)
+    mask[..., 20:] = False
+
+    def run(ids: Tensor, position_ids: Tensor, sharding: Sharding) -> Tensor:
+        arguments = {"position_ids": position_ids, "attention_mask": mask, "use_cache": False}
+        return model(ids, sharding=sharding, **arguments).logits
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for edges in ([0, 5, 23], [0, 11, 12, 23]):
+        sharding = Sharding(cu_seqlens=edges)
+        expected = run(ids, sharding.position_ids, sharding)
+        torch.testing.assert_close(compiled(ids, sharding.position_ids, sharding), expected)
+
+
 def test_a_mask_whose_values_matter_is_read_outside_of_the_graph_or_refused() -> None:
     torch.compiler.reset()
     x, mask = torch.randn(1, 2, 5, 8), torch.zeros(1, 1, 1, 5)
@@ -364,6 +381,7 @@ def test_a_mask_whose_values_matter_is_read_outside_of_the_graph_or_refused() ->
         return FlashSelfAttention()((x, x, x), attn_mask=mask)
 
     assert torch.equal(torch.compile(run, backend="eager")(x), run(x))
+    torch.compiler.reset()
     with pytest.raises(Exception, match="cannot look at what it holds"):
         torch.compile(run, backend="eager", fullgraph=True)(x)
 

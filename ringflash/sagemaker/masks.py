@@ -94,7 +94,7 @@ def is_only_causal(mask: Tensor, position_ids: Tensor | None) -> bool:
         mask: (B, 1, s, s) bool, or floats that are added to scores; B may be 1.
         position_ids: (B, s); B may be 1. None if positions are not to be looked at.
     """
-    if torch.compiler.is_compiling() or mask.shape[-2] != mask.shape[-1]:
+    if mask.shape[-2] != mask.shape[-1]:
         return False
     if position_ids is None:
         return _read_once(mask, "only causal", lambda: _is_only_causal(mask, None))
@@ -116,8 +116,8 @@ def _fits(mask: Tensor, sizes: tuple[tuple[int, ...], ...]) -> bool:
 def _read_once(mask: Tensor, question: Hashable, read: Callable[[], Any]) -> Any:
     if torch.compiler.is_compiling():
         raise ArgumentError(
-            "attn_mask: torch.compile cannot look at what it holds; pass keys that may be seen, bool (batch, keys) "
-            "or (batch, 1, 1, keys)"
+            f"attn_mask is {mask.dtype} {tuple(mask.shape)}, and torch.compile cannot look at what it holds; pass keys "
+            "that may be seen, bool (batch, 1, 1, keys)"
         )
     answers = _answers.get(mask)
     if answers is None:
