@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -43,6 +44,28 @@ class Kept(dict):
         """Forget all values."""
         super().clear()
         self.total = 0
+
+
+class TensorNotes(Generic[Value]):
+    """Notes about single tensors: beside them, so that none travels with one, and gone with it or with its values."""
+
+    def __init__(self) -> None:
+        self._of: dict[int, tuple[weakref.ref, int, Value]] = {}
+
+    def put(self, x: Tensor, note: Value) -> None:
+        """Note something about a tensor, in place of an earlier note."""
+        if torch.compiler.is_compiling() or x.is_inference():
+            return
+        number = id(x)
+        ended = weakref.ref(x, lambda _: self._of.pop(number, None))
+        self._of[number] = ended, x._version, note
+
+    def get(self, x: Tensor) -> Value | None:
+        """What was noted about this very tensor, if it holds what it held then."""
+        found = self._of.get(id(x))
+        if found is None or found[0]() is not x or found[1] != x._version:
+            return None
+        return found[2]
 
 
 def metadata(x: Tensor | None) -> tuple | None:

@@ -14,15 +14,16 @@ Legend: B sequences; S query and Sk key tokens of one sequence over all ranks, s
 from __future__ import annotations
 
 import os
-import weakref
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ringflash.errors import ArgumentError
+from ringflash.kernels.kept import TensorNotes
 from ringflash.parallel.gather import gather_rows
 from ringflash.parallel.mesh import ONE_DEVICE, Group, process_group
 from ringflash.parallel.placement import Placement, new_handle, on_a_device
@@ -254,7 +255,7 @@ class Sharding:
         if x.shape[dim] != partition.length:
             raise ArgumentError(f"x has {x.shape[dim]} rows in dimension {dim}; allowed are {partition.length}")
         rows = x.index_select(dim, partition.positions(self.rank).to(x.device))
-        _marks.put(rows, dim % x.dim(), partition)
+        _marks.put(rows, _Mark(dim % x.dim(), partition))
         return rows
 
     def unshard(self, x: Tensor, dim: int, keys: bool = False) -> Tensor:
@@ -410,29 +411,14 @@ def _length(
 # Tensors that know how they were sharded
 
 
-class _Marks:
-    """How tensors were sharded that come straight from `shard`: beside them, so that it does not travel with them."""
+class _Mark(NamedTuple):
+    """The dimension and the partition by which a tensor was sharded."""
 
-    def __init__(self) -> None:
-        self._of: dict[int, tuple[weakref.ref, int, int, Partition]] = {}
-
-    def put(self, x: Tensor, dim: int, partition: Partition) -> None:
-        """Note how a tensor was sharded."""
-        if torch.compiler.is_compiling() or x.is_inference():
-            return
-        number = id(x)
-        ended = weakref.ref(x, lambda _: self._of.pop(number, None))
-        self._of[number] = ended, x._version, dim, partition
-
-    def get(self, x: Tensor, dim: int) -> Partition | None:
-        """How this very tensor was sharded in a dimension, if it holds what it held then."""
-        found = self._of.get(id(x))
-        if found is None or found[0]() is not x or found[1:3] != (x._version, dim):
-            return None
-        return found[3]
+    dim: int
+    partition: Partition
 
 
-_marks = _Marks()
+_marks: TensorNotes[_Mark] = TensorNotes()
 
 
 def check_marks(sharding: Sharding, query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -440,14 +426,14 @@ def check_marks(sharding: Sharding, query: Tensor, key: Tensor, value: Tensor) -
     if sharding.ranks == 1:
         return
     for name, x in (("query", query), ("key", key), ("value", value)):
-        mark = _marks.get(x, 1)
-        if mark is None:
+        mark = _marks.get(x)
+        if mark is None or mark.dim != 1:
             continue
         partition = sharding.partition if name == "query" else sharding.key_partition
-        if mark is partition or mark.digest == partition.digest:
+        if mark.partition is partition or mark.partition.digest == partition.digest:
             continue
         raise ArgumentError(
-            f"{name} was sharded with {str(mark.segments)[:100]}, and attention is asked for "
+            f"{name} was sharded with {str(mark.partition.segments)[:100]}, and attention is asked for "
             f"{str(partition.segments)[:100]}; shard and attend with one Sharding, or with the same partition, "
             "mask and cu_seqlens"
         )

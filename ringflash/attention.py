@@ -18,7 +18,30 @@ from ringflash.parallel.positions.partition import Partition, check_name
 from ringflash.parallel.sharding import Sharding
 
 
-class DistributedFlashAttention(nn.Module):
+class GroupModule(nn.Module):
+    """A module with the group over whose ranks it attends: a copy keeps the group, a file leaves it behind.
+
+    Args:
+        group: as in `DistributedFlashAttention`.
+    """
+
+    def __init__(self, group: Group) -> None:
+        super().__init__()
+        process_group(group)  # raises for what is none
+        self.group = group
+
+    def __deepcopy__(self, memo: dict[int, object]) -> GroupModule:
+        copied = memo[id(self)] = self.__new__(type(self))
+        # Groups are processes' own, not the module's: a copy attends over the same one.
+        copied.__dict__ = {name: x if name == "group" else copy.deepcopy(x, memo) for name, x in self.__dict__.items()}
+        return copied
+
+    def __getstate__(self) -> dict[str, object]:
+        travels = self.group is None or self.group is ONE_DEVICE or isinstance(self.group, GroupLeftBehind)
+        return self.__dict__ if travels else self.__dict__ | {"group": GroupLeftBehind(group_size(self.group))}
+
+
+class DistributedFlashAttention(GroupModule):
     """Exact attention of this rank's tokens to the tokens of all ranks.
 
     Args:
@@ -52,28 +75,16 @@ class DistributedFlashAttention(nn.Module):
         softcap: float = 0.0,
         dropout: float = 0.0,
     ) -> None:
-        super().__init__()
+        super().__init__(group)
         check_name(partition)
-        process_group(group)  # raises for what is none
         self.mask = Mask.causal() if mask is None else mask
         self._names_its_mask = mask is not None
-        self.group = group
         self.partition = partition
         self.scale = scale
         self.kernel = kernel
         self.deterministic = deterministic
         self.softcap = softcap
         self.dropout = dropout
-
-    def __deepcopy__(self, memo: dict[int, object]) -> DistributedFlashAttention:
-        copied = memo[id(self)] = self.__new__(type(self))
-        # Groups are processes' own, not the module's: a copy attends over the same one.
-        copied.__dict__ = {name: x if name == "group" else copy.deepcopy(x, memo) for name, x in self.__dict__.items()}
-        return copied
-
-    def __getstate__(self) -> dict[str, object]:
-        travels = self.group is None or self.group is ONE_DEVICE or isinstance(self.group, GroupLeftBehind)
-        return self.__dict__ if travels else self.__dict__ | {"group": GroupLeftBehind(group_size(self.group))}
 
     def forward(
         self,

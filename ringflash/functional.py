@@ -115,8 +115,7 @@ def attention(
         RankMismatchError: ranks disagree on an argument.
         UnsupportedError: asked for second derivatives, for forward-mode derivatives, or under torch.vmap.
     """
-    if sharding is not None and not isinstance(sharding, Sharding):
-        raise ArgumentError(f"sharding={sharding!r}; allowed are ringflash.Sharding and None")
+    check_sharding(sharding)
     try:
         query, key, value = _autocast(query, key, value)
         others = {
@@ -285,6 +284,12 @@ def _check_alone(
     }
     if beside := [name for name, x in given.items() if x is not None]:
         raise ArgumentError(f"{', '.join(beside)} beside sharding, which has them; pass the sharding alone")
+
+
+def check_sharding(sharding: object) -> None:
+    """Raise ArgumentError for what is neither a Sharding nor None."""
+    if sharding is not None and not isinstance(sharding, Sharding):
+        raise ArgumentError(f"sharding={sharding!r}; allowed are ringflash.Sharding and None")
 
 
 def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -89,9 +89,10 @@ def test_overrides_are_keys_of_the_configuration(page: Path) -> None:
             compose("config", overrides=overrides)
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/sagemaker.md"])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_python_in_the_readme_runs_alone_and_on_two_ranks(ranks: int, tmp_path: Path) -> None:
-    examples = blocks(CHECKOUT / "README.md", "python")
+def test_python_in_pages_runs_alone_and_on_two_ranks(page: str, ranks: int, tmp_path: Path) -> None:
+    examples = blocks(CHECKOUT / page, "python")
     assert examples
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

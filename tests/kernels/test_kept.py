@@ -12,7 +12,7 @@ from ringflash import Mask
 from ringflash.kernels import intervals
 from ringflash.kernels import kept as keeping
 from ringflash.kernels.intervals import causal_intervals
-from ringflash.kernels.kept import MOST_KEPT, Kept, metadata
+from ringflash.kernels.kept import MOST_KEPT, Kept, TensorNotes, metadata
 from ringflash.parallel.positions import visibility
 
 
@@ -29,6 +29,20 @@ def test_by_default_values_are_counted() -> None:
     for number in range(MOST_KEPT + 1):
         kept.add(number, number)
     assert len(kept) == 1
+
+
+def test_a_note_about_a_tensor_ends_with_its_values_and_with_the_tensor() -> None:
+    notes: TensorNotes[str] = TensorNotes()
+    x = torch.zeros(3)
+    notes.put(x, "zeros")
+    assert notes.get(x) == "zeros"
+    assert notes.get(x.view(3)) is None
+    x += 1
+    assert notes.get(x) is None
+    notes.put(x, "ones")
+    del x
+    gc.collect()
+    assert not notes._of
 
 
 def test_values_may_be_weighed_and_one_that_is_too_heavy_is_kept_alone() -> None:
