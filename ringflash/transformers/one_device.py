@@ -5,13 +5,13 @@ Legend: B sequences; T queries and S keys of one sequence in this call.
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ringflash.functional import attention
+from ringflash.kernels.kept import TensorNotes
 from ringflash.parallel.mesh import ONE_DEVICE
 from ringflash.transformers.masks import Visible
 from ringflash.transformers.rows import document_boundaries
@@ -61,27 +61,21 @@ def _boundaries(
     position_ids = others.get("position_ids")
     if visible.holds_earlier or not isinstance(position_ids, Tensor) or position_ids.shape[1:] != sizes[1:]:
         return None, None, None
-    found = _restarts.boundaries(position_ids, sizes[0])
+    found = _restarts(position_ids, sizes[0])
     return found, found, None
 
 
-class _Restarts:
-    """Boundaries where position_ids restart, of the newest ones: all layers of a model are given the same."""
-
-    def __init__(self) -> None:
-        self._newest: tuple[weakref.ref, int, int, Tensor | None] | None = None
-
-    def boundaries(self, position_ids: Tensor, batch: int) -> Tensor | None:
-        """Boundaries over B * T tokens, of (B or 1, T) position_ids; None where they never restart."""
-        restarts = (position_ids.diff(dim=1) != 1).expand(batch, -1)
-        if torch.compiler.is_compiling():
-            return document_boundaries(restarts)
-        found = self._newest
-        if found is not None and found[0]() is position_ids and found[1:3] == (position_ids._version, batch):
-            return found[3]
-        boundaries = document_boundaries(restarts) if bool(restarts.any()) else None
-        self._newest = weakref.ref(position_ids), position_ids._version, batch, boundaries
-        return boundaries
+_noted: TensorNotes[tuple[int, Tensor | None]] = TensorNotes()
+"""Boundaries of position_ids, for so many sequences: all layers of a model are given the same ones."""
 
 
-_restarts = _Restarts()
+def _restarts(position_ids: Tensor, batch: int) -> Tensor | None:
+    """Boundaries over B * T tokens where (B or 1, T) position_ids restart; None where they never do."""
+    restarts = (position_ids.diff(dim=1) != 1).expand(batch, -1)
+    if torch.compiler.is_compiling():  # which must not depend on what they hold
+        return document_boundaries(restarts)
+    found = _noted.get(position_ids)
+    if found is None or found[0] != batch:
+        found = batch, document_boundaries(restarts) if bool(restarts.any()) else None
+        _noted.put(position_ids, found)
+    return found[1]
