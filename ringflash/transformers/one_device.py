@@ -71,11 +71,11 @@ _noted: TensorNotes[tuple[int, Tensor | None]] = TensorNotes()
 
 def _restarts(position_ids: Tensor, batch: int) -> Tensor | None:
     """Boundaries over B * T tokens where (B or 1, T) position_ids restart; None where they never do."""
-    restarts = (position_ids.diff(dim=1) != 1).expand(batch, -1)
     if torch.compiler.is_compiling():  # which must not depend on what they hold
-        return document_boundaries(restarts)
+        return document_boundaries(position_ids.diff(dim=1).expand(batch, -1) != 1)
     found = _noted.get(position_ids)
     if found is None or found[0] != batch:
+        restarts = position_ids.diff(dim=1).expand(batch, -1) != 1
         found = batch, document_boundaries(restarts) if bool(restarts.any()) else None
         _noted.put(position_ids, found)
     return found[1]
