@@ -65,10 +65,15 @@ def process_group(group: Group) -> dist.ProcessGroup | None:
     return group
 
 
+def place_in(group: Group) -> tuple[int, int]:
+    """This process's rank, and the number of ranks; (0, 1) on one device."""
+    found = process_group(group)
+    return (0, 1) if found is None else (found.rank(), found.size())
+
+
 def group_size(group: Group) -> int:
     """Number of ranks; 1 for one device."""
-    found = process_group(group)
-    return 1 if found is None else found.size()
+    return place_in(group)[1]
 
 
 def group_name(group: Group) -> str:

@@ -29,7 +29,7 @@ from ringflash.parallel.planning.program import Program, local_program, rank_pro
 from ringflash.parallel.planning.ring import ring
 from ringflash.parallel.positions.documents import rows_apart
 from ringflash.parallel.positions.mask import Mask
-from ringflash.parallel.positions.partition import Partition, check_name, resolve
+from ringflash.parallel.positions.partition import NAMES, Partition, check_name, resolve
 from ringflash.parallel.transport.send_recv import SendRecv
 
 LONGEST_SHOWN = 200
@@ -257,7 +257,7 @@ class Placement:
     def of_all(self) -> dict[str, object]:
         """What must be the same on all ranks, in the order in which a disagreement is to be reported."""
         partition = self.partition_name
-        if partition not in ("contiguous", "zigzag", "balanced"):
+        if partition not in NAMES:
             partition = self.partition.spec()
         cu_seqlens = (self.masks[0].boundaries, self.masks[0].query_boundaries)
         return {

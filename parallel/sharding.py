@@ -56,7 +56,8 @@ class Sharding:
             a process of torchrun that has no group yet is refused: it has to say `rank` and `ranks`.
         rank: of the process that is to use it, where that is not this one, and in place of `group`.
         ranks: how many share a sequence.
-        partition: "zigzag", "contiguous", "balanced" (for the masks), or a `Partition` of one sequence.
+        partition: "zigzag", "contiguous", "balanced" (for the masks), or a `Partition` of one sequence; also "stripe"
+            (token by token), "zigzag_per_document" and "contiguous_per_document", as other libraries have them.
 
     Raises:
         ArgumentError: something is not supported, by name and value.

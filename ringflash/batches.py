@@ -19,7 +19,7 @@ from ringflash.errors import ArgumentError
 from ringflash.parallel.agreement.rounds import agreement, digest_of, refuse
 from ringflash.parallel.mesh import Group, process_group
 from ringflash.parallel.positions.mask import Mask
-from ringflash.parallel.positions.partition import Partition
+from ringflash.parallel.positions.partition import BY_DOCUMENT, Partition
 from ringflash.parallel.sharding import Sharding
 
 
@@ -32,8 +32,9 @@ def positions(
         seqlen: S.
         group: as in `DistributedFlashAttention`.
         partition: as in `DistributedFlashAttention`.
-        mask: the attention's mask with its documents, which partition "balanced" levels the work for; that partition
-            alone looks at it and must have it, because for another mask it gives attention the wrong tokens.
+        mask: the attention's mask with its documents, which partition "balanced" levels the work for and those of
+            each document divide; these alone look at it and must have it, because for another mask they give
+            attention the wrong tokens.
     """
     sharding = _of_length(seqlen, group, partition, mask)
     return sharding.partition.positions(sharding.rank)
@@ -142,7 +143,7 @@ def shard_batch(
         )
     size, seqlen = input_ids.shape
     sharding = Sharding(
-        _balanced_mask(partition, mask),
+        _known_mask(partition, mask, documents=batch.get("cu_seqlens") is not None),
         batch=size,
         seqlen=seqlen,
         cu_seqlens=batch.get("cu_seqlens"),
@@ -162,10 +163,11 @@ def shard_batch(
 
 
 def _of_length(seqlen: int, group: Group, partition: str | Partition, mask: Mask | None) -> Sharding:
-    return Sharding(_balanced_mask(partition, mask), seqlen=seqlen, group=group, partition=partition)
+    return Sharding(_known_mask(partition, mask), seqlen=seqlen, group=group, partition=partition)
 
 
-def _balanced_mask(partition: str | Partition, mask: Mask | None) -> Mask:
-    if mask is None and partition == "balanced":
-        raise ArgumentError("mask=None with partition='balanced'; pass the attention's mask, whose work is levelled")
+def _known_mask(partition: str | Partition, mask: Mask | None, documents: bool = False) -> Mask:
+    """The mask, causal if a partition does not look at it; documents may also be known without one."""
+    if mask is None and (partition == "balanced" or (partition in BY_DOCUMENT and not documents)):
+        raise ArgumentError(f"mask=None with partition={partition!r}; pass the attention's mask, which it looks at")
     return Mask.causal() if mask is None else mask

@@ -48,6 +48,8 @@ def masks(length: int) -> dict[str, Mask]:
 
 MASKS = tuple(masks(60))
 PARTITIONS = ("contiguous", "zigzag", "balanced")
+OTHERS = ("stripe", "contiguous_per_document", "zigzag_per_document")
+"""Partitions of other libraries, which properties draw as well."""
 
 
 @st.composite
@@ -82,7 +84,7 @@ def problems(draw: st.DrawFn, longest: int, most_ranks: int) -> tuple[Mask, Part
     """Any mask, and any partition of its queries and keys."""
     length, ranks = draw(st.integers(1, longest)), draw(st.integers(1, most_ranks))
     mask = draw(any_mask(length))
-    kind = draw(st.sampled_from([*PARTITIONS, "random"]))
+    kind = draw(st.sampled_from([*PARTITIONS, *OTHERS, "random"]))
     return mask, draw(any_partition(length, ranks)) if kind == "random" else resolve(kind, length, ranks, mask)
 
 

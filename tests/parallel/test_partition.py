@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import pytest
-from cases import PARTITIONS, any_mask, blocks
+from cases import OTHERS, any_mask, blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringflash.errors import ArgumentError
 from ringflash.parallel.positions.mask import Mask
-from ringflash.parallel.positions.partition import Partition
+from ringflash.parallel.positions.partition import NAMES, Partition, resolve
 
 
 def build(kind: str, mask: Mask, length: int, ranks: int) -> Partition:
+    if kind in OTHERS:
+        return resolve(kind, length, ranks, mask)
     return Partition.balanced(mask, length, ranks) if kind == "balanced" else getattr(Partition, kind)(length, ranks)
 
 
@@ -46,7 +50,7 @@ def packed(lengths: list[int]) -> Mask:
 
 
 @settings(max_examples=300, deadline=None)
-@given(data=st.data(), kind=st.sampled_from(PARTITIONS), length=st.integers(0, 200), ranks=st.integers(1, 16))
+@given(data=st.data(), kind=st.sampled_from(NAMES), length=st.integers(0, 200), ranks=st.integers(1, 16))
 def test_every_position_is_held_exactly_once_in_ascending_segments(data, kind, length, ranks):
     mask = data.draw(any_mask(length)) if length else Mask.causal()
     partition = build(kind, mask, length, ranks)
@@ -91,10 +95,42 @@ def test_zigzag_gives_each_rank_an_early_chunk_and_the_late_chunk_that_mirrors_i
     assert max(tokens(partition)) - min(tokens(partition)) <= 2
 
 
+@given(length=st.integers(0, 300), ranks=st.integers(1, 33))
+def test_stripe_deals_out_token_by_token(length, ranks):
+    partition = Partition.stripe(length, ranks)
+    assert [positions(partition, rank) for rank in range(ranks)] == [[*range(length)][r::ranks] for r in range(ranks)]
+
+
+@given(lengths=st.lists(st.integers(0, 40), max_size=6), ranks=st.integers(1, 9), kind=st.sampled_from(OTHERS[1:]))
+def test_a_partition_of_each_document_cuts_it_as_if_it_were_alone(lengths, ranks, kind):
+    """The last one lies behind the boundaries, and is cut as well."""
+    edges = [0, *accumulate(lengths)]
+    mask = Mask.documents(edges[:-1]) if len(edges) > 2 else Mask.causal()
+    partition = resolve(kind, edges[-1], ranks, mask)
+    alone = getattr(Partition, kind.removesuffix("_per_document"))
+    for rank in range(ranks):
+        expected = [
+            start + p for start, n in zip(edges, lengths, strict=False) for p in positions(alone(n, ranks), rank)
+        ]
+        assert positions(partition, rank) == expected
+
+
+@pytest.mark.parametrize("kind", OTHERS[1:])
+def test_what_a_partition_of_each_document_cannot_cut_is_refused(kind):
+    with pytest.raises(ArgumentError, match=f"partition='{kind}' takes self-attention"):
+        resolve(kind, 8, 2, Mask.documents([0, 3, 8], [0, 4, 8]))
+    with pytest.raises(ArgumentError, match=f"partition='{kind}' with documents takes one packed sequence"):
+        resolve(kind, 8, 2, Mask.documents([0, 3, 8, 16]), batch=2)
+    assert resolve(kind, 8, 2, Mask.documents([0, 8, 16]), batch=2).length == 8
+    with pytest.raises(ArgumentError, match=r"documents=\(0, 9\); allowed are boundaries from 0 to length=8"):
+        resolve(kind, 8, 2, Mask.documents([0, 9]))
+
+
+@pytest.mark.parametrize("kind", ["zigzag", "stripe"])
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8, 16])
-def test_zigzag_balances_causal_work(ranks):
+def test_zigzag_and_stripe_balance_causal_work(kind, ranks):
     length = 128 * ranks + 5
-    assert imbalance(work(Partition.zigzag(length, ranks), Mask.causal(), length)) <= 1.02
+    assert imbalance(work(build(kind, Mask.causal(), length, ranks), Mask.causal(), length)) <= 1.02
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8, 16])
@@ -117,7 +153,7 @@ def test_balanced_shares_have_equal_tokens_and_nearly_equal_work(mask, ranks):
     assert imbalance(work(partition, mask, length)) <= 1.1
 
 
-@pytest.mark.parametrize("kind", PARTITIONS)
+@pytest.mark.parametrize("kind", NAMES)
 def test_repeat_lays_copies_of_every_share_end_to_end(kind):
     partition = build(kind, Mask.causal(), 11, 3)
     repeated = partition.repeat(4)
@@ -127,7 +163,7 @@ def test_repeat_lays_copies_of_every_share_end_to_end(kind):
         assert positions(repeated, rank) == [row * 11 + position for row in range(4) for position in once]
 
 
-@pytest.mark.parametrize("kind", PARTITIONS)
+@pytest.mark.parametrize("kind", NAMES)
 @pytest.mark.parametrize(("length", "ranks"), [(-1, 2), (5, 0), (5, -3)])
 def test_impossible_sizes_are_refused_by_name_and_value(kind, length, ranks):
     bad = ("length", length) if length < 0 else ("ranks", ranks)

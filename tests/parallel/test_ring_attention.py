@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from cases import (
     MASKS,
+    OTHERS,
     PARTITIONS,
     RESULTS,
     Shape,
@@ -111,7 +112,8 @@ def test_a_partition_of_ones_own_is_honoured(pool):
 @given(data=st.data(), length=st.integers(1, 80), ranks=st.integers(2, 4), seed=st.integers(0, 99))
 def test_any_composition_of_masks(pool, data, length, ranks, seed):
     mask = data.draw(any_mask(length))
-    problem = Problem(mask, Shape(length=length), data.draw(st.sampled_from(PARTITIONS)), seed=seed)
+    partition = data.draw(st.sampled_from([*PARTITIONS, *OTHERS]))
+    problem = Problem(mask, Shape(length=length), partition, seed=seed)
     assert_ring_is_exact(pool, ranks, problem)
 
 

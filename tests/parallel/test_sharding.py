@@ -72,13 +72,14 @@ def test_a_partition_of_ones_own_and_documents_are_honoured(pool):
     pool(3).run(_round_trip, (2, 61), 1, "balanced", masks(61)["documents-causal"], torch.float32)
 
 
-def test_a_balanced_deal_for_no_mask_is_refused():
-    x = torch.zeros(1, 8)
-    for make in (lambda: shard(x, 1, partition="balanced"), lambda: positions(8, partition="balanced")):
-        with pytest.raises(ArgumentError, match=r"mask=None with partition='balanced'"):
+@pytest.mark.parametrize("partition", ["balanced", "contiguous_per_document", "zigzag_per_document"])
+def test_a_partition_that_looks_at_the_mask_is_refused_without_one(partition):
+    x, message = torch.zeros(1, 8), f"mask=None with partition='{partition}'"
+    for make in (lambda: shard(x, 1, partition=partition), lambda: positions(8, partition=partition)):
+        with pytest.raises(ArgumentError, match=message):
             make()
-    with pytest.raises(ArgumentError, match=r"mask=None with partition='balanced'"):
-        shard_batch({"input_ids": x}, partition="balanced")
+    with pytest.raises(ArgumentError, match=message):
+        shard_batch({"input_ids": x}, partition=partition)
 
 
 def test_without_a_process_group_nothing_is_sharded():
@@ -230,6 +231,13 @@ def _count_labels():
         {"input_ids": _batch(1, 61), "cu_seqlens": [0, 7, 8, 40, 61]}, partition="balanced", mask=Mask.causal()
     )
     return int((sharded["labels"] != -100).sum())
+
+
+def test_a_partition_of_each_document_takes_a_batchs_own_boundaries():
+    batch = {"input_ids": torch.arange(12)[None], "cu_seqlens": [0, 4, 12]}
+    part = shard_batch(batch, partition="zigzag_per_document", rank=1, ranks=2)
+    assert part["input_ids"].tolist() == [[1, 2, 6, 7, 8, 9]]
+    assert part["position_ids"].tolist() == [[1, 2, 2, 3, 4, 5]]
 
 
 @pytest.mark.parametrize(
