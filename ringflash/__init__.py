@@ -24,12 +24,6 @@ from ringflash.flash_attn import (
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import Partition
 from ringflash.parallel.sharding import Sharding
-from ringflash.ring_flash_attn import (
-    ring_flash_attn_func,
-    ring_flash_attn_qkvpacked_func,
-    ring_flash_attn_varlen_func,
-    ring_flash_attn_varlen_qkvpacked_func,
-)
 
 __all__ = [
     "ArgumentError",
@@ -48,10 +42,6 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
     "positions",
-    "ring_flash_attn_func",
-    "ring_flash_attn_qkvpacked_func",
-    "ring_flash_attn_varlen_func",
-    "ring_flash_attn_varlen_qkvpacked_func",
     "shard",
     "shard_batch",
     "unshard",

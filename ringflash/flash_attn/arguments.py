@@ -12,10 +12,9 @@ from ringflash.errors import ArgumentError
 from ringflash.flash_attn.probabilities import signed_probabilities
 from ringflash.functional import attention
 from ringflash.kernels.kept import Kept
-from ringflash.parallel.mesh import Group
+from ringflash.parallel.mesh import ONE_DEVICE
 from ringflash.parallel.positions.integers import integers
 from ringflash.parallel.positions.mask import Mask
-from ringflash.parallel.positions.partition import Partition
 
 Attention = Tensor | tuple[Tensor, Tensor, Tensor | None]
 """out, or (out, softmax_lse, S_dmask) if these were asked for."""
@@ -133,17 +132,8 @@ def score_rules(
     return left, 0 if causal else right, max(float(softcap), 0.0)
 
 
-def attend_batch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    options: Options,
-    group: Group,
-    partition: str | Partition = "zigzag",
-    seqlen_q: int | None = None,
-    seqlen_k: int | None = None,
-) -> Attention:
-    """Attention of a batch of sequences of one length, (batch, s, nheads, headdim); see `ring_flash_attn_func`."""
+def attend_batch(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Attention:
+    """Attention of a batch of sequences of one length, (batch, seqlen, nheads, headdim); see `flash_attn_func`."""
     q, k, v = (rows_together(name, x, 4) for name, x in (("q", q), ("k", k), ("v", v)))
     seed = options.draw_seed(q)
     out, lse = attention(
@@ -151,10 +141,7 @@ def attend_batch(
         k,
         v,
         mask=options.mask,
-        seqlen=seqlen_q,
-        key_seqlen=seqlen_k,
-        group=group,
-        partition=partition,
+        group=ONE_DEVICE,
         scale=options.scale,
         softcap=options.softcap,
         alibi_slopes=options.alibi_slopes,

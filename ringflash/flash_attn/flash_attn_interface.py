@@ -3,7 +3,7 @@
     from ringflash import flash_attn_func                   # instead of: from flash_attn import flash_attn_func
     out = flash_attn_func(q, k, v, causal=True, window_size=(1023, 0))
 
-They run on one device and never communicate; `ringflash.ring_flash_attn_func` is the same over the ranks of a group.
+They run on one device and never communicate; `ringflash.ring_flash_attn` has the same over the ranks of a group.
 Arguments that all of them share:
 
     dropout_p           probability of dropping a pair; 0 outside of training. Seeded by `torch.manual_seed`.
@@ -75,7 +75,7 @@ def flash_attn_func(
     options = Options.of(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
-    return attend_batch(q, k, v, options, ONE_DEVICE)
+    return attend_batch(q, k, v, options)
 
 
 def flash_attn_kvpacked_func(
@@ -99,7 +99,7 @@ def flash_attn_kvpacked_func(
     options = Options.of(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
-    return attend_batch(q, *unpack("kv", kv, 2, 5), options, ONE_DEVICE)
+    return attend_batch(q, *unpack("kv", kv, 2, 5), options)
 
 
 def flash_attn_qkvpacked_func(
@@ -121,7 +121,7 @@ def flash_attn_qkvpacked_func(
     options = Options.of(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
-    return attend_batch(*unpack("qkv", qkv, 3, 5), options, ONE_DEVICE)
+    return attend_batch(*unpack("qkv", qkv, 3, 5), options)
 
 
 def flash_attn_varlen_func(

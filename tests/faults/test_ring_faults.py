@@ -36,6 +36,8 @@ from ringflash.parallel import placement
 from ringflash.parallel.execution import call, gradients
 from ringflash.parallel.mesh import ONE_DEVICE
 from ringflash.ring_flash_attn import (
+    llama3_flash_attn_prepare_cu_seqlens,
+    llama3_flash_attn_varlen_func,
     ring_flash_attn_func,
     ring_flash_attn_qkvpacked_func,
     ring_flash_attn_varlen_func,
@@ -137,7 +139,7 @@ def test_an_error_of_one_rank_reaches_those_that_would_wait_for_it(what):
 
 
 def _flash(wrong, compiled):
-    """flash-attn's function over the ranks; arguments that rank 1 alone has replace the right ones."""
+    """ring-flash-attn's function; arguments that rank 1 alone has replace the right ones."""
     x = torch.randn(1, 6, 2, 8)
     arguments = {"q": x, "k": x, "v": x} | (wrong if dist.get_rank() == 1 else {})
     torch.compiler.reset()
@@ -147,7 +149,7 @@ def _flash(wrong, compiled):
 
 def _packed(wrong, compiled):
     x = torch.randn(6, 2, 8)
-    arguments = {"q": x, "k": x, "v": x, "cu_seqlens": [0, 4, 12], "max_seqlen": 8}
+    arguments = {"q": x, "k": x, "v": x, "cu_seqlens": torch.tensor([0, 2, 6]), "max_seqlen": 4}
     arguments |= wrong if dist.get_rank() == 1 else {}
     torch.compiler.reset()
     function = ring_flash_attn_varlen_func if compiled is None else _compiled(ring_flash_attn_varlen_func, compiled)
@@ -156,6 +158,14 @@ def _packed(wrong, compiled):
 
 def _packed_together(wrong, compiled):
     return ring_flash_attn_qkvpacked_func(torch.randn(1, 6, 2 if dist.get_rank() == 1 else 3, 2, 8))
+
+
+def _llama3(wrong, compiled):
+    x = torch.randn(6, 2, 8)
+    prepared = llama3_flash_attn_prepare_cu_seqlens(torch.tensor([0, 4, 12]), True, dist.get_rank(), 2)
+    arguments = {"heads_k_stride": 1, "local_k_slice": prepared[4], "causal": True}
+    arguments |= wrong if dist.get_rank() == 1 else {}
+    return llama3_flash_attn_varlen_func(x, x, x, *prepared[:4], **arguments)
 
 
 def _compiled(function, fullgraph):
@@ -176,14 +186,15 @@ def _refused_once(function, wrong, compiled):
     [
         (_flash, {"window_size": (-3, 0)}, "window_size=(-3, 0)"),
         (_flash, {"q": torch.zeros(6, 2, 8)}, "q has shape (6, 2, 8)"),
-        (_flash, {"softcap": "5"}, "'<'"),
-        (_packed, {"max_seqlen": 3}, "max_seqlen=3; the longest sequence has 8"),
+        (_flash, {"dropout_p": "5"}, "'<='"),
+        (_packed, {"max_seqlen": 3}, "max_seqlen=3; the longest sequence has 4"),
         (_packed, {"dropout_p": 2.0}, "dropout_p=2.0"),
         (_packed_together, {}, "qkv has shape (1, 6, 2, 2, 8)"),
+        (_llama3, {"local_k_slice": slice(0, 6)}, "local_k_slice=slice(0, 6, None)"),
     ],
-    ids=["window", "shape", "type", "longest", "dropout", "packed"],
+    ids=["window", "shape", "type", "longest", "dropout", "packed", "slice"],
 )
-def test_an_error_in_the_arguments_of_flash_attns_functions_reaches_the_others(function, wrong, words):
+def test_an_error_in_the_arguments_of_ring_flash_attns_functions_reaches_the_others(function, wrong, words):
     with Pool(2, timeout=PROMPT) as pool:
         first, second = pool.run(_refused_once, function, wrong, None)
     assert words in second

@@ -1,255 +1,471 @@
-"""The ring's flash-attn functions: on any number of ranks what the definition says, and what they refuse."""
+"""ring-flash-attn's functions: what flash-attn gives for the whole sequence, in the layouts of their owner."""
 
 from __future__ import annotations
 
-import functools
+import importlib
 import inspect
+import pickle
 from collections.abc import Callable
-from dataclasses import replace
+from itertools import accumulate
 
 import pytest
 import torch
-from attention_cases import (
-    Case,
-    Rules,
-    Tensors,
-    assert_as_exact_as_torch,
-    assert_transformations_are_refused,
-    cases,
-    exact,
-    tensors,
-)
-from cases import PARTITIONS
-from hypothesis import assume, given, settings
+import torch.distributed as dist
+from attention_cases import assert_transformations_are_refused
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import ringflash
-from ringflash import (
-    ArgumentError,
-    Mask,
-    flash_attn_func,
+import ringflash.ring_flash_attn
+from ringflash import ArgumentError, RankMismatchError, flash_attn_func, flash_attn_varlen_func, shard
+from ringflash.parallel import lookup
+from ringflash.ring_flash_attn import (
+    boundaries,
+    llama3_flash_attn_prepare_cu_seqlens,
+    llama3_flash_attn_varlen_func,
     ring_flash_attn_func,
-    ring_flash_attn_qkvpacked_func,
     ring_flash_attn_varlen_func,
-    ring_flash_attn_varlen_qkvpacked_func,
-    shard,
-    unshard,
+    zigzag_ring_flash_attn_func,
+    zigzag_ring_flash_attn_varlen_func,
 )
 
 SHARED = (
-    "dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, "
-    "deterministic=False, return_attn_probs=False, group=None, partition='zigzag', "
+    "dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), alibi_slopes=None, deterministic=False, "
+    "return_attn_probs=False, group=None"
 )
-SIGNATURES = {
-    "ring_flash_attn_func": f"(q, k, v, {SHARED}seqlen_q=None, seqlen_k=None)",
-    "ring_flash_attn_qkvpacked_func": f"(qkv, {SHARED}seqlen=None)",
-    "ring_flash_attn_varlen_func": f"(q, k, v, cu_seqlens, max_seqlen, {SHARED}seqlen=None)",
-    "ring_flash_attn_varlen_qkvpacked_func": f"(qkv, cu_seqlens, max_seqlen, {SHARED}seqlen=None)",
+LLAMA3 = "cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, heads_k_stride, local_k_slice"
+FAMILIES = {
+    "ring_flash_attn": "",
+    "zigzag_ring_flash_attn": "",
+    "stripe_flash_attn": "",
+    "ring_flash_attn_varlen": "cu_seqlens, max_seqlen, ",
+    "zigzag_ring_flash_attn_varlen": "cu_seqlens, max_seqlen, ",
+    "llama3_flash_attn_varlen": f"{LLAMA3}, ",
 }
+"""Module of each family of functions, which its functions' names begin with, and what they take behind the tensors."""
+FORMS = {"func": "q, k, v", "kvpacked_func": "q, kv", "qkvpacked_func": "qkv"}
+NAMES = [(family, form) for family in FAMILIES for form in FORMS]
 
 
-@pytest.mark.parametrize("name", SIGNATURES)
-def test_signatures(name: str) -> None:
-    parameters = inspect.signature(getattr(ringflash, name)).parameters.values()
-    bare = [p.replace(annotation=inspect.Parameter.empty) for p in parameters]
-    assert str(inspect.Signature(bare)) == SIGNATURES[name]
-    assert name in ringflash.__all__
+def function_of(family: str, form: str) -> Callable:
+    return getattr(ringflash.ring_flash_attn, f"{family}_{form}")
 
 
-def words(case: Case, problem: Tensors) -> dict[str, object]:
-    """A case in flash-attn's words; S_dmask and the log-sum-exp come without dropout only."""
-    return {
-        "dropout_p": case.dropout,
-        "softmax_scale": case.scale,
-        "causal": case.rules.right == 0,
-        "window_size": tuple(-1 if x is None else x for x in (case.rules.left, case.rules.right)),
-        "softcap": case.softcap,
-        "alibi_slopes": problem.slopes,
-        "return_attn_probs": not case.dropout,
+def signature(function: Callable) -> str:
+    parameters = inspect.signature(function).parameters.values()
+    return ", ".join(str(p.replace(annotation=inspect.Parameter.empty)) for p in parameters)
+
+
+@pytest.mark.parametrize(("family", "form"), NAMES)
+def test_signatures_are_those_of_ring_flash_attn(family: str, form: str) -> None:
+    assert signature(function_of(family, form)) == f"{FORMS[form]}, {FAMILIES[family]}{SHARED}"
+
+
+def test_all_21_names_stand_in_their_package_and_in_the_owners_modules() -> None:
+    others = {
+        "llama3_flash_attn_prepare_cu_seqlens": ("llama3_flash_attn_varlen", "cu_seqlens, causal, rank, world_size"),
+        "substitute_hf_flash_attn": ("adapters.hf_adapter", "process_group, heads_k_stride"),
+        "update_ring_flash_attn_params": ("adapters.hf_adapter", "cu_seqlens, process_group"),
     }
+    names = [f"{family}_{form}" for family, form in NAMES] + list(others)
+    assert sorted(names) == ringflash.ring_flash_attn.__all__
+    assert len(names) == 21
+    for family, form in NAMES:
+        module = importlib.import_module(f"ringflash.ring_flash_attn.{family}")
+        assert getattr(module, f"{family}_{form}") is function_of(family, form)
+    for name, (module, arguments) in others.items():
+        function = getattr(importlib.import_module(f"ringflash.ring_flash_attn.{module}"), name)
+        assert function is getattr(ringflash.ring_flash_attn, name)
+        assert signature(function) == arguments
+    assert ringflash.ring_flash_attn.adapters.substitute_hf_flash_attn is function_of("substitute_hf", "flash_attn")
 
 
-def batch_on_this_rank(case: Case, problem: Tensors, partition: str, packed: bool) -> tuple[Tensor, ...]:
-    """Whole results of a batch from all ranks: out, lse if any, and gradients, in flat form."""
-    batch, sharded = len(case.lengths), {"partition": partition, "mask": case.rules.mask()}
-    whole = [x.unflatten(0, (batch, -1)) for x in (problem.query, problem.key, problem.value, problem.dout)]
-    lengths = [x.shape[1] for x in whole]
-    *leaves, dout = (shard(x, 1, **sharded).clone() for x in whole)
-    leaves = [x.requires_grad_() for x in leaves]
-    torch.manual_seed(case.seed)
-    given = words(case, problem) | {"partition": partition}
-    if packed:
-        results = ring_flash_attn_qkvpacked_func(torch.stack(leaves, 2), **given, seqlen=lengths[0])
-    else:
-        results = ring_flash_attn_func(*leaves, **given, seqlen_q=lengths[0], seqlen_k=lengths[1])
-    out, outputs, gradients = results, [results], [dout]
-    if not case.dropout:
-        out, lse, nothing = results
-        assert nothing is None
-        dlse = shard(problem.dlse.unflatten(1, (batch, -1)), 2, **sharded).transpose(0, 1)
-        outputs, gradients = [out, lse], [dout, dlse]
-    found = torch.autograd.grad(outputs, leaves, gradients)
-    parts = zip((out.detach(), *found), [lengths[0], *lengths[:3]], strict=True)
-    out, *found = (unshard(x.contiguous(), 1, **sharded, seqlen=n).flatten(0, 1) for x, n in parts)
-    if case.dropout:
-        return out, *found
-    lse = unshard(lse.detach().transpose(0, 1).contiguous(), 2, **sharded, seqlen=lengths[0])
-    return out, lse.flatten(1), *found
+# The owner's layouts, written down from its documentation. `dim` is the tokens' dimension.
 
 
-def packed_on_this_rank(case: Case, problem: Tensors, partition: str, packed: bool) -> tuple[Tensor, ...]:
-    """The same of packed sequences."""
-    edges = case.edges()[0]
-    sharded = {"partition": partition, "mask": case.rules.mask() & Mask.documents(edges)}
-    *leaves, dout = (shard(x, 0, **sharded) for x in (problem.query, problem.key, problem.value, problem.dout))
-    leaves = [x.clone().requires_grad_() for x in leaves]
-    longest = max(queries for queries, _ in case.lengths)
-    torch.manual_seed(case.seed)
-    given = words(case, problem) | {"partition": partition}
-    if packed:
-        qkv = torch.stack(leaves, 1)
-        results = ring_flash_attn_varlen_qkvpacked_func(qkv, torch.tensor(edges, dtype=torch.int32), longest, **given)
-    else:
-        results = ring_flash_attn_varlen_func(*leaves, edges, longest, **given)
-    out, outputs, gradients = results, [results], [dout]
-    if not case.dropout:
-        out, lse, nothing = results
-        assert nothing is None
-        outputs, gradients = [out, lse], [dout, shard(problem.dlse, 1, **sharded)]
-    found = torch.autograd.grad(outputs, leaves, gradients)
-    out, *found = (unshard(x.contiguous(), 0, **sharded, seqlen=edges[-1]) for x in (out.detach(), *found))
-    if case.dropout:
-        return out, *found
-    return out, unshard(lse.detach().contiguous(), 1, **sharded, seqlen=edges[-1]), *found
+def contiguous(x: Tensor, dim: int, rank: int, ranks: int) -> Tensor:
+    return x.chunk(ranks, dim=dim)[rank]
 
 
-def check(pool: Callable, case: Case, data: st.DataObject, function: Callable) -> None:
-    ranks, partition = data.draw(st.integers(1, 4)), data.draw(st.sampled_from(PARTITIONS))
-    assume(partition != "balanced" or all(queries == keys for queries, keys in case.lengths))
-    packed = case.dims[0] == case.dims[1] and case.heads[0] == case.heads[1] and case.queries == case.keys
-    problem = tensors(case)
-    if case.dropout:  # its log-sum-exp is not asked for
-        torch.manual_seed(case.seed)
-        problem = replace(problem, dropout_seed=torch.randint(2**62, (1,)), dlse=torch.zeros_like(problem.dlse))
-    found, *others = pool(ranks).run(function, case, problem, partition, packed)
-    for other in others:
-        assert all(torch.equal(x, y) for x, y in zip(found, other, strict=True))
-    if case.dropout:
-        found = found[0], _lse(case, problem), *found[1:]
-    assert_as_exact_as_torch(tuple(found), case, problem)
+def zigzag(x: Tensor, dim: int, rank: int, ranks: int) -> Tensor:
+    chunks = x.chunk(2 * ranks, dim=dim)
+    return torch.cat([chunks[rank], chunks[2 * ranks - 1 - rank]], dim=dim)
 
 
-def _lse(case: Case, problem: Tensors) -> Tensor:
-    """The right one: in place of what was not asked for."""
-    return exact(case, problem)[1]
+def stripe(x: Tensor, dim: int, rank: int, ranks: int) -> Tensor:
+    return torch.stack(x.split(ranks, dim=dim), dim=dim).select(dim + 1, rank)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@settings(max_examples=20)
-@given(data=st.data())
-def test_batches_on_any_ranks_are_as_exact_as_torch(pool, dtype: torch.dtype, data: st.DataObject) -> None:
-    check(
-        pool, data.draw(cases(dtype, dense=True, same=data.draw(st.booleans()), flash=True)), data, batch_on_this_rank
+LAYOUTS = {
+    "ring_flash_attn": contiguous,
+    "zigzag_ring_flash_attn": zigzag,
+    "stripe_flash_attn": stripe,
+    "ring_flash_attn_varlen": contiguous,
+    "zigzag_ring_flash_attn_varlen": zigzag,
+    "llama3_flash_attn_varlen": contiguous,
+}
+DIVISIBLE = {"zigzag_ring_flash_attn": 2, "zigzag_ring_flash_attn_varlen": 2}
+"""By which a length on one rank must be divisible."""
+
+
+def on_this_rank(family: str, x: Tensor, lengths: list[int], dim: int) -> Tensor:
+    """This rank's part of a whole tensor; each packed sequence's by itself, save for llama3."""
+    layout, place = LAYOUTS[family], (dist.get_rank(), dist.get_world_size())
+    if not lengths or family.startswith("llama3"):
+        return layout(x, dim, *place)
+    parts = x.split([*lengths, x.shape[dim] - sum(lengths)], dim=dim)
+    parts = [layout(part, dim, *place) for part in parts[:-1] if part.shape[dim]]
+    return torch.cat(parts, dim=dim)
+
+
+def boundaries_of(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+
+
+def behind_the_tensors(family: str, lengths: list[int], causal: bool) -> tuple:
+    """Positional arguments between the tensors and dropout_p."""
+    if not lengths:
+        return ()
+    cu_seqlens, ranks = boundaries_of(lengths), dist.get_world_size()
+    if family.startswith("llama3"):
+        prepared = llama3_flash_attn_prepare_cu_seqlens(cu_seqlens, causal, dist.get_rank(), ranks)
+        return *prepared[:4], 1, prepared[4]
+    return cu_seqlens // ranks, max(lengths) // ranks
+
+
+def leaves_of(form: str, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """What is passed in a form, as leaves."""
+    packed = {"func": [q, k, v], "kvpacked_func": [q, torch.stack([k, v], -3)], "qkvpacked_func": None}[form]
+    packed = [torch.stack([q, k, v], -3)] if packed is None else packed
+    return [x.detach().clone().requires_grad_() for x in packed]
+
+
+def separated(form: str, leaves: list[Tensor]) -> list[Tensor]:
+    """Queries, keys and values again."""
+    if form == "func":
+        return leaves
+    return [*leaves[:-1], *leaves[-1].unbind(-3)]
+
+
+def both(family: str, form: str, lengths: list[int], sizes: dict, shared: dict) -> list[tuple[Tensor, Tensor]]:
+    """Out, log-sum-exp and gradients of this rank's tokens, each beside flash-attn's on the whole sequence."""
+    generator = torch.Generator().manual_seed(sizes["seed"])
+    heads, key_heads, head_dim = sizes["heads"]
+    batch = [] if lengths else [sizes["batch"]]
+    tokens = sum(lengths) if lengths else sizes["tokens"]
+    keys = tokens if lengths else sizes["keys"]
+    q, k, v, dout = (
+        torch.randn(*batch, n, count, head_dim, generator=generator)
+        for n, count in ((tokens, heads), (keys, key_heads), (keys, key_heads), (tokens, heads))
     )
+    dlse = torch.randn(*batch, heads, tokens, generator=generator)
+    shared = {**shared, "alibi_slopes": torch.rand(heads, generator=generator) if shared["alibi_slopes"] else None}
+    dim = len(batch)
+
+    whole = leaves_of(form, q, k, v)
+    torch.manual_seed(sizes["seed"])
+    bounds = (*[boundaries_of(lengths)] * 2, *[max(lengths)] * 2) if lengths else ()
+    one_device = flash_attn_varlen_func if lengths else flash_attn_func
+    expected, expected_lse, _ = one_device(*separated(form, whole), *bounds, **shared, return_attn_probs=True)
+    gradients = torch.autograd.grad([expected, expected_lse], whole, [dout, dlse])
+
+    own = leaves_of(form, *(on_this_rank(family, x, lengths, dim) for x in (q, k, v)))
+    torch.manual_seed(sizes["seed"])
+    behind = behind_the_tensors(family, lengths, shared["causal"])
+    out, lse, nothing = function_of(family, form)(*own, *behind, **shared, return_attn_probs=True)
+    assert nothing is None
+    douts = on_this_rank(family, dout, lengths, dim), on_this_rank(family, dlse, lengths, dim + 1)
+    found = torch.autograd.grad([out, lse], own, douts)
+
+    pairs = [(out.detach(), expected, dim), (lse.detach(), expected_lse, dim + 1)]
+    pairs += [(mine, theirs, dim) for mine, theirs in zip(found, gradients, strict=True)]
+    return [(mine, on_this_rank(family, theirs.detach(), lengths, of)) for mine, theirs, of in pairs]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@settings(max_examples=20)
+@st.composite
+def problems(draw: st.DrawFn, family: str, form: str) -> tuple[int, list[int], dict, dict]:
+    """Number of ranks, lengths of packed sequences if the family has them, sizes, and arguments of all functions."""
+    ranks, side = draw(st.integers(1, 3)), st.integers(-1, 6)
+    unit = ranks * DIVISIBLE.get(family, 1)
+    lengths = []
+    if family.startswith("llama3"):
+        lengths = draw(st.lists(st.integers(0, 9), min_size=1, max_size=4))
+        lengths.append(1 + (-sum(lengths) - 1) % ranks)
+    elif "varlen" in family:
+        lengths = [unit * n for n in draw(st.lists(st.integers(0, 4), min_size=1, max_size=4))]
+        lengths.append(unit)
+    same = draw(st.booleans()) or form == "qkvpacked_func"
+    shared = {
+        "dropout_p": draw(st.sampled_from([0.0, 0.0, 0.3])),
+        "softmax_scale": draw(st.sampled_from([None, 0.3])),
+        "causal": draw(st.booleans()),
+        "window_size": draw(st.just((-1, -1)) | st.tuples(side, side)),
+        "alibi_slopes": draw(st.booleans()),
+        "deterministic": draw(st.booleans()),
+    }
+    tokens = unit * draw(st.integers(1, 6))
+    cross = family == "ring_flash_attn" and form != "qkvpacked_func"
+    cross = cross and not shared["causal"] and shared["window_size"] == (-1, -1)
+    sizes = {
+        "batch": draw(st.integers(1, 2)),
+        "tokens": tokens,
+        "keys": unit * draw(st.integers(1, 6)) if cross else tokens,
+        "heads": (2, 2 if same else 1, 8),
+        "seed": draw(st.integers(0, 2**20)),
+    }
+    return ranks, lengths, sizes, shared
+
+
+@pytest.mark.parametrize(("family", "form"), NAMES)
+@settings(max_examples=12)
 @given(data=st.data())
-def test_packed_sequences_on_any_ranks_are_as_exact_as_torch(pool, dtype: torch.dtype, data: st.DataObject) -> None:
-    case = data.draw(cases(dtype, dense=False, same=True, flash=True))
-    assume(case.queries)
-    check(pool, case, data, packed_on_this_rank)
+def test_in_its_owners_layout_each_function_gives_what_flash_attn_gives(pool, family, form, data) -> None:
+    ranks, *problem = data.draw(problems(family, form))
+    for pairs in pool(ranks).run(both, family, form, *problem):
+        for found, expected in pairs:
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
 
 
-def _refused(arguments: dict, message: str) -> None:
-    x = torch.ones(1, 6, 2, 8)
-    with pytest.raises(ArgumentError, match=message):
-        ring_flash_attn_func(x, x, x, **arguments)
+# What llama3_flash_attn_prepare_cu_seqlens returns
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"dropout_p": 0.1, "return_attn_probs": True}, "return_attn_probs=True with dropout_p=0.1 over 2 ranks"),
-        ({"dropout_p": 2.0}, "dropout_p=2.0"),
-        ({"window_size": (-3, 0)}, "window_size"),
-        ({"partition": "snake"}, "partition='snake'"),
-    ],
-    ids=str,
+@settings(max_examples=60)
+@given(
+    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=5),
+    ranks=st.integers(1, 4),
+    causal=st.booleans(),
+    kind=st.sampled_from([torch.int32, torch.int64]),
 )
-def test_refused_by_name_before_any_communication(pool, arguments: dict, message: str) -> None:
-    pool(2).run(_refused, arguments, message, timeout=15)
+def test_prepared_boundaries_show_a_ranks_queries_what_they_see_of_the_slice_of_keys(lengths, ranks, causal, kind):
+    lengths.append(1 + (-sum(lengths) - 1) % ranks)
+    cu_seqlens, total = boundaries_of(lengths).to(kind), sum(lengths)
+    q, k, v = torch.randn(3, total, 2, 8)
+    whole = flash_attn_varlen_func(q, k, v, *[cu_seqlens.int()] * 2, *[max(lengths)] * 2, causal=causal)
+    for rank in range(ranks):
+        of_queries, of_keys, *longest, local = llama3_flash_attn_prepare_cu_seqlens(cu_seqlens, causal, rank, ranks)
+        assert of_queries.dtype == of_keys.dtype == kind
+        assert longest == [int(of_queries.diff().max()), int(of_keys.diff().max())]
+        assert len(k[local]) == of_keys[-1]
+        bounds = of_queries.int(), of_keys.int(), *longest
+        out = flash_attn_varlen_func(q.chunk(ranks)[rank], k[local], v[local], *bounds, causal=causal)
+        torch.testing.assert_close(out, whole.chunk(ranks)[rank], rtol=1e-5, atol=1e-5)
+
+
+def _of_another_process() -> None:
+    q = torch.randn(4, 2, 8)
+    prepared = llama3_flash_attn_prepare_cu_seqlens(torch.tensor([0, 3, 8]), True, dist.get_rank(), 2)
+    pickled = pickle.loads(pickle.dumps(prepared))
+    first, second = (llama3_flash_attn_varlen_func(q, q, q, *x[:4], 1, x[4], causal=True) for x in (prepared, pickled))
+    assert torch.equal(first, second)
+
+
+def test_what_was_prepared_in_a_dataloaders_worker_serves_as_well(pool) -> None:
+    pool(2).run(_of_another_process)
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"max_seqlen": 3}, "max_seqlen=3; the longest sequence has 4"),
-        ({"seqlen": 8}, "seqlen=8; cu_seqlens ends at 6"),
-        ({"cu_seqlens": [6]}, r"cu_seqlens=\[6\]"),
-        ({"cu_seqlens": torch.tensor([0, 6], device="meta")}, "cu_seqlens is .* on meta"),
-        ({"q": torch.ones(1, 6, 2, 8)}, r"q has shape \(1, 6, 2, 8\)"),
+        ({"cu_seqlens": torch.tensor([0, 3, 7])}, "cu_seqlens ends at 7; allowed are multiples of world_size=2"),
+        ({"cu_seqlens": torch.tensor([0])}, r"cu_seqlens=\(0,\)"),
+        ({"cu_seqlens": torch.tensor([1, 8])}, r"cu_seqlens=\(1, 8\); it must start at 0"),
+        ({"cu_seqlens": [0, 8]}, r"cu_seqlens=\[0, 8\]"),
+        ({"rank": 2}, "rank=2, world_size=2"),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
 )
-def test_packed_sequences_are_refused_by_name(changed: dict, message: str) -> None:
-    x = torch.ones(6, 2, 8)
+def test_boundaries_that_cannot_be_prepared_are_refused_by_name(changed: dict, message: str) -> None:
+    arguments = {"cu_seqlens": torch.tensor([0, 3, 8]), "causal": True, "rank": 0, "world_size": 2}
     with pytest.raises(ArgumentError, match=message):
-        ring_flash_attn_varlen_func(**{"q": x, "k": x, "v": x, "cu_seqlens": [0, 4, 6], "max_seqlen": 4} | changed)
+        llama3_flash_attn_prepare_cu_seqlens(**arguments | changed)
 
 
-def test_one_rank_shows_what_dropout_took() -> None:
-    x = torch.randn(1, 6, 2, 8)
-    results = []
-    for function in (flash_attn_func, ring_flash_attn_func):
-        torch.manual_seed(2)
-        results.append(function(x, x, x, 0.5, return_attn_probs=True))
-    torch.manual_seed(2)
-    packed = ring_flash_attn_varlen_func(*[x[0]] * 3, [0, 6], 6, 0.5, return_attn_probs=True)
-    assert (packed[2] < 0).any()
-    assert torch.equal(packed[2], results[0][2])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+# Layouts that are not the function's own
 
 
-def _varlen(x: Tensor) -> Tensor:
-    return ring_flash_attn_varlen_func(*[x[0]] * 3, [0, 4, 12], 8, causal=True)
+def _refused(function: Callable, arguments: dict, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        function(**arguments)
 
 
-def _transformed(packed: bool) -> None:
-    call = _varlen if packed else lambda x: ring_flash_attn_func(x, x, x, causal=True)
-    assert_transformations_are_refused(call, torch.randn(1, 6, 2, 8))
+def _llama3(changed: dict, message: str) -> None:
+    rank, x = dist.get_rank(), torch.ones(4, 2, 8)
+    prepared = llama3_flash_attn_prepare_cu_seqlens(torch.tensor([0, 3, 8]), True, rank, 2)
+    arguments = {"q": x, "k": x, "v": x, "heads_k_stride": 1, "causal": True}
+    arguments |= zip([*LLAMA3.split(", ")[:4], "local_k_slice"], prepared, strict=True)
+    _refused(llama3_flash_attn_varlen_func, arguments | changed, message)
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["batch", "varlen"])
-def test_second_derivatives_forward_mode_and_vmap_are_refused(pool, packed: bool) -> None:
-    pool(2).run(_transformed, packed, timeout=15)
+X, Y = torch.ones(1, 5, 2, 8), torch.ones(1, 7, 2, 8)
+THREE = dict.fromkeys("qkv", X)
+PACKED = dict.fromkeys("qkv", X[0]) | {"cu_seqlens": torch.tensor([0, 2, 5]), "max_seqlen": 3}
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "message"),
+    [
+        (zigzag_ring_flash_attn_func, THREE, "q has 5 tokens; allowed is an even number"),
+        (ring_flash_attn_func, {"q": X, "k": Y, "v": Y, "causal": True}, "q has 5 tokens and k 7"),
+        (ring_flash_attn_func, {"q": X, "k": Y, "v": Y, "window_size": (3, 3)}, "q has 5 tokens and k 7"),
+        (zigzag_ring_flash_attn_func, {"q": X, "k": Y, "v": Y}, "q has 5 tokens and k 7"),
+        (ring_flash_attn_func, THREE | {"window_size": (-3, 0)}, "window_size"),
+        (ring_flash_attn_varlen_func, PACKED | {"cu_seqlens": torch.tensor([0, 4, 10])}, "max_seqlen=3"),
+        (
+            ring_flash_attn_varlen_func,
+            PACKED | {"cu_seqlens": torch.tensor([0, 4, 10]), "max_seqlen": 6},
+            "cu_seqlens ends at 10, and this rank has 5 tokens of 2 ranks; .* divided by 2",
+        ),
+        (zigzag_ring_flash_attn_varlen_func, PACKED, r"cu_seqlens=\[0, 2, 5\].*; allowed are even numbers"),
+        (ring_flash_attn_varlen_func, PACKED | {"cu_seqlens": torch.tensor([1, 5])}, "must start at 0"),
+        (ring_flash_attn_varlen_func, PACKED | {"cu_seqlens": [0, 2, 5]}, r"cu_seqlens=\[0, 2, 5\]"),
+        (ring_flash_attn_varlen_func, PACKED | {"q": X}, r"q has shape \(1, 5, 2, 8\)"),
+        (ring_flash_attn_varlen_func, PACKED | {"k": Y[0], "v": Y[0]}, "q has 5 tokens and k 7"),
+    ],
+    ids=range(12),
+)
+def test_tokens_that_a_function_cannot_mean_are_refused(pool, function, arguments: dict, message: str) -> None:
+    pool(2).run(_refused, function, arguments, message, timeout=15)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"causal": False}, "causal=False; local_k_slice was made for causal=True"),
+        ({"local_k_slice": slice(0, 4)}, "which carries the boundaries of all ranks"),
+        ({"q": torch.ones(8, 2, 8)}, "q has 8 tokens; cu_seqlens ends at 8, of which each of 2 ranks holds 4"),
+        ({"k": torch.ones(3, 2, 8), "v": torch.ones(3, 2, 8)}, "k has 3 tokens; cu_seqlens ends at 8"),
+        ({"cu_seqlens_q": torch.tensor([0, 1, 2, 4])}, "cu_seqlens_q has 4 entries"),
+        ({"heads_k_stride": 3}, "heads_k_stride=3; allowed are divisors of the 2 heads of k"),
+        (
+            {"local_k_slice": llama3_flash_attn_prepare_cu_seqlens(torch.tensor([0, 8]), True, 3, 4)[4]},
+            "local_k_slice was made for rank 3 of 4; this process is rank . of 2",
+        ),
+    ],
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
+)
+def test_what_was_prepared_for_something_else_is_refused(pool, changed: dict, message: str) -> None:
+    pool(2).run(_llama3, changed, message, timeout=15)
+
+
+def _sharded_otherwise() -> None:
+    x = shard(torch.ones(1, 8, 2, 8), dim=1)
+    _refused(ring_flash_attn_func, {"q": x, "k": x, "v": x}, "query was sharded with")
+
+
+def test_tokens_that_ringflash_sharded_zigzag_are_refused_by_the_contiguous_function(pool) -> None:
+    pool(2).run(_sharded_otherwise, timeout=15)
+
+
+def _uneven(message: str) -> None:
+    x = torch.ones(1, 10, 2, 8).chunk(3, dim=1)[dist.get_rank()]
+    with pytest.raises(RankMismatchError, match=message):
+        ring_flash_attn_func(x, x, x)
+
+
+def test_pieces_of_different_lengths_are_an_error_on_every_rank(pool) -> None:
+    pool(3).run(_uneven, "ranks disagree on seqlen .*12 on ranks 0, 1; 6 on rank 2", timeout=15)
+
+
+# How often the host plans and waits
+
+
+def _made(calls: list[Callable]) -> list[int]:
+    """How many shardings each call makes."""
+    made, make = [], lookup.Sharding
+    with pytest.MonkeyPatch.context() as patch:
+        for call in calls:
+            made.append(0)
+
+            def counted(*arguments: object, **settings: object) -> object:
+                made[-1] += 1
+                return make(*arguments, **settings)
+
+            patch.setattr(lookup, "Sharding", counted)
+            call()
+    return made
+
+
+def _repeated() -> None:
+    lookup.shardings.clear()
+    x = torch.randn(1, 8, 2, 8)
+    prepared = llama3_flash_attn_prepare_cu_seqlens(torch.tensor([0, 3, 16]), True, dist.get_rank(), 2)
+    for call in (
+        lambda: zigzag_ring_flash_attn_func(x, x, x),
+        lambda: zigzag_ring_flash_attn_varlen_func(*[x[0]] * 3, torch.tensor([0, 2, 8]), 6, causal=True),
+        lambda: llama3_flash_attn_varlen_func(*[x[0]] * 3, *prepared[:4], 1, prepared[4], causal=True),
+    ):
+        assert _made([call] * 3) == [1, 0, 0]
+
+
+def test_equal_arguments_are_planned_once(pool) -> None:
+    pool(2).run(_repeated)
+
+
+class OnADevice(torch.Tensor):
+    """A tensor that says it is on a device, and counts how often the host reads it."""
+
+    reads = 0
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", 0)
+
+    def detach(self) -> OnADevice:
+        return self
+
+    def cpu(self) -> Tensor:
+        OnADevice.reads += 1
+        return self.as_subclass(Tensor).clone()
+
+
+def test_the_host_reads_boundaries_on_a_device_once_and_again_when_they_were_written() -> None:
+    x = torch.tensor([0, 2, 5]).as_subclass(OnADevice)
+    OnADevice.reads = 0
+    first = boundaries.on_host(x)
+    assert boundaries.on_host(x) is first
+    assert OnADevice.reads == 1
+    x.mul_(2)
+    assert boundaries.on_host(x).tolist() == [0, 4, 10]
+    assert OnADevice.reads == 2
+    for _ in range(2 * boundaries.MOST):
+        y = torch.tensor([0, 3]).as_subclass(OnADevice)
+        assert boundaries.on_host(y).tolist() == [0, 3]
+    assert len(boundaries._read) <= boundaries.MOST
+
+
+# Compiled, transformed
 
 
 def _compiled(way: str) -> None:
     torch.compiler.reset()
-    lengths = ((5, 5),) * 2 if way == "batch" else ((5, 5), (0, 0), (5, 5))
-    case = Case(lengths, Rules(left=6, right=0), alibi="documents")
-    problem = tensors(case)
-    whole, edges = (problem.query, problem.key, problem.value), case.edges()[0]
-    if way == "batch":
-        function = functools.partial(ring_flash_attn_func, seqlen_q=5, seqlen_k=5)
-        leaves, bounds = [shard(x.unflatten(0, (2, 5)), 1).clone().requires_grad_() for x in whole], ()
-    else:
-        function, bounds = ring_flash_attn_varlen_func, (edges if way == "list" else torch.tensor(edges), 5)
-        leaves = [shard(x, 0).clone().requires_grad_() for x in whole]
+    shared = {"causal": True, "window_size": (6, 0), "return_attn_probs": True, "alibi_slopes": torch.rand(2)}
+    leaves = [torch.randn(*(() if way != "batch" else (2,)), 8, 2, 8).requires_grad_() for _ in range(3)]
+    function, bounds = zigzag_ring_flash_attn_func, ()
+    if way == "varlen":
+        function, bounds = zigzag_ring_flash_attn_varlen_func, (torch.tensor([0, 2, 8], dtype=torch.int32), 6)
+    if way == "llama3":
+        prepared = llama3_flash_attn_prepare_cu_seqlens(torch.tensor([0, 3, 16]), True, dist.get_rank(), 2)
+        function, bounds = llama3_flash_attn_varlen_func, (*prepared[:4], 1, prepared[4])
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    results = [call(*leaves, *bounds, **words(case, problem)) for call in (function, compiled)]
+    results = [call(*leaves, *bounds, **shared) for call in (function, compiled)]
     gradients = [torch.autograd.grad(out.sum(), leaves) for out, _, _ in results]
     for found, expected in zip((*results[1][:2], *gradients[1]), (*results[0][:2], *gradients[0]), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("way", ["batch", "list", "tensor"])
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_compiles_whole(pool, ranks: int, way: str) -> None:
-    if ranks == 1:
-        _compiled(way)
-    else:
-        pool(ranks).run(_compiled, way, timeout=120)
+@pytest.mark.parametrize("way", ["batch", "varlen", "llama3"])
+def test_compiles_whole(pool, way: str) -> None:
+    pool(2).run(_compiled, way, timeout=120)
+
+
+def _transformed(way: str) -> None:
+    calls = {
+        "batch": lambda x: ring_flash_attn_func(x, x, x, causal=True),
+        "varlen": lambda x: ring_flash_attn_varlen_func(*[x[0]] * 3, torch.tensor([0, 2, 6]), 4, causal=True),
+    }
+    assert_transformations_are_refused(calls[way], torch.randn(1, 6, 2, 8))
+
+
+@pytest.mark.parametrize("way", ["batch", "varlen"])
+def test_second_derivatives_forward_mode_and_vmap_are_refused(pool, way: str) -> None:
+    pool(2).run(_transformed, way, timeout=15)

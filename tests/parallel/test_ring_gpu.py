@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 
 import pytest
 import torch
@@ -21,12 +22,14 @@ from ringflash import (
     Mask,
     RankMismatchError,
     Sharding,
+    flash_attn_varlen_func,
     shard,
     unshard,
 )
 from ringflash.functional import attention
 from ringflash.kernels.select import select
 from ringflash.parallel.mesh import ONE_DEVICE
+from ringflash.ring_flash_attn import zigzag_ring_flash_attn_varlen_func
 
 pytestmark = pytest.mark.gpu
 
@@ -250,3 +253,30 @@ def _sharding_made_ahead():
 
 def test_a_sharding_is_made_ahead_and_repeated_calls_never_wait_for_the_device(gpus):
     assert max(gpus.run(_sharding_made_ahead)) < 0.05
+
+
+def _boundaries_on_the_gpu():
+    """ring-flash-attn's function with `cu_seqlens` where its users have them; the host reads them in the first call."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    lengths = [128 * ranks, 512 * ranks, 64 * ranks]
+    x = torch.randn(sum(lengths), 4, 64, generator=torch.Generator().manual_seed(0)).to("cuda", torch.bfloat16)
+    edges = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cuda")
+    expected = flash_attn_varlen_func(x, x, x, edges, edges, max(lengths), max(lengths), causal=True)
+
+    def on_this_rank(whole):
+        pieces = [part.chunk(2 * ranks) for part in whole.split(lengths)]
+        return torch.cat([torch.cat([piece[rank], piece[2 * ranks - 1 - rank]]) for piece in pieces])
+
+    mine, own = on_this_rank(x), edges // ranks
+    zigzag_ring_flash_attn_varlen_func(mine, mine, mine, own, 512, causal=True)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = zigzag_ring_flash_attn_varlen_func(mine, mine, mine, own, 512, causal=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return (out - on_this_rank(expected)).abs().max().item()
+
+
+def test_boundaries_on_the_gpu_are_read_once_and_layers_after_the_first_never_wait(gpus):
+    assert max(gpus.run(_boundaries_on_the_gpu)) < 0.05
