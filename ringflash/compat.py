@@ -19,6 +19,7 @@ from ringflash.errors import ArgumentError
 PACKAGES = {
     "flash_attn": "ringflash.flash_attn",
     "ring_flash_attn": "ringflash.ring_flash_attn",
+    "yunchang": "ringflash.yunchang",
 }
 """What stands in for a name."""
 

@@ -68,6 +68,60 @@ def test_a_file_written_for_flash_attn_runs(tmp_path: Path) -> None:
     run(tmp_path, FLASH_ATTN)
 
 
+RING_FLASH_ATTN = """
+import ringflash.compat
+ringflash.compat.install("ring_flash_attn")
+
+import sys
+import torch
+from ring_flash_attn import llama3_flash_attn_prepare_cu_seqlens, llama3_flash_attn_varlen_func
+from ring_flash_attn import llama3_flash_attn_varlen_kvpacked_func, llama3_flash_attn_varlen_qkvpacked_func
+from ring_flash_attn import ring_flash_attn_func, ring_flash_attn_kvpacked_func, ring_flash_attn_qkvpacked_func
+from ring_flash_attn import ring_flash_attn_varlen_func, ring_flash_attn_varlen_kvpacked_func
+from ring_flash_attn import ring_flash_attn_varlen_qkvpacked_func, stripe_flash_attn_func
+from ring_flash_attn import stripe_flash_attn_kvpacked_func, stripe_flash_attn_qkvpacked_func
+from ring_flash_attn import substitute_hf_flash_attn, update_ring_flash_attn_params
+from ring_flash_attn import zigzag_ring_flash_attn_func, zigzag_ring_flash_attn_kvpacked_func
+from ring_flash_attn import zigzag_ring_flash_attn_qkvpacked_func, zigzag_ring_flash_attn_varlen_func
+from ring_flash_attn import zigzag_ring_flash_attn_varlen_kvpacked_func, zigzag_ring_flash_attn_varlen_qkvpacked_func
+from ring_flash_attn.adapters.hf_adapter import DATA_PARAMS, use_ring_attn
+from ring_flash_attn.llama3_flash_attn_varlen import llama3_flash_attn_varlen_func as of_its_module
+from ring_flash_attn.zigzag_ring_flash_attn import zigzag_ring_flash_attn_func as zigzag_of_its_module
+
+assert llama3_flash_attn_varlen_func is of_its_module
+assert zigzag_ring_flash_attn_func is zigzag_of_its_module
+assert "transformers" not in sys.modules
+x, cu_seqlens = torch.randn(8, 2, 8), torch.tensor([0, 2, 8], dtype=torch.int32)
+update_ring_flash_attn_params(cu_seqlens, None)
+out = llama3_flash_attn_varlen_func(x, x, x, **DATA_PARAMS, heads_k_stride=1, causal=True)
+for function in (ring_flash_attn_varlen_func, zigzag_ring_flash_attn_varlen_func):
+    torch.testing.assert_close(out, function(x, x, x, cu_seqlens, 6, causal=True))
+torch.testing.assert_close(out[2:], stripe_flash_attn_func(*[x[None, 2:]] * 3, causal=True)[0])
+"""
+YUNCHANG = """
+import ringflash.compat
+ringflash.compat.install("yunchang")
+
+import torch
+from yunchang import EXTRACT_FUNC_DICT, AsyncLongContextAttention, LongContextAttention, LongContextAttentionQKVPacked
+from yunchang import set_seq_parallel_pg
+from yunchang.globals import set_seq_parallel_pg as of_its_module
+from yunchang.hybrid import LongContextAttention as module_of_its_module
+from yunchang.kernels import AttnType
+
+assert (set_seq_parallel_pg, LongContextAttention) == (of_its_module, module_of_its_module)
+set_seq_parallel_pg(1, 1, 0, 1)
+x = EXTRACT_FUNC_DICT["strip"](torch.randn(1, 8, 2, 8), 0, world_size=1, rd=1, ud=1)
+out = LongContextAttention(ring_impl_type="strip", attn_type=AttnType.FA3)(x, x, x, causal=True)
+torch.testing.assert_close(out, ringflash.flash_attn_func(x, x, x, causal=True))
+"""
+
+
+@pytest.mark.parametrize("code", [RING_FLASH_ATTN, YUNCHANG], ids=["ring_flash_attn", "yunchang"])
+def test_files_written_for_other_rings_run(tmp_path: Path, code: str) -> None:
+    run(tmp_path, code)
+
+
 def test_every_module_is_the_same_object_under_both_names_and_a_second_call_changes_nothing(tmp_path: Path) -> None:
     code = """
 import importlib, pkgutil, sys
@@ -90,7 +144,7 @@ for name, package in PACKAGES.items():
 
 
 def test_unknown_names_are_refused_with_those_that_are_known() -> None:
-    with pytest.raises(ArgumentError, match="name='flash_attn_3'; allowed are flash_attn, ring_flash_attn"):
+    with pytest.raises(ArgumentError, match="name='flash_attn_3'; allowed are flash_attn, ring_flash_attn, yunchang"):
         install("flash_attn_3")
 
 
