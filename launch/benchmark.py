@@ -1,109 +1,137 @@
-"""Times attention beside its peers on this machine and writes a table and a JSON file.
+"""Times attention beside its peers on this machine and writes a table, a JSON file and, of some suites, a picture.
 
+    python launch/benchmark.py suite=sdpa                                 # fused attention beside eager softmax
+    python launch/benchmark.py suite=prefill                              # one new token of Hugging Face models
+    torchrun --nproc-per-node 4 launch/benchmark.py suite=prefill         # the same, its prompt sharded over 4 GPUs
     python launch/benchmark.py suite=kernels                              # one GPU: our kernels, cuDNN, FA2, Flex, ...
     torchrun --nproc-per-node 4 launch/benchmark.py suite=ring            # many: the ring, Ulysses, torch's own
 
-Options are key=value: `suite`, `out` (JSON path), `tokens` (lengths, comma-separated), `cases` (a word in the names of
-those to run), `repeats`. Peers whose packages are not installed are named and left out. Times are medians of CUDA
-events, the slowest rank's where there are several; backward counts 2.5 times the forward's operations, a causal mask
-half of a full one.
+Options are key=value: `suite`, `out` (JSON path; a folder of its own under runs/ if absent), `tokens` (lengths,
+comma-separated), `cases` (a word in the names of those to run), `repeats`, `path` (a Hugging Face model's folder) and
+`shrink` (a divisor of models' layers and widths, for CPUs); `SUITES` says which suite takes which. Peers whose packages
+are not installed are named and left out. Times are medians, the slowest rank's where there are several. TFLOP/s, of
+suites `kernels` and `ring`, count 2.5 times the forward's operations for backward, and half of a full mask's for a
+causal one.
 """
 
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
+import signal
 import sys
+import time
 from dataclasses import asdict, dataclass, fields
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.cuda.nccl
 
-SUITES = ("kernels", "ring")
-
-
-@dataclass
-class Options:
-    """Command line of the benchmark."""
-
-    suite: str = "kernels"
-    out: str = ""
-    tokens: str = ""
-    cases: str = ""
-    repeats: int = 20
+from ringflash.launch.benchmark_device import machine
+from ringflash.launch.benchmark_report import Report
 
 
 @dataclass(frozen=True)
-class Row:
-    """One measurement: TFLOP/s on one GPU."""
+class Suite:
+    """Which options a suite takes beside `suite` and `out`, and whether it runs on CPUs."""
 
-    implementation: str
-    case: str
-    tokens: int
-    direction: str
-    milliseconds: float
-    tflops: float
+    keys: tuple[str, ...]
+    on_cpus: bool = False
+
+
+SUITES = {
+    "kernels": Suite(("tokens", "cases", "repeats")),
+    "ring": Suite(("tokens", "repeats")),
+    "sdpa": Suite(("tokens", "cases", "repeats"), on_cpus=True),
+    "prefill": Suite(("tokens", "cases", "repeats", "path", "shrink"), on_cpus=True),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Command line of the benchmark; what is empty or 0 is the suite's to choose."""
+
+    suite: str = "kernels"
+    out: str = ""
+    tokens: tuple[int, ...] = ()
+    cases: str = ""
+    repeats: int = 0
+    path: str = ""
+    shrink: int = 1
 
 
 def parse(arguments: list[str]) -> Options:
-    """Options from key=value words; exits with the allowed keys on a wrong one."""
-    options = Options()
-    allowed = [field.name for field in fields(Options)]
-    for word in arguments:
-        key, _, value = word.partition("=")
+    """Options from key=value words; exits with what is allowed on a wrong key or value."""
+    given = {key: value for key, _, value in (word.partition("=") for word in arguments)}
+    suite = given.get("suite", Options.suite)
+    if suite not in SUITES:
+        raise SystemExit(f"suite={suite}: allowed are {', '.join(SUITES)}")
+    allowed = ("suite", "out", *SUITES[suite].keys)
+    for key, value in given.items():
         if key not in allowed:
-            raise SystemExit(f"{word}: allowed are {', '.join(f'{name}=...' for name in allowed)}")
-        setattr(options, key, type(getattr(options, key))(value))
-    if options.suite not in SUITES:
-        raise SystemExit(f"suite={options.suite}: allowed are {', '.join(SUITES)}")
-    return options
+            raise SystemExit(f"{key}={value}: allowed for suite={suite} are {', '.join(f'{x}=...' for x in allowed)}")
+    return Options(**{field.name: _value(field.name, given[field.name], field.default) for field in fields(Options)
+                      if field.name in given})  # fmt: skip
 
 
-def machine() -> dict[str, object]:
-    """What the figures depend on: device, versions, commit."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "device": torch.cuda.get_device_name(),
-        "gpus": torch.cuda.device_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": import_module("triton").__version__,
-        "cudnn": torch.backends.cudnn.version(),
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
-        "commit": commit.stdout.strip(),
-        "command": " ".join(["launch/benchmark.py", *(x for x in sys.argv[1:] if not x.startswith("out="))]),
-    }
-
-
-def print_table(rows: list[Row]) -> None:
-    """Implementations as columns, cases as lines."""
-    names = list(dict.fromkeys(row.implementation for row in rows))
-    print(f"{'case':34s} {'tokens':>8s} {'':8s} " + " ".join(f"{name:>17s}" for name in names))
-    lines: dict[tuple[str, int, str], dict[str, float]] = {}
-    for row in rows:
-        lines.setdefault((row.case, row.tokens, row.direction), {})[row.implementation] = row.tflops
-    for (case, tokens, direction), found in lines.items():
-        cells = " ".join(f"{found[name]:17.0f}" if name in found else f"{'-':>17s}" for name in names)
-        print(f"{case:34s} {tokens:8d} {direction:8s} {cells}")
+def _value(key: str, text: str, default: Any) -> Any:
+    """A word's value, in the type of the option's default."""
+    if isinstance(default, str):
+        return text
+    words = text.split(",")
+    if not all(word.isdecimal() and int(word) > 0 for word in words) or (isinstance(default, int) and len(words) > 1):
+        numbers = "a whole number above 0" if isinstance(default, int) else "whole numbers above 0, comma-separated"
+        raise SystemExit(f"{key}={text}: allowed is {numbers}")
+    return int(text) if isinstance(default, int) else tuple(map(int, words))
 
 
 def main() -> None:
     """Run a suite and write what it measured."""
     options = parse(sys.argv[1:])
-    if not torch.cuda.is_available():
-        raise SystemExit("benchmarks need a GPU; `python launch/doctor.py` says what this machine has")
-    suite = import_module(f"ringflash.launch.benchmark_{options.suite}")
-    rows = suite.measure(options)
-    if rows is None:
-        return
-    print_table(rows)
-    path = Path(options.out or f"benchmark_{options.suite}.json")
-    path.write_text(json.dumps({"machine": machine(), "rows": [asdict(row) for row in rows]}, indent=1))
+    if not (SUITES[options.suite].on_cpus or torch.cuda.is_available()):
+        raise SystemExit(f"suite={options.suite} needs a GPU; `python launch/doctor.py` says what this machine has")
+    folder = Path("runs", f"benchmark_{options.suite}", time.strftime("%Y-%m-%d_%H-%M-%S"))
+    path = Path(options.out or folder / f"{options.suite}.json")
+    report = None
+    try:
+        for report in import_module(f"ringflash.launch.benchmark_{options.suite}").measure(options):
+            write(report, path)
+    finally:  # a run that is cut off shows what it has
+        if report is not None:  # else another rank has it
+            show(report, path)
+    if report is not None:
+        check(report)
+
+
+def write(report: Report, path: Path) -> None:
+    """Write the figures as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    skipped = {"skipped": [asdict(x) for x in report.skipped]} if report.skipped else {}
+    rows = [asdict(row) for row in report.rows]
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps({"machine": machine() | report.settings, "rows": rows} | skipped, indent=1))
+    unfinished.replace(path)
+
+
+def show(report: Report, path: Path) -> None:
+    """Draw the figures and print them, the table last."""
     print(f"written to {path}")
+    if report.draw is not None and report.rows:
+        report.draw(path.with_suffix(".png"))
+        print(f"drawn in {path.with_suffix('.png')}")
+    for skipped in report.skipped:
+        print(f"{skipped.implementation} is left out of {skipped.case}: {skipped.reason}")
+    print(f"\n{report.table}", flush=True)
+
+
+def check(report: Report) -> None:
+    """Exit with what is wrong, or if there is nothing."""
+    if report.wrong:
+        raise SystemExit("\n".join(["", *report.wrong]))
+    if not report.rows:
+        raise SystemExit("nothing was measured")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever limits its time ends it as Ctrl-C does
     main()

@@ -1,11 +1,9 @@
 """Suite `kernels`: attention on one GPU, forward and backward, beside the peers that are installed.
 
 Random bf16 inputs. TFLOP/s count visible pairs of query and key; the ratio is to the fastest of cuDNN, FlashAttention-3
-and FlashAttention-4 in the same run. Backward is timed alone, with the forward done before. A card under load slows
-down within tenths of a second, and by the more the hotter what runs, so implementations take turns in random order,
-`repeats` rounds of them: TURN milliseconds to get as warm as each makes the card, and as many again that count. A
-figure is the median of its turns. Options: `cases=documents` runs the cases with that word in their
-names, `tokens=2048,8192` the dense ones of those lengths.
+and FlashAttention-4 in the same run. Backward is timed alone, with the forward done before. Implementations take turns
+(see `benchmark_device.in_turn`), `repeats` rounds of them. Options: `cases=documents` runs the cases with that word in
+their names, `tokens=2048,8192` the dense ones of those lengths.
 """
 
 from __future__ import annotations
@@ -13,8 +11,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import random
-import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -28,15 +24,16 @@ from ringflash.functional import attention
 from ringflash.kernels.intervals import causal_intervals
 from ringflash.kernels.select import select
 from ringflash.launch import benchmark_peers as peers
+from ringflash.launch.benchmark_device import Timer, in_turn, timed_by_events
+from ringflash.launch.benchmark_report import Report, Row, table_of_speeds
 
 if TYPE_CHECKING:
-    from ringflash.launch.benchmark import Options, Row
+    from ringflash.launch.benchmark import Options
 
 HEADS = {128: 16, 64: 32, 256: 8}
 TOTAL = 32768
-TURN = 30
-"""Milliseconds, or one call where that takes longer."""
 LENGTHS = (2048, 8192, 16384, 32768)
+REPEATS = 20
 
 
 @dataclass(frozen=True)
@@ -101,26 +98,24 @@ def document_lengths(mean: int, total: int) -> tuple[int, ...]:
     return tuple(lengths)
 
 
-def measure(options: Options) -> list[Row]:
-    """Rows of every implementation for every case."""
-    from ringflash.launch.benchmark import Row
-
-    lengths = tuple(int(x) for x in options.tokens.split(",")) if options.tokens else LENGTHS
-    rows = []
-    for case in cases(lengths):
+def measure(options: Options) -> Iterator[Report]:
+    """Rows of every implementation, after every case."""
+    rows, repeats = [], options.repeats or REPEATS
+    for case in cases(options.tokens or LENGTHS):
         if options.cases not in case.name:
             continue
-        for name, direction, milliseconds in _times(case, options.repeats):
+        for name, direction, milliseconds in _times(case, repeats):
             operations = 4 * case.pairs * case.heads * case.head_dim * (1.0 if direction == "fwd" else 2.5)
             rows.append(Row(name, case.name, case.length, direction, milliseconds, operations / milliseconds / 1e9))
             row = rows[-1]
             print(f"{name:18s} {case.name:34s} {direction} {milliseconds:9.3f} ms {row.tflops:5.0f}", flush=True)
+        yield Report(rows, table_of_speeds(rows))
     if options.cases in CARRY:
-        rows += _carry_rows(options.repeats)
+        rows += _carry_rows(repeats)
     for line in peers.missing():
         print(line)
     print_ratios(rows)
-    return rows
+    yield Report(rows, table_of_speeds(rows))
 
 
 def _times(case: Case, repeats: int) -> Iterator[tuple[str, str, float]]:
@@ -149,40 +144,6 @@ def _times(case: Case, repeats: int) -> Iterator[tuple[str, str, float]]:
     for direction, timers in runs.items():
         for name, milliseconds in in_turn(timers, repeats).items():
             yield name, direction, milliseconds
-
-
-Timer = Callable[[int], float]
-"""Milliseconds of a call, as the mean of so many."""
-
-
-def timed_by_events(run: Callable[[], object]) -> Timer:
-    """Calls follow each other behind one that does not count; what they cost the host stays out while it is less."""
-
-    def milliseconds(calls: int) -> float:
-        run()  # the device is at work while the host prepares what is measured
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(calls):
-            run()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / calls
-
-    return milliseconds
-
-
-def in_turn(timers: dict[str, Timer], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each; see the head of this file."""
-    calls = {}
-    for name, timer in timers.items():
-        timer(1)
-        calls[name] = max(1, round(TURN / timer(2)))
-    order, found = random.Random(0), {name: [] for name in timers}
-    for _ in range(rounds):
-        for name in order.sample(list(timers), len(timers)):
-            timers[name](calls[name])
-            found[name].append(timers[name](calls[name]))
-    return {name: statistics.median(times) for name, times in found.items()}
 
 
 def _implementations(case: Case) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
@@ -216,8 +177,6 @@ CARRY = "D128 causal 8192 carry"
 
 def _carry_rows(repeats: int) -> list[Row]:
     """The Hopper forward with an earlier launch's state merged in, beside the same launch without one."""
-    from ringflash.launch.benchmark import Row
-
     try:
         kernels = select("cuda", torch.bfloat16, 128, kernel="hopper")
     except ArgumentError as error:

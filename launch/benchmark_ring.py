@@ -6,7 +6,7 @@ Run under torchrun. 32 query and 8 key heads, head dimension 128, bf16, one sequ
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,29 +16,31 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ringflash import DistributedFlashAttention
+from ringflash.launch.benchmark_report import Report, Row, table_of_speeds
 
 if TYPE_CHECKING:
-    from ringflash.launch.benchmark import Options, Row
+    from ringflash.launch.benchmark import Options
 
 HEADS, KEY_HEADS, DIM = 32, 8, 128
 TOKENS = (32768, 131072, 524288)
+REPEATS = 20
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def measure(options: Options) -> list[Row] | None:
-    """Rows on rank 0, None elsewhere."""
+def measure(options: Options) -> Iterator[Report]:
+    """Rows on rank 0 after every length, nothing elsewhere."""
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", device_id=device)
-    rows = []
-    for tokens in [int(x) for x in options.tokens.split(",")] if options.tokens else TOKENS:
-        rows += _ours(tokens, options.repeats) + _ulysses(tokens, options.repeats)
-        rows += _context_parallel(tokens, options.repeats, "allgather")
-        rows += _context_parallel(tokens, options.repeats, "alltoall")
-    first = dist.get_rank() == 0
+    rows, repeats = [], options.repeats or REPEATS
+    for tokens in options.tokens or TOKENS:
+        rows += _ours(tokens, repeats) + _ulysses(tokens, repeats)
+        rows += _context_parallel(tokens, repeats, "allgather")
+        rows += _context_parallel(tokens, repeats, "alltoall")
+        if dist.get_rank() == 0:
+            yield Report(rows, table_of_speeds(rows))
     dist.destroy_process_group()
-    return rows if first else None
 
 
 def _ours(tokens: int, repeats: int) -> list[Row]:
@@ -119,8 +121,6 @@ def _shares(tokens: int, sequence_dim: int) -> list[Tensor]:
 
 
 def _both(name: str, attend: Attend, shares: list[Tensor], tokens: int, repeats: int) -> list[Row]:
-    from ringflash.launch.benchmark import Row
-
     *leaves, dout = shares
 
     def forward() -> None:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from ringflash.launch import benchmark
+from ringflash.launch.benchmark_device import TURN, in_turn
 from ringflash.launch.benchmark_kernels import Case, document_lengths
 
 
@@ -31,7 +32,36 @@ def test_documents_fill_the_tokens(mean, total):
     assert min(lengths) >= 1
 
 
-@pytest.mark.parametrize("word", ["suite=nothing", "sweet=kernels"])
-def test_wrong_options_are_refused_by_name(word):
-    with pytest.raises(SystemExit, match=word):
-        benchmark.parse([word])
+@pytest.mark.parametrize(
+    ("words", "refused"),
+    [
+        (["suite=nothing"], "suite=nothing: allowed are kernels, ring, sdpa, prefill"),
+        (["sweet=kernels"], "sweet=kernels: allowed for suite=kernels are suite=..., out=..., tokens=..."),
+        (["suite=ring", "cases=causal"], "cases=causal: allowed for suite=ring are"),
+        (["shrink=8", "suite=sdpa"], "shrink=8: allowed for suite=sdpa are"),
+        (["tokens=512,many"], "tokens=512,many: allowed is whole numbers above 0, comma-separated"),
+        (["repeats=0"], "repeats=0: allowed is a whole number above 0"),
+        (["repeats=2,3"], "repeats=2,3: allowed is a whole number above 0"),
+    ],
+)
+def test_wrong_options_are_refused_by_name(words, refused):
+    with pytest.raises(SystemExit) as exit:
+        benchmark.parse(words)
+    assert str(exit.value).startswith(refused)
+
+
+def test_options_are_read_by_their_types():
+    words = ["suite=prefill", "tokens=512,1024", "repeats=3", "shrink=8", "out=a=b.json"]
+    assert benchmark.parse(words) == benchmark.Options("prefill", "a=b.json", (512, 1024), "", 3, "", 8)
+
+
+def test_implementations_take_turns_and_their_medians_count():
+    order, times = [], {"fast": iter([1.0] * 2 + [0.5, 1.0, 0.5, 3.0, 0.5, 2.0]), "slow": iter([99.0] * 8)}
+
+    def timer(name):
+        return lambda calls: order.append((name, calls)) or next(times[name])
+
+    found = in_turn({name: timer(name) for name in times}, rounds=3)
+    assert found == {"fast": 2.0, "slow": 99.0}
+    assert sorted(order[4:]) == [("fast", TURN)] * 6 + [("slow", 1)] * 6  # as many calls as fill a turn
+    assert all(order[n] == order[n + 1] for n in range(4, 16, 2))  # one that warms up, one that counts

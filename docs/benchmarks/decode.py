@@ -39,7 +39,7 @@ from ringflash.kernels.decode import Cache, Rules
 from ringflash.kernels.gpu.chips import multiprocessors
 from ringflash.kernels.triton.decode import attend_cache
 from ringflash.kernels.triton.decode.launch_sizes import LaunchSizes
-from ringflash.launch.benchmark_kernels import timed_by_events
+from ringflash.launch.benchmark_device import timed_by_events
 
 Run = Callable[[], object]
 CASES = [(1, 8192), (1, 32768), (1, 65536), (1, 131072), (4, 8192), (16, 8192), (16, 65536), (64, 8192)]
