@@ -1,0 +1,144 @@
+"""Encoders, and decoders that look at an encoder: what ranks compute is what the eager model does with the whole batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from batches import IGNORED, draw, gradients, packed, padded
+from families import SMALL, VOCABULARY
+from families import draw as draw_weights
+from learning import GRADIENT, LOSS, assert_learned, learn
+from torch.nn.functional import pad
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+)
+
+from ringflash.transformers import SequenceParallel
+
+NO_DROPOUT = {"attention_dropout": 0.0, "dropout": 0.0, "activation_dropout": 0.0}
+BERT = SMALL | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+MODERN = SMALL | {
+    "local_attention": 10,
+    "num_hidden_layers": 3,
+    "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+}
+BART = NO_DROPOUT | {
+    "vocab_size": VOCABULARY,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": 2,
+}
+MODELS = {
+    "bert": (BertForMaskedLM, BertConfig, BERT),
+    "modernbert": (ModernBertForMaskedLM, ModernBertConfig, MODERN),
+    "bart": (BartForConditionalGeneration, BartConfig, BART),
+}
+
+
+def build(name, attn_implementation, **changes):
+    """A model with weights that are the same in every process."""
+    model, config, settings = MODELS[name]
+    built = model._from_config(config(**settings | changes), attn_implementation=attn_implementation)
+    draw_weights(built)
+    return built
+
+
+def _masked(batch, share=0.2):
+    """Targets at some tokens, the first of all among them; of which the ranks have unlike numbers."""
+    generator = torch.Generator().manual_seed(3)
+    chosen = torch.rand(batch["input_ids"].shape, generator=generator) < share
+    chosen[:, 0] = True
+    chosen[:, -12:] = False
+    real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+    return batch | {"labels": batch["input_ids"].masked_fill(~(chosen & real), IGNORED)}
+
+
+ENCODER_BATCHES = {
+    "whole": {"input_ids": torch.stack(draw(37, 37))},
+    "right_padded": {key: x for key, x in padded(draw(38, 22), "right").batch.items() if key != "labels"},
+}
+
+
+def _learn(name, batch):
+    return learn(build(name, "ring"), batch)
+
+
+def _one_device(name, batch, **changes):
+    model = build(name, "eager", **changes)
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("form", ENCODER_BATCHES)
+@pytest.mark.parametrize("name", ["bert", "modernbert"])
+def test_encoders_learn_masked_tokens_as_on_one_device(pool, name, form, ranks):
+    batch = _masked(ENCODER_BATCHES[form])
+    if name == "bert":
+        batch["token_type_ids"] = (torch.arange(batch["input_ids"].shape[1]) > 15).long().expand_as(batch["input_ids"])
+    expected = _one_device(name, batch)
+    assert_learned(pool(ranks).run(_learn, name, batch), *expected, of_model=True)
+
+
+def _logits(name, batch):
+    model = build(name, "ring")
+    mine = SequenceParallel(model).shard(batch)
+    with torch.no_grad():
+        return mine["sharding"].unshard(model(**mine).logits, 1)
+
+
+@pytest.mark.parametrize("name", ["bert", "modernbert"])
+def test_packed_documents_of_an_encoder_do_not_see_each_other(pool, name):
+    documents = packed([draw(19, 5, 30)], boundaries=False)
+    batch = {key: x for key, x in documents.batch.items() if key != "labels"}
+    with torch.no_grad():
+        expected = torch.cat([build(name, "eager")(input_ids=x[None]).logits[0] for x in documents.ids])
+    for found in pool(2).run(_logits, name, batch):
+        torch.testing.assert_close(found[0], expected, rtol=0, atol=GRADIENT * expected.abs().max().item())
+
+
+def _translation(pad_source, pad_target):
+    """A source and a target of other lengths, as DataCollatorForSeq2Seq makes them."""
+    source = padded(draw(29, 17 if pad_source else 29), "right").batch
+    labels = torch.stack(draw(23, 23, seed=1))
+    if pad_target:
+        labels[1, 11:] = IGNORED
+    start = pad(labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, 0), (1, 0), value=2)
+    batch = {"input_ids": source["input_ids"], "decoder_input_ids": start, "labels": labels}
+    return batch | ({"attention_mask": source["attention_mask"]} if pad_source else {})
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize(("pad_source", "pad_target"), [(False, False), (True, False), (True, True)])
+def test_a_decoder_that_looks_at_an_encoder_learns_as_on_one_device(pool, pad_source, pad_target, ranks):
+    batch = _translation(pad_source, pad_target)
+    expected = _one_device("bart", batch)
+    assert_learned(pool(ranks).run(_learn, "bart", batch), *expected, of_model=True)
+
+
+def test_positions_and_masks_of_these_models_would_be_seen():
+    """What the tests above compare changes with what ranks may get wrong."""
+    batch = _translation(True, False)
+    loss, _ = _one_device("bart", batch)
+    unmasked, _ = _one_device("bart", {key: x for key, x in batch.items() if key != "attention_mask"})
+    assert not torch.isclose(loss, unmasked, rtol=50 * LOSS, atol=0)
+    batch = _masked(ENCODER_BATCHES["whole"])
+    loss, _ = _one_device("modernbert", batch)
+    wide, _ = _one_device("modernbert", batch, local_attention=64)
+    assert not torch.isclose(loss, wide, rtol=50 * LOSS, atol=0)
