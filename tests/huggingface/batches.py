@@ -118,6 +118,18 @@ def learn_alone(model: PreTrainedModel, documents: Documents) -> Tensor:
     return loss.detach()
 
 
+def learn_together(model: PreTrainedModel, documents: Documents) -> Tensor:
+    """Mean loss per target of the batch as it is, with gradients: for models that count tokens of a row."""
+    named = ("input_ids", "position_ids", "attention_mask", "labels")
+    batch = {key: x for key, x in documents.batch.items() if key in named}
+    real = batch.get("attention_mask", torch.ones_like(batch["labels"]))
+    begins = (torch.nn.functional.pad(real[:, :-1], (1, 0)) == 0) & (real == 1)
+    batch["labels"] = batch["labels"].masked_fill(begins, IGNORED)  # a first token has nothing to come from
+    loss = model(**batch, use_cache=False).loss
+    loss.backward()
+    return loss.detach()
+
+
 def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
     """Of all parameters by name."""
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}

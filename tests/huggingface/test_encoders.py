@@ -1,4 +1,4 @@
-"""Encoders, and decoders that look at an encoder: what ranks compute is what the eager model does with the whole batch."""
+"""Encoders, and decoders that look at an encoder: they do what the eager model does with the whole batch."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 from batches import IGNORED, draw, gradients, packed, padded
 from families import SMALL, VOCABULARY
 from families import draw as draw_weights
-from learning import GRADIENT, LOSS, assert_learned, learn
-from torch.nn.functional import pad
+from learning import GRADIENT, LOSS, assert_learned, assert_same_gradients, assert_same_loss, learn, over_ranks
+from torch.nn.functional import cross_entropy, pad
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -18,6 +18,8 @@ from transformers import (
     ModernBertForMaskedLM,
 )
 
+from ringflash import ArgumentError
+from ringflash.parallel.mesh import ONE_DEVICE
 from ringflash.transformers import SequenceParallel
 
 NO_DROPOUT = {"attention_dropout": 0.0, "dropout": 0.0, "activation_dropout": 0.0}
@@ -78,6 +80,23 @@ def _learn(name, batch):
     return learn(build(name, "ring"), batch)
 
 
+def _learn_from_logits(name, batch):
+    """The same with a loss of one's own, for models that compute theirs of a rank's tokens alone."""
+    model = build(name, "ring")
+    sequence = SequenceParallel(model)
+    mine = sequence.shard(batch)
+    labels = mine.pop("labels")
+    logits = model(**mine).logits
+    total = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    loss = total / mine["num_items_in_batch"]
+    loss.backward()
+    return {
+        "mean": over_ranks(loss.detach().clone()),
+        "reported": sequence.reported(loss),
+        "gradients": {name: over_ranks(x) for name, x in gradients(model).items()},
+    }
+
+
 def _one_device(name, batch, **changes):
     model = build(name, "eager", **changes)
     loss = model(**batch).loss
@@ -93,7 +112,14 @@ def test_encoders_learn_masked_tokens_as_on_one_device(pool, name, form, ranks):
     if name == "bert":
         batch["token_type_ids"] = (torch.arange(batch["input_ids"].shape[1]) > 15).long().expand_as(batch["input_ids"])
     expected = _one_device(name, batch)
-    assert_learned(pool(ranks).run(_learn, name, batch), *expected, of_model=True)
+    step = _learn_from_logits if name == "bert" else _learn
+    assert_learned(pool(ranks).run(step, name, batch), *expected, of_model=True)
+
+
+def test_a_model_that_computes_its_loss_of_a_ranks_tokens_alone_is_refused(pool):
+    for outcome in pool(2).outcomes(_learn, "bert", _masked(ENCODER_BATCHES["whole"])):
+        assert isinstance(outcome.error, ArgumentError), outcome.details
+        assert "BertForMaskedLM computes its loss itself" in str(outcome.error)
 
 
 def _logits(name, batch):
@@ -124,12 +150,39 @@ def _translation(pad_source, pad_target):
     return batch | ({"attention_mask": source["attention_mask"]} if pad_source else {})
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-@pytest.mark.parametrize(("pad_source", "pad_target"), [(False, False), (True, False), (True, True)])
-def test_a_decoder_that_looks_at_an_encoder_learns_as_on_one_device(pool, pad_source, pad_target, ranks):
+TRANSLATIONS = [(False, False), (True, False), (True, True)]
+
+
+def _learn_alone(batch):
+    """On this device, whatever other ranks do."""
+    model = build("bart", "ring")
+    with SequenceParallel(model, ONE_DEVICE).alone():
+        loss = model(**batch).loss
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
+@pytest.mark.parametrize(("pad_source", "pad_target"), TRANSLATIONS)
+def test_a_decoder_that_looks_at_an_encoder_learns_as_eager_does(pool, pad_source, pad_target):
     batch = _translation(pad_source, pad_target)
-    expected = _one_device("bart", batch)
-    assert_learned(pool(ranks).run(_learn, "bart", batch), *expected, of_model=True)
+    loss, expected = _one_device("bart", batch)
+    for found, mine in (_learn_alone(batch), *pool(2).run(_learn_alone, batch)):
+        assert_same_loss(found, loss)
+        assert_same_gradients(mine, expected, of_model=True)
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_a_decoder_that_looks_at_an_encoder_generates_what_eager_does(use_cache):
+    batch = {key: x for key, x in _translation(True, False).items() if key in ("input_ids", "attention_mask")}
+    settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "use_cache": use_cache}
+    made = [build("bart", name).eval().generate(**batch, **settings) for name in ("ring", "eager")]
+    assert torch.equal(*made)
+
+
+def test_a_model_that_counts_positions_itself_is_refused_on_several_ranks(pool):
+    for outcome in pool(2).outcomes(_learn, "bart", _translation(False, False)):
+        assert isinstance(outcome.error, ArgumentError), outcome.details
+        assert "BartForConditionalGeneration takes no position_ids" in str(outcome.error)
 
 
 def test_positions_and_masks_of_these_models_would_be_seen():

@@ -9,7 +9,7 @@ from batches import IGNORED, KINDS, Documents, draw, gradients, learn_alone, pac
 from families import VOCABULARY, build
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from learning import GRADIENT, LOSS, assert_learned, assert_same_gradients, learn, learn_family, over_ranks
+from learning import GRADIENT, assert_learned, assert_same_gradients, assert_same_loss, learn_family, over_ranks
 from torch.distributed.device_mesh import init_device_mesh
 
 from ringflash import Partition
@@ -168,6 +168,20 @@ def test_a_given_number_of_items_divides_the_loss(pool, kind, form):
 # What comes out
 
 
+def _dtypes(batch):
+    model = build("llama", "ring")
+    mine = SequenceParallel(model).shard(batch)
+    return model(**mine, use_cache=False).loss.dtype, {key: x.dtype for key, x in mine.items() if key in batch}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_dtypes_stay_what_they_are(pool, ranks):
+    batch = KINDS["one_document"]().batch
+    for loss, mine in pool(ranks).run(_dtypes, batch):
+        assert loss == torch.float32
+        assert mine == {key: x.dtype for key, x in batch.items()}
+
+
 def _returned(batch):
     sequence = SequenceParallel(build("llama", "ring"))
     before = {key: x.clone() if isinstance(x, torch.Tensor) else x for key, x in batch.items()}
@@ -193,8 +207,8 @@ def test_the_ranks_tokens_are_together_the_batch(pool, kind, ranks):
         real = documents.batch.get("attention_mask", torch.ones_like(found["input_ids"])).bool()
         assert torch.equal(found["shift_labels"][real], torch.cat(documents.targets))
         assert (found["shift_labels"][~real] == IGNORED).all()
-        positions = torch.cat([torch.arange(len(x)) for x in documents.ids])
-        assert torch.equal(found["position_ids"][real], positions)
+        positions = found["position_ids"].expand_as(real)[real].split([len(x) for x in documents.ids])
+        assert all(torch.equal(x - x[0], torch.arange(len(x))) for x in positions)
 
 
 def _logits(batch):
@@ -242,7 +256,7 @@ def _in_groups(batches, form):
 def _assert_each_learned(results, learned_from):
     for (loss, found), documents in zip(results, learned_from, strict=True):
         model = build("llama", "eager")
-        torch.testing.assert_close(loss, learn_alone(model, documents), rtol=LOSS, atol=0)
+        assert_same_loss(loss, learn_alone(model, documents))
         assert_same_gradients(found, gradients(model))
 
 
@@ -290,7 +304,7 @@ def test_losses_of_an_evaluation_are_reported_alike_on_all_ranks(pool):
     documents = KINDS["masked_prompt"]()  # whose targets lie on one rank
     expected = learn_alone(build("llama", "eager"), documents)
     for found in pool(3).run(_evaluated, documents.batch):
-        torch.testing.assert_close(found, expected, rtol=LOSS, atol=0)
+        assert_same_loss(found, expected)
 
 
 def test_all_ids_of_the_vocabulary_are_tokens(pool):

@@ -12,10 +12,10 @@ import peft
 import pytest
 import torch
 import torch.distributed as dist
-from batches import IGNORED, KINDS, draw, masked_prompt, packed, padded
+from batches import IGNORED, KINDS, draw, gradients, learn_alone, masked_prompt, packed, padded
 from families import build
 from families import draw as draw_weights
-from learning import LOSS, over_ranks
+from learning import LOSS, assert_learned, assert_same_loss, over_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -119,18 +119,15 @@ def _checkpointing(reentrant):
     return wrap
 
 
-def _compiled(model):
-    return torch.compile(model, backend="aot_eager")
-
-
-def _compiled_layers(model):
-    for layer in model.model.layers:
-        layer.compile(backend="aot_eager", fullgraph=True)
-    return model
-
-
 def _fsdp2_with_checkpointing(model):
     return _fsdp2(_checkpointing(False)(model))
+
+
+def _fsdp2_with_a_head_of_its_own(model):
+    """Whose weight is whole during the head's forward and backward passes alone."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    fully_shard(model.lm_head, mesh=mesh, reshard_after_forward=True)
+    return _fsdp2(model)
 
 
 WRAPPERS = {
@@ -141,16 +138,14 @@ WRAPPERS = {
     "reentrant_checkpointing": _checkpointing(True),
     "fsdp2_with_checkpointing": _fsdp2_with_checkpointing,
     "lora": _with_lora,
-    "compiled": _compiled,
-    "compiled_layers": _compiled_layers,
+    "fsdp2_with_a_head_of_its_own": _fsdp2_with_a_head_of_its_own,
 }
-AVERAGES = ("ddp", "fsdp2", "fsdp2_with_checkpointing")
+AVERAGES = ("ddp", "fsdp2", "fsdp2_with_checkpointing", "fsdp2_with_a_head_of_its_own")
 """These average gradients over the ranks themselves."""
 
 
 def _train(name, family="llama", fused=False, accumulated=False):
     """Reported losses, and whole weights."""
-    torch.compiler.reset()
     model = build(family, "ring")
     sequence = SequenceParallel(model)
     if fused:
@@ -173,7 +168,7 @@ def _train(name, family="llama", fused=False, accumulated=False):
                     weight.grad = over_ranks(weight.grad)
         optimizer.step()
         optimizer.zero_grad()
-    named = wrapped.module if name == "ddp" else getattr(wrapped, "_orig_mod", wrapped)
+    named = wrapped.module if name == "ddp" else wrapped
     weights = {key: x.detach() for key, x in named.named_parameters()}
     return losses, {key: x.full_tensor() if isinstance(x, DTensor) else x for key, x in weights.items()}
 
@@ -193,6 +188,35 @@ def test_a_fused_loss_keeps_softcap_and_tied_weights(pool, name):
 
 def test_three_ranks_train_as_one_device_does(pool):
     _assert_trained(pool(3).run(_train, "ddp", accumulated=True), _one_device("llama", accumulated=True))
+
+
+# Compiled
+
+
+def _learn_compiled(whole, family, batch):
+    """A step of a model that is compiled as a whole, or of each of its layers in one graph."""
+    torch.compiler.reset()
+    model = build(family, "ring")
+    sequence = SequenceParallel(model)
+    for layer in () if whole else model.model.layers:
+        layer.compile(backend="aot_eager", fullgraph=True)
+    wrapped = torch.compile(model, backend="eager") if whole else model
+    loss = wrapped(**sequence.shard(batch), use_cache=False).loss
+    loss.backward()
+    return {
+        "mean": over_ranks(loss.detach().clone()),
+        "reported": sequence.reported(loss),
+        "gradients": {name: over_ranks(x) for name, x in gradients(model).items()},
+    }
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["model", "layers_in_one_graph"])
+@pytest.mark.parametrize(("family", "kind"), [("llama", "packed_by_positions"), ("gemma2", "left_padded")])
+def test_compiled_models_learn_as_one_device_does(pool, family, kind, whole):
+    documents, model = KINDS[kind](), build(family, "eager")
+    loss = learn_alone(model, documents)
+    results = pool(2).run(_learn_compiled, whole, family, documents.batch, timeout=240)
+    assert_learned(results, loss, gradients(model))
 
 
 # DeepSpeed, with what users have in their JSON
@@ -312,6 +336,6 @@ def test_a_model_with_a_fused_loss_still_generates(pool):
         made = model.generate(batch["input_ids"], max_new_tokens=4, min_new_tokens=4, do_sample=False)
         expected = model(**copy.copy(batch))
     for loss, found, logits in pool(2).run(_generate_after_fusing):
-        torch.testing.assert_close(loss, expected.loss, rtol=LOSS, atol=0)
+        assert_same_loss(loss, expected.loss)
         assert torch.equal(found, made)
         torch.testing.assert_close(logits, expected.logits, rtol=0, atol=WEIGHTS * expected.logits.abs().max().item())
