@@ -16,6 +16,8 @@ from transformers import (
     BertForMaskedLM,
     ModernBertConfig,
     ModernBertForMaskedLM,
+    T5GemmaConfig,
+    T5GemmaForConditionalGeneration,
 )
 
 from ringflash import ArgumentError
@@ -45,10 +47,20 @@ BART = NO_DROPOUT | {
     "decoder_start_token_id": 2,
     "forced_eos_token_id": 2,
 }
+SIDE = SMALL | {
+    "head_dim": 8,
+    "query_pre_attn_scalar": 6,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 5.0,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 5,
+}
+T5GEMMA = {"encoder": SIDE, "decoder": SIDE, "vocab_size": VOCABULARY}
 MODELS = {
     "bert": (BertForMaskedLM, BertConfig, BERT),
     "modernbert": (ModernBertForMaskedLM, ModernBertConfig, MODERN),
     "bart": (BartForConditionalGeneration, BartConfig, BART),
+    "t5gemma": (T5GemmaForConditionalGeneration, T5GemmaConfig, T5GEMMA),
 }
 
 
@@ -153,9 +165,23 @@ def _translation(pad_source, pad_target):
 TRANSLATIONS = [(False, False), (True, False), (True, True)]
 
 
-def _learn_alone(batch):
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize(("pad_source", "pad_target"), TRANSLATIONS)
+def test_a_decoder_that_looks_at_an_encoder_learns_as_on_one_device(pool, pad_source, pad_target, ranks):
+    batch = _translation(pad_source, pad_target)
+    expected = _one_device("t5gemma", batch)
+    assert_learned(pool(ranks).run(_learn, "t5gemma", batch), *expected, of_model=True)
+
+
+def test_what_a_decoder_reads_may_be_left_to_its_labels(pool):
+    batch = {key: x for key, x in _translation(True, True).items() if key != "decoder_input_ids"}
+    expected = _one_device("t5gemma", batch)
+    assert_learned(pool(2).run(_learn, "t5gemma", batch), *expected, of_model=True)
+
+
+def _learn_alone(name, batch):
     """On this device, whatever other ranks do."""
-    model = build("bart", "ring")
+    model = build(name, "ring")
     with SequenceParallel(model, ONE_DEVICE).alone():
         loss = model(**batch).loss
     loss.backward()
@@ -163,19 +189,21 @@ def _learn_alone(batch):
 
 
 @pytest.mark.parametrize(("pad_source", "pad_target"), TRANSLATIONS)
-def test_a_decoder_that_looks_at_an_encoder_learns_as_eager_does(pool, pad_source, pad_target):
+@pytest.mark.parametrize("name", ["bart", "t5gemma"])
+def test_a_decoder_that_looks_at_an_encoder_learns_alone_as_eager_does(pool, name, pad_source, pad_target):
     batch = _translation(pad_source, pad_target)
-    loss, expected = _one_device("bart", batch)
-    for found, mine in (_learn_alone(batch), *pool(2).run(_learn_alone, batch)):
+    loss, expected = _one_device(name, batch)
+    for found, mine in (_learn_alone(name, batch), *pool(2).run(_learn_alone, name, batch)):
         assert_same_loss(found, loss)
         assert_same_gradients(mine, expected, of_model=True)
 
 
 @pytest.mark.parametrize("use_cache", [False, True])
-def test_a_decoder_that_looks_at_an_encoder_generates_what_eager_does(use_cache):
+@pytest.mark.parametrize("name", ["bart", "t5gemma"])
+def test_a_decoder_that_looks_at_an_encoder_generates_what_eager_does(name, use_cache):
     batch = {key: x for key, x in _translation(True, False).items() if key in ("input_ids", "attention_mask")}
     settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "use_cache": use_cache}
-    made = [build("bart", name).eval().generate(**batch, **settings) for name in ("ring", "eager")]
+    made = [build(name, kind).eval().generate(**batch, **settings) for kind in ("ring", "eager")]
     assert torch.equal(*made)
 
 
