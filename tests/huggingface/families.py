@@ -65,17 +65,30 @@ FAMILIES = {
     "llama": _config("llama"),
     "llama_dynamic_rope": _config("llama", max_position_embeddings=LONGEST_SHORT_ROPE, rope_parameters=DYNAMIC_ROPE),
     "qwen2": _config("qwen2", use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
+    "qwen2_moe": _config("qwen2_moe", EXPERTS, num_experts=4, shared_expert_intermediate_size=24),  # its window is 0
     "qwen3": _config("qwen3", head_dim=16),
     "qwen3_moe": _config("qwen3_moe", EXPERTS, head_dim=8, num_experts=4),
     "mistral": _config("mistral", sliding_window=WINDOW),
     "mixtral": _config("mixtral", num_local_experts=4, num_experts_per_tok=2, sliding_window=2 * WINDOW),
     "gemma2": _config(
-        "gemma2", ALTERNATING, head_dim=8, query_pre_attn_scalar=4, attn_logit_softcapping=2.0, final_logit_softcapping=5.0
+        "gemma2",
+        ALTERNATING,
+        head_dim=8,
+        query_pre_attn_scalar=4,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=5.0,
     ),
     "gemma3": _config("gemma3_text", ALTERNATING, head_dim=8, query_pre_attn_scalar=12),
     "gpt_oss": _config("gpt_oss", ALTERNATING, head_dim=8, num_local_experts=4, num_experts_per_tok=2),
     "deepseek_v3": _config(
-        "deepseek_v3", MLA, EXPERTS, first_k_dense_replace=1, n_routed_experts=4, n_group=2, topk_group=1, num_mtp_layers=0
+        "deepseek_v3",
+        MLA,
+        EXPERTS,
+        first_k_dense_replace=1,
+        n_routed_experts=4,
+        n_group=2,
+        topk_group=1,
+        num_mtp_layers=0,
     ),
     "llama4": _config(
         "llama4_text",
@@ -90,7 +103,10 @@ FAMILIES = {
     ),
     "phi3": _config("phi3", sliding_window=WINDOW),
     "phi3_long_rope": _config(
-        "phi3", rope_parameters=LONG_ROPE, original_max_position_embeddings=LONGEST_SHORT_ROPE, max_position_embeddings=108
+        "phi3",
+        rope_parameters=LONG_ROPE,
+        original_max_position_embeddings=LONGEST_SHORT_ROPE,
+        max_position_embeddings=108,
     ),
     "smollm3": _config("smollm3", FOUR_LAYERS),
     "cohere2": _config("cohere2", ALTERNATING, logit_scale=0.5),
@@ -103,6 +119,7 @@ FAMILIES = {
     "starcoder2": _config("starcoder2", sliding_window=WINDOW),
     "exaone4": _config("exaone4", ALTERNATING),
     "gpt_neox": _config("gpt_neox"),
+    "stablelm": _config("stablelm"),  # its layers hand no keyword arguments on
 }
 
 

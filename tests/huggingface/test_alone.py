@@ -122,7 +122,9 @@ def _alone_logits(model, documents):
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss"])
 def test_one_device_sees_each_document_alone(family, kind):
     documents = KINDS[kind]()
-    _assert_same_logits(_real_logits(build(family, "ring"), documents), _alone_logits(build(family, "eager"), documents))
+    _assert_same_logits(
+        _real_logits(build(family, "ring"), documents), _alone_logits(build(family, "eager"), documents)
+    )
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "packed" not in kind])

@@ -16,6 +16,10 @@ from transformers import (
     BertForMaskedLM,
     ModernBertConfig,
     ModernBertForMaskedLM,
+    OPTConfig,
+    OPTForCausalLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
     T5GemmaConfig,
     T5GemmaForConditionalGeneration,
 )
@@ -26,6 +30,7 @@ from ringflash.transformers import SequenceParallel
 
 NO_DROPOUT = {"attention_dropout": 0.0, "dropout": 0.0, "activation_dropout": 0.0}
 BERT = SMALL | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+OPT = SMALL | NO_DROPOUT | {"ffn_dim": 48, "word_embed_proj_dim": 32}
 MODERN = SMALL | {
     "local_attention": 10,
     "num_hidden_layers": 3,
@@ -58,6 +63,8 @@ SIDE = SMALL | {
 T5GEMMA = {"encoder": SIDE, "decoder": SIDE, "vocab_size": VOCABULARY}
 MODELS = {
     "bert": (BertForMaskedLM, BertConfig, BERT),
+    "roberta": (RobertaForMaskedLM, RobertaConfig, BERT),  # its positions begin behind the padding token's number
+    "opt": (OPTForCausalLM, OPTConfig, OPT),  # its positions begin at the first token that is seen
     "modernbert": (ModernBertForMaskedLM, ModernBertConfig, MODERN),
     "bart": (BartForConditionalGeneration, BartConfig, BART),
     "t5gemma": (T5GemmaForConditionalGeneration, T5GemmaConfig, T5GEMMA),
@@ -141,6 +148,18 @@ def _logits(name, batch):
         return mine["sharding"].unshard(model(**mine).logits, 1)
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", ["bert", "roberta", "opt"])
+def test_learned_positions_are_those_of_the_model(pool, name, side):
+    batch = padded(draw(21, 34), side).batch
+    batch = {key: x for key, x in batch.items() if key != "labels"}
+    real = batch["attention_mask"].bool()
+    with torch.no_grad():
+        expected = build(name, "eager")(**batch).logits[real]
+    for found in pool(2).run(_logits, name, batch):
+        torch.testing.assert_close(found[real], expected, rtol=0, atol=GRADIENT * expected.abs().max().item())
+
+
 @pytest.mark.parametrize("name", ["bert", "modernbert"])
 def test_packed_documents_of_an_encoder_do_not_see_each_other(pool, name):
     documents = packed([draw(19, 5, 30)], boundaries=False)
@@ -153,7 +172,7 @@ def test_packed_documents_of_an_encoder_do_not_see_each_other(pool, name):
 
 def _translation(pad_source, pad_target):
     """A source and a target of other lengths, as DataCollatorForSeq2Seq makes them."""
-    source = padded(draw(29, 17 if pad_source else 29), "right").batch
+    source = padded(draw(29, 6 if pad_source else 29), "right").batch
     labels = torch.stack(draw(23, 23, seed=1))
     if pad_target:
         labels[1, 11:] = IGNORED

@@ -10,7 +10,6 @@ from batches import KINDS, gradients, learn_alone, learn_together
 from families import FAMILIES, build
 from learning import LOSS, assert_learned, learn_family
 
-
 COUNTS_TOKENS_OF_ROWS = ("llama4",)
 """For its temperature, whatever position_ids say: eager's batch is the truth, and not each document alone."""
 
@@ -27,6 +26,13 @@ def _one_device(family, kind):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ranks_learn_what_one_device_learns_from_each_document(pool, family, kind, ranks):
     assert_learned(pool(ranks).run(learn_family, family, KINDS[kind]().batch), *_one_device(family, kind))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fused_loss_is_the_same(pool, family):
+    kind = "packed_by_positions"
+    results = pool(2).run(learn_family, family, KINDS[kind]().batch, fused=True)
+    assert_learned(results, *_one_device(family, kind))
 
 
 UNWINDOWED = {"layer_types": ["full_attention"] * 2}

@@ -333,20 +333,31 @@ def _image_tokens():
     model(**SequenceParallel(model).shard(_image_batch()), use_cache=False)
 
 
+def _attention_of_its_own():
+    settings = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    config = AutoConfig.for_model("openai-gpt", **settings)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="ring")
+    model(**SequenceParallel(model).shard(KINDS["one_document"]().batch))
+
+
+def test_a_model_that_never_calls_the_attention_function_is_refused(pool):
+    """It takes attn_implementation="ring" without a word, and attends to each rank's tokens alone."""
+    assert "OpenAIGPT" in _refused(pool, _attention_of_its_own)
+
+
 def test_a_mask_that_a_model_adds_is_refused(pool):
     assert "mask" in _refused(pool, _image_tokens)
 
 
-def test_one_device_computes_or_refuses_a_mask_that_a_model_adds():
-    """Never silently something else."""
-    expected = _gemma3("eager")(**_image_batch(), use_cache=False).loss
-    model = _gemma3("ring")
-    try:
-        loss = model(**_image_batch(), use_cache=False).loss
-    except ArgumentError as error:
-        assert "mask" in str(error)
-    else:
-        torch.testing.assert_close(loss, expected, rtol=LOSS, atol=0)
+def test_one_device_refuses_a_mask_that_a_model_adds():
+    with pytest.raises(ArgumentError, match="mask of its own"):
+        _gemma3("ring")(**_image_batch(), use_cache=False)
+
+
+def test_a_model_for_images_takes_text_alone():
+    batch = _image_batch() | {"token_type_ids": torch.zeros(1, 40, dtype=torch.int64)}
+    found, expected = (_gemma3(name)(**batch, use_cache=False).loss for name in ("ring", "eager"))
+    torch.testing.assert_close(found, expected, rtol=LOSS, atol=0)
 
 
 def test_importing_registers_the_name():

@@ -40,7 +40,7 @@ def _batches(sample):
         rows = 1 if form == "boundaries" else rows
         cuts = [sorted(sample(st.sets(st.integers(1, length - 1), max_size=4))) for _ in range(rows)]
         lengths = [[b - a for a, b in zip([0, *row], [*row, length], strict=True)] for row in cuts]
-        ids = iter(draw(*sum(lengths, []), seed=length))
+        ids = iter(draw(*(n for row in lengths for n in row), seed=length))
         documents = packed([[next(ids) for _ in row] for row in lengths], boundaries=form == "boundaries")
     return _with_some_learned(documents, sample(st.integers(0, 999)), sample(st.sampled_from([0.1, 0.5, 1.0])))
 
@@ -102,9 +102,11 @@ def _forms():
         counted = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)  # as generate() and TRL number padded tokens
         yield f"{name}_padded_with_positions", documents, documents.batch | {"position_ids": counted}
         yield f"{name}_padded_by_booleans", documents, documents.batch | {"attention_mask": mask.bool()}
-    yield "nothing_padded", KINDS["one_document"](), KINDS["one_document"]().batch | {
-        "attention_mask": torch.ones(2, 37, dtype=torch.int64)
-    }
+    yield (
+        "nothing_padded",
+        KINDS["one_document"](),
+        KINDS["one_document"]().batch | {"attention_mask": torch.ones(2, 37, dtype=torch.int64)},
+    )
 
 
 FORMS = {name: Documents(batch, documents.ids, documents.targets) for name, documents, batch in _forms()}

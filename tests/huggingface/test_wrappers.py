@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ringflash.training.engines.zero import import_deepspeed
 from ringflash.transformers import SequenceParallel
@@ -29,7 +30,7 @@ from ringflash.transformers import SequenceParallel
 WEIGHTS = 2e-5
 """Largest error of a weight, of the largest of its tensor."""
 
-# A large eps makes the update linear in the gradient: it would turn rounding into whole steps where that is almost zero.
+# A large eps makes the update linear in the gradient: Adam would turn rounding into whole steps where that is almost 0.
 ADAMW = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-2, "weight_decay": 0.1}
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "up_proj"]}
 
@@ -314,7 +315,71 @@ def test_data_and_sequence_ranks_together_train_as_one_device_does(pool, name, c
     _assert_trained(pool(4).run(_two_by_two, name, counted), _two_batches_a_step(counted))
 
 
-# What a fused loss leaves as it was
+# What SequenceParallel is given
+
+
+def _sequence_of(what):
+    """Losses of models whose SequenceParallel was made in another order, or twice."""
+    model = build("gemma2", "ring")
+    first = SequenceParallel(model)
+    wrapped = DistributedDataParallel(model) if what == "wrapper" else model
+    sequence = SequenceParallel(wrapped, partition="contiguous" if what == "twice" else "zigzag")
+    if what == "copy":
+        first.fuse_loss()
+        wrapped = copy.deepcopy(model)
+        sequence = SequenceParallel(wrapped)
+    losses = []
+    for documents in STEPS[:2]:
+        for fused in (False, True):
+            if fused:
+                sequence.fuse_loss()
+            losses.append(sequence.reported(wrapped(**sequence.shard(documents.batch), use_cache=False).loss))
+    mine = first.shard(STEPS[1].batch)
+    return [*losses, first.reported(model(**mine, use_cache=False).loss)]
+
+
+@pytest.mark.parametrize("what", ["model", "wrapper", "twice", "copy"])
+def test_a_model_may_have_several_wrappers(pool, what):
+    model = build("gemma2", "eager")
+    first, second = (learn_alone(model, documents) for documents in STEPS[:2])
+    for losses in pool(2).run(_sequence_of, what):
+        for loss, expected in zip(losses, [first, first, second, second, second], strict=True):
+            assert_same_loss(loss, expected)
+
+
+# What a fused loss leaves as it was, and what it saves
+
+
+class _LargestLogits(TorchDispatchMode):
+    """The most elements that a tensor with a row for the vocabulary had."""
+
+    def __init__(self, vocabulary):
+        super().__init__()
+        self.vocabulary, self.most = vocabulary, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        for x in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(x, torch.Tensor) and x.shape[-1:] == (self.vocabulary,):
+                self.most = max(self.most, x.numel())
+        return result
+
+
+def _largest_logits(fused, tokens, vocabulary):
+    model = build("llama", "ring", vocab_size=vocabulary, hidden_size=16)
+    sequence = SequenceParallel(model)
+    if fused:
+        sequence.fuse_loss()
+    (ids,) = draw(tokens)
+    with _LargestLogits(vocabulary) as seen:
+        model(**sequence.shard({"input_ids": ids[None], "labels": ids[None]}), use_cache=False).loss.backward()
+    return seen.most
+
+
+def test_a_fused_loss_never_makes_the_logits_of_all_tokens():
+    tokens, vocabulary = 4096, 5003
+    assert _largest_logits(False, tokens, vocabulary) >= tokens * vocabulary
+    assert _largest_logits(True, tokens, vocabulary) <= tokens * vocabulary / 2
 
 
 def _generate_after_fusing():
