@@ -10,10 +10,9 @@ Dv the value's.
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -21,28 +20,13 @@ from ringflash.errors import ArgumentError
 from ringflash.functional import attention
 from ringflash.parallel.mesh import ONE_DEVICE
 from ringflash.parallel.sharding import Sharding
+from ringflash.transformers.at_work import at_work
 from ringflash.transformers.encoder_decoder import sharding_of
 from ringflash.transformers.masks import Visible, visible_of
 from ringflash.transformers.one_device import attend_alone
 
 NOT_READ = ("position_bias", "indices", "block_indices", "head_mask", "sinks")
 """Keyword arguments by which some models change scores or choose keys."""
-
-
-class _Alone:
-    """How many `alone` blocks are open."""
-
-    depth = 0
-
-
-@contextmanager
-def alone() -> Generator[None]:
-    """Every rank works for itself: calls whose batch was not sharded are attended on this device only."""
-    _Alone.depth += 1
-    try:
-        yield
-    finally:
-        _Alone.depth -= 1
 
 
 def ring_attention(
@@ -97,9 +81,13 @@ def ring_attention(
     }
     sharding = sharding_of(module, visible.mask.right == 0, {"sharding": sharding} | others)
     if sharding is None:
+        sharding = visible.sharding  # of layers that hand no keyword arguments on
+    if sharding is None:
         _check_alone(module)
         return attend_alone(query, key, value, visible, features, others), None
     _check_sharded(module, visible, sharding)
+    if (places := others.get("row_positions")) is not None:
+        query = _with_temperature(module, query, places)
     out, _ = attention(
         query,
         key,
@@ -122,8 +110,33 @@ def _check_readable(module: nn.Module, others: dict[str, Any]) -> None:
         )
 
 
+def _with_temperature(module: Any, query: Tensor, places: Tensor) -> Tensor:
+    """Queries (B, T, H, D) of Llama 4's layers without rotary embedding, scaled by their places in the whole sequence.
+
+    Those layers make queries longer with their place in the row, which on this rank they counted from its first token.
+
+    Args:
+        module: the layer.
+        query: scaled by the places 0 to T - 1.
+        places: (T,) their places.
+    """
+    if not getattr(module, "attn_temperature_tuning", False) or module.use_rope:
+        return query
+    counted = torch.arange(len(places), device=places.device)
+    true, wrong = (
+        torch.log1p(torch.floor((x.float() + 1) / module.floor_scale)) * module.attn_scale + 1
+        for x in (places, counted)
+    )
+    return (query * (true / wrong)[:, None, None]).to(query.dtype)
+
+
 def _check_alone(module: nn.Module) -> None:
-    if _Alone.depth == 0 and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if at_work.sharding is not None:
+        raise ArgumentError(
+            f"{type(module).__name__} is given neither the sharding of its batch nor a mask: the model hands no "
+            "keyword arguments on to its layers, so that its batches cannot be sharded"
+        )
+    if at_work.alone == 0 and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise ArgumentError(
             f"{type(module).__name__} on {dist.get_world_size()} ranks has a batch that was not sharded: call "
             "model(**sequence.shard(batch)) with sequence = ringflash.transformers.SequenceParallel(model, group), or "

@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput
 from ringflash.errors import ArgumentError
 from ringflash.loss import cross_entropy_sum
 from ringflash.parallel.sharding import IGNORED_LABEL
+from ringflash.transformers.at_work import at_work
 from ringflash.transformers.models import predicts_next, rotary_modules
 
 FORWARD = "ringflash_forward"
@@ -78,6 +79,7 @@ class Forward:
         model.loss_function = functools.partial(_loss, self, model.loss_function)
         model.register_forward_pre_hook(self._begin, with_kwargs=True)
         model.register_forward_hook(self._finish, with_kwargs=True)
+        model.register_forward_hook(_leave, always_call=True)
         for module in rotary_modules(model):
             module.register_forward_pre_hook(self._with_last_position, with_kwargs=True)
             module.register_forward_hook(self._without_last_position)
@@ -85,6 +87,7 @@ class Forward:
     def _begin(self, model: nn.Module, arguments: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         sharding = named.get("sharding")
         sharded = sharding is not None and sharding.ranks > 1
+        at_work.sharding = None if named.get("encoder_sharding") is not None else sharding
         self.call = _Call(sharded, named.pop("last_position", None))
         if self.fused and named.get("labels") is not None:
             self.call.targets, self.call.items = _targets(self, named), named.get("num_items_in_batch")
@@ -113,6 +116,10 @@ class Forward:
 
     def _without_last_position(self, module: nn.Module, arguments: tuple, output: Any) -> Any:
         return output if self.call.last_position is None else tuple(x[..., :-1, :] for x in output)
+
+
+def _leave(model: nn.Module, arguments: tuple, output: Any) -> None:
+    at_work.sharding = None  # also where the pass ended in an error
 
 
 def forward_of(model: PreTrainedModel) -> Forward:

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from ringflash.errors import ArgumentError
 from ringflash.parallel.positions.mask import Mask
+from ringflash.parallel.sharding import Sharding
+from ringflash.transformers.at_work import at_work
 from ringflash.transformers.rows import Rows, document_boundaries, rows_of
 
 VISIBLE = "ringflash_visible"
@@ -34,12 +36,14 @@ class Visible:
         holds_earlier: keys may be there that are not this call's tokens, of a cache.
         rows: where the tokens of each sequence begin and end; None where all are there.
         cu_seqlens: boundaries of packed documents over the B * T tokens laid end to end; None without any.
+        sharding: how the batch lies on its ranks; None where it is not sharded.
     """
 
     mask: Mask
     holds_earlier: bool = False
     rows: Rows | None = None
     cu_seqlens: Tensor | None = None
+    sharding: Sharding | None = None
 
 
 def ring_mask(
@@ -71,7 +75,7 @@ def ring_mask(
         )
     bidirectional = "allow_is_bidirectional_skip" in others
     mask = Mask.bidirectional() if bidirectional else Mask.causal()
-    if local_size is not None:
+    if local_size:  # 0: some models make a mask for windows that none of their layers has
         mask = mask & _local(config, local_size, bidirectional)
     if attention_mask is not None and not torch.compiler.is_compiling() and bool(attention_mask.all()):
         attention_mask = None
@@ -84,7 +88,8 @@ def ring_mask(
     found = torch.empty(1, 1, 1, 0, dtype=torch.int64, device=device) if rows is None else rows.tensor()
     if not torch.compiler.is_compiling():
         holds_earlier = counted_there or q_offset > 0 or (kv_length != q_length and not bidirectional)
-        setattr(found, VISIBLE, Visible(mask, holds_earlier, rows, None if rows else _packed(mask_function)))
+        packed = None if rows else _packed(mask_function)
+        setattr(found, VISIBLE, Visible(mask, holds_earlier, rows, packed, at_work.sharding))
     return found
 
 

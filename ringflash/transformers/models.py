@@ -101,6 +101,11 @@ def predicts_next(model: PreTrainedModel) -> bool:
     return getattr(model, "loss_type", None) != "ForMaskedLM"
 
 
+def scales_by_place(model: PreTrainedModel) -> bool:
+    """Whether layers scale queries by their place in the row, as Llama 4's without rotary embedding do."""
+    return any(getattr(module, "attn_temperature_tuning", False) for module in model.modules())
+
+
 def rotary_modules(model: PreTrainedModel) -> Iterator[nn.Module]:
     """Modules whose frequencies depend on the longest sequence ("dynamic" and "longrope")."""
     for module in model.modules():

@@ -21,7 +21,7 @@ from ringflash.parallel.mesh import ONE_DEVICE, Group
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import Partition, check_name
 from ringflash.parallel.sharding import Sharding, sharing_group
-from ringflash.transformers.attention import alone
+from ringflash.transformers.at_work import alone
 from ringflash.transformers.batches import fingerprint, position_ids_of, shard_targets, shard_tokens, sizes_of
 from ringflash.transformers.documents import Documents, documents_of
 from ringflash.transformers.encoder_decoder import cross_sharding, join, mark_cross_attention, split
@@ -33,6 +33,7 @@ from ringflash.transformers.models import (
     predicts_next,
     pretrained_of,
     rotary_modules,
+    scales_by_place,
 )
 
 
@@ -129,6 +130,8 @@ class SequenceParallel:
         if documents.scattered:
             assert documents.seen is not None
             part["key_padding_mask"] = sharding.shard(documents.seen, 1).to(part["position_ids"].device)
+        if scales_by_place(self._model):
+            part["row_positions"] = sharding.partition.positions(sharding.rank).to(part["position_ids"].device)
         if self._scaled_rotary:
             part["last_position"] = position_ids_of(batch).amax().reshape(1)
         return part | {"sharding": sharding}, documents
