@@ -35,7 +35,7 @@ from ringflash.launch.benchmark_device import device_name, lack_of_memory, synch
 from ringflash.launch.benchmark_models import Model, PreTrainedModel, models
 from ringflash.launch.benchmark_report import Report, Skipped
 from ringflash.transformers import SequenceParallel
-from ringflash.transformers.attention import alone
+from ringflash.transformers.at_work import alone
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
