@@ -73,14 +73,16 @@ def padded(ids: list[Tensor], side: str) -> Documents:
 
 
 def packed(rows: list[list[Tensor]], boundaries: bool) -> Documents:
-    """Several documents in each row, as `DataCollatorWithFlattening` and TRL pack them.
+    """Several documents in each row.
 
     Args:
         rows: documents of each row; rows are of one length.
-        boundaries: one row, with cu_seq_lens and max_length beside the position_ids.
+        boundaries: one row, as `DataCollatorWithFlattening` packs it: with cu_seq_lens and max_length beside the
+            position_ids, and no label at the first token of a document, which has nothing to come from. Without, the
+            labels are all ids.
     """
     ids = [x for row in rows for x in row]
-    labels = [torch.cat([x.new_full((1,), IGNORED), x[1:]]) for x in ids]  # its first token has nothing to come from
+    labels = [torch.cat([x.new_full((1,), IGNORED), x[1:]]) for x in ids] if boundaries else ids
     batch = {
         "input_ids": _rows(ids, len(rows)),
         "labels": _rows(labels, len(rows)),
@@ -124,6 +126,8 @@ def learn_together(model: PreTrainedModel, documents: Documents) -> Tensor:
     batch = {key: x for key, x in documents.batch.items() if key in named}
     real = batch.get("attention_mask", torch.ones_like(batch["labels"]))
     begins = (torch.nn.functional.pad(real[:, :-1], (1, 0)) == 0) & (real == 1)
+    if "position_ids" in batch:
+        begins |= batch["position_ids"] == 0
     batch["labels"] = batch["labels"].masked_fill(begins, IGNORED)  # a first token has nothing to come from
     loss = model(**batch, use_cache=False).loss
     loss.backward()
