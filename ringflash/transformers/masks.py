@@ -84,7 +84,8 @@ def ring_mask(
     rows = None
     if behind or attention_mask is not None or (mask.chunks and kv_offset):
         chunk = mask.chunks[0] if mask.chunks else None
-        rows = rows_of(batch_size, (q_length, q_offset), (kv_length, kv_offset), attention_mask, chunk, device)
+        sides = (q_length, q_offset), (kv_length, kv_offset)
+        rows = rows_of(batch_size, *sides, attention_mask, chunk, bidirectional and not local_size, device)
     found = torch.empty(1, 1, 1, 0, dtype=torch.int64, device=device) if rows is None else rows.tensor()
     if not torch.compiler.is_compiling():
         holds_earlier = counted_there or q_offset > 0 or (kv_length != q_length and not bidirectional)

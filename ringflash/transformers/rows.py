@@ -49,6 +49,7 @@ def rows_of(
     keys: tuple[int, int],
     padding: Tensor | None,
     chunk: int | None,
+    anywhere: bool,
     device: torch.device | str,
 ) -> Rows:
     """Rows of a call.
@@ -59,6 +60,7 @@ def rows_of(
         keys: S, and the position of the first key; a sliding cache has let earlier ones go.
         padding: (B, positions) bool, False for tokens that nobody sees; None without any.
         chunk: size of the layer's chunks, counted from the first token of each sequence that is seen.
+        anywhere: a query sees the same keys wherever it stands; it may be another sequence's, as in cross attention.
         device: where the rows are to be.
     """
     first_query = torch.as_tensor(queries[1], device=device)
@@ -78,6 +80,8 @@ def rows_of(
     number = torch.arange(batch, device=device)[:, None]
     key_edges = torch.stack([torch.zeros_like(begin), begin, end], 1) + number * keys[0]
     query_edges = (torch.stack([place.expand_as(begin), begin, end], 1) - place).clamp(0, queries[0])
+    if anywhere:
+        query_edges = query_edges.new_tensor([0, 0, queries[0]]).expand(batch, -1)
     query_edges = query_edges + number * queries[0]
     return Rows(_closed(key_edges, batch * keys[0]), _closed(query_edges, batch * queries[0]), seen)
 
