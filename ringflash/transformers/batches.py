@@ -30,6 +30,8 @@ def sizes_of(batch: Mapping[str, Any]) -> tuple[int, int]:
             if not isinstance(x, Tensor) or x.dim() != dims:
                 shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
                 raise ArgumentError(f"{name} is {shape}; allowed is a tensor (batch, seqlen{', hidden' * (dims > 2)})")
+            if 0 in x.shape[:2]:
+                raise ArgumentError(f"{name} is {tuple(x.shape)}; allowed are batches with tokens")
             return x.shape[0], x.shape[1]
     raise ArgumentError(f"batch has {sorted(batch)}; input_ids or inputs_embeds is missing")
 
@@ -71,6 +73,8 @@ def shard_targets(
         raise ArgumentError(
             f"{name} is {tuple(given.shape)}; allowed is {(sharding.batch, sharding.seqlen)}, (batch, seqlen)"
         )
+    if not given.is_floating_point() and bool(((given < 0) & (given != IGNORED_LABEL)).any()):
+        raise ArgumentError(f"{name} has {int(given.min())}; allowed are integers from 0, and {IGNORED_LABEL}")
     hidden = None if documents.seen is None else ~documents.seen.to(given.device) & (given != IGNORED_LABEL)
     if name == "labels" and hidden is not None and bool(hidden.any()):
         raise ArgumentError(

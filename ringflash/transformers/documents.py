@@ -101,6 +101,8 @@ def _edges(batch: Mapping[str, object], size: int, seqlen: int, seen: Tensor | N
     numbers, step = batch.get("seq_idx"), 0
     if numbers is None:
         numbers, step = batch.get("position_ids"), 1
+    if isinstance(numbers, Tensor) and numbers.dim() == 3 and numbers.shape[0] == 4:
+        numbers = numbers[0]  # multimodal RoPE: Transformers reads documents from the first of four, that of text
     if not isinstance(numbers, Tensor) or numbers.dim() != 2:
         return None
     numbers = numbers.cpu().expand(size, -1)

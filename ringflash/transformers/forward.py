@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 from transformers.utils import ModelOutput
 
 from ringflash.errors import ArgumentError
@@ -44,6 +45,7 @@ class _Call:
         loss: what the fused head computed.
         probe: logits of a few tokens that it returned.
         counted: whether the loss function has run.
+        part: the model within the model that was called in its place.
     """
 
     sharded: bool = False
@@ -53,6 +55,7 @@ class _Call:
     loss: Tensor | None = None
     probe: Tensor | None = None
     counted: bool = False
+    part: nn.Module | None = None
 
 
 class Forward:
@@ -64,6 +67,7 @@ class Forward:
     Attributes:
         call: the pass at work; an empty one between passes.
         fused: the output head computes the loss.
+        loss_function: what the model computes its loss by.
         scale: factor of the logits that the model's configuration names.
         softcap: their bound, likewise; 0 for none.
         probed: what the model makes of its logits has been compared with that.
@@ -76,11 +80,17 @@ class Forward:
         self.scale = float(getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1))
         self.softcap = float(getattr(config, "final_logit_softcapping", None) or 0)
         self.predicts_next = predicts_next(model)
-        model.loss_function = functools.partial(_loss, self, model.loss_function)
+        self.loss_function = model.loss_function
+        model.loss_function = functools.partial(_loss, self, self.loss_function)
         model.register_forward_pre_hook(self._begin, with_kwargs=True)
         model.register_forward_hook(self._finish, with_kwargs=True)
         model.register_forward_hook(_leave, always_call=True)
-        for module in rotary_modules(model):
+        rotary = list(rotary_modules(model))
+        for part in model.modules() if rotary else ():
+            if isinstance(part, PreTrainedModel) and part is not model:
+                part.register_forward_pre_hook(self._begin_part, with_kwargs=True)
+                part.register_forward_hook(self._finish_part, always_call=True)
+        for module in rotary:
             module.register_forward_pre_hook(self._with_last_position, with_kwargs=True)
             module.register_forward_hook(self._without_last_position)
 
@@ -89,6 +99,12 @@ class Forward:
         sharded = sharding is not None and sharding.ranks > 1
         at_work.sharding = None if named.get("encoder_sharding") is not None else sharding
         self.call = _Call(sharded, named.pop("last_position", None))
+        keep = named.get("logits_to_keep")
+        if sharded and (isinstance(keep, Tensor) or keep):
+            raise ArgumentError(
+                f"logits_to_keep={keep}: each rank would keep some of its own tokens; pass 0, and choose from "
+                "sharding.unshard(logits, 1)"
+            )
         if self.fused and named.get("labels") is not None:
             self.call.targets, self.call.items = _targets(self, named), named.get("num_items_in_batch")
         return arguments, named
@@ -98,11 +114,24 @@ class Forward:
         if call.sharded and named.get("labels") is not None and not call.counted:
             raise ArgumentError(
                 f"labels: {type(model).__name__} computes its loss itself, of each rank's tokens alone; pass no labels "
-                "and take the loss of its logits, divided by the number of targets on all ranks"
+                "and take the loss of its logits, divided by the number of targets on all ranks. A loss_function of "
+                "one's own is set before SequenceParallel is made"
             )
+        if call.sharded and call.loss is None:
+            _check_each_token(model, named, output)
         return output if call.loss is None else _without_logits(output)
 
-    # Rotary frequencies that depend on the longest sequence are worked out from the largest position that they see.
+    # Rotary frequencies that depend on the longest sequence are worked out from the largest position that they see. A
+    # model without its head may be called itself.
+
+    def _begin_part(self, part: nn.Module, arguments: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if named.get("last_position") is not None:
+            self.call = _Call(last_position=named.pop("last_position"), part=part)
+        return arguments, named
+
+    def _finish_part(self, part: nn.Module, arguments: tuple, output: Any) -> None:
+        if self.call.part is part:
+            self.call = _Call()
 
     def _with_last_position(
         self, module: nn.Module, arguments: tuple, named: dict[str, Any]
@@ -155,8 +184,14 @@ def fuse(model: PreTrainedModel, forward: Forward) -> None:
     """Let the output head compute the loss in chunks where the model is given labels.
 
     Raises:
-        ArgumentError: the head is none that this is known of.
+        ArgumentError: the head is none that this is known of, or the loss is another one than cross entropy.
     """
+    if forward.loss_function not in (ForCausalLMLoss, ForMaskedLMLoss):
+        name = getattr(forward.loss_function, "__name__", repr(forward.loss_function))
+        raise ArgumentError(
+            f"fuse_loss: {type(model).__name__} has loss_function {name}; allowed are ForCausalLMLoss and "
+            "ForMaskedLMLoss, which are cross entropy"
+        )
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ArgumentError(f"the output head of {type(model).__name__} is {type(head).__name__}; allowed is nn.Linear")
@@ -195,6 +230,23 @@ def _check_probe(forward: Forward, logits: Tensor) -> None:
             "that its configuration names; leave fuse_loss out"
         )
     forward.probed = True
+
+
+def _check_each_token(model: nn.Module, named: dict[str, Any], output: Any) -> None:
+    """Raise ArgumentError if an output is made of some of a rank's tokens, as if these were the whole sequence."""
+    if not isinstance(output, ModelOutput):
+        return
+    logits, pooled = output.get("logits"), output.get("pooler_output")
+    if isinstance(pooled, Tensor):
+        raise ArgumentError(
+            f"{type(model).__name__} pools each rank's tokens alone; load it with add_pooling_layer=False, and pool "
+            "what sharding.unshard(last_hidden_state, 1) gives"
+        )
+    if isinstance(logits, Tensor) and logits.shape[1:2] != (named["sharding"].tokens,):
+        raise ArgumentError(
+            f"{type(model).__name__} makes logits {tuple(logits.shape)} of a rank's {named['sharding'].tokens} tokens; "
+            "allowed are models with logits for each token"
+        )
 
 
 def _targets(forward: Forward, named: dict[str, Any]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,11 +23,15 @@ STATEFUL = re.compile(
 """Names of modules that carry a state from token to token."""
 
 
+POOLED = re.compile(r"For(SequenceClassification|MultipleChoice|NextSentencePrediction)$")
+"""Names of models whose output is made of one token of each sequence, which one rank alone has."""
+
+
 def pretrained_of(model: nn.Module) -> PreTrainedModel:
     """The outermost Transformers model within a module: a model as it is, or inside of PEFT, DDP, FSDP, a compiled one.
 
     Raises:
-        ArgumentError: there is none, or its attention is not "ring".
+        ArgumentError: there is none, or its attention is not "ring", or never becomes it.
     """
     found = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if found is None:
@@ -37,7 +42,18 @@ def pretrained_of(model: nn.Module) -> PreTrainedModel:
                 f"{type(module).__name__} has attn_implementation={module.config._attn_implementation!r}; load the "
                 'model with attn_implementation="ring", or call model.set_attn_implementation("ring")'
             )
+    if not any(_calls_attention_functions(type(module)) for module in found.modules()):
+        raise ArgumentError(
+            f"{type(found).__name__} computes attention itself, whatever its attn_implementation; allowed are models "
+            "that call Transformers' attention functions"
+        )
     return found
+
+
+def _calls_attention_functions(layer: type) -> bool:
+    """Whether the file of a layer's class, or of one that it derives from, looks attention functions up."""
+    files = {owner.__module__ for owner in layer.__mro__} - {PreTrainedModel.__module__}
+    return any(hasattr(sys.modules.get(name), "ALL_ATTENTION_FUNCTIONS") for name in files)
 
 
 def check_shardable(model: PreTrainedModel) -> None:
@@ -56,6 +72,12 @@ def check_shardable(model: PreTrainedModel) -> None:
                 f"{name} of {type(model).__name__} is a {type(module).__name__}, which carries a state from token to "
                 "token; allowed on several ranks are layers whose tokens meet in softmax attention alone"
             )
+    if POOLED.search(type(model).__name__):
+        raise ArgumentError(
+            f"{type(model).__name__} scores one token of each sequence, which one rank alone has; allowed on several "
+            "ranks are models with an output for each token. Shard its base model and put its head on the token chosen "
+            'from sharding.unshard(last_hidden_state, 1), or use AutoModelForTokenClassification'
+        )
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         raise ArgumentError(
             "output_router_logits=True: the loss that balances experts is a function of the whole batch, and each rank "

@@ -125,6 +125,11 @@ class SequenceParallel:
             group=self.group,
             partition=self.partition,
         )
+        if 0 in (counts := sharding.partition.counts()):
+            raise ArgumentError(
+                f"a sequence of {seqlen} tokens leaves rank {counts.index(0)} of {self.ranks} without any; pad it to "
+                f"{self.ranks} tokens or more"
+            )
         part = shard_tokens(batch, sharding)
         part |= shard_targets(batch, documents, sharding, predicts_next(self._model))
         if documents.scattered:
