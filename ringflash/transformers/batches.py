@@ -15,6 +15,7 @@ from torch import Tensor
 from ringflash.errors import ArgumentError
 from ringflash.parallel.sharding import IGNORED_LABEL, Sharding
 from ringflash.transformers.documents import Documents
+from ringflash.transformers.models import BEFORE_FIRST
 
 DOCUMENT_KEYS = ("attention_mask", "cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 """Keys of a batch that the sharding stands for once it is made."""
@@ -36,9 +37,9 @@ def sizes_of(batch: Mapping[str, Any]) -> tuple[int, int]:
     raise ArgumentError(f"batch has {sorted(batch)}; input_ids or inputs_embeds is missing")
 
 
-def shard_tokens(batch: Mapping[str, Any], sharding: Sharding) -> dict[str, Any]:
+def shard_tokens(batch: Mapping[str, Any], position_ids: Tensor, sharding: Sharding) -> dict[str, Any]:
     """This rank's part of everything that goes by tokens, but for labels."""
-    part: dict[str, Any] = {"position_ids": sharding.shard(position_ids_of(batch), -1)}
+    part: dict[str, Any] = {"position_ids": sharding.shard(position_ids, -1)}
     whole = sharding.batch, sharding.seqlen
     for name, x in batch.items():
         if name in DOCUMENT_KEYS or name in LOSS_KEYS or name in part:
@@ -90,13 +91,26 @@ def shard_targets(
     return part | {"shift_labels": sharding.shard(whole, 1)} if whole is not labels else part
 
 
-def position_ids_of(batch: Mapping[str, Any]) -> Tensor:
-    """Positions of all tokens, (B or 1, S) or with a dimension in front: those given, or counted over the sequence."""
+def position_ids_of(batch: Mapping[str, Any], of_padding: int | None = None) -> Tensor:
+    """Positions of all tokens, (B or 1, S) or with a dimension in front: those given, or as the model counts them.
+
+    Args:
+        batch: whole.
+        of_padding: see `position_of_padding`.
+    """
     given = batch.get("position_ids")
     if given is not None:
         return given
-    x = batch["input_ids"] if batch.get("input_ids") is not None else batch["inputs_embeds"]
-    return torch.arange(x.shape[1], device=x.device)[None]
+    ids = batch.get("input_ids")
+    x = batch["inputs_embeds"] if ids is None else ids
+    if of_padding is None:
+        return torch.arange(x.shape[1], device=x.device)[None]
+    counted = torch.ones(x.shape[:2], dtype=torch.int64, device=x.device)
+    if of_padding == BEFORE_FIRST and batch.get("attention_mask") is not None:
+        counted = batch["attention_mask"].to(counted)
+    elif of_padding != BEFORE_FIRST and ids is not None:
+        counted = (ids != of_padding).to(counted)
+    return counted.cumsum(1) * counted + of_padding
 
 
 def fingerprint(x: object) -> str:

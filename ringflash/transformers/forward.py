@@ -106,6 +106,7 @@ class Forward:
                 "sharding.unshard(logits, 1)"
             )
         if self.fused and named.get("labels") is not None:
+            _check_head(model)
             self.call.targets, self.call.items = _targets(self, named), named.get("num_items_in_batch")
         return arguments, named
 
@@ -216,6 +217,15 @@ def _fused_head(forward: Forward, head: nn.Linear, logits_of: Callable[[Tensor],
     with torch.no_grad():
         call.probe = logits_of(x[:, :PROBED])
     return call.probe.clone()
+
+
+def _check_head(model: Any) -> None:
+    head = model.get_output_embeddings()
+    if any(hasattr(head, name) for name in ("base_layer", "modules_to_save")):  # PEFT's wrappers
+        raise ArgumentError(
+            f"fuse_loss: the output head of {type(model).__name__} became a {type(head).__module__}."
+            f"{type(head).__name__}; leave it out of PEFT's target_modules and modules_to_save, or leave fuse_loss out"
+        )
 
 
 def _check_probe(forward: Forward, logits: Tensor) -> None:

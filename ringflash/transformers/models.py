@@ -27,11 +27,18 @@ POOLED = re.compile(r"For(SequenceClassification|MultipleChoice|NextSentencePred
 """Names of models whose output is made of one token of each sequence, which one rank alone has."""
 
 
+MEETING = ("trigram_input", "token_dropout")
+"""Settings by which tokens meet in the embeddings: of MobileBERT's neighbours, and of ESM's share of masked tokens."""
+
+BEFORE_FIRST = -1
+"""`position_of_padding` of OPT, which counts tokens that attention_mask shows from 0 on."""
+
+
 def pretrained_of(model: nn.Module) -> PreTrainedModel:
     """The outermost Transformers model within a module: a model as it is, or inside of PEFT, DDP, FSDP, a compiled one.
 
     Raises:
-        ArgumentError: there is none, or its attention is not "ring", or never becomes it.
+        ArgumentError: there is none, or its attention is not "ring".
     """
     found = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if found is None:
@@ -42,18 +49,7 @@ def pretrained_of(model: nn.Module) -> PreTrainedModel:
                 f"{type(module).__name__} has attn_implementation={module.config._attn_implementation!r}; load the "
                 'model with attn_implementation="ring", or call model.set_attn_implementation("ring")'
             )
-    if not any(_calls_attention_functions(type(module)) for module in found.modules()):
-        raise ArgumentError(
-            f"{type(found).__name__} computes attention itself, whatever its attn_implementation; allowed are models "
-            "that call Transformers' attention functions"
-        )
     return found
-
-
-def _calls_attention_functions(layer: type) -> bool:
-    """Whether the file of a layer's class, or of one that it derives from, looks attention functions up."""
-    files = {owner.__module__ for owner in layer.__mro__} - {PreTrainedModel.__module__}
-    return any(hasattr(sys.modules.get(name), "ALL_ATTENTION_FUNCTIONS") for name in files)
 
 
 def check_shardable(model: PreTrainedModel) -> None:
@@ -72,11 +68,21 @@ def check_shardable(model: PreTrainedModel) -> None:
                 f"{name} of {type(model).__name__} is a {type(module).__name__}, which carries a state from token to "
                 "token; allowed on several ranks are layers whose tokens meet in softmax attention alone"
             )
+    if not any(_calls_attention_functions(type(module)) for module in model.modules()):
+        raise ArgumentError(
+            f"{type(model).__name__} computes attention itself, whatever its attn_implementation; allowed on several ranks are "
+            "models that call Transformers' attention functions"
+        )
+    if meeting := [name for name in MEETING if getattr(model.config, name, False)]:
+        raise ArgumentError(
+            f"{type(model).__name__} has {meeting[0]}=True, by which tokens meet in the embeddings; allowed on several "
+            "ranks are models whose tokens meet in softmax attention alone"
+        )
     if POOLED.search(type(model).__name__):
         raise ArgumentError(
             f"{type(model).__name__} scores one token of each sequence, which one rank alone has; allowed on several "
             "ranks are models with an output for each token. Shard its base model and put its head on the token chosen "
-            'from sharding.unshard(last_hidden_state, 1), or use AutoModelForTokenClassification'
+            "from sharding.unshard(last_hidden_state, 1), or use AutoModelForTokenClassification"
         )
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         raise ArgumentError(
@@ -88,6 +94,12 @@ def check_shardable(model: PreTrainedModel) -> None:
         raise ArgumentError(
             f"{type(model).__name__} takes no {missing[0]}: it counts positions from the first token of each rank"
         )
+
+
+def _calls_attention_functions(layer: type) -> bool:
+    """Whether the file of a layer's class, or of one that it derives from, looks attention functions up."""
+    files = {owner.__module__ for owner in layer.__mro__} - {PreTrainedModel.__module__}
+    return any(hasattr(sys.modules.get(name), "ALL_ATTENTION_FUNCTIONS") for name in files)
 
 
 def is_causal(model: PreTrainedModel) -> bool:
@@ -126,6 +138,16 @@ def predicts_next(model: PreTrainedModel) -> bool:
 def scales_by_place(model: PreTrainedModel) -> bool:
     """Whether layers scale queries by their place in the row, as Llama 4's without rotary embedding do."""
     return any(getattr(module, "attn_temperature_tuning", False) for module in model.modules())
+
+
+def position_of_padding(model: PreTrainedModel) -> int | None:
+    """Position behind which a model counts tokens that are no padding (RoBERTa, OPT); None if it counts all, from 0."""
+    if model.config.model_type == "opt":
+        return BEFORE_FIRST
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.endswith("position_embeddings") and module.padding_idx is not None:
+            return module.padding_idx
+    return None
 
 
 def rotary_modules(model: PreTrainedModel) -> Iterator[nn.Module]:

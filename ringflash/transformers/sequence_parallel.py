@@ -30,6 +30,7 @@ from ringflash.transformers.models import (
     check_shardable,
     is_causal,
     layer_masks,
+    position_of_padding,
     predicts_next,
     pretrained_of,
     rotary_modules,
@@ -71,6 +72,7 @@ class SequenceParallel:
             self._pair_masks = [
                 layer_masks(self._model.config.get_text_config(**side), causal) for side, causal in sides
             ]
+        self._position_of_padding = position_of_padding(self._model)
         self._scaled_rotary = any(rotary_modules(self._model))
         self._forward = forward_of(self._model)
 
@@ -98,8 +100,9 @@ class SequenceParallel:
 
         Returns:
             The same keys with this rank's tokens, (B, s, ...), without those that `sharding` stands for; "position_ids"
-            counted over the whole sequence where none were given; "shift_labels" (B, s), the next token of the same
-            document, -100 at its end and at padding; "num_items_in_batch" for the mean over ranks; "sharding".
+            counted over the whole sequence, as the model does, where none were given; "shift_labels" (B, s), the next
+            token of the same document, -100 at its end and at padding; "num_items_in_batch" for the mean over ranks;
+            "sharding".
 
         Raises:
             ArgumentError: entries that contradict each other or cannot be sharded.
@@ -130,7 +133,8 @@ class SequenceParallel:
                 f"a sequence of {seqlen} tokens leaves rank {counts.index(0)} of {self.ranks} without any; pad it to "
                 f"{self.ranks} tokens or more"
             )
-        part = shard_tokens(batch, sharding)
+        position_ids = position_ids_of(batch, self._position_of_padding)
+        part = shard_tokens(batch, position_ids, sharding)
         part |= shard_targets(batch, documents, sharding, predicts_next(self._model))
         if documents.scattered:
             assert documents.seen is not None
@@ -138,7 +142,7 @@ class SequenceParallel:
         if scales_by_place(self._model):
             part["row_positions"] = sharding.partition.positions(sharding.rank).to(part["position_ids"].device)
         if self._scaled_rotary:
-            part["last_position"] = position_ids_of(batch).amax().reshape(1)
+            part["last_position"] = position_ids.amax().reshape(1)
         return part | {"sharding": sharding}, documents
 
     def _pair(self, batch: Mapping[str, Any]) -> dict[str, Any]:
