@@ -30,6 +30,7 @@ OPT = {"word_embed_proj_dim": 32, "ffn_dim": 48, "init_std": 0.3}
 ESM = {"position_embedding_type": "absolute", "mask_token_id": 3}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
 EXPERTS = {
+    "num_key_value_heads": 2,
     "num_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 24,
