@@ -24,7 +24,7 @@ from ringflash.errors import ArgumentError
 from ringflash.loss import cross_entropy_sum
 from ringflash.parallel.sharding import IGNORED_LABEL
 from ringflash.transformers.at_work import at_work
-from ringflash.transformers.models import predicts_next, rotary_modules
+from ringflash.transformers.models import ROUTER_LOSS, predicts_next, rotary_modules
 
 FORWARD = "ringflash_forward"
 """Attribute of a model that holds its `Forward`."""
@@ -99,6 +99,8 @@ class Forward:
         sharded = sharding is not None and sharding.ranks > 1
         at_work.sharding = None if named.get("encoder_sharding") is not None else sharding
         self.call = _Call(sharded, named.pop("last_position", None))
+        if sharded and named.get("output_router_logits"):
+            raise ArgumentError(ROUTER_LOSS.format("leave it out of the call"))
         keep = named.get("logits_to_keep")
         if sharded and (isinstance(keep, Tensor) or keep):
             raise ArgumentError(

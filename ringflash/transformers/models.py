@@ -26,6 +26,10 @@ STATEFUL = re.compile(
 POOLED = re.compile(r"For(SequenceClassification|MultipleChoice|NextSentencePrediction)$")
 """Names of models whose output is made of one token of each sequence, which one rank alone has."""
 
+ROUTER_LOSS = (
+    "output_router_logits=True: the loss that balances experts is a function of the whole batch, and each rank would "
+    "take it of its own tokens; {}"
+)
 
 MEETING = ("trigram_input", "token_dropout")
 """Settings by which tokens meet in the embeddings: of MobileBERT's neighbours, and of ESM's share of masked tokens."""
@@ -70,8 +74,8 @@ def check_shardable(model: PreTrainedModel) -> None:
             )
     if not any(_calls_attention_functions(type(module)) for module in model.modules()):
         raise ArgumentError(
-            f"{type(model).__name__} computes attention itself, whatever its attn_implementation; allowed on several ranks are "
-            "models that call Transformers' attention functions"
+            f"{type(model).__name__} computes attention itself, whatever its attn_implementation; allowed on several "
+            "ranks are models that call Transformers' attention functions"
         )
     if meeting := [name for name in MEETING if getattr(model.config, name, False)]:
         raise ArgumentError(
@@ -85,10 +89,7 @@ def check_shardable(model: PreTrainedModel) -> None:
             "from sharding.unshard(last_hidden_state, 1), or use AutoModelForTokenClassification"
         )
     if getattr(model.config.get_text_config(), "output_router_logits", False):
-        raise ArgumentError(
-            "output_router_logits=True: the loss that balances experts is a function of the whole batch, and each rank "
-            "would take it of its own tokens; set model.config.output_router_logits = False"
-        )
+        raise ArgumentError(ROUTER_LOSS.format("set model.config.output_router_logits = False"))
     needed = ["position_ids", *(["decoder_position_ids"] if model.config.is_encoder_decoder else [])]
     if missing := [name for name in needed if name not in inspect.signature(model.forward).parameters]:
         raise ArgumentError(
