@@ -1,0 +1,76 @@
+"""What launch/finetune.py is given: a model's folder with a tokenizer of bytes, documents, and DeepSpeed's JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+BEGIN, END = 256, 257
+"""Tokens behind those of the bytes."""
+
+MODEL = {
+    "vocab_size": 258,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+
+# Adam's first steps would turn rounding into whole steps where a gradient is almost zero; a large eps makes the update
+# linear in the gradient.
+ADAMW = {"lr": 1e-2, "betas": [0.9, 0.95], "eps": 1e-2, "weight_decay": 0.1}
+
+RECORDS = [
+    {"text": "Keys and values travel round a ring."},
+    {"prompt": "How many ranks? ", "completion": "Two."},
+    {"text": "x"},
+    {"prompt": "Which rank? ", "completion": "The one that holds the last tokens of this long answer."},
+    {"text": "Positions say which token is which, wherever it lies."},
+    {"prompt": "A question without much of an answer, but long in itself: what? ", "completion": "."},
+    {"text": "No rank holds the whole sequence."},
+    {"prompt": "And? ", "completion": "Gradients are those of one device."},
+]
+"""Targets are many in some documents and few in others, so that ranks and batches have unequal shares."""
+
+
+def build(attn_implementation: str) -> PreTrainedModel:
+    """A tiny Llama; the same weights in every process."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(LlamaConfig(**MODEL), attn_implementation=attn_implementation)
+
+
+def write_folder(folder: Path) -> None:
+    """`model/` and `data.jsonl`."""
+    vocabulary = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary | {"<s>": BEGIN, "</s>": END}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BEGIN)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(folder / "model")
+    build("eager").save_pretrained(folder / "model")
+    (folder / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+
+
+def settings(stage: int, offload: bool = False, **others: object) -> dict:
+    """DeepSpeed's JSON, with torch's AdamW: DeepSpeed's own is compiled for minutes."""
+    zero = {"stage": stage, "overlap_comm": False}
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if offload and stage == 3:
+        zero["offload_param"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": 0.5,
+        "zero_force_ds_cpu_optimizer": False,
+        "optimizer": {"type": "AdamW", "params": ADAMW | {"torch_adam": True}},
+        "zero_optimization": zero,
+        **others,
+    }
