@@ -100,7 +100,8 @@ class SequenceParallel:
         Returns:
             The same keys with this rank's tokens, (B, s, ...), without those that `sharding` stands for; "position_ids"
             counted over the whole sequence where none were given; "shift_labels" (B, s), the next token of the same
-            document, -100 at its end and at padding; "num_items_in_batch", a number, for the mean over ranks; "sharding".
+            document, -100 at its end and at padding; "num_items_in_batch", a number, for the mean over ranks; and
+            "sharding".
 
         Raises:
             ArgumentError: entries that contradict each other or cannot be sharded, or DeepSpeed was given an `mpu` or
