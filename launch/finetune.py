@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -84,13 +85,15 @@ def finetune(options: argparse.Namespace, device: torch.device) -> list[float]:
     deepspeed = import_deepspeed(device)
     # While this lives, Transformers gives each rank its share of the weights alone where the JSON says stage 3.
     _stage_3 = HfDeepSpeedConfig(settings)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer: Any = AutoTokenizer.from_pretrained(options.model)
     model = load(options)
     sequence = SequenceParallel(model, group=mesh["sequence"])  # 2
     sequence.fuse_loss()  # logits of a long sequence need more memory than anything else
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)
 
-    examples = list(read_examples(options.data, tokenizer, options.longest))
+    examples: Any = list(read_examples(options.data, tokenizer, options.longest))
+    if not examples:
+        raise DataError(f"--data {options.data}: nothing in it can be learned")
     data = mesh["data"]  # ranks that share a sequence take the same batches
     sampler = DistributedSampler(examples, num_replicas=data.size(), rank=data.get_local_rank())
     packed = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
