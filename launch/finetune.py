@@ -86,14 +86,14 @@ def finetune(options: argparse.Namespace, device: torch.device) -> list[float]:
     # While this lives, Transformers gives each rank its share of the weights alone where the JSON says stage 3.
     _stage_3 = HfDeepSpeedConfig(settings)
     tokenizer: Any = AutoTokenizer.from_pretrained(options.model)
+    examples: Any = list(read_examples(options.data, tokenizer, options.longest))
+    if not examples:
+        raise DataError(f"--data {options.data}: nothing in it can be learned")
     model = load(options)
     sequence = SequenceParallel(model, group=mesh["sequence"])  # 2
     sequence.fuse_loss()  # logits of a long sequence need more memory than anything else
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)
 
-    examples: Any = list(read_examples(options.data, tokenizer, options.longest))
-    if not examples:
-        raise DataError(f"--data {options.data}: nothing in it can be learned")
     data = mesh["data"]  # ranks that share a sequence take the same batches
     sampler = DistributedSampler(examples, num_replicas=data.size(), rank=data.get_local_rank())
     packed = DataCollatorWithFlattening(return_flash_attn_kwargs=True)

@@ -1,12 +1,14 @@
-"""What launch/finetune.py is given: a model's folder with a tokenizer of bytes, documents, and DeepSpeed's JSON."""
+"""A tiny model and what it learns: for engines a batch of each data rank, and what launch/finetune.py is given."""
 
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 BEGIN, END = 256, 257
@@ -44,6 +46,29 @@ def build(attn_implementation: str) -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(LlamaConfig(**MODEL), attn_implementation=attn_implementation)
+
+
+def batch_of(number: int, length: int = 33) -> dict[str, Tensor]:
+    """The batch of a data rank, of another length than the others'; its first tokens are not learned."""
+    ids = torch.randint(BEGIN, (1, length + 5 * number), generator=torch.Generator().manual_seed(number))
+    return {"input_ids": ids, "labels": ids.masked_fill(torch.arange(ids.shape[1]) < 7, -100)}
+
+
+@lru_cache
+def one_device(batches: int) -> tuple[float, dict[str, Tensor]]:
+    """The mean loss of the first data ranks' batches, and its gradient, by plain torch."""
+    model = build("eager")
+    loss = torch.stack([model(**batch_of(i)).loss for i in range(batches)]).mean()
+    loss.backward()
+    return loss.item(), {name: weight.grad for name, weight in model.named_parameters()}
+
+
+def scale(changes: dict[str, Tensor], gradients: dict[str, Tensor]) -> float | None:
+    """How many times the gradients some changes of weights are; None if they are others."""
+    pairs = [(changes[name].double(), gradient.double()) for name, gradient in gradients.items()]
+    factor = sum((a * b).sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs)
+    worst = max((a - factor * b).abs().max() for a, b in pairs)
+    return factor.item() if worst < 1e-4 * max(b.abs().max() for _, b in pairs) else None
 
 
 def write_folder(folder: Path) -> None:

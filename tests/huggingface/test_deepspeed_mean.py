@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from functools import lru_cache
 
 import pytest
 import torch
 import torch.distributed as dist
-from finetuning import build
+from finetuning import batch_of, build, one_device, scale
 from torch.distributed.device_mesh import init_device_mesh
 
 from ringflash.deepspeed import import_deepspeed
@@ -67,19 +66,6 @@ ACCEPTED = ("nothing", "sequence_parallel_size", "mpu_of_all_ranks")
 REFUSED = [way for way in WAYS if way not in ACCEPTED]
 
 
-def _batch(number):
-    ids = torch.randint(3, 250, (1, 33 + 5 * number), generator=torch.Generator().manual_seed(number))
-    return {"input_ids": ids, "labels": ids.masked_fill(torch.arange(ids.shape[1]) < 7, -100)}
-
-
-@lru_cache
-def _one_device(data_ranks):
-    """The gradient of the mean over the data ranks' losses."""
-    model = build("eager")
-    torch.stack([model(**_batch(i)).loss for i in range(data_ranks)]).mean().backward()
-    return {name: weight.grad for name, weight in model.named_parameters()}
-
-
 @contextmanager
 def _initialised(way, zero):
     """The batch's shard, as a function, with engine and model; what DeepSpeed keeps of `way` goes afterwards."""
@@ -98,7 +84,7 @@ def _initialised(way, zero):
         arguments, keys = WAYS[way](mesh)
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config | keys, **arguments)
-        yield lambda: sequence.shard(_batch(mesh.get_local_rank("data"))), engine, model
+        yield lambda: sequence.shard(batch_of(mesh.get_local_rank("data"))), engine, model
     finally:
         from deepspeed.runtime.sequence_parallel import parallel_state_sp
 
@@ -120,26 +106,17 @@ def _step(way, zero, checked=True):
             return {name: before[name] - weight.detach() for name, weight in model.named_parameters()}
 
 
-def _scale(changes, gradients):
-    """How many times the gradient it is; None if it is another one."""
-    pairs = [(changes[name].double(), gradient.double()) for name, gradient in gradients.items()]
-    scale = sum((a * b).sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs)
-    largest = max(gradient.abs().max() for gradient in gradients.values())
-    worst = max((a - scale * b).abs().max() for a, b in pairs)
-    return scale.item() if worst < 1e-4 * largest else None
-
-
 @pytest.mark.parametrize("stage", STAGES | OFFLOADED)
 @pytest.mark.parametrize("way", ACCEPTED)
 def test_what_is_accepted_gives_one_devices_gradients(pool, way, stage):
     for changes in pool(2).run(_step, way, (STAGES | OFFLOADED)[stage]):
-        assert _scale(changes, _one_device(1)) == pytest.approx(1, rel=1e-4)
+        assert scale(changes, one_device(1)[1]) == pytest.approx(1, rel=1e-4)
 
 
 @pytest.mark.parametrize("stage", STAGES | OFFLOADED)
 def test_data_ranks_average_their_losses(pool, stage):
     for changes in pool(4).run(_step, "nothing", (STAGES | OFFLOADED)[stage]):
-        assert _scale(changes, _one_device(2)) == pytest.approx(1, rel=1e-4)
+        assert scale(changes, one_device(2)[1]) == pytest.approx(1, rel=1e-4)
 
 
 def _refused(way, zero):
@@ -160,7 +137,7 @@ def test_what_is_refused_is_named_before_a_step(pool, way, stage):
 @pytest.mark.parametrize("way", REFUSED)
 def test_what_is_refused_would_have_been_wrong(pool, way, stage):
     """Gradients times the ranks that share a sequence, or others on each rank; stage 3 may be right by chance."""
-    scales = [_scale(x, _one_device(2)) for x in pool(4).run(_step, way, STAGES[stage], checked=False)]
+    scales = [scale(x, one_device(2)[1]) for x in pool(4).run(_step, way, STAGES[stage], checked=False)]
     if way == "mpu_of_data_ranks" or (way != "mpu" and stage in "012"):
         assert scales == [None] * 4
     else:
@@ -169,7 +146,7 @@ def test_what_is_refused_would_have_been_wrong(pool, way, stage):
 
 def _without_an_engine():
     import_deepspeed(torch.device("cpu"))
-    return set(SequenceParallel(build("ring")).shard(_batch(0)))
+    return set(SequenceParallel(build("ring")).shard(batch_of(0)))
 
 
 def test_deepspeed_that_is_only_imported_changes_nothing(pool):
