@@ -97,7 +97,8 @@ def finetune(options: argparse.Namespace, device: torch.device) -> list[float]:
     data = mesh["data"]  # ranks that share a sequence take the same batches
     sampler = DistributedSampler(examples, num_replicas=data.size(), rank=data.get_local_rank())
     packed = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
-    loader = DataLoader(examples, engine.train_micro_batch_size_per_gpu(), sampler=sampler, collate_fn=packed)
+    micro_batch = int(engine.train_micro_batch_size_per_gpu())  # 2.0 where it follows from train_batch_size
+    loader = DataLoader(examples, micro_batch, sampler=sampler, collate_fn=packed)
 
     losses, total = [], torch.zeros((), device=device)
     for epoch in range(options.epochs):

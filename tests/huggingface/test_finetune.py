@@ -120,6 +120,14 @@ def test_data_and_sequence_ranks_together_train_as_one_device_does(pool, folder,
         _assert_trained(curve, tmp_path, _one_device(folder, 2, 2))
 
 
+def test_train_batch_size_counts_sequences_where_the_json_says_how_many_ranks_share_one(pool, folder, tmp_path):
+    config = settings(2, train_batch_size=4, sequence_parallel_size=2)
+    del config["train_micro_batch_size_per_gpu"]
+    words = _words(folder, config, "--sequence-size", 2, "--save", tmp_path)
+    for curve in pool(4).run(_finetune, words):
+        _assert_trained(curve, tmp_path, _one_device(folder, 2, 1))
+
+
 def test_recomputed_layers_change_nothing(pool, folder, tmp_path):
     words = _words(folder, settings(3), "--gradient-checkpointing", "--save", tmp_path)
     for curve in pool(2).run(_finetune, words):
