@@ -6,23 +6,15 @@ import json
 from functools import lru_cache
 from pathlib import Path
 
-import torch
+from batches import Documents, draw, gradients, learn_alone, masked_prompt
+from families import SMALL
+from families import draw as draw_weights
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 BEGIN, END = 256, 257
 """Tokens behind those of the bytes."""
-
-MODEL = {
-    "vocab_size": 258,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "tie_word_embeddings": True,
-}
 
 # Adam's first steps would turn rounding into whole steps where a gradient is almost zero; a large eps makes the update
 # linear in the gradient.
@@ -42,30 +34,31 @@ RECORDS = [
 
 
 def build(attn_implementation: str) -> PreTrainedModel:
-    """A tiny Llama; the same weights in every process."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(LlamaConfig(**MODEL), attn_implementation=attn_implementation)
+    """A tiny Llama of bytes, whose head is its embedding; the same weights in every process."""
+    config = AutoConfig.for_model("llama", **SMALL | {"vocab_size": 258, "tie_word_embeddings": True})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
+    draw_weights(model)
+    return model
 
 
-def batch_of(number: int, length: int = 33) -> dict[str, Tensor]:
+def documents_of(number: int, length: int = 33) -> Documents:
     """The batch of a data rank, of another length than the others'; its first tokens are not learned."""
-    ids = torch.randint(BEGIN, (1, length + 5 * number), generator=torch.Generator().manual_seed(number))
-    return {"input_ids": ids, "labels": ids.masked_fill(torch.arange(ids.shape[1]) < 7, -100)}
+    ids = draw(length + 5 * number, seed=number)
+    return masked_prompt(ids, answer=len(ids[0]) - 7)
 
 
 @lru_cache
-def one_device(batches: int) -> tuple[float, dict[str, Tensor]]:
-    """The mean loss of the first data ranks' batches, and its gradient, by plain torch."""
+def gradients_of(ranks: int) -> dict[str, Tensor]:
+    """Those of the mean of the first data ranks' losses, on one device."""
     model = build("eager")
-    loss = torch.stack([model(**batch_of(i)).loss for i in range(batches)]).mean()
-    loss.backward()
-    return loss.item(), {name: weight.grad for name, weight in model.named_parameters()}
+    for number in range(ranks):
+        learn_alone(model, documents_of(number))
+    return {name: gradient / ranks for name, gradient in gradients(model).items()}
 
 
-def scale(changes: dict[str, Tensor], gradients: dict[str, Tensor]) -> float | None:
-    """How many times the gradients some changes of weights are; None if they are others."""
-    pairs = [(changes[name].double(), gradient.double()) for name, gradient in gradients.items()]
+def scale(changes: dict[str, Tensor], expected: dict[str, Tensor]) -> float | None:
+    """How many times the expected gradients some changes of weights are; None if they are others."""
+    pairs = [(changes[name].double(), gradient.double()) for name, gradient in expected.items()]
     factor = sum((a * b).sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs)
     worst = max((a - factor * b).abs().max() for a, b in pairs)
     return factor.item() if worst < 1e-4 * max(b.abs().max() for _, b in pairs) else None

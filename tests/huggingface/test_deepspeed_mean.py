@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.distributed as dist
-from finetuning import batch_of, build, one_device, scale
+from finetuning import build, documents_of, gradients_of, scale
 from torch.distributed.device_mesh import init_device_mesh
 
 from ringflash.deepspeed import import_deepspeed
@@ -84,7 +84,7 @@ def _initialised(way, zero):
         arguments, keys = WAYS[way](mesh)
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config | keys, **arguments)
-        yield lambda: sequence.shard(batch_of(mesh.get_local_rank("data"))), engine, model
+        yield lambda: sequence.shard(documents_of(mesh.get_local_rank("data")).batch), engine, model
     finally:
         from deepspeed.runtime.sequence_parallel import parallel_state_sp
 
@@ -110,13 +110,13 @@ def _step(way, zero, checked=True):
 @pytest.mark.parametrize("way", ACCEPTED)
 def test_what_is_accepted_gives_one_devices_gradients(pool, way, stage):
     for changes in pool(2).run(_step, way, (STAGES | OFFLOADED)[stage]):
-        assert scale(changes, one_device(1)[1]) == pytest.approx(1, rel=1e-4)
+        assert scale(changes, gradients_of(1)) == pytest.approx(1, rel=1e-4)
 
 
 @pytest.mark.parametrize("stage", STAGES | OFFLOADED)
 def test_data_ranks_average_their_losses(pool, stage):
     for changes in pool(4).run(_step, "nothing", (STAGES | OFFLOADED)[stage]):
-        assert scale(changes, one_device(2)[1]) == pytest.approx(1, rel=1e-4)
+        assert scale(changes, gradients_of(2)) == pytest.approx(1, rel=1e-4)
 
 
 def _refused(way, zero):
@@ -137,7 +137,7 @@ def test_what_is_refused_is_named_before_a_step(pool, way, stage):
 @pytest.mark.parametrize("way", REFUSED)
 def test_what_is_refused_would_have_been_wrong(pool, way, stage):
     """Gradients times the ranks that share a sequence, or others on each rank; stage 3 may be right by chance."""
-    scales = [scale(x, one_device(2)[1]) for x in pool(4).run(_step, way, STAGES[stage], checked=False)]
+    scales = [scale(x, gradients_of(2)) for x in pool(4).run(_step, way, STAGES[stage], checked=False)]
     if way == "mpu_of_data_ranks" or (way != "mpu" and stage in "012"):
         assert scales == [None] * 4
     else:
@@ -146,7 +146,7 @@ def test_what_is_refused_would_have_been_wrong(pool, way, stage):
 
 def _without_an_engine():
     import_deepspeed(torch.device("cpu"))
-    return set(SequenceParallel(build("ring")).shard(batch_of(0)))
+    return set(SequenceParallel(build("ring")).shard(documents_of(0).batch))
 
 
 def test_deepspeed_that_is_only_imported_changes_nothing(pool):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from finetuning import batch_of, build, one_device, scale
+from finetuning import build, documents_of, gradients_of, scale
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -49,7 +49,7 @@ def _steps_on_groups_of_different_sizes():
     model = build("ring")
     by_size = {4: SequenceParallel(model), 2: SequenceParallel(model, mesh["sequence"])}
     wrapped = DistributedDataParallel(model)
-    batches = {4: batch_of(0), 2: batch_of(mesh.get_local_rank("data"))}
+    batches = {4: documents_of(0).batch, 2: documents_of(mesh.get_local_rank("data")).batch}
     changes = {}
     for size in (4, 2):
         wrapped(**by_size[size].shard(batches[size]), use_cache=False).loss.backward()
@@ -61,5 +61,5 @@ def _steps_on_groups_of_different_sizes():
 
 def test_each_batch_may_lie_on_as_many_ranks_as_it_needs(pool):
     for changes in pool(4).run(_steps_on_groups_of_different_sizes):
-        assert scale(changes[4], one_device(1)[1]) == pytest.approx(1, rel=1e-4)
-        assert scale(changes[2], one_device(2)[1]) == pytest.approx(1, rel=1e-4)
+        assert scale(changes[4], gradients_of(1)) == pytest.approx(1, rel=1e-4)
+        assert scale(changes[2], gradients_of(2)) == pytest.approx(1, rel=1e-4)
