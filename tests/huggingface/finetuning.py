@@ -86,7 +86,7 @@ def settings(stage: int, offload: bool = False, **others: object) -> dict:
         zero["offload_param"] = {"device": "cpu"}
     return {
         "train_micro_batch_size_per_gpu": 2,
-        "gradient_clipping": 0.5,
+        "gradient_clipping": 3.0,
         "zero_force_ds_cpu_optimizer": False,
         "optimizer": {"type": "AdamW", "params": ADAMW | {"torch_adam": True}},
         "zero_optimization": zero,
