@@ -104,6 +104,54 @@ def test_python_in_pages_runs_alone_and_on_two_ranks(page: str, ranks: int, tmp_
         assert result.returncode == 0, result.stdout + result.stderr
 
 
+def run_as_one_script(page: str, ranks: int | None, folder: Path) -> str:
+    """What a page's Python prints, started alone if ranks is None."""
+    script = folder / "example.py"
+    script.write_text("\n".join(blocks(CHECKOUT / page, "python")))
+    launcher = [] if ranks is None else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *launcher, script.name]
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def numbers(text: str) -> list[float]:
+    return [float(x) for x in re.findall(r"[\d.]+", text)]
+
+
+def test_transformers_page_prints_the_same_alone_and_on_two_ranks(tmp_path: Path) -> None:
+    alone, both = (  # ranks may write into each other's lines, but not into their words
+        re.findall(r"([A-Za-z ]+): ([\d.]+|\[.*?\])", run_as_one_script("docs/transformers.md", ranks, tmp_path))
+        for ranks in (None, 2)
+    )
+    assert len(alone) > 4
+    assert sorted(words for words, _ in both) == sorted(words for words, _ in alone * 2)
+    for words, found in both:
+        assert numbers(found) == pytest.approx(numbers(dict(alone)[words]), abs=2e-4), words
+
+
+def test_every_engine_of_the_engines_page_prints_the_same_on_one_rank_and_on_two(tmp_path: Path) -> None:
+    engines = re.findall(r'report\("(.*)", ', (CHECKOUT / "docs/engines.md").read_text())
+    assert len(engines) == 4
+    expected = None
+    for ranks in (1, 2):
+        lines = run_as_one_script("docs/engines.md", ranks, tmp_path).splitlines()
+        for name, line in zip(engines, lines, strict=True):
+            found = numbers(line.removeprefix(name + " "))
+            expected = expected or found
+            assert found == pytest.approx(expected, abs=2e-4), line
+
+
+def test_each_problem_links_its_thread_and_a_test_or_says_that_it_is_not_solved() -> None:
+    rows = [line for line in (CHECKOUT / "docs/problems.md").read_text().splitlines() if re.match(r"\| \d", line)]
+    assert [int(row.split("|")[1]) for row in rows] == list(range(1, 16))
+    for row in rows:
+        _, _, problem, here, _ = row.split("|")
+        assert "](https://github.com/" in problem
+        assert "](../tests/" in here or "**Not s" in here
+
+
 def test_the_picture_of_the_plan_is_what_the_code_draws(tmp_path: Path) -> None:
     plan.main(["--svg", str(tmp_path / "plan.svg")])
     drawn = (tmp_path / "plan.svg").read_text()

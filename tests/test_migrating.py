@@ -38,7 +38,7 @@ def _printed(program: str) -> list[float]:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
         patch.setattr(dist, "init_process_group", lambda: None)
         if "import deepspeed" in program:
-            from ringflash.training.engines.zero import import_deepspeed
+            from ringflash.deepspeed import import_deepspeed
 
             import_deepspeed(torch.device("cpu"))  # without an operator that takes minutes to compile
         exec(compile(program, "docs/migrating.md", "exec"), {"__name__": "__main__"})

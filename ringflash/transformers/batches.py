@@ -85,8 +85,9 @@ def shard_targets(
     shift = shifted is None and predicts_next
     whole = sharding.shifted_labels(given) if shift else given
     items = batch.get("num_items_in_batch")
-    items = (whole != IGNORED_LABEL).sum().clamp(min=1) if items is None else torch.as_tensor(items)
-    items = items.to(given.device, torch.float32) / sharding.ranks
+    items = (whole != IGNORED_LABEL).sum().clamp(min=1) if items is None else items
+    if sharding.ranks > 1:
+        items = float(items) / sharding.ranks  # no tensor: FSDP's mixed precision would round one to bf16
     part = {"labels": sharding.shard(given, 1), "num_items_in_batch": items}
     return part | {"shift_labels": sharding.shard(whole, 1)} if whole is not labels else part
 
@@ -120,5 +121,5 @@ def fingerprint(x: object) -> str:
     text = f"{x.dtype} {tuple(x.shape)}"
     if x.is_floating_point() or x.is_complex():
         return text
-    values = x.detach().cpu().contiguous().view(torch.uint8).numpy()
+    values = x.detach().cpu().flatten().contiguous().view(torch.uint8).numpy()
     return f"{text} {hashlib.blake2b(values.tobytes(), digest_size=8).hexdigest()}"

@@ -171,7 +171,7 @@ def _loss(
     call.counted = True
     if call.loss is not None:
         _check_probe(forward, logits)
-        return call.loss
+        return _After.apply(call.loss, logits)
     if call.sharded and named.get("num_items_in_batch") is None:
         raise ArgumentError(
             "labels: the model does not hand num_items_in_batch to its loss, which would be the mean over each rank's "
@@ -218,7 +218,25 @@ def _fused_head(forward: Forward, head: nn.Linear, logits_of: Callable[[Tensor],
     call.loss = total / items.to(total.device)
     with torch.no_grad():
         call.probe = logits_of(x[:, :PROBED])
-    return call.probe.clone()
+    return _After.apply(call.probe, call.loss)
+
+
+class _After(torch.autograd.Function):
+    """A tensor as it is, whose backward pass goes by way of another one, with a gradient of zero.
+
+    The loss goes by way of the logits, and they by way of the loss of the head. So the backward pass comes through the
+    head's output, where FSDP and ZeRO wait for it, before the gradient of the head's weight is taken.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, other: Tensor) -> Tensor:
+        ctx.save_for_backward(other)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple:  # pyrefly: ignore[bad-override]  # torch's `*grads`: one here
+        (other,) = ctx.saved_tensors
+        return dx, torch.zeros_like(other)
 
 
 def _check_head(model: Any) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ringflash.deepspeed import check_mean
 from ringflash.errors import ArgumentError
 from ringflash.parallel.agreement.rounds import agreement, digest_of, refuse
 from ringflash.parallel.mesh import ONE_DEVICE, Group
@@ -101,14 +102,17 @@ class SequenceParallel:
         Returns:
             The same keys with this rank's tokens, (B, s, ...), without those that `sharding` stands for; "position_ids"
             counted over the whole sequence, as the model does, where none were given; "shift_labels" (B, s), the next
-            token of the same document, -100 at its end and at padding; "num_items_in_batch" for the mean over ranks;
-            "sharding".
+            token of the same document, -100 at its end and at padding; "num_items_in_batch", a number, for the mean
+            over ranks; and "sharding".
 
         Raises:
-            ArgumentError: entries that contradict each other or cannot be sharded.
+            ArgumentError: entries that contradict each other or cannot be sharded, or DeepSpeed was given an `mpu` or
+                a mesh with which it would not take the mean of gradients over all ranks.
             RankMismatchError: ranks of the group have different batches.
         """
         try:
+            if self._group is not None:
+                check_mean(self._group)
             part = self._pair(batch) if self._model.config.is_encoder_decoder else self._part(batch, self._masks)[0]
         except Exception as error:
             refuse(self.group, error)

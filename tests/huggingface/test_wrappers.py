@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ringflash.training.engines.zero import import_deepspeed
+from ringflash.deepspeed import import_deepspeed
 from ringflash.transformers import SequenceParallel
 
 WEIGHTS = 2e-5

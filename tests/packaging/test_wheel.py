@@ -60,3 +60,4 @@ def test_every_module_of_the_wheel_imports_without_the_checkout(installed: Path,
 def test_the_installed_commands_run(installed: Path, tmp_path: Path) -> None:
     assert "who holds what" in run_installed(installed, tmp_path, installed / "bin/ringflash-plan")
     assert "seqlen: 4096" in run_installed(installed, tmp_path, installed / "bin/ringflash-train", "--cfg", "job")
+    assert "--sequence-size" in run_installed(installed, tmp_path, installed / "bin/ringflash-finetune", "--help")

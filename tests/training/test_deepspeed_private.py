@@ -6,13 +6,14 @@ import pytest
 import recipe
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
+from ringflash import deepspeed_private as private
 from ringflash.configs.schema import EngineConfig
-from ringflash.training.engines import deepspeed_private as private
+from ringflash.deepspeed import import_deepspeed
 from ringflash.training.engines import zero
 from ringflash.training.engines.create import create_engine, parameter_shapes
 from ringflash.training.engines.optimizer import MOMENTS
-from ringflash.training.engines.zero import import_deepspeed
 
 CPU = torch.device("cpu")
 VARIANTS = {
@@ -42,6 +43,19 @@ def _compiled_operator():
 
 def test_compatible_ops_decides_whether_cpu_collectives_are_compiled(pool):
     assert pool(2).run(_compiled_operator) == [(None, "compiled")] * 2
+
+
+def _averaged_ranks():
+    groups = import_deepspeed(CPU).utils.groups
+    untold = private.averaged_ranks(groups)
+    names = ("data_parallel", "sequence_parallel")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(groups, "mesh_device", init_device_mesh("cpu", (1, 2), mesh_dim_names=names))
+        return untold, private.averaged_ranks(groups)
+
+
+def test_groups_tells_over_which_ranks_gradients_are_averaged(pool):
+    assert pool(2).run(_averaged_ranks) == [(([0, 1], 2), ([rank], 0.5)) for rank in range(2)]
 
 
 def _masters(name, dtype, attribute):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ringflash.configs.schema import OptimizerConfig
-from ringflash.training.engines.deepspeed_private import whole_shape
+from ringflash.deepspeed_private import whole_shape
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps for each weight beside its step; names are torch's."""

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from io import StringIO
-from types import ModuleType
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ringflash.configs.schema import OptimizerConfig
+from ringflash.deepspeed import import_deepspeed
+from ringflash.deepspeed_private import link_optimizer_state, master_weights, optimizer_state, part_size
 from ringflash.training.engines.base import Engine, Read
-from ringflash.training.engines.deepspeed_private import (
-    compile_no_cpu_collectives,
-    link_optimizer_state,
-    master_weights,
-    optimizer_state,
-    part_size,
-)
 from ringflash.training.engines.materialise import Fill, materialise
 from ringflash.training.engines.optimizer import MOMENTS, adam_state, adamw
 from ringflash.training.model.transformer import Transformer
@@ -113,21 +105,6 @@ class ZeroEngine(Engine):
             self._safe.safe_set_local_fp32_param(weight, mine)
         else:
             self._safe.safe_set_local_optimizer_state(weight, mine, moment)
-
-
-def import_deepspeed(device: torch.device) -> ModuleType:
-    """DeepSpeed on this device and in the default process group, quiet, and compiling nothing."""
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # torchrun sets it; DeepSpeed refuses to be without
-    os.environ["DS_ACCELERATOR"] = device.type  # it would take a GPU that is there even if device=cpu
-    import deepspeed
-
-    deepspeed.logger.setLevel("ERROR")
-    # It calls collectives by names that torch has deprecated; each call would say so.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    if device.type == "cpu":
-        compile_no_cpu_collectives(deepspeed)
-    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, dist_init_required=False)
-    return deepspeed
 
 
 def _deepspeed_config(model: Transformer, stage: int, config: OptimizerConfig, accumulation: int) -> dict:

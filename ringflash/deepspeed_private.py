@@ -1,4 +1,4 @@
-"""What ZeRO needs of DeepSpeed that DeepSpeed does not document, name by name.
+"""What is needed of DeepSpeed that DeepSpeed does not document, name by name.
 
 Another version may rename or change any of it. tests/training/test_deepspeed_private.py shows for each what is relied
 on, so that an upgrade shows which one went.
@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 MASTERS = (
@@ -22,6 +23,20 @@ MASTERS = (
 def compile_no_cpu_collectives(deepspeed: ModuleType) -> None:
     """Keep `init_distributed` from compiling an operator for CPUs, which takes minutes and needs a compiler."""
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def averaged_ranks(groups: ModuleType) -> tuple[list[int], float]:
+    """Ranks over which engines sum gradients, and by what they divide the sum, as `initialize` was told.
+
+    Args:
+        groups: `deepspeed.utils.groups`, which keeps `mpu` and the mesh of `mesh_param` for the whole process.
+    """
+    if groups.mpu is None and groups.mesh_device is None:
+        ranks, sharing = list(range(dist.get_world_size())), 1
+    else:
+        ranks = dist.get_process_group_ranks(groups._get_sequence_data_parallel_group())
+        sharing = groups._get_sequence_parallel_world_size()
+    return ranks, len(ranks) / sharing
 
 
 def master_weights(zero: object) -> list[Tensor]:
