@@ -179,6 +179,6 @@ def _check_all_have_tokens(x: object) -> None:
     """Raise ArgumentError for a sharding that leaves a rank without tokens: Transformers cannot make its masks."""
     if isinstance(x, Sharding) and min(x.partition.counts()) == 0:
         raise ArgumentError(
-            f"a batch has {x.seqlen} tokens a sequence, of which not all {x.ranks} ranks get one; let the data collator "
-            f"pad: pad_to_multiple_of={2 * x.ranks}"
+            f"a batch has {x.seqlen} tokens a sequence, of which not all {x.ranks} ranks get one; let the data "
+            f"collator pad: pad_to_multiple_of={2 * x.ranks}"
         )

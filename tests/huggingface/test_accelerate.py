@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DataLoaderConfiguration, FullyShardedDataParallelPlugin, ParallelismConfig
 from accelerate.state import PartialState
+from batches import KINDS
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from trainers import LOSS, assert_same_weights, build, examples, launched, launched_for_fsdp, padded
 
 from ringflash.errors import ArgumentError
+from ringflash.parallel.mesh import ONE_DEVICE
 from ringflash.transformers import SequenceParallel
 from ringflash.transformers.loaders import share_batches
 
@@ -122,6 +124,15 @@ def test_groups_that_are_not_consecutive_and_dispatched_batches_are_refused(pool
             f"group has ranks {mine} of 4; allowed are 2 consecutive ranks, from a multiple of 2 on",
             "dispatch_batches=True: rank 0 reads batches and gives each rank another part of them; allowed is False",
         ]
+
+
+# Counting
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_targets_are_counted_as_they_are_sharded(kind):
+    documents = KINDS[kind]()
+    assert SequenceParallel(build("ring"), ONE_DEVICE).count_targets(documents.batch) == documents.valid
 
 
 # Training
