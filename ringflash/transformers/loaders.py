@@ -45,12 +45,12 @@ def share_batches(accelerator: Accelerator, group: dist.ProcessGroup | None) -> 
     Raises:
         ArgumentError: groups are not of consecutive ranks, or accelerate is to read batches on one rank for all.
     """
+    if group is None:
+        return
     if accelerator.dispatch_batches:
         raise ArgumentError(
             "dispatch_batches=True: rank 0 reads batches and gives each rank another part of them; allowed is False"
         )
-    if group is None:
-        return
     groups = _groups(group)
     prepare = functools.partial(_prepare_data_loader, accelerator, accelerator.prepare_data_loader, groups)
     gather = functools.partial(_gather_for_metrics, accelerator, groups)

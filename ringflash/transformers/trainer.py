@@ -75,7 +75,7 @@ class RingTrainer(Trainer):
         if self._sequence_size > 1 and self._group is None:
             self._group = dist.new_subgroups(group_size=self._sequence_size)[0]
         share_batches(self.accelerator, self._group)
-        self.gather_function = functools.partial(
+        self.gather_function = functools.partial(  # Trainer has taken the method that was there before
             self.accelerator.gather_for_metrics, use_gather_object=self.args.eval_use_gather_object
         )
 

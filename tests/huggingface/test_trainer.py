@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -359,6 +360,28 @@ def own_loss(outputs, labels, num_items_in_batch=None):
     return torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
+class RingWithTensorParallelism(RingTrainer):
+    """On a model whose layers lie on two ranks."""
+
+    def get_tp_size(self):
+        return 2
+
+
+class RingWithUlysses(RingTrainer):
+    """With DeepSpeed's sequence parallelism in the ParallelismConfig."""
+
+    def get_sp_size(self):
+        return 2
+
+
+class RingWithDeepSpeedsGroups(RingTrainer):
+    """With DeepSpeed's sequence parallelism in its JSON."""
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        self.args.hf_deepspeed_config = SimpleNamespace(config={"sequence_parallel_size": 2})
+
+
 SHARED = "sequence_size=2"
 MIXTRAL = {"family": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1}
 REFUSED = {
@@ -381,6 +404,9 @@ REFUSED = {
     ),
     "liger": (Run(arguments={"use_liger_kernel": True}), None, f"liger_kernel_config=None with {SHARED}"),
     "experts": (Run("trl", model=MIXTRAL), None, f"router_aux_loss_coef=None with {SHARED}; allowed is 0.0"),
+    "tensor_parallelism": (Run(), RingWithTensorParallelism, f"tp_size=2 with {SHARED}; allowed is 1"),
+    "ulysses": (Run(), RingWithUlysses, f"sp_size=2 with {SHARED}; allowed is 1"),
+    "deepspeed": (Run(), RingWithDeepSpeedsGroups, f"sequence_parallel_size=2 with {SHARED}; allowed is 1"),
     "own_compute_loss": (Run(), RingOwnLoss, "OwnLoss computes its loss itself, of whole sequences"),
     "attention": (Run(named={"model": "eager"}), None, "LlamaForCausalLM has attn_implementation='eager'"),
 }
