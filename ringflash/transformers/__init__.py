@@ -12,8 +12,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from ringflash.transformers.attention import ring_attention
 from ringflash.transformers.masks import ring_mask
 from ringflash.transformers.sequence_parallel import SequenceParallel
+from ringflash.transformers.trainer import RingTrainer
 
 AttentionInterface.register("ring", ring_attention)
 AttentionMaskInterface.register("ring", ring_mask)
 
-__all__ = ["SequenceParallel"]
+__all__ = ["RingTrainer", "SequenceParallel"]

@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ringflash.deepspeed import check_mean
@@ -21,12 +23,13 @@ from ringflash.parallel.agreement.rounds import agreement, digest_of, refuse
 from ringflash.parallel.mesh import ONE_DEVICE, Group
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import Partition, check_name
-from ringflash.parallel.sharding import Sharding, sharing_group
+from ringflash.parallel.sharding import IGNORED_LABEL, Sharding, sharing_group
 from ringflash.transformers.at_work import alone
 from ringflash.transformers.batches import fingerprint, position_ids_of, shard_targets, shard_tokens, sizes_of
 from ringflash.transformers.documents import Documents, documents_of
 from ringflash.transformers.encoder_decoder import cross_sharding, join, mark_cross_attention, split
 from ringflash.transformers.forward import forward_of, fuse
+from ringflash.transformers.loaders import share_batches
 from ringflash.transformers.models import (
     check_shardable,
     is_causal,
@@ -163,6 +166,27 @@ class SequenceParallel:
         shardings = encoder["sharding"], decoder["sharding"]
         return join(encoder, decoder, cross_sharding(*shardings, documents, self.group, self.partition))
 
+    def count_targets(self, batch: Mapping[str, Any]) -> Tensor:
+        """How many targets a whole batch has: their sum over the batches of a step is "num_items_in_batch".
+
+        Args:
+            batch: as `shard` takes it.
+
+        Returns:
+            A number, int64; 0 without labels.
+
+        Raises:
+            ArgumentError: entries that contradict each other.
+        """
+        if self._model.config.is_encoder_decoder:
+            batch = split(self._model, batch)[1]
+        size, seqlen = sizes_of(batch)
+        documents = documents_of(batch, size, seqlen)
+        whole = Sharding(batch=size, seqlen=seqlen, cu_seqlens=documents.cu_seqlens, group=ONE_DEVICE)
+        part = shard_targets(batch, documents, whole, predicts_next(self._model))
+        targets = part.get("shift_labels", part.get("labels"))
+        return torch.tensor(0) if targets is None else (targets != IGNORED_LABEL).sum()
+
     def reported(self, loss: Tensor) -> Tensor:
         """The loss of the whole batch, the same on all ranks of the group, for logs: the mean of what each computed."""
         loss = loss.detach().clone()
@@ -173,6 +197,19 @@ class SequenceParallel:
     def alone(self) -> AbstractContextManager[None]:
         """Every rank works for itself: for batches that are not sharded, to evaluate and to generate."""
         return alone()
+
+    def share_batches(self, accelerator: Accelerator) -> None:
+        """Let `accelerator.prepare(loader)` give all ranks of the group one batch, and each group another.
+
+        Call it before loaders are prepared. `accelerator.gather_for_metrics` then counts each sample once.
+
+        Args:
+            accelerator: of this process.
+
+        Raises:
+            ArgumentError: the group is not of consecutive ranks, or `dispatch_batches` is True.
+        """
+        share_batches(accelerator, self._group)
 
     def fuse_loss(self) -> None:
         """Compute the loss inside of `model.forward` without the logits, which then never exist as a whole.

@@ -12,7 +12,8 @@ sys.path.append(str(Path(__file__).parent.parent / "parallel"))
 
 from pool import PRELOAD, Pools
 
-PRELOAD.append("ringflash.transformers")  # seconds for each worker, unless it is there when they are forked
+# Seconds for each worker, unless they are there when they are forked.
+PRELOAD += ["ringflash.transformers", "trl.trainer.sft_trainer", "peft"]
 
 
 @pytest.fixture(scope="session")
