@@ -137,8 +137,8 @@ class SequenceParallel:
         )
         if 0 in (counts := sharding.partition.counts()):
             raise ArgumentError(
-                f"a sequence of {seqlen} tokens leaves rank {counts.index(0)} of {self.ranks} without any; pad it to "
-                f"{self.ranks} tokens or more"
+                f"a sequence of {seqlen} tokens leaves rank {counts.index(0)} of {self.ranks} without any; pad it, as "
+                f"by a data collator's pad_to_multiple_of={2 * self.ranks}"
             )
         position_ids = position_ids_of(batch, self._position_of_padding)
         part = shard_tokens(batch, position_ids, sharding)

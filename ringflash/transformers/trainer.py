@@ -154,8 +154,6 @@ class _Sharded(nn.Module):
             batch["num_items_in_batch"] = items  # Trainer multiplies by the number of ranks itself
         if inputs.get("fused_lm_head"):
             batch.pop("labels")  # TRL's output head scores shift_labels, by no loss function of the model
-        for x in batch.values():
-            _check_all_have_tokens(x)
         self._sharding = batch["sharding"]
         return self._model(**batch)
 
@@ -173,12 +171,3 @@ class _Sharded(nn.Module):
                 "the ranks; name it in ignore_keys, or let the model return logits alone"
             )
         return self._sharding.unshard(outputs, 1)
-
-
-def _check_all_have_tokens(x: object) -> None:
-    """Raise ArgumentError for a sharding that leaves a rank without tokens: Transformers cannot make its masks."""
-    if isinstance(x, Sharding) and min(x.partition.counts()) == 0:
-        raise ArgumentError(
-            f"a batch has {x.seqlen} tokens a sequence, of which not all {x.ranks} ranks get one; let the data "
-            f"collator pad: pad_to_multiple_of={2 * x.ranks}"
-        )

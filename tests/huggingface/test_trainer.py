@@ -438,7 +438,7 @@ def _with_short_sequences(folder):
     with launched():
         trainer = Run(batch=1, named={"train_dataset": examples(1, shortest=3).select([0])}).make(folder, True)
         trainer.train_dataset = trainer.train_dataset.map(lambda row: {name: x[:3] for name, x in row.items()})
-        with pytest.raises(ArgumentError, match=r"3 tokens a sequence, of which not all 4 ranks get one.*=8"):
+        with pytest.raises(ArgumentError, match=r"3 tokens leaves rank \d of 4 without any.*pad_to_multiple_of=8"):
             trainer.train()
 
 
