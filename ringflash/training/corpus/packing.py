@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ringflash.errors import ArgumentError, CheckpointError, DataError
-from ringflash.parallel.sharding import IGNORED_LABEL
+from ringflash.parallel.labels import IGNORED_LABEL
 from ringflash.training.corpus.documents import Documents
 
 
