@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -203,6 +205,26 @@ def test_ranks_that_read_different_text_are_notified(pool, tmp_path, differ):
     assert isinstance(first.error, RankMismatchError)
     assert "data.path=text" in str(first.error)
     assert isinstance(second.error, RankMismatchError if differ == "content" else DataError)
+
+
+def _train_and_listen(folder):
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        _train(folder, "listened", f"data.path={folder / 'text'}", "train.steps=1", "train.seqlen=64")
+    return said.getvalue()
+
+
+def test_what_of_the_data_is_passed_over_is_said(pool, tmp_path):
+    (tmp_path / "text").mkdir()
+    rows = [{"text": f"{number} words\n" * 200} for number in range(9)] + [{"text": None}] * 2
+    (tmp_path / "text" / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "text" / ".b.txt").touch()
+    (said,) = pool(1).run(_train_and_listen, tmp_path)
+    (line,) = [line for line in said.splitlines() if line.startswith("passed over")]
+    hidden, without = tmp_path / "text" / ".b.txt", tmp_path / "text" / "a.jsonl"
+    assert line == (
+        f"passed over: hidden files and folders (1, the first is {hidden}); rows without text (2, the first is "
+        f"{without}, line 10)"
+    )
 
 
 def test_a_run_folder_that_cannot_be_made_is_refused_on_every_rank(pool, tmp_path):

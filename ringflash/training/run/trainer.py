@@ -179,7 +179,7 @@ class Trainer:
         return path
 
     def description(self) -> str:
-        """What is trained on what, in a line or two."""
+        """What is trained on what, in two lines, and what of the data is passed over, in one more."""
         train = self.config.train
         start = f"continuing {self.resumed.path} at step {self.step}" if self.resumed else "from initial weights"
         return (
@@ -188,6 +188,7 @@ class Trainer:
             f"{train.global_batch} x {train.seqlen} tokens a step\n"
             f"{self.corpus.train.num_tokens:,} training tokens of {self.corpus.bytes_per_token:.2f} bytes; "
             f"{start}; writing to {self.folder}"
+            + (f"\n{self.corpus.passed_over}" if self.corpus.passed_over.counts else "")
         )
 
     def _next_batches(self) -> list[dict]:
