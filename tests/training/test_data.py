@@ -84,6 +84,28 @@ def test_validation_predicts_every_token_once_and_counts_every_byte(lengths, seq
     assert num_bytes == docs.num_bytes
 
 
+@given(
+    lengths=some_lengths,
+    seqlen=st.integers(2, 12),
+    batch=st.integers(1, 4),
+    ranks=st.integers(1, 4),
+    sequences=st.integers(1, 9),
+)
+def test_so_many_validation_sequences_are_the_same_predictions_whatever_batch_and_ranks(
+    lengths, seqlen, batch, ranks, sequences
+):
+    docs = documents(lengths)
+    alone = ValidationBatches(docs, seqlen, 1)
+    expected, expected_bytes = Counter(), 0
+    for _, (batch_, num_bytes) in zip(range(sequences), alone, strict=False):
+        expected.update(predictions(batch_))
+        expected_bytes += num_bytes
+    parts = [list(ValidationBatches(docs, seqlen, batch, rank, ranks, sequences)) for rank in range(ranks)]
+    assert len({len(part) for part in parts}) == 1
+    assert sum((Counter(predictions(batch_)) for part in parts for batch_, _ in part), Counter()) == expected
+    assert sum(num_bytes for part in parts for _, num_bytes in part) == expected_bytes
+
+
 @given(lengths=some_lengths, seqlen=st.integers(2, 20), seed=st.integers(0, 3))
 def test_an_epoch_predicts_every_token_at_most_once_and_drops_only_the_tail(lengths, seqlen, seed):
     docs = documents(lengths)

@@ -137,12 +137,15 @@ class Trainer:
         """
         train = self.config.train
         batches = ValidationBatches(
-            self.corpus.validation, train.seqlen, train.micro_batch, self.data_rank, self.data_ranks
+            self.corpus.validation,
+            train.seqlen,
+            train.micro_batch,
+            self.data_rank,
+            self.data_ranks,
+            train.validation_sequences,
         )
-        at_once = train.micro_batch * self.data_ranks
-        limit = len(batches) if train.validation_sequences is None else -(-train.validation_sequences // at_once)
         positions, num_bytes = PositionLoss(train.seqlen), 0
-        for _, counted in zip(range(limit), batches, strict=False):
+        for counted in batches:
             num_bytes += counted.num_bytes
             shard = self._shard(counted.batch)
             positions.add(shard["position_ids"], self.engine.evaluate(shard), shard["labels"])
