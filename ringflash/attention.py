@@ -72,8 +72,8 @@ class DistributedFlashAttention(GroupModule):
         scale: float | None = None,
         kernel: str = "auto",
         deterministic: bool = False,
-        softcap: float = 0.0,
-        dropout: float = 0.0,
+        softcap: float | None = 0.0,
+        dropout: float | None = 0.0,
     ) -> None:
         super().__init__(group)
         check_name(partition)

@@ -128,6 +128,11 @@ def test_none_is_what_an_argument_is_that_is_not_passed(call: str) -> None:
             torch.testing.assert_close(x, y, rtol=0, atol=0, msg=f"{name}=None")
 
 
+def test_none_is_none_for_a_module_too() -> None:
+    found = DistributedFlashAttention(scale=None, softcap=None, dropout=None).train()(Q, K, V)
+    assert torch.equal(found, _run("module", {}))
+
+
 def test_bounds_of_a_window_may_be_none() -> None:
     for given, meant in (((None, None), (-1, -1)), ((3, None), (3, -1)), ([None, 2], (-1, 2))):
         found = _run("flash_attn_func", {"window_size": given})
@@ -203,3 +208,18 @@ def test_a_batch_of_no_sequences_is_refused_by_flash_attns_name(call: str) -> No
     empty = {name: x[:0] for name, x in CALLS[call][1].items()}
     with pytest.raises(ArgumentError, match=r"^q has shape \(0, 6, 4, 16\); the batch must hold at least one sequence"):
         _run(call, empty)
+
+
+@pytest.mark.gpu
+def test_a_longest_sequence_on_a_gpu_is_not_waited_for() -> None:
+    good = {name: x.cuda() if isinstance(x, Tensor) else x for name, x in CALLS["flash_attn_varlen_func"][1].items()}
+    good |= {name: good[name].half() for name in "qkv"}
+    expected = interface.flash_attn_varlen_func(**good)
+    longest = {name: torch.tensor(7, device="cuda") for name in LONGEST}
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = interface.flash_attn_varlen_func(**good | longest)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found, expected)
