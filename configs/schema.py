@@ -69,9 +69,9 @@ class DataConfig:
     """Where text comes from and how it becomes tokens."""
 
     path: str | None = None
-    """Folder of text files, a .txt, .jsonl or .parquet file; null: the running interpreter's standard library."""
+    """Folder or file: text, .json, .jsonl, .ndjson, .parquet, also compressed; null: Python's standard library."""
     text_field: str = "text"
-    """Field (jsonl) or column (parquet) that holds the text."""
+    """Field or column that holds the text of JSON and parquet; within another one: meta.text."""
     tokenizer: str = "bpe"
     """"bpe" (trained on the training files and cached), "bytes", or a Hugging Face tokenizer folder."""
     vocab_size: int = 8192

@@ -101,6 +101,12 @@ def warming_up(device: torch.device) -> bool:
     return manager is not None and manager.in_warmup
 
 
+assert_async: Callable[[Tensor, str], None] = torch._assert_async
+"""Ends the process, with this text on standard error, if a bool on a GPU is false, which the host does not wait for.
+
+torch._check and assert read it.
+"""
+
 cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 """What scaled_dot_product_attention runs on CPUs, with the log-sum-exp, which the public function keeps to itself."""
 

@@ -25,15 +25,13 @@ from torch import Tensor
 from ringflash.errors import ArgumentError
 from ringflash.kernels.kept import TensorNotes
 from ringflash.parallel.gather import gather_rows
+from ringflash.parallel.labels import IGNORED_LABEL, as_int64, check_labels
 from ringflash.parallel.mesh import ONE_DEVICE, Group, process_group
 from ringflash.parallel.placement import Placement, new_handle, on_a_device
 from ringflash.parallel.positions.integers import integers
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import Partition
 from ringflash.parallel.positions.segments import Interval
-
-IGNORED_LABEL = -100
-"""Label of a token that has no next token in its document; torch's cross entropy skips it."""
 
 Boundaries = Sequence[int] | Tensor
 
@@ -220,23 +218,27 @@ class Sharding:
         """The next token of the same document for each token of the whole batch, -100 where there is none.
 
         Args:
-            ids: (B, S) labels of the whole batch, not shifted; input ids, or such with -100 where nothing is learned.
+            ids: (B, S) labels of the whole batch, not shifted: input ids, or such with -100 where nothing is learned;
+                integers.
 
         Returns:
-            (B, S), int64 if ids are integers of fewer bits.
+            (B, S) int64.
+
+        Raises:
+            ArgumentError: another shape or dtype; on the CPU also a negative label other than -100, if it is a target.
         """
+        flat = as_int64("labels", ids).flatten()
         if tuple(ids.shape) != (self.batch, self.seqlen):
             raise ArgumentError(f"ids is {tuple(ids.shape)}; allowed is {(self.batch, self.seqlen)}, (batch, seqlen)")
         edges = self.cu_seqlens
         if edges is None:
             raise ArgumentError("cu_seqlens are on a device, where the host must not read them; pass them on the CPU")
-        flat = ids.flatten()
-        flat = flat if flat.dtype == torch.int64 or flat.is_floating_point() else flat.long()
-        following = torch.cat([flat[1:], flat.new_full((1,), IGNORED_LABEL)])
-        last = edges[1:][edges.diff() > 0] - 1
-        following[last.to(flat.device)] = IGNORED_LABEL
-        following[int(edges[-1]) :] = IGNORED_LABEL
-        return following.view_as(ids)
+        # A document's first token is predicted from nothing, and so is what lies behind the last one.
+        targets = flat.clone()
+        targets[edges[:-1][edges.diff() > 0].to(flat.device)] = IGNORED_LABEL
+        targets[int(edges[-1]) :] = IGNORED_LABEL
+        check_labels("labels", targets.view_as(ids))
+        return torch.cat([targets[1:], targets.new_full((1,), IGNORED_LABEL)])[: len(targets)].view_as(ids)
 
     def labels(self, ids: Tensor) -> Tensor:
         """This rank's part of `shifted_labels`, (B, s)."""

@@ -53,7 +53,7 @@ class DistributedFlashAttention(GroupModule):
         scale: factor of the scores before the softmax; 1 / sqrt(D) if None.
         kernel: "auto", or the name of one implementation (see `ringflash.kernels.select`).
         deterministic: gradients repeat bit for bit.
-        softcap: scores become softcap * tanh(score / softcap); 0 for none.
+        softcap: scores become softcap * tanh(score / softcap); 0 or None for none.
         dropout: probability of dropping a pair while training; see `ringflash.functional.attention` for its seed.
 
     Example:
@@ -72,8 +72,8 @@ class DistributedFlashAttention(GroupModule):
         scale: float | None = None,
         kernel: str = "auto",
         deterministic: bool = False,
-        softcap: float = 0.0,
-        dropout: float = 0.0,
+        softcap: float | None = 0.0,
+        dropout: float | None = 0.0,
     ) -> None:
         super().__init__(group)
         check_name(partition)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ringflash.errors import ArgumentError
 from ringflash.parallel.agreement.rounds import agreement, digest_of, refuse
+from ringflash.parallel.labels import as_int64
 from ringflash.parallel.mesh import Group, process_group
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import BY_DOCUMENT, Partition
@@ -113,9 +114,10 @@ def shard_batch(
     """This rank's part of a batch for language-model training; labels are shifted before they are sharded.
 
     Args:
-        batch: "input_ids" (B, S); optionally "labels" (B, S), not shifted, the input_ids if absent; optionally
-            "cu_seqlens", global document boundaries over the B * S tokens laid end to end. Each sequence of the batch
-            starts a document of its own. Tokens behind the last boundary, as padding is, belong to none.
+        batch: "input_ids" (B, S), integers; optionally "labels" (B, S), not shifted, -100 where nothing is to be
+            predicted, the input_ids if absent; optionally "cu_seqlens", global document boundaries over the B * S
+            tokens laid end to end. Each sequence of the batch starts a document of its own. Tokens behind the last
+            boundary, as padding is, belong to none.
         group: as in `ringflash.Sharding`; so is what it refuses in a DataLoader's worker.
         partition: as in `ringflash.Sharding`.
         mask: see `positions`; the documents are added to it.
@@ -123,23 +125,26 @@ def shard_batch(
         ranks: as in `ringflash.Sharding`.
 
     Returns:
-        "input_ids" (B, s); "labels" (B, s), the next token of the same document, -100 at each document's end;
-        "position_ids" (B, s), counted from each document's start; "cu_seqlens" (documents + 1,) int64 on the CPU;
+        "input_ids" (B, s) int64; "labels" (B, s) int64, the next token of the same document, -100 at each document's
+        end; "position_ids" (B, s), counted from each document's start; "cu_seqlens" (documents + 1,) int64 on the CPU;
         "seqlen" S; and the "sharding", for `DistributedFlashAttention` in place of the last two.
 
     Raises:
-        ArgumentError: an unknown entry, or shapes that do not go together.
+        ArgumentError: an unknown entry, shapes that do not go together, or a label that is no id and not -100; labels
+            on a GPU are left to the loss, which knows the vocabulary too.
     """
     unknown = set(batch) - {"input_ids", "labels", "cu_seqlens"}
     if unknown:
         raise ArgumentError(f"batch has {sorted(unknown)}; allowed are input_ids, labels, cu_seqlens")
     if "input_ids" not in batch:
         raise ArgumentError(f"batch has {sorted(batch)}; input_ids is missing")
-    input_ids: Any = batch["input_ids"]
-    labels: Any = input_ids if batch.get("labels") is None else batch["labels"]
-    if input_ids.dim() != 2 or labels.shape != input_ids.shape:
+    given: Any = batch
+    input_ids = as_int64("input_ids", given["input_ids"])
+    labels = input_ids if given.get("labels") is None else as_int64("labels", given["labels"])
+    if input_ids.dim() != 2 or labels.shape != input_ids.shape or not len(input_ids):
         raise ArgumentError(
-            f"input_ids {tuple(input_ids.shape)} and labels {tuple(labels.shape)} must both be (batch, seqlen)"
+            f"input_ids {tuple(input_ids.shape)} and labels {tuple(labels.shape)} must both be (batch, seqlen), of one "
+            "sequence and more"
         )
     size, seqlen = input_ids.shape
     sharding = Sharding(

@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 
 from ringflash.errors import ArgumentError, UnsupportedError
 from ringflash.kernels.kept import Kept, metadata
+from ringflash.kernels.select import NAMES
 from ringflash.kernels.torch_private import mapped
 from ringflash.parallel.agreement.rounds import refuse
 from ringflash.parallel.execution.call import NEEDS, Request
@@ -23,7 +24,7 @@ from ringflash.parallel.execution.operators import NO_FORWARD_MODE, NO_VMAP, cal
 from ringflash.parallel.lookup import find
 from ringflash.parallel.mesh import Group, process_group
 from ringflash.parallel.placement import on_a_device
-from ringflash.parallel.positions.integers import integers
+from ringflash.parallel.positions.integers import check_flag, check_number, integers
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import Partition
 from ringflash.parallel.sharding import Sharding, check_marks
@@ -65,9 +66,9 @@ def attention(
     partition: str | Partition | None = None,
     sharding: Sharding | None = None,
     scale: float | None = None,
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     alibi_slopes: Tensor | None = None,
-    dropout: float = 0.0,
+    dropout: float | None = 0.0,
     dropout_seed: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     sinks: Tensor | None = None,
@@ -95,10 +96,10 @@ def attention(
         sharding: how the batch lies on its ranks, in place of lengths, documents and partition. `mask` is then one of
             its masks, and may be None where it has one.
         scale: factor of the scores before the softmax; 1 / sqrt(D) if None.
-        softcap: scores become softcap * tanh(score / softcap); 0 for none.
+        softcap: scores become softcap * tanh(score / softcap); 0 or None for none.
         alibi_slopes: fp32 (H,), or (B, H), or (documents, H) with cu_seqlens; slope * distance is taken from a score.
             There is no gradient by them.
-        dropout: probability of dropping a pair.
+        dropout: probability of dropping a pair; 0 or None for none.
         dropout_seed: (1,) int64 on the query's device, the same on all ranks; with it everything that is dropped is
             given. None draws one from torch's generator of that device: ranks that were given the same
             `torch.manual_seed` drop what one device would.
@@ -117,14 +118,15 @@ def attention(
     """
     check_sharding(sharding)
     try:
-        query, key, value = _autocast(query, key, value)
         others = {
             "alibi_slopes": alibi_slopes,
             "dropout_seed": dropout_seed,
             "key_padding_mask": key_padding_mask,
             "sinks": sinks,
         }
-        _check_tensors_or_none(others)
+        check_types({"query": query, "key": key, "value": value}, others)
+        query, key, value = _autocast(query, key, value)
+        softcap, dropout = 0.0 if softcap is None else softcap, 0.0 if dropout is None else dropout
         _check_transformations((query, key, value, alibi_slopes), (cu_seqlens, query_cu_seqlens, *others.values()))
         numbers = scale, softcap, dropout, kernel, deterministic
         settings_of = _settings if torch.compiler.is_compiling() else _settings_once
@@ -192,8 +194,11 @@ def _settings(
     """The operator's settings (see `ringflash.parallel.execution.call.Settings`), checked."""
     check_tensors(query, key, value)
     _check_numbers(softcap, dropout, scale)
+    check_flag("deterministic", deterministic)
+    if not isinstance(kernel, str):
+        raise ArgumentError(f"kernel={kernel!r}; allowed are {', '.join(NAMES)}")
     scale = query.shape[3] ** -0.5 if scale is None else scale
-    return scale, float(softcap), float(dropout), kernel, deterministic
+    return scale, float(softcap), float(dropout), kernel, bool(deterministic)
 
 
 def _needs(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> int:
@@ -319,6 +324,10 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def _check_numbers(softcap: float, dropout: float, scale: float | None) -> None:
+    check_number("softcap", softcap, ", 0 or None for none")
+    check_number("dropout", dropout, ", 0 or None for none")
+    if scale is not None:
+        check_number("scale", scale, ", or None for 1 / sqrt(head_dim)")
     if not 0 <= softcap < float("inf"):
         raise ArgumentError(f"softcap={softcap}; allowed are 0 for none, and positive numbers")
     if not 0 <= dropout < 1:
@@ -327,10 +336,18 @@ def _check_numbers(softcap: float, dropout: float, scale: float | None) -> None:
         raise ArgumentError(f"scale={scale}; allowed are positive numbers, or None for 1 / sqrt(head_dim)")
 
 
-def _check_tensors_or_none(given: Mapping[str, object]) -> None:
-    for name, x in given.items():
+def check_types(tensors: Mapping[str, object], others: Mapping[str, object] | None = None) -> None:
+    """Raise ArgumentError, naming an argument, unless the first are tensors and the others tensors or None."""
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise ArgumentError(f"{name} is {_kind(x)}; allowed is a tensor")
+    for name, x in (others or {}).items():
         if x is not None and not isinstance(x, Tensor):
-            raise ArgumentError(f"{name} is a {type(x).__name__}; allowed are a tensor and None")
+            raise ArgumentError(f"{name} is {_kind(x)}; allowed are a tensor and None")
+
+
+def _kind(x: object) -> str:
+    return "None" if x is None else f"a {type(x).__name__}"
 
 
 def _check_transformations(tensors: tuple[Tensor | None, ...], others: tuple[object, ...]) -> None:

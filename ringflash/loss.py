@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ringflash.parallel.sharding import IGNORED_LABEL
+from ringflash.parallel.labels import IGNORED_LABEL, as_int64, check_labels
 
 CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**27}
 """Logits that may exist at once: as many as stay in a core's cache, or as keep a GPU busy (512 MiB in fp32)."""
@@ -57,25 +57,39 @@ def cross_entropy_sum(
     Args:
         x_TC: (T, C) activations.
         weight_VC: (V, C) output head; used in the dtype of x.
-        labels_T: (T,) int64; IGNORED_LABEL where nothing is to be predicted.
+        labels_T: (T,) integers from 0 to V - 1; IGNORED_LABEL where nothing is to be predicted.
         bias_V: (V,) of the head.
         scale: see `Head`.
         softcap: see `Head`.
+
+    Raises:
+        ArgumentError: another label; on a GPU, which is not waited for, a device-side assertion, as torch's own.
     """
-    return _CrossEntropySum.apply(x_TC, weight_VC, labels_T, bias_V, scale, softcap)
+    return _CrossEntropySum.apply(x_TC, weight_VC, _checked(labels_T, weight_VC), bias_V, scale, softcap)
 
 
 @torch.no_grad()
 def cross_entropy(x_TC: Tensor, weight_VC: Tensor, labels_T: Tensor) -> Tensor:
-    """Each token's cross entropy (T,) fp32, 0 where its label is IGNORED_LABEL; for evaluation."""
-    head = Head(weight_VC.to(x_TC.dtype))
-    losses = [_chunk(head.logits(x_TC[rows]), labels_T[rows])[0] for rows in _chunks(x_TC, head)]
-    return torch.cat(losses)
+    """Each token's cross entropy (T,) fp32, 0 where its label is IGNORED_LABEL; for evaluation.
+
+    Arguments are those of `cross_entropy_sum`; a rank may hold no token.
+    """
+    labels_T, head = _checked(labels_T, weight_VC), Head(weight_VC.to(x_TC.dtype))
+    losses = x_TC.new_empty(len(x_TC), dtype=torch.float32)
+    for rows in _chunks(x_TC, head):
+        losses[rows] = _chunk(head.logits(x_TC[rows]), labels_T[rows])[0]
+    return losses
 
 
 def valid_tokens(labels: Tensor) -> Tensor:
     """Number of labels that count, a scalar int64 tensor."""
     return (labels != IGNORED_LABEL).sum()
+
+
+def _checked(labels: Tensor, weight: Tensor) -> Tensor:
+    labels = as_int64("labels", labels)
+    check_labels("labels", labels, weight.shape[0])
+    return labels
 
 
 class _CrossEntropySum(torch.autograd.Function):
@@ -125,7 +139,7 @@ def _chunks(x: Tensor, head: Head) -> list[slice]:
 
 def _chunk(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Cross entropies and softmax of some tokens; overwrites the logits, takes one pass of exponentials."""
-    picked = logits.gather(-1, labels.clamp(min=0)[:, None])[:, 0]
+    picked = logits.gather(-1, _columns(labels))[:, 0]
     largest = logits.amax(-1)
     softmax = logits.sub_(largest[:, None]).exp_()
     total = softmax.sum(-1)
@@ -135,5 +149,10 @@ def _chunk(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def _logit_gradient(softmax: Tensor, labels: Tensor) -> Tensor:
     """Softmax - onehot(label), zero rows where the label is ignored; overwrites the softmax."""
-    softmax.scatter_add_(-1, labels.clamp(min=0)[:, None], softmax.new_full((len(labels), 1), -1.0))
+    softmax.scatter_add_(-1, _columns(labels), softmax.new_full((len(labels), 1), -1.0))
     return softmax.masked_fill_((labels == IGNORED_LABEL)[:, None], 0.0)
+
+
+def _columns(labels: Tensor) -> Tensor:
+    """Where each token's logit is, (T, 1); anywhere for ignored ones. Other negative labels are left to be refused."""
+    return labels.masked_fill(labels == IGNORED_LABEL, 0)[:, None]

@@ -375,7 +375,7 @@ EDGES = torch.tensor([0, 3, 5], dtype=torch.int32)
         ({"window_size": (-2, 0)}, r"window_size=\(-2, 0\)"),
         ({"window_size": (3,)}, r"window_size=\(3,\)"),
         ({"window_size": (2.9, 0)}, r"window_size=\(2\.9, 0\); allowed are integers"),
-        ({"window_size": None}, r"window_size=None"),
+        ({"window_size": 5}, r"window_size=5; allowed is \(left, right\)"),
         ({"softcap": float("nan")}, r"softcap=nan"),
         ({"alibi_slopes": torch.ones(3)}, "alibi_slopes"),
         ({"alibi_slopes": torch.ones(3, 4)}, r"alibi_slopes .*\(3, 4\)"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
@@ -10,15 +12,21 @@ from torch import Tensor
 
 from ringflash.errors import ArgumentError
 from ringflash.flash_attn.probabilities import signed_probabilities
-from ringflash.functional import attention
+from ringflash.functional import attention, check_types
 from ringflash.kernels.kept import Kept
 from ringflash.parallel.mesh import ONE_DEVICE
-from ringflash.parallel.positions.integers import integers
+from ringflash.parallel.positions.integers import check_flag, check_number, integers
 from ringflash.parallel.positions.mask import Mask
 
 Attention = Tensor | tuple[Tensor, Tensor, Tensor | None]
 """out, or (out, softmax_lse, S_dmask) if these were asked for."""
 
+
+Window = Sequence[int | None] | None
+"""(left, right); -1 or None for no bound, None for (-1, -1)."""
+
+Longest = int | Tensor | None
+"""Length of the longest sequence; None where the caller does not know it."""
 
 _options = Kept()
 """`Options` by the arguments they were made of."""
@@ -38,16 +46,18 @@ class Options:
 
     @staticmethod
     def of(
-        dropout_p: float,
+        dropout_p: float | None,
         softmax_scale: float | None,
         causal: bool,
-        window_size: tuple[int, int],
-        softcap: float,
+        window_size: Window,
+        softcap: float | None,
         alibi_slopes: Tensor | None,
         deterministic: bool,
         return_attn_probs: bool,
     ) -> Options:
         """Options from flash-attn's arguments."""
+        if alibi_slopes is not None:
+            check_types({}, {"alibi_slopes": alibi_slopes})
         given = dropout_p, softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs
         make = Options._of if torch.compiler.is_compiling() or alibi_slopes is not None else Options._once
         return make(alibi_slopes, *given)
@@ -64,17 +74,21 @@ class Options:
     @staticmethod
     def _of(
         alibi_slopes: Tensor | None,
-        dropout_p: float,
+        dropout_p: float | None,
         softmax_scale: float | None,
         causal: bool,
-        window_size: tuple[int, int],
-        softcap: float,
+        window_size: Window,
+        softcap: float | None,
         deterministic: bool,
         return_attn_probs: bool,
     ) -> Options:
+        dropout_p = 0.0 if dropout_p is None else dropout_p
+        check_number("dropout_p", dropout_p, ", or None for 0")
         if not 0 <= dropout_p < 1:
             raise ArgumentError(f"dropout_p={dropout_p}; allowed is 0 <= dropout_p < 1")
         left, right, softcap = score_rules(softmax_scale, causal, window_size, softcap)
+        check_flag("deterministic", deterministic)
+        check_flag("return_attn_probs", return_attn_probs)
         return Options(
             dropout_p,
             softmax_scale,
@@ -118,14 +132,21 @@ class Options:
 
 
 def score_rules(
-    softmax_scale: float | None, causal: bool, window_size: tuple[int, int], softcap: float
+    softmax_scale: float | None, causal: bool, window_size: Window, softcap: float | None
 ) -> tuple[int | None, int | None, float]:
     """Bounds of the window to the left and to the right, None for none, and softcap, 0 for none."""
-    if softmax_scale is not None and not 0 < softmax_scale < float("inf"):
-        raise ArgumentError(f"softmax_scale={softmax_scale}; allowed are positive numbers, or None")
+    if softmax_scale is not None:
+        check_number("softmax_scale", softmax_scale, ", or None")
+        if not 0 < softmax_scale < float("inf"):
+            raise ArgumentError(f"softmax_scale={softmax_scale}; allowed are positive numbers, or None")
+    softcap = 0.0 if softcap is None else softcap
+    check_number("softcap", softcap, ", or None for none")
     if not softcap < float("inf"):
         raise ArgumentError(f"softcap={softcap}; allowed are positive numbers, 0 and less for none")
-    sizes = integers("window_size", window_size)
+    check_flag("causal", causal)
+    window = (-1, -1) if window_size is None else window_size
+    one = not isinstance(window, Iterable) or (isinstance(window, Tensor) and not window.dim())
+    sizes = () if one else integers("window_size", tuple([-1 if x is None else x for x in window]))
     if len(sizes) != 2 or min(sizes) < -1:
         raise ArgumentError(f"window_size={window_size}; allowed is (left, right), each -1 for no bound, or more")
     left, right = (None if x == -1 else x for x in sizes)
@@ -167,6 +188,7 @@ def unpack(name: str, packed: Tensor, count: Literal[3], dims: int) -> tuple[Ten
 
 def unpack(name: str, packed: Tensor, count: int, dims: int) -> tuple[Tensor, ...]:
     """Views of `count` tensors stacked in front of the heads, (..., count, nheads, headdim)."""
+    check_types({name: packed})
     if packed.dim() != dims or packed.shape[-3] != count:
         shape = f"({'batch, seqlen' if dims == 5 else 'total'}, {count}, nheads, headdim)"
         raise ArgumentError(f"{name} has shape {tuple(packed.shape)}; allowed is {shape}")
@@ -175,14 +197,22 @@ def unpack(name: str, packed: Tensor, count: int, dims: int) -> tuple[Tensor, ..
 
 def rows_together(name: str, x: Tensor, dims: int) -> Tensor:
     """The tensor with a contiguous last dimension, copied if it has another, after a look at its shape."""
+    if not isinstance(x, Tensor):
+        check_types({name: x})
     if x.dim() != dims:
         allowed = "(batch, seqlen, nheads, headdim)" if dims == 4 else "(total, nheads, headdim)"
         raise ArgumentError(f"{name} has shape {tuple(x.shape)}; allowed is {allowed}")
+    if dims == 4 and not x.shape[0]:
+        raise ArgumentError(f"{name} has shape {tuple(x.shape)}; the batch must hold at least one sequence")
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def check_boundaries(name: str, cu_seqlens: Tensor, longest: int, q: Tensor, total: int | None) -> None:
-    """What can be checked of boundaries without waiting for a device."""
+def check_boundaries(name: str, cu_seqlens: Tensor, longest: Longest, q: Tensor, total: int | None) -> int | None:
+    """What can be checked of boundaries, and of the longest sequence, without waiting for a device.
+
+    Returns:
+        The longest sequence, None if it was not given or would have to be waited for.
+    """
     if (
         not isinstance(cu_seqlens, Tensor)
         or cu_seqlens.dim() != 1
@@ -193,15 +223,51 @@ def check_boundaries(name: str, cu_seqlens: Tensor, longest: int, q: Tensor, tot
         raise ArgumentError(f"{name} has {cu_seqlens.shape[0]} entries; allowed is the number of sequences + 1, from 2")
     if cu_seqlens.device.type != "cpu" and cu_seqlens.device != q.device:
         raise ArgumentError(f"{name} is on {cu_seqlens.device}, q on {q.device}; pass it there or on the CPU")
-    if longest < 0:
-        raise ArgumentError(f"{name.replace('cu', 'max').replace('seqlens', 'seqlen')}={longest}; allowed is 0 or more")
+    known = _longest_at_hand(name_of_longest(name), longest)
     if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
-        return
+        return known
     if cu_seqlens[0] != 0 or cu_seqlens.diff().min() < 0:
         raise ArgumentError(f"{name}={cu_seqlens.tolist()}; it must start at 0 and never decrease")
     if total is not None and cu_seqlens[-1] > total:
         raise ArgumentError(f"{name} ends at {int(cu_seqlens[-1])}, behind the last of {total} tokens")
-    if (found := int(cu_seqlens.diff().max())) > longest:
-        raise ArgumentError(
-            f"{name.replace('cu', 'max').replace('seqlens', 'seqlen')}={longest}; the longest sequence has {found}"
-        )
+    if known is not None and (found := int(cu_seqlens.diff().max())) > known:
+        raise ArgumentError(f"{name_of_longest(name)}={known}; the longest sequence has {found}")
+    return known
+
+
+def name_of_longest(name: str) -> str:
+    """max_seqlen_q of cu_seqlens_q, and so on."""
+    return name.replace("cu", "max").replace("seqlens", "seqlen")
+
+
+def longest_needed(name: str, longest: Longest, needed_by: str) -> int:
+    """The longest sequence as a number, where a size depends on it; a GPU is waited for if it is there.
+
+    Args:
+        name: of the argument.
+        longest: its value.
+        needed_by: what depends on it.
+    """
+    if longest is None or (isinstance(longest, Tensor) and torch.compiler.is_compiling()):
+        what = "None" if longest is None else "a tensor in compiled code"
+        raise ArgumentError(f"{name} is {what}; {needed_by} needs it as an integer")
+    number = _longest_at_hand(name, longest)
+    return int(longest) if number is None else number
+
+
+def _longest_at_hand(name: str, longest: Longest) -> int | None:
+    """The longest sequence, None if it was not given or lies where it would have to be waited for."""
+    if isinstance(longest, Tensor):
+        if longest.numel() != 1 or longest.is_floating_point() or longest.dtype == torch.bool:
+            raise ArgumentError(f"{name} is {longest.dtype} {tuple(longest.shape)}; allowed is an integer, or None")
+        if longest.device.type != "cpu" or torch.compiler.is_compiling():
+            return None
+    if longest is None:
+        return None
+    try:  # torch.compile does not know each integer, and takes no index of those
+        number = longest if isinstance(longest, int) else operator.index(longest)
+    except TypeError as error:
+        raise ArgumentError(f"{name}={longest!r}; allowed is an integer, or None") from error
+    if number < 0:
+        raise ArgumentError(f"{name}={number}; allowed is 0 or more")
+    return number

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ringflash.errors import ArgumentError
+from ringflash.functional import check_types
 
 
 def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
@@ -59,13 +60,14 @@ def unpad_input(
         `attention_mask` keeps, (batch,) int32.
 
     Raises:
-        ArgumentError: a mask has another shape than the tokens.
+        ArgumentError: a mask is no tensor, or has another shape than the tokens.
 
     Example:
         >>> mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
         >>> unpad_input(torch.randn(2, 3, 8), mask)[2]
         tensor([0, 2, 3], dtype=torch.int32)
     """
+    check_types({"hidden_states": hidden_states, "attention_mask": attention_mask}, {"unused_mask": unused_mask})
     for name, mask in (("attention_mask", attention_mask), ("unused_mask", unused_mask)):
         if mask is not None and mask.shape != hidden_states.shape[:2]:
             raise ArgumentError(f"{name} has shape {tuple(mask.shape)}; allowed is {tuple(hidden_states.shape[:2])}")

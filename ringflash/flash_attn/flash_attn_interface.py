@@ -20,7 +20,11 @@ Arguments that all of them share:
 
 Places are counted from the end where queries and keys differ in length: the last query stands at the last key. A query
 that sees no key gets 0, a log-sum-exp of -inf, and gives no gradients. nheads is a multiple of nheads_k. fp16, bf16
-and fp32; the value's head dimension may differ from the key's. Wrong arguments raise `ringflash.ArgumentError`.
+and fp32; the value's head dimension may differ from the key's. Wrong arguments raise `ringflash.ArgumentError`, before
+anything is computed.
+
+For wrappers that pass everything on: None is what these arguments are if they are not passed, a bound of the window may
+be None, and max_seqlen may be None or a tensor, also in compiled code, as next to nothing depends on it.
 
 What flash-attn does not take and this does: any head dimension, softcap with dropout, gradients with paged keys,
 pages of any size, and boundaries on the CPU.
@@ -33,9 +37,20 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ringflash.errors import ArgumentError
-from ringflash.flash_attn.arguments import Attention, Options, attend_batch, check_boundaries, rows_together, unpack
+from ringflash.flash_attn.arguments import (
+    Attention,
+    Longest,
+    Options,
+    Window,
+    attend_batch,
+    check_boundaries,
+    longest_needed,
+    name_of_longest,
+    rows_together,
+    unpack,
+)
 from ringflash.flash_attn.kvcache import flash_attn_with_kvcache
-from ringflash.functional import attention
+from ringflash.functional import attention, check_types
 from ringflash.parallel.mesh import ONE_DEVICE
 
 __all__ = [
@@ -53,11 +68,11 @@ def flash_attn_func(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    dropout_p: float = 0.0,
+    dropout_p: float | None = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
+    window_size: Window = (-1, -1),
+    softcap: float | None = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
@@ -81,11 +96,11 @@ def flash_attn_func(
 def flash_attn_kvpacked_func(
     q: Tensor,
     kv: Tensor,
-    dropout_p: float = 0.0,
+    dropout_p: float | None = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
+    window_size: Window = (-1, -1),
+    softcap: float | None = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
@@ -104,11 +119,11 @@ def flash_attn_kvpacked_func(
 
 def flash_attn_qkvpacked_func(
     qkv: Tensor,
-    dropout_p: float = 0.0,
+    dropout_p: float | None = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
+    window_size: Window = (-1, -1),
+    softcap: float | None = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
@@ -130,13 +145,13 @@ def flash_attn_varlen_func(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float = 0.0,
+    max_seqlen_q: Longest,
+    max_seqlen_k: Longest,
+    dropout_p: float | None = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
+    window_size: Window = (-1, -1),
+    softcap: float | None = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
@@ -153,8 +168,8 @@ def flash_attn_varlen_func(
         v: (total_k, nheads_k, headdim_v), or pages as `k`.
         cu_seqlens_q: (batch + 1,) int32, where each sequence of q begins, and the end; on q's device or on the CPU.
         cu_seqlens_k: likewise for k. A sequence may be empty.
-        max_seqlen_q: length of the longest sequence of q. Sizes S_dmask and is checked against `cu_seqlens_q` on the
-            CPU; nothing else depends on it.
+        max_seqlen_q: length of the longest sequence of q: an integer, a tensor of one, or None. Sizes S_dmask and is
+            checked against `cu_seqlens_q` on the CPU; nothing else depends on it.
         max_seqlen_k: likewise for k; also how many keys of each sequence are gathered from pages.
         block_table: (batch, most pages of a sequence) int32, which pages hold each sequence. They are copied to lie
             end to end. That they hold all keys is checked where boundaries are on the CPU, and which pages there are
@@ -168,8 +183,9 @@ def flash_attn_varlen_func(
     )
     if block_table is not None:
         check_boundaries("cu_seqlens_k", cu_seqlens_k, max_seqlen_k, q, None)
-        k = _gather_pages("k", k, block_table, cu_seqlens_k, max_seqlen_k)
-        v = _gather_pages("v", v, block_table, cu_seqlens_k, max_seqlen_k)
+        longest = longest_needed("max_seqlen_k", max_seqlen_k, "block_table")
+        k = _gather_pages("k", k, block_table, cu_seqlens_k, longest)
+        v = _gather_pages("v", v, block_table, cu_seqlens_k, longest)
     return _packed(q, k, v, (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k), options)
 
 
@@ -178,13 +194,13 @@ def flash_attn_varlen_kvpacked_func(
     kv: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float = 0.0,
+    max_seqlen_q: Longest,
+    max_seqlen_k: Longest,
+    dropout_p: float | None = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
+    window_size: Window = (-1, -1),
+    softcap: float | None = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
@@ -206,12 +222,12 @@ def flash_attn_varlen_kvpacked_func(
 def flash_attn_varlen_qkvpacked_func(
     qkv: Tensor,
     cu_seqlens: Tensor,
-    max_seqlen: int,
-    dropout_p: float = 0.0,
+    max_seqlen: Longest,
+    dropout_p: float | None = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
+    window_size: Window = (-1, -1),
+    softcap: float | None = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
@@ -226,15 +242,26 @@ def flash_attn_varlen_qkvpacked_func(
     options = Options.of(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
-    return _packed(*unpack("qkv", qkv, 3, 4), (cu_seqlens, cu_seqlens), (max_seqlen, max_seqlen), options)
+    names = ("cu_seqlens", "cu_seqlens")
+    return _packed(*unpack("qkv", qkv, 3, 4), (cu_seqlens, cu_seqlens), (max_seqlen, max_seqlen), options, names)
 
 
 def _packed(
-    q: Tensor, k: Tensor, v: Tensor, boundaries: tuple[Tensor, Tensor], longest: tuple[int, int], options: Options
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    boundaries: tuple[Tensor, Tensor],
+    longest: tuple[Longest, Longest],
+    options: Options,
+    names: tuple[str, str] = ("cu_seqlens_q", "cu_seqlens_k"),
 ) -> Attention:
     q, k, v = (rows_together(name, x, 3) for name, x in (("q", q), ("k", k), ("v", v)))
-    for name, x, longest_of, total in zip("qk", boundaries, longest, (q.shape[0], k.shape[0]), strict=True):
-        check_boundaries(f"cu_seqlens_{name}", x, longest_of, q, total)
+    for name, x, longest_of, total in zip(names, boundaries, longest, (q.shape[0], k.shape[0]), strict=True):
+        check_boundaries(name, x, longest_of, q, total)
+    sizes = 0, 0
+    if options.dropout and options.return_attn_probs:
+        of_q, of_k = map(name_of_longest, names)
+        sizes = longest_needed(of_q, longest[0], "S_dmask"), longest_needed(of_k, longest[1], "S_dmask")
     cu_seqlens_q, cu_seqlens_k = boundaries
     if cu_seqlens_q.shape != cu_seqlens_k.shape or cu_seqlens_q.device != cu_seqlens_k.device:
         raise ArgumentError(
@@ -268,7 +295,7 @@ def _packed(
         deterministic=options.deterministic,
     )
     out, lse = out[0], lse[0]
-    return (out, lse, options.probabilities(q, k, lse, seed, boundaries, longest)) if options.return_attn_probs else out
+    return (out, lse, options.probabilities(q, k, lse, seed, boundaries, sizes)) if options.return_attn_probs else out
 
 
 def _gather_pages(name: str, pages: Tensor, block_table: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
@@ -281,6 +308,7 @@ def _gather_pages(name: str, pages: Tensor, block_table: Tensor, cu_seqlens: Ten
         cu_seqlens: (batch + 1,), lengths of the sequences.
         longest: no sequence is longer.
     """
+    check_types({name: pages, "block_table": block_table})
     if pages.dim() != 4:
         raise ArgumentError(
             f"{name} has shape {tuple(pages.shape)}; with block_table it is (pages, page_size, nheads_k, headdim)"

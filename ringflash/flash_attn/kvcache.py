@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ringflash.errors import ArgumentError, UnsupportedError
+from ringflash.flash_attn.arguments import Window
 from ringflash.flash_attn.kvcache_arguments import (
     check_indices,
     check_no_gradient,
@@ -21,11 +22,13 @@ from ringflash.flash_attn.kvcache_arguments import (
     check_tensors,
     check_values,
 )
+from ringflash.functional import check_types
 from ringflash.kernels.decode import Cache, Rotary, Rules
 from ringflash.kernels.devices import on_device_without_autocast
 from ringflash.kernels.overrun import raise_if_overrun
 from ringflash.kernels.select import select_decoding
 from ringflash.kernels.torch_private import mapped
+from ringflash.parallel.positions.integers import check_flag
 
 
 def flash_attn_with_kvcache(
@@ -42,11 +45,11 @@ def flash_attn_with_kvcache(
     block_table: Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
+    window_size: Window = (-1, -1),
+    softcap: float | None = 0.0,
     rotary_interleaved: bool = True,
     alibi_slopes: Tensor | None = None,
-    num_splits: int = 0,
+    num_splits: int | None = 0,
     return_softmax_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of each sequence's queries to its part of the cache, to which k and v are appended first.
@@ -77,13 +80,13 @@ def flash_attn_with_kvcache(
         block_table: (batch, most pages of a sequence) int32, which pages hold each sequence.
         softmax_scale: factor of the scores; 1 / sqrt(headdim) if None.
         causal: a query sees no key behind its place.
-        window_size: (left, right): keys that a query sees before and behind its place; -1 for no bound.
-        softcap: scores become softcap * tanh(score / softcap); 0 and less for none.
+        window_size: (left, right): keys that a query sees before and behind its place; -1 or None for no bound.
+        softcap: scores become softcap * tanh(score / softcap); 0 and less, or None, for none.
         rotary_interleaved: dimensions 0 and 1, 2 and 3 ... are turned together, instead of 0 and rotary_dim / 2,
             1 and rotary_dim / 2 + 1 ...
         alibi_slopes: (nheads,) or (batch, nheads) fp32: slope * |query's place - key's place| is taken from a score.
-        num_splits: in how many parts each sequence's keys are shared out over a GPU, up to 128; 0 chooses. Changes
-            speed and rounding, and nothing on the CPU.
+        num_splits: in how many parts each sequence's keys are shared out over a GPU, up to 128; 0 or None chooses.
+            Changes speed and rounding, and nothing on the CPU.
         return_softmax_lse: return (out, softmax_lse).
 
     Returns:
@@ -94,6 +97,11 @@ def flash_attn_with_kvcache(
             the cache in an earlier call: raised once, by the first call that comes when the GPU has found out.
         UnsupportedError: a gradient would be needed.
     """
+    others = {"k": k, "v": v, "rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "alibi_slopes": alibi_slopes}
+    check_types({"q": q, "k_cache": k_cache, "v_cache": v_cache}, others)
+    check_flag("rotary_interleaved", rotary_interleaved)
+    check_flag("return_softmax_lse", return_softmax_lse)
+    num_splits = 0 if num_splits is None else num_splits
     check_no_gradient(q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, alibi_slopes)
     if not torch.compiler.is_compiling() and mapped(
         q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, cache_leftpad, block_table, alibi_slopes
@@ -117,7 +125,7 @@ def flash_attn_with_kvcache(
 
     q = q if q.stride(-1) == 1 else q.contiguous()
     where = lengths, offset, cache_batch_idx, block_table
-    rotary = rotary_cos, rotary_sin, rotary_interleaved
+    rotary = rotary_cos, rotary_sin, bool(rotary_interleaved)
     if k is not None:
         torch.ops.ringflash.append_to_cache(k, v, k_cache, v_cache, *where, *rotary)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ringflash.errors import ArgumentError, UnsupportedError
-from ringflash.flash_attn.arguments import score_rules
+from ringflash.flash_attn.arguments import Window, score_rules
 from ringflash.kernels.select import DTYPES
 
 MOST_SPLITS = 128
@@ -94,7 +94,8 @@ def check_indices(
         if not isinstance(x, Tensor) or x.dtype != torch.int32 or x.dim() != dims or x.shape[0] != q.shape[0]:
             got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)
             shape = f"({q.shape[0]}{', pages)' if dims == 2 else ',)'}"
-            raise ArgumentError(f"{name} is {got}; allowed is int32 {shape}")
+            number = "a number, or " if name == "cache_seqlens" else ""
+            raise ArgumentError(f"{name} is {got}; allowed is {number}int32 {shape}")
         if x.device != q.device:
             raise ArgumentError(f"{name} is on {x.device}, q on {q.device}; make them agree")
 
@@ -121,13 +122,13 @@ def check_scores(
     q: Tensor,
     softmax_scale: float | None,
     causal: bool,
-    window_size: tuple[int, int],
-    softcap: float,
+    window_size: Window,
+    softcap: float | None,
     alibi_slopes: Tensor | None,
     num_splits: int,
 ) -> tuple[int | None, int | None, float]:
     """Check how scores are made; see `score_rules`."""
-    if isinstance(num_splits, float) or not 0 <= num_splits <= MOST_SPLITS:
+    if not isinstance(num_splits, int) or not 0 <= num_splits <= MOST_SPLITS:
         raise ArgumentError(f"num_splits={num_splits}; allowed are 0 to choose, and 1 to {MOST_SPLITS}")
     if alibi_slopes is not None:
         allowed = (q.shape[2],), (q.shape[0], q.shape[2])

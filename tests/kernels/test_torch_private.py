@@ -166,6 +166,17 @@ def test_the_manager_of_cuda_graphs_answers_as_it_is_asked() -> None:
     assert found == [False, False]
 
 
+def test_an_assertion_that_is_not_waited_for_says_its_text_also_in_compiled_code() -> None:
+    def asserted(x: Tensor) -> Tensor:
+        torch_private.assert_async((x > 0).all(), "x must be positive")
+        return x + 1
+
+    for function in (asserted, torch.compile(asserted, backend="aot_eager", fullgraph=True)):
+        assert function(torch.ones(2)).tolist() == [2, 2]
+        with pytest.raises(RuntimeError, match="x must be positive"):
+            function(torch.zeros(2))
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_fused_cpu_operator_gives_the_log_sum_exp_and_takes_one_of_more_keys(causal: bool, masked: bool) -> None:

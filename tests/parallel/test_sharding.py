@@ -72,9 +72,12 @@ def test_a_partition_of_ones_own_and_documents_are_honoured(pool):
     pool(3).run(_round_trip, (2, 61), 1, "balanced", masks(61)["documents-causal"], torch.float32)
 
 
+IDS = torch.zeros(1, 8, dtype=torch.int64)
+
+
 @pytest.mark.parametrize("partition", ["balanced", "contiguous_per_document", "zigzag_per_document"])
 def test_a_partition_that_looks_at_the_mask_is_refused_without_one(partition):
-    x, message = torch.zeros(1, 8), f"mask=None with partition='{partition}'"
+    x, message = IDS, f"mask=None with partition='{partition}'"
     for make in (lambda: shard(x, 1, partition=partition), lambda: positions(8, partition=partition)):
         with pytest.raises(ArgumentError, match=message):
             make()
@@ -243,12 +246,12 @@ def test_a_partition_of_each_document_takes_a_batchs_own_boundaries():
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        ({"input_ids": torch.zeros(1, 8), "attention_mask": torch.ones(1, 8)}, "attention_mask"),
-        ({"labels": torch.zeros(1, 8)}, "input_ids"),
-        ({"input_ids": torch.zeros(8)}, "input_ids.*8"),
-        ({"input_ids": torch.zeros(1, 8), "labels": torch.zeros(1, 7)}, "labels.*7"),
-        ({"input_ids": torch.zeros(1, 8), "cu_seqlens": [0, 9]}, "9"),
-        ({"input_ids": torch.zeros(1, 8), "cu_seqlens": [1, 8]}, "cu_seqlens.*1, 8"),
+        ({"input_ids": IDS, "attention_mask": torch.ones(1, 8)}, "attention_mask"),
+        ({"labels": IDS}, "input_ids"),
+        ({"input_ids": IDS[0]}, "input_ids.*8"),
+        ({"input_ids": IDS, "labels": IDS[:, 1:]}, "labels.*7"),
+        ({"input_ids": IDS, "cu_seqlens": [0, 9]}, "9"),
+        ({"input_ids": IDS, "cu_seqlens": [1, 8]}, "cu_seqlens.*1, 8"),
     ],
 )
 def test_bad_batches_are_refused_by_name_and_value(batch, message):

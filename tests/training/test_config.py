@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from hydra.errors import HydraException
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
 
 import ringflash.configs.schema
 from ringflash.configs.schema import Config, entries
 from ringflash.errors import ArgumentError, RankMismatchError
 from ringflash.training.config.agreement import agree
 from ringflash.training.config.checks import check
-from ringflash.training.config.composing import groups, load, sweep
+from ringflash.training.config.composing import compose, groups, load, sweep
 from ringflash.training.config.derived import accumulation, compute_dtype, vocabulary
 
 FOLDER = Path(ringflash.configs.schema.__file__).parent
@@ -36,34 +38,92 @@ def test_the_default_is_the_main_job():
     assert accumulation(config, world_size=2) == config.train.global_batch
 
 
-def _message(error):
-    """What Hydra shows: the error and its cause."""
-    return f"{error}\n{error.__cause__}"
+KEYS = [key for key, _, _ in entries(load())]
+NODES = sorted({key.rpartition(".")[0] for key in KEYS} | {"model.rope_scaling"})
+"""What holds keys; "" is the whole configuration."""
+
+
+@pytest.mark.parametrize("sign", ["", "+", "++", "~"])
+@given(
+    node=st.sampled_from(NODES), name=st.from_regex(r"[a-z_]{3,12}", fullmatch=True), value=st.sampled_from(["x", "1"])
+)
+@example(node="model", name="path", value="x")
+@example(node="engine", name="_target_", value="os.system")
+@settings(max_examples=8)
+def test_a_key_that_does_not_exist_is_refused_by_its_name_and_never_advised_to_be_added(sign, node, name, value):
+    key = f"{node}.{name}".lstrip(".")
+    inside = [
+        other[len(node) :].lstrip(".").split(".")[0] for other in KEYS if not node or other.startswith(f"{node}.")
+    ]
+    assume(name not in inside and not (not node and name in ("experiment", "debug", "hydra")))
+    with pytest.raises(ArgumentError) as refused:
+        load([f"{sign}{key}={value}"])
+    assert str(refused.value) == f"{key} is no configuration key; allowed here are {', '.join(sorted({*inside}))}"
 
 
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("model.layers=3", "model.layers"),
-        ("modle=tiny", "modle"),
-        ("model=huge", "model/huge"),
-        ("train.steps=many", "train.steps"),
-        ("model.hidden_size=1.5", "model.hidden_size"),
-        ("train.steps=null", "train.steps"),
-        ("model.rope_scaling.factr=2", "model.rope_scaling.factr"),
-        ("model._target_=os.system", "model._target_"),
-        ("_target_=os.system", "_target_"),
-        ("+model.layers=3", "model.layers"),
-        ("+model._target_=os.system", "model._target_"),
-        ("+_target_=os.system", "_target_"),
-        ("+extra.key=1", "extra"),
-        ("++train.stepz=1", "train.stepz"),
+        ("model=huge", "model=huge; allowed are llama3_1b, llama3_8b, tiny"),
+        ("model=3", "model=3; allowed are llama3_1b, llama3_8b, tiny"),
+        ("model=null", "model=null; allowed are llama3_1b, llama3_8b, tiny"),
+        ("model={path: x}", "model={path:x}; allowed are llama3_1b"),
+        ("experiment=[smoke,none]", "experiment=none; allowed are llama3_8b_long, smoke"),
+        ("train.steps.x=1", "train.steps.x is no configuration key; train.steps is a value"),
+        ("model@x=tiny", "x is no configuration key; allowed here are attention"),
+        ("=3", "=3 names no key; allowed are key=value and group=file"),
     ],
 )
-def test_wrong_keys_and_types_are_refused_by_name(override, said):
-    with pytest.raises((HydraException, ArgumentError)) as caught:
+def test_what_names_neither_a_key_nor_a_groups_file_is_refused_in_our_words(override, said):
+    with pytest.raises(ArgumentError) as refused:
         load([override])
-    assert said in _message(caught.value)
+    assert str(refused.value).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        (
+            "experiment/mine",
+            "# @package _global_\nmodel: {path: x}\n",
+            "model.path is no configuration key; allowed here",
+        ),
+        ("experiment/mine", "# @package _global_\ntrian: {steps: 1}\n", "trian is no configuration key; allowed here"),
+        (
+            "experiment/mine",
+            "train: {steps: 1}\n",
+            "experiment has no keys of its own; begin its file with '# @package",
+        ),
+        (
+            "model/mine",
+            "hidden_size: 8\nlayers: 3\n",
+            "model.layers is no configuration key; allowed here are head_dim",
+        ),
+    ],
+)
+def test_a_key_of_a_file_that_does_not_exist_is_refused_in_the_same_words(tmp_path, file, text, said):
+    (tmp_path / file).parent.mkdir()
+    (tmp_path / f"{file}.yaml").write_text(text)
+    with pytest.raises(ArgumentError) as refused:
+        compose(["=".join(file.split("/"))], str(tmp_path))
+    assert str(refused.value).startswith(said)
+
+
+def test_files_within_folders_of_a_group_and_those_that_a_value_names_are_left_to_hydra(tmp_path, monkeypatch):
+    (tmp_path / "model/own").mkdir(parents=True)
+    (tmp_path / "model/own/mine.yaml").write_text("# @package model\nhidden_size: 24\n")
+    assert compose(["model=own/mine"], str(tmp_path)).model.hidden_size == 24
+    monkeypatch.setenv("SHAPE", "tiny")
+    assert load(["model=${oc.env:SHAPE}"]) == load(["model=tiny"])
+
+
+@pytest.mark.parametrize(
+    ("override", "said"), [("train.steps=many", "train.steps"), ("model.hidden_size=1.5", "model.hidden_size")]
+)
+def test_values_of_the_wrong_type_are_refused_by_name(override, said):
+    with pytest.raises(HydraException) as refused:
+        load([override])
+    assert said in f"{refused.value}\n{refused.value.__cause__}"  # Hydra shows both
 
 
 def test_a_sweep_is_every_combination_of_several_values():

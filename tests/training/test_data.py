@@ -25,8 +25,10 @@ from ringflash.training.corpus import prepare as preparing
 from ringflash.training.corpus.building import split
 from ringflash.training.corpus.documents import Documents
 from ringflash.training.corpus.packing import PackedBatches, ValidationBatches
+from ringflash.training.corpus.passed_over import PassedOver
 from ringflash.training.corpus.prepare import prepare
-from ringflash.training.corpus.sources import read_documents, source_files
+from ringflash.training.corpus.reading import read_documents
+from ringflash.training.corpus.sources import source_files
 
 SEPARATOR = 256
 
@@ -80,6 +82,28 @@ def test_validation_predicts_every_token_once_and_counts_every_byte(lengths, seq
             num_bytes += batch_bytes
     assert seen == all_pairs(docs)
     assert num_bytes == docs.num_bytes
+
+
+@given(
+    lengths=some_lengths,
+    seqlen=st.integers(2, 12),
+    batch=st.integers(1, 4),
+    ranks=st.integers(1, 4),
+    sequences=st.integers(1, 9),
+)
+def test_so_many_validation_sequences_are_the_same_predictions_whatever_batch_and_ranks(
+    lengths, seqlen, batch, ranks, sequences
+):
+    docs = documents(lengths)
+    alone = ValidationBatches(docs, seqlen, 1)
+    expected, expected_bytes = Counter(), 0
+    for _, (batch_, num_bytes) in zip(range(sequences), alone, strict=False):
+        expected.update(predictions(batch_))
+        expected_bytes += num_bytes
+    parts = [list(ValidationBatches(docs, seqlen, batch, rank, ranks, sequences)) for rank in range(ranks)]
+    assert len({len(part) for part in parts}) == 1
+    assert sum((Counter(predictions(batch_)) for part in parts for batch_, _ in part), Counter()) == expected
+    assert sum(num_bytes for part in parts for _, num_bytes in part) == expected_bytes
 
 
 @given(lengths=some_lengths, seqlen=st.integers(2, 20), seed=st.integers(0, 3))
@@ -202,7 +226,7 @@ def test_prepare_keeps_the_text_of_every_document(text_folder, tmp_path, tokeniz
             assert ids[0] == corpus.tokenizer.separator
             assert corpus.tokenizer.decode(ids) == part.text[start:stop].tobytes()
             texts.append(part.text[start:stop].tobytes())
-    assert sorted(texts) == sorted(file.read_bytes() for file in source_files(str(text_folder)))
+    assert sorted(texts) == sorted(file.read_bytes() for file in source_files(str(text_folder), PassedOver()))
     assert (len(corpus.train), len(corpus.validation)) == (24, 6)
     assert corpus.validation.token_bytes.sum() == corpus.validation.num_bytes
     assert corpus.bytes_per_token == pytest.approx(corpus.train.num_bytes / corpus.train.num_tokens)
@@ -295,8 +319,8 @@ def test_jsonl_and_parquet_hold_many_documents(tmp_path):
     (tmp_path / "a.jsonl").write_text(lines + "\n\n")
     pyarrow.parquet.write_table(pyarrow.table({"body": texts, "n": [1, 2, 3, 4]}), tmp_path / "a.parquet")
     expected = [text.encode() for text in texts if text]
-    assert list(read_documents(tmp_path / "a.jsonl", "body")) == expected
-    assert list(read_documents(tmp_path / "a.parquet", "body")) == expected
+    assert list(read_documents(tmp_path / "a.jsonl", "body", PassedOver())) == expected
+    assert list(read_documents(tmp_path / "a.parquet", "body", PassedOver())) == expected
     corpus = prepare_in(tmp_path / ".cache", DataConfig(path=str(tmp_path), text_field="body", tokenizer="bytes"))
     assert len(corpus.train) + len(corpus.validation) == 6
 
@@ -319,11 +343,11 @@ def test_sample_is_all_or_a_fixed_part():
 
 
 def test_standard_library_is_read_without_its_tests():
-    files = source_files(None)
+    files = source_files(None, PassedOver())
     names = {file.name for file in files}
     assert {"argparse.py", "typing.py"} <= names
     assert not any({"test", "tests", "site-packages", "idle_test"} & set(file.parts[-4:-1]) for file in files)
-    assert files == source_files(None)
+    assert files == source_files(None, PassedOver())
     assert sum(file.stat().st_size for file in files) > 5e6
 
 
@@ -337,11 +361,15 @@ def bad_folder(folder, name, content):
     ("name", "content", "message"),
     [
         ("a.bin", b"abc\xff", r"a\.bin is not UTF-8 text: byte 0xff at 3"),
-        ("a.jsonl", b'{"text": "x"}\n{"text": ', r"a\.jsonl, line 2 is not JSON"),
-        ("a.jsonl", b'{"body": "x", "id": 3}', r"line 1 has no text in data.text_field=text; its fields are body, id"),
-        ("a.jsonl", b"[1]", "it is no object"),
-        ("a.jsonl", b'{"text": "\\ud800"}', "line 1 holds half a surrogate pair"),
-        ("a.parquet", b"not parquet", r"cannot read .*a\.parquet"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": ', r"a\.jsonl, line 2 cannot be read as JSON: .*each line must hold one"),
+        (
+            "a.jsonl",
+            b'{"body": "x", "id": 3}',
+            r"no row of .*a\.jsonl has data.text_field=text; its fields are body, id",
+        ),
+        ("a.jsonl", b"[1]", r"a\.jsonl, line 1 is a list; allowed are objects with a field of text"),
+        ("a.jsonl", b'{"text": "\\ud800"}', "line 1: data.text_field=text holds half a surrogate pair at character 0"),
+        ("a.parquet", b"not parquet", r"cannot read .*a\.parquet: .*; write it anew, or leave it out"),
     ],
 )
 def test_undecodable_text_names_the_file_and_the_place(tmp_path, name, content, message):
@@ -353,9 +381,9 @@ def test_undecodable_text_names_the_file_and_the_place(tmp_path, name, content, 
 
 def test_parquet_without_the_column_names_what_is_there(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x"], "n": [1]}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"no column data.text_field=text; its columns are body, n"):
+    with pytest.raises(DataError, match=r"no row of .*a\.parquet has data.text_field=text; its fields are body, n"):
         prepare_in(tmp_path / ".cache", DataConfig(path=str(tmp_path)))
-    with pytest.raises(DataError, match="holds int64, not strings"):
+    with pytest.raises(DataError, match=r"data\.text_field=n holds int64, not text; name a column of text"):
         prepare_in(tmp_path / ".cache", DataConfig(path=str(tmp_path), text_field="n"))
 
 

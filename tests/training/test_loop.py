@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -36,7 +38,7 @@ def _train(folder, run, *overrides):
             "logging=quiet",
             "logging.baselines=false",
             "train.steps=6",
-            "train.validation_sequences=2",
+            "train.validation_sequences=3",
             f"run_dir={folder / run}",
             f"data.cache_dir={folder / 'cache'}",
             *overrides,
@@ -72,6 +74,28 @@ def test_how_ranks_are_used_does_not_change_the_losses(pool, folder, curve, use)
     other = pool(2).run(_train, folder, use, *USES[use])[0]
     assert len(curve) == 6
     assert other == pytest.approx(curve, rel=2e-4)
+    (bits, tokens), (expected, expected_tokens) = _validated(folder / use), _validated(folder / "shared")
+    assert bits == pytest.approx(expected, rel=2e-4)
+    assert tokens == expected_tokens
+
+
+def _validated(run):
+    """Bits per byte, and how many predictions there were for each range of context."""
+    results = json.loads((run / "results.json").read_text())
+    return results["bits_per_byte"], [position["tokens"] for position in results["loss_by_context"]]
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+def test_ranks_without_tokens_train_validate_save_and_go_on_as_one_device_does(pool, folder, engine):
+    shape = ("train.seqlen=5", "train.global_batch=4", "train.validate_every=2", "engine.activation_checkpointing=true")
+    few = ("data.max_bytes=20000", "data=bytes", "train.validation_sequences=7", *shape)
+    expected = pool(1).run(_train, folder, f"few-alone-{engine}", f"engine={engine}", *few)[0]
+    pool(4).run(_train, folder, f"few-{engine}", f"engine={engine}", *few, "train.steps=3")
+    found = pool(4).run(_train, folder, f"few-{engine}", f"engine={engine}", *few)[0]
+    assert found == pytest.approx(expected, rel=2e-4)
+    alone, shared = (_validated(folder / run) for run in (f"few-alone-{engine}", f"few-{engine}"))
+    assert shared[0] == pytest.approx(alone[0], rel=2e-4)
+    assert shared[1] == alone[1]
 
 
 def test_another_seed_gives_another_run(pool, folder, curve):
@@ -203,6 +227,26 @@ def test_ranks_that_read_different_text_are_notified(pool, tmp_path, differ):
     assert isinstance(first.error, RankMismatchError)
     assert "data.path=text" in str(first.error)
     assert isinstance(second.error, RankMismatchError if differ == "content" else DataError)
+
+
+def _train_and_listen(folder):
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        _train(folder, "listened", f"data.path={folder / 'text'}", "train.steps=1", "train.seqlen=64")
+    return said.getvalue()
+
+
+def test_what_of_the_data_is_passed_over_is_said(pool, tmp_path):
+    (tmp_path / "text").mkdir()
+    rows = [{"text": f"{number} words\n" * 200} for number in range(9)] + [{"text": None}] * 2
+    (tmp_path / "text" / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "text" / ".b.txt").touch()
+    (said,) = pool(1).run(_train_and_listen, tmp_path)
+    (line,) = [line for line in said.splitlines() if line.startswith("passed over")]
+    hidden, without = tmp_path / "text" / ".b.txt", tmp_path / "text" / "a.jsonl"
+    assert line == (
+        f"passed over: hidden files and folders (1, the first is {hidden}); rows without text (2, the first is "
+        f"{without}, line 10)"
+    )
 
 
 def test_a_run_folder_that_cannot_be_made_is_refused_on_every_rank(pool, tmp_path):

@@ -55,6 +55,36 @@ def test_log_of_a_resumed_run_reads_as_one_curve(tmp_path):
     assert read["speed"] == [(1, 1.0), (2, 2.0), (3, 3.0)]
 
 
+@given(cut=st.integers(0, 400), zeros=st.integers(0, 3), more=st.integers(1, 3))
+def test_a_log_that_a_crash_cut_off_anywhere_is_mended_and_loses_no_later_step(tmp_path_factory, cut, zeros, more):
+    folder = tmp_path_factory.mktemp("cut")
+    log_file = folder / "metrics.jsonl"
+    with ScalarLog(folder, tensorboard=False) as log:
+        for step in range(1, 5):
+            log.write(step, {"loss": step + 0.5, "né": math.nan})
+    whole = log_file.read_bytes()
+    left = whole[:cut] + bytes(zeros)  # a file system may keep the length and lose what was written
+    log_file.write_bytes(left)
+    kept = left.count(b"\n") + (bool(left) and left.endswith(b"}"))
+    with ScalarLog(folder, tensorboard=False) as log:
+        for step in range(kept + 1, kept + more + 1):
+            log.write(step, {"loss": step + 0.5, "né": math.nan})
+    assert [json.loads(line)["step"] for line in log_file.read_text().splitlines()] == list(range(1, kept + more + 1))
+    assert read_scalars(log_file)["loss"] == [(step, step + 0.5) for step in range(1, kept + more + 1)]
+
+
+def test_the_end_of_a_log_is_found_behind_long_lines(tmp_path):
+    with ScalarLog(tmp_path, tensorboard=False) as log:
+        log.write(1, {f"loss/{number}": 1.0 for number in range(1000)})
+    whole = (tmp_path / "metrics.jsonl").read_bytes()
+    (tmp_path / "metrics.jsonl").write_bytes(whole + whole[:-9])
+    with ScalarLog(tmp_path, tensorboard=False) as log:
+        log.write(2, {"loss": 1.0})
+    lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    assert lines[0] == whole
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+
+
 def show(steps, terminal=False, every_seconds=10.0, **arguments):
     now, out = [0.0], io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=120, _environ={})

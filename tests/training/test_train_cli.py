@@ -90,7 +90,7 @@ def test_a_sweep_over_a_handed_over_experiment_is_one_run_after_another(tmp_path
         (["data.path=nowhere"], "DataError: data.path=nowhere: no such file or folder"),
         (["checkpoint.resume=nowhere"], "ArgumentError: checkpoint.resume=nowhere: no such folder"),
         (["+model._target_=os.system"], "ArgumentError: model._target_ is no configuration key"),
-        (["model.layers=3"], "Key 'layers' not in 'ModelConfig'"),
+        (["model.path=x"], "ArgumentError: model.path is no configuration key; allowed here are head_dim"),
         (["hydra.callbacks.x._target_=os.abort"], "ArgumentError: hydra.callbacks.x._target_ would configure Hydra"),
         (["run_dir=${nowhere}"], "Interpolation key 'nowhere' not found"),
     ],

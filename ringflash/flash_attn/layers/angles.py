@@ -6,11 +6,17 @@ import torch
 from torch import Tensor
 
 from ringflash.errors import ArgumentError
-from ringflash.flash_attn.arguments import check_boundaries
+from ringflash.flash_attn.arguments import Longest, check_boundaries
+from ringflash.functional import check_types
+
+SHAPES = "allowed is (batch, seqlen, nheads, headdim), or (total, nheads, headdim) with cu_seqlens"
 
 
 def check_tables(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Check shapes, dtypes and devices of cos and sin for x (..., headdim)."""
+    check_types({"x": x, "cos": cos, "sin": sin})
+    if x.dim() < 3:
+        raise ArgumentError(f"x has shape {tuple(x.shape)}; {SHAPES}")
     for name, table in (("cos", cos), ("sin", sin)):
         if table.dim() != 2 or table.shape != cos.shape or not 0 < 2 * table.shape[1] <= x.shape[-1]:
             raise ArgumentError(
@@ -26,10 +32,7 @@ def check_tables(x: Tensor, cos: Tensor, sin: Tensor) -> None:
 def batch_angles(x: Tensor, cos: Tensor, sin: Tensor, seqlen_offsets: int | Tensor) -> tuple[Tensor, Tensor]:
     """Cos and sin (batch or 1, seqlen, 1, rotary_dim / 2) for x (batch, seqlen, nheads, headdim)."""
     if x.dim() != 4:
-        raise ArgumentError(
-            f"x has shape {tuple(x.shape)}; allowed is (batch, seqlen, nheads, headdim), or (total, nheads, headdim) "
-            "with cu_seqlens"
-        )
+        raise ArgumentError(f"x has shape {tuple(x.shape)}; {SHAPES}")
     batch, seqlen = x.shape[:2]
     _check_offsets(seqlen_offsets, batch, seqlen, x, cos)
     if isinstance(seqlen_offsets, int):
@@ -40,16 +43,16 @@ def batch_angles(x: Tensor, cos: Tensor, sin: Tensor, seqlen_offsets: int | Tens
 
 
 def packed_angles(
-    x: Tensor, cos: Tensor, sin: Tensor, seqlen_offsets: int | Tensor, cu_seqlens: Tensor, max_seqlen: int | None
+    x: Tensor, cos: Tensor, sin: Tensor, seqlen_offsets: int | Tensor, cu_seqlens: Tensor, max_seqlen: Longest
 ) -> tuple[Tensor, Tensor]:
     """Cos and sin (total, 1, rotary_dim / 2) for x (total, nheads, headdim)."""
     if x.dim() != 3:
         raise ArgumentError(f"x has shape {tuple(x.shape)}; allowed with cu_seqlens is (total, nheads, headdim)")
     if max_seqlen is None:
         raise ArgumentError("max_seqlen is None with cu_seqlens given; pass the longest sequence")
-    check_boundaries("cu_seqlens", cu_seqlens, max_seqlen, x, x.shape[0])
+    longest = check_boundaries("cu_seqlens", cu_seqlens, max_seqlen, x, x.shape[0])
     batch = cu_seqlens.shape[0] - 1
-    _check_offsets(seqlen_offsets, batch, max_seqlen, x, cos)
+    _check_offsets(seqlen_offsets, batch, longest or 0, x, cos)
     cu_seqlens = cu_seqlens.to(x.device).long()
     token = torch.arange(x.shape[0], device=x.device)
     sequence = torch.searchsorted(cu_seqlens[1:], token, right=True).clamp(max=batch - 1)

@@ -27,8 +27,11 @@ import torch
 from torch import Tensor
 
 from ringflash.errors import ArgumentError
+from ringflash.flash_attn.arguments import Longest, longest_needed
 from ringflash.flash_attn.layers.angles import batch_angles, check_tables, packed_angles
+from ringflash.functional import check_types
 from ringflash.kernels.rotary import rotate
+from ringflash.parallel.positions.integers import check_flag
 
 
 def apply_rotary_emb(
@@ -39,7 +42,7 @@ def apply_rotary_emb(
     inplace: bool = False,
     seqlen_offsets: int | Tensor = 0,
     cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
+    max_seqlen: Longest = None,
 ) -> Tensor:
     """Turn the first dimensions of x; arguments not listed are the module's.
 
@@ -65,6 +68,8 @@ def apply_rotary_emb(
         torch.Size([1, 3, 2, 4])
     """
     check_tables(x, cos, sin)
+    check_flag("interleaved", interleaved)
+    check_flag("inplace", inplace)
     if cu_seqlens is None:
         angles = batch_angles(x, cos, sin, seqlen_offsets)
     else:
@@ -107,11 +112,12 @@ def apply_rotary_emb_qkv_(
         qkv.
     """
     _refuse_leaf("qkv", qkv)
+    check_types({"cos": cos, "sin": sin}, {"cos_k": cos_k, "sin_k": sin_k})
     if qkv.dim() == 5 and qkv.shape[2] == 3:
         q, k = qkv[:, :, 0], qkv[:, :, 1]
     elif (
         qkv.dim() == 4
-        and num_heads_q is not None
+        and isinstance(num_heads_q, int)
         and 0 < num_heads_q < qkv.shape[2]
         and not ((qkv.shape[2] - num_heads_q) % 2)
     ):
@@ -142,9 +148,9 @@ def apply_rotary_emb_kv_(
     Returns:
         kv.
     """
+    _refuse_leaf("kv", kv)
     if kv.dim() != 5 or kv.shape[2] != 2:
         raise ArgumentError(f"kv has shape {tuple(kv.shape)}; allowed is (batch, seqlen, 2, nheads_k, headdim)")
-    _refuse_leaf("kv", kv)
     apply_rotary_emb(kv[:, :, 0], cos, sin, interleaved, True, seqlen_offsets)
     return kv
 
@@ -207,7 +213,7 @@ class RotaryEmbedding(torch.nn.Module):
         qkv: Tensor,
         kv: Tensor | None = None,
         seqlen_offset: int | Tensor = 0,
-        max_seqlen: int | None = None,
+        max_seqlen: Longest = None,
         num_heads_q: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Turn in place.
@@ -223,8 +229,13 @@ class RotaryEmbedding(torch.nn.Module):
         Returns:
             qkv, or with `kv` the pair (qkv, kv).
         """
+        check_types({"qkv": qkv}, {"kv": kv})
+        if qkv.dim() not in ((4, 5) if kv is None else (4,)):
+            allowed = "(batch, seqlen, 3, nheads, headdim), or four dimensions with num_heads_q or kv"
+            raise ArgumentError(f"qkv has shape {tuple(qkv.shape)}; allowed is {allowed}")
         if max_seqlen is not None:
-            self._update_cos_sin_cache(max_seqlen, device=qkv.device, dtype=qkv.dtype)
+            positions = longest_needed("max_seqlen", max_seqlen, "RotaryEmbedding")
+            self._update_cos_sin_cache(positions, device=qkv.device, dtype=qkv.dtype)
         elif isinstance(seqlen_offset, int):
             self._update_cos_sin_cache(qkv.shape[1] + seqlen_offset, device=qkv.device, dtype=qkv.dtype)
         elif self._cos_cached is None:
@@ -277,6 +288,7 @@ class RotaryEmbedding(torch.nn.Module):
 
 def _refuse_leaf(name: str, x: Tensor) -> None:
     """Autograd would not know of a change to a leaf that requires a gradient."""
+    check_types({name: x})
     if torch.is_grad_enabled() and x.is_leaf and x.requires_grad:
         raise ArgumentError(
             f"{name} is a leaf that requires a gradient and would be changed in place; pass inplace=False, or a clone"

@@ -11,10 +11,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
@@ -24,7 +24,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import ConfigKeyError
 
 from ringflash.configs.schema import Config, register
 from ringflash.errors import ArgumentError
@@ -49,13 +51,19 @@ def compose(overrides: Sequence[str] = (), config_dir: str | None = None) -> Dic
         config_dir: folder of further files for the groups, such as experiment/mine.yaml.
 
     Raises:
-        ArgumentError: something would configure Hydra itself, or there is no such folder.
-        HydraException: a key, group or type that does not exist.
+        ArgumentError: something would configure Hydra itself, or there is no such key, group's file or folder.
+        HydraException: a value of the wrong type, and what else Hydra refuses.
     """
     with _hydra() as loader:
-        _refuse_hydra_overrides(_parsed(overrides, loader))
-        search = _search_path(config_dir)
-        config = hydra_compose("config", [*search, *overrides], return_hydra_config=True)
+        parsed, search = _parsed(overrides, loader), _search_path(config_dir)
+        known = _inside(loader, "", ObjectType.GROUP, config_dir)
+        _refuse_hydra_overrides(parsed)
+        _refuse_unknown_overrides(parsed, known, lambda group: _inside(loader, group, ObjectType.CONFIG, config_dir))
+        try:
+            config = hydra_compose("config", [*search, *overrides], return_hydra_config=True)
+        except HydraException as error:
+            _refuse_unknown_key_of_a_file(error, known)
+            raise
         untouched = hydra_compose("config", search, return_hydra_config=True)
     for key in _differences(_plain(config.hydra), _plain(untouched.hydra), "hydra"):
         raise _refusal(key)
@@ -94,11 +102,14 @@ def sweep(overrides: Sequence[str]) -> list[list[str]]:
 def groups(config_dir: str | None = None) -> dict[str, list[str]]:
     """Names of the files of each group."""
     with _hydra() as loader:
+        found = _inside(loader, "", ObjectType.GROUP, config_dir)
+        return {group: _inside(loader, group, ObjectType.CONFIG, config_dir) for group in found}
 
-        def inside(group: str, kind: ObjectType) -> list[str]:
-            return sorted(loader.get_group_options(group, kind, "config", _search_path(config_dir)))
 
-        return {group: inside(group, ObjectType.CONFIG) for group in inside("", ObjectType.GROUP) if group != "hydra"}
+def _inside(loader: ConfigLoader, group: str, kind: ObjectType, config_dir: str | None) -> list[str]:
+    """Names of groups, or of files, in a group; "" holds all groups."""
+    found = loader.get_group_options(group, kind, "config", _search_path(config_dir))
+    return sorted(name for name in found if name != "hydra")
 
 
 @contextmanager
@@ -129,6 +140,54 @@ def _refuse_hydra_overrides(overrides: Sequence[Override]) -> None:
             raise _refusal(override.key_or_group)
 
 
+def _refuse_unknown_overrides(
+    overrides: Sequence[Override], groups: Collection[str], files: Callable[[str], Sequence[str]]
+) -> None:
+    # Before composing: of a key that it does not know Hydra says that + adds it, which would be refused here.
+    for override in overrides:
+        key, value = override.key_or_group, override.value()
+        if not key:
+            raise ArgumentError(f"{override.input_line} names no key; allowed are key=value and group=file")
+        if key not in groups:
+            _refuse_unknown_key(key)
+        elif not override.is_delete() and not override.is_sweep_override():
+            allowed = files(key)
+            for file in value if isinstance(value, list) else [value]:
+                elsewhere = isinstance(file, str) and (
+                    "/" in file or "${" in file
+                )  # within folders, or named by a value
+                if file not in allowed and not elsewhere:
+                    said = override.get_value_element_as_str() if file is value else file
+                    raise ArgumentError(f"{key}={said}; allowed are {', '.join(allowed)}")
+        if override.package and not override.package.startswith(("hydra", "_")):
+            _refuse_unknown_key(override.package)
+
+
+def _refuse_unknown_key_of_a_file(error: HydraException, groups: Collection[str]) -> None:
+    """Raise ArgumentError if Hydra's error is about a key that the schema lacks; an override has none by now."""
+    cause = error.__cause__ or error.__context__
+    if isinstance(cause, ConfigKeyError) and cause.full_key:
+        if cause.full_key in groups:
+            first = "begin its file with '# @package _global_'"
+            raise ArgumentError(f"{cause.full_key} has no keys of its own; {first}") from error
+        _refuse_unknown_key(cause.full_key)
+
+
+def _refuse_unknown_key(key: str) -> None:
+    kind, prefix = Config, ""
+    for name in key.split("."):
+        if not dataclasses.is_dataclass(kind):
+            raise ArgumentError(f"{key} is no configuration key; {prefix[:-1]} is a value")
+        known = {entry.name for entry in dataclasses.fields(kind)}
+        if name not in known:
+            raise _unknown(prefix + name, known)
+        kind, prefix = get_type_hints(kind)[name], f"{prefix}{name}."
+
+
+def _unknown(key: str, known: Collection[str]) -> ArgumentError:
+    return ArgumentError(f"{key} is no configuration key; allowed here are {', '.join(sorted(known))}")
+
+
 def _refusal(key: str) -> ArgumentError:
     return ArgumentError(
         f"{key} would configure Hydra itself, which can run code; allowed are the keys that --cfg job shows"
@@ -157,6 +216,6 @@ def _refuse_unknown(node: DictConfig, prefix: str = "") -> None:
     known = {entry.name for entry in dataclasses.fields(kind)}
     for name in node:
         if name not in known:
-            raise ArgumentError(f"{prefix}{name} is no configuration key; allowed here are {', '.join(sorted(known))}")
+            raise _unknown(f"{prefix}{name}", known)
         if not OmegaConf.is_missing(node, name) and OmegaConf.is_dict(node[name]):
             _refuse_unknown(node[name], f"{prefix}{name}.")

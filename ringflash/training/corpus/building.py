@@ -19,7 +19,8 @@ from ringflash.configs.schema import DataConfig
 from ringflash.errors import DataError
 from ringflash.training.corpus import tokenizer as tokenizing
 from ringflash.training.corpus.documents import sample
-from ringflash.training.corpus.sources import read_documents
+from ringflash.training.corpus.passed_over import PassedOver
+from ringflash.training.corpus.reading import read_documents
 from ringflash.training.corpus.tokenizer import Tokenizer
 
 TOKENIZER_BYTES = 64 << 20
@@ -29,11 +30,11 @@ PIECE_BYTES, GROUP_BYTES = 1 << 20, 16 << 20
 """Longer documents are encoded in pieces, cut at line ends; a group of pieces is encoded in parallel."""
 
 
-def gather(config: DataConfig, files: list[Path], target: Path) -> tuple[str, np.ndarray]:
+def gather(config: DataConfig, files: list[Path], target: Path, passed_over: PassedOver) -> tuple[str, np.ndarray]:
     """Write all documents end to end; returns a SHA-256 of text and lengths, and the lengths."""
     digest, lengths, left = hashlib.sha256(), [], config.max_bytes
     with target.open("wb") as out:
-        for document in (document for file in files for document in read_documents(file, config.text_field)):
+        for document in (text for file in files for text in read_documents(file, config.text_field, passed_over)):
             if left is not None:
                 document = document[:left].decode(errors="ignore").encode()
                 left -= len(document)
@@ -43,7 +44,8 @@ def gather(config: DataConfig, files: list[Path], target: Path) -> tuple[str, np
             if left is not None and left <= 3:  # less than a character may need
                 break
     if not sum(lengths):
-        raise DataError(f"data.path={config.path}: no text in its {len(files)} files")
+        said = f"; {passed_over}" if passed_over.counts else ""
+        raise DataError(f"data.path={config.path}: no text in its {len(files)} files{said}")
     array = np.array(lengths, np.int64)
     digest.update(array.tobytes())
     return digest.hexdigest(), array

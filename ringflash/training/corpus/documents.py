@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ringflash.training.corpus.passed_over import PassedOver
 from ringflash.training.corpus.tokenizer import Tokenizer
 
 
@@ -58,6 +59,7 @@ class Corpus:
         tokenizer: the tokenizer of both.
         sha256: of the text and its division into documents.
         folder: the cache folder of this corpus.
+        passed_over: what the sources hold beside it.
     """
 
     train: Documents
@@ -65,6 +67,7 @@ class Corpus:
     tokenizer: Tokenizer
     sha256: str
     folder: Path
+    passed_over: PassedOver
 
     @property
     def bytes_per_token(self) -> float:

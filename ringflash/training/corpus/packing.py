@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ringflash.errors import ArgumentError, CheckpointError, DataError
-from ringflash.parallel.sharding import IGNORED_LABEL
+from ringflash.parallel.labels import IGNORED_LABEL
 from ringflash.training.corpus.documents import Documents
 
 
@@ -105,17 +105,34 @@ class ValidationBatches:
     """All documents once, in a fixed order, as `CountedBatch`es; may be iterated again and again.
 
     Over all batches of all data ranks every token is predicted once, and the bytes sum to the text's. So bits per byte
-    is (sum of losses in nats) / ln 2 / (sum of num_bytes), also over the first batches only. Padding at the end makes
-    the batches of all data ranks equally many.
+    is (sum of losses in nats) / ln 2 / (sum of num_bytes), also of the first sequences only. Padding at the end makes
+    the batches of all data ranks equally many, so what is predicted depends on neither them nor the batch.
+
+    Args:
+        documents: those to validate on.
+        seqlen: tokens of a sequence.
+        batch: sequences of a batch.
+        data_rank: whose batches.
+        data_ranks: how many there are.
+        sequences: no more than this many, over all data ranks; None for all.
     """
 
-    def __init__(self, documents: Documents, seqlen: int, batch: int, data_rank: int = 0, data_ranks: int = 1) -> None:
+    def __init__(
+        self,
+        documents: Documents,
+        seqlen: int,
+        batch: int,
+        data_rank: int = 0,
+        data_ranks: int = 1,
+        sequences: int | None = None,
+    ) -> None:
         _check(seqlen, batch, data_rank, data_ranks)
         if documents.token_bytes is None:
             raise ArgumentError("documents: the training part keeps no byte counts; give the validation part")
         self.documents, self.seqlen, self.batch = documents, seqlen, batch
         self.data_rank, self.data_ranks = data_rank, data_ranks
         self.samples = max(1, -(-(len(documents.tokens) - 1) // (seqlen - 1)))
+        self.samples = self.samples if sequences is None else min(self.samples, sequences)
         self._stream = _Stream(documents, np.arange(len(documents)))
 
     def __len__(self) -> int:
@@ -135,7 +152,7 @@ class ValidationBatches:
         cu_seqlens = [0]
         for row, sample in enumerate(samples):
             first = sample * (self.seqlen - 1)
-            there = min(self.seqlen, max(0, len(tokens) - first))
+            there = min(self.seqlen, max(0, len(tokens) - first)) if sample < self.samples else 0
             bounds = self._stream.boundaries(first, there, row * self.seqlen) if there else []
             self._stream.read(tokens, first, input_ids[row, :there])
             self._stream.read(counts, first, num_bytes[row, :there])

@@ -34,9 +34,10 @@ from ringflash.errors import ArgumentError, DataError
 from ringflash.training.corpus import tokenizer as tokenizing
 from ringflash.training.corpus.building import build, gather, write_atomically
 from ringflash.training.corpus.documents import Corpus, Documents
-from ringflash.training.corpus.sources import source_files
+from ringflash.training.corpus.passed_over import PassedOver
+from ringflash.training.corpus.sources import source_files, status
 
-FORMAT = 1
+FORMAT = 2
 """Raise it when the cached files or their meaning change."""
 
 
@@ -44,18 +45,20 @@ def prepare(config: DataConfig) -> Corpus:
     """Read, split and tokenize what `config.path` names, or open the result that `config.cache_dir` holds.
 
     Raises:
-        DataError: nothing to read, unreadable or undecodable text, an absent field or tokenizer, an unwritable cache.
+        DataError: nothing to read, unreadable or undecodable text, an absent field or tokenizer, an unwritable cache;
+            names the file, and the row and field in it.
     """
     if not 0 < config.validation_fraction < 1:
         raise ArgumentError(f"data.validation_fraction={config.validation_fraction}; allowed is between 0 and 1")
     if config.max_bytes is not None and config.max_bytes < 1:
         raise ArgumentError(f"data.max_bytes={config.max_bytes}; allowed is 1 and more, or null for all of the text")
     cache = Path(config.cache_dir).expanduser()
-    files, settings = source_files(config.path), _settings(config)
+    passed_over = PassedOver()
+    files, settings = source_files(config.path, passed_over), _settings(config)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with _locked(cache / "lock"):
-            return _open(_find_or_build(config, files, settings, cache))
+            return _open(*_find_or_build(config, files, settings, cache, passed_over))
     except OSError as error:
         raise DataError(f"data.cache_dir={cache}: cannot keep tokens there: {error}") from error
 
@@ -71,26 +74,45 @@ def _locked(path: Path) -> Generator[None]:
         yield
 
 
-def _find_or_build(config: DataConfig, files: list[Path], settings: dict, cache: Path) -> Path:
+def _find_or_build(
+    config: DataConfig, files: list[Path], settings: dict, cache: Path, passed_over: PassedOver
+) -> tuple[Path, PassedOver]:
     # Names, sizes and times of the sources show whether they were read before; then they need not be read again.
-    seen = [(str(file.resolve()), stat.st_size, stat.st_mtime_ns) for file in files for stat in [_stat(file)]]
+    seen = _seen(files)
     pointer = cache / f"{_digest([settings, seen])}.ref"
-    if pointer.exists() and _complete(cache / pointer.read_text()):
-        return cache / pointer.read_text()
+    if (known := _known(pointer)) is not None:
+        return known
     work = cache / f"building-{socket.gethostname()}"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     try:
-        sha256, lengths = gather(config, files, work / "text.bin")
+        sha256, lengths = gather(config, files, work / "text.bin", passed_over)
+        for file, before, after in zip(files, seen, _seen(files), strict=True):
+            if before != after:
+                raise DataError(f"data.path: {file} changed while it was read; start again once nothing writes to it")
         folder = cache / _digest([settings, sha256])[:32]
         if not _complete(folder):
             build(config, sha256, lengths, work)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(work, folder)
-        write_atomically(pointer, folder.name)
-        return folder
+        write_atomically(pointer, json.dumps({"folder": folder.name, "passed_over": passed_over.counts}))
+        return folder, passed_over
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _seen(files: list[Path]) -> list[tuple[str, int, int]]:
+    return [(str(file.resolve()), now.st_size, now.st_mtime_ns) for file in files for now in [status(file)]]
+
+
+def _known(pointer: Path) -> tuple[Path, PassedOver] | None:
+    """The folder that was built from the same sources before, if it is complete, and what was passed over."""
+    try:
+        found = json.loads(pointer.read_text())
+        folder, passed_over = pointer.with_name(found["folder"]), PassedOver(found["passed_over"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return (folder, passed_over) if _complete(folder) else None
 
 
 def _settings(config: DataConfig) -> dict:
@@ -106,13 +128,6 @@ def _settings(config: DataConfig) -> dict:
     return settings
 
 
-def _stat(file: Path) -> os.stat_result:
-    try:
-        return file.stat()
-    except OSError as error:
-        raise DataError(f"data.path: cannot read {file}: {error.strerror}") from error
-
-
 def _complete(folder: Path) -> bool:
     # The folder got its name when it was whole; sizes are checked because a crash may lose what was not yet on disk.
     try:
@@ -122,7 +137,7 @@ def _complete(folder: Path) -> bool:
         return False
 
 
-def _open(folder: Path) -> Corpus:
+def _open(folder: Path, passed_over: PassedOver) -> Corpus:
     meta = json.loads((folder / "meta.json").read_text())
     text = np.memmap(folder / "text.bin", np.uint8, "r")
 
@@ -137,7 +152,7 @@ def _open(folder: Path) -> Corpus:
             identity=f"{folder.name}/{name}",
         )
 
-    return Corpus(part("train"), part("validation"), tokenizing.load(folder), meta["sha256"], folder)
+    return Corpus(part("train"), part("validation"), tokenizing.load(folder), meta["sha256"], folder, passed_over)
 
 
 def _digest(value: object) -> str:

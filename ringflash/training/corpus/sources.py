@@ -1,122 +1,89 @@
-"""Documents, as byte strings in a fixed order, from the standard library, a folder, or one file.
-
-`source_files` lists what `data.path` means, without reading it; `read_documents` yields the text. A text file is one
-document; a line of a .jsonl and a row of a .parquet file are one each. Whatever cannot be read raises DataError with
-the file's name and what is wrong in it; empty documents are left out.
-"""
+"""Which files `data.path` means: the standard library's, a folder's, or one."""
 
 from __future__ import annotations
 
-import json
 import os
+import stat
 import sysconfig
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
-
 from ringflash.errors import DataError
+from ringflash.training.corpus.passed_over import HIDDEN, READ_ALREADY, SPECIAL, PassedOver
+from ringflash.training.corpus.reading import ALLOWED
 
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
-def source_files(path: str | None) -> list[Path]:
+def source_files(path: str | None, passed_over: PassedOver) -> list[Path]:
     """The files to read, sorted by their path below the root.
 
     Args:
-        path: a folder (all files in it, at any depth, but hidden ones), a file, or None for the running interpreter's
-            standard library without its tests.
+        path: a folder, a file, or None for the running interpreter's standard library without its tests. Of a folder
+            all files at any depth, but those whose name, or whose folder's, begins with a dot. Symbolic links are
+            followed; what is reached twice, as by a link to a folder around it, is read once.
+        passed_over: counts what is left out of a folder.
+
+    Raises:
+        DataError: there is nothing to read, or something that cannot be.
     """
     if path is None:
         root = Path(sysconfig.get_paths()["stdlib"])
-        files = [file for file in _walk(root, NOT_LIBRARY) if file.suffix == ".py"]
+        files = [file for file in _walk(root, PassedOver(), NOT_LIBRARY) if file.suffix == ".py"]
         if not files:
             raise DataError(
                 f"data.path=null: this Python keeps no source text in {root}; give data.path a folder of text"
             )
-        return [root / file for file in files]
+        return files
     root = Path(path).expanduser()
     if root.is_file():
         return [root]
     if not root.is_dir():
-        raise DataError(f"data.path={path}: no such file or folder")
-    files = [root / file for file in _walk(root)]
+        what = "it is neither a file nor a folder" if root.exists() else "no such file or folder"
+        raise DataError(f"data.path={path}: {what}")
+    files = _walk(root, passed_over)
     if not files:
-        raise DataError(f"data.path={path}: no files in it; allowed are text files, .jsonl and .parquet")
+        said = f"; {passed_over}" if passed_over.counts else ""
+        raise DataError(f"data.path={path}: no files in it; allowed are {ALLOWED}{said}")
     return files
 
 
-def read_documents(file: Path, text_field: str) -> Iterator[bytes]:
-    """The documents of one file that are not empty.
-
-    Args:
-        file: .jsonl and .parquet hold many documents, any other file is the text of one, in UTF-8.
-        text_field: field or column that holds the text of a .jsonl or .parquet document.
-    """
+def status(file: Path) -> os.stat_result:
+    """Size and times of a file that must be there."""
     try:
-        if file.suffix == ".jsonl":
-            documents = _read_jsonl(file, text_field)
-        elif file.suffix == ".parquet":
-            documents = _read_parquet(file, text_field)
-        else:
-            documents = _read_text(file)
-        yield from (document for document in documents if document)
-    except (OSError, pyarrow.ArrowInvalid) as error:
-        raise DataError(f"data.path: cannot read {file}: {getattr(error, 'strerror', None) or error}") from error
+        return file.stat()
+    except OSError as error:
+        raise DataError(f"data.path: cannot read {file}: {error.strerror}") from error
 
 
-def _walk(root: Path, left_out: Collection[str] = ()) -> list[Path]:
-    # Sorted by parts, so that the order does not depend on the file system.
-    def unreadable(error: OSError) -> None:
-        raise DataError(f"data.path: cannot read folder {error.filename}: {error.strerror}") from error
+def _walk(root: Path, passed_over: PassedOver, left_out: Collection[str] = ()) -> list[Path]:
+    files, reached = [], set()
 
-    found = []
-    for folder, folders, files in os.walk(root, onerror=unreadable):
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in left_out]
-        found += [Path(folder, name).relative_to(root) for name in files if not name.startswith(".")]
-    return sorted(found, key=lambda file: file.parts)
+    def visit(path: Path, real: str) -> None:
+        if real in reached:
+            passed_over.add(READ_ALREADY, path)
+            return
+        reached.add(real)
+        kind = status(path).st_mode
+        if stat.S_ISREG(kind):
+            files.append(path)
+        elif not stat.S_ISDIR(kind):
+            passed_over.add(SPECIAL, path)
+        elif path.name not in left_out or path == root:
+            for name, is_link in _entries(path):  # sorted, so that the order does not depend on the file system
+                if name.startswith("."):
+                    passed_over.add(HIDDEN, path / name)
+                else:
+                    visit(path / name, os.path.realpath(path / name) if is_link else os.path.join(real, name))
+
+    visit(root, os.path.realpath(root))
+    return files
 
 
-def _read_text(file: Path) -> Iterator[bytes]:
-    text = file.read_bytes()
+def _entries(folder: Path) -> list[tuple[str, bool]]:
+    """Names in a folder, and whether each is a symbolic link."""
     try:
-        text.decode()
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"data.path: {file} is not UTF-8 text: byte {text[error.start]:#04x} at {error.start}"
-        ) from error
-    yield text
-
-
-def _read_jsonl(file: Path, text_field: str) -> Iterator[bytes]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"data.path: {file}, line {number} is not JSON in UTF-8: {error}") from error
-            if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
-                there = f"its fields are {', '.join(record)}" if isinstance(record, dict) else "it is no object"
-                raise DataError(
-                    f"data.path: {file}, line {number} has no text in data.text_field={text_field}; {there}"
-                )
-            try:
-                yield record[text_field].encode()
-            except UnicodeEncodeError as error:
-                raise DataError(f"data.path: {file}, line {number} holds half a surrogate pair: {error}") from error
-
-
-def _read_parquet(file: Path, text_field: str) -> Iterator[bytes]:
-    with pyarrow.parquet.ParquetFile(file) as table:
-        schema = table.schema_arrow
-        if text_field not in schema.names:
-            there = ", ".join(schema.names)
-            raise DataError(f"data.path: {file} has no column data.text_field={text_field}; its columns are {there}")
-        kind = schema.field(text_field).type
-        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-            raise DataError(f"data.path: column data.text_field={text_field} of {file} holds {kind}, not strings")
-        for batch in table.iter_batches(columns=[text_field]):
-            yield from ((value.as_py() or "").encode() for value in batch.column(0))
+        with os.scandir(folder) as entries:
+            return sorted((entry.name, entry.is_symlink()) for entry in entries)
+    except OSError as error:
+        raise DataError(f"data.path: cannot read folder {folder}: {error.strerror}") from error

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import tokenizers
@@ -27,6 +27,7 @@ PATTERN = r"\s*\n[ \t]*|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\
 
 KIND_FILE = "ringflash_tokenizer.json"
 TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
 
 
 class Tokenizer(Protocol):
@@ -148,22 +149,35 @@ class HuggingFaceTokenizer:
         try:
             self.backend = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_FILE))
         except Exception as error:  # the library raises plain Exception
-            raise DataError(f"data.tokenizer: {folder / TOKENIZER_FILE} is no readable tokenizer: {error}") from error
+            raise DataError(
+                f"data.tokenizer: {folder / TOKENIZER_FILE} is no readable tokenizer: {error}; copy it anew"
+            ) from error
         self.backend.no_padding()
         self.backend.no_truncation()
         # Text that spells a special token is text.
         self.backend.encode_special_tokens = True
         vocabulary = self.backend.get_vocab()
+        if not vocabulary:
+            raise DataError(f"data.tokenizer: {folder / TOKENIZER_FILE} has no tokens; copy it anew")
         self.separator = _separator(folder, vocabulary)
         self.vocab_size = max(self.separator, *vocabulary.values()) + 1
 
     def encode(self, texts: Sequence[bytes]) -> list[np.ndarray]:  # noqa: D102
-        encodings = self.backend.encode_batch_fast(_decoded(texts), add_special_tokens=False)
+        encodings = self._encoded(self.backend.encode_batch_fast, _decoded(texts))
         return [np.array(encoding.ids, np.int64) for encoding in encodings]
+
+    def _encoded(self, encode: Callable[..., list[Any]], strings: list[str]) -> list[Any]:
+        try:
+            return encode(strings, add_special_tokens=False)
+        except Exception as error:  # the library raises plain Exception
+            raise DataError(
+                f"data.tokenizer: {self.folder / TOKENIZER_FILE} has no tokens for this text: {error}; take a "
+                "tokenizer that encodes any"
+            ) from error
 
     def encode_counted(self, texts: Sequence[bytes]) -> list[tuple[np.ndarray, np.ndarray]]:  # noqa: D102
         strings = _decoded(texts)
-        encodings = self.backend.encode_batch(strings, add_special_tokens=False)
+        encodings = self._encoded(self.backend.encode_batch, strings)
         return [
             (np.array(encoding.ids, np.int64), _bytes_by_offset(string, encoding.offsets))
             for string, encoding in zip(strings, encodings, strict=True)
@@ -174,7 +188,7 @@ class HuggingFaceTokenizer:
         return self.backend.decode(kept, skip_special_tokens=False).encode()
 
     def save(self, folder: Path) -> None:  # noqa: D102
-        for name in (TOKENIZER_FILE, "tokenizer_config.json"):
+        for name in (TOKENIZER_FILE, CONFIG_FILE):
             if (self.folder / name).exists():
                 shutil.copyfile(self.folder / name, folder / name)
         _write_kind(folder, {"kind": "huggingface"})
@@ -205,12 +219,19 @@ def huggingface_folder(path: str) -> Path:
 
 
 def _separator(folder: Path, vocabulary: dict[str, int]) -> int:
-    config = folder / "tokenizer_config.json"
-    named = json.loads(config.read_text()) if config.exists() else {}
+    config = folder / CONFIG_FILE
+    named = {}
+    if config.exists():
+        try:
+            named = json.loads(config.read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            raise DataError(f"data.tokenizer: {config} cannot be read as JSON: {error}; copy it anew") from error
+    if not isinstance(named, dict):
+        raise DataError(f"data.tokenizer: {config} holds a {type(named).__name__}, not an object; copy it anew")
     for key in ("bos_token", "eos_token"):
         token = named.get(key)
         token = token.get("content") if isinstance(token, dict) else token
-        if token in vocabulary:
+        if isinstance(token, str) and token in vocabulary:
             return vocabulary[token]
     return max(vocabulary.values()) + 1
 

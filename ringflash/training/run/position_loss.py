@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ringflash.parallel.sharding import IGNORED_LABEL
+from ringflash.parallel.labels import IGNORED_LABEL
 
 BINS_PER_OCTAVE = 2
 """Ranges of context grow by 2 ** (1 / BINS_PER_OCTAVE)."""

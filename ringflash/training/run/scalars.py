@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import time
 import warnings
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ class ScalarLog:
     """Scalars as lines of JSON in `metrics.jsonl`, and for TensorBoard in `tensorboard/`.
 
     Args:
-        folder: the run's folder; an existing log is continued.
+        folder: the run's folder; an existing log is continued, behind its last whole line.
         rank: only rank 0 writes.
         tensorboard: whether to write for TensorBoard too.
         start_step: last step that an earlier part of the run is kept of.
@@ -35,6 +36,7 @@ class ScalarLog:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._lines = (folder / "metrics.jsonl").open("a")
+        _mend_end(folder / "metrics.jsonl")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # a second to import, and not always wanted
 
@@ -72,6 +74,27 @@ class ScalarLog:
         self.close()
 
 
+def _mend_end(path: Path) -> None:
+    """End a log with a whole line: what a crash left of one would swallow the next."""
+    with path.open("r+b") as file:
+        end, left = os.fstat(file.fileno()).st_size, b""
+        while end and b"\n" not in left:
+            begin = max(0, end - 4096)
+            file.seek(begin)
+            left, end = file.read(end - begin) + left, begin
+        left = left[left.rfind(b"\n") + 1 :]
+        if not left:
+            return
+        try:
+            json.loads(left)  # no beginning of an object is JSON: only its line end is missing
+        except ValueError:
+            file.seek(-len(left), os.SEEK_END)
+            file.truncate()
+        else:
+            file.seek(0, os.SEEK_END)
+            file.write(b"\n")
+
+
 def read_scalars(path: str | Path) -> dict[str, list[tuple[int, float]]]:
     """{name: [(step, value), ...]} of a metrics.jsonl, null as nan.
 
@@ -79,7 +102,7 @@ def read_scalars(path: str | Path) -> dict[str, list[tuple[int, float]]]:
     that was cut off by a crash is left out too.
     """
     entries: list[dict[str, Any]] = []
-    for line in Path(path).read_text().splitlines():
+    for line in Path(path).read_text(errors="replace").splitlines():
         try:
             entry = json.loads(line)
         except ValueError:

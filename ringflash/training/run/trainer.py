@@ -137,12 +137,15 @@ class Trainer:
         """
         train = self.config.train
         batches = ValidationBatches(
-            self.corpus.validation, train.seqlen, train.micro_batch, self.data_rank, self.data_ranks
+            self.corpus.validation,
+            train.seqlen,
+            train.micro_batch,
+            self.data_rank,
+            self.data_ranks,
+            train.validation_sequences,
         )
-        at_once = train.micro_batch * self.data_ranks
-        limit = len(batches) if train.validation_sequences is None else -(-train.validation_sequences // at_once)
         positions, num_bytes = PositionLoss(train.seqlen), 0
-        for _, counted in zip(range(limit), batches, strict=False):
+        for counted in batches:
             num_bytes += counted.num_bytes
             shard = self._shard(counted.batch)
             positions.add(shard["position_ids"], self.engine.evaluate(shard), shard["labels"])
@@ -179,7 +182,7 @@ class Trainer:
         return path
 
     def description(self) -> str:
-        """What is trained on what, in a line or two."""
+        """What is trained on what, in two lines, and what of the data is passed over, in one more."""
         train = self.config.train
         start = f"continuing {self.resumed.path} at step {self.step}" if self.resumed else "from initial weights"
         return (
@@ -188,6 +191,7 @@ class Trainer:
             f"{train.global_batch} x {train.seqlen} tokens a step\n"
             f"{self.corpus.train.num_tokens:,} training tokens of {self.corpus.bytes_per_token:.2f} bytes; "
             f"{start}; writing to {self.folder}"
+            + (f"\n{self.corpus.passed_over}" if self.corpus.passed_over.counts else "")
         )
 
     def _next_batches(self) -> list[dict]:
