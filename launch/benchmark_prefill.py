@@ -226,7 +226,8 @@ class Runs:
 
 def next_token(model: PreTrainedModel, **inputs: Any) -> tuple[int, Tensor]:
     """The likeliest token behind a prompt, and the logits (V,) that say so."""
-    logits = model(**inputs, use_cache=False, logits_to_keep=1).logits[0, -1]
+    body, head = cast(Any, model.base_model), cast(Any, model.get_output_embeddings())
+    logits = head(body(**inputs, use_cache=False).last_hidden_state[:, -1:])[0, -1]
     return int(logits.argmax()), logits
 
 
