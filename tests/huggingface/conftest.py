@@ -16,8 +16,8 @@ from pool import PRELOAD, Pools
 PRELOAD += ["ringflash.transformers", "trl.trainer.sft_trainer", "peft"]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def pool() -> Iterator[Pools]:
-    """`pool(n).run(function, *args)` runs a module-level function on n gloo ranks and returns their results."""
+    """As of parallel/, with workers of each file's own: groups that trainers make stay, with their threads."""
     with Pools() as pools:
         yield pools

@@ -53,7 +53,7 @@ def _taken(size, length, batch, order, split, even):
         return epochs, gathered
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(
     size=st.sampled_from([2, 4]),
     length=st.integers(1, 30),
