@@ -64,6 +64,7 @@ def _with_labels(documents, labels):
 @settings(max_examples=25)
 @given(documents=_batches(), data=st.data())
 def test_any_batch_is_learned_from_as_on_one_device(pool, ranks, documents, data):
+    assume(documents.batch["labels"].shape[1] >= ranks)  # fewer tokens are refused
     packed_row = len(documents.batch["labels"]) == 1  # what "balanced" takes
     partition = data.draw(st.sampled_from(["zigzag", "contiguous", "balanced"][: 2 + packed_row]))
     assume(documents.valid)
