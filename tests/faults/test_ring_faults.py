@@ -186,7 +186,7 @@ def _refused_once(function, wrong, compiled):
     [
         (_flash, {"window_size": (-3, 0)}, "window_size=(-3, 0)"),
         (_flash, {"q": torch.zeros(6, 2, 8)}, "q has shape (6, 2, 8)"),
-        (_flash, {"dropout_p": "5"}, "'<='"),
+        (_flash, {"dropout_p": "5"}, "dropout_p='5'"),
         (_packed, {"max_seqlen": 3}, "max_seqlen=3; the longest sequence has 4"),
         (_packed, {"dropout_p": 2.0}, "dropout_p=2.0"),
         (_packed_together, {}, "qkv has shape (1, 6, 2, 2, 8)"),
