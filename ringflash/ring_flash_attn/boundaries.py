@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import weakref
-from collections import OrderedDict
-
 import torch
 from torch import Tensor
 
-MOST = 64
-"""Tensors whose values are kept."""
+from ringflash.kernels.kept import TensorNotes
 
-_read: OrderedDict[int, tuple[weakref.ref, int, Tensor]] = OrderedDict()
+_read: TensorNotes[Tensor] = TensorNotes()
+"""Values of tensors on devices."""
 
 
 def on_host(x: Tensor) -> Tensor:
-    """The values of a tensor on the CPU. Those of a tensor on a device are read once and kept.
+    """The values of a tensor on the CPU. Those of a tensor on a device are read once and kept as long as it lives.
 
     The host waits for the device when it meets a tensor, or what torch has written into it since; a model's layers,
     which pass the same tensor, do not wait again. Tensors made in torch.inference_mode do not count what is written
@@ -23,12 +20,8 @@ def on_host(x: Tensor) -> Tensor:
     """
     if x.device.type == "cpu" or torch.compiler.is_compiling() or x.is_inference():
         return x.cpu()
-    found = _read.get(id(x))
-    if found is not None and found[0]() is x and found[1] == x._version:
-        return found[2]
-    values = x.detach().cpu()
-    _read[id(x)] = weakref.ref(x), x._version, values
-    _read.move_to_end(id(x))
-    while len(_read) > MOST:
-        _read.popitem(last=False)
-    return values
+    found = _read.get(x)
+    if found is None:
+        found = x.detach().cpu()
+        _read.put(x, found)
+    return found

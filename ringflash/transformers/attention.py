@@ -25,8 +25,8 @@ from ringflash.transformers.encoder_decoder import sharding_of
 from ringflash.transformers.masks import Visible, visible_of
 from ringflash.transformers.one_device import attend_alone
 
-NOT_READ = ("position_bias", "indices", "block_indices", "head_mask", "sinks")
-"""Keyword arguments by which some models change scores or choose keys."""
+NOT_READ = ("position_bias", "indices", "block_indices", "head_mask", "sinks", "output_attentions")
+"""Keyword arguments by which some models change scores, choose keys, or ask for probabilities, which are never made."""
 
 
 def ring_attention(
@@ -79,7 +79,7 @@ def ring_attention(
         "softcap": softcap or 0.0,
         "sinks": None if s_aux is None else s_aux.to(query.dtype),
     }
-    sharding = sharding_of(module, visible.mask.right == 0, {"sharding": sharding} | others)
+    sharding = sharding_of(module, visible.mask.right == 0, sharding, others)
     if sharding is None:
         sharding = visible.sharding  # of layers that hand no keyword arguments on
     if sharding is None:
@@ -102,7 +102,7 @@ def ring_attention(
 
 
 def _check_readable(module: nn.Module, others: dict[str, Any]) -> None:
-    given = [name for name in NOT_READ if others.get(name) is not None]
+    given = [name for name in NOT_READ if others.get(name) is not None and others[name] is not False]
     if given:
         raise ArgumentError(
             f'{type(module).__name__} passes {", ".join(given)} to attention, which attn_implementation="ring" does '

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ringflash.errors import ArgumentError
-from ringflash.parallel.sharding import IGNORED_LABEL, Sharding
+from ringflash.parallel.labels import IGNORED_LABEL, as_int64, check_labels
+from ringflash.parallel.sharding import Sharding
 from ringflash.transformers.documents import Documents
 from ringflash.transformers.models import BEFORE_FIRST
 
@@ -77,8 +78,8 @@ def shard_targets(
         raise ArgumentError(
             f"{name} is {tuple(given.shape)}; allowed is {(sharding.batch, sharding.seqlen)}, (batch, seqlen)"
         )
-    if not given.is_floating_point() and bool(((given < 0) & (given != IGNORED_LABEL)).any()):
-        raise ArgumentError(f"{name} has {int(given.min())}; allowed are integers from 0, and {IGNORED_LABEL}")
+    given = as_int64(name, given)
+    check_labels(name, given)
     hidden = None if documents.seen is None else ~documents.seen.to(given.device) & (given != IGNORED_LABEL)
     if name == "labels" and hidden is not None and bool(hidden.any()):
         raise ArgumentError(
@@ -92,7 +93,7 @@ def shard_targets(
     if sharding.ranks > 1:
         items = float(items) / sharding.ranks  # no tensor: FSDP's mixed precision would round one to bf16
     part = {"labels": sharding.shard(given, 1), "num_items_in_batch": items}
-    return part | {"shift_labels": sharding.shard(whole, 1)} if whole is not labels else part
+    return part | {"shift_labels": sharding.shard(whole, 1)} if predicts_next or shifted is not None else part
 
 
 def position_ids_of(batch: Mapping[str, Any], of_padding: int | None = None) -> Tensor:

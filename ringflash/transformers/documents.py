@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ringflash.errors import ArgumentError
+from ringflash.transformers.rows import ends_of
 
 BOUNDARIES = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k")
 """Keys that hold boundaries of documents over the B * S tokens laid end to end."""
@@ -39,7 +40,7 @@ class Documents(NamedTuple):
     def ends(self) -> tuple[Tensor, Tensor]:
         """First token of each sequence that is seen, and the end of the last one, (B,), where there is padding."""
         assert self.seen is not None
-        return _ends(self.seen)
+        return ends_of(self.seen)
 
 
 def documents_of(batch: Mapping[str, object], size: int, seqlen: int) -> Documents:
@@ -54,7 +55,7 @@ def documents_of(batch: Mapping[str, object], size: int, seqlen: int) -> Documen
         tail = int(edges[-1])
     scattered = False
     if seen is not None:
-        first, stop = _ends(seen)
+        first, stop = ends_of(seen)
         scattered = bool((seen.sum(1) != stop - first).any())
         rows = (torch.stack([first, stop], 1) + torch.arange(size)[:, None] * seqlen).flatten()
         edges = rows if edges is None else torch.cat([edges, rows])
@@ -85,13 +86,6 @@ def _seen(attention_mask: object, size: int, seqlen: int) -> Tensor | None:
             "cu_seq_lens_q and cu_seq_lens_k, or position_ids that restart"
         )
     return None if bool(seen.all()) else seen
-
-
-def _ends(seen: Tensor) -> tuple[Tensor, Tensor]:
-    """First token of each sequence that is seen, and the end of the last one, (B,)."""
-    place = torch.arange(seen.shape[1])
-    stop = torch.where(seen, place + 1, 0).amax(1)
-    return torch.minimum(torch.where(seen, place, seen.shape[1]).amin(1), stop), stop
 
 
 def _edges(batch: Mapping[str, object], size: int, seqlen: int, seen: Tensor | None) -> Tensor | None:

@@ -91,10 +91,12 @@ def cross_sharding(
     )
 
 
-def sharding_of(module: nn.Module, causal: bool, named: Mapping[str, Any]) -> Any:
-    """The sharding that a layer attends by, of those among its keyword arguments."""
-    if named.get("encoder_sharding") is None:
-        return named.get("sharding")
+def sharding_of(
+    module: nn.Module, causal: bool, sharding: Sharding | None, others: Mapping[str, Any]
+) -> Sharding | None:
+    """The sharding that a layer attends by: its own argument, or one of those of an encoder and a decoder."""
+    if others.get("encoder_sharding") is None:
+        return sharding
     if getattr(module, CROSS, False):
-        return named["cross_sharding"]
-    return named["sharding" if causal else "encoder_sharding"]
+        return others["cross_sharding"]
+    return sharding if causal else others["encoder_sharding"]

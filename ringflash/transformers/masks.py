@@ -74,18 +74,18 @@ def ring_mask(
             'that see each other), which attn_implementation="ring" cannot read; use "sdpa" for such inputs'
         )
     bidirectional = "allow_is_bidirectional_skip" in others
-    mask = Mask.bidirectional() if bidirectional else Mask.causal()
-    if local_size:  # 0: some models make a mask for windows that none of their layers has
-        mask = mask & _local(config, local_size, bidirectional)
+    size = local_size or None  # 0: some models make a mask for windows that none of their layers has
+    chunked = size is not None and not bidirectional and _is_chunk(config, size)
+    mask = _rules(not bidirectional, None if chunked else size, size if chunked else None)
     if attention_mask is not None and not torch.compiler.is_compiling() and bool(attention_mask.all()):
         attention_mask = None
     counted_there = isinstance(q_offset, Tensor)  # by a static cache, on the device
     behind = not bidirectional and (counted_there or kv_offset + kv_length != q_offset + q_length)
     rows = None
-    if behind or attention_mask is not None or (mask.chunks and kv_offset):
-        chunk = mask.chunks[0] if mask.chunks else None
+    if behind or attention_mask is not None or (chunked and kv_offset):
         sides = (q_length, q_offset), (kv_length, kv_offset)
-        rows = rows_of(batch_size, *sides, attention_mask, chunk, bidirectional and not local_size, device)
+        anywhere = bidirectional and size is None
+        rows = rows_of(batch_size, *sides, attention_mask, size if chunked else None, anywhere, device)
     found = torch.empty(1, 1, 1, 0, dtype=torch.int64, device=device) if rows is None else rows.tensor()
     if not torch.compiler.is_compiling():
         holds_earlier = counted_there or q_offset > 0 or (kv_length != q_length and not bidirectional)
@@ -132,39 +132,62 @@ def visible_of(
 
 
 def layer_rules(module: nn.Module, is_causal: bool | None, sliding_window: int | None) -> Mask:
-    """Rules of a layer where no mask says them.
+    """Rules of a layer, as it says them itself.
 
     Args:
         module: the layer.
         is_causal: its attribute of that name if None.
         sliding_window: keys that a query sees, with its own; None for all.
     """
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    mask = Mask.causal() if causal else Mask.bidirectional()
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     config, number = (getattr(module, name, None) for name in ("config", "layer_idx"))
     types = getattr(config, "layer_types", None)
     if config is not None and types is not None and number is not None and types[number] == "chunked_attention":
-        return mask & Mask.chunked(config.attention_chunk_size)
-    if sliding_window is None:
+        return _rules(causal, chunk=config.attention_chunk_size)
+    if sliding_window is not None and not causal:  # layers hand on the configuration's number, or one more
+        sliding_window = getattr(config, "sliding_window", None) or sliding_window - 1
+    return _rules(causal, sliding_window)
+
+
+def layer_masks(config: Any, causal: bool) -> dict[Mask, int]:
+    """Which keys a query may see, and how many layers have each such mask, as a configuration says."""
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+        types = ["sliding_attention" if windowed else "full_attention"] * getattr(config, "num_hidden_layers", 1)
+    masks: dict[Mask, int] = {}
+    for kind in types:
+        window = config.sliding_window if kind == "sliding_attention" else None
+        mask = _rules(causal, window, config.attention_chunk_size if kind == "chunked_attention" else None)
+        masks[mask] = masks.get(mask, 0) + 1
+    return masks or {_rules(causal): 1}
+
+
+def _rules(causal: bool, window: int | None = None, chunk: int | None = None) -> Mask:
+    """Rules in Transformers' words.
+
+    Args:
+        causal: a query sees no later key.
+        window: keys that a query sees, with its own; where it sees later ones too, those beside it to each side.
+        chunk: size of chunks.
+    """
+    mask = Mask.causal() if causal else Mask.bidirectional()
+    if chunk is not None:
+        mask = mask & Mask.chunked(chunk)
+    if window is None:
         return mask
-    if causal:
-        return mask & Mask.sliding_window(sliding_window - 1)
-    # To both sides the configuration's window counts neighbours alone; layers hand on that number, or one more.
-    beside = getattr(config, "sliding_window", None) or sliding_window - 1
-    return mask & Mask.sliding_window(beside, beside)
+    return mask & (Mask.sliding_window(window - 1) if causal else Mask.sliding_window(window, window))
 
 
-def _local(config: Any, size: int, bidirectional: bool) -> Mask:
-    """The rule that a local layer adds: Transformers tells its size, and the configuration of what."""
-    if bidirectional:
-        return Mask.sliding_window(size, size)
+def _is_chunk(config: Any, size: int) -> bool:
+    """Whether a local layer of this size has chunks, and no window: Transformers tells the size, and not of what."""
     window, chunk = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
     if size == window == chunk:
         raise ArgumentError(
             f"{type(config).__name__} has sliding_window={window} and attention_chunk_size={chunk}, and a layer of "
             f"{size} tokens may be either; set the one that the model does not use to None"
         )
-    return Mask.chunked(size) if size == chunk else Mask.sliding_window(size - 1)  # theirs counts the query itself
+    return size == chunk
 
 
 def _packed(mask_function: Callable | None) -> Tensor | None:

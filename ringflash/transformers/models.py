@@ -6,13 +6,11 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from ringflash.errors import ArgumentError
-from ringflash.parallel.positions.mask import Mask
 
 ATTENTION_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 """Layer types of Transformers whose tokens meet in softmax attention alone."""
@@ -106,29 +104,6 @@ def _calls_attention_functions(layer: type) -> bool:
 def is_causal(model: PreTrainedModel) -> bool:
     """Whether tokens see earlier ones only."""
     return any(getattr(module, "is_causal", False) for module in model.modules())
-
-
-def layer_masks(config: Any, causal: bool) -> dict[Mask, int]:
-    """Which keys a query may see, and how many layers have each such mask, as a configuration says."""
-    order = Mask.causal() if causal else Mask.bidirectional()
-    masks: dict[Mask, int] = {}
-    for kind in _layer_types(config):
-        mask = order
-        if kind == "sliding_attention":
-            left = config.sliding_window - causal  # theirs counts the query itself where it is causal
-            mask = order & Mask.sliding_window(left, 0 if causal else left)
-        if kind == "chunked_attention":
-            mask = order & Mask.chunked(config.attention_chunk_size)
-        masks[mask] = masks.get(mask, 0) + 1
-    return masks or {order: 1}
-
-
-def _layer_types(config: Any) -> list[str]:
-    types = getattr(config, "layer_types", None)
-    if types is None:
-        windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-        types = ["sliding_attention" if windowed else "full_attention"] * getattr(config, "num_hidden_layers", 1)
-    return types
 
 
 def predicts_next(model: PreTrainedModel) -> bool:

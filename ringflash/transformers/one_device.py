@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ringflash.errors import ArgumentError
 from ringflash.functional import attention
 from ringflash.kernels.kept import TensorNotes
 from ringflash.parallel.mesh import ONE_DEVICE
@@ -51,9 +52,14 @@ def _boundaries(
     visible: Visible, others: dict[str, Any], sizes: tuple[int, int]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Boundaries of keys and queries over all sequences laid end to end, and which keys are seen, where it matters."""
-    if visible.rows is not None:
-        return visible.rows
     keys = others.get("cu_seq_lens_k")
+    if visible.rows is not None:
+        if keys is not None:
+            raise ArgumentError(
+                "cu_seq_lens_k beside an attention_mask that hides tokens, or beside a cache; pass either, or let "
+                "SequenceParallel.shard take both into one sharding"
+            )
+        return visible.rows
     if keys is not None:
         return keys, others.get("cu_seq_lens_q"), None
     if visible.cu_seqlens is not None:

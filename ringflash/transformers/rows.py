@@ -86,6 +86,17 @@ def rows_of(
     return Rows(_closed(key_edges, batch * keys[0]), _closed(query_edges, batch * queries[0]), seen)
 
 
+def ends_of(seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each sequence the first token that is seen, and the end of the last one, (B,); (0, 0) where none is.
+
+    Args:
+        seen: (B, S) bool.
+    """
+    place = torch.arange(seen.shape[1], device=seen.device)
+    end = torch.where(seen, place + 1, 0).amax(1)
+    return torch.minimum(torch.where(seen, place, seen.shape[1]).amin(1), end), end
+
+
 def document_boundaries(restarts: Tensor) -> Tensor:
     """Boundaries of packed documents over B * T tokens, as many as there are tokens: most are of empty documents.
 
@@ -102,15 +113,11 @@ def _visible(padding: Tensor, keys: tuple[int, int]) -> tuple[Tensor, Tensor, Te
 
     Third, which keys are visible, (B, S), if others lie between.
     """
-    positions = torch.arange(padding.shape[1], device=padding.device)
-    first = torch.where(padding, positions, padding.shape[1]).amin(1)
     seen = padding[:, keys[1] : keys[1] + keys[0]]
     seen = pad(seen, (0, keys[0] - seen.shape[1]))
-    place = torch.arange(keys[0], device=padding.device)
-    end = torch.where(seen, place + 1, 0).amax(1)
-    begin = torch.minimum(torch.where(seen, place, keys[0]).amin(1), end)
+    begin, end = ends_of(seen)
     between = torch.compiler.is_compiling() or bool((seen.sum(1) != end - begin).any())
-    return begin, end, seen if between else None, first
+    return begin, end, seen if between else None, ends_of(padding)[0]
 
 
 def _closed(edges: Tensor, total: int) -> Tensor:

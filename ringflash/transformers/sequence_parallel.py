@@ -30,10 +30,10 @@ from ringflash.transformers.documents import Documents, documents_of
 from ringflash.transformers.encoder_decoder import cross_sharding, join, mark_cross_attention, split
 from ringflash.transformers.forward import forward_of, fuse
 from ringflash.transformers.loaders import share_batches
+from ringflash.transformers.masks import layer_masks
 from ringflash.transformers.models import (
     check_shardable,
     is_causal,
-    layer_masks,
     position_of_padding,
     predicts_next,
     pretrained_of,
@@ -77,6 +77,7 @@ class SequenceParallel:
                 layer_masks(self._model.config.get_text_config(**side), causal) for side, causal in sides
             ]
         self._position_of_padding = position_of_padding(self._model)
+        self._scales_by_place = scales_by_place(self._model)
         self._scaled_rotary = any(rotary_modules(self._model))
         self._forward = forward_of(self._model)
 
@@ -146,7 +147,7 @@ class SequenceParallel:
         if documents.scattered:
             assert documents.seen is not None
             part["key_padding_mask"] = sharding.shard(documents.seen, 1).to(part["position_ids"].device)
-        if scales_by_place(self._model):
+        if self._scales_by_place:
             part["row_positions"] = sharding.partition.positions(sharding.rank).to(part["position_ids"].device)
         if self._scaled_rotary:
             part["last_position"] = position_ids.amax().reshape(1)

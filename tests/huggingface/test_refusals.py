@@ -291,8 +291,27 @@ def _router_loss_of_one_call():
     model(**sequence.shard(KINDS["one_document"]().batch), use_cache=False, output_router_logits=True)
 
 
+PARTS = torch.tensor([0, 5, 12], dtype=torch.int32)
+
+
 def test_router_losses_that_a_call_asks_for_are_refused(pool):
     assert "output_router_logits" in _refused(pool, _router_loss_of_one_call)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"output_attentions": True}, "output_attentions"),
+        (
+            {"attention_mask": (torch.arange(12) > 3)[None].long(), "cu_seq_lens_q": PARTS, "cu_seq_lens_k": PARTS},
+            "cu_seq_lens_k beside an attention_mask",
+        ),
+    ],
+    ids=["probabilities", "packed_and_padded"],
+)
+def test_what_a_call_asks_for_and_is_not_given_is_refused(given, words):
+    with pytest.raises(ArgumentError, match=words):
+        build("llama", "ring")(input_ids=torch.arange(3, 15)[None], use_cache=False, **given)
 
 
 def _t5(ids):

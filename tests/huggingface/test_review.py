@@ -210,7 +210,7 @@ def _refused(call: Callable, message: str) -> None:
         (_weigh_masked_tokens, "EsmForMaskedLM has token_dropout=True"),
         (_leave_a_rank_without_tokens, "a sequence of 1 tokens leaves rank 1 of 2 without any"),
         (_have_no_sequences, r"input_ids is \(0, 15\)"),
-        (_ignore_another_label, "labels has -1"),
+        (_ignore_another_label, "] is -1; allowed are 0 and more, and -100"),
         (_fuse_another_loss, "loss_function _twice_cross_entropy"),
         (_adapt_a_fused_head, "the output head of LlamaForCausalLM became a peft"),
     ],

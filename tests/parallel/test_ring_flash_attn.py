@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import inspect
 import pickle
+import weakref
 from collections.abc import Callable
 from itertools import accumulate
 
@@ -427,10 +429,16 @@ def test_the_host_reads_boundaries_on_a_device_once_and_again_when_they_were_wri
     x.mul_(2)
     assert boundaries.on_host(x).tolist() == [0, 4, 10]
     assert OnADevice.reads == 2
-    for _ in range(2 * boundaries.MOST):
-        y = torch.tensor([0, 3]).as_subclass(OnADevice)
-        assert boundaries.on_host(y).tolist() == [0, 3]
-    assert len(boundaries._read) <= boundaries.MOST
+
+
+def test_what_was_read_of_boundaries_goes_with_them() -> None:
+    x = torch.tensor([0, 3]).as_subclass(OnADevice)
+    read = weakref.ref(boundaries.on_host(x))
+    gc.collect()
+    assert read() is not None
+    del x
+    gc.collect()
+    assert read() is None
 
 
 # Compiled, transformed
