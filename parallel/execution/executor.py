@@ -7,11 +7,15 @@ H query heads, Hk key heads, D head dimension, Dv the value's.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from ringflash.kernels.reference import Carry
 from ringflash.parallel.execution.call import NEEDS, Inputs, Ready, Settings, prepare, table_of
+from ringflash.parallel.execution.crossing import Crossing
 from ringflash.parallel.execution.gradients import KeyGradients
 from ringflash.parallel.planning.launches import attend, attend_backward
 from ringflash.parallel.planning.program import Shipment, StageProgram, picked
@@ -19,6 +23,8 @@ from ringflash.parallel.positions.segments import count
 
 Rows = tuple[Tensor, ...]
 """The same rows of key, value and, if any, which keys are visible."""
+
+Result = TypeVar("Result")
 
 
 def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,11 +38,16 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]
     ready = prepare(inputs, settings, table, "forward")
     accumulator = torch.promote_types(query.dtype, torch.float32)
     last = query.dtype if inputs.sinks is None else accumulator  # sinks are weighed in before anything is rounded
-    carry = None
-    room = None
+    crossing, room = None, None
     if ready.transport is not None:
-        room = make_room(ready)
-        ready.begin()
+        with ready.refusals_notified():
+            ready, crossing = cross(ready)
+            if crossing is not None:
+                crossing.expect_out()
+            room = make_room(ready)
+        begin(ready, crossing)
+    at = ready.inputs
+    carry: Carry | None = None
 
     def body(index: int, stage: StageProgram, at_hand: Rows) -> None:
         nonlocal carry
@@ -45,7 +56,7 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]
             carry = attend(
                 ready.kernels,
                 launch,
-                query,
+                at.query,
                 *at_hand[:2],
                 scale=settings.scale,
                 modifiers=modifiers,
@@ -53,12 +64,23 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]
                 out_dtype=last if stage.is_last and launch is stage.launches[-1] else accumulator,
             )
 
-    walk(ready, room, body)
-    if carry is None:
-        out = query.new_zeros(*query.shape[:-1], value.shape[-1], dtype=last)
-        carry = out, out.new_full((query.shape[1], query.shape[0]), -torch.inf, dtype=torch.float32)
-    out, lse = carry if inputs.sinks is None else with_sinks(*carry, inputs.sinks)
-    return out.to(query.dtype), lse, table
+    def finish() -> Carry:
+        found = carry
+        if found is None:
+            out = query.new_zeros(*at.query.shape[:-1], value.shape[-1], dtype=last)
+            found = out, out.new_full(at.query.shape[1::-1], -torch.inf, dtype=torch.float32)
+        out, lse = found if at.sinks is None else with_sinks(*found, at.sinks)
+        return out.to(query.dtype), lse
+
+    guard = Guard(ready)
+    walk(ready, room, guard, body)
+    found = guard(finish)
+    if crossing is not None:
+        found = crossing.out_home(guard, found)
+    guard.close()
+    assert found is not None  # without a failure, which `close` raises
+    out, lse = found
+    return out, lse, table
 
 
 def backward(
@@ -75,21 +97,26 @@ def backward(
         inputs: what `forward` was given.
         settings: what `forward` was given.
     """
-    query = inputs.query
+    query, needs = inputs.query, settings.needs
+    needed_keys = [name for name in ("key", "value") if needs & NEEDS[name]]
     ready = prepare(inputs, settings, table, "backward")
-    needs_key, needs_value = settings.needs & NEEDS["key"], settings.needs & NEEDS["value"]
-    wanted = ([inputs.key] if needs_key else []) + ([inputs.value] if needs_value else [])
-    try:
+    crossing, room = None, None
+    with ready.refusals_notified():
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
         delta = ready.kernels.row_delta(dout, out, dlse)
-        gradients = KeyGradients(wanted, ready.program, ready.transport)
-    except Exception as error:
-        ready.refuse(error)
-        raise
-    room = None
+        of_rows = dout, lse, delta
+        ready, crossing = cross(ready, of_rows)
+        wanted = [getattr(ready.inputs, name) for name in needed_keys]
+        partial = crossing is not None and crossing.shares.copied
+        gradients = KeyGradients(wanted, ready.program, ready.transport, partial)
+        if crossing is not None:
+            of_rows = crossing.gradients
+            crossing.expect_gradients(needs, gradients.result_dtype)
+        if ready.transport is not None:
+            room = make_room(ready)
     if ready.transport is not None:
-        room = make_room(ready)
-        ready.begin()
+        begin(ready, crossing)
+    at = ready.inputs
     accumulator = torch.promote_types(query.dtype, torch.float32)
     dquery: Tensor | None = None
     parts: list[Tensor] | None = None
@@ -98,15 +125,13 @@ def backward(
         nonlocal dquery, parts
         modifiers = ready.modifiers(index, stage.offset, at_hand)
         for launch in stage.launches:
-            dquery, dkey, dvalue = attend_backward(
+            dquery, *of_keys = attend_backward(
                 ready.kernels,
                 launch,
-                dout,
-                query,
-                at_hand[0],
-                at_hand[1],
-                lse,
-                delta,
+                of_rows[0],
+                at.query,
+                *at_hand[:2],
+                *of_rows[1:],
                 scale=settings.scale,
                 modifiers=modifiers,
                 carry=dquery,
@@ -114,7 +139,7 @@ def backward(
                 dkey_dtype=accumulator if stage.returns else gradients.dtype,
                 deterministic=settings.deterministic,
             )
-            found = ([dkey] if needs_key else []) + ([dvalue] if needs_value else [])
+            found = [x for name, x in zip(("key", "value"), of_keys, strict=True) if name in needed_keys]
             parts = found if parts is None else [a.add_(b) for a, b in zip(parts, found, strict=True)]
 
     def settle(stage: StageProgram) -> None:
@@ -124,53 +149,98 @@ def backward(
         gradients.settle(stage, parts)
         parts = None
 
-    walk(ready, room, body, settle)
-    of_keys = gradients.finish()
-    dquery = torch.zeros_like(query) if dquery is None else dquery
-    return (
-        dquery if settings.needs & NEEDS["query"] else query.new_empty(0),
-        of_keys[0] if needs_key else query.new_empty(0),
-        of_keys[-1] if needs_value else query.new_empty(0),
-        query.new_empty(0)
-        if inputs.sinks is None or not settings.needs & NEEDS["sinks"]
-        else sink_gradient(inputs.sinks, lse, delta),
+    def finish() -> list[Tensor]:
+        of_query = torch.zeros_like(at.query) if dquery is None else dquery
+        return [*([of_query] if needs & NEEDS["query"] else []), *gradients.finish()]
+
+    guard = Guard(ready)
+    walk(ready, room, guard, body, settle)
+    found = guard(finish)
+    if crossing is not None:
+        found = crossing.gradients_home(guard, found)
+    guard.close()
+    assert found is not None  # as in `forward`
+    if inputs.sinks is not None and needs & NEEDS["sinks"]:
+        found.append(sink_gradient(inputs.sinks, lse, delta))
+    of_query, of_key, of_value, of_sinks = (
+        found.pop(0) if needs & bit and found else query.new_empty(0) for bit in NEEDS.values()
     )
+    return of_query, of_key, of_value, of_sinks
+
+
+def cross(ready: Ready, gradients: tuple[Tensor, Tensor, Tensor] | None = None) -> tuple[Ready, Crossing | None]:
+    """The call as the plan takes it, if heads are exchanged for tokens: its tensors come when ranks begin."""
+    if ready.exchange is None:
+        return ready, None
+    crossing = Crossing(ready.exchange, ready.inputs, gradients)
+    return replace(ready, inputs=crossing.inputs, first_head=crossing.heads.start), crossing
+
+
+def begin(ready: Ready, crossing: Crossing | None) -> None:
+    """From here on all ranks make this call, and wait for each other."""
+    ready.begin()
+    if crossing is not None:
+        crossing.go()
 
 
 def make_room(ready: Ready) -> tuple[Rows, list[Rows]]:
     """Own keys as they can be sent, and the buffers for those that arrive: before the ranks agree to begin."""
     program, own = ready.program, ready.inputs.keys()
     needed = min(2, sum([bool(stage.receives) for stage in program.stages]))
-    try:
-        sent = tuple([x.contiguous() for x in own])
-        buffers = [tuple([x.new_empty(program.buffers.arrivals, *x.shape[1:]) for x in own]) for _ in range(needed)]
-    except Exception as error:
-        ready.refuse(error)
-        raise
-    return sent, buffers
+    sent = tuple([x.contiguous() for x in own])
+    return sent, [tuple([x.new_empty(program.buffers.arrivals, *x.shape[1:]) for x in own]) for _ in range(needed)]
+
+
+class Guard:
+    """Does what may fail on this rank alone, until something does: then the rest of the call goes on all the same.
+
+    Other ranks have begun this call, too, and would wait for ever. They hear of the error when the call ends on CPUs,
+    on GPUs before the call after their next.
+
+    Args:
+        ready: what the call is made with. On one device nothing is kept back.
+    """
+
+    def __init__(self, ready: Ready) -> None:
+        self._ready = ready
+        self._failure: Exception | None = None
+
+    def __call__(self, function: Callable[..., Result], *arguments: object) -> Result:
+        """What the function gives; None if it fails, or something did before: `close` raises that."""
+        if self._ready.transport is None:
+            return function(*arguments)
+        if self._failure is None:
+            try:
+                return function(*arguments)
+            except Exception as error:
+                self._failure = error
+        return cast("Result", None)
+
+    def close(self) -> None:
+        """End the call; raises this rank's failure, or hears of another's."""
+        if self._ready.transport is not None:
+            self._ready.close(self._failure)
 
 
 def walk(
     ready: Ready,
     room: tuple[Rows, list[Rows]] | None,
+    guard: Guard,
     body: Callable[[int, StageProgram, Rows], None],
     settle: Callable[[StageProgram], None] | None = None,
 ) -> None:
     """Go through the stages of a program: post transfers, work on what is there, settle, wait.
 
-    Where a body fails, out of memory say, the transfers go on all the same: other ranks have begun this call, too, and
-    would wait for ever. They hear of the error when the call ends on CPUs, on GPUs before the call after their next.
-
     Args:
         ready: what to walk with.
         room: from `make_room`; None on one device.
+        guard: around the work.
         body: the work of a stage, or of a piece of it, on the rows that it attends to.
         settle: what follows the work of each piece of a stage, in the backward pass.
     """
     program, own = ready.program, ready.inputs.keys()
     sent, buffers = room or (own, [])
     arrived: Rows = ()
-    failure: Exception | None = None
     filled = 0
     for index, stage in enumerate(program.stages):
         ticket, coming = None, ()
@@ -182,20 +252,20 @@ def walk(
             sends = [pair for s in stage.sends for pair in _rows_of(s, arrived if s.relayed else sent)]
             ticket = ready.transport.transfer(sends, [pair for s in stage.receives for pair in _rows_of(s, coming)])
         for piece in (stage,) if settle is None else program.backward_stages[index]:
-            if piece.launches and failure is None:
-                try:
-                    body(index, piece, piece.at_hand(own, arrived))
-                except Exception as error:
-                    if ready.transport is None:
-                        raise
-                    failure = error
+            if piece.launches:
+                guard(work_on, body, index, piece, own, arrived)
             if settle is not None:
                 settle(piece)
         if ticket is not None:
             ticket.wait()
         arrived = tuple([picked(x, stage.received) for x in coming])
-    if ready.transport is not None:
-        ready.close(failure)
+
+
+def work_on(
+    body: Callable[[int, StageProgram, Rows], None], index: int, piece: StageProgram, own: Rows, arrived: Rows
+) -> None:
+    """The work of a piece of a stage on the rows that it attends to."""
+    body(index, piece, piece.at_hand(own, arrived))
 
 
 def _rows_of(shipment: Shipment, tensors: Rows) -> list[tuple[int, Tensor]]:

@@ -26,18 +26,20 @@ class SendRecv:
 
     Args:
         group: the process group.
+        members: its ranks that are reached, which are then numbered from 0 on; all of them if None.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, members: Sequence[int] | None = None) -> None:
         self._group = group
-        self._global_rank = [dist.get_global_rank(group, rank) for rank in range(group.size())]
+        members = range(group.size()) if members is None else members
+        self._global_rank = [dist.get_global_rank(group, rank) for rank in members]
 
     def transfer(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> Ticket:
         """Post all transfers of a stage at once and return without waiting.
 
         Args:
-            sends: (destination rank in the group, contiguous tensor).
-            receives: (source rank in the group, contiguous tensor to fill). Between two ranks, tensors are matched in
+            sends: (destination among the members, contiguous tensor).
+            receives: (source among the members, contiguous tensor to fill). Between two ranks, tensors are matched in
                 the order given.
         """
         operations = [self._operation(dist.irecv, rank, tensor) for rank, tensor in receives if tensor.numel()]
