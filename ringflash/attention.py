@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ringflash.functional import attention
 from ringflash.parallel.mesh import ONE_DEVICE, Group, GroupLeftBehind, group_size, process_group
-from ringflash.parallel.planning.heads import check_head_ranks
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import Partition, check_name
 from ringflash.parallel.sharding import Sharding
@@ -81,7 +80,6 @@ class DistributedFlashAttention(GroupModule):
     ) -> None:
         super().__init__(group)
         check_name(partition)
-        check_head_ranks(head_ranks, group_size(group))
         self.mask = Mask.causal() if mask is None else mask
         self._names_its_mask = mask is not None
         self.partition = partition
