@@ -234,8 +234,9 @@ def _located(
 ) -> Located:
     """By mask, documents and lengths: looked up here, or by the operator where the host cannot."""
     ranks = 1 if group is None else group.size()
-    check_head_ranks(head_ranks, ranks)
-    check_heads(query.shape[2], head_ranks)
+    if head_ranks != 1:
+        check_head_ranks(head_ranks, ranks)
+        check_heads(query.shape[2], head_ranks)
     group = None if ranks == 1 else group
     for what, length in (("seqlen", seqlen), ("key_seqlen", key_seqlen)):
         if isinstance(length, float | str | Tensor) or (length is not None and length < 0):

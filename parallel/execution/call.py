@@ -198,15 +198,6 @@ class Ready:
             placement: Any = self.placement
             agreement(placement.group).refuse(error, placement.call_digest(self.index, self.form))
 
-    @contextmanager
-    def refusals_notified(self) -> Generator[None]:
-        """Around what this rank may fail at before it begins."""
-        try:
-            yield
-        except Exception as error:
-            self.refuse(error)
-            raise
-
     def close(self, failure: Exception | None) -> None:
         """End a call of several ranks: raise this rank's failure, or hear of another's."""
         placement: Any = self.placement  # there is one where there are several ranks

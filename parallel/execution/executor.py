@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -20,11 +19,10 @@ from ringflash.parallel.execution.gradients import KeyGradients
 from ringflash.parallel.planning.launches import attend, attend_backward
 from ringflash.parallel.planning.program import Shipment, StageProgram, picked
 from ringflash.parallel.positions.segments import count
+from ringflash.parallel.transport.head_exchange import HeadExchange
 
 Rows = tuple[Tensor, ...]
 """The same rows of key, value and, if any, which keys are visible."""
-
-Result = TypeVar("Result")
 
 
 def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,13 +36,15 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]
     ready = prepare(inputs, settings, table, "forward")
     accumulator = torch.promote_types(query.dtype, torch.float32)
     last = query.dtype if inputs.sinks is None else accumulator  # sinks are weighed in before anything is rounded
-    crossing, room = None, None
+    crossing = room = None
     if ready.transport is not None:
-        with ready.refusals_notified():
-            ready, crossing = cross(ready)
-            if crossing is not None:
-                crossing.expect_out()
+        try:
+            if ready.exchange is not None:
+                ready, crossing = cross(ready, ready.exchange)
             room = make_room(ready)
+        except Exception as error:
+            ready.refuse(error)
+            raise
         begin(ready, crossing)
     at = ready.inputs
     carry: Carry | None = None
@@ -64,22 +64,18 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]
                 out_dtype=last if stage.is_last and launch is stage.launches[-1] else accumulator,
             )
 
-    def finish() -> Carry:
-        found = carry
-        if found is None:
+    failure, found = walk(ready, room, body), []
+    try:
+        if carry is None:
             out = query.new_zeros(*at.query.shape[:-1], value.shape[-1], dtype=last)
-            found = out, out.new_full(at.query.shape[1::-1], -torch.inf, dtype=torch.float32)
-        out, lse = found if at.sinks is None else with_sinks(*found, at.sinks)
-        return out.to(query.dtype), lse
-
-    guard = Guard(ready)
-    walk(ready, room, guard, body)
-    found = guard(finish)
-    if crossing is not None:
-        found = crossing.out_home(guard, found)
-    guard.close()
-    assert found is not None  # without a failure, which `close` raises
-    out, lse = found
+            carry = out, out.new_full(at.query.shape[1::-1], -torch.inf, dtype=torch.float32)
+        out, lse = carry if at.sinks is None else with_sinks(*carry, at.sinks)
+        found = [out.to(query.dtype), lse]
+    except Exception as error:
+        if ready.transport is None:
+            raise
+        failure = failure or error
+    out, lse = found if ready.transport is None else end(ready, crossing, found, failure)
     return out, lse, table
 
 
@@ -98,25 +94,28 @@ def backward(
         settings: what `forward` was given.
     """
     query, needs = inputs.query, settings.needs
-    needed_keys = [name for name in ("key", "value") if needs & NEEDS[name]]
+    needs_key, needs_value = needs & NEEDS["key"], needs & NEEDS["value"]
     ready = prepare(inputs, settings, table, "backward")
-    crossing, room = None, None
-    with ready.refusals_notified():
+    crossing = room = None
+    try:
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
         delta = ready.kernels.row_delta(dout, out, dlse)
         of_rows = dout, lse, delta
-        ready, crossing = cross(ready, of_rows)
-        wanted = [getattr(ready.inputs, name) for name in needed_keys]
-        partial = crossing is not None and crossing.shares.copied
-        gradients = KeyGradients(wanted, ready.program, ready.transport, partial)
-        if crossing is not None:
-            of_rows = crossing.gradients
-            crossing.expect_gradients(needs, gradients.result_dtype)
+        if ready.exchange is not None:
+            ready, crossing = cross(ready, ready.exchange, of_rows)
+            of_rows = crossing.of_rows
+        at = ready.inputs
+        wanted = ([at.key] if needs_key else []) + ([at.value] if needs_value else [])
+        gradients = KeyGradients(
+            wanted, ready.program, ready.transport, crossing is not None and crossing.shares.copied
+        )
         if ready.transport is not None:
             room = make_room(ready)
+    except Exception as error:
+        ready.refuse(error)
+        raise
     if ready.transport is not None:
         begin(ready, crossing)
-    at = ready.inputs
     accumulator = torch.promote_types(query.dtype, torch.float32)
     dquery: Tensor | None = None
     parts: list[Tensor] | None = None
@@ -125,7 +124,7 @@ def backward(
         nonlocal dquery, parts
         modifiers = ready.modifiers(index, stage.offset, at_hand)
         for launch in stage.launches:
-            dquery, *of_keys = attend_backward(
+            dquery, dkey, dvalue = attend_backward(
                 ready.kernels,
                 launch,
                 of_rows[0],
@@ -139,7 +138,7 @@ def backward(
                 dkey_dtype=accumulator if stage.returns else gradients.dtype,
                 deterministic=settings.deterministic,
             )
-            found = [x for name, x in zip(("key", "value"), of_keys, strict=True) if name in needed_keys]
+            found = ([dkey] if needs_key else []) + ([dvalue] if needs_value else [])
             parts = found if parts is None else [a.add_(b) for a, b in zip(parts, found, strict=True)]
 
     def settle(stage: StageProgram) -> None:
@@ -149,38 +148,38 @@ def backward(
         gradients.settle(stage, parts)
         parts = None
 
-    def finish() -> list[Tensor]:
-        of_query = torch.zeros_like(at.query) if dquery is None else dquery
-        return [*([of_query] if needs & NEEDS["query"] else []), *gradients.finish()]
-
-    guard = Guard(ready)
-    walk(ready, room, guard, body, settle)
-    found = guard(finish)
-    if crossing is not None:
-        found = crossing.gradients_home(guard, found)
-    guard.close()
-    assert found is not None  # as in `forward`
-    if inputs.sinks is not None and needs & NEEDS["sinks"]:
-        found.append(sink_gradient(inputs.sinks, lse, delta))
-    of_query, of_key, of_value, of_sinks = (
-        found.pop(0) if needs & bit and found else query.new_empty(0) for bit in NEEDS.values()
+    failure, found = walk(ready, room, body, settle), []
+    try:
+        if needs & NEEDS["query"]:
+            found.append(torch.zeros_like(at.query) if dquery is None else dquery)
+        found += gradients.finish()
+    except Exception as error:
+        if ready.transport is None:
+            raise
+        failure = failure or error
+    if ready.transport is not None:
+        found = end(ready, crossing, found, failure)
+    nothing = query.new_empty(0)
+    return (
+        found[0] if needs & NEEDS["query"] else nothing,
+        found[-1 - bool(needs_value)] if needs_key else nothing,
+        found[-1] if needs_value else nothing,
+        nothing if inputs.sinks is None or not needs & NEEDS["sinks"] else sink_gradient(inputs.sinks, lse, delta),
     )
-    return of_query, of_key, of_value, of_sinks
 
 
-def cross(ready: Ready, gradients: tuple[Tensor, Tensor, Tensor] | None = None) -> tuple[Ready, Crossing | None]:
-    """The call as the plan takes it, if heads are exchanged for tokens: its tensors come when ranks begin."""
-    if ready.exchange is None:
-        return ready, None
-    crossing = Crossing(ready.exchange, ready.inputs, gradients)
+def cross(
+    ready: Ready, exchange: HeadExchange, of_rows: tuple[Tensor, Tensor, Tensor] | None = None
+) -> tuple[Ready, Crossing]:
+    """The call as the plan takes it, all tokens of some heads; its tensors are filled when ranks begin.
+
+    Args:
+        ready: the call.
+        exchange: of heads for tokens.
+        of_rows: of the backward pass: dout, log-sum-exp and delta.
+    """
+    crossing = Crossing(exchange, ready.inputs, ready.settings, of_rows)
     return replace(ready, inputs=crossing.inputs, first_head=crossing.heads.start), crossing
-
-
-def begin(ready: Ready, crossing: Crossing | None) -> None:
-    """From here on all ranks make this call, and wait for each other."""
-    ready.begin()
-    if crossing is not None:
-        crossing.go()
 
 
 def make_room(ready: Ready) -> tuple[Rows, list[Rows]]:
@@ -191,56 +190,46 @@ def make_room(ready: Ready) -> tuple[Rows, list[Rows]]:
     return sent, [tuple([x.new_empty(program.buffers.arrivals, *x.shape[1:]) for x in own]) for _ in range(needed)]
 
 
-class Guard:
-    """Does what may fail on this rank alone, until something does: then the rest of the call goes on all the same.
+def begin(ready: Ready, crossing: Crossing | None) -> None:
+    """From here on all ranks make this call, and wait for each other."""
+    ready.begin()
+    if crossing is not None:
+        crossing.go()
 
-    Other ranks have begun this call, too, and would wait for ever. They hear of the error when the call ends on CPUs,
-    on GPUs before the call after their next.
 
-    Args:
-        ready: what the call is made with. On one device nothing is kept back.
-    """
-
-    def __init__(self, ready: Ready) -> None:
-        self._ready = ready
-        self._failure: Exception | None = None
-
-    def __call__(self, function: Callable[..., Result], *arguments: object) -> Result:
-        """What the function gives; None if it fails, or something did before: `close` raises that."""
-        if self._ready.transport is None:
-            return function(*arguments)
-        if self._failure is None:
-            try:
-                return function(*arguments)
-            except Exception as error:
-                self._failure = error
-        return cast("Result", None)
-
-    def close(self) -> None:
-        """End the call; raises this rank's failure, or hears of another's."""
-        if self._ready.transport is not None:
-            self._ready.close(self._failure)
+def end(ready: Ready, crossing: Crossing | None, found: list[Tensor], failure: Exception | None) -> list[Tensor]:
+    """Behind the work of several ranks: results come home, and all hear of what failed on one."""
+    if crossing is None:
+        ready.close(failure)
+        return found
+    ready.close(crossing.come_home(found, failure))
+    return crossing.results()
 
 
 def walk(
     ready: Ready,
     room: tuple[Rows, list[Rows]] | None,
-    guard: Guard,
     body: Callable[[int, StageProgram, Rows], None],
     settle: Callable[[StageProgram], None] | None = None,
-) -> None:
+) -> Exception | None:
     """Go through the stages of a program: post transfers, work on what is there, settle, wait.
+
+    Where a body fails, out of memory say, the transfers go on all the same: other ranks have begun this call, too, and
+    would wait for ever. They hear of the error when the call ends on CPUs, on GPUs before the call after their next.
 
     Args:
         ready: what to walk with.
         room: from `make_room`; None on one device.
-        guard: around the work.
         body: the work of a stage, or of a piece of it, on the rows that it attends to.
         settle: what follows the work of each piece of a stage, in the backward pass.
+
+    Returns:
+        What failed on this rank of several.
     """
     program, own = ready.program, ready.inputs.keys()
     sent, buffers = room or (own, [])
     arrived: Rows = ()
+    failure: Exception | None = None
     filled = 0
     for index, stage in enumerate(program.stages):
         ticket, coming = None, ()
@@ -252,20 +241,19 @@ def walk(
             sends = [pair for s in stage.sends for pair in _rows_of(s, arrived if s.relayed else sent)]
             ticket = ready.transport.transfer(sends, [pair for s in stage.receives for pair in _rows_of(s, coming)])
         for piece in (stage,) if settle is None else program.backward_stages[index]:
-            if piece.launches:
-                guard(work_on, body, index, piece, own, arrived)
+            if piece.launches and failure is None:
+                try:
+                    body(index, piece, piece.at_hand(own, arrived))
+                except Exception as error:
+                    if ready.transport is None:
+                        raise
+                    failure = error
             if settle is not None:
                 settle(piece)
         if ticket is not None:
             ticket.wait()
         arrived = tuple([picked(x, stage.received) for x in coming])
-
-
-def work_on(
-    body: Callable[[int, StageProgram, Rows], None], index: int, piece: StageProgram, own: Rows, arrived: Rows
-) -> None:
-    """The work of a piece of a stage on the rows that it attends to."""
-    body(index, piece, piece.at_hand(own, arrived))
+    return failure
 
 
 def _rows_of(shipment: Shipment, tensors: Rows) -> list[tuple[int, Tensor]]:
