@@ -1,6 +1,7 @@
 """Suite `ring`: causal attention over the GPUs of one host, beside torch's context parallelism and Ulysses.
 
-Run under torchrun. 32 query and 8 key heads, head dimension 128, bf16, one sequence.
+Run under torchrun. 32 query and 8 key heads, head dimension 128, bf16, one sequence. "2 x 2" is two ranks that exchange
+heads in a ring of two.
 """
 
 from __future__ import annotations
@@ -43,11 +44,17 @@ def measure(options: Options) -> Iterator[Report]:
     dist.destroy_process_group()
 
 
+def ways(ranks: int) -> dict[str, tuple[str, int]]:
+    """Partition and `head_ranks` of what is timed of ringflash: rings, heads alone, and heads within a ring."""
+    found = {"zigzag": ("zigzag", 1), "contiguous": ("contiguous", 1), "Ulysses": ("contiguous", ranks)}
+    return found | {f"{n} x {ranks // n}": ("zigzag", n) for n in range(2, ranks) if ranks % n == 0}
+
+
 def _ours(tokens: int, repeats: int) -> list[Row]:
     rows = []
-    for partition in ("zigzag", "contiguous"):
-        attend = DistributedFlashAttention(partition=partition)
-        rows += _both(f"ringflash {partition}", attend, _shares(tokens, sequence_dim=1), tokens, repeats)
+    for name, (partition, head_ranks) in ways(dist.get_world_size()).items():
+        attend = DistributedFlashAttention(partition=partition, head_ranks=head_ranks)
+        rows += _both(f"ringflash {name}", attend, _shares(tokens, sequence_dim=1), tokens, repeats)
     return rows
 
 
