@@ -86,6 +86,7 @@ class Placement:
         self._plans: dict[int, RankPlan] = {}
         self._programs: dict[tuple[int, torch.device], Program] = {}
         self._slope_rows: dict[tuple[int, torch.device], Tensor] = {}
+        self._unions: dict[torch.device, tuple[UnionRows, UnionRows]] = {}
         self._exchanges: dict[torch.device, HeadExchange] = {}
         self._digests: dict[int, str] = {}
         self._call_digests: dict[tuple, int] = {}
@@ -131,7 +132,7 @@ class Placement:
     def __getstate__(self) -> dict[str, object]:
         if self.on_device is not None:
             raise ArgumentError("a Sharding of boundaries on a device does not travel to another process")
-        state = vars(self) | {"group": None, "_programs": {}, "_slope_rows": {}, "_exchanges": {}}
+        state = vars(self) | {"group": None, "_programs": {}, "_slope_rows": {}, "_unions": {}, "_exchanges": {}}
         state.pop("transport", None)
         return state
 
@@ -256,32 +257,49 @@ class Placement:
         assert self.group is not None  # one device moves nothing
         return SendRecv(self.group, range(self.rank % self.head_ranks, self.ranks, self.head_ranks))
 
+    def prepare(self, device: torch.device) -> None:
+        """Make on a device what calls under the masks known by now take."""
+        for index in range(len(self.masks)):
+            self.program(index, device)
+        if self.head_ranks > 1:
+            self.unions(device)
+
+    def unions(self, device: torch.device) -> tuple[UnionRows, UnionRows]:
+        """Rows of queries and of keys that this rank holds together with those that it exchanges heads with."""
+        found = self._unions.get(device)
+        if found is None:
+            found = self._unions[device] = build_to_keep(lambda: self._new_unions(device), device)
+        hold_if_captured(self, device)
+        return found
+
+    def _new_unions(self, device: torch.device) -> tuple[UnionRows, UnionRows]:
+        first = self.rank - self.rank % self.head_ranks
+
+        def together(partition: Partition) -> UnionRows:
+            shares = partition.repeat(self.batch).segments
+            return UnionRows.of(shares[first : first + self.head_ranks], device)
+
+        queries = together(self.partition)
+        return queries, queries if self.key_partition is self.partition else together(self.key_partition)
+
     def exchange(self, device: torch.device) -> HeadExchange | None:
         """How this rank exchanges heads for tokens; None if it does not."""
         if self.head_ranks == 1 or self.group is None:
             return None
         found = self._exchanges.get(device)
         if found is None:
-            found = self._exchanges[device] = build_to_keep(lambda: self._new_exchange(device), device)
-        hold_if_captured(self, device)
+            place = self.rank % self.head_ranks
+            first = self.rank - place
+            transport = SendRecv(self.group, range(first, first + self.head_ranks))
+            found = self._exchanges[device] = HeadExchange(transport, place, *self.unions(device))
         return found
-
-    def _new_exchange(self, device: torch.device) -> HeadExchange:
-        assert self.group is not None  # the caller looks
-        first = self.rank - self.rank % self.head_ranks
-        members = range(first, first + self.head_ranks)
-        queries, keys = (
-            UnionRows.of(x.repeat(self.batch).segments[first : first + self.head_ranks], device)
-            for x in (self.partition, self.key_partition)
-        )
-        return HeadExchange(SendRecv(self.group, members), self.rank - first, queries, keys)
 
     def nbytes(self) -> int:
         """Bytes of everything that lies on devices and of the largest things on the host."""
         programs = sum(program.nbytes() for program in self._programs.values())
         rows = sum(x.nbytes for x in self._slope_rows.values())
-        exchanges = sum(exchange.nbytes() for exchange in self._exchanges.values())
-        return programs + rows + exchanges + NUMBER_BYTES * len(self.masks[0].boundaries or ())
+        rows += sum(x.nbytes for both in self._unions.values() for union in set(both) for x in union.tensors())
+        return programs + rows + NUMBER_BYTES * len(self.masks[0].boundaries or ())
 
     # What ranks compare
 

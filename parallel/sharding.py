@@ -294,8 +294,7 @@ class Sharding:
         device = torch.device(device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
-        for index in range(len(self._handles)):
-            self._placement.program(index, device)
+        self._placement.prepare(device)
 
     def bind(self, group: Group) -> None:
         """Say which group communicates, where that was not known when it was made.

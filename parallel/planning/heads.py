@@ -64,7 +64,7 @@ class HeadShares:
         return HeadShares(mine, mine // alike, numbers, len(numbers) > key_heads)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class UnionRows:
     """The rows of a union in ascending order of position, beside the order in which they arrive: rank by rank.
 

@@ -117,7 +117,3 @@ class HeadExchange:
         ticket.wait()
         for x in tensors:
             x.settle()
-
-    def nbytes(self) -> int:
-        """Bytes that it keeps on its device."""
-        return sum(x.nbytes for x in (*self.queries.tensors(), *self.keys.tensors()))
