@@ -288,10 +288,8 @@ class Placement:
             return None
         found = self._exchanges.get(device)
         if found is None:
-            place = self.rank % self.head_ranks
-            first = self.rank - place
-            transport = SendRecv(self.group, range(first, first + self.head_ranks))
-            found = self._exchanges[device] = HeadExchange(transport, place, *self.unions(device))
+            found = HeadExchange(self.group, self.head_ranks, *self.unions(device))
+            self._exchanges[device] = found
         return found
 
     def nbytes(self) -> int:

@@ -42,78 +42,81 @@ class Crossing:
         settings: Settings,
         of_rows: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> None:
-        self._exchange = exchange
-        query, key = inputs.query, inputs.key
-        self.shares = HeadShares.of(query.shape[1], key.shape[1], exchange.ranks)
+        self._exchange, self._own, visible = exchange, inputs, inputs.key_visible
+        self.shares = HeadShares.of(inputs.query.shape[1], inputs.key.shape[1], exchange.ranks)
         first = exchange.place * self.shares.queries
         self.heads = slice(first, first + self.shares.queries)
-        of_query = Outward(query, exchange.queries)
-        of_keys = [Outward(self._copied(x), exchange.keys) for x in (key, inputs.value)]
-        self._outward = [of_query, *of_keys]
+        of_queries, of_keys = [inputs.query], [self._copied(x) for x in (inputs.key, inputs.value)]
+        if of_rows is not None:
+            dout, lse, delta = of_rows
+            of_queries += [dout, torch.stack([lse, delta], -1).transpose(0, 1)]
+        if visible is not None:
+            of_keys.append(visible[:, None, None].expand(-1, exchange.ranks, 1))  # as if it were of heads
+        self._outward = self._ways(of_queries, of_keys)
+        found = [x for way in self._outward for x in way.results]
+        query, key, value = found[0], *found[len(of_queries) :][:2]
         self.inputs = inputs._replace(
-            query=of_query.result,
-            key=of_keys[0].result,
-            value=of_keys[1].result,
-            key_visible=None if inputs.key_visible is None else self._cross_visible(inputs.key_visible),
+            query=query,
+            key=key,
+            value=value,
+            key_visible=None if visible is None else found[-1][:, 0, 0],
             slopes=None if inputs.slopes is None else inputs.slopes[..., self.heads],
             sinks=None if inputs.sinks is None else inputs.sinks[self.heads],
         )
-        self._home: list[Homeward] = []
-        self._looks: list[Callable[[], Tensor]] = []
         self.of_rows: tuple[Tensor, ...] = ()
         if of_rows is None:
-            self._expect_out(of_query, inputs.value.shape[-1])
+            self._home, self._looks = self._way_of_out()
         else:
-            self._cross_rows(*of_rows)
-            self._expect_gradients(settings.needs, of_query, of_keys, key)
+            self._pairs = found[2]
+            self.of_rows = found[1], *self._pairs.new_empty(self._pairs.shape[::-1])
+            self._home, self._looks = self._way_of_gradients(settings.needs)
 
     def _copied(self, of_keys: Tensor) -> Tensor:
         if not self.shares.copied:
             return of_keys
         return torch.stack([of_keys[:, head] for head in self.shares.key_heads], 1)
 
-    def _cross_visible(self, key_visible: Tensor) -> Tensor:
-        for_each = key_visible[:, None].expand(-1, self._exchange.ranks)  # as if it were of heads
-        self._outward.append(Outward(for_each, self._exchange.keys))
-        return self._outward[-1].result[:, 0]
+    def _ways(self, of_queries: list[Tensor], of_keys: list[Tensor]) -> list[Outward]:
+        queries, keys = self._exchange.queries, self._exchange.keys
+        if queries is keys:
+            return [Outward([*of_queries, *of_keys], queries)]
+        return [Outward(of_queries, queries), Outward(of_keys, keys)]
 
-    def _cross_rows(self, dout: Tensor, lse: Tensor, delta: Tensor) -> None:
-        rows = self._exchange.queries
-        of_out, of_both = Outward(dout, rows), Outward(torch.stack([lse, delta], -1).transpose(0, 1), rows)
-        self._outward += [of_out, of_both]
-        self._both = of_both.result
-        self.of_rows = of_out.result, *self._both.new_empty(self._both.shape[::-1])
+    def _way_of_out(self) -> tuple[list[Homeward], list[Callable[[], Tensor]]]:
+        query, heads = self._own.query, self.shares.queries
+        kinds = [(heads, self._own.value.shape[-1], query.dtype), (heads, 1, torch.float32)]
+        home = Homeward(kinds, self._outward[0])
+        return [home], [partial(home.joined, 0), lambda: home.joined(1)[..., 0].T.contiguous()]
 
-    def _expect_out(self, of_query: Outward, value_dim: int) -> None:
-        out = self._expect(of_query, value_dim, of_query.result.dtype)
-        lse = self._expect(of_query, 1, torch.float32, in_its_memory=False)
-        self._looks = [out.joined, lambda: lse.joined()[..., 0].T.contiguous()]
-
-    def _expect_gradients(self, needs: int, of_query: Outward, of_keys: Sequence[Outward], key: Tensor) -> None:
-        if needs & NEEDS["query"]:
-            home = self._expect(of_query, of_query.result.shape[-1], key.dtype)
-            self._looks.append(home.joined)
+    def _way_of_gradients(self, needs: int) -> tuple[list[Homeward], list[Callable[[], Tensor]]]:
+        query, key, value = self._own[:3]
         dtype = torch.promote_types(key.dtype, torch.float32) if self.shares.copied else key.dtype
-        for name, x in zip(("key", "value"), of_keys, strict=True):
-            if needs & NEEDS[name]:
-                home = self._expect(x, x.result.shape[-1], dtype)
-                sums = partial(self._sum, home, key.shape[1], key.dtype)
-                self._looks.append(sums if self.shares.copied else home.joined)
+        of_query = [(self.shares.queries, query.shape[-1], query.dtype)] if needs & NEEDS["query"] else []
+        of_keys = [
+            (self.shares.keys, x.shape[-1], dtype)
+            for x, name in ((key, "key"), (value, "value"))
+            if needs & NEEDS[name]
+        ]
+        if len(self._outward) == 1:
+            homes = [Homeward([*of_query, *of_keys], self._outward[0])]
+        else:
+            homes = [Homeward(of_query, self._outward[0]), Homeward(of_keys, self._outward[1])]
+        before = len(of_query) if len(homes) == 1 else 0
+        looks: list[Callable[[], Tensor]] = [partial(homes[0].joined, 0)] if of_query else []
+        look = self._sum if self.shares.copied else Homeward.joined
+        looks += [partial(look, homes[-1], before + i) for i in range(len(of_keys))]
+        return homes, looks
 
-    def _sum(self, home: Homeward, key_heads: int, dtype: torch.dtype) -> Tensor:
-        return home.summed(self.shares, key_heads).to(dtype)
-
-    def _expect(self, crossed: Outward, dim: int, dtype: torch.dtype, in_its_memory: bool = True) -> Homeward:
-        self._home.append(Homeward((*crossed.result.shape[:2], dim), dtype, crossed, in_its_memory))
-        return self._home[-1]
+    def _sum(self, home: Homeward, which: int) -> Tensor:
+        key = self._own.key
+        return home.summed(which, self.shares, key.shape[1]).to(key.dtype)
 
     def go(self) -> None:
         """Let everything cross."""
         self._exchange.run(self._outward)
         self._outward = []
-        if self.of_rows:
-            for x, both in zip(self.of_rows[1:], self._both.unbind(-1), strict=True):
-                x.copy_(both.T)
+        for x, pair in zip(self.of_rows[1:], self._pairs.unbind(-1) if self.of_rows else (), strict=True):
+            x.copy_(pair.T)
 
     def come_home(self, found: Sequence[Tensor], failure: Exception | None) -> Exception | None:
         """Let what was computed travel, and what the others computed come.
@@ -129,8 +132,10 @@ class Crossing:
         """
         if failure is None:
             try:
-                for home, x in zip(self._home, found, strict=True):
-                    home.fill(x if x.dim() == 3 else x.T[..., None])
+                rows = [x if x.dim() == 3 else x.T[..., None] for x in found]
+                for home in self._home:
+                    home.fill(rows[: home.tensors])
+                    rows = rows[home.tensors :]
             except Exception as error:
                 failure = error
         self._exchange.run(self._home)

@@ -8,6 +8,7 @@ from itertools import chain
 
 import pytest
 import torch
+import torch.distributed as dist
 from attention_cases import Case, Rules, cases
 from cases import Shape, exact, inputs, problems, visible
 from hypothesis import given, settings
@@ -19,7 +20,7 @@ from ringflash.functional import attention
 from ringflash.kernels.cpu import blockwise
 from ringflash.parallel.planning.heads import HeadShares, UnionRows
 from ringflash.parallel.positions.segments import normalize
-from ringflash.parallel.transport.send_recv import SendRecv
+from ringflash.parallel.transport.head_exchange import Columns
 
 SPLITS = [(2, 2), (3, 3), (4, 2), (4, 4)]
 """Ranks, and how many of them exchange heads."""
@@ -164,69 +165,84 @@ def test_every_interface_takes_it(pool, ranks, head_ranks):
 # What it costs, and what it leaves alone
 
 
-class Transfers:
-    """What rows travel while it is open: for each transfer dtypes and sizes of what is sent."""
+class Exchanges:
+    """The exchanges of heads while it is open: for each how many bytes are sent, and the kinds of what travels."""
 
     def __enter__(self):
-        self.sent, transfer = [], SendRecv.transfer
+        self.sent, self.kinds, self._patch = [], [], pytest.MonkeyPatch()
+        exchange, layout = dist.all_to_all_single, Columns.__init__
 
-        def noted(transport, sends, receives):
-            self.sent.append([(x.dtype, x.numel()) for _, x in sends])
-            return transfer(transport, sends, receives)
+        def noted(received, sent, to, of, group):
+            self.sent.append(sent[sum(of[: dist.get_rank()]) :][: of[dist.get_rank()]].numel())
+            self.sent[-1] = sent.numel() - self.sent[-1]  # without what stays
+            return exchange(received, sent, to, of, group=group)
 
-        self._patch = pytest.MonkeyPatch()
-        self._patch.setattr(SendRecv, "transfer", noted)
+        def laid_out(columns, kinds):
+            self.kinds.append(kinds)
+            layout(columns, kinds)
+
+        self._patch.setattr(dist, "all_to_all_single", noted)
+        self._patch.setattr(Columns, "__init__", laid_out)
         return self
 
     def __exit__(self, *_):
         self._patch.undo()
 
 
-def _of_some(which):
-    """Gradients of one or two tensors, how often rows travelled in each pass, and how many numbers came home."""
-    *whole, dout = inputs(Shape(length=30, heads=12, key_heads=3))
-    sharding = Sharding(seqlen=30, head_ranks=3)
-    leaves = [sharding.shard(x, 1) for x in whole]
+def _of_some(which, key_length):
+    """Gradients of one or two tensors, how often rows travelled in each pass, and how many bytes came home."""
+    *whole, dout = _tensors(key_length)
+    sharding = Sharding(Mask.bidirectional(), seqlen=30, key_seqlen=key_length, head_ranks=3)
+    leaves = [sharding.shard(x, 1, keys=i > 0) for i, x in enumerate(whole)]
     wanted = [leaves[i].requires_grad_() for i in which]
-    with Transfers() as forward:
+    with Exchanges() as forward:
         out, _ = attention(*leaves, sharding=sharding)
-    with Transfers() as backward:
+    with Exchanges() as backward:
         gradients = torch.autograd.grad(out, wanted, sharding.shard(dout, 1))
-    home = sum(numbers for _, numbers in backward.sent[-1])
-    return [sharding.unshard(x, 1) for x in gradients], (len(forward.sent), len(backward.sent)), home
+    whole = [sharding.unshard(x, 1, keys=i > 0) for i, x in zip(which, gradients, strict=True)]
+    return whole, (len(forward.sent), len(backward.sent)), backward.sent
 
 
+def _tensors(key_length):
+    """Query, key, value and dout; 16 numbers of fp32 are whole 16 bytes."""
+    query, _, _, dout = inputs(Shape(length=30, heads=12, key_heads=3))
+    _, key, value, _ = inputs(Shape(length=key_length, heads=12, key_heads=3))
+    return query, key, value, dout
+
+
+@pytest.mark.parametrize("key_length", [30, 21])
 @pytest.mark.parametrize("which", [[0], [1], [2], [1, 2], [0, 2]], ids=str)
-def test_gradients_of_some_tensors_are_those_of_all_and_nothing_else_comes_home(pool, which):
-    everything = inputs(Shape(length=30, heads=12, key_heads=3))
-    expected = [*exact(everything, visible(Mask.causal(), 30)).values()][1:]
-    home = 0
-    for found, transfers, numbers in pool(3).run(_of_some, which):
+def test_gradients_of_some_tensors_are_those_of_all_and_nothing_else_comes_home(pool, which, key_length):
+    everything = _tensors(key_length)
+    expected = [*exact(everything, visible(Mask.bidirectional(), 30, key_length)).values()][1:]
+    home, apart = 0, key_length != 30
+    for found, exchanges, sent in pool(3).run(_of_some, which, key_length):
         for x, i in zip(found, which, strict=True):
             torch.testing.assert_close(x.double(), expected[i], atol=2e-5, rtol=2e-5)
-        assert transfers == (2, 2)
-        home += numbers
-    assert home == sum(everything[i].numel() * 2 // 3 for i in which)  # two thirds of the heads are elsewhere
+        of_sides = len({i > 0 for i in which})
+        assert exchanges == ((3, 2 + of_sides) if apart else (2, 2))
+        home += sum(sent[-of_sides if apart else -1 :])
+    assert home == sum(everything[i].nbytes * 2 // 3 for i in which)  # two thirds of the heads are elsewhere
 
 
 def _repeat(key_heads):
-    """How keys' gradients travel home, and whether they are the same each time."""
+    """Kinds of gradients on their way home; they are the same each time."""
     *whole, dout = (x.bfloat16() for x in inputs(Shape(length=30, heads=12, key_heads=key_heads)))
     sharding = Sharding(seqlen=30, head_ranks=3)
     leaves = [sharding.shard(x, 1).requires_grad_() for x in whole]
     runs = []
     for _ in range(3):
         out, _ = attention(*leaves, sharding=sharding)
-        with Transfers() as transfers:
+        with Exchanges() as exchanges:
             runs.append(torch.autograd.grad(out, leaves, sharding.shard(dout, 1)))
     assert all(torch.equal(*pair) for run in runs[1:] for pair in zip(runs[0], run, strict=True))
-    return [dtype for dtype, _ in transfers.sent[-1]]
+    return [dtype for _, _, dtype in exchanges.kinds[-1]]
 
 
 @pytest.mark.parametrize(("key_heads", "dtype"), [(3, torch.bfloat16), (12, torch.bfloat16), (1, torch.float32)])
 def test_gradients_of_key_heads_repeat_and_travel_in_fp32_where_they_are_sums(pool, key_heads, dtype):
     for dtypes in pool(3).run(_repeat, key_heads):
-        assert dtypes == [torch.bfloat16] * 2 + [dtype] * 4  # of query, key and value to two ranks each
+        assert dtypes == [torch.bfloat16, dtype, dtype]
 
 
 def _what_a_rank_holds():
