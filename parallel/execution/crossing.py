@@ -6,15 +6,14 @@ them on this rank; D head dimension, Dv the value's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ringflash.parallel.execution.call import NEEDS, Inputs, Settings
 from ringflash.parallel.planning.heads import HeadShares
-from ringflash.parallel.transport.head_exchange import HeadExchange, Homeward, Outward
+from ringflash.parallel.transport.head_exchange import HeadExchange, Homeward, Kind, Outward
 
 
 class Crossing:
@@ -64,12 +63,12 @@ class Crossing:
             sinks=None if inputs.sinks is None else inputs.sinks[self.heads],
         )
         self.of_rows: tuple[Tensor, ...] = ()
-        if of_rows is None:
-            self._home, self._looks = self._way_of_out()
-        else:
+        if of_rows is not None:
             self._pairs = found[2]
             self.of_rows = found[1], *self._pairs.new_empty(self._pairs.shape[::-1])
-            self._home, self._looks = self._way_of_gradients(settings.needs)
+        expected = self._expected(settings.needs)
+        self._of_queries = len(expected[0])
+        self._home, self._places = self._ways_home(*expected)
 
     def _copied(self, of_keys: Tensor) -> Tensor:
         if not self.shares.copied:
@@ -82,34 +81,28 @@ class Crossing:
             return [Outward([*of_queries, *of_keys], queries)]
         return [Outward(of_queries, queries), Outward(of_keys, keys)]
 
-    def _way_of_out(self) -> tuple[list[Homeward], list[Callable[[], Tensor]]]:
-        query, heads = self._own.query, self.shares.queries
-        kinds = [(heads, self._own.value.shape[-1], query.dtype), (heads, 1, torch.float32)]
-        home = Homeward(kinds, self._outward[0])
-        return [home], [partial(home.joined, 0), lambda: home.joined(1)[..., 0].T.contiguous()]
-
-    def _way_of_gradients(self, needs: int) -> tuple[list[Homeward], list[Callable[[], Tensor]]]:
+    def _expected(self, needs: int) -> tuple[list[Kind], list[Kind]]:
+        """What comes home of query rows and of key rows: out and log-sum-exp, or gradients."""
         query, key, value = self._own[:3]
-        dtype = torch.promote_types(key.dtype, torch.float32) if self.shares.copied else key.dtype
-        of_query = [(self.shares.queries, query.shape[-1], query.dtype)] if needs & NEEDS["query"] else []
-        of_keys = [
-            (self.shares.keys, x.shape[-1], dtype)
-            for x, name in ((key, "key"), (value, "value"))
-            if needs & NEEDS[name]
-        ]
-        if len(self._outward) == 1:
-            homes = [Homeward([*of_query, *of_keys], self._outward[0])]
-        else:
-            homes = [Homeward(of_query, self._outward[0]), Homeward(of_keys, self._outward[1])]
-        before = len(of_query) if len(homes) == 1 else 0
-        looks: list[Callable[[], Tensor]] = [partial(homes[0].joined, 0)] if of_query else []
-        look = self._sum if self.shares.copied else Homeward.joined
-        looks += [partial(look, homes[-1], before + i) for i in range(len(of_keys))]
-        return homes, looks
+        heads, dtype = self.shares.queries, query.dtype
+        if not self.of_rows:
+            return [(heads, value.shape[-1], dtype), (heads, 1, torch.float32)], []
+        of_query = [(heads, query.shape[-1], dtype)] if needs & NEEDS["query"] else []
+        dtype = torch.promote_types(dtype, torch.float32) if self.shares.copied else dtype
+        of_keys = [x for x, name in ((key, "key"), (value, "value")) if needs & NEEDS[name]]
+        return of_query, [(self.shares.keys, x.shape[-1], dtype) for x in of_keys]
 
-    def _sum(self, home: Homeward, which: int) -> Tensor:
-        key = self._own.key
-        return home.summed(which, self.shares, key.shape[1]).to(key.dtype)
+    def _ways_home(
+        self, of_queries: list[Kind], of_keys: list[Kind]
+    ) -> tuple[list[Homeward], list[tuple[Homeward, int]]]:
+        """The ways, and for each tensor which of them it takes, and which it is on it."""
+        if len(self._outward) == 1:
+            both = [*of_queries, *of_keys]
+            home = Homeward(both, self._outward[0])
+            return [home], [(home, i) for i in range(len(both))]
+        kinds = of_queries, of_keys
+        homes = [Homeward(each, way) for each, way in zip(kinds, self._outward, strict=True)]
+        return homes, [(home, i) for home, each in zip(homes, kinds, strict=True) for i in range(len(each))]
 
     def go(self) -> None:
         """Let everything cross."""
@@ -143,4 +136,13 @@ class Crossing:
 
     def results(self) -> list[Tensor]:
         """What came home: out (T, H, Dv) and log-sum-exp (H, T), or gradients like what they are of."""
-        return [look() for look in self._looks]
+        of_queries, of_keys = self._places[: self._of_queries], self._places[self._of_queries :]
+        found = [home.joined(which) for home, which in of_queries]
+        if not self.of_rows:
+            return [found[0], found[1][..., 0].T.contiguous()]
+        look = self._sum if self.shares.copied else Homeward.joined
+        return found + [look(home, which) for home, which in of_keys]
+
+    def _sum(self, home: Homeward, which: int) -> Tensor:
+        key = self._own.key
+        return home.summed(which, self.shares, key.shape[1]).to(key.dtype)
