@@ -30,7 +30,7 @@ from ringflash.parallel.planning.ring import ring
 from ringflash.parallel.positions.documents import rows_apart
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import NAMES, Partition, check_name, resolve
-from ringflash.parallel.transport.send_recv import SendRecv
+from ringflash.parallel.transport.select import GroupTransport, transport_of
 
 LONGEST_SHOWN = 200
 """Characters of a mask or a partition that ranks show each other; a layout of blocks may have a million."""
@@ -125,9 +125,7 @@ class Placement:
     def __getstate__(self) -> dict[str, object]:
         if self.on_device is not None:
             raise ArgumentError("a Sharding of boundaries on a device does not travel to another process")
-        state = vars(self) | {"group": None, "_programs": {}, "_slope_rows": {}}
-        state.pop("transport", None)
-        return state
+        return vars(self) | {"group": None, "_programs": {}, "_slope_rows": {}}
 
     @cached_property
     def partition(self) -> Partition:
@@ -174,7 +172,6 @@ class Placement:
                 "the group"
             )
         self.group = group
-        vars(self).pop("transport", None)
 
     def plan(self, index: int) -> RankPlan:
         """This rank's plan for one of the masks."""
@@ -239,11 +236,11 @@ class Placement:
             found = self._call_digests[index, form] = digest_of((self.digest(index), form))
         return found
 
-    @cached_property
-    def transport(self) -> SendRecv:
+    @property
+    def transport(self) -> GroupTransport:
         """Moves rows between the ranks of the group."""
         assert self.group is not None  # one device moves nothing
-        return SendRecv(self.group)
+        return transport_of(self.group)
 
     def nbytes(self) -> int:
         """Bytes of everything that lies on devices and of the largest things on the host."""

@@ -37,7 +37,7 @@ def test_documents_fill_the_tokens(mean, total):
     [
         (["suite=nothing"], "suite=nothing: allowed are kernels, ring, sdpa, prefill"),
         (["sweet=kernels"], "sweet=kernels: allowed for suite=kernels are suite=..., out=..., tokens=..."),
-        (["suite=ring", "cases=causal"], "cases=causal: allowed for suite=ring are"),
+        (["suite=ring", "shrink=2"], "shrink=2: allowed for suite=ring are"),
         (["shrink=8", "suite=sdpa"], "shrink=8: allowed for suite=sdpa are"),
         (["tokens=512,many"], "tokens=512,many: allowed is whole numbers above 0, comma-separated"),
         (["repeats=0"], "repeats=0: allowed is a whole number above 0"),

@@ -26,7 +26,7 @@ from ringflash.parallel.lookup import find
 from ringflash.parallel.placement import Placement, batch_boundaries, check_on_device, on_a_device, placement_of
 from ringflash.parallel.planning.program import Program, StageProgram, document_table, table_program, table_shape
 from ringflash.parallel.positions.mask import Mask
-from ringflash.parallel.transport.send_recv import SendRecv
+from ringflash.parallel.transport.select import GroupTransport
 
 
 class Settings(NamedTuple):
@@ -149,7 +149,7 @@ class Ready:
     placement: Placement | None
     kernels: ModuleType
     modified: bool
-    transport: SendRecv | None
+    transport: GroupTransport | None
     index: int = 0
     form: tuple = ()
 
@@ -183,6 +183,8 @@ class Ready:
         )
         if any(self.form[-1]):
             raise _surplus(placement, self.form[-1])
+        assert self.transport is not None  # as there are several ranks
+        self.transport.open(self.inputs.query.device)
 
     def refuse(self, error: Exception) -> None:
         """Let the other ranks, if there are any, know that this one cannot begin."""

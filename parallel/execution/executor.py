@@ -180,7 +180,8 @@ def walk(
                 filled += 1
             assert ready.transport is not None  # one device sends nothing
             sends = [pair for s in stage.sends for pair in _rows_of(s, arrived if s.relayed else sent)]
-            ticket = ready.transport.transfer(sends, [pair for s in stage.receives for pair in _rows_of(s, coming)])
+            receives = [pair for s in stage.receives for pair in _rows_of(s, coming)]
+            ticket = ready.transport.transfer(sends, receives, f"keys and values for stage {index + 1}")
         for piece in (stage,) if settle is None else program.backward_stages[index]:
             if piece.launches and failure is None:
                 try:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ringflash.parallel.planning.program import Program, Shipment, StageProgram, picked
-from ringflash.parallel.transport.send_recv import SendRecv, Ticket
+from ringflash.parallel.transport.base import Ticket, Transport
 
 
 class KeyGradients:
@@ -21,7 +21,7 @@ class KeyGradients:
         transport: between ranks; None on one device.
     """
 
-    def __init__(self, wanted: list[Tensor], program: Program, transport: SendRecv | None) -> None:
+    def __init__(self, wanted: list[Tensor], program: Program, transport: Transport | None) -> None:
         self._wanted, self._transport = wanted, transport
         dtype = wanted[0].dtype if wanted else torch.float32  # value's is key's
         accumulator = torch.promote_types(dtype, torch.float32)
@@ -53,7 +53,7 @@ class KeyGradients:
             incoming.append((s, [x[filled : filled + s.count] for x in self._buffers]))
             filled += s.count
         receives = [(s.peer, x) for s, buffers in incoming for x in buffers]
-        self._pending = self._transport.transfer(sends, receives), incoming
+        self._pending = self._transport.transfer(sends, receives, f"gradients of stage {stage.index}"), incoming
 
     def finish(self) -> list[Tensor]:
         """Wait for the last parts; the gradient of each of `wanted`, in its dtype."""
