@@ -32,7 +32,7 @@ from ringflash.parallel.positions.documents import rows_apart
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import NAMES, Partition, check_name, resolve
 from ringflash.parallel.transport.head_exchange import HeadExchange
-from ringflash.parallel.transport.send_recv import SendRecv
+from ringflash.parallel.transport.select import GroupTransport, transport_of
 
 LONGEST_SHOWN = 200
 """Characters of a mask or a partition that ranks show each other; a layout of blocks may have a million."""
@@ -132,9 +132,8 @@ class Placement:
     def __getstate__(self) -> dict[str, object]:
         if self.on_device is not None:
             raise ArgumentError("a Sharding of boundaries on a device does not travel to another process")
-        state = vars(self) | {"group": None, "_programs": {}, "_slope_rows": {}, "_unions": {}, "_exchanges": {}}
-        state.pop("transport", None)
-        return state
+        without = {"_programs": {}, "_slope_rows": {}, "_unions": {}, "_exchanges": {}}
+        return vars(self) | {"group": None} | without
 
     @cached_property
     def partition(self) -> Partition:
@@ -181,7 +180,6 @@ class Placement:
                 "the group"
             )
         self.group = group
-        vars(self).pop("transport", None)
         self._exchanges.clear()
 
     def _together(self, partition: Partition) -> Partition:
@@ -193,7 +191,9 @@ class Placement:
         found = self._plans.get(index)
         if found is None:
             queries, keys = map(self._together, (self.partition, self.key_partition))
-            found = self._plans[index] = ring(self.masks[index], queries, keys).of(self.rank // self.head_ranks)
+            place, part = divmod(self.rank, self.head_ranks)
+            plan = ring(self.masks[index], queries, keys).of(place)
+            found = self._plans[index] = plan.among(range(part, self.ranks, self.head_ranks))
         return found
 
     def program(self, index: int, device: torch.device) -> Program:
@@ -251,11 +251,11 @@ class Placement:
             found = self._call_digests[index, form] = digest_of((self.digest(index), form))
         return found
 
-    @cached_property
-    def transport(self) -> SendRecv:
-        """Moves rows between the ranks that carry out the plan together: those with the same part of the heads."""
+    @property
+    def transport(self) -> GroupTransport:
+        """Moves rows between the ranks of the group."""
         assert self.group is not None  # one device moves nothing
-        return SendRecv(self.group, range(self.rank % self.head_ranks, self.ranks, self.head_ranks))
+        return transport_of(self.group)
 
     def prepare(self, device: torch.device) -> None:
         """Make on a device what calls under the masks known by now take."""
@@ -288,7 +288,7 @@ class Placement:
             return None
         found = self._exchanges.get(device)
         if found is None:
-            found = HeadExchange(self.group, self.head_ranks, *self.unions(device))
+            found = HeadExchange(self.transport, self.rank, self.head_ranks, *self.unions(device))
             self._exchanges[device] = found
         return found
 

@@ -38,7 +38,7 @@ def test_documents_fill_the_tokens(mean, total):
     [
         (["suite=nothing"], "suite=nothing: allowed are kernels, ring, sdpa, prefill"),
         (["sweet=kernels"], "sweet=kernels: allowed for suite=kernels are suite=..., out=..., tokens=..."),
-        (["suite=ring", "cases=causal"], "cases=causal: allowed for suite=ring are"),
+        (["suite=ring", "shrink=2"], "shrink=2: allowed for suite=ring are"),
         (["shrink=8", "suite=sdpa"], "shrink=8: allowed for suite=sdpa are"),
         (["tokens=512,many"], "tokens=512,many: allowed is whole numbers above 0, comma-separated"),
         (["repeats=0"], "repeats=0: allowed is a whole number above 0"),
@@ -57,9 +57,10 @@ def test_options_are_read_by_their_types():
 
 
 def test_rings_heads_and_each_way_between_are_timed():
-    assert ways(2) == {"zigzag": ("zigzag", 1), "contiguous": ("contiguous", 1), "Ulysses": ("contiguous", 2)}
-    assert [*ways(8)] == ["zigzag", "contiguous", "Ulysses", "2 x 4", "4 x 2"]
-    assert [head_ranks for _, head_ranks in ways(8).values()] == [1, 1, 8, 2, 4]
+    assert ways(2, ("zigzag",)) == {"zigzag": ("zigzag", 1), "Ulysses": ("contiguous", 2)}
+    of_eight = ways(8, ("balanced", "contiguous"))
+    assert [*of_eight] == ["balanced", "contiguous", "Ulysses", "2 x 4", "4 x 2"]
+    assert [head_ranks for _, head_ranks in of_eight.values()] == [1, 1, 8, 2, 4]
 
 
 def test_implementations_take_turns_and_their_medians_count():

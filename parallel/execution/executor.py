@@ -49,9 +49,9 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]
     at = ready.inputs
     carry: Carry | None = None
 
-    def body(index: int, stage: StageProgram, at_hand: Rows) -> None:
+    def body(stage: StageProgram, at_hand: Rows) -> None:
         nonlocal carry
-        modifiers = ready.modifiers(index, stage.offset, at_hand)
+        modifiers = ready.modifiers(stage, at_hand)
         for launch in stage.launches:
             carry = attend(
                 ready.kernels,
@@ -120,9 +120,9 @@ def backward(
     dquery: Tensor | None = None
     parts: list[Tensor] | None = None
 
-    def body(index: int, stage: StageProgram, at_hand: Rows) -> None:
+    def body(stage: StageProgram, at_hand: Rows) -> None:
         nonlocal dquery, parts
-        modifiers = ready.modifiers(index, stage.offset, at_hand)
+        modifiers = ready.modifiers(stage, at_hand)
         for launch in stage.launches:
             dquery, dkey, dvalue = attend_backward(
                 ready.kernels,
@@ -209,7 +209,7 @@ def end(ready: Ready, crossing: Crossing | None, found: list[Tensor], failure: E
 def walk(
     ready: Ready,
     room: tuple[Rows, list[Rows]] | None,
-    body: Callable[[int, StageProgram, Rows], None],
+    body: Callable[[StageProgram, Rows], None],
     settle: Callable[[StageProgram], None] | None = None,
 ) -> Exception | None:
     """Go through the stages of a program: post transfers, work on what is there, settle, wait.
@@ -239,11 +239,12 @@ def walk(
                 filled += 1
             assert ready.transport is not None  # one device sends nothing
             sends = [pair for s in stage.sends for pair in _rows_of(s, arrived if s.relayed else sent)]
-            ticket = ready.transport.transfer(sends, [pair for s in stage.receives for pair in _rows_of(s, coming)])
+            receives = [pair for s in stage.receives for pair in _rows_of(s, coming)]
+            ticket = ready.transport.transfer(sends, receives, f"keys and values for stage {index + 1}")
         for piece in (stage,) if settle is None else program.backward_stages[index]:
             if piece.launches and failure is None:
                 try:
-                    body(index, piece, piece.at_hand(own, arrived))
+                    body(piece, piece.at_hand(own, arrived))
                 except Exception as error:
                     if ready.transport is None:
                         raise

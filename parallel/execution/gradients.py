@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ringflash.parallel.planning.program import Program, Shipment, StageProgram, picked
-from ringflash.parallel.transport.send_recv import SendRecv, Ticket
+from ringflash.parallel.transport.base import Ticket, Transport
 
 
 class KeyGradients:
@@ -23,7 +23,7 @@ class KeyGradients:
     """
 
     def __init__(
-        self, wanted: list[Tensor], program: Program, transport: SendRecv | None, partial: bool = False
+        self, wanted: list[Tensor], program: Program, transport: Transport | None, partial: bool = False
     ) -> None:
         self._wanted, self._transport = wanted, transport
         dtype = wanted[0].dtype if wanted else torch.float32  # value's is key's
@@ -58,7 +58,7 @@ class KeyGradients:
             incoming.append((s, [x[filled : filled + s.count] for x in self._buffers]))
             filled += s.count
         receives = [(s.peer, x) for s, buffers in incoming for x in buffers]
-        self._pending = self._transport.transfer(sends, receives), incoming
+        self._pending = self._transport.transfer(sends, receives, f"gradients of stage {stage.index}"), incoming
 
     def finish(self) -> list[Tensor]:
         """Wait for the last parts; the gradient of each of `wanted`, in `result_dtype`."""
@@ -83,7 +83,14 @@ class KeyGradients:
 
     def _add(self, rows: slice | Tensor | None, parts: list[Tensor]) -> None:
         if self._sums is None:
-            self._sums = [torch.zeros_like(x, dtype=self.dtype) for x in self._wanted]
+            self._sums = [torch.empty_like(x, dtype=self.dtype) for x in self._wanted]
+            for total, part in zip(self._sums, parts, strict=True):
+                if isinstance(rows, slice):
+                    total[: rows.start], total[rows], total[rows.stop :] = 0, part, 0
+                else:
+                    total.zero_()
+            if isinstance(rows, slice):
+                return
         for total, part in zip(self._sums, parts, strict=True):
             if isinstance(rows, Tensor):
                 total.index_add_(0, rows, part.to(total.dtype))

@@ -1,6 +1,7 @@
-"""Tensors cross from some tokens of all heads to all tokens of some heads, and come home: one all-to-all each way.
+"""Tensors cross from some tokens of all heads to all tokens of some heads, and come home.
 
-Whatever crosses lies side by side in rows of bytes, for a collective costs the host the same however much it moves.
+Whatever crosses lies side by side in rows of bytes, so that each rank sends one message to each other: what the host is
+asked for does not depend on how much crosses.
 
 Between the moment when ranks agree to make a call and its end no rank may fail at what the others wait for. So a way
 has three steps: it is made ready, with all memory that it takes; the rows travel; what came is looked at.
@@ -15,10 +16,10 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ringflash.parallel.planning.heads import HeadShares, UnionRows
+from ringflash.parallel.transport.base import Transport
 
 ALIGNED = 16
 """Bytes at whose multiples a tensor's part of a row begins."""
@@ -74,9 +75,15 @@ class Outward:
             else:
                 torch.index_select(arrived, 0, self.rows.order, out=result)
 
-    def splits(self) -> tuple[list[int], list[int]]:
-        """How many rows go to each of the ranks, and come from each."""
-        return [self.sent.shape[1]] * len(self.rows.counts), list(self.rows.counts)
+    @property
+    def sends(self) -> Sequence[Tensor]:
+        """What goes to each of the ranks."""
+        return self.sent.unbind()
+
+    @property
+    def receives(self) -> Sequence[Tensor]:
+        """What comes from each."""
+        return self.arriving.split(self.rows.counts)
 
 
 class Homeward:
@@ -106,9 +113,15 @@ class Homeward:
     def settle(self) -> None:
         """Nothing is left to do before it is looked at."""
 
-    def splits(self) -> tuple[list[int], list[int]]:
-        """How many rows go to each of the ranks, and come from each."""
-        return list(self.rows.counts), [self.arriving.shape[1]] * len(self.rows.counts)
+    @property
+    def sends(self) -> Sequence[Tensor]:
+        """What goes to each of the ranks."""
+        return self.sent.split(self.rows.counts)
+
+    @property
+    def receives(self) -> Sequence[Tensor]:
+        """What comes from each."""
+        return self.arriving.unbind()
 
     def joined(self, which: int) -> Tensor:
         """One of the tensors, (T, H, D), once they have travelled, of heads that lie on one rank each."""
@@ -133,25 +146,27 @@ class HeadExchange:
     """Ranks that follow each other and exchange heads for tokens, as one of them sees it.
 
     Args:
-        group: of which they are some, and all others do the same at the same time: no group has to be made for them.
+        transport: of the group of which they are some.
+        rank: this one in the group.
         ranks: how many exchange.
         queries: rows of the queries that they hold together.
         keys: the same of keys; the same object where those lie as the queries do.
     """
 
-    def __init__(self, group: dist.ProcessGroup, ranks: int, queries: UnionRows, keys: UnionRows) -> None:
-        self._group, self.ranks, self.queries, self.keys = group, ranks, queries, keys
-        self.place = group.rank() % ranks
+    def __init__(self, transport: Transport, rank: int, ranks: int, queries: UnionRows, keys: UnionRows) -> None:
+        self._transport, self.ranks, self.queries, self.keys = transport, ranks, queries, keys
+        self.place = rank % ranks
         """Of this rank among those that exchange."""
+        first = rank - self.place
+        self._others = [(first + place, place) for place in range(ranks) if place != self.place]
 
     def run(self, ways: Sequence[Outward | Homeward]) -> None:
-        """Let rows travel, in the same order on all ranks (NCCL: the current stream waits for them)."""
-        before = self._group.rank() - self.place
-        behind = self._group.size() - before - self.ranks
-        ways = [way for way in ways if way.sent.shape[-1]]  # where no gradient is needed, nothing travels
+        """Let rows travel, on all ranks the same ways (on a GPU, the current stream waits for them)."""
+        sends = [(rank, way.sends[place]) for way in ways for rank, place in self._others]
+        receives = [(rank, way.receives[place]) for way in ways for rank, place in self._others]
+        ticket = self._transport.transfer(sends, receives, "heads")
         for way in ways:
-            sent, received = ([0] * before + rows + [0] * behind for rows in way.splits())
-            to, of = way.arriving.flatten(0, -2), way.sent.flatten(0, -2)
-            dist.all_to_all_single(to, of, received, sent, group=self._group)
+            way.receives[self.place].copy_(way.sends[self.place])
+        ticket.wait()
         for way in ways:
             way.settle()

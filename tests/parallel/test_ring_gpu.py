@@ -29,6 +29,7 @@ from ringflash import (
 from ringflash.functional import attention
 from ringflash.kernels.select import select
 from ringflash.parallel.mesh import ONE_DEVICE
+from ringflash.parallel.transport.select import transport_of
 from ringflash.ring_flash_attn import zigzag_ring_flash_attn_varlen_func
 
 pytestmark = pytest.mark.gpu
@@ -303,3 +304,71 @@ def _boundaries_on_the_gpu():
 
 def test_boundaries_on_the_gpu_are_read_once_and_layers_after_the_first_never_wait(gpus):
     assert max(gpus.run(_boundaries_on_the_gpu)) < 0.05
+
+
+# Transports
+
+
+def _why():
+    attention(*_inputs(256), mask=Mask.causal())
+    return transport_of(dist.group.WORLD).why
+
+
+def _inputs(tokens, dtype=torch.bfloat16):
+    generator = torch.Generator("cuda").manual_seed(dist.get_rank())
+    shape = 1, tokens, SHAPE.heads, SHAPE.head_dim
+    return [torch.randn(shape, device="cuda", dtype=dtype, generator=generator).requires_grad_() for _ in range(3)]
+
+
+def test_gpus_of_one_host_have_copy_engines(gpus):
+    assert all(why.startswith("symmetric_memory") for why in gpus.run(_why))
+
+
+def _exchange(sizes, rounds):
+    """What each rank gets wrong of messages to all others, of which the largest fill mailboxes several times."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    transport, wrong = transport_of(dist.group.WORLD), []
+    transport.open(torch.device("cuda", torch.cuda.current_device()))
+    for number in range(rounds):
+        size = sizes[number % len(sizes)]
+        mine = torch.arange(size, device="cuda", dtype=torch.int32).mul_(2 * number + 1).add_(rank)
+        found = {peer: torch.empty_like(mine) for peer in range(ranks) if peer != rank}
+        others = [peer for peer in found if (peer + number) % 3 or size < 1000]  # at times some only
+        writers = [peer for peer in found if (rank + number) % 3 or size < 1000]
+        ticket = transport.transfer(
+            [(peer, mine[: size // 2]) for peer in others] + [(peer, mine[size // 2 :]) for peer in others],
+            [(peer, found[peer][: size // 2]) for peer in writers]
+            + [(peer, found[peer][size // 2 :]) for peer in writers],
+            "numbers",
+        )
+        mine = torch.zeros(1, device="cuda")  # the ticket holds what is sent
+        ticket.wait()
+        for peer in writers:
+            expected = torch.arange(size, device="cuda", dtype=torch.int32).mul_(2 * number + 1).add_(peer)
+            if not torch.equal(found[peer], expected):
+                wrong.append((number, peer, size))
+    return wrong
+
+
+def test_messages_of_any_size_arrive(gpus):
+    assert gpus.run(_exchange, (2, 100, 5_000_000, 7_777, 30_000_001, 64), 120) == [[]] * torch.cuda.device_count()
+
+
+def _results(tokens):
+    query, key, value = _inputs(tokens)
+    out, lse = attention(query, key, value, mask=Mask.causal())
+    gradients = torch.autograd.grad(out, (query, key, value), torch.ones_like(out))
+    return [x.detach().cpu() for x in (out, lse, *gradients)]
+
+
+def _results_by_send_and_receive(tokens):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RINGFLASH_TRANSPORT", "send_recv")
+        found = _results(tokens)
+    assert transport_of(dist.group.WORLD).why == "send_recv: rank 0: RINGFLASH_TRANSPORT=send_recv"
+    return found
+
+
+def test_transports_give_the_same_bits(gpus, own_gpus):
+    for ours, theirs in zip(gpus.run(_results, 9_001), own_gpus.run(_results_by_send_and_receive, 9_001), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

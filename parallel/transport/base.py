@@ -1,0 +1,33 @@
+"""What every transport does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Ticket(Protocol):
+    """Transfers under way; the tensors that they use stay alive until `wait`."""
+
+    def wait(self) -> None:
+        """Return when the transfers are done; on a GPU, when the current stream waits for them."""
+        ...
+
+
+class Transport(Protocol):
+    """Moves rows between the ranks of a group."""
+
+    def transfer(
+        self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]], what: str
+    ) -> Ticket:
+        """Ask for all transfers of a stage at once and return without waiting.
+
+        Args:
+            sends: (destination rank in the group, contiguous tensor).
+            receives: (source rank in the group, contiguous tensor to fill). Between two ranks, tensors are matched in
+                the order given.
+            what: is transferred and when, for errors.
+        """
+        ...
