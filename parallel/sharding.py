@@ -112,9 +112,10 @@ class Sharding:
 
     def __repr__(self) -> str:
         x = self._placement
+        exchanged = f", heads exchanged by {x.head_ranks}" if x.head_ranks > 1 else ""
         return (
             f"Sharding({x.batch} x {x.seqlen:,} tokens, {x.partition_name}, rank {x.rank} of {x.ranks} with "
-            f"{self.tokens:,}, {len(x.masks)} mask{'s' * (len(x.masks) > 1)})"
+            f"{self.tokens:,}{exchanged}, {len(x.masks)} mask{'s' * (len(x.masks) > 1)})"
         )
 
     # What it says

@@ -9,9 +9,10 @@ from itertools import chain
 import pytest
 import torch
 from attention_cases import Case, Rules, cases
-from cases import Shape, exact, inputs, problems, visible
+from cases import Shape, any_mask, any_partition, exact, inputs, problems, visible
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ring import Problem, assert_ring_is_exact
 from sharded_cases import ShardedCase, any_sharding, assert_ranks_are_as_exact_as_torch, solve_share
 
 from ringflash import ArgumentError, DistributedFlashAttention, Mask, RankMismatchError, Sharding, shard_batch
@@ -85,6 +86,16 @@ def test_any_case_is_as_exact_as_torch(pool, ranks, head_ranks, dense, data):
     case = replace(case, heads=data.draw(st.sampled_from(HEADS)))
     sharded = replace(data.draw(any_sharding(case, dense)), head_ranks=head_ranks)
     assert_ranks_are_as_exact_as_torch(pool, ranks, sharded)
+
+
+@pytest.mark.parametrize(("ranks", "head_ranks"), SPLITS)
+@settings(max_examples=10)
+@given(data=st.data(), length=st.integers(1, 50), heads=st.sampled_from(HEADS))
+def test_any_mask_under_any_partition_also_with_ranks_without_tokens(pool, ranks, head_ranks, data, length, heads):
+    shape = Shape(data.draw(st.integers(1, 2)), length, *heads)
+    mask = data.draw(any_mask(length)) if shape.batch == 1 else Mask.causal()
+    partition = data.draw(any_partition(length, ranks) | st.sampled_from(["stripe", "contiguous"]))
+    assert_ring_is_exact(pool, ranks, Problem(mask, shape, partition, head_ranks=head_ranks))
 
 
 EVERY_FEATURE = {"softcap": 2.0, "alibi": "documents", "dropout": 0.5, "padding": True, "sinks": True}
