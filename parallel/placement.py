@@ -282,6 +282,13 @@ class Placement:
         queries = together(self.partition)
         return queries, queries if self.key_partition is self.partition else together(self.key_partition)
 
+    @property
+    def crossing(self) -> tuple[int, ...]:
+        """See `call.Settings.sizes`."""
+        if self.head_ranks == 1 or self.key_partition is not self.partition:
+            return ()
+        return self._together(self.partition).count(self.rank // self.head_ranks), self.head_ranks
+
     def exchange(self, device: torch.device) -> HeadExchange | None:
         """How this rank exchanges heads for tokens; None if it does not."""
         if self.head_ranks == 1 or self.group is None:

@@ -99,6 +99,8 @@ class Sharding:
         self._make_handles()
 
     def _make_handles(self) -> None:
+        self.crossing = self._placement.crossing
+        """Rows that ranks which exchange heads hold together, and how many ranks they are; else empty."""
         self.documents = self._placement.given_documents
         """How many documents were given; None without any."""
         self._handles = [new_handle(self._placement, index) for index in range(len(self._placement.masks))]

@@ -29,7 +29,7 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]
     """Attention of this rank's queries to the keys of all ranks.
 
     Returns:
-        out (T, H, Dv) like the query, lse (H, T) fp32, and the table that `backward` wants, see `call.table_of`.
+        out (T, H, Dv) like the query, lse (H, T) fp32, and the table that `backward` wants, see `call.shape_of_table`.
     """
     query, value = inputs.query, inputs.value
     table = query.new_empty((0, 0), dtype=torch.int32) if inputs.handle is not None else table_of(inputs, settings)
@@ -41,6 +41,7 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]
         try:
             if ready.exchange is not None:
                 ready, crossing = cross(ready, ready.exchange)
+                table = table if crossing.table is None else crossing.table
             room = make_room(ready)
         except Exception as error:
             ready.refuse(error)
@@ -102,7 +103,7 @@ def backward(
         delta = ready.kernels.row_delta(dout, out, dlse)
         of_rows = dout, lse, delta
         if ready.exchange is not None:
-            ready, crossing = cross(ready, ready.exchange, of_rows)
+            ready, crossing = cross(ready, ready.exchange, of_rows, table)
             of_rows = crossing.of_rows
         at = ready.inputs
         wanted = ([at.key] if needs_key else []) + ([at.value] if needs_value else [])
@@ -169,7 +170,10 @@ def backward(
 
 
 def cross(
-    ready: Ready, exchange: HeadExchange, of_rows: tuple[Tensor, Tensor, Tensor] | None = None
+    ready: Ready,
+    exchange: HeadExchange,
+    of_rows: tuple[Tensor, Tensor, Tensor] | None = None,
+    table: Tensor | None = None,
 ) -> tuple[Ready, Crossing]:
     """The call as the plan takes it, all tokens of some heads; its tensors are filled when ranks begin.
 
@@ -177,8 +181,9 @@ def cross(
         ready: the call.
         exchange: of heads for tokens.
         of_rows: of the backward pass: dout, log-sum-exp and delta.
+        table: of the backward pass, what `forward` returned.
     """
-    crossing = Crossing(exchange, ready.inputs, ready.settings, of_rows)
+    crossing = Crossing(exchange, ready.inputs, ready.settings, of_rows, table)
     return replace(ready, inputs=crossing.inputs, first_head=crossing.heads.start), crossing
 
 

@@ -39,6 +39,12 @@ class Columns:
         self._kinds = kinds
         sizes = [-(-heads * dim * dtype.itemsize // ALIGNED) * ALIGNED for heads, dim, dtype in kinds]
         *self._starts, self.width = accumulate(sizes, initial=0)
+        self._gaps = self.width > sum(heads * dim * dtype.itemsize for heads, dim, dtype in kinds)
+
+    def new_rows(self, *shape: int, device: torch.device) -> Tensor:
+        """Memory for rows, (*shape, width); what lies between tensors is 0, so that rows are the same each time."""
+        make = torch.zeros if self._gaps else torch.empty
+        return make(*shape, self.width, dtype=torch.uint8, device=device)
 
     def split(self, rows: Tensor) -> list[Tensor]:
         """Views of the tensors, (..., h, D), in rows (..., width)."""
@@ -59,7 +65,7 @@ class Outward:
     def __init__(self, tensors: Sequence[Tensor], rows: UnionRows) -> None:
         self.rows, ranks, (tokens, device) = rows, len(rows.counts), (len(tensors[0]), tensors[0].device)
         columns = Columns([(x.shape[1] // ranks, x.shape[2], x.dtype) for x in tensors])
-        self.sent = torch.empty(ranks, tokens, columns.width, dtype=torch.uint8, device=device)
+        self.sent = columns.new_rows(ranks, tokens, device=device)
         for part, x in zip(columns.split(self.sent), tensors, strict=True):
             part.copy_(x.unflatten(1, (ranks, -1)).transpose(0, 1))
         self.arriving = torch.empty(sum(rows.counts), columns.width, dtype=torch.uint8, device=device)
@@ -68,12 +74,8 @@ class Outward:
         """(U, h, D), once they have travelled."""
 
     def settle(self) -> None:
-        """Take what arrived apart, in the order of the union."""
-        for result, arrived in zip(self.results, self._arrived, strict=True):
-            if self.rows.order is None:
-                result.copy_(arrived)
-            else:
-                torch.index_select(arrived, 0, self.rows.order, out=result)
+        """Take what arrived apart."""
+        _take_apart(self._arrived, self.rows, self.results)
 
     @property
     def sends(self) -> Sequence[Tensor]:
@@ -91,13 +93,16 @@ class Homeward:
 
     Args:
         kinds: of the tensors.
-        crossed: what crossed in the same rows; nobody looks at it any more, and its memory serves again.
+        crossed: what crossed in the same rows; its memory serves again.
+        kept: what arrived then is looked at later; otherwise by nobody any more.
     """
 
-    def __init__(self, kinds: Sequence[Kind], crossed: Outward) -> None:
+    def __init__(self, kinds: Sequence[Kind], crossed: Outward, kept: bool = False) -> None:
         self.rows, (ranks, tokens) = crossed.rows, crossed.sent.shape[:2]
         self.tensors, columns = len(kinds), Columns(kinds)
-        self.sent = _room((sum(self.rows.counts), columns.width), crossed.arriving)
+        self.sent = _room(
+            (sum(self.rows.counts), columns.width), crossed.sent.new_empty(0) if kept else crossed.arriving
+        )
         self._parts = columns.split(self.sent)
         self.arriving = _room((ranks, tokens, columns.width), crossed.sent)
         self._arrived = columns.split(self.arriving)
@@ -134,6 +139,23 @@ class Homeward:
         for place, head in enumerate(shares.key_heads):
             total[:, head] += arrived[place // shares.keys, :, place % shares.keys]
         return total
+
+
+def taken_apart(arrived: Tensor, kinds: Sequence[Kind], rows: UnionRows) -> list[Tensor]:
+    """The tensors (U, h, D) of rows that arrived in another pass."""
+    parts = Columns(kinds).split(arrived)
+    results = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in parts]
+    _take_apart(parts, rows, results)
+    return results
+
+
+def _take_apart(arrived: Sequence[Tensor], rows: UnionRows, results: Sequence[Tensor]) -> None:
+    """Fill tensors from what arrived, in the order of the union."""
+    for result, part in zip(results, arrived, strict=True):
+        if rows.order is None:
+            result.copy_(part)
+        else:
+            torch.index_select(part, 0, rows.order, out=result)
 
 
 def _room(shape: Sequence[int], free: Tensor) -> Tensor:

@@ -231,8 +231,32 @@ def test_gradients_of_some_tensors_are_those_of_all_and_nothing_else_comes_home(
         for x, i in zip(found, which, strict=True):
             torch.testing.assert_close(x.double(), expected[i], atol=2e-5, rtol=2e-5)
         assert exchanges == (2, 2)
+        again = 0 if key_length == 30 else 10 * 64 + 7 * 2 * 16  # numbers of query, key and value
+        assert sent[0] == 2 * 4 * (10 * 64 + again) + 2 * 10 * 32  # beside dout's, log-sum-exp and delta
         home += sent[-1]
     assert home == sum(everything[i].nbytes * 2 // 3 for i in which)  # two thirds of the heads are elsewhere
+
+
+def _saved(head_ranks):
+    """Bytes that one call keeps for its backward pass."""
+    *whole, _ = inputs(Shape(length=512, heads=8, key_heads=4))
+    sharding = Sharding(seqlen=512, head_ranks=head_ranks)
+    leaves = [sharding.shard(x, 1).requires_grad_() for x in whole]
+    storages = {}
+
+    def note(x):
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        kept = attention(*leaves, sharding=sharding)
+    assert kept[0].requires_grad
+    return sum(storages.values())
+
+
+def test_what_crossed_is_kept_in_place_of_what_it_was(pool):
+    for ring, heads in zip(pool(4).run(_saved, 1), pool(4).run(_saved, 4), strict=True):
+        assert 0.95 < heads / ring < 1.05
 
 
 def _repeat(key_heads):
