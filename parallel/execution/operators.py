@@ -138,7 +138,9 @@ class _Attention(_Refusing):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
         tensors = inputs[:TENSORS]
-        if keeps(Inputs(*tensors), Settings(*inputs[TENSORS:])):  # these are in output[2], as they crossed
+        if keeps(
+            Inputs(*tensors), Settings(*inputs[TENSORS:])
+        ):  # query, key and value are in output[2], as they crossed
             tensors = (*(x.new_empty(()).expand(x.shape) for x in tensors[:3]), *tensors[3:])
         ctx.save_for_backward(*output, *tensors)
         ctx.mark_non_differentiable(output[2])

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ring import Problem, assert_ring_is_exact
 from sharded_cases import ShardedCase, any_sharding, assert_ranks_are_as_exact_as_torch, solve_share
+from torch.utils.checkpoint import checkpoint
 
 from ringflash import ArgumentError, DistributedFlashAttention, Mask, RankMismatchError, Sharding, shard_batch
 from ringflash.functional import attention
@@ -171,6 +172,27 @@ def test_every_interface_takes_it(pool, ranks, head_ranks):
         for found in of_rank:
             for x, right in zip(found, expected.values(), strict=True):
                 torch.testing.assert_close(x.double(), right, atol=2e-5, rtol=2e-5)
+
+
+def _differentiated(head_ranks, cuts):
+    """Gradients by autograd, compiled, through a checkpoint, and by torch.func, of packings of one length."""
+    torch._dynamo.reset()
+    function = lambda q, k, v, s: attention(q.sin(), k, v, sharding=s)[0].square()  # noqa: E731
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for edges in cuts:
+        sharding = Sharding(cu_seqlens=edges, partition="balanced", head_ranks=head_ranks)
+        *whole, _ = inputs(Shape(length=24))
+        leaves = [sharding.shard(x, 1).clone().requires_grad_() for x in whole]
+        expected = torch.autograd.grad(function(*leaves, sharding).sum(), leaves)
+        for out in (compiled(*leaves, sharding), checkpoint(function, *leaves, sharding, use_reentrant=False)):
+            torch.testing.assert_close(torch.autograd.grad(out.sum(), leaves), expected)
+        out, backward = torch.func.vjp(lambda *x: function(*x, sharding), *[x.detach() for x in leaves])  # noqa: B023
+        torch.testing.assert_close(backward(torch.ones_like(out)), expected)
+
+
+@pytest.mark.parametrize(("ranks", "head_ranks"), [(2, 2), (4, 2)])
+def test_what_is_kept_serves_every_way_of_differentiating(pool, ranks, head_ranks):
+    pool(ranks).run(_differentiated, head_ranks, [[0, 24], [0, 7, 24], [0, 3, 20, 24]], timeout=120)
 
 
 # What it costs, and what it leaves alone
