@@ -56,10 +56,14 @@ def passes(attend: Callable[..., tuple[Tensor, Tensor]], leaves: list[Tensor]) -
 class NoTransport:
     """Says that everything has arrived."""
 
-    def open(self, device: torch.device) -> None:
+    def open(self, device: torch.device) -> NoTransport:
         """Nothing is to be chosen."""
+        return self
 
-    def transfer(self, sends: list, receives: list, what: str) -> Ticket:
+    def mark(self) -> None:
+        """No stream can wait."""
+
+    def transfer(self, sends: list, receives: list, what: str, ready: object = None) -> Ticket:
         return Ticket([], [], what)
 
 

@@ -13,12 +13,11 @@ from torch import Tensor
 
 from ringflash.parallel.execution.call import NEEDS, Inputs, Ready, Settings, prepare, table_of
 from ringflash.parallel.execution.gradients import KeyGradients
+from ringflash.parallel.execution.rows import Rows, rows_beside, rows_of
 from ringflash.parallel.planning.launches import attend, attend_backward
-from ringflash.parallel.planning.program import Shipment, StageProgram, picked
+from ringflash.parallel.planning.program import Program, StageProgram, picked
 from ringflash.parallel.positions.segments import count
-
-Rows = tuple[Tensor, ...]
-"""The same rows of key, value and, if any, which keys are visible."""
+from ringflash.parallel.transport.base import Transport
 
 
 def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,10 +32,8 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]
     accumulator = torch.promote_types(query.dtype, torch.float32)
     last = query.dtype if inputs.sinks is None else accumulator  # sinks are weighed in before anything is rounded
     carry = None
-    room = None
-    if ready.transport is not None:
-        room = make_room(ready)
-        ready.begin()
+    room = make_room(ready)
+    transport = ready.begin()
 
     def body(stage: StageProgram, at_hand: Rows) -> None:
         nonlocal carry
@@ -53,7 +50,7 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]
                 out_dtype=last if stage.is_last and launch is stage.launches[-1] else accumulator,
             )
 
-    walk(ready, room, body)
+    walk(ready, transport, room, body)
     if carry is None:
         out = query.new_zeros(*query.shape[:-1], value.shape[-1], dtype=last)
         carry = out, out.new_full((query.shape[1], query.shape[0]), -torch.inf, dtype=torch.float32)
@@ -82,14 +79,12 @@ def backward(
     try:
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
         delta = ready.kernels.row_delta(dout, out, dlse)
-        gradients = KeyGradients(wanted, ready.program, ready.transport)
+        gradients = KeyGradients(wanted, ready.program)
     except Exception as error:
         ready.refuse(error)
         raise
-    room = None
-    if ready.transport is not None:
-        room = make_room(ready)
-        ready.begin()
+    room = make_room(ready)
+    transport = ready.begin()
     accumulator = torch.promote_types(query.dtype, torch.float32)
     dquery: Tensor | None = None
     parts: list[Tensor] | None = None
@@ -121,10 +116,10 @@ def backward(
         nonlocal parts
         if parts is None and stage.returns:  # the body failed, and others wait for what this rank owes them
             parts = [x.new_zeros(count(stage.key_segments), *x.shape[1:], dtype=accumulator) for x in wanted]
-        gradients.settle(stage, parts)
+        gradients.settle(stage, parts, transport)
         parts = None
 
-    walk(ready, room, body, settle)
+    walk(ready, transport, room, body, settle)
     of_keys = gradients.finish()
     dquery = torch.zeros_like(query) if dquery is None else dquery
     return (
@@ -140,10 +135,12 @@ def backward(
 def make_room(ready: Ready) -> tuple[Rows, list[Rows]]:
     """Own keys as they can be sent, and the buffers for those that arrive: before the ranks agree to begin."""
     program, own = ready.program, ready.inputs.keys()
+    if ready.transport is None:
+        return own, []
     needed = min(2, sum([bool(stage.receives) for stage in program.stages]))
     try:
         sent = tuple([x.contiguous() for x in own])
-        buffers = [tuple([x.new_empty(program.buffers.arrivals, *x.shape[1:]) for x in own]) for _ in range(needed)]
+        buffers = [rows_beside(own, program.buffers.arrivals) for _ in range(needed)]
     except Exception as error:
         ready.refuse(error)
         raise
@@ -152,7 +149,8 @@ def make_room(ready: Ready) -> tuple[Rows, list[Rows]]:
 
 def walk(
     ready: Ready,
-    room: tuple[Rows, list[Rows]] | None,
+    transport: Transport | None,
+    room: tuple[Rows, list[Rows]],
     body: Callable[[StageProgram, Rows], None],
     settle: Callable[[StageProgram], None] | None = None,
 ) -> None:
@@ -163,31 +161,38 @@ def walk(
 
     Args:
         ready: what to walk with.
-        room: from `make_room`; None on one device.
+        transport: from `Ready.begin`.
+        room: from `make_room`.
         body: the work of a stage, or of a piece of it, on the rows that it attends to.
         settle: what follows the work of each piece of a stage, in the backward pass.
     """
     program, own = ready.program, ready.inputs.keys()
-    sent, buffers = room or (own, [])
+    sent, buffers = room
+    outgoing, there = own_sends(program, sent, transport)
     arrived: Rows = ()
     failure: Exception | None = None
     filled = 0
     for index, stage in enumerate(program.stages):
         ticket, coming = None, ()
         if stage.sends or stage.receives:
+            assert transport is not None  # one device sends nothing
             if stage.receives:
                 coming = buffers[filled % 2]
                 filled += 1
-            assert ready.transport is not None  # one device sends nothing
-            sends = [pair for s in stage.sends for pair in _rows_of(s, arrived if s.relayed else sent)]
-            receives = [pair for s in stage.receives for pair in _rows_of(s, coming)]
-            ticket = ready.transport.transfer(sends, receives, f"keys and values for stage {index + 1}")
+            sends = outgoing[index] or [
+                pair for s in stage.sends for pair in rows_of(s, arrived if s.relayed else sent)
+            ]
+            receives = [pair for s in stage.receives for pair in rows_of(s, coming)]
+            relays = any(s.relayed for s in stage.sends)
+            ticket = transport.transfer(
+                sends, receives, f"keys and values for stage {index + 1}", None if relays else there
+            )
         for piece in (stage,) if settle is None else program.backward_stages[index]:
             if piece.launches and failure is None:
                 try:
                     body(piece, piece.at_hand(own, arrived))
                 except Exception as error:
-                    if ready.transport is None:
+                    if transport is None:
                         raise
                     failure = error
             if settle is not None:
@@ -195,12 +200,24 @@ def walk(
         if ticket is not None:
             ticket.wait()
         arrived = tuple([picked(x, stage.received) for x in coming])
-    if ready.transport is not None:
+    if transport is not None:
         ready.close(failure)
 
 
-def _rows_of(shipment: Shipment, tensors: Rows) -> list[tuple[int, Tensor]]:
-    return [(shipment.peer, picked(x, shipment.rows)) for x in tensors]
+def own_sends(
+    program: Program, sent: Rows, transport: Transport | None
+) -> tuple[list[list[tuple[int, Tensor]]], torch.Event | None]:
+    """What each stage sends of own keys alone, gathered at once so that it can leave before its stage, and since when.
+
+    Empty where a stage relays keys, or a transport cannot send what an earlier point of the stream has made.
+    """
+    nothing: list[list[tuple[int, Tensor]]] = [[] for _ in program.stages]
+    if transport is None or not (there := transport.mark()):
+        return nothing, None
+    for pairs, stage in zip(nothing, program.stages, strict=True):
+        if not any(s.relayed for s in stage.sends):
+            pairs += [pair for s in stage.sends for pair in rows_of(s, sent)]
+    return nothing, transport.mark() if any(nothing) else there
 
 
 # Learned sinks: one more logit a head in the softmax, without a value (gpt-oss, arXiv 2508.10925)

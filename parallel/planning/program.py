@@ -192,6 +192,16 @@ class Program:
         return tuple(tuple(replace(x, is_last=x is late[-1]) for x in stage) for stage in pieces)
 
     @cached_property
+    def reduced_ahead(self) -> int:
+        """How often `buffers.reduces` is there, so that a rank that is behind does not hold up those that wait for it.
+
+        Gradient parts that have arrived and are still to be added take no more room together than a piece does.
+        """
+        parts = sum(bool(piece.reduces or piece.returns) for stage in self.backward_stages for piece in stage)
+        size = max(1, self.buffers.reduces)
+        return max(1, parts if self.piece is None else min(parts, self.piece // size))
+
+    @cached_property
     def sums_parts(self) -> bool:
         """Whether gradients of own keys are sums of several parts, which are then kept in fp32."""
         return any(stage.reduces or len(stage.launches) > 1 for stage in self.stages)
