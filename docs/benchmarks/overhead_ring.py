@@ -56,9 +56,8 @@ def passes(attend: Callable[..., tuple[Tensor, Tensor]], leaves: list[Tensor]) -
 class NoTransport:
     """Says that everything has arrived."""
 
-    def open(self, device: torch.device) -> NoTransport:
+    def open(self, device: torch.device) -> None:
         """Nothing is to be chosen."""
-        return self
 
     def mark(self) -> None:
         """No stream can wait."""

@@ -26,7 +26,6 @@ from ringflash.parallel.lookup import find
 from ringflash.parallel.placement import Placement, batch_boundaries, check_on_device, on_a_device, placement_of
 from ringflash.parallel.planning.program import Program, StageProgram, document_table, table_program, table_shape
 from ringflash.parallel.positions.mask import Mask
-from ringflash.parallel.transport.base import Transport
 from ringflash.parallel.transport.select import GroupTransport
 
 
@@ -174,13 +173,8 @@ class Ready:
         found = self.program.key_positions(stage.index)
         return found if len(found) == keys else found[stage.offset : stage.offset + keys]
 
-    def begin(self) -> Transport | None:
-        """What moves rows in this call, once all ranks are about to do the same; None on one device.
-
-        Nothing is sent before; everything needed is at hand.
-        """
-        if self.transport is None:
-            return None
+    def begin(self) -> None:
+        """Make sure that all ranks are about to do the same; nothing is sent before. Everything needed is at hand."""
         placement: Any = self.placement
         agreement(placement.group).check(
             placement.call_digest(self.index, self.form),
@@ -189,7 +183,8 @@ class Ready:
         )
         if any(self.form[-1]):
             raise _surplus(placement, self.form[-1])
-        return self.transport.open(self.inputs.query.device)
+        assert self.transport is not None  # as there are several ranks
+        self.transport.open(self.inputs.query.device)
 
     def refuse(self, error: Exception) -> None:
         """Let the other ranks, if there are any, know that this one cannot begin."""

@@ -32,8 +32,10 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]
     accumulator = torch.promote_types(query.dtype, torch.float32)
     last = query.dtype if inputs.sinks is None else accumulator  # sinks are weighed in before anything is rounded
     carry = None
-    room = make_room(ready)
-    transport = ready.begin()
+    room = None
+    if ready.transport is not None:
+        room = make_room(ready)
+        ready.begin()
 
     def body(stage: StageProgram, at_hand: Rows) -> None:
         nonlocal carry
@@ -50,7 +52,7 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]
                 out_dtype=last if stage.is_last and launch is stage.launches[-1] else accumulator,
             )
 
-    walk(ready, transport, room, body)
+    walk(ready, room, body)
     if carry is None:
         out = query.new_zeros(*query.shape[:-1], value.shape[-1], dtype=last)
         carry = out, out.new_full((query.shape[1], query.shape[0]), -torch.inf, dtype=torch.float32)
@@ -79,12 +81,14 @@ def backward(
     try:
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
         delta = ready.kernels.row_delta(dout, out, dlse)
-        gradients = KeyGradients(wanted, ready.program)
+        gradients = KeyGradients(wanted, ready.program, ready.transport)
     except Exception as error:
         ready.refuse(error)
         raise
-    room = make_room(ready)
-    transport = ready.begin()
+    room = None
+    if ready.transport is not None:
+        room = make_room(ready)
+        ready.begin()
     accumulator = torch.promote_types(query.dtype, torch.float32)
     dquery: Tensor | None = None
     parts: list[Tensor] | None = None
@@ -116,10 +120,10 @@ def backward(
         nonlocal parts
         if parts is None and stage.returns:  # the body failed, and others wait for what this rank owes them
             parts = [x.new_zeros(count(stage.key_segments), *x.shape[1:], dtype=accumulator) for x in wanted]
-        gradients.settle(stage, parts, transport)
+        gradients.settle(stage, parts)
         parts = None
 
-    walk(ready, transport, room, body, settle)
+    walk(ready, room, body, settle)
     of_keys = gradients.finish()
     dquery = torch.zeros_like(query) if dquery is None else dquery
     return (
@@ -135,8 +139,6 @@ def backward(
 def make_room(ready: Ready) -> tuple[Rows, list[Rows]]:
     """Own keys as they can be sent, and the buffers for those that arrive: before the ranks agree to begin."""
     program, own = ready.program, ready.inputs.keys()
-    if ready.transport is None:
-        return own, []
     needed = min(2, sum([bool(stage.receives) for stage in program.stages]))
     try:
         sent = tuple([x.contiguous() for x in own])
@@ -149,8 +151,7 @@ def make_room(ready: Ready) -> tuple[Rows, list[Rows]]:
 
 def walk(
     ready: Ready,
-    transport: Transport | None,
-    room: tuple[Rows, list[Rows]],
+    room: tuple[Rows, list[Rows]] | None,
     body: Callable[[StageProgram, Rows], None],
     settle: Callable[[StageProgram], None] | None = None,
 ) -> None:
@@ -161,13 +162,12 @@ def walk(
 
     Args:
         ready: what to walk with.
-        transport: from `Ready.begin`.
-        room: from `make_room`.
+        room: from `make_room`; None on one device.
         body: the work of a stage, or of a piece of it, on the rows that it attends to.
         settle: what follows the work of each piece of a stage, in the backward pass.
     """
-    program, own = ready.program, ready.inputs.keys()
-    sent, buffers = room
+    program, own, transport = ready.program, ready.inputs.keys(), ready.transport
+    sent, buffers = room or (own, [])
     outgoing, there = own_sends(program, sent, transport)
     arrived: Rows = ()
     failure: Exception | None = None

@@ -22,10 +22,11 @@ class KeyGradients:
     Args:
         wanted: key and value, or one of them, or neither: those whose gradients somebody needs.
         program: what this rank does.
+        transport: between ranks; None on one device.
     """
 
-    def __init__(self, wanted: list[Tensor], program: Program) -> None:
-        self._wanted = wanted
+    def __init__(self, wanted: list[Tensor], program: Program, transport: Transport | None) -> None:
+        self._wanted, self._transport = wanted, transport
         dtype = wanted[0].dtype if wanted else torch.float32  # value's is key's
         accumulator = torch.promote_types(dtype, torch.float32)
         self.dtype = accumulator if program.sums_parts else dtype
@@ -37,17 +38,16 @@ class KeyGradients:
         self._size = program.buffers.reduces
         self._used = 0
 
-    def settle(self, stage: StageProgram, parts: list[Tensor] | None, transport: Transport | None) -> None:
+    def settle(self, stage: StageProgram, parts: list[Tensor] | None) -> None:
         """Keep the part of own keys, send the others off, and add what has to be added for new ones to have room.
 
         Args:
             stage: the stage.
             parts: for each of `wanted` the gradients of the keys attended to; None if there were none.
-            transport: between ranks; None on one device.
         """
         if parts is not None and stage.kept is not None:
             self._keep(stage, parts)
-        if transport is None or not self._wanted or not (stage.returns or stage.reduces):
+        if self._transport is None or not self._wanted or not (stage.returns or stage.reduces):
             return
         if len(self._pending) >= self._room:
             self._collect()
@@ -59,7 +59,7 @@ class KeyGradients:
             incoming.append((s, tuple([x[filled : filled + s.count] for x in self._buffers])))
             filled += s.count
         receives = [(s.peer, x) for s, rows in incoming for x in rows]
-        ticket = transport.transfer(sends, receives, f"gradients of stage {stage.index}")
+        ticket = self._transport.transfer(sends, receives, f"gradients of stage {stage.index}")
         self._pending.append((ticket, incoming))
 
     def finish(self) -> list[Tensor]:

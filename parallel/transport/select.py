@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import weakref
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -16,7 +17,7 @@ from torch import Tensor
 from ringflash.errors import ArgumentError
 from ringflash.kernels.kept import capturing
 from ringflash.kernels.torch_private import default_store, without_transforms
-from ringflash.parallel.transport.base import Transport
+from ringflash.parallel.transport.base import Ticket, Transport
 from ringflash.parallel.transport.send_recv import SendRecv
 from ringflash.parallel.transport.symmetric_memory import SymmetricMemory, UnavailableError, allocate
 
@@ -40,17 +41,32 @@ class GroupTransport:
         self._group = weakref.ref(group)
         self._by_device: dict[torch.device, Transport] = {}
         self._plain = SendRecv(group)
+        self._now: Transport = self._plain
         self.why = "not chosen yet: that is done in the first call"
         """The transport's name, and why it is that one."""
 
-    def open(self, device: torch.device) -> Transport:
-        """What a call uses that begins now; all ranks are at the same call, and in their first one they choose."""
+    def open(self, device: torch.device) -> None:
+        """Before the transfers of each call; all ranks are at the same call, and in their first one they choose."""
         if device not in self._by_device:
             group = self._group()
             assert group is not None  # the caller holds it
             self._by_device[device], self.why = choose(group, device)
         # A graph that is being captured would repeat numbers of flags.
-        return self._plain if capturing(device) else self._by_device[device]
+        self._now = self._plain if capturing(device) else self._by_device[device]
+
+    def mark(self) -> torch.Event | None:
+        """See `Transport`."""
+        return self._now.mark()
+
+    def transfer(
+        self,
+        sends: Sequence[tuple[int, Tensor]],
+        receives: Sequence[tuple[int, Tensor]],
+        what: str,
+        ready: torch.Event | None = None,
+    ) -> Ticket:
+        """See `Transport`."""
+        return self._now.transfer(sends, receives, what, ready)
 
 
 def choose(group: dist.ProcessGroup, device: torch.device) -> tuple[Transport, str]:
