@@ -1,7 +1,8 @@
 """Suite `ring`: attention over the GPUs of one host, beside torch's context parallelism, Ulysses, and one GPU.
 
 Run under torchrun. 32 query and 8 key heads, head dimension 128, bf16, one sequence, TFLOP/s a GPU. "one GPU" attends
-alone to as many pairs as each rank's share: what a ring that costs nothing would reach. RINGFLASH_TRANSPORT chooses the
+alone to as many pairs as each rank's share: what a ring that costs nothing would reach. "ringflash 2 x 2" is two ranks
+that exchange heads in a ring of two, "ringflash Ulysses" all of them without a ring. RINGFLASH_TRANSPORT chooses the
 transport.
 """
 
@@ -100,12 +101,18 @@ def measure(options: Options) -> Iterator[Report]:
     dist.destroy_process_group()
 
 
+def ways(ranks: int, partitions: tuple[str, ...]) -> dict[str, tuple[str, int]]:
+    """Partition and `head_ranks` of what is timed of ringflash: rings, heads alone, and heads within a ring."""
+    hybrids = {f"{n} x {ranks // n}": (partitions[0], n) for n in range(2, ranks) if ranks % n == 0}
+    return {x: (x, 1) for x in partitions} | {"Ulysses": ("contiguous", ranks)} | hybrids
+
+
 def _of(case: Case, repeats: int) -> list[Row]:
     lengths, rows = case.documents(case.tokens, seed=0), []
     add = _Adder(case, case.pairs(lengths) / dist.get_world_size(), repeats, rows)
-    for partition in case.partitions:
-        sharding = case.sharding(lengths, partition=partition)
-        add(f"ringflash {partition}", _attending(sharding), _share(sharding.tokens))
+    for name, (partition, head_ranks) in ways(dist.get_world_size(), case.partitions).items():
+        sharding = case.sharding(lengths, partition=partition, head_ranks=head_ranks)
+        add(f"ringflash {name}", _attending(sharding), _share(sharding.tokens))
     whole = case.sharding(lengths, group=ONE_DEVICE)
     if case.tokens % dist.get_world_size() == 0:
         share = case.tokens // dist.get_world_size()

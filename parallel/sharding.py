@@ -28,6 +28,7 @@ from ringflash.parallel.gather import gather_rows
 from ringflash.parallel.labels import IGNORED_LABEL, as_int64, check_labels
 from ringflash.parallel.mesh import ONE_DEVICE, Group, process_group
 from ringflash.parallel.placement import Placement, new_handle, on_a_device
+from ringflash.parallel.planning.heads import check_head_ranks
 from ringflash.parallel.positions.integers import integers
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import Partition
@@ -56,6 +57,10 @@ class Sharding:
         ranks: how many share a sequence.
         partition: "zigzag", "contiguous", "balanced" (for the masks), or a `Partition` of one sequence; also "stripe"
             (token by token), "zigzag_per_document" and "contiguous_per_document", as other libraries have them.
+        head_ranks: how many ranks that follow each other exchange heads for tokens inside of attention (Ulysses, arXiv
+            2309.14509): each of them has all of their tokens for its part of the heads, and the ring is one of such
+            ranks (arXiv 2405.07719). It divides the number of ranks; 1 is the ring alone, all ranks no ring at all.
+            What a rank holds outside of attention does not depend on it.
 
     Raises:
         ArgumentError: something is not supported, by name and value.
@@ -79,15 +84,17 @@ class Sharding:
         rank: int | None = None,
         ranks: int | None = None,
         partition: str | Partition = "zigzag",
+        head_ranks: int = 1,
     ) -> None:
         masks, weights = _masks(mask)
         place, found = _place(group, rank, ranks)
+        check_head_ranks(head_ranks, place[1])
         boundaries, on_device = _boundaries(cu_seqlens, query_cu_seqlens, masks, place[1])
         if seqlen is None:
             seqlen = _length(boundaries, on_device, masks, batch)
         key_seqlen = seqlen if key_seqlen is None else key_seqlen
         sizes = _at_least("batch", batch, 1), _at_least("seqlen", seqlen, 0), _at_least("key_seqlen", key_seqlen, 0)
-        self._placement = Placement(masks, weights, place, sizes, partition, boundaries, on_device)
+        self._placement = Placement(masks, weights, place, sizes, partition, boundaries, on_device, head_ranks)
         self._placement.group = found
         self._make_handles()
 
@@ -105,9 +112,10 @@ class Sharding:
 
     def __repr__(self) -> str:
         x = self._placement
+        exchanged = f", heads exchanged by {x.head_ranks}" if x.head_ranks > 1 else ""
         return (
             f"Sharding({x.batch} x {x.seqlen:,} tokens, {x.partition_name}, rank {x.rank} of {x.ranks} with "
-            f"{self.tokens:,}, {len(x.masks)} mask{'s' * (len(x.masks) > 1)})"
+            f"{self.tokens:,}{exchanged}, {len(x.masks)} mask{'s' * (len(x.masks) > 1)})"
         )
 
     # What it says
@@ -121,6 +129,11 @@ class Sharding:
     def ranks(self) -> int:
         """How many ranks share a sequence."""
         return self._placement.ranks
+
+    @property
+    def head_ranks(self) -> int:
+        """How many ranks that follow each other exchange heads for tokens."""
+        return self._placement.head_ranks
 
     @property
     def batch(self) -> int:
@@ -282,8 +295,7 @@ class Sharding:
         device = torch.device(device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
-        for index in range(len(self._handles)):
-            self._placement.program(index, device)
+        self._placement.prepare(device)
 
     def bind(self, group: Group) -> None:
         """Say which group communicates, where that was not known when it was made.

@@ -110,6 +110,7 @@ def shard_batch(
     mask: Mask | None = None,
     rank: int | None = None,
     ranks: int | None = None,
+    head_ranks: int = 1,
 ) -> dict[str, Any]:
     """This rank's part of a batch for language-model training; labels are shifted before they are sharded.
 
@@ -123,6 +124,7 @@ def shard_batch(
         mask: see `positions`; the documents are added to it.
         rank: as in `ringflash.Sharding`.
         ranks: as in `ringflash.Sharding`.
+        head_ranks: as in `ringflash.Sharding`.
 
     Returns:
         "input_ids" (B, s) int64; "labels" (B, s) int64, the next token of the same document, -100 at each document's
@@ -156,6 +158,7 @@ def shard_batch(
         rank=rank,
         ranks=ranks,
         partition=partition,
+        head_ranks=head_ranks,
     )
     return {
         "input_ids": sharding.shard(input_ids, 1),

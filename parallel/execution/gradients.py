@@ -23,20 +23,25 @@ class KeyGradients:
         wanted: key and value, or one of them, or neither: those whose gradients somebody needs.
         program: what this rank does.
         transport: between ranks; None on one device.
+        partial: what `finish` gives is added to that of other ranks, and not rounded before.
     """
 
-    def __init__(self, wanted: list[Tensor], program: Program, transport: Transport | None) -> None:
+    def __init__(
+        self, wanted: list[Tensor], program: Program, transport: Transport | None, partial: bool = False
+    ) -> None:
         self._wanted, self._transport = wanted, transport
         dtype = wanted[0].dtype if wanted else torch.float32  # value's is key's
         accumulator = torch.promote_types(dtype, torch.float32)
-        self.dtype = accumulator if program.sums_parts else dtype
+        self.dtype = accumulator if program.sums_parts or partial else dtype
         """What the parts of own keys are computed in."""
+        self.result_dtype = accumulator if partial else dtype
+        """What `finish` gives."""
         self._sums: list[Tensor] | None = None
         self._pending: deque[tuple[Ticket, list[tuple[Shipment, Rows]]]] = deque()
-        self._room = program.reduced_ahead
-        self._buffers = rows_beside(wanted, self._room * program.buffers.reduces, accumulator)
-        self._size = program.buffers.reduces
         self._used = 0
+        if transport is not None:
+            self._room, self._size = program.reduced_ahead, program.buffers.reduces
+            self._buffers = rows_beside(wanted, self._room * self._size, accumulator)
 
     def settle(self, stage: StageProgram, parts: list[Tensor] | None) -> None:
         """Keep the part of own keys, send the others off, and add what has to be added for new ones to have room.
@@ -63,11 +68,11 @@ class KeyGradients:
         self._pending.append((ticket, incoming))
 
     def finish(self) -> list[Tensor]:
-        """Wait for the last parts; the gradient of each of `wanted`, in its dtype."""
+        """Wait for the last parts; the gradient of each of `wanted`, in `result_dtype`."""
         while self._pending:
             self._collect()
         sums = self._sums or [torch.zeros_like(x) for x in self._wanted]
-        return [total.to(x.dtype) for total, x in zip(sums, self._wanted, strict=True)]
+        return [total.to(self.result_dtype) for total in sums]
 
     def _keep(self, stage: StageProgram, parts: list[Tensor]) -> None:
         if self._sums is None and stage.everything:

@@ -61,7 +61,8 @@ def _of_rank(rank: int, queries: Partition, keys: Partition, needed: list[Segmen
         )
     while len(stages) > 1 and not stages[-1]:
         stages.pop()
-    return RankPlan(rank, queries.segments[rank], own, tuple(stages), Buffers.of(tuple(stages), PIECE), PIECE)
+    piece = PIECE if ranks > 1 else None  # one rank has no parts in fp32
+    return RankPlan(rank, queries.segments[rank], own, tuple(stages), Buffers.of(tuple(stages), piece), piece)
 
 
 class _Union:

@@ -21,6 +21,7 @@ from ringflash.deepspeed import check_mean
 from ringflash.errors import ArgumentError
 from ringflash.parallel.agreement.rounds import agreement, digest_of, refuse
 from ringflash.parallel.mesh import ONE_DEVICE, Group
+from ringflash.parallel.planning.heads import check_head_ranks
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import Partition, check_name
 from ringflash.parallel.sharding import IGNORED_LABEL, Sharding, sharing_group
@@ -52,6 +53,8 @@ class SequenceParallel:
             default group if torch.distributed is initialised, and one device otherwise;
             `ringflash.parallel.mesh.ONE_DEVICE` for models that are sharded over data alone.
         partition: "zigzag", "contiguous", "balanced" (for the model's masks), or a `Partition` of one sequence.
+        head_ranks: how many ranks that follow each other exchange heads for tokens inside of attention; see
+            `ringflash.Sharding`. The model's query heads are a multiple of it.
 
     Raises:
         ArgumentError: a model that cannot be sharded, by the name of its layer.
@@ -62,9 +65,13 @@ class SequenceParallel:
         >>> loss.backward()
     """
 
-    def __init__(self, model: nn.Module, group: Group = None, partition: str | Partition = "zigzag") -> None:
+    def __init__(
+        self, model: nn.Module, group: Group = None, partition: str | Partition = "zigzag", head_ranks: int = 1
+    ) -> None:
         check_name(partition)
         self._group = sharing_group(group)
+        check_head_ranks(head_ranks, self.ranks)
+        self.head_ranks = head_ranks
         self._model = pretrained_of(model)
         if self.ranks > 1:
             check_shardable(self._model)
@@ -135,6 +142,7 @@ class SequenceParallel:
             cu_seqlens=documents.cu_seqlens,
             group=self.group,
             partition=self.partition,
+            head_ranks=self.head_ranks,
         )
         if 0 in (counts := sharding.partition.counts()):
             raise ArgumentError(

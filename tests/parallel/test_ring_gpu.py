@@ -92,6 +92,31 @@ def test_every_gpu_together_equal_one_gpu(gpus, name, partition):
         assert error <= 1.1 * _rms(alone[x].cuda().double() - oracle[x]), x
 
 
+@pytest.mark.parametrize("partition", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("name", ["causal", "documents-causal", "window-sink"])
+def test_gpus_that_exchange_heads_equal_one_gpu(gpus, name, partition):
+    for head_ranks in (n for n in (2, 4, 8) if gpus.size % n == 0):
+        problem = Problem(masks(LENGTH)[name], SHAPE, partition, torch.bfloat16, head_ranks=head_ranks)
+        assert_ring_is_exact(gpus, problem)
+
+
+def _kept_pairs(head_ranks):
+    """As on CPUs (tests/parallel/test_heads.py): each number of out shows the fate of one pair."""
+    length, heads = 64, 16
+    sharding = Sharding(Mask.causal(), seqlen=length, head_ranks=head_ranks)
+    query = torch.zeros(1, length, heads, 64, device="cuda")
+    value = torch.eye(length, device="cuda")[None, :, None].expand(1, length, heads, length)
+    mine = [sharding.shard(x, 1) for x in (query, query, value)]
+    out, _ = attention(*mine, sharding=sharding, dropout=0.5, dropout_seed=torch.tensor([17], device="cuda"))
+    return (sharding.unshard(out, 1) != 0).cpu()
+
+
+def test_gpus_that_exchange_heads_drop_the_pairs_that_a_ring_drops(gpus):
+    ring, *_ = gpus.run(_kept_pairs, 1)
+    for kept in gpus.run(_kept_pairs, gpus.size):
+        assert torch.equal(kept, ring)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_other_dtypes(gpus, dtype):
     assert_ring_is_exact(gpus, Problem(masks(LENGTH)["documents-causal"], SHAPE, dtype=dtype))
@@ -230,13 +255,10 @@ def test_an_error_inside_a_kernel_of_one_gpu_is_heard_by_the_others_before_the_c
     assert "OutOfMemoryError: tried to allocate 20 GiB" in outcomes[0]
 
 
-def _sharding_made_ahead():
+def _sharding_made_ahead(head_ranks):
     """Made by a thread, pickled between, over the ranks; nothing waits for the host in a repeated call."""
-    sharding = pickle.loads(
-        pickle.dumps(
-            Sharding(Mask.causal(), cu_seqlens=[0, 300, 1531], rank=dist.get_rank(), ranks=dist.get_world_size())
-        )
-    )
+    place = {"rank": dist.get_rank(), "ranks": dist.get_world_size(), "head_ranks": head_ranks}
+    sharding = pickle.loads(pickle.dumps(Sharding(Mask.causal(), cu_seqlens=[0, 300, 1531], **place)))
     with ThreadPoolExecutor(1) as thread:
         thread.submit(sharding.prepare, torch.device("cuda", torch.cuda.current_device())).result()
     x = torch.randn(1, 1531, 4, 64, generator=torch.Generator().manual_seed(0)).to("cuda", torch.bfloat16)
@@ -252,8 +274,9 @@ def _sharding_made_ahead():
     return (sharding.unshard(out, 1) - expected).abs().max().item()
 
 
-def test_a_sharding_is_made_ahead_and_repeated_calls_never_wait_for_the_device(gpus):
-    assert max(gpus.run(_sharding_made_ahead)) < 0.05
+@pytest.mark.parametrize("head_ranks", [1, 2])
+def test_a_sharding_is_made_ahead_and_repeated_calls_never_wait_for_the_device(gpus, head_ranks):
+    assert max(gpus.run(_sharding_made_ahead, head_ranks)) < 0.05
 
 
 def _boundaries_on_the_gpu():
