@@ -242,10 +242,8 @@ def walk(
                 pair for s in stage.sends for pair in rows_of(s, arrived if s.relayed else sent)
             ]
             receives = [pair for s in stage.receives for pair in rows_of(s, coming)]
-            relays = any(s.relayed for s in stage.sends)
-            ticket = transport.transfer(
-                sends, receives, f"keys and values for stage {index + 1}", None if relays else there
-            )
+            since = None if stage.relays else there
+            ticket = transport.transfer(sends, receives, f"keys and values for stage {index + 1}", since)
         for piece in (stage,) if settle is None else program.backward_stages[index]:
             if piece.launches and failure is None:
                 try:
@@ -269,13 +267,12 @@ def own_sends(
 
     Empty where a stage relays keys, or a transport cannot send what an earlier point of the stream has made.
     """
-    nothing: list[list[tuple[int, Tensor]]] = [[] for _ in program.stages]
-    if transport is None or not (there := transport.mark()):
-        return nothing, None
-    for pairs, stage in zip(nothing, program.stages, strict=True):
-        if not any(s.relayed for s in stage.sends):
-            pairs += [pair for s in stage.sends for pair in rows_of(s, sent)]
-    return nothing, transport.mark() if any(nothing) else there
+    if transport is None or transport.mark() is None:
+        return [[]] * len(program.stages), None
+    found = [
+        [] if stage.relays else [pair for s in stage.sends for pair in rows_of(s, sent)] for stage in program.stages
+    ]
+    return found, transport.mark()
 
 
 # Learned sinks: one more logit a head in the softmax, without a value (gpt-oss, arXiv 2508.10925)
