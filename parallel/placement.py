@@ -29,7 +29,7 @@ from ringflash.parallel.planning.program import Program, local_program, rank_pro
 from ringflash.parallel.planning.ring import ring
 from ringflash.parallel.positions.documents import rows_apart
 from ringflash.parallel.positions.mask import Mask
-from ringflash.parallel.positions.partition import NAMES, Partition, check_name, resolve
+from ringflash.parallel.positions.partition import NAMES, Partition, check_name, default_partition, resolve
 from ringflash.parallel.transport.send_recv import SendRecv
 
 LONGEST_SHOWN = 200
@@ -65,7 +65,8 @@ class Placement:
         weights: Sequence[int],
         place: tuple[int, int],
         sizes: tuple[int, int, int],
-        partition: str | Partition,
+        partition: str | Partition | None,
+        token_work: int,
         boundaries: tuple[tuple[int, ...] | None, tuple[int, ...] | None],
         on_device: tuple[Tensor, Tensor | None] | None,
     ) -> None:
@@ -73,9 +74,8 @@ class Placement:
         self.batch, self.seqlen, self.key_seqlen = sizes
         self.boundaries, self.on_device = boundaries, on_device
         self.group: dist.ProcessGroup | None = None
-        if not (isinstance(partition, str) and partition.startswith("[")):  # a text may also be of a Partition
-            check_name(partition)
-        self.partition_name = partition if isinstance(partition, str) else "a Partition"
+        if partition is not None and not (isinstance(partition, str) and partition.startswith("[")):
+            check_name(partition)  # a text may also be of a Partition
         self.rules: list[Mask] = []
         self.masks: list[Mask] = []
         self._plans: dict[int, RankPlan] = {}
@@ -85,8 +85,13 @@ class Placement:
         self._call_digests: dict[tuple, int] = {}
         for mask in masks:
             self._add(mask)
+        if partition is None:
+            alike = self.seqlen == self.key_seqlen and self.on_device is None
+            partition = default_partition(self.masks[0], self.seqlen, self.batch) if alike else "zigzag"
+        self.partition_name = partition if isinstance(partition, str) else "a Partition"
         self._partition: dict[str, Any] = {
             "partition": partition,
+            "token_work": token_work,
             "ranks": self.ranks,
             "batch": self.batch,
             "weights": weights,

@@ -1,6 +1,6 @@
 """`Sharding`: how one batch lies on the ranks of a group. Made once, ahead of the step, and held by whoever uses it.
 
-    sharding = Sharding(Mask.causal(), cu_seqlens=[0, 700, 4096], partition="balanced")
+    sharding = Sharding(Mask.causal(), cu_seqlens=[0, 700, 4096])
     x = sharding.shard(batch, dim=1)                        # this rank's tokens
     out, lse = attention(q, k, v, sharding=sharding)        # in every layer; nothing is worked out again
 
@@ -28,6 +28,7 @@ from ringflash.parallel.gather import gather_rows
 from ringflash.parallel.labels import IGNORED_LABEL, as_int64, check_labels
 from ringflash.parallel.mesh import ONE_DEVICE, Group, process_group
 from ringflash.parallel.placement import Placement, new_handle, on_a_device
+from ringflash.parallel.positions.balance import TOKEN_WORK
 from ringflash.parallel.positions.integers import integers
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import Partition
@@ -54,8 +55,12 @@ class Sharding:
             a process of torchrun that has no group yet is refused: it has to say `rank` and `ranks`.
         rank: of the process that is to use it, where that is not this one, and in place of `group`.
         ranks: how many share a sequence.
-        partition: "zigzag", "contiguous", "balanced" (for the masks), or a `Partition` of one sequence; also "stripe"
-            (token by token), "zigzag_per_document" and "contiguous_per_document", as other libraries have them.
+        partition: "zigzag", "contiguous", "balanced" (equally long for the masks, documents kept whole where they fit),
+            or a `Partition` of one sequence; also "stripe" (token by token), "zigzag_per_document" and
+            "contiguous_per_document", as other libraries have them. None is "balanced" for one sequence of several
+            packed documents, and "zigzag" for all else.
+        token_work: what "balanced" takes the rest of a layer to cost a token, in visible pairs of attention: about 5
+            times the width of a model. 0 levels attention alone.
 
     Raises:
         ArgumentError: something is not supported, by name and value.
@@ -78,7 +83,8 @@ class Sharding:
         group: Group = None,
         rank: int | None = None,
         ranks: int | None = None,
-        partition: str | Partition = "zigzag",
+        partition: str | Partition | None = None,
+        token_work: int = TOKEN_WORK,
     ) -> None:
         masks, weights = _masks(mask)
         place, found = _place(group, rank, ranks)
@@ -87,7 +93,8 @@ class Sharding:
             seqlen = _length(boundaries, on_device, masks, batch)
         key_seqlen = seqlen if key_seqlen is None else key_seqlen
         sizes = _at_least("batch", batch, 1), _at_least("seqlen", seqlen, 0), _at_least("key_seqlen", key_seqlen, 0)
-        self._placement = Placement(masks, weights, place, sizes, partition, boundaries, on_device)
+        token_work = _at_least("token_work", token_work, 0)
+        self._placement = Placement(masks, weights, place, sizes, partition, token_work, boundaries, on_device)
         self._placement.group = found
         self._make_handles()
 

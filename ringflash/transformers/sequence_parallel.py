@@ -21,6 +21,7 @@ from ringflash.deepspeed import check_mean
 from ringflash.errors import ArgumentError
 from ringflash.parallel.agreement.rounds import agreement, digest_of, refuse
 from ringflash.parallel.mesh import ONE_DEVICE, Group
+from ringflash.parallel.positions.balance import token_work
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import Partition, check_name
 from ringflash.parallel.sharding import IGNORED_LABEL, Sharding, sharing_group
@@ -51,7 +52,8 @@ class SequenceParallel:
         group: a ProcessGroup or one-dimensional DeviceMesh over whose ranks each sequence is sharded. None is the
             default group if torch.distributed is initialised, and one device otherwise;
             `ringflash.parallel.mesh.ONE_DEVICE` for models that are sharded over data alone.
-        partition: "zigzag", "contiguous", "balanced" (for the model's masks), or a `Partition` of one sequence.
+        partition: "zigzag", "contiguous", "balanced" (equally long for the model's masks and width), or a `Partition`
+            of one sequence. None is "balanced" for one sequence of several packed documents, and "zigzag" for all else.
 
     Raises:
         ArgumentError: a model that cannot be sharded, by the name of its layer.
@@ -62,8 +64,9 @@ class SequenceParallel:
         >>> loss.backward()
     """
 
-    def __init__(self, model: nn.Module, group: Group = None, partition: str | Partition = "zigzag") -> None:
-        check_name(partition)
+    def __init__(self, model: nn.Module, group: Group = None, partition: str | Partition | None = None) -> None:
+        if partition is not None:
+            check_name(partition)
         self._group = sharing_group(group)
         self._model = pretrained_of(model)
         if self.ranks > 1:
@@ -72,6 +75,8 @@ class SequenceParallel:
         self._masks = layer_masks(self._model.config.get_text_config(), causal=is_causal(self._model))
         if self._model.config.is_encoder_decoder:
             mark_cross_attention(self._model)
+            # Cross attention has the queries of one side and the keys of the other, sharded in one way.
+            self.partition = "zigzag" if partition is None else partition
             sides = ({"encoder": True}, False), ({"decoder": True}, True)
             self._pair_masks = [
                 layer_masks(self._model.config.get_text_config(**side), causal) for side, causal in sides
@@ -135,6 +140,7 @@ class SequenceParallel:
             cu_seqlens=documents.cu_seqlens,
             group=self.group,
             partition=self.partition,
+            token_work=token_work(self._model.config.get_text_config().hidden_size),
         )
         if 0 in (counts := sharding.partition.counts()):
             raise ArgumentError(
