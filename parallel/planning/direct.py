@@ -1,0 +1,108 @@
+"""Keys come straight from their owners, in a few waves, each while the one before is attended to.
+
+Fewer and larger launches than a ring's, and nothing travels through ranks that do not need it: for packed documents,
+of which a rank needs little and from few. What is not passed on is sent once for each that needs it, and a wave lies in
+memory at once.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+
+from ringflash.errors import ArgumentError
+from ringflash.parallel.planning.loads import shared_keys
+from ringflash.parallel.planning.outline import Outline
+from ringflash.parallel.planning.plan import Buffers, Move, Plan, RankPlan, Stage, without_idle_end
+from ringflash.parallel.positions.mask import Mask
+from ringflash.parallel.positions.partition import Partition
+from ringflash.parallel.positions.segments import Segments, count, cut, intersect, normalize
+from ringflash.parallel.positions.visibility import needed_keys
+
+
+def direct(
+    mask: Mask, queries: Partition, keys: Partition | None = None, waves: int = 1, own_last: bool = False
+) -> Plan:
+    """Pulls from the owners of keys.
+
+    Args:
+        mask: which keys a query position sees.
+        queries: which query positions each rank holds.
+        keys: which keys, on as many ranks; like the queries if None.
+        waves: in how many stages foreign keys are attended to; from the nearest owners first, and equally many in each.
+        own_last: keep half of a rank's own keys for the end, so that in the backward pass the last gradient parts
+            travel while these are worked on. One more launch.
+
+    Raises:
+        ArgumentError: no wave.
+    """
+    if waves < 1:
+        raise ArgumentError(f"waves={waves}; allowed are integers from 1")
+    keys = keys or queries
+    needed = needed_keys(mask, queries.segments, keys.length)
+
+    @cache
+    def stages() -> np.ndarray:
+        return _stages(shared_keys(keys, needed), waves)
+
+    def outline() -> Outline:
+        ranks = queries.ranks
+        source = np.broadcast_to(np.arange(ranks), (ranks, ranks))
+        return Outline(1 + waves + own_last, stages(), source, own=(0, waves + 1) if own_last else (0,))
+
+    name = f"direct-{waves}" + ("-own-last" if own_last else "")
+    return Plan(
+        name, queries, keys, lambda rank: _of_rank(rank, queries, keys, needed, stages(), waves, own_last), outline
+    )
+
+
+def _stages(shared: np.ndarray, waves: int) -> np.ndarray:
+    """(R, R), by (rank, owner): when a rank attends to the owner's keys. All ranks find the same for all."""
+    ranks = len(shared)
+    rank, hop = np.ogrid[:ranks, :ranks]
+    by_hop = shared[rank, (rank - hop) % ranks]  # the nearest owner before a rank first
+    by_hop[:, 0] = 0
+    middle = by_hop.cumsum(1) - (by_hop + 1) // 2  # of an owner's keys among all that a rank needs, in this order
+    wave = 1 + middle * waves // np.maximum(1, by_hop.sum(1, keepdims=True))
+    wave[:, 0] = 0
+    return wave[rank, (rank - np.arange(ranks)) % ranks]
+
+
+def _of_rank(
+    rank: int,
+    queries: Partition,
+    keys: Partition,
+    needed: list[Segments],
+    stage_of: np.ndarray,
+    waves: int,
+    own_last: bool,
+) -> RankPlan:
+    own = keys.segments[rank]
+    mine = intersect(own, needed[rank])
+    first = cut(mine, 0, -(-count(mine) // 2)) if own_last else mine
+    pulled: list[list[Move]] = [[] for _ in range(waves + 2)]
+    given = [x.copy() for x in pulled]
+    for other in range(queries.ranks):
+        if other != rank:
+            part = intersect(keys.segments[other], needed[rank])
+            if part:
+                pulled[stage_of[rank, other]].append(Move(other, part))
+            part = intersect(own, needed[other])
+            if part:
+                given[stage_of[other, rank]].append(Move(other, part))
+    stages = []
+    for stage in range(1 + waves + own_last):
+        foreign = (interval for move in pulled[stage] for interval in move.segments)
+        own_part = first if stage == 0 else cut(mine, count(first), count(mine)) if stage > waves else ()
+        stages.append(
+            Stage(
+                work=normalize((*own_part, *foreign)),
+                receives=tuple(pulled[stage + 1]) if stage < waves else (),
+                sends=tuple(given[stage + 1]) if stage < waves else (),
+                returns=tuple(pulled[stage]),
+                reduces=tuple(given[stage]),
+            )
+        )
+    kept = without_idle_end(stages)
+    return RankPlan(rank, queries.segments[rank], own, kept, Buffers.of(kept))
