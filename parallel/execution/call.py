@@ -24,7 +24,7 @@ from ringflash.kernels.torch_private import process_group
 from ringflash.parallel.agreement.rounds import agreement
 from ringflash.parallel.lookup import find
 from ringflash.parallel.placement import Placement, batch_boundaries, check_on_device, on_a_device, placement_of
-from ringflash.parallel.planning.program import Program, document_table, table_program, table_shape
+from ringflash.parallel.planning.program import Program, StageProgram, document_table, table_program, table_shape
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.transport.send_recv import SendRecv
 
@@ -153,8 +153,8 @@ class Ready:
     index: int = 0
     form: tuple = ()
 
-    def modifiers(self, index: int, offset: int, at_hand: tuple[Tensor, ...]) -> Modifiers | None:
-        """What is done to the scores of a stage, of whose keys some are at hand, from `offset` on."""
+    def modifiers(self, stage: StageProgram, at_hand: tuple[Tensor, ...]) -> Modifiers | None:
+        """What is done to the scores of a stage, or of a piece of it, whose keys are at hand."""
         inputs, settings = self.inputs, self.settings
         if not self.modified:
             return None
@@ -165,13 +165,13 @@ class Ready:
             dropout=settings.dropout,
             seed=inputs.seed,
             query_positions=self.program.query_positions if positioned else None,
-            key_positions=self._key_positions(index, offset, len(at_hand[0])) if positioned else None,
+            key_positions=self._key_positions(stage, len(at_hand[0])) if positioned else None,
             key_visible=None if inputs.key_visible is None else at_hand[2],
         )
 
-    def _key_positions(self, index: int, offset: int, keys: int) -> Tensor:
-        found = self.program.key_positions(index)
-        return found if len(found) == keys else found[offset : offset + keys]
+    def _key_positions(self, stage: StageProgram, keys: int) -> Tensor:
+        found = self.program.key_positions(stage.index)
+        return found if len(found) == keys else found[stage.offset : stage.offset + keys]
 
     def begin(self) -> None:
         """Make sure that all ranks are about to do the same; nothing is sent before. Everything needed is at hand."""

@@ -38,9 +38,9 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]
         room = make_room(ready)
         ready.begin()
 
-    def body(index: int, stage: StageProgram, at_hand: Rows) -> None:
+    def body(stage: StageProgram, at_hand: Rows) -> None:
         nonlocal carry
-        modifiers = ready.modifiers(index, stage.offset, at_hand)
+        modifiers = ready.modifiers(stage, at_hand)
         for launch in stage.launches:
             carry = attend(
                 ready.kernels,
@@ -94,9 +94,9 @@ def backward(
     dquery: Tensor | None = None
     parts: list[Tensor] | None = None
 
-    def body(index: int, stage: StageProgram, at_hand: Rows) -> None:
+    def body(stage: StageProgram, at_hand: Rows) -> None:
         nonlocal dquery, parts
-        modifiers = ready.modifiers(index, stage.offset, at_hand)
+        modifiers = ready.modifiers(stage, at_hand)
         for launch in stage.launches:
             dquery, dkey, dvalue = attend_backward(
                 ready.kernels,
@@ -153,7 +153,7 @@ def make_room(ready: Ready) -> tuple[Rows, list[Rows]]:
 def walk(
     ready: Ready,
     room: tuple[Rows, list[Rows]] | None,
-    body: Callable[[int, StageProgram, Rows], None],
+    body: Callable[[StageProgram, Rows], None],
     settle: Callable[[StageProgram], None] | None = None,
 ) -> None:
     """Go through the stages of a program: post transfers, work on what is there, settle, wait.
@@ -184,7 +184,7 @@ def walk(
         for piece in (stage,) if settle is None else program.backward_stages[index]:
             if piece.launches and failure is None:
                 try:
-                    body(index, piece, piece.at_hand(own, arrived))
+                    body(piece, piece.at_hand(own, arrived))
                 except Exception as error:
                     if ready.transport is None:
                         raise

@@ -78,7 +78,14 @@ class KeyGradients:
 
     def _add(self, rows: slice | Tensor | None, parts: list[Tensor]) -> None:
         if self._sums is None:
-            self._sums = [torch.zeros_like(x, dtype=self.dtype) for x in self._wanted]
+            self._sums = [torch.empty_like(x, dtype=self.dtype) for x in self._wanted]
+            for total, part in zip(self._sums, parts, strict=True):
+                if isinstance(rows, slice):
+                    total[: rows.start], total[rows], total[rows.stop :] = 0, part, 0
+                else:
+                    total.zero_()
+            if isinstance(rows, slice):
+                return
         for total, part in zip(self._sums, parts, strict=True):
             if isinstance(rows, Tensor):
                 total.index_add_(0, rows, part.to(total.dtype))
