@@ -24,9 +24,9 @@ from ringflash.errors import ArgumentError
 from ringflash.kernels.kept import build_to_keep, hold_if_captured
 from ringflash.kernels.torch_private import is_destroyed, without_transforms
 from ringflash.parallel.agreement.rounds import digest_of
+from ringflash.parallel.planning.generators import check_plan, plan_named
 from ringflash.parallel.planning.plan import RankPlan
 from ringflash.parallel.planning.program import Program, local_program, rank_program
-from ringflash.parallel.planning.ring import ring
 from ringflash.parallel.positions.documents import rows_apart
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import NAMES, Partition, check_name, default_partition, resolve
@@ -67,11 +67,14 @@ class Placement:
         sizes: tuple[int, int, int],
         partition: str | Partition | None,
         token_work: int,
+        plan: tuple[str, int],
         boundaries: tuple[tuple[int, ...] | None, tuple[int, ...] | None],
         on_device: tuple[Tensor, Tensor | None] | None,
     ) -> None:
         self.rank, self.ranks = place
         self.batch, self.seqlen, self.key_seqlen = sizes
+        self.plan_name, self.hosts = plan
+        check_plan(self.plan_name, self.hosts, self.ranks)
         self.boundaries, self.on_device = boundaries, on_device
         self.group: dist.ProcessGroup | None = None
         if partition is not None and not (isinstance(partition, str) and partition.startswith("[")):
@@ -186,7 +189,8 @@ class Placement:
         found = self._plans.get(index)
         if found is None:
             queries, keys = (x.repeat(self.batch) for x in (self.partition, self.key_partition))
-            found = self._plans[index] = ring(self.masks[index], queries, keys).of(self.rank)
+            plan = plan_named(self.plan_name, self.masks[index], queries, keys, self.hosts)
+            found = self._plans[index] = plan.of(self.rank)
         return found
 
     def program(self, index: int, device: torch.device) -> Program:
@@ -271,6 +275,7 @@ class Placement:
             "key_seqlen": self.key_seqlen,
             "partition": _shown(partition),
             "cu_seqlens": _short(b" ".join(np.array(x or (), dtype=np.int64).tobytes() for x in cu_seqlens)),
+            "plan": self.plan_name if self.hosts == 1 else f"{self.plan_name} over {self.hosts} hosts",
             "tokens of each rank": _short(self.partition.digest + self.key_partition.digest),
         }
 

@@ -61,6 +61,9 @@ class Sharding:
             packed documents, and "zigzag" for all else.
         token_work: what "balanced" takes the rest of a layer to cost a token, in visible pairs of attention: about 5
             times the width of a model. 0 levels attention alone.
+        plan: how keys travel: "ring", "counter-ring" (both ways at once), "double-ring" (round each host, then on to
+            the next), or "direct-1", "direct-2" and so on (from their owners, in so many waves).
+        hosts: how many hosts the ranks lie on, equally many on each, in order.
 
     Raises:
         ArgumentError: something is not supported, by name and value.
@@ -85,6 +88,8 @@ class Sharding:
         ranks: int | None = None,
         partition: str | Partition | None = None,
         token_work: int = TOKEN_WORK,
+        plan: str = "ring",
+        hosts: int = 1,
     ) -> None:
         masks, weights = _masks(mask)
         place, found = _place(group, rank, ranks)
@@ -94,7 +99,9 @@ class Sharding:
         key_seqlen = seqlen if key_seqlen is None else key_seqlen
         sizes = _at_least("batch", batch, 1), _at_least("seqlen", seqlen, 0), _at_least("key_seqlen", key_seqlen, 0)
         token_work = _at_least("token_work", token_work, 0)
-        self._placement = Placement(masks, weights, place, sizes, partition, token_work, boundaries, on_device)
+        self._placement = Placement(
+            masks, weights, place, sizes, partition, token_work, (plan, hosts), boundaries, on_device
+        )
         self._placement.group = found
         self._make_handles()
 

@@ -17,13 +17,11 @@ from ringflash.parallel.planning.outline import Outline
 from ringflash.parallel.planning.plan import Buffers, Move, Plan, RankPlan, Stage, without_idle_end
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import Partition
-from ringflash.parallel.positions.segments import Segments, count, cut, intersect, normalize
+from ringflash.parallel.positions.segments import Segments, intersect, normalize
 from ringflash.parallel.positions.visibility import needed_keys
 
 
-def direct(
-    mask: Mask, queries: Partition, keys: Partition | None = None, waves: int = 1, own_last: bool = False
-) -> Plan:
+def direct(mask: Mask, queries: Partition, keys: Partition | None = None, waves: int = 1) -> Plan:
     """Pulls from the owners of keys.
 
     Args:
@@ -31,8 +29,6 @@ def direct(
         queries: which query positions each rank holds.
         keys: which keys, on as many ranks; like the queries if None.
         waves: in how many stages foreign keys are attended to; from the nearest owners first, and equally many in each.
-        own_last: keep half of a rank's own keys for the end, so that in the backward pass the last gradient parts
-            travel while these are worked on. One more launch.
 
     Raises:
         ArgumentError: no wave.
@@ -49,11 +45,10 @@ def direct(
     def outline() -> Outline:
         ranks = queries.ranks
         source = np.broadcast_to(np.arange(ranks), (ranks, ranks))
-        return Outline(1 + waves + own_last, stages(), source, own=(0, waves + 1) if own_last else (0,))
+        return Outline(1 + waves, stages(), source)
 
-    name = f"direct-{waves}" + ("-own-last" if own_last else "")
     return Plan(
-        name, queries, keys, lambda rank: _of_rank(rank, queries, keys, needed, stages(), waves, own_last), outline
+        f"direct-{waves}", queries, keys, lambda rank: _of_rank(rank, queries, keys, needed, stages(), waves), outline
     )
 
 
@@ -76,12 +71,9 @@ def _of_rank(
     needed: list[Segments],
     stage_of: np.ndarray,
     waves: int,
-    own_last: bool,
 ) -> RankPlan:
     own = keys.segments[rank]
-    mine = intersect(own, needed[rank])
-    first = cut(mine, 0, -(-count(mine) // 2)) if own_last else mine
-    pulled: list[list[Move]] = [[] for _ in range(waves + 2)]
+    pulled: list[list[Move]] = [[] for _ in range(waves + 1)]
     given = [x.copy() for x in pulled]
     for other in range(queries.ranks):
         if other != rank:
@@ -92,12 +84,11 @@ def _of_rank(
             if part:
                 given[stage_of[other, rank]].append(Move(other, part))
     stages = []
-    for stage in range(1 + waves + own_last):
-        foreign = (interval for move in pulled[stage] for interval in move.segments)
-        own_part = first if stage == 0 else cut(mine, count(first), count(mine)) if stage > waves else ()
+    for stage in range(1 + waves):
+        foreign = normalize(interval for move in pulled[stage] for interval in move.segments)
         stages.append(
             Stage(
-                work=normalize((*own_part, *foreign)),
+                work=foreign if stage else intersect(own, needed[rank]),
                 receives=tuple(pulled[stage + 1]) if stage < waves else (),
                 sends=tuple(given[stage + 1]) if stage < waves else (),
                 returns=tuple(pulled[stage]),

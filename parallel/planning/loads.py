@@ -93,6 +93,7 @@ def _overlaps(ranks: np.ndarray, bounds: np.ndarray, weights: np.ndarray, keys: 
         covered[:, 0] += np.bincount(ranks, sign * weights, minlength=count).astype(weights.dtype)
     whole = covered[:, :-1].cumsum(1) * (stops - starts) + partial[:, :-1]
     order = np.argsort(owners, kind="stable")
-    summed = np.zeros((count, count + 1), dtype=weights.dtype)
-    np.add.at(summed.T, owners[order], whole.T[order])
-    return summed[:, :count]
+    holding, first = np.unique(owners[order], return_index=True)
+    summed = np.zeros((count, count), dtype=weights.dtype)
+    summed[:, holding] = np.add.reduceat(whole[:, order], first, axis=1)
+    return summed

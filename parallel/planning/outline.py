@@ -12,9 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-NEVER = -1
-"""Stage of keys that nobody attends to, and the source of keys that nobody sends."""
-
 
 @dataclass(frozen=True)
 class Outline:
@@ -22,17 +19,14 @@ class Outline:
 
     Attributes:
         stages: how many there are.
-        stage: (R, R) int64, in which a rank attends to the keys of an owner, by (rank, owner); its own in the first
-            of `own`.
-        source: (R, R) int64, from which rank these come, in the stage before; on the diagonal the rank itself.
-        own: stages in which ranks attend to equal parts of their own keys.
+        stage: (R, R), in which a rank attends to the keys of an owner, by (rank, owner); its own in the first.
+        source: (R, R), from which rank these come, in the stage before; on the diagonal the rank itself.
         piece: see `RankPlan`.
     """
 
     stages: int
     stage: np.ndarray
     source: np.ndarray
-    own: tuple[int, ...] = (0,)
     piece: int | None = None
 
     def carried(self, keys: np.ndarray) -> np.ndarray:
@@ -45,13 +39,13 @@ class Outline:
         """
         carried = keys.copy()
         np.fill_diagonal(carried, 0)
-        rank, owner = np.nonzero(self.source != np.arange(len(keys))[None, :])
-        latest = np.argsort(-self.stage[rank, owner], kind="stable")
-        rank, owner = rank[latest], owner[latest]
-        stages = self.stage[rank, owner]
-        source = self.source[rank, owner]
+        rank, owner = np.nonzero(self.source != np.arange(len(keys)))  # what comes from its owner is passed on by none
+        stages = self.stage[rank, owner].astype(np.int16)  # of which numpy sorts fast
+        order = np.argsort(stages, kind="stable")
+        rank, owner = rank[order], owner[order]
+        source, edges = self.source[rank, owner], np.searchsorted(stages[order], np.arange(self.stages + 1))
         for stage in range(self.stages - 1, 1, -1):
-            now = slice(*np.searchsorted(-stages, [-stage, -stage + 1]).tolist())
-            np.maximum.at(carried, (source[now], owner[now]), carried[rank[now], owner[now]])
-        np.fill_diagonal(carried, 0)
+            now = slice(edges[stage], edges[stage + 1])
+            before = source[now], owner[now]  # no two of them alike: a rank passes a block on to one other in a stage
+            carried[before] = np.maximum(carried[before], carried[rank[now], owner[now]])
         return carried

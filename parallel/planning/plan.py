@@ -135,7 +135,7 @@ class Plan:
         queries: Partition,
         keys: Partition,
         of: Callable[[int], RankPlan],
-        outline: Callable[[], Outline],
+        outline: Callable[[], Outline] | None = None,
     ) -> None:
         self.name, self.queries, self.keys = name, queries, keys
         self.of = of
@@ -145,6 +145,7 @@ class Plan:
     @cached_property
     def outline(self) -> Outline:
         """All ranks' plans in numbers."""
+        assert self._outline is not None  # plans by hand may have none
         return self._outline()
 
     @cached_property
