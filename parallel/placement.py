@@ -24,6 +24,7 @@ from ringflash.errors import ArgumentError
 from ringflash.kernels.kept import build_to_keep, hold_if_captured
 from ringflash.kernels.torch_private import is_destroyed, without_transforms
 from ringflash.parallel.agreement.rounds import digest_of
+from ringflash.parallel.planning.choose import Choice, choose
 from ringflash.parallel.planning.generators import check_plan, plan_named
 from ringflash.parallel.planning.plan import RankPlan
 from ringflash.parallel.planning.program import Program, local_program, rank_program
@@ -67,20 +68,21 @@ class Placement:
         sizes: tuple[int, int, int],
         partition: str | Partition | None,
         token_work: int,
-        plan: tuple[str, int],
+        plan: tuple[str | None, int],
         boundaries: tuple[tuple[int, ...] | None, tuple[int, ...] | None],
         on_device: tuple[Tensor, Tensor | None] | None,
     ) -> None:
         self.rank, self.ranks = place
         self.batch, self.seqlen, self.key_seqlen = sizes
-        self.plan_name, self.hosts = plan
-        check_plan(self.plan_name, self.hosts, self.ranks)
+        self._plan_name, self.hosts = plan
+        check_plan("ring" if self._plan_name is None else self._plan_name, self.hosts, self.ranks)
         self.boundaries, self.on_device = boundaries, on_device
         self.group: dist.ProcessGroup | None = None
         if partition is not None and not (isinstance(partition, str) and partition.startswith("[")):
             check_name(partition)  # a text may also be of a Partition
         self.rules: list[Mask] = []
         self.masks: list[Mask] = []
+        self._choices: dict[int, Choice] = {}
         self._plans: dict[int, RankPlan] = {}
         self._programs: dict[tuple[int, torch.device], Program] = {}
         self._slope_rows: dict[tuple[int, torch.device], Tensor] = {}
@@ -188,10 +190,31 @@ class Placement:
         """This rank's plan for one of the masks."""
         found = self._plans.get(index)
         if found is None:
-            queries, keys = (x.repeat(self.batch) for x in (self.partition, self.key_partition))
-            plan = plan_named(self.plan_name, self.masks[index], queries, keys, self.hosts)
+            queries, keys = self._laid_end_to_end
+            plan = plan_named(self.plan_name(index), self.masks[index], queries, keys, self.hosts)
             found = self._plans[index] = plan.of(self.rank)
         return found
+
+    def plan_name(self, index: int) -> str:
+        """By which plan keys travel under one of the masks."""
+        choice = self.choice(index)
+        return choice.name if choice is not None else self._plan_name or "ring"
+
+    def choice(self, index: int) -> Choice | None:
+        """Why a plan was chosen for one of the masks; None where it was named, and on one device."""
+        if self._plan_name is not None or self.ranks == 1:
+            return None
+        found = self._choices.get(index)
+        if found is None:
+            found = self._choices[index] = choose(self.masks[index], *self._laid_end_to_end, self.hosts)
+        return found
+
+    @cached_property
+    def _laid_end_to_end(self) -> tuple[Partition, Partition]:
+        """Partitions of the queries and the keys of all sequences of the batch."""
+        queries = self.partition.repeat(self.batch)
+        same = self.key_partition is self.partition
+        return queries, queries if same else self.key_partition.repeat(self.batch)
 
     def program(self, index: int, device: torch.device) -> Program:
         """This rank's program for one of the masks, on a device."""
@@ -275,20 +298,22 @@ class Placement:
             "key_seqlen": self.key_seqlen,
             "partition": _shown(partition),
             "cu_seqlens": _short(b" ".join(np.array(x or (), dtype=np.int64).tobytes() for x in cu_seqlens)),
-            "plan": self.plan_name if self.hosts == 1 else f"{self.plan_name} over {self.hosts} hosts",
             "tokens of each rank": _short(self.partition.digest + self.key_partition.digest),
         }
 
     def of_mask(self, index: int) -> dict[str, object]:
         """The same of one mask."""
-        return {"mask": _shown(self.rules[index].spec(documents=False))}
+        return {"mask": _shown(self.rules[index].spec(documents=False)), "plan": self._plan_text(index)}
+
+    def _plan_text(self, index: int) -> str:
+        return f"{self.plan_name(index)} on {self.hosts} hosts"
 
     def digest(self, index: int) -> str:
         """`of_all` and `of_mask` in a few characters."""
         found = self._digests.get(index)
         if found is None:
             rules = self.rules[index].spec(documents=False)
-            found = self._digests[index] = _short(f"{self.of_all} {rules}".encode())
+            found = self._digests[index] = _short(f"{self.of_all} {rules} {self._plan_text(index)}".encode())
         return found
 
 

@@ -27,7 +27,8 @@ from ringflash.kernels.kept import TensorNotes
 from ringflash.parallel.gather import gather_rows
 from ringflash.parallel.labels import IGNORED_LABEL, as_int64, check_labels
 from ringflash.parallel.mesh import ONE_DEVICE, Group, process_group
-from ringflash.parallel.placement import Placement, new_handle, on_a_device
+from ringflash.parallel.placement import LONGEST_SHOWN, Placement, new_handle, on_a_device
+from ringflash.parallel.planning.generators import in_words
 from ringflash.parallel.positions.balance import TOKEN_WORK
 from ringflash.parallel.positions.integers import integers
 from ringflash.parallel.positions.mask import Mask
@@ -35,6 +36,9 @@ from ringflash.parallel.positions.partition import Partition
 from ringflash.parallel.positions.segments import Interval
 
 Boundaries = Sequence[int] | Tensor
+
+RANKS_A_HOST = 8
+"""Where nobody says how many."""
 
 
 class Sharding:
@@ -62,8 +66,10 @@ class Sharding:
         token_work: what "balanced" takes the rest of a layer to cost a token, in visible pairs of attention: about 5
             times the width of a model. 0 levels attention alone.
         plan: how keys travel: "ring", "counter-ring" (both ways at once), "double-ring" (round each host, then on to
-            the next), or "direct-1", "direct-2" and so on (from their owners, in so many waves).
-        hosts: how many hosts the ranks lie on, equally many on each, in order.
+            the next), or "direct-1", "direct-2" and so on (from their owners, in so many waves). None is the ring,
+            unless another one is predicted to be clearly faster; see `describe`.
+        hosts: how many hosts the ranks lie on, equally many on each, in order; for predictions, and for "double-ring".
+            None is one for every 8 ranks where these divide more than 8, and otherwise one.
 
     Raises:
         ArgumentError: something is not supported, by name and value.
@@ -88,8 +94,8 @@ class Sharding:
         ranks: int | None = None,
         partition: str | Partition | None = None,
         token_work: int = TOKEN_WORK,
-        plan: str = "ring",
-        hosts: int = 1,
+        plan: str | None = None,
+        hosts: int | None = None,
     ) -> None:
         masks, weights = _masks(mask)
         place, found = _place(group, rank, ranks)
@@ -100,7 +106,7 @@ class Sharding:
         sizes = _at_least("batch", batch, 1), _at_least("seqlen", seqlen, 0), _at_least("key_seqlen", key_seqlen, 0)
         token_work = _at_least("token_work", token_work, 0)
         self._placement = Placement(
-            masks, weights, place, sizes, partition, token_work, (plan, hosts), boundaries, on_device
+            masks, weights, place, sizes, partition, token_work, (plan, _hosts(hosts, place[1])), boundaries, on_device
         )
         self._placement.group = found
         self._make_handles()
@@ -199,6 +205,21 @@ class Sharding:
     def spans(self) -> tuple[tuple[Interval, ...], ...]:
         """For each rank the positions that it holds of a sequence, as half-open intervals."""
         return self.partition.segments
+
+    def describe(self) -> str:
+        """How tokens lie on the ranks, and for each mask by which plan keys travel and why, in words."""
+        x = self._placement
+        counts = self.partition.counts()
+        spread = f"{counts[0]:,}" if min(counts) == max(counts) else f"{min(counts):,} to {max(counts):,}"
+        lines = [f"{x.batch} x {x.seqlen:,} tokens, {x.partition_name} over {x.ranks} ranks: {spread} on each"]
+        for index, rules in enumerate(x.rules):
+            choice = x.choice(index)
+            name = x.plan_name(index)
+            said = choice.describe() if choice is not None else f"{name}: {in_words(name)}; as it was named"
+            if x.ranks == 1:
+                said = "nothing travels on one device"
+            lines.append(f"mask {rules.spec(documents=False)[:LONGEST_SHOWN]}\n  " + said.replace("\n", "\n  "))
+        return "\n".join(lines)
 
     # Documents
 
@@ -335,6 +356,12 @@ def _masks(given: Mask | Sequence[Mask] | Mapping[Mask, int] | None) -> tuple[tu
     if any(not isinstance(weight, int) or weight < 1 for weight in weights):
         raise ArgumentError(f"mask={given!r}; numbers of layers are allowed from 1")
     return masks, weights
+
+
+def _hosts(given: int | None, ranks: int) -> int:
+    if given is not None:
+        return _at_least("hosts", given, 1)
+    return 1 if ranks % RANKS_A_HOST else max(1, ranks // RANKS_A_HOST)
 
 
 def _at_least(name: str, size: int, least: int) -> int:

@@ -59,7 +59,7 @@ def _stages(shared: np.ndarray, waves: int) -> np.ndarray:
     by_hop = shared[rank, (rank - hop) % ranks]  # the nearest owner before a rank first
     by_hop[:, 0] = 0
     middle = by_hop.cumsum(1) - (by_hop + 1) // 2  # of an owner's keys among all that a rank needs, in this order
-    wave = 1 + middle * waves // np.maximum(1, by_hop.sum(1, keepdims=True))
+    wave = 1 + np.minimum(middle * waves // np.maximum(1, by_hop.sum(1, keepdims=True)), waves - 1)
     wave[:, 0] = 0
     return wave[rank, (rank - np.arange(ranks)) % ranks]
 

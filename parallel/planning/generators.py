@@ -12,7 +12,7 @@ from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import Partition
 
 NAMES = ("ring", "counter-ring", "double-ring", "direct-1", "direct-2", "direct-3")
-"""Plans that are looked at where none is named; "direct-" takes any number of waves."""
+"""Plans; "direct-" takes any number of waves."""
 
 WORDS = {
     "ring": "keys go from rank to rank",

@@ -217,6 +217,8 @@ def test_an_outline_says_what_the_ranks_do(problem, data):
     outline = plan.outline
     keys = loads(mask, partition, partition, needed_keys(mask, partition.segments, partition.length)).keys
     carried = outline.carried(keys)
+    assert outline.stage.min() == 0
+    assert outline.stage.max() < outline.stages
     for mine in plan.ranks:
         assert len(mine.stages) <= outline.stages
         for index, stage in enumerate(mine.stages):
