@@ -206,7 +206,9 @@ class Placement:
             return None
         found = self._choices.get(index)
         if found is None:
-            found = self._choices[index] = choose(self.masks[index], *self._laid_end_to_end, self.hosts)
+            token_work = self._partition["token_work"]
+            found = choose(self.masks[index], *self._laid_end_to_end, self.hosts, token_work=token_work)
+            self._choices[index] = found
         return found
 
     @cached_property

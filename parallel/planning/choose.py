@@ -14,15 +14,18 @@ from functools import cache
 
 from ringflash.parallel.planning.cost import Prediction, Shape, predict
 from ringflash.parallel.planning.generators import in_words, plan_named
-from ringflash.parallel.planning.loads import Loads, loads
+from ringflash.parallel.planning.loads import loads
 from ringflash.parallel.planning.machine import Machine, known_machine
-from ringflash.parallel.planning.plan import Plan
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import Partition
 from ringflash.parallel.positions.visibility import needed_keys
 
 CLEARLY = 0.9
 """A plan is taken instead of the ring if it is predicted to take at most so much of the ring's time."""
+
+LEAST = 5e-3
+"""Seconds of attention by the ring from which on anything else is taken. Of less, the time of hosts decides, some
+milliseconds a call, which the model does not know."""
 
 MEMORY = 2**30
 """Bytes that a plan may take beside a rank's own keys, or as many as the ring takes where that is more."""
@@ -59,10 +62,10 @@ class Choice:
             return said
         shape, lines = self.shape, [said]
         heads = f"{shape.heads} query and {shape.key_heads} key heads of {shape.head_dim}"
-        lines.append(f"predicted for {heads} on {self.machine.name}:")
+        lines.append(f"predicted for a layer with {heads} on {self.machine.name}, forward and backward:")
         for name, cost in self.predicted.items():
             lines.append(
-                f"  {name}: forward {cost.forward.total * 1e3:.3g} ms, backward {cost.backward.total * 1e3:.3g} ms; "
+                f"  {name}: {cost.total * 1e3:.3g} ms, of it attention {cost.attention * 1e3:.3g} ms; "
                 f"{cost.memory / 2**20:,.0f} MiB beside own keys"
             )
         return "\n".join(lines)
@@ -76,6 +79,7 @@ def choose(
     machine: Machine | None = None,
     shape: Shape | None = None,
     memory: int = MEMORY,
+    token_work: int = 0,
 ) -> Choice:
     """The plan for a mask.
 
@@ -87,6 +91,7 @@ def choose(
         machine: that attention runs on; what was measured here if None, or H100s.
         shape: of the attention; that of a model of some 8 billion parameters if None.
         memory: see `MEMORY`.
+        token_work: see `cost.predict`.
     """
     keys, machine, shape = keys or queries, machine or _known(), shape or Shape()
     if queries.ranks > MOST_RANKS:
@@ -96,24 +101,20 @@ def choose(
         return Choice("ring", {}, machine, shape, "no keys have to move")
     names = [name for name in CANDIDATES if hosts > 1 or name != "double-ring"]
     plans = {name: plan_named(name, mask, queries, keys, hosts) for name in names}
-    predicted = predict_all(plans, found, machine, shape, hosts)
+    predicted = {name: predict(plan.outline, found, machine, shape, hosts, token_work) for name, plan in plans.items()}
     allowed = max(memory, predicted["ring"].memory)
     fastest = min((x for x in names if predicted[x].memory <= allowed), key=lambda x: predicted[x].total)
     share = predicted[fastest].total / predicted["ring"].total
     if fastest == "ring":
         because = f"the fastest by prediction of those that take no more than {allowed / 2**20:,.0f} MiB"
         return Choice("ring", predicted, machine, shape, because)
+    if predicted["ring"].attention < LEAST:
+        because = f"attention takes it less than {LEAST * 1e3:g} ms, too little to predict what is faster"
+        return Choice("ring", predicted, machine, shape, because)
     if share > CLEARLY:
         because = f"{fastest} is predicted to take {share:.2f} of its time, which is not clearly less"
         return Choice("ring", predicted, machine, shape, because)
     return Choice(fastest, predicted, machine, shape, f"predicted to take {share:.2f} of the ring's time")
-
-
-def predict_all(
-    plans: dict[str, Plan], found: Loads, machine: Machine, shape: Shape, hosts: int
-) -> dict[str, Prediction]:
-    """What plans cost, by name."""
-    return {name: predict(plan.outline, found, machine, shape, hosts) for name, plan in plans.items()}
 
 
 @cache

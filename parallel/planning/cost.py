@@ -64,11 +64,13 @@ class Pass:
     Attributes:
         compute: (N, R) of a rank's launch in a stage; 0 where it has none.
         wait: (N, R) that it waits behind the stage for keys, or gradients, to come or leave.
+        rest: (R,) of the rest of the layer, behind which a rank begins.
         total: until the last rank is done.
     """
 
     compute: np.ndarray
     wait: np.ndarray
+    rest: np.ndarray
     total: float
 
 
@@ -93,8 +95,15 @@ class Prediction:
         """Seconds of both passes."""
         return self.forward.total + self.backward.total
 
+    @property
+    def attention(self) -> float:
+        """Seconds of both passes without the rest of the layer, of the rank that it takes longest."""
+        return sum(float((x.compute + x.wait).sum(0).max()) for x in (self.forward, self.backward))
 
-def predict(outline: Outline, loads: Loads, machine: Machine, shape: Shape, hosts: int = 1) -> Prediction:
+
+def predict(
+    outline: Outline, loads: Loads, machine: Machine, shape: Shape, hosts: int = 1, token_work: int = 0
+) -> Prediction:
     """What a plan costs.
 
     Args:
@@ -103,14 +112,19 @@ def predict(outline: Outline, loads: Loads, machine: Machine, shape: Shape, host
         machine: that it runs on.
         shape: of the attention.
         hosts: how many hosts the ranks lie on, equally many on each, in order.
+        token_work: what the rest of a layer costs a token, in pairs: ranks with more tokens begin later, as shares
+            that are level in time and not in pairs have it.
     """
-    model = _Model(outline, loads, machine, shape, hosts)
+    model = _Model(outline, loads, machine, shape, hosts, token_work)
     return Prediction(model.forward(), model.backward(), model.memory, int(model.carried.sum()))
 
 
 class _Model:
-    def __init__(self, outline: Outline, loads: Loads, machine: Machine, shape: Shape, hosts: int) -> None:
+    def __init__(
+        self, outline: Outline, loads: Loads, machine: Machine, shape: Shape, hosts: int, token_work: int
+    ) -> None:
         self.outline, self.loads, self.machine, self.shape = outline, loads, machine, shape
+        self.token_work = token_work
         self.ranks = len(loads.queries)
         self.host = np.arange(self.ranks) // (self.ranks // hosts)
         self.carried = outline.carried(loads.keys)
@@ -221,9 +235,10 @@ class _Model:
 
     def _walk(self, compute: np.ndarray, gradients: bool) -> Pass:
         """Go through the stages: launches, keys for the next stage, and gradient parts of the one before."""
-        stages, now, coming = self.outline.stages, np.zeros(self.ranks), np.zeros(self.ranks)
+        stages, rest, coming = self.outline.stages, self._rest(gradients), np.zeros(self.ranks)
+        now = rest
         wait = np.zeros_like(compute)
-        late = np.where(self._splits_own, compute[0] / 2, 0) if gradients else now
+        late = np.where(self._splits_own, compute[0] / 2, 0) if gradients else np.zeros(self.ranks)
         for stage in range(stages):
             done = now + compute[stage] - (late if stage == 0 else 0)
             ready = done
@@ -242,7 +257,12 @@ class _Model:
             finished = np.maximum(now, coming)
             wait[-1] += finished - now
             now = finished
-        return Pass(compute, wait, float(now.max()))
+        return Pass(compute, wait, rest, float(now.max()))
+
+    def _rest(self, gradients: bool) -> np.ndarray:
+        """(R,) seconds of the rest of the layer: a third of it forward, two thirds backward."""
+        pairs = self.loads.queries * self.token_work * (2 if gradients else 1) / 3
+        return pairs * (14 * self.shape.heads * self.shape.head_dim / self.machine.forward)
 
     @cached_property
     def _last(self) -> np.ndarray:

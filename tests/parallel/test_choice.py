@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from test_plan import MILLION, packed
 
 from ringflash.errors import ArgumentError
-from ringflash.parallel.planning.choose import CANDIDATES, CLEARLY, MEMORY, choose
+from ringflash.parallel.planning.choose import CANDIDATES, CLEARLY, LEAST, MEMORY, choose
 from ringflash.parallel.planning.cost import Prediction, Shape, predict
 from ringflash.parallel.planning.generators import NAMES, plan_named
 from ringflash.parallel.planning.loads import loads
@@ -43,10 +43,15 @@ LOCAL = replace(
 )
 """A machine whose transfers take no time."""
 
+SLOW = replace(SEND_RECV, forward=1e9, backward=1e9, inside=link({1: 0.1}, 0.0, 0.01))
+"""One on which a few hundred tokens take longer than is too little to choose by."""
 
-def cost(name, mask, partition, machine=SEND_RECV, hosts=1, shape=None) -> Prediction:
+
+def cost(name, mask, partition, machine=SEND_RECV, hosts=1, shape=None, token_work=0) -> Prediction:
     found = loads(mask, partition, partition, needed_keys(mask, partition.segments, partition.length))
-    return predict(plan_named(name, mask, partition, hosts=hosts).outline, found, machine, shape or Shape(), hosts)
+    return predict(
+        plan_named(name, mask, partition, hosts=hosts).outline, found, machine, shape or Shape(), hosts, token_work
+    )
 
 
 # Costs
@@ -64,7 +69,7 @@ def test_costs_grow_with_work_and_fall_with_speed(problem, name, machine):
     for found in (base.forward, base.backward):
         assert (found.compute >= 0).all()
         assert (found.wait >= -1e-12).all()
-        assert math.isclose(found.total, (found.compute + found.wait).sum(0).max(), rel_tol=1e-9)
+        assert math.isclose(found.total, (found.rest + (found.compute + found.wait).sum(0)).max(), rel_tol=1e-9)
     slower = {
         "forward": machine.forward / 2,
         "backward": machine.backward / 2,
@@ -79,6 +84,7 @@ def test_costs_grow_with_work_and_fall_with_speed(problem, name, machine):
         assert cost(name, mask, partition, replace(machine, **{field: late})).total >= base.total - 1e-12
         shown = replace(wire, hidden=0.0)
         assert cost(name, mask, partition, replace(machine, **{field: shown})).total >= base.total - 1e-12
+    assert cost(name, mask, partition, machine, token_work=100).total >= base.total
     bigger = Shape(heads=64, key_heads=16)
     assert cost(name, mask, partition, machine, shape=bigger).total >= base.total - 1e-12
 
@@ -164,7 +170,11 @@ def test_the_ring_stays_unless_another_plan_is_clearly_faster():
 
 
 @settings(max_examples=100, **QUICKLY)
-@given(problem=problems(longest=3000, most_ranks=8), machine=st.sampled_from([SEND_RECV, COPY_ENGINE]), data=st.data())
+@given(
+    problem=problems(longest=3000, most_ranks=8),
+    machine=st.sampled_from([SEND_RECV, COPY_ENGINE, SLOW]),
+    data=st.data(),
+)
 def test_what_is_chosen_is_fastest_by_prediction_within_the_memory(problem, machine, data):
     mask, partition = problem
     memory = data.draw(st.sampled_from([0, 10**6, MEMORY]))
@@ -176,7 +186,9 @@ def test_what_is_chosen_is_fastest_by_prediction_within_the_memory(problem, mach
     ring = choice.predicted["ring"]
     fitting = {n: x.total for n, x in choice.predicted.items() if x.memory <= max(memory, ring.memory)}
     assert choice.name in fitting
-    if choice.name == "ring":
+    if ring.attention < LEAST:
+        assert choice.name == "ring"
+    elif choice.name == "ring":
         assert min(fitting.values()) > CLEARLY * ring.total or min(fitting.values()) == ring.total
     else:
         assert fitting[choice.name] == min(fitting.values()) <= CLEARLY * ring.total
@@ -215,8 +227,8 @@ def test_a_sharding_says_in_words_what_was_chosen_and_why():
     said = Sharding(Mask.causal(), seqlen=131072, rank=0, ranks=4).describe()
     assert "1 x 131,072 tokens, zigzag over 4 ranks: 32,768 on each" in said
     assert "ring: keys go from rank to rank; " in said
-    assert "predicted for 32 query and 8 key heads of 128 on H100" in said
-    assert "counter-ring: forward " in said
+    assert "predicted for a layer with 32 query and 8 key heads of 128 on " in said
+    assert "counter-ring: " in said
     assert "nothing travels" in Sharding(Mask.causal(), seqlen=64, rank=0, ranks=1).describe()
 
 
