@@ -147,16 +147,15 @@ def _shard_and_attend_otherwise():
     for partition, mask in (("balanced", other), ("contiguous", None)):
         mine = shard(x, 1, partition=partition, mask=mask)
         with pytest.raises(ArgumentError, match=r"query was sharded with .*attention is asked for"):
-            attention(
-                mine, mine, mine, cu_seqlens=documents, partition="balanced" if partition == "balanced" else "zigzag"
-            )
+            taken = "balanced" if partition == "balanced" else "zigzag"
+            attention(mine, mine, mine, cu_seqlens=documents, seqlen=1600, partition=taken)
     sharding = Sharding(cu_seqlens=documents, partition="balanced")
     with pytest.raises(ArgumentError, match="query was sharded with"):
         attention(*[shard(x, 1)] * 3, sharding=sharding)
     with pytest.raises(ArgumentError, match="cu_seqlens, partition beside sharding"):
         attention(x, x, x, cu_seqlens=documents, partition="zigzag", sharding=sharding)
     with pytest.raises(RankMismatchError, match=r"query and key tokens beyond the rank's share"):
-        attention(*[torch.randn(1, sharding.tokens + 1, 2, 8)] * 3, sharding=sharding)
+        attention(*[torch.randn(1, sharding.tokens + 1 + sharding.rank, 2, 8)] * 3, sharding=sharding)
     mine = sharding.shard(x, 1)
     attention(mine, mine, mine, sharding=sharding)  # ranks are still in step
 
