@@ -24,13 +24,14 @@ from ringflash.errors import ArgumentError
 from ringflash.kernels.kept import build_to_keep, hold_if_captured
 from ringflash.kernels.torch_private import is_destroyed, without_transforms
 from ringflash.parallel.agreement.rounds import digest_of
+from ringflash.parallel.planning.choose import Choice, choose
+from ringflash.parallel.planning.generators import check_plan, plan_named
 from ringflash.parallel.planning.heads import UnionRows
 from ringflash.parallel.planning.plan import RankPlan
 from ringflash.parallel.planning.program import Program, local_program, rank_program
-from ringflash.parallel.planning.ring import ring
 from ringflash.parallel.positions.documents import rows_apart
 from ringflash.parallel.positions.mask import Mask
-from ringflash.parallel.positions.partition import NAMES, Partition, check_name, resolve
+from ringflash.parallel.positions.partition import NAMES, Partition, check_name, default_partition, resolve
 from ringflash.parallel.transport.head_exchange import HeadExchange
 from ringflash.parallel.transport.select import GroupTransport, transport_of
 
@@ -68,7 +69,9 @@ class Placement:
         weights: Sequence[int],
         place: tuple[int, int],
         sizes: tuple[int, int, int],
-        partition: str | Partition,
+        partition: str | Partition | None,
+        token_work: int,
+        plan: tuple[str | None, int],
         boundaries: tuple[tuple[int, ...] | None, tuple[int, ...] | None],
         on_device: tuple[Tensor, Tensor | None] | None,
         head_ranks: int = 1,
@@ -76,13 +79,15 @@ class Placement:
         self.rank, self.ranks = place
         self.head_ranks = head_ranks
         self.batch, self.seqlen, self.key_seqlen = sizes
+        self._plan_name, self.hosts = plan
+        check_plan("ring" if self._plan_name is None else self._plan_name, self.hosts, self.ranks // head_ranks)
         self.boundaries, self.on_device = boundaries, on_device
         self.group: dist.ProcessGroup | None = None
-        if not (isinstance(partition, str) and partition.startswith("[")):  # a text may also be of a Partition
-            check_name(partition)
-        self.partition_name = partition if isinstance(partition, str) else "a Partition"
+        if partition is not None and not (isinstance(partition, str) and partition.startswith("[")):
+            check_name(partition)  # a text may also be of a Partition
         self.rules: list[Mask] = []
         self.masks: list[Mask] = []
+        self._choices: dict[int, Choice] = {}
         self._plans: dict[int, RankPlan] = {}
         self._programs: dict[tuple[int, torch.device], Program] = {}
         self._slope_rows: dict[tuple[int, torch.device], Tensor] = {}
@@ -92,8 +97,13 @@ class Placement:
         self._call_digests: dict[tuple, int] = {}
         for mask in masks:
             self._add(mask)
+        if partition is None:
+            alike = self.seqlen == self.key_seqlen and self.on_device is None
+            partition = default_partition(self.masks[0], self.seqlen, self.batch) if alike else "zigzag"
+        self.partition_name = partition if isinstance(partition, str) else "a Partition"
         self._partition: dict[str, Any] = {
             "partition": partition,
+            "token_work": token_work,
             "ranks": self.ranks,
             "batch": self.batch,
             "weights": weights,
@@ -190,11 +200,33 @@ class Placement:
         """This rank's plan for one of the masks."""
         found = self._plans.get(index)
         if found is None:
-            queries, keys = map(self._together, (self.partition, self.key_partition))
+            queries, keys = self._laid_end_to_end
             place, part = divmod(self.rank, self.head_ranks)
-            plan = ring(self.masks[index], queries, keys).of(place)
+            plan = plan_named(self.plan_name(index), self.masks[index], queries, keys, self.hosts).of(place)
             found = self._plans[index] = plan.among(range(part, self.ranks, self.head_ranks))
         return found
+
+    def plan_name(self, index: int) -> str:
+        """By which plan keys travel under one of the masks."""
+        choice = self.choice(index)
+        return choice.name if choice is not None else self._plan_name or "ring"
+
+    def choice(self, index: int) -> Choice | None:
+        """Why a plan was chosen for one of the masks; None where it was named, and on one device."""
+        if self._plan_name is not None or self.ranks == self.head_ranks:
+            return None
+        found = self._choices.get(index)
+        if found is None:
+            token_work = self._partition["token_work"]
+            found = choose(self.masks[index], *self._laid_end_to_end, self.hosts, token_work=token_work)
+            self._choices[index] = found
+        return found
+
+    @cached_property
+    def _laid_end_to_end(self) -> tuple[Partition, Partition]:
+        """What ranks that the plan takes for one hold together, of queries and keys of all sequences of the batch."""
+        queries = self._together(self.partition)
+        return queries, queries if self.key_partition is self.partition else self._together(self.key_partition)
 
     def program(self, index: int, device: torch.device) -> Program:
         """This rank's program for one of the masks, on a device."""
@@ -327,14 +359,17 @@ class Placement:
 
     def of_mask(self, index: int) -> dict[str, object]:
         """The same of one mask."""
-        return {"mask": _shown(self.rules[index].spec(documents=False))}
+        return {"mask": _shown(self.rules[index].spec(documents=False)), "plan": self._plan_text(index)}
+
+    def _plan_text(self, index: int) -> str:
+        return f"{self.plan_name(index)} on {self.hosts} hosts"
 
     def digest(self, index: int) -> str:
         """`of_all` and `of_mask` in a few characters."""
         found = self._digests.get(index)
         if found is None:
             rules = self.rules[index].spec(documents=False)
-            found = self._digests[index] = _short(f"{self.of_all} {rules}".encode())
+            found = self._digests[index] = _short(f"{self.of_all} {rules} {self._plan_text(index)}".encode())
         return found
 
 

@@ -59,7 +59,10 @@ class NoTransport:
     def open(self, device: torch.device) -> None:
         """Nothing is to be chosen."""
 
-    def transfer(self, sends: list, receives: list, what: str) -> Ticket:
+    def mark(self) -> None:
+        """No stream can wait."""
+
+    def transfer(self, sends: list, receives: list, what: str, ready: object = None) -> Ticket:
         return Ticket([], [], what)
 
 

@@ -16,13 +16,12 @@ from ringflash.kernels.reference import Carry
 from ringflash.parallel.execution.call import NEEDS, Inputs, Ready, Settings, prepare, table_of
 from ringflash.parallel.execution.crossing import Crossing
 from ringflash.parallel.execution.gradients import KeyGradients
+from ringflash.parallel.execution.rows import Rows, rows_beside, rows_of
 from ringflash.parallel.planning.launches import attend, attend_backward
-from ringflash.parallel.planning.program import Shipment, StageProgram, picked
+from ringflash.parallel.planning.program import Program, StageProgram, picked
 from ringflash.parallel.positions.segments import count
+from ringflash.parallel.transport.base import Transport
 from ringflash.parallel.transport.head_exchange import HeadExchange
-
-Rows = tuple[Tensor, ...]
-"""The same rows of key, value and, if any, which keys are visible."""
 
 
 def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
@@ -192,7 +191,7 @@ def make_room(ready: Ready) -> tuple[Rows, list[Rows]]:
     program, own = ready.program, ready.inputs.keys()
     needed = min(2, sum([bool(stage.receives) for stage in program.stages]))
     sent = tuple([x.contiguous() for x in own])
-    return sent, [tuple([x.new_empty(program.buffers.arrivals, *x.shape[1:]) for x in own]) for _ in range(needed)]
+    return sent, [rows_beside(own, program.buffers.arrivals) for _ in range(needed)]
 
 
 def begin(ready: Ready, crossing: Crossing | None) -> None:
@@ -231,27 +230,31 @@ def walk(
     Returns:
         What failed on this rank of several.
     """
-    program, own = ready.program, ready.inputs.keys()
+    program, own, transport = ready.program, ready.inputs.keys(), ready.transport
     sent, buffers = room or (own, [])
+    outgoing, there = own_sends(program, sent, transport)
     arrived: Rows = ()
     failure: Exception | None = None
     filled = 0
     for index, stage in enumerate(program.stages):
         ticket, coming = None, ()
         if stage.sends or stage.receives:
+            assert transport is not None  # one device sends nothing
             if stage.receives:
                 coming = buffers[filled % 2]
                 filled += 1
-            assert ready.transport is not None  # one device sends nothing
-            sends = [pair for s in stage.sends for pair in _rows_of(s, arrived if s.relayed else sent)]
-            receives = [pair for s in stage.receives for pair in _rows_of(s, coming)]
-            ticket = ready.transport.transfer(sends, receives, f"keys and values for stage {index + 1}")
+            sends = outgoing[index] or [
+                pair for s in stage.sends for pair in rows_of(s, arrived if s.relayed else sent)
+            ]
+            receives = [pair for s in stage.receives for pair in rows_of(s, coming)]
+            since = None if stage.relays else there
+            ticket = transport.transfer(sends, receives, f"keys and values for stage {index + 1}", since)
         for piece in (stage,) if settle is None else program.backward_stages[index]:
             if piece.launches and failure is None:
                 try:
                     body(piece, piece.at_hand(own, arrived))
                 except Exception as error:
-                    if ready.transport is None:
+                    if transport is None:
                         raise
                     failure = error
             if settle is not None:
@@ -262,8 +265,19 @@ def walk(
     return failure
 
 
-def _rows_of(shipment: Shipment, tensors: Rows) -> list[tuple[int, Tensor]]:
-    return [(shipment.peer, picked(x, shipment.rows)) for x in tensors]
+def own_sends(
+    program: Program, sent: Rows, transport: Transport | None
+) -> tuple[list[list[tuple[int, Tensor]]], torch.Event | None]:
+    """What each stage sends of own keys alone, gathered at once so that it can leave before its stage, and since when.
+
+    Empty where a stage relays keys, or a transport cannot send what an earlier point of the stream has made.
+    """
+    if transport is None or transport.mark() is None:
+        return [[]] * len(program.stages), None
+    found = [
+        [] if stage.relays else [pair for s in stage.sends for pair in rows_of(s, sent)] for stage in program.stages
+    ]
+    return found, transport.mark()
 
 
 # Learned sinks: one more logit a head in the softmax, without a value (gpt-oss, arXiv 2508.10925)

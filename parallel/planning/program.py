@@ -92,6 +92,11 @@ class StageProgram:
     index: int = 0
     offset: int = 0
 
+    @cached_property
+    def relays(self) -> bool:
+        """Whether some of what it sends arrived from elsewhere before."""
+        return any(s.relayed for s in self.sends)
+
     def pieces(self, size: int) -> tuple[StageProgram, ...]:
         """The stage for the backward pass, so many keys at a time; transfers of keys are the whole stage's."""
         keys = count(self.key_segments) if self.launches else 0
@@ -190,6 +195,16 @@ class Program:
         pieces[0] = tuple(early)
         pieces[-1] = (*pieces[-1], *late)
         return tuple(tuple(replace(x, is_last=x is late[-1]) for x in stage) for stage in pieces)
+
+    @cached_property
+    def reduced_ahead(self) -> int:
+        """How often `buffers.reduces` is there, so that a rank that is behind does not hold up those that wait for it.
+
+        Gradient parts that have arrived and are still to be added take no more room together than a piece does.
+        """
+        parts = sum(bool(piece.reduces or piece.returns) for stage in self.backward_stages for piece in stage)
+        size = max(1, self.buffers.reduces)
+        return max(1, parts if self.piece is None else min(parts, self.piece // size))
 
     @cached_property
     def sums_parts(self) -> bool:

@@ -11,7 +11,8 @@ number that comes next is enough.
 
 Ranks ask for the chunks of a transfer level by level: the first of every message to write, the first of every message
 to read, the second of each, and so on. What waits in one level depends on earlier ones alone, or on what is written in
-the same; so there is no deadlock even where all streams share one queue (CUDA_DEVICE_MAX_CONNECTIONS=1).
+the same; so there is no deadlock even where all streams share one queue (CUDA_DEVICE_MAX_CONNECTIONS=1). What one lane
+writes may be there before what another was asked for earlier: the chunks differ, or the later one waits for the chunk.
 """
 
 from __future__ import annotations
@@ -27,9 +28,6 @@ CHUNKS = 3
 APART = 64
 """Bytes from flag to flag."""
 
-ALIGNED = 256
-"""Each piece of a message begins at such an address of a chunk."""
-
 CIRCLE = 1 << 15
 """Numbers that flags go through."""
 
@@ -38,7 +36,7 @@ Block = tuple[int, int]
 
 
 class Piece(NamedTuple):
-    """Bytes of a block that lie in a chunk.
+    """Bytes that lie together in a block and in a chunk.
 
     Attributes:
         block: which of the message's.
@@ -55,21 +53,22 @@ class Piece(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def chunks(sizes: tuple[int, ...], room: int) -> tuple[tuple[Piece, ...], ...]:
-    """How blocks of these sizes, one after another, lie in chunks of so many bytes; the same for writer and reader."""
-    found: list[tuple[Piece, ...]] = []
-    chunk: list[Piece] = []
-    place = 0
+    """Where the bytes of blocks of these sizes, one behind another, lie in chunks of so many bytes.
+
+    What is one block to the writer may be several to the reader, and the other way round.
+    """
+    found: list[list[Piece]] = []
+    place = room
     for block, size in enumerate(sizes):
         offset = 0
         while offset < size:
             if place == room:
-                found.append(tuple(chunk))
-                chunk, place = [], 0
+                found.append([])
+                place = 0
             nbytes = min(size - offset, room - place)
-            chunk.append(Piece(block, offset, nbytes, place))
-            offset += nbytes
-            place = min(room, -(-(place + nbytes) // ALIGNED) * ALIGNED)
-    return (*found, tuple(chunk)) if chunk else tuple(found)
+            found[-1].append(Piece(block, offset, nbytes, place))
+            offset, place = offset + nbytes, place + nbytes
+    return tuple(map(tuple, found))
 
 
 def bytes_of(ranks: int, room: int) -> int:
@@ -85,17 +84,13 @@ class Way:
         boxes: addresses of the chunks, at the writer.
         filled: addresses of their flags, at the reader.
         emptied: addresses of their flags, at the writer.
-        stream: in whose order this rank's part is carried out.
         used: chunks that were asked for so far.
-        done: transfers that were asked for so far.
     """
 
     boxes: tuple[int, ...]
     filled: tuple[int, ...]
     emptied: tuple[int, ...]
-    stream: int
     used: int = 0
-    done: int = 0
 
     def turn(self) -> tuple[int, int]:
         """Which chunk comes next, and how often it was used."""
@@ -117,9 +112,10 @@ class Mailboxes:
         bases: for each rank where its memory is, as this process sees it: `bytes_of(ranks, room)`, zeros at first.
         room: bytes of a chunk.
         numbers: address of a table of the numbers 0 to CIRCLE, 4 bytes each.
-        progress: address of memory that the host reads: two numbers for each rank, the last transfer read from it and
-            the last written to it that are over.
-        streams: (to, from) for each rank: in whose order writing and reading is carried out.
+        progress: address of memory that the host reads: for each of `places` the mark of the last transfer that is
+            over.
+        lanes: of each lane (to, from) for each rank: the streams in whose order writing and reading is carried out.
+            Transfers in one lane do not wait for those in another.
         copy: (target, source, nbytes, stream), as in `driver`.
         wait: (address, number, stream), likewise.
     """
@@ -131,56 +127,71 @@ class Mailboxes:
         room: int,
         numbers: int,
         progress: int,
-        streams: Sequence[tuple[int, int]],
+        lanes: Sequence[Sequence[tuple[int, int]]],
         copy: Callable[[int, int, int, int], None],
         wait: Callable[[int, int, int], None],
     ) -> None:
         self._room, self._numbers, self._progress = room, numbers, progress
-        self._copy, self._wait = copy, wait
+        self._copy, self._wait, self._lanes = copy, wait, lanes
         ranks = range(len(bases))
-        self.to = [Way(*_addresses(bases, rank, peer, room), streams[peer][0]) for peer in ranks]
-        self.from_ = [Way(*_addresses(bases, peer, rank, room), streams[peer][1]) for peer in ranks]
+        self._asked = [0] * (2 * len(lanes) * len(bases))
+        self.to = [Way(*_addresses(bases, rank, peer, room)) for peer in ranks]
+        self.from_ = [Way(*_addresses(bases, peer, rank, room)) for peer in ranks]
 
-    def transfer(self, sends: dict[int, list[Block]], receives: dict[int, list[Block]]) -> None:
+    def transfer(
+        self, sends: dict[int, list[Block]], receives: dict[int, list[Block]], lane: int
+    ) -> list[tuple[int, int]]:
         """Ask for one message to, and one from, each of some ranks.
+
+        Between two ranks messages are matched in the order in which they are asked for, whatever their lanes.
 
         Args:
             sends: by the reader's rank the blocks of its message.
-            receives: by the writer's rank the blocks that take its message, of the same sizes.
+            receives: by the writer's rank the blocks that take its message, as many bytes together.
+            lane: which streams carry it out.
+
+        Returns:
+            Of each message, first those received, the place in the memory of progress, and what is there when it is
+            over.
         """
-        outgoing = [(self.to[peer], blocks, self._chunks(blocks)) for peer, blocks in sends.items()]
-        incoming = [(self.from_[peer], blocks, self._chunks(blocks)) for peer, blocks in receives.items()]
+        streams = self._lanes[lane]
+        outgoing = [(self.to[p], streams[p][0], blocks, self._chunks(blocks)) for p, blocks in sends.items()]
+        incoming = [(self.from_[p], streams[p][1], blocks, self._chunks(blocks)) for p, blocks in receives.items()]
         for level in range(max([len(found) for *_, found in outgoing + incoming], default=0)):
-            for way, blocks, found in outgoing:
+            for way, stream, blocks, found in outgoing:
                 if level < len(found):
-                    self._fill(way, blocks, found[level])
-            for way, blocks, found in incoming:
+                    self._fill(way, stream, blocks, found[level])
+            for way, stream, blocks, found in incoming:
                 if level < len(found):
-                    self._empty(way, blocks, found[level])
-        for which, ways, peers in ((1, self.to, sends), (0, self.from_, receives)):
+                    self._empty(way, stream, blocks, found[level])
+        ends = []
+        for which, peers in enumerate((receives, sends)):
             for peer in peers:
-                ways[peer].done += 1
-                self._raise(self._progress + 4 * (2 * peer + which), mark(ways[peer].done), ways[peer].stream)
+                place = 2 * (lane * len(self.to) + peer) + which
+                self._asked[place] += 1
+                ends.append((place, mark(self._asked[place])))
+                self._raise(self._progress + 4 * place, ends[-1][1], streams[peer][1 - which])
+        return ends
 
     def _chunks(self, blocks: list[Block]) -> tuple[tuple[Piece, ...], ...]:
         return chunks(tuple([nbytes for _, nbytes in blocks]), self._room)
 
-    def _fill(self, way: Way, blocks: list[Block], chunk: tuple[Piece, ...]) -> None:
+    def _fill(self, way: Way, stream: int, blocks: list[Block], chunk: tuple[Piece, ...]) -> None:
         number, times = way.turn()
         if times:
-            self._wait(way.emptied[number], mark(times - 1), way.stream)
+            self._wait(way.emptied[number], mark(times - 1), stream)
         for piece in chunk:
             source = blocks[piece.block][0] + piece.offset
-            self._copy(way.boxes[number] + piece.place, source, piece.nbytes, way.stream)
-        self._raise(way.filled[number], mark(times), way.stream)
+            self._copy(way.boxes[number] + piece.place, source, piece.nbytes, stream)
+        self._raise(way.filled[number], mark(times), stream)
 
-    def _empty(self, way: Way, blocks: list[Block], chunk: tuple[Piece, ...]) -> None:
+    def _empty(self, way: Way, stream: int, blocks: list[Block], chunk: tuple[Piece, ...]) -> None:
         number, times = way.turn()
-        self._wait(way.filled[number], mark(times), way.stream)
+        self._wait(way.filled[number], mark(times), stream)
         for piece in chunk:
             target = blocks[piece.block][0] + piece.offset
-            self._copy(target, way.boxes[number] + piece.place, piece.nbytes, way.stream)
-        self._raise(way.emptied[number], mark(times), way.stream)
+            self._copy(target, way.boxes[number] + piece.place, piece.nbytes, stream)
+        self._raise(way.emptied[number], mark(times), stream)
 
     def _raise(self, flag: int, number: int, stream: int) -> None:
         self._copy(flag, self._numbers + 4 * number, 4, stream)

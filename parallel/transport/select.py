@@ -41,23 +41,32 @@ class GroupTransport:
         self._group = weakref.ref(group)
         self._by_device: dict[torch.device, Transport] = {}
         self._plain = SendRecv(group)
+        self._now: Transport = self._plain
         self.why = "not chosen yet: that is done in the first call"
         """The transport's name, and why it is that one."""
 
     def open(self, device: torch.device) -> None:
-        """Choose, where that has not been done; all ranks are at the same call."""
+        """Before the transfers of each call; all ranks are at the same call, and in their first one they choose."""
         if device not in self._by_device:
             group = self._group()
             assert group is not None  # the caller holds it
             self._by_device[device], self.why = choose(group, device)
+        # A graph that is being captured would repeat numbers of flags.
+        self._now = self._plain if capturing(device) else self._by_device[device]
+
+    def mark(self) -> torch.Event | None:
+        """See `Transport`."""
+        return self._now.mark()
 
     def transfer(
-        self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]], what: str
+        self,
+        sends: Sequence[tuple[int, Tensor]],
+        receives: Sequence[tuple[int, Tensor]],
+        what: str,
+        ready: torch.Event | None = None,
     ) -> Ticket:
         """See `Transport`."""
-        device = (sends or receives)[0][1].device
-        chosen = self._plain if capturing(device) else self._by_device[device]  # a graph would repeat flags' numbers
-        return chosen.transfer(sends, receives, what)
+        return self._now.transfer(sends, receives, what, ready)
 
 
 def choose(group: dist.ProcessGroup, device: torch.device) -> tuple[Transport, str]:

@@ -24,14 +24,16 @@ from torch import Tensor
 
 from ringflash.kernels.torch_private import symmetric_memory
 from ringflash.parallel.transport import driver
-from ringflash.parallel.transport.mailboxes import CIRCLE, Block, Mailboxes, bytes_of, mark
+from ringflash.parallel.transport.mailboxes import CIRCLE, Block, Mailboxes, bytes_of
 
 ROOM = 16 << 20
 """Bytes of a chunk: of more, a message of some chunks would wait longer for its first; of fewer, the host has more to
 ask for than the copy engines to do."""
 
-READERS = 3
-"""Streams that read; a transfer from several ranks at once uses them in turn."""
+READERS = 2
+"""Streams of a lane that read; a transfer from several ranks at once uses them in turn."""
+
+LANES = 2
 
 LOOKS_EVERY = 0.5
 """Seconds."""
@@ -73,41 +75,54 @@ class SymmetricMemory:
         device = memory.device
         self._peers = _of_all_ranks(memory, group)
         self._numbers = torch.arange(CIRCLE + 1, dtype=torch.int32, device=device)
-        self._progress = torch.zeros(2 * ranks, dtype=torch.int32, pin_memory=True)
-        self._writer, *self._readers = (torch.cuda.Stream(device, priority=-1) for _ in range(1 + READERS))
+        self._progress = torch.zeros(2 * LANES * ranks, dtype=torch.int32, pin_memory=True)
+        self._lanes = [[torch.cuda.Stream(device, priority=-1) for _ in range(1 + READERS)] for _ in range(LANES)]
+        """A writer and readers for what was there earlier, and for what has just been made; see `Transport`."""
         torch.cuda.synchronize(device)  # numbers and zeros are there
-        readers = [self._readers[peer % READERS] for peer in range(ranks)]
         self._mailboxes = Mailboxes(
             self._rank,
             [x.data_ptr() for x in self._peers],
             ROOM,
             self._numbers.data_ptr(),
             self._progress.data_ptr(),
-            [(self._writer.cuda_stream, reader.cuda_stream) for reader in readers],
+            [
+                [(lane[0].cuda_stream, lane[1 + peer % READERS].cuda_stream) for peer in range(ranks)]
+                for lane in self._lanes
+            ],
             driver.copy,
             driver.wait,
         )
         self._watch = _Watch(self._rank, self._progress, timeout)
 
+    def mark(self) -> torch.Event:
+        """See `Transport`."""
+        return torch.cuda.current_stream(self._device).record_event()
+
     def transfer(
-        self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]], what: str
+        self,
+        sends: Sequence[tuple[int, Tensor]],
+        receives: Sequence[tuple[int, Tensor]],
+        what: str,
+        ready: torch.Event | None = None,
     ) -> Posted:
         """See `Transport`."""
         outgoing, incoming = _blocks(sends), _blocks(receives)
         if not outgoing and not incoming:
             return Posted([], ())
-        used = [self._writer] if outgoing else []
-        used += [self._readers[i] for i in dict.fromkeys(peer % READERS for peer in incoming)]
+        lane = int(ready is None)
+        writer, *readers = self._lanes[lane]
+        readers = [readers[i] for i in dict.fromkeys(peer % READERS for peer in incoming)]
         with torch.cuda.device(self._device):
-            main = torch.cuda.current_stream()
-            for stream in used:
-                stream.wait_stream(main)  # what is sent is there, and nobody reads any more what is filled
-            self._mailboxes.transfer(outgoing, incoming)
-            events = [stream.record_event() for stream in used]
-        for peer in incoming:
-            self._watch.expect(2 * peer, mark(self._mailboxes.from_[peer].done), f"{what} from rank {peer}")
-        for peer in outgoing:
-            self._watch.expect(2 * peer + 1, mark(self._mailboxes.to[peer].done), f"rank {peer} to take {what}")
+            now = self.mark() if incoming or ready is None else ready
+            if outgoing:
+                writer.wait_event(now if ready is None else ready)
+            for stream in readers:
+                stream.wait_event(now)  # nobody reads any more what is filled
+            ends = self._mailboxes.transfer(outgoing, incoming, lane)
+            events = [stream.record_event() for stream in ([writer] * bool(outgoing) + readers)]
+        words = [f"{what} from rank {peer}" for peer in incoming] + [f"rank {peer} to take {what}" for peer in outgoing]
+        for (place, number), word in zip(ends, words, strict=True):
+            self._watch.expect(place, number, word)
         return Posted(events, (sends, receives))
 
 
@@ -152,10 +167,17 @@ def _without_multicast() -> Generator[None]:
 
 
 def _blocks(pairs: Sequence[tuple[int, Tensor]]) -> dict[int, list[Block]]:
+    """By rank the memory of its tensors; those that lie one behind another are one block."""
     found: dict[int, list[Block]] = {}
     for peer, x in pairs:
-        if nbytes := x.numel() * x.element_size():
-            found.setdefault(peer, []).append((x.data_ptr(), nbytes))
+        address, nbytes = x.data_ptr(), x.numel() * x.element_size()
+        if not nbytes:
+            continue
+        blocks = found.setdefault(peer, [])
+        if blocks and sum(blocks[-1]) == address:
+            blocks[-1] = blocks[-1][0], blocks[-1][1] + nbytes
+        else:
+            blocks.append((address, nbytes))
     return found
 
 

@@ -145,7 +145,8 @@ class Transformer(nn.Module):
         Args:
             config: its shape.
             vocab_size: rows of the embedding.
-            attention: mask, partition and kernel; causal over zigzag shards if None.
+            attention: mask, partition and kernel; causal if None. Without a `sharding`, tokens lie zigzag if no
+                partition is named.
             group: ranks that share a sequence; None for the default group, or one device where there is none.
             dtype: of the activations; weights are cast to it where they are used.
             activation_checkpointing: recompute blocks in the backward pass, except for their attention.
@@ -163,7 +164,7 @@ class Transformer(nn.Module):
         attend = DistributedFlashAttention(
             mask=attention_mask(attention),
             group=group,
-            partition=attention.partition,
+            partition=attention.partition or "zigzag",
             kernel=attention.kernel,
             deterministic=attention.deterministic,
         )

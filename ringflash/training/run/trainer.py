@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from ringflash.batches import shard_batch
 from ringflash.configs.schema import Config
 from ringflash.errors import ArgumentError, RankMismatchError, RingflashError
+from ringflash.parallel.positions.balance import token_work
 from ringflash.training.checkpoint import writing
 from ringflash.training.checkpoint.files import newest, step_of
 from ringflash.training.checkpoint.reading import Checkpoint
@@ -205,7 +206,13 @@ class Trainer:
     def _shard(self, batch: dict) -> dict:
         """This rank's part of a batch, on its device; runs in the loader's thread."""
         attention = self.config.attention
-        shard = shard_batch(batch, self.group, attention.partition, attention_mask(attention))
+        shard = shard_batch(
+            batch,
+            self.group,
+            attention.partition,
+            attention_mask(attention),
+            token_work=token_work(self.config.model.hidden_size),
+        )
         shard["sharding"].prepare(self.device)
         names = ("input_ids", "labels", "position_ids")
         return {name: shard[name].to(self.device) for name in names} | {"sharding": shard["sharding"]}
