@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from ringflash import ArgumentError, DistributedFlashAttention, Mask, RankMismatchError, Sharding, shard_batch
 from ringflash.functional import attention
 from ringflash.kernels.cpu import blockwise
+from ringflash.parallel.planning.generators import NAMES as PLANS
 from ringflash.parallel.planning.heads import HeadShares, UnionRows
 from ringflash.parallel.positions.segments import normalize
 from ringflash.parallel.transport.head_exchange import Columns
@@ -97,6 +98,27 @@ def test_any_mask_under_any_partition_also_with_ranks_without_tokens(pool, ranks
     mask = data.draw(any_mask(length)) if shape.batch == 1 else Mask.causal()
     partition = data.draw(any_partition(length, ranks) | st.sampled_from(["stripe", "contiguous"]))
     assert_ring_is_exact(pool, ranks, Problem(mask, shape, partition, head_ranks=head_ranks))
+
+
+def _by_plan(plan, hosts, cuts):
+    """Six ranks in three unions."""
+    *whole, dout = inputs(Shape(length=41, heads=4, key_heads=1))
+    sharding = Sharding(cu_seqlens=cuts, plan=plan, hosts=hosts, head_ranks=2)
+    leaves = [sharding.shard(x, 1).requires_grad_() for x in whole]
+    out, _ = attention(*leaves, sharding=sharding)
+    gradients = torch.autograd.grad(out, leaves, sharding.shard(dout, 1))
+    return [sharding.unshard(x.detach(), 1) for x in (out, *gradients)]
+
+
+@pytest.mark.parametrize(("plan", "hosts"), [*((name, 1) for name in PLANS), ("double-ring", 3)])
+def test_heads_are_the_outer_part_of_any_plan(pool, plan, hosts):
+    for cuts in ([0, 41], [0, 13, 17, 41]):
+        expected = exact(
+            inputs(Shape(length=41, heads=4, key_heads=1)), visible(Mask.causal() & Mask.documents(cuts), 41)
+        )
+        for found in pool(6).run(_by_plan, plan, hosts, cuts):
+            for x, right in zip(found, expected.values(), strict=True):
+                torch.testing.assert_close(x.double(), right, atol=2e-5, rtol=2e-5)
 
 
 EVERY_FEATURE = {"softcap": 2.0, "alibi": "documents", "dropout": 0.5, "padding": True, "sinks": True}
