@@ -22,7 +22,7 @@ from ringflash.launch.benchmark_device import device_name
 from ringflash.parallel.mesh import ONE_DEVICE
 from ringflash.parallel.planning.cost import Shape
 from ringflash.parallel.planning.machine import MIB, SEND_RECV, Link, Machine
-from ringflash.parallel.transport.send_recv import SendRecv
+from ringflash.parallel.transport.select import transport_of
 
 REPEATS = 10
 
@@ -163,13 +163,14 @@ def _links(device: torch.device, shape: Shape, tokens: int) -> tuple[Link, Link]
 def _link(after: int, before: int, device: torch.device, shape: Shape, tokens: int) -> Link:
     """Every rank sends to one and receives from another at once, as in a ring."""
     assert dist.group.WORLD is not None  # links are measured where there is a group
-    transport = SendRecv(dist.group.WORLD)
+    transport = transport_of(dist.group.WORLD)
+    transport.open(device)
     sizes = [x * MIB for x in ((1, 4, 16, 64, 256) if device.type == "cuda" else (1, 4))]
     sent = torch.zeros(sizes[-1], dtype=torch.uint8, device=device)
     received = torch.empty_like(sent)
 
     def move(size: int) -> None:
-        transport.transfer([(after, sent[:size])], [(before, received[:size])]).wait()
+        transport.transfer([(after, sent[:size])], [(before, received[:size])], "a measurement").wait()
 
     seconds = [_of_all(_seconds(lambda size=size: move(size), device), max) for size in [1, *sizes]]
     for index in range(1, len(seconds)):  # noise must not make more take less
@@ -177,7 +178,7 @@ def _link(after: int, before: int, device: torch.device, shape: Shape, tokens: i
     compute = _calls(tokens, shape, device)[0]
 
     def beside() -> None:
-        ticket = transport.transfer([(after, sent)], [(before, received)])
+        ticket = transport.transfer([(after, sent)], [(before, received)], "a measurement")
         compute()
         ticket.wait()
 

@@ -29,6 +29,7 @@ from ringflash.parallel.labels import IGNORED_LABEL, as_int64, check_labels
 from ringflash.parallel.mesh import ONE_DEVICE, Group, process_group
 from ringflash.parallel.placement import LONGEST_SHOWN, Placement, new_handle, on_a_device
 from ringflash.parallel.planning.generators import in_words
+from ringflash.parallel.planning.heads import check_head_ranks
 from ringflash.parallel.positions.balance import TOKEN_WORK
 from ringflash.parallel.positions.integers import integers
 from ringflash.parallel.positions.mask import Mask
@@ -69,7 +70,11 @@ class Sharding:
             the next), or "direct-1", "direct-2" and so on (from their owners, in so many waves). None is the ring,
             unless another one is predicted to be clearly faster; see `describe`.
         hosts: how many hosts the ranks lie on, equally many on each, in order; for predictions, and for "double-ring".
-            None is one for every 8 ranks where these divide more than 8, and otherwise one.
+            None is one for every 8 ranks, or sets of ranks that exchange heads, where these divide more than 8.
+        head_ranks: how many ranks that follow each other exchange heads for tokens inside of attention (Ulysses, arXiv
+            2309.14509): each of them has all of their tokens for its part of the heads, and the ring is one of such
+            ranks (arXiv 2405.07719). It divides the number of ranks; 1 is the ring alone, all ranks no ring at all.
+            What a rank holds outside of attention does not depend on it.
 
     Raises:
         ArgumentError: something is not supported, by name and value.
@@ -96,17 +101,20 @@ class Sharding:
         token_work: int = TOKEN_WORK,
         plan: str | None = None,
         hosts: int | None = None,
+        head_ranks: int = 1,
     ) -> None:
         masks, weights = _masks(mask)
         place, found = _place(group, rank, ranks)
+        check_head_ranks(head_ranks, place[1])
         boundaries, on_device = _boundaries(cu_seqlens, query_cu_seqlens, masks, place[1])
         if seqlen is None:
             seqlen = _length(boundaries, on_device, masks, batch)
         key_seqlen = seqlen if key_seqlen is None else key_seqlen
         sizes = _at_least("batch", batch, 1), _at_least("seqlen", seqlen, 0), _at_least("key_seqlen", key_seqlen, 0)
         token_work = _at_least("token_work", token_work, 0)
+        how = plan, _hosts(hosts, place[1] // head_ranks)
         self._placement = Placement(
-            masks, weights, place, sizes, partition, token_work, (plan, _hosts(hosts, place[1])), boundaries, on_device
+            masks, weights, place, sizes, partition, token_work, how, boundaries, on_device, head_ranks
         )
         self._placement.group = found
         self._make_handles()
@@ -125,9 +133,10 @@ class Sharding:
 
     def __repr__(self) -> str:
         x = self._placement
+        exchanged = f", heads exchanged by {x.head_ranks}" if x.head_ranks > 1 else ""
         return (
             f"Sharding({x.batch} x {x.seqlen:,} tokens, {x.partition_name}, rank {x.rank} of {x.ranks} with "
-            f"{self.tokens:,}, {len(x.masks)} mask{'s' * (len(x.masks) > 1)})"
+            f"{self.tokens:,}{exchanged}, {len(x.masks)} mask{'s' * (len(x.masks) > 1)})"
         )
 
     # What it says
@@ -141,6 +150,11 @@ class Sharding:
     def ranks(self) -> int:
         """How many ranks share a sequence."""
         return self._placement.ranks
+
+    @property
+    def head_ranks(self) -> int:
+        """How many ranks that follow each other exchange heads for tokens."""
+        return self._placement.head_ranks
 
     @property
     def batch(self) -> int:
@@ -317,8 +331,7 @@ class Sharding:
         device = torch.device(device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
-        for index in range(len(self._handles)):
-            self._placement.program(index, device)
+        self._placement.prepare(device)
 
     def bind(self, group: Group) -> None:
         """Say which group communicates, where that was not known when it was made.

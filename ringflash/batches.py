@@ -112,6 +112,7 @@ def shard_batch(
     rank: int | None = None,
     ranks: int | None = None,
     token_work: int = TOKEN_WORK,
+    head_ranks: int = 1,
 ) -> dict[str, Any]:
     """This rank's part of a batch for language-model training; labels are shifted before they are sharded.
 
@@ -127,6 +128,7 @@ def shard_batch(
         rank: as in `ringflash.Sharding`.
         ranks: as in `ringflash.Sharding`.
         token_work: as in `ringflash.Sharding`.
+        head_ranks: as in `ringflash.Sharding`.
 
     Returns:
         "input_ids" (B, s) int64; "labels" (B, s) int64, the next token of the same document, -100 at each document's
@@ -161,6 +163,7 @@ def shard_batch(
         ranks=ranks,
         partition=partition,
         token_work=token_work,
+        head_ranks=head_ranks,
     )
     return {
         "input_ids": sharding.shard(input_ids, 1),

@@ -10,8 +10,8 @@ walks the same stages and, behind the work of each, sends the gradient parts of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ringflash.parallel.planning.outline import Outline
@@ -113,6 +113,22 @@ class RankPlan:
     stages: tuple[Stage, ...]
     buffers: Buffers
     piece: int | None = None
+
+    def among(self, ranks: Sequence[int]) -> RankPlan:
+        """The same plan among some ranks of a larger group, which are the plan's first, second and so on."""
+        if list(ranks) == list(range(len(ranks))):
+            return self
+        names = ("receives", "sends", "returns", "reduces")
+        stages = [
+            replace(
+                stage,
+                **{
+                    name: tuple(replace(move, peer=ranks[move.peer]) for move in getattr(stage, name)) for name in names
+                },
+            )
+            for stage in self.stages
+        ]
+        return replace(self, rank=ranks[self.rank], stages=tuple(stages))
 
     @property
     def moved_tokens(self) -> int:

@@ -69,5 +69,5 @@ def _of_rank(rank: int, queries: Partition, keys: Partition, needed: list[Segmen
                 reduces=(Move(reader, reduced[hop]),) if reduced[hop] else (),
             )
         )
-    kept = without_idle_end(stages)
-    return RankPlan(rank, queries.segments[rank], own, kept, Buffers.of(kept, PIECE), PIECE)
+    kept, piece = without_idle_end(stages), PIECE if ranks > 1 else None  # one rank has no parts in fp32
+    return RankPlan(rank, queries.segments[rank], own, kept, Buffers.of(kept, piece), piece)

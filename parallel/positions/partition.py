@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 import torch
@@ -138,6 +139,13 @@ class Partition:
             for segments in self.segments
         )
         return Partition(self.length * batch, tuple(shifted))
+
+    def merged(self, together: int) -> Partition:
+        """What ranks hold together of which so many that follow each other stand for one."""
+        if together == 1:
+            return self
+        unions = (chain(*self.segments[first : first + together]) for first in range(0, self.ranks, together))
+        return Partition(self.length, tuple(map(normalize, unions)))
 
     def count(self, rank: int) -> int:
         """Number of positions on a rank."""

@@ -88,6 +88,7 @@ def cross_sharding(
         query_cu_seqlens=query_edges,
         group=group,
         partition=partition,
+        head_ranks=decoder.head_ranks,
     )
 
 

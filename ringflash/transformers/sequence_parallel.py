@@ -21,6 +21,7 @@ from ringflash.deepspeed import check_mean
 from ringflash.errors import ArgumentError
 from ringflash.parallel.agreement.rounds import agreement, digest_of, refuse
 from ringflash.parallel.mesh import ONE_DEVICE, Group
+from ringflash.parallel.planning.heads import check_head_ranks
 from ringflash.parallel.positions.balance import token_work
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import Partition, check_name
@@ -54,6 +55,8 @@ class SequenceParallel:
             `ringflash.parallel.mesh.ONE_DEVICE` for models that are sharded over data alone.
         partition: "zigzag", "contiguous", "balanced" (equally long for the model's masks and width), or a `Partition`
             of one sequence. None is "balanced" for one sequence of several packed documents, and "zigzag" for all else.
+        head_ranks: how many ranks that follow each other exchange heads for tokens inside of attention; see
+            `ringflash.Sharding`. The model's query heads are a multiple of it.
 
     Raises:
         ArgumentError: a model that cannot be sharded, by the name of its layer.
@@ -64,10 +67,18 @@ class SequenceParallel:
         >>> loss.backward()
     """
 
-    def __init__(self, model: nn.Module, group: Group = None, partition: str | Partition | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        group: Group = None,
+        partition: str | Partition | None = None,
+        head_ranks: int = 1,
+    ) -> None:
         if partition is not None:
             check_name(partition)
         self._group = sharing_group(group)
+        check_head_ranks(head_ranks, self.ranks)
+        self.head_ranks = head_ranks
         self._model = pretrained_of(model)
         if self.ranks > 1:
             check_shardable(self._model)
@@ -141,6 +152,7 @@ class SequenceParallel:
             group=self.group,
             partition=self.partition,
             token_work=token_work(self._model.config.get_text_config().hidden_size),
+            head_ranks=self.head_ranks,
         )
         if 0 in (counts := sharding.partition.counts()):
             raise ArgumentError(

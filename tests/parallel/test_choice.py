@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 from cases import problems
 from hypothesis import HealthCheck, given, settings
@@ -29,6 +30,7 @@ from ringflash.parallel.planning.machine import (
     known_machine,
     link,
 )
+from ringflash.parallel.planning.program import rank_program
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import Partition
 from ringflash.parallel.positions.visibility import needed_keys
@@ -151,8 +153,9 @@ def test_memory_is_that_of_the_plans_buffers():
             plan, shape = plan_named(name, mask, partition, hosts=2), Shape()
             needs = [
                 2 * mine.buffers.arrivals * shape.key_bytes
-                + (2 * mine.buffers.returns + mine.buffers.reduces) * shape.gradient_bytes
+                + (2 * mine.buffers.returns + ahead * mine.buffers.reduces) * shape.gradient_bytes
                 for mine in plan.ranks
+                for ahead in [rank_program(mine, mask, torch.device("cpu")).reduced_ahead]
             ]
             assert cost(name, mask, partition, hosts=2).memory == max(needs)
 

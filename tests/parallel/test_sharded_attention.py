@@ -146,8 +146,8 @@ def _shard_and_attend_otherwise():
     x = torch.randn(1, 1600, 2, 8)
     for partition, mask in (("balanced", other), ("contiguous", None)):
         mine = shard(x, 1, partition=partition, mask=mask)
+        taken = "balanced" if partition == "balanced" else "zigzag"
         with pytest.raises(ArgumentError, match=r"query was sharded with .*attention is asked for"):
-            taken = "balanced" if partition == "balanced" else "zigzag"
             attention(mine, mine, mine, cu_seqlens=documents, seqlen=1600, partition=taken)
     sharding = Sharding(cu_seqlens=documents, partition="balanced")
     with pytest.raises(ArgumentError, match="query was sharded with"):
@@ -322,7 +322,7 @@ def test_the_same_arguments_find_the_same_sharding_and_changed_ones_another():
 # Compiled
 
 
-def _compiled(ranks):
+def _compiled(head_ranks):
     mask = Mask.causal()
     *tensors, _ = inputs(Shape(length=24))
     module = DistributedFlashAttention(mask)
@@ -336,16 +336,16 @@ def _compiled(ranks):
     torch._dynamo.reset()
     compiled = torch.compile(lambda q, k, v, s: module(q * 2, k, v, sharding=s), fullgraph=True, backend=count)
     for cuts in ([], [7], [3, 20], [11]):
-        sharding = Sharding(mask, cu_seqlens=[0, *cuts, 24])
+        sharding = Sharding(mask, cu_seqlens=[0, *cuts, 24], head_ranks=head_ranks)
         mine = [sharding.shard(x, 1).clone() for x in tensors]
         expected = module(mine[0] * 2, *mine[1:], sharding=sharding)
         torch.testing.assert_close(compiled(*mine, sharding), expected)
     return compilations
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_another_packing_does_not_compile_anew(pool, ranks):
-    assert pool(ranks).run(_compiled, ranks, timeout=120) == [1] * ranks
+@pytest.mark.parametrize(("ranks", "head_ranks"), [(1, 1), (2, 1), (2, 2)])
+def test_another_packing_does_not_compile_anew(pool, ranks, head_ranks):
+    assert pool(ranks).run(_compiled, head_ranks, timeout=120) == [1] * ranks
 
 
 def _compiled_gradients():
