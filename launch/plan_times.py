@@ -163,7 +163,7 @@ def _by_stage(marks: list[tuple[str, float]], program: Program) -> np.ndarray:
     times = np.zeros((len(program.stages), 2))
     last, stage = 0.0, 0
     for what, now in marks[1:]:
-        times[stage, what not in ("launches end", "ends")] += now - last
+        times[stage, 0 if what in ("launches end", "ends") else 1] += now - last
         last = now
         if (of_keys := re.fullmatch(r"keys and values for stage (\d+)", what)) is not None:
             stage = min(len(times) - 1, int(of_keys[1]))
