@@ -234,6 +234,10 @@ def test_a_sharding_says_in_words_what_was_chosen_and_why():
     assert "predicted for a layer with 32 query and 8 key heads of 128 on " in said
     assert "counter-ring: " in said
     assert "nothing travels" in Sharding(Mask.causal(), seqlen=64, rank=0, ranks=1).describe()
+    by_heads = {n: Sharding(Mask.causal(), seqlen=131072, rank=0, ranks=4, head_ranks=n).describe() for n in (2, 4)}
+    assert "with 16 query and 4 key heads of 128" in by_heads[2]
+    assert "2 ranks that follow each other exchange heads" in by_heads[2]
+    assert "all 4 ranks exchange heads for tokens" in by_heads[4]
 
 
 def test_hosts_of_eight_ranks_are_assumed_where_nobody_says():
