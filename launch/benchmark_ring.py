@@ -71,7 +71,8 @@ class Case:
         """Of such documents."""
         mask = Mask.sliding_window(self.window) if self.window else Mask.causal()
         edges = torch.tensor([0, *lengths]).cumsum(0).tolist() if len(lengths) > 1 else None
-        return Sharding(mask, seqlen=sum(lengths), cu_seqlens=edges, **where)
+        # Nothing but attention is timed, so shares are to be level in attention alone.
+        return Sharding(mask, seqlen=sum(lengths), cu_seqlens=edges, token_work=0, **where)
 
 
 CASES = (

@@ -5,7 +5,10 @@ Legend: N stages, R ranks.
 
 from __future__ import annotations
 
+import re
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,8 @@ from ringflash.parallel.placement import placement_of
 from ringflash.parallel.planning.cost import Pass, Prediction, Shape
 from ringflash.parallel.planning.program import Program
 from ringflash.parallel.sharding import Sharding
+from ringflash.parallel.transport.base import Ticket
+from ringflash.parallel.transport.select import GroupTransport
 
 PASSES = ("forward", "backward")
 REPEATS = 7
@@ -82,29 +87,32 @@ class _Marks:
         return [(what, point - first) for what, point in self._points]
 
 
-class _MarkedTransport:
-    """A transport that marks when its transfers are waited for, and when that is over."""
-
-    def __init__(self, transport: Any, marks: _Marks) -> None:
-        self._transport, self._marks = transport, marks
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-    def transfer(self, sends: Any, receives: Any) -> _MarkedTicket:
-        """See the transport's own."""
-        return _MarkedTicket(self._transport.transfer(sends, receives), self._marks)
-
-
 class _MarkedTicket:
-    def __init__(self, ticket: Any, marks: _Marks) -> None:
-        self._ticket, self._marks = ticket, marks
+    """Marks when a transfer is waited for, and when that is over."""
+
+    def __init__(self, ticket: Ticket, marks: _Marks, what: str) -> None:
+        self._ticket, self._marks, self._what = ticket, marks, what
 
     def wait(self) -> None:
-        """See the transport's own."""
-        self._marks.mark("waits")
+        """See the ticket's own."""
+        self._marks.mark("launches end")
         self._ticket.wait()
-        self._marks.mark("goes on")
+        self._marks.mark(self._what)
+
+
+@contextmanager
+def _marked(transport: GroupTransport, marks: _Marks) -> Generator[None]:
+    """While its transfers mark when they are waited for."""
+    plain = transport.transfer
+
+    def transfer(sends: Any, receives: Any, what: str, ready: torch.Event | None = None) -> _MarkedTicket:
+        return _MarkedTicket(plain(sends, receives, what, ready), marks, what)
+
+    vars(transport)["transfer"] = transfer
+    try:
+        yield
+    finally:
+        del vars(transport)["transfer"]
 
 
 def measure(sharding: Sharding, shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Times]:
@@ -131,56 +139,38 @@ def measure(sharding: Sharding, shape: Shape, device: torch.device, dtype: torch
         for name in PASSES:
             dist.barrier(sharding.group)
             marks = _Marks(device)
-            vars(placement)["transport"] = _MarkedTransport(transport, marks)
-            marks.mark("begins")
-            if name == "forward":
-                out.append(attention(*leaves, sharding=sharding)[0])
-            else:
-                torch.autograd.grad(out[0], leaves, dout)
-            marks.mark("ends")
+            with _marked(transport, marks):
+                marks.mark("begins")
+                if name == "forward":
+                    out.append(attention(*leaves, sharding=sharding)[0])
+                else:
+                    torch.autograd.grad(out[0], leaves, dout)
+                marks.mark("ends")
             if repeat >= 2:  # the first calls compile and allocate
-                found[name].append(_by_stage(marks.read(), program, name))
-    vars(placement)["transport"] = transport
+                found[name].append(_by_stage(marks.read(), program))
     mine = {name: np.median(np.stack(x), axis=0) for name, x in found.items()}
     gathered: list[dict[str, np.ndarray]] = [{} for _ in range(ranks)]
     dist.all_gather_object(gathered, mine, group=sharding.group)
     return {name: _together([each[name] for each in gathered]) for name in PASSES}
 
 
-def _by_stage(marks: list[tuple[str, float]], program: Program, name: str) -> np.ndarray:
+def _by_stage(marks: list[tuple[str, float]], program: Program) -> np.ndarray:
     """(N, 2) seconds of launches and of waits in each stage of this rank.
 
-    A stage with transfers of keys ends where these are over; what follows the last such stage is the next one's.
+    A stage ends where the keys for the next one have come, or such as it passed on have left; what follows the last
+    such stage is the next one's.
     """
-    stages = len(program.stages)
-    keys = [index for index, stage in enumerate(program.stages) if stage.sends or stage.receives]
-    parts = [index for index, stage in enumerate(program.stages) if stage.returns or stage.reduces]
-    order = _waits(keys, parts if name == "backward" else [], program)
-    times = np.zeros((stages, 2))
-    last, stage, waits = 0.0, 0, iter(order)
+    times = np.zeros((len(program.stages), 2))
+    last, stage = 0.0, 0
     for what, now in marks[1:]:
-        times[stage, 1 if what == "goes on" else 0] += now - last
+        times[stage, 0 if what in ("launches end", "ends") else 1] += now - last
         last = now
-        if what == "goes on" and (ended := next(waits, None)) is not None:
-            stage = min(stages - 1, ended)
+        if (of_keys := re.fullmatch(r"keys and values for stage (\d+)", what)) is not None:
+            stage = min(len(times) - 1, int(of_keys[1]))
     idle = [not stage.launches for stage in program.stages]  # what passes there is waiting, as for the end of a call
     times[idle, 1] += times[idle, 0]
     times[idle, 0] = 0
     return times
-
-
-def _waits(keys: list[int], parts: list[int], program: Program) -> list[int | None]:
-    """In which stage a rank is behind each of its waits, in order; None where that does not end a stage."""
-    order: list[int | None] = []
-    pending = False
-    for index in range(len(program.stages)):
-        if index in parts:
-            pieces = [x for x in program.backward_stages[index] if x.returns or x.reduces]
-            order += [None] * (len(pieces) - (not pending))
-            pending = True
-        if index in keys:
-            order.append(index + 1)
-    return order
 
 
 def _together(ranks: list[np.ndarray]) -> Times:

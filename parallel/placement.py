@@ -25,6 +25,7 @@ from ringflash.kernels.kept import build_to_keep, hold_if_captured
 from ringflash.kernels.torch_private import is_destroyed, without_transforms
 from ringflash.parallel.agreement.rounds import digest_of
 from ringflash.parallel.planning.choose import Choice, choose
+from ringflash.parallel.planning.cost import Shape
 from ringflash.parallel.planning.generators import check_plan, plan_named
 from ringflash.parallel.planning.heads import UnionRows
 from ringflash.parallel.planning.plan import RankPlan
@@ -217,8 +218,8 @@ class Placement:
             return None
         found = self._choices.get(index)
         if found is None:
-            token_work = self._partition["token_work"]
-            found = choose(self.masks[index], *self._laid_end_to_end, self.hosts, token_work=token_work)
+            shape, token_work = Shape().among(self.head_ranks), self._partition["token_work"] // self.head_ranks
+            found = choose(self.masks[index], *self._laid_end_to_end, self.hosts, shape=shape, token_work=token_work)
             self._choices[index] = found
         return found
 

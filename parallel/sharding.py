@@ -234,6 +234,10 @@ class Sharding:
             said = choice.describe() if choice is not None else f"{name}: {in_words(name)}; as it was named"
             if x.ranks == 1:
                 said = "nothing travels on one device"
+            elif x.ranks == x.head_ranks:
+                said = f"all {x.ranks} ranks exchange heads for tokens"
+            elif x.head_ranks > 1:
+                said += f"\n{x.head_ranks} ranks that follow each other exchange heads, and stand for one in this"
             lines.append(f"mask {rules.spec(documents=False)[:LONGEST_SHOWN]}\n  " + said.replace("\n", "\n  "))
         return "\n".join(lines)
 

@@ -2,15 +2,16 @@
 
 All ranks go through the stages together. A stage takes a rank as long as its launch; the next one begins when that is
 done and its keys are there. They leave their sender when that begins its own stage, or where launches hold every
-processor, when its launch ends. In the backward pass gradient parts travel behind each stage, and the first half of the
-own keys is worked on last.
+processor, when its launch ends. In the backward pass gradient parts travel behind each stage and are added when there
+is no more room for others, and the first half of the own keys is worked on last.
 
 Legend: R ranks, N stages.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -19,7 +20,7 @@ import numpy as np
 from ringflash.parallel.planning.loads import Loads
 from ringflash.parallel.planning.machine import Link, Machine
 from ringflash.parallel.planning.outline import Outline
-from ringflash.parallel.planning.program import LEAST_SPLIT
+from ringflash.parallel.planning.program import AHEAD, LEAST_SPLIT
 
 TILE = 128
 """Queries of a tile of the forward pass, keys of one of the backward pass."""
@@ -40,6 +41,10 @@ class Shape:
     key_heads: int = 8
     head_dim: int = 128
     element: int = 2
+
+    def among(self, ranks: int) -> Shape:
+        """One rank's part of the heads, where so many exchange them; a key head is on each that has queries of it."""
+        return replace(self, heads=-(-self.heads // ranks), key_heads=-(-self.key_heads // ranks))
 
     @property
     def key_bytes(self) -> int:
@@ -235,7 +240,7 @@ class _Model:
 
     def _walk(self, compute: np.ndarray, gradients: bool) -> Pass:
         """Go through the stages: launches, keys for the next stage, and gradient parts of the one before."""
-        stages, rest, coming = self.outline.stages, self._rest(gradients), np.zeros(self.ranks)
+        stages, rest, coming = self.outline.stages, self._rest(gradients), deque[tuple[np.ndarray, np.ndarray]]()
         now = rest
         wait = np.zeros_like(compute)
         late = np.where(self._splits_own, compute[0] / 2, 0) if gradients else np.zeros(self.ranks)
@@ -245,16 +250,20 @@ class _Model:
             if stage + 1 < stages:
                 ready = np.maximum(ready, self._arrive(now, done, self._moves[stage + 1]))
             if gradients:
-                ready = np.maximum(ready, coming) + self._added[stage]
+                if len(coming) >= self._ahead:
+                    over, adding = coming.popleft()
+                    ready = np.maximum(ready, over) + adding
                 # Parts leave behind the launch and travel beside the next one, or beside the last half of own keys.
                 last = np.where(self._last == stage, late, 0)
                 following = last + compute[stage + 1] if stage + 1 < stages else last
-                coming = self._arrive(done, done + following, self._returns[stage])
+                coming.append((self._arrive(done, done + following, self._returns[stage]), self._added[stage]))
                 done, ready = done + last, ready + last
             wait[stage] = ready - done
             now = ready
         if gradients:
-            finished = np.maximum(now, coming)
+            finished = now
+            for over, adding in coming:
+                finished = np.maximum(finished, over) + adding
             wait[-1] += finished - now
             now = finished
         return Pass(compute, wait, rest, float(now.max()))
@@ -295,10 +304,24 @@ class _Model:
     # Memory
 
     @cached_property
+    def _room(self) -> np.ndarray:
+        """(R,) own keys whose gradient parts come in a stage, or in a piece of one, at most."""
+        return np.minimum(self._reduced.max(0), self.outline.piece or np.inf)
+
+    @cached_property
+    def _ahead(self) -> int:
+        """How often there is room for them, on the rank that has it least often; see `Program.reduced_ahead`."""
+        most = (self.outline.piece or AHEAD) // max(1, int(self._room.max(initial=0)))
+        return max(1, min(self.outline.stages, most))
+
+    @cached_property
     def memory(self) -> int:
-        """Bytes of two buffers for keys, two for gradient parts that leave and one for those that come."""
-        arriving, leaving, coming = self._by_stage(self.carried), self._by_stage(self._foreign), self._reduced
+        """Bytes of two buffers for keys, two for gradient parts that leave, and those for parts that come."""
+        arriving, leaving = self._by_stage(self.carried), self._by_stage(self._foreign)
         if self.outline.piece is not None:
-            leaving, coming = (np.minimum(x, self.outline.piece) for x in (leaving, coming))
-        of_keys, of_parts = 2 * arriving.max(0), 2 * leaving.max(0) + coming.max(0)
+            leaving = np.minimum(leaving, self.outline.piece)
+        parts = (self._reduced > 0) | (leaving > 0)
+        most = (self.outline.piece or AHEAD) // np.maximum(1, self._room)
+        coming = self._room * np.maximum(1, np.minimum(parts.sum(0), most))
+        of_keys, of_parts = 2 * arriving.max(0), 2 * leaving.max(0) + coming
         return int((of_keys * self.shape.key_bytes + of_parts * self.shape.gradient_bytes).max())

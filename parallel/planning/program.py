@@ -31,6 +31,9 @@ LEAST_SPLIT = 4096
 """Own keys from which on the backward pass takes the first half of them last, while the last gradients travel. Of
 fewer, two launches take longer than one by more than what they hide."""
 
+AHEAD = 65536
+"""Keys whose gradient parts may have arrived without being added up, of plans that are not worked on in pieces."""
+
 
 @dataclass(frozen=True)
 class Shipment:
@@ -200,11 +203,12 @@ class Program:
     def reduced_ahead(self) -> int:
         """How often `buffers.reduces` is there, so that a rank that is behind does not hold up those that wait for it.
 
-        Gradient parts that have arrived and are still to be added take no more room together than a piece does.
+        Gradient parts that have arrived and are still to be added take no more room together than a piece does, or
+        than `AHEAD` where stages are not worked on in pieces.
         """
         parts = sum(bool(piece.reduces or piece.returns) for stage in self.backward_stages for piece in stage)
         size = max(1, self.buffers.reduces)
-        return max(1, parts if self.piece is None else min(parts, self.piece // size))
+        return max(1, min(parts, (self.piece or AHEAD) // size))
 
     @cached_property
     def sums_parts(self) -> bool:

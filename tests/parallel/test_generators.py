@@ -238,7 +238,7 @@ def test_an_outline_says_what_the_ranks_do(problem, data):
 # Attention
 
 
-def _attend(problem: Problem, plan: str, hosts: int) -> dict[str, torch.Tensor]:
+def _attend(problem: Problem, plan: str, hosts: int, head_ranks: int = 1) -> dict[str, torch.Tensor]:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     sharding = Sharding(
         problem.mask,
@@ -247,6 +247,7 @@ def _attend(problem: Problem, plan: str, hosts: int) -> dict[str, torch.Tensor]:
         partition=problem.partition,
         plan=plan,
         hosts=hosts if ranks % hosts == 0 else 1,
+        head_ranks=head_ranks,
     )
     rows = problem.rows(rank, ranks)
     *leaves, dout = (x[:, rows] for x in problem.inputs())
@@ -265,6 +266,14 @@ def test_attention_by_every_plan_equals_one_device(pool, ranks, plan):
             problem = Problem(masks(61)[name], partition=kind)
             results = joined(problem, pool(ranks).run(_attend, problem, plan, 2))
             assert_as_exact_as_torch(results, problem.inputs(), problem.seen)
+
+
+@pytest.mark.parametrize("plan", OTHERS)
+def test_heads_are_exchanged_as_the_outer_part_of_every_plan(pool, plan):
+    for name in ("causal", "documents-window-sink"):
+        problem = Problem(masks(61)[name], partition="balanced")
+        results = joined(problem, pool(4).run(_attend, problem, plan, 2, 2))
+        assert_as_exact_as_torch(results, problem.inputs(), problem.seen)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
