@@ -137,10 +137,9 @@ class _Attention(_Refusing):
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
-        tensors = inputs[:TENSORS]
-        if keeps(
-            Inputs(*tensors), Settings(*inputs[TENSORS:])
-        ):  # query, key and value are in output[2], as they crossed
+        tensors, settings = inputs[:TENSORS], Settings(*inputs[TENSORS:])
+        if settings.sizes and keeps(Inputs(*tensors), settings):
+            # Query, key and value are in output[2], as they crossed: their shapes are all that is wanted of them.
             tensors = (*(x.new_empty(()).expand(x.shape) for x in tensors[:3]), *tensors[3:])
         ctx.save_for_backward(*output, *tensors)
         ctx.mark_non_differentiable(output[2])
