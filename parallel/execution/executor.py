@@ -232,7 +232,7 @@ def walk(
     """
     program, own, transport = ready.program, ready.inputs.keys(), ready.transport
     sent, buffers = room or (own, [])
-    outgoing, there = own_sends(program, sent, transport)
+    outgoing, there = ([], None) if transport is None else own_sends(program, sent, transport)
     arrived: Rows = ()
     failure: Exception | None = None
     filled = 0
@@ -266,13 +266,13 @@ def walk(
 
 
 def own_sends(
-    program: Program, sent: Rows, transport: Transport | None
+    program: Program, sent: Rows, transport: Transport
 ) -> tuple[list[list[tuple[int, Tensor]]], torch.Event | None]:
     """What each stage sends of own keys alone, gathered at once so that it can leave before its stage, and since when.
 
     Empty where a stage relays keys, or a transport cannot send what an earlier point of the stream has made.
     """
-    if transport is None or transport.mark() is None:
+    if transport.mark() is None:
         return [[]] * len(program.stages), None
     found = [
         [] if stage.relays else [pair for s in stage.sends for pair in rows_of(s, sent)] for stage in program.stages
