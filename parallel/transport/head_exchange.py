@@ -28,6 +28,27 @@ Kind = tuple[int, int, torch.dtype]
 """Of a tensor (rows, h, D): h, D, and its dtype."""
 
 
+WIDE = torch.int64
+"""What bytes are copied as, where they can be: torch copies what has other strides number by number, of any size."""
+
+
+def copy(source: Tensor, target: Tensor, rows: Tensor | None = None) -> None:
+    """Copy a tensor, or some rows of it, into another of the same dtype; any strides."""
+    if _is_wide(source) and _is_wide(target):
+        source, target = source.view(WIDE), target.view(WIDE)
+    if rows is None:
+        target.copy_(source)
+    else:
+        torch.index_select(source, 0, rows, out=target)
+
+
+def _is_wide(x: Tensor) -> bool:
+    """Whether its rows are whole numbers of `WIDE`."""
+    times = WIDE.itemsize // x.element_size()
+    places = x.shape[-1], x.storage_offset(), *x.stride()[:-1]
+    return x.stride(-1) == 1 and not any(place % times for place in places) and x.data_ptr() % WIDE.itemsize == 0
+
+
 class Columns:
     """Where each of several tensors (rows, h, D) lies in rows of bytes.
 
@@ -67,7 +88,7 @@ class Outward:
         columns = Columns([(x.shape[1] // ranks, x.shape[2], x.dtype) for x in tensors])
         self.sent = columns.new_rows(ranks, tokens, device=device)
         for part, x in zip(columns.split(self.sent), tensors, strict=True):
-            part.copy_(x.unflatten(1, (ranks, -1)).transpose(0, 1))
+            copy(x.unflatten(1, (ranks, -1)).transpose(0, 1), part)
         self.arriving = torch.empty(sum(rows.counts), columns.width, dtype=torch.uint8, device=device)
         self._arrived = columns.split(self.arriving)
         self.results = [torch.empty(x.shape, dtype=x.dtype, device=device) for x in self._arrived]
@@ -110,10 +131,7 @@ class Homeward:
     def fill(self, tensors: Sequence[Tensor]) -> None:
         """Say what travels; what nobody filled travels all the same."""
         for part, x in zip(self._parts, tensors, strict=True):
-            if self.rows.order is None:
-                part.copy_(x)
-            else:
-                part.index_copy_(0, self.rows.order, x)
+            copy(x, part, self.rows.back)
 
     def settle(self) -> None:
         """Nothing is left to do before it is looked at."""
@@ -130,7 +148,10 @@ class Homeward:
 
     def joined(self, which: int) -> Tensor:
         """One of the tensors, (T, H, D), once they have travelled, of heads that lie on one rank each."""
-        return self._arrived[which].transpose(0, 1).flatten(1, 2)
+        arrived = self._arrived[which].transpose(0, 1)
+        result = arrived.new_empty(arrived.shape)
+        copy(arrived, result)
+        return result.flatten(1, 2)
 
     def summed(self, which: int, shares: HeadShares, key_heads: int) -> Tensor:
         """The same of key heads of which ranks have copies: (T, Hk, D), their sum in the order of the ranks."""
@@ -152,10 +173,7 @@ def taken_apart(arrived: Tensor, kinds: Sequence[Kind], rows: UnionRows) -> list
 def _take_apart(arrived: Sequence[Tensor], rows: UnionRows, results: Sequence[Tensor]) -> None:
     """Fill tensors from what arrived, in the order of the union."""
     for result, part in zip(results, arrived, strict=True):
-        if rows.order is None:
-            result.copy_(part)
-        else:
-            torch.index_select(part, 0, rows.order, out=result)
+        copy(part, result, rows.order)
 
 
 def _room(shape: Sequence[int], free: Tensor) -> Tensor:
