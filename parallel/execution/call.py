@@ -27,7 +27,7 @@ from ringflash.parallel.placement import Placement, batch_boundaries, check_on_d
 from ringflash.parallel.planning.heads import HeadShares
 from ringflash.parallel.planning.program import Program, StageProgram, document_table, table_program, table_shape
 from ringflash.parallel.positions.mask import Mask
-from ringflash.parallel.transport.head_exchange import Columns, HeadExchange, Kind
+from ringflash.parallel.transport.head_exchange import HeadExchange, Kind, Sections
 from ringflash.parallel.transport.select import GroupTransport
 
 
@@ -373,7 +373,7 @@ def shape_of_table(inputs: Inputs, settings: Settings) -> tuple[int, int]:
     """Shape of what the forward pass hands to the backward pass: of `table_of`, or of what crossed and is kept."""
     if keeps(inputs, settings):
         rows, ranks = settings.sizes
-        return rows, Columns(crossing_kinds(inputs, ranks)).width // torch.int32.itemsize
+        return rows, Sections(crossing_kinds(inputs, ranks)).width // torch.int32.itemsize
     if not inputs.on_device():
         return 0, 0
     batch, seqlen, _ = settings.sizes

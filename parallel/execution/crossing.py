@@ -85,10 +85,10 @@ class Crossing:
         return torch.stack([of_keys[:, head] for head in self.shares.key_heads], 1)
 
     def _ways(self, of_queries: list[Tensor], of_keys: list[Tensor]) -> list[Outward]:
-        queries, keys = self._exchange.queries, self._exchange.keys
+        queries, keys, place = self._exchange.queries, self._exchange.keys, self._exchange.place
         if queries is keys or not of_keys:
-            return [Outward([*of_queries, *of_keys], queries)]
-        return [Outward(of_queries, queries), Outward(of_keys, keys)]
+            return [Outward([*of_queries, *of_keys], queries, place)]
+        return [Outward(of_queries, queries, place), Outward(of_keys, keys, place)]
 
     def _expected(self, needs: int) -> tuple[list[Kind], list[Kind]]:
         """What comes home of query rows and of key rows: out and log-sum-exp, or gradients."""
@@ -134,7 +134,7 @@ class Crossing:
         """
         if failure is None:
             try:
-                rows = [x if x.dim() == 3 else x.T[..., None] for x in found]
+                rows = [(x if x.dim() == 3 else x.T[..., None]).contiguous() for x in found]
                 for home in self._home:
                     home.fill(rows[: home.tensors])
                     rows = rows[home.tensors :]

@@ -21,6 +21,10 @@ from ringflash.parallel.planning.program import segment_positions
 from ringflash.parallel.positions.integers import integers
 from ringflash.parallel.positions.segments import Segments, count
 
+MOST_RUNS = 4
+"""Runs of rows of one rank that travel apart to arrive in their places; of more, the host would have more to ask for
+than the GPU to bring into order."""
+
 
 def check_head_ranks(head_ranks: int, ranks: int) -> None:
     """Raise ArgumentError unless the ranks that share a sequence can be divided by as many as exchange heads."""
@@ -66,33 +70,56 @@ class HeadShares:
 
 @dataclass(frozen=True, eq=False)
 class UnionRows:
-    """The rows of a union in ascending order of position, beside the order in which they arrive: rank by rank.
+    """The rows of a union in ascending order of position, and how they arrive.
 
     Attributes:
         counts: how many rows come from each rank.
-        order: (rows,) int64, which of those that arrived is each row of the union; None where that is its own number.
+        runs: for each rank, what of its rows arrives together: its first and one behind its last row, and where the
+            first of them then lies. In the order of the union where that takes few runs; else rank by rank.
+        order: (rows,) int64, which of those that arrived is each row of the union; None if they arrive in that order.
         back: (rows,) int64, the inverse of `order`; None with it.
     """
 
     counts: tuple[int, ...]
+    runs: tuple[tuple[tuple[int, int, int], ...], ...]
     order: Tensor | None
     back: Tensor | None
 
     @staticmethod
     def of(shares: tuple[Segments, ...], device: torch.device) -> UnionRows:
         """Those of ranks that hold some positions each."""
-        runs, before = [], 0
-        for start, stop in (interval for share in shares for interval in share):
-            runs.append((start, before, before + stop - start))
-            before += stop - start
         counts = tuple(map(count, shares))
-        if runs == sorted(runs):
-            return UnionRows(counts, None, None)
-        order = segment_positions(tuple((first, last) for _, first, last in sorted(runs))).to(device)
+        runs = _runs_in_order(shares)
+        if max(map(len, runs)) <= MOST_RUNS:
+            return UnionRows(counts, tuple(map(tuple, runs)), None, None)
+        firsts = [sum(counts[:rank]) for rank in range(len(counts))]
+        pieces = [
+            (place, first + start, first + stop)
+            for own, first in zip(runs, firsts, strict=True)
+            for start, stop, place in own
+        ]
+        order = segment_positions(tuple((start, stop) for _, start, stop in sorted(pieces))).to(device)
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order), device=device)
-        return UnionRows(counts, order, back)
+        one_by_one = tuple(((0, size, first),) for size, first in zip(counts, firsts, strict=True))
+        return UnionRows(counts, one_by_one, order, back)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Everything that it keeps on its device, for counting bytes."""
         return () if self.order is None or self.back is None else (self.order, self.back)
+
+
+def _runs_in_order(shares: tuple[Segments, ...]) -> list[list[tuple[int, int, int]]]:
+    """For each rank the runs of its rows that lie together in the union: first, one behind the last, their place."""
+    runs: list[list[tuple[int, int, int]]] = [[] for _ in shares]
+    held = [0] * len(shares)
+    place, last = 0, None
+    for start, stop, rank in sorted((*interval, rank) for rank, share in enumerate(shares) for interval in share):
+        size, first = stop - start, held[rank]
+        if rank == last:
+            before = runs[rank].pop()
+            runs[rank].append((before[0], first + size, before[2]))
+        else:
+            runs[rank].append((first, first + size, place))
+        held[rank], place, last = first + size, place + size, rank
+    return runs

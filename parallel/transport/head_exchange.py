@@ -1,7 +1,7 @@
 """Tensors cross from some tokens of all heads to all tokens of some heads, and come home.
 
-Whatever crosses lies side by side in rows of bytes, so that each rank sends one message to each other: what the host is
-asked for does not depend on how much crosses.
+What is sent is packed by heads, and arrives where kernels read it; what was computed leaves as it is, and is put
+together where it comes home. So each number is copied once each way, where ranks hold few runs of tokens.
 
 Between the moment when ranks agree to make a call and its end no rank may fail at what the others wait for. So a way
 has three steps: it is made ready, with all memory that it takes; the rows travel; what came is looked at.
@@ -49,8 +49,8 @@ def _is_wide(x: Tensor) -> bool:
     return x.stride(-1) == 1 and not any(place % times for place in places) and x.data_ptr() % WIDE.itemsize == 0
 
 
-class Columns:
-    """Where each of several tensors (rows, h, D) lies in rows of bytes.
+class Sections:
+    """Where each of several tensors (rows, h, D) lies in memory for them all.
 
     Args:
         kinds: of the tensors.
@@ -60,17 +60,19 @@ class Columns:
         self._kinds = kinds
         sizes = [-(-heads * dim * dtype.itemsize // ALIGNED) * ALIGNED for heads, dim, dtype in kinds]
         *self._starts, self.width = accumulate(sizes, initial=0)
+        """Bytes of a row of all."""
         self._gaps = self.width > sum(heads * dim * dtype.itemsize for heads, dim, dtype in kinds)
 
-    def new_rows(self, *shape: int, device: torch.device) -> Tensor:
-        """Memory for rows, (*shape, width); what lies between tensors is 0, so that rows are the same each time."""
+    def memory(self, *shape: int, device: torch.device) -> Tensor:
+        """Memory for rows, (*shape, width); what lies between tensors is 0, so that it is the same each time."""
         make = torch.zeros if self._gaps else torch.empty
         return make(*shape, self.width, dtype=torch.uint8, device=device)
 
-    def split(self, rows: Tensor) -> list[Tensor]:
-        """Views of the tensors, (..., h, D), in rows (..., width)."""
+    def of(self, memory: Tensor) -> list[Tensor]:
+        """The tensors, (..., h, D), each contiguous, in memory (..., width)."""
+        shape, rows, flat = memory.shape[:-1], memory.shape[:-1].numel(), memory.view(-1)
         return [
-            rows[..., start : start + heads * dim * dtype.itemsize].view(dtype).unflatten(-1, (heads, dim))
+            flat[rows * start : rows * start + rows * heads * dim * dtype.itemsize].view(dtype).view(*shape, heads, dim)
             for start, (heads, dim, dtype) in zip(self._starts, self._kinds, strict=True)
         ]
 
@@ -81,32 +83,36 @@ class Outward:
     Args:
         tensors: each with as many heads as one rank takes, times the ranks; any strides.
         rows: of the union.
+        place: of this rank among those that exchange.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], rows: UnionRows) -> None:
-        self.rows, ranks, (tokens, device) = rows, len(rows.counts), (len(tensors[0]), tensors[0].device)
-        columns = Columns([(x.shape[1] // ranks, x.shape[2], x.dtype) for x in tensors])
-        self.sent = columns.new_rows(ranks, tokens, device=device)
-        for part, x in zip(columns.split(self.sent), tensors, strict=True):
+    def __init__(self, tensors: Sequence[Tensor], rows: UnionRows, place: int) -> None:
+        self.rows, self.place, ranks = rows, place, len(rows.counts)
+        tokens, device = len(tensors[0]), tensors[0].device
+        sections = Sections([(x.shape[1] // ranks, x.shape[2], x.dtype) for x in tensors])
+        self.sent = sections.memory(ranks, tokens, device=device)
+        self._parts = sections.of(self.sent)
+        for part, x in zip(self._parts, tensors, strict=True):
             copy(x.unflatten(1, (ranks, -1)).transpose(0, 1), part)
-        self.arriving = torch.empty(sum(rows.counts), columns.width, dtype=torch.uint8, device=device)
-        self._arrived = columns.split(self.arriving)
-        self.results = [torch.empty(x.shape, dtype=x.dtype, device=device) for x in self._arrived]
+        self.arriving = sections.memory(sum(rows.counts), device=device)
+        self._arrived = sections.of(self.arriving)
+        self.results = self._arrived if rows.order is None else [torch.empty_like(x) for x in self._arrived]
         """(U, h, D), once they have travelled."""
 
+    def sends(self, place: int) -> list[Tensor]:
+        """What goes to one of the ranks."""
+        return [part[place, first:last] for part in self._parts for first, last, _ in self.rows.runs[self.place]]
+
+    def receives(self, place: int) -> list[Tensor]:
+        """What comes from one."""
+        runs = self.rows.runs[place]
+        return [x[there : there + last - first] for x in self._arrived for first, last, there in runs]
+
     def settle(self) -> None:
-        """Take what arrived apart."""
-        _take_apart(self._arrived, self.rows, self.results)
-
-    @property
-    def sends(self) -> Sequence[Tensor]:
-        """What goes to each of the ranks."""
-        return self.sent.unbind()
-
-    @property
-    def receives(self) -> Sequence[Tensor]:
-        """What comes from each."""
-        return self.arriving.split(self.rows.counts)
+        """Bring what arrived rank by rank into the order of the union."""
+        if self.rows.order is not None:
+            for arrived, result in zip(self._arrived, self.results, strict=True):
+                copy(arrived, result, self.rows.order)
 
 
 class Homeward:
@@ -119,32 +125,33 @@ class Homeward:
     """
 
     def __init__(self, kinds: Sequence[Kind], crossed: Outward, kept: bool = False) -> None:
-        self.rows, (ranks, tokens) = crossed.rows, crossed.sent.shape[:2]
-        self.tensors, columns = len(kinds), Columns(kinds)
-        self.sent = _room(
-            (sum(self.rows.counts), columns.width), crossed.sent.new_empty(0) if kept else crossed.arriving
-        )
-        self._parts = columns.split(self.sent)
-        self.arriving = _room((ranks, tokens, columns.width), crossed.sent)
-        self._arrived = columns.split(self.arriving)
+        self.rows, self.place, (ranks, tokens) = crossed.rows, crossed.place, crossed.sent.shape[:2]
+        self.tensors, sections = len(kinds), Sections(kinds)
+        # What lies in the order in which it leaves is not brought here. This is written to where it does not, and
+        # travels as it is where something failed on this rank.
+        free = crossed.sent.new_empty(0) if kept and self.rows.order is not None else crossed.arriving
+        self._parts = sections.of(_room((sum(self.rows.counts), sections.width), free))
+        self._arrived = sections.of(_room((ranks, tokens, sections.width), crossed.sent))
 
     def fill(self, tensors: Sequence[Tensor]) -> None:
-        """Say what travels; what nobody filled travels all the same."""
-        for part, x in zip(self._parts, tensors, strict=True):
-            copy(x, part, self.rows.back)
+        """Say what travels: contiguous tensors."""
+        if self.rows.back is None:
+            self._parts = list(tensors)
+        else:
+            for part, x in zip(self._parts, tensors, strict=True):
+                copy(x, part, self.rows.back)
+
+    def sends(self, place: int) -> list[Tensor]:
+        """What goes to one of the ranks."""
+        runs = self.rows.runs[place]
+        return [x[there : there + last - first] for x in self._parts for first, last, there in runs]
+
+    def receives(self, place: int) -> list[Tensor]:
+        """What comes from one."""
+        return [x[place, first:last] for x in self._arrived for first, last, _ in self.rows.runs[self.place]]
 
     def settle(self) -> None:
         """Nothing is left to do before it is looked at."""
-
-    @property
-    def sends(self) -> Sequence[Tensor]:
-        """What goes to each of the ranks."""
-        return self.sent.split(self.rows.counts)
-
-    @property
-    def receives(self) -> Sequence[Tensor]:
-        """What comes from each."""
-        return self.arriving.unbind()
 
     def joined(self, which: int) -> Tensor:
         """One of the tensors, (T, H, D), once they have travelled, of heads that lie on one rank each."""
@@ -163,17 +170,14 @@ class Homeward:
 
 
 def taken_apart(arrived: Tensor, kinds: Sequence[Kind], rows: UnionRows) -> list[Tensor]:
-    """The tensors (U, h, D) of rows that arrived in another pass."""
-    parts = Columns(kinds).split(arrived)
-    results = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in parts]
-    _take_apart(parts, rows, results)
-    return results
-
-
-def _take_apart(arrived: Sequence[Tensor], rows: UnionRows, results: Sequence[Tensor]) -> None:
-    """Fill tensors from what arrived, in the order of the union."""
-    for result, part in zip(results, arrived, strict=True):
+    """The tensors (U, h, D) of what arrived in another pass."""
+    parts = Sections(kinds).of(arrived)
+    if rows.order is None:
+        return parts
+    results = [torch.empty_like(x) for x in parts]
+    for part, result in zip(parts, results, strict=True):
         copy(part, result, rows.order)
+    return results
 
 
 def _room(shape: Sequence[int], free: Tensor) -> Tensor:
@@ -202,11 +206,12 @@ class HeadExchange:
 
     def run(self, ways: Sequence[Outward | Homeward]) -> None:
         """Let rows travel, on all ranks the same ways (on a GPU, the current stream waits for them)."""
-        sends = [(rank, way.sends[place]) for way in ways for rank, place in self._others]
-        receives = [(rank, way.receives[place]) for way in ways for rank, place in self._others]
+        sends = [(rank, x) for way in ways for rank, place in self._others for x in way.sends(place)]
+        receives = [(rank, x) for way in ways for rank, place in self._others for x in way.receives(place)]
         ticket = self._transport.transfer(sends, receives, "heads")
         for way in ways:
-            way.receives[self.place].copy_(way.sends[self.place])
+            for here, there in zip(way.sends(self.place), way.receives(self.place), strict=True):
+                there.copy_(here)
         ticket.wait()
         for way in ways:
             way.settle()

@@ -20,9 +20,9 @@ from ringflash import ArgumentError, DistributedFlashAttention, Mask, RankMismat
 from ringflash.functional import attention
 from ringflash.kernels.cpu import blockwise
 from ringflash.parallel.planning.generators import NAMES as PLANS
-from ringflash.parallel.planning.heads import HeadShares, UnionRows
+from ringflash.parallel.planning.heads import MOST_RUNS, HeadShares, UnionRows
 from ringflash.parallel.positions.segments import normalize
-from ringflash.parallel.transport.head_exchange import Columns
+from ringflash.parallel.transport.head_exchange import Sections
 from ringflash.parallel.transport.select import GroupTransport
 
 SPLITS = [(2, 2), (3, 3), (4, 2), (4, 4)]
@@ -50,17 +50,22 @@ def test_each_query_head_finds_its_key_head_on_its_rank(mine, group, ranks):
 
 @settings(max_examples=50)
 @given(problem=problems(40, 6))
-def test_rows_that_arrive_rank_by_rank_are_brought_into_the_order_of_their_union(problem):
+def test_rows_arrive_in_the_order_of_their_union_or_are_brought_into_it(problem):
     _, partition = problem
     shares = partition.segments
     rows = UnionRows.of(shares, torch.device("cpu"))
-    arriving = torch.cat([partition.positions(rank) for rank in range(partition.ranks)])
+    arriving = torch.full((partition.length,), -1)
+    for rank, runs in enumerate(rows.runs):
+        for first, last, there in runs:
+            arriving[there : there + last - first] = partition.positions(rank)[first:last]
     assert rows.counts == tuple(partition.counts())
     if rows.order is None:
-        assert arriving.tolist() == sorted(arriving.tolist())
+        assert arriving.tolist() == list(range(partition.length))
+        assert max(map(len, rows.runs)) <= MOST_RUNS
     else:
         assert arriving[rows.order].tolist() == list(range(partition.length))
         assert torch.equal(arriving[rows.order][rows.back], arriving)
+        assert max(map(len, rows.runs)) == 1
 
 
 @settings(max_examples=50)
@@ -225,19 +230,19 @@ class Exchanges:
 
     def __enter__(self):
         self.sent, self.kinds, self._patch = [], [], pytest.MonkeyPatch()
-        transfer, layout = GroupTransport.transfer, Columns.__init__
+        transfer, layout = GroupTransport.transfer, Sections.__init__
 
-        def noted(transport, sends, receives, what):
+        def noted(transport, sends, receives, what, *since):
             if what == "heads":
                 self.sent.append(sum(x.nbytes for _, x in sends))
-            return transfer(transport, sends, receives, what)
+            return transfer(transport, sends, receives, what, *since)
 
-        def laid_out(columns, kinds):
+        def laid_out(sections, kinds):
             self.kinds.append(kinds)
-            layout(columns, kinds)
+            layout(sections, kinds)
 
         self._patch.setattr(GroupTransport, "transfer", noted)
-        self._patch.setattr(Columns, "__init__", laid_out)
+        self._patch.setattr(Sections, "__init__", laid_out)
         return self
 
     def __exit__(self, *_):
@@ -389,11 +394,12 @@ def test_ranks_work_on_the_heads_and_tokens_that_are_theirs(pool):
 def test_what_a_device_needs_is_made_ahead_and_counted():
     """In a loader's thread, without a group; nothing lies there where ranks arrive in order."""
     device, sizes = torch.device("cpu"), {}
-    for partition in ("zigzag", "contiguous"):
+    for partition in ("stripe", "zigzag", "contiguous"):
         for head_ranks in (1, 4):
             sharding = Sharding(seqlen=4096, rank=1, ranks=4, partition=partition, head_ranks=head_ranks)
             before = sharding.nbytes()
             sharding.prepare(device)
             sizes[partition, head_ranks] = sharding.nbytes() - before
             assert pickle.loads(pickle.dumps(sharding)).nbytes() == before
-    assert sizes["zigzag", 4] - sizes["contiguous", 4] == 2 * 4096 * 8  # order and back, the same of queries and keys
+    assert sizes["zigzag", 4] == sizes["contiguous", 4]
+    assert sizes["stripe", 4] - sizes["contiguous", 4] == 2 * 4096 * 8  # order and back, the same of queries and keys
