@@ -22,7 +22,7 @@ from ringflash.parallel.planning.heads import HeadShares, UnionRows
 from ringflash.parallel.transport.base import Transport
 
 ALIGNED = 16
-"""Bytes at whose multiples a tensor's part of a row begins."""
+"""Bytes at whose multiples each tensor begins."""
 
 Kind = tuple[int, int, torch.dtype]
 """Of a tensor (rows, h, D): h, D, and its dtype."""
