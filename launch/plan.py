@@ -304,7 +304,7 @@ def _plan(
         )
         name, because = choice.name, choice.describe()
     else:
-        check_plan(options.plan, options.hosts, partition.ranks)
+        check_plan(options.plan)
         name, because = options.plan, f"{options.plan}: {in_words(options.plan)}; as it was named"
     return plan_named(name, mask, partition, hosts=options.hosts), because
 
