@@ -204,7 +204,7 @@ class Placement:
         """This rank's plan for one of the masks."""
         found = self._plans.get(index)
         if found is None:
-            queries, keys = self._of_unions
+            queries, keys = self._laid_end_to_end
             place, part = divmod(self.rank, self.head_ranks)
             plan = plan_named(self.plan_name(index), self.masks[index], queries, keys, self.hosts).of(place)
             found = self._plans[index] = plan.among(range(part, self.ranks, self.head_ranks))
@@ -222,13 +222,13 @@ class Placement:
         found = self._choices.get(index)
         if found is None:
             shape, token_work = Shape().among(self.head_ranks), self._partition["token_work"] // self.head_ranks
-            found = choose(self.masks[index], *self._of_unions, self.hosts, shape=shape, token_work=token_work)
+            found = choose(self.masks[index], *self._laid_end_to_end, self.hosts, shape=shape, token_work=token_work)
             self._choices[index] = found
         return found
 
     @cached_property
-    def _of_unions(self) -> tuple[Partition, Partition]:
-        """What ranks that exchange heads hold together, of queries and of keys."""
+    def _laid_end_to_end(self) -> tuple[Partition, Partition]:
+        """What ranks that the plan takes for one hold together, of queries and keys of all sequences of the batch."""
         queries = self._together(self.partition)
         return queries, queries if self.key_partition is self.partition else self._together(self.key_partition)
 
@@ -317,6 +317,13 @@ class Placement:
 
         queries = together(self.partition)
         return queries, queries if self.key_partition is self.partition else together(self.key_partition)
+
+    @property
+    def crossing(self) -> tuple[int, ...]:
+        """See `call.Settings.sizes`."""
+        if self.head_ranks == 1 or self.key_partition is not self.partition:
+            return ()
+        return self._together(self.partition).count(self.rank // self.head_ranks), self.head_ranks
 
     def exchange(self, device: torch.device) -> HeadExchange | None:
         """How this rank exchanges heads for tokens; None if it does not."""

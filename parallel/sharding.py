@@ -64,17 +64,17 @@ class Sharding:
             or a `Partition` of one sequence; also "stripe" (token by token), "zigzag_per_document" and
             "contiguous_per_document", as other libraries have them. None is "balanced" for one sequence of several
             packed documents, and "zigzag" for all else.
+        head_ranks: how many ranks that follow each other exchange heads for tokens inside of attention (Ulysses, arXiv
+            2309.14509): each of them has all of their tokens for its part of the heads, and the plan is one of such
+            ranks (arXiv 2405.07719). It divides the number of ranks; 1 is the plan alone, all ranks no plan at all.
+            What a rank holds outside of attention does not depend on it.
         token_work: what "balanced" takes the rest of a layer to cost a token, in visible pairs of attention: about 5
             times the width of a model. 0 levels attention alone.
         plan: how keys travel: "ring", "counter-ring" (both ways at once), "double-ring" (round each host, then on to
             the next), or "direct-1", "direct-2" and so on (from their owners, in so many waves). None is the ring,
             unless another one is predicted to be clearly faster; see `describe`.
         hosts: how many hosts the ranks lie on, equally many on each, in order; for predictions, and for "double-ring".
-            None is one for every 8 ranks, or sets of ranks that exchange heads, where these divide more than 8.
-        head_ranks: how many ranks that follow each other exchange heads for tokens inside of attention (Ulysses, arXiv
-            2309.14509): each of them has all of their tokens for its part of the heads, and the ring is one of such
-            ranks (arXiv 2405.07719). It divides the number of ranks; 1 is the ring alone, all ranks no ring at all.
-            What a rank holds outside of attention does not depend on it.
+            None is one for every 8 ranks where these divide more than 8, and otherwise one.
 
     Raises:
         ArgumentError: something is not supported, by name and value.
@@ -98,10 +98,10 @@ class Sharding:
         rank: int | None = None,
         ranks: int | None = None,
         partition: str | Partition | None = None,
+        head_ranks: int = 1,
         token_work: int = TOKEN_WORK,
         plan: str | None = None,
         hosts: int | None = None,
-        head_ranks: int = 1,
     ) -> None:
         masks, weights = _masks(mask)
         place, found = _place(group, rank, ranks)
@@ -112,14 +112,16 @@ class Sharding:
         key_seqlen = seqlen if key_seqlen is None else key_seqlen
         sizes = _at_least("batch", batch, 1), _at_least("seqlen", seqlen, 0), _at_least("key_seqlen", key_seqlen, 0)
         token_work = _at_least("token_work", token_work, 0)
-        how = plan, _hosts(hosts, place[1] // head_ranks)
+        plans = plan, _hosts(hosts, place[1] // head_ranks)
         self._placement = Placement(
-            masks, weights, place, sizes, partition, token_work, how, boundaries, on_device, head_ranks
+            masks, weights, place, sizes, partition, token_work, plans, boundaries, on_device, head_ranks
         )
         self._placement.group = found
         self._make_handles()
 
     def _make_handles(self) -> None:
+        self.crossing = self._placement.crossing
+        """Rows that ranks which exchange heads hold together, and how many ranks they are; else empty."""
         self.documents = self._placement.given_documents
         """How many documents were given; None without any."""
         self._handles = [new_handle(self._placement, index) for index in range(len(self._placement.masks))]

@@ -111,8 +111,8 @@ def shard_batch(
     mask: Mask | None = None,
     rank: int | None = None,
     ranks: int | None = None,
-    token_work: int = TOKEN_WORK,
     head_ranks: int = 1,
+    token_work: int = TOKEN_WORK,
 ) -> dict[str, Any]:
     """This rank's part of a batch for language-model training; labels are shifted before they are sharded.
 
@@ -127,8 +127,8 @@ def shard_batch(
         mask: see `positions`; the documents are added to it.
         rank: as in `ringflash.Sharding`.
         ranks: as in `ringflash.Sharding`.
-        token_work: as in `ringflash.Sharding`.
         head_ranks: as in `ringflash.Sharding`.
+        token_work: as in `ringflash.Sharding`.
 
     Returns:
         "input_ids" (B, s) int64; "labels" (B, s) int64, the next token of the same document, -100 at each document's
@@ -162,8 +162,8 @@ def shard_batch(
         rank=rank,
         ranks=ranks,
         partition=partition,
-        token_work=token_work,
         head_ranks=head_ranks,
+        token_work=token_work,
     )
     return {
         "input_ids": sharding.shard(input_ids, 1),

@@ -269,7 +269,7 @@ def _located(
         return Located((None, boundaries, query_boundaries), request.text(), sizes, count)
     sharding = find(mask, sizes, group, partition, cu_seqlens, query_cu_seqlens, head_ranks, plan)
     check_marks(sharding, query, key, value)
-    return Located((sharding.handle(mask), None, None), "", (), sharding.documents)
+    return Located((sharding.handle(mask), None, None), "", sharding.crossing, sharding.documents)
 
 
 def _located_by(
@@ -285,11 +285,11 @@ def _located_by(
         name = "" if found is None or found.size() == 1 else found.group_name
         rules = "" if mask is None else mask.spec()
         request = Request(rules, "", "", "", "", name).text()
-        return Located((sharding.first_handle, None, None), request, (), sharding.documents)
+        return Located((sharding.first_handle, None, None), request, sharding.crossing, sharding.documents)
     if group is not None or sharding.group is None:
         sharding.bind(group)
     check_marks(sharding, query, key, value)
-    return Located((sharding.handle(mask), None, None), "", (), sharding.documents)
+    return Located((sharding.handle(mask), None, None), "", sharding.crossing, sharding.documents)
 
 
 def _check_alone(

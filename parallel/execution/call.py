@@ -24,9 +24,10 @@ from ringflash.kernels.torch_private import process_group
 from ringflash.parallel.agreement.rounds import agreement
 from ringflash.parallel.lookup import find
 from ringflash.parallel.placement import Placement, batch_boundaries, check_on_device, on_a_device, placement_of
+from ringflash.parallel.planning.heads import HeadShares
 from ringflash.parallel.planning.program import Program, StageProgram, document_table, table_program, table_shape
 from ringflash.parallel.positions.mask import Mask
-from ringflash.parallel.transport.head_exchange import HeadExchange
+from ringflash.parallel.transport.head_exchange import Columns, HeadExchange, Kind
 from ringflash.parallel.transport.select import GroupTransport
 
 
@@ -35,7 +36,8 @@ class Settings(NamedTuple):
 
     Attributes:
         request: text of a call from traced code, see `Request`; empty where the handle says everything.
-        sizes: B, S and Sk of such a call.
+        sizes: B, S and Sk of such a call. Of a handle whose ranks exchange heads, and whose keys lie as the queries do:
+            how many rows they hold together, and how many ranks they are. Else empty.
         scale: factor of the scores.
         softcap: see `ringflash.kernels.modifiers`; 0 for none.
         dropout: see `ringflash.kernels.modifiers`; 0 for none.
@@ -300,7 +302,7 @@ def _form(inputs: Inputs, settings: Settings, surplus: tuple[int, int], which: s
         (query.shape[1], key.shape[1], value.shape[1]),
         (query.shape[2], value.shape[2]),
         settings[2:],
-        (inputs.sinks is not None, inputs.slopes is not None, inputs.key_visible is not None),
+        (inputs.sinks is not None, inputs.slopes is not None, inputs.key_visible is not None, keeps(inputs, settings)),
         surplus,
     )
 
@@ -325,6 +327,7 @@ def _described(placement: Placement, index: int, form: tuple) -> dict[str, objec
         "sinks given": given[0],
         "alibi_slopes given": given[1],
         "key_padding_mask given": given[2],
+        "what crossed is kept (compiled code keeps it where it is given a sharding)": given[3],
         "query and key tokens beyond the rank's share of seqlen": surplus,
     }
 
@@ -354,8 +357,25 @@ def table_of(inputs: Inputs, settings: Settings) -> Tensor:
     return document_table(mask, keys, queries, batch * seqlen, batch * key_seqlen, inputs.query.device)
 
 
+def keeps(inputs: Inputs, settings: Settings) -> bool:
+    """Whether query, key and value are kept as they crossed, in place of what they were before: they cross once."""
+    return inputs.handle is not None and bool(settings.sizes) and bool(settings.needs)
+
+
+def crossing_kinds(inputs: Inputs, ranks: int) -> list[Kind]:
+    """What crosses of query, key, value and, if any, of which keys are visible."""
+    query, key, value = inputs[:3]
+    shares = HeadShares.of(int(query.shape[1]), int(key.shape[1]), ranks)
+    kinds = [(shares.queries, query.shape[2]), (shares.keys, key.shape[2]), (shares.keys, value.shape[2])]
+    visible = [] if inputs.key_visible is None else [(1, 1, torch.uint8)]
+    return [*((heads, dim, query.dtype) for heads, dim in kinds), *visible]
+
+
 def shape_of_table(inputs: Inputs, settings: Settings) -> tuple[int, int]:
-    """Shape of `table_of`."""
+    """Shape of what the forward pass hands to the backward pass: of `table_of`, or of what crossed and is kept."""
+    if keeps(inputs, settings):
+        rows, ranks = settings.sizes
+        return rows, Columns(crossing_kinds(inputs, ranks)).width // torch.int32.itemsize
     if not inputs.on_device():
         return 0, 0
     batch, seqlen, _ = settings.sizes

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ringflash.parallel.execution.call import NEEDS, Inputs, Settings
+from ringflash.parallel.execution.call import NEEDS, Inputs, Settings, crossing_kinds, keeps
 from ringflash.parallel.planning.heads import HeadShares
-from ringflash.parallel.transport.head_exchange import HeadExchange, Homeward, Kind, Outward
+from ringflash.parallel.transport.head_exchange import HeadExchange, Homeward, Kind, Outward, taken_apart
 
 
 class Crossing:
@@ -26,12 +26,14 @@ class Crossing:
         inputs: of the call, this rank's tokens.
         settings: of the call.
         of_rows: of the backward pass: dout (T, H, Dv), log-sum-exp and delta (H, T) fp32.
+        table: of the backward pass, what the forward pass kept (see `call.keeps`).
 
     Attributes:
         heads: which of the query heads are here.
         inputs: the call as the plan takes it, once `go` was called.
         of_rows: the same of the argument.
         shares: which heads each rank has.
+        table: what the backward pass wants of what crossed, once `go` was called.
     """
 
     def __init__(
@@ -40,32 +42,39 @@ class Crossing:
         inputs: Inputs,
         settings: Settings,
         of_rows: tuple[Tensor, Tensor, Tensor] | None = None,
+        table: Tensor | None = None,
     ) -> None:
         self._exchange, self._own, visible = exchange, inputs, inputs.key_visible
         self.shares = HeadShares.of(inputs.query.shape[1], inputs.key.shape[1], exchange.ranks)
         first = exchange.place * self.shares.queries
         self.heads = slice(first, first + self.shares.queries)
-        of_queries, of_keys = [inputs.query], [self._copied(x) for x in (inputs.key, inputs.value)]
+        keeps_inputs = keeps(inputs, settings)
+        of_queries, of_keys, kept = [], [], []
         if of_rows is not None:
             dout, lse, delta = of_rows
             of_queries += [dout, torch.stack([lse, delta], -1).transpose(0, 1)]
-        if visible is not None:
-            of_keys.append(visible[:, None, None].expand(-1, exchange.ranks, 1))  # as if it were of heads
+        if table is not None and keeps_inputs:
+            kept = taken_apart(table.view(torch.uint8), crossing_kinds(inputs, exchange.ranks), exchange.queries)
+        else:
+            of_queries.append(inputs.query)
+            of_keys += [self._copied(x) for x in (inputs.key, inputs.value)]
+            if visible is not None:
+                of_keys.append(visible[:, None, None].expand(-1, exchange.ranks, 1))  # as if it were of heads
         self._outward = self._ways(of_queries, of_keys)
-        found = [x for way in self._outward for x in way.results]
-        query, key, value = found[0], *found[len(of_queries) :][:2]
+        found = [x for way in self._outward for x in way.results] + kept
+        self.of_rows: tuple[Tensor, ...] = ()
+        if of_rows is not None:
+            dout, self._pairs, *found = found
+            self.of_rows = dout, *self._pairs.new_empty(self._pairs.shape[::-1])
         self.inputs = inputs._replace(
-            query=query,
-            key=key,
-            value=value,
-            key_visible=None if visible is None else found[-1][:, 0, 0],
+            query=found[0],
+            key=found[1],
+            value=found[2],
+            key_visible=None if visible is None else found[3][:, 0, 0],
             slopes=None if inputs.slopes is None else inputs.slopes[..., self.heads],
             sinks=None if inputs.sinks is None else inputs.sinks[self.heads],
         )
-        self.of_rows: tuple[Tensor, ...] = ()
-        if of_rows is not None:
-            self._pairs = found[2]
-            self.of_rows = found[1], *self._pairs.new_empty(self._pairs.shape[::-1])
+        self.table = self._outward[0].arriving.view(torch.int32) if keeps_inputs and of_rows is None else None
         expected = self._expected(settings.needs)
         self._of_queries = len(expected[0])
         self._home, self._places = self._ways_home(*expected)
@@ -77,7 +86,7 @@ class Crossing:
 
     def _ways(self, of_queries: list[Tensor], of_keys: list[Tensor]) -> list[Outward]:
         queries, keys = self._exchange.queries, self._exchange.keys
-        if queries is keys:
+        if queries is keys or not of_keys:
             return [Outward([*of_queries, *of_keys], queries)]
         return [Outward(of_queries, queries), Outward(of_keys, keys)]
 
@@ -98,7 +107,7 @@ class Crossing:
         """The ways, and for each tensor which of them it takes, and which it is on it."""
         if len(self._outward) == 1:
             both = [*of_queries, *of_keys]
-            home = Homeward(both, self._outward[0])
+            home = Homeward(both, self._outward[0], kept=self.table is not None)
             return [home], [(home, i) for i in range(len(both))]
         kinds = of_queries, of_keys
         homes = [Homeward(each, way) for each, way in zip(kinds, self._outward, strict=True)]

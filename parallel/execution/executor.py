@@ -28,7 +28,7 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]
     """Attention of this rank's queries to the keys of all ranks.
 
     Returns:
-        out (T, H, Dv) like the query, lse (H, T) fp32, and the table that `backward` wants, see `call.table_of`.
+        out (T, H, Dv) like the query, lse (H, T) fp32, and the table that `backward` wants, see `call.shape_of_table`.
     """
     query, value = inputs.query, inputs.value
     table = query.new_empty((0, 0), dtype=torch.int32) if inputs.handle is not None else table_of(inputs, settings)
@@ -40,6 +40,7 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]
         try:
             if ready.exchange is not None:
                 ready, crossing = cross(ready, ready.exchange)
+                table = table if crossing.table is None else crossing.table
             room = make_room(ready)
         except Exception as error:
             ready.refuse(error)
@@ -101,7 +102,7 @@ def backward(
         delta = ready.kernels.row_delta(dout, out, dlse)
         of_rows = dout, lse, delta
         if ready.exchange is not None:
-            ready, crossing = cross(ready, ready.exchange, of_rows)
+            ready, crossing = cross(ready, ready.exchange, of_rows, table)
             of_rows = crossing.of_rows
         at = ready.inputs
         wanted = ([at.key] if needs_key else []) + ([at.value] if needs_value else [])
@@ -168,7 +169,10 @@ def backward(
 
 
 def cross(
-    ready: Ready, exchange: HeadExchange, of_rows: tuple[Tensor, Tensor, Tensor] | None = None
+    ready: Ready,
+    exchange: HeadExchange,
+    of_rows: tuple[Tensor, Tensor, Tensor] | None = None,
+    table: Tensor | None = None,
 ) -> tuple[Ready, Crossing]:
     """The call as the plan takes it, all tokens of some heads; its tensors are filled when ranks begin.
 
@@ -176,8 +180,9 @@ def cross(
         ready: the call.
         exchange: of heads for tokens.
         of_rows: of the backward pass: dout, log-sum-exp and delta.
+        table: of the backward pass, what `forward` returned.
     """
-    crossing = Crossing(exchange, ready.inputs, ready.settings, of_rows)
+    crossing = Crossing(exchange, ready.inputs, ready.settings, of_rows, table)
     return replace(ready, inputs=crossing.inputs, first_head=crossing.heads.start), crossing
 
 
@@ -242,10 +247,8 @@ def walk(
                 pair for s in stage.sends for pair in rows_of(s, arrived if s.relayed else sent)
             ]
             receives = [pair for s in stage.receives for pair in rows_of(s, coming)]
-            relays = any(s.relayed for s in stage.sends)
-            ticket = transport.transfer(
-                sends, receives, f"keys and values for stage {index + 1}", None if relays else there
-            )
+            since = None if stage.relays else there
+            ticket = transport.transfer(sends, receives, f"keys and values for stage {index + 1}", since)
         for piece in (stage,) if settle is None else program.backward_stages[index]:
             if piece.launches and failure is None:
                 try:
@@ -269,13 +272,12 @@ def own_sends(
 
     Empty where a stage relays keys, or a transport cannot send what an earlier point of the stream has made.
     """
-    nothing: list[list[tuple[int, Tensor]]] = [[] for _ in program.stages]
-    if transport is None or not (there := transport.mark()):
-        return nothing, None
-    for pairs, stage in zip(nothing, program.stages, strict=True):
-        if not any(s.relayed for s in stage.sends):
-            pairs += [pair for s in stage.sends for pair in rows_of(s, sent)]
-    return nothing, transport.mark() if any(nothing) else there
+    if transport is None or transport.mark() is None:
+        return [[]] * len(program.stages), None
+    found = [
+        [] if stage.relays else [pair for s in stage.sends for pair in rows_of(s, sent)] for stage in program.stages
+    ]
+    return found, transport.mark()
 
 
 # Learned sinks: one more logit a head in the softmax, without a value (gpt-oss, arXiv 2508.10925)

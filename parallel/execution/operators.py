@@ -27,7 +27,7 @@ from ringflash.kernels.torch_private import (
     only_functionalized,
     transforms_active,
 )
-from ringflash.parallel.execution.call import NEEDS, Inputs, Settings, shape_of_table
+from ringflash.parallel.execution.call import NEEDS, Inputs, Settings, keeps, shape_of_table
 from ringflash.parallel.execution.executor import backward, forward
 from ringflash.parallel.placement import HELD
 
@@ -137,7 +137,12 @@ class _Attention(_Refusing):
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
-        ctx.save_for_backward(*output, *inputs[:TENSORS])
+        tensors = inputs[:TENSORS]
+        if keeps(
+            Inputs(*tensors), Settings(*inputs[TENSORS:])
+        ):  # query, key and value are in output[2], as they crossed
+            tensors = (*(x.new_empty(()).expand(x.shape) for x in tensors[:3]), *tensors[3:])
+        ctx.save_for_backward(*output, *tensors)
         ctx.mark_non_differentiable(output[2])
         ctx.settings = inputs[TENSORS:]
         ctx.set_materialize_grads(False)

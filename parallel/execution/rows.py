@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from math import prod
 
 import torch
@@ -26,14 +27,27 @@ def rows_beside(like: Sequence[Tensor], count: int, dtype: torch.dtype | None = 
         dtype: theirs; each one's own if None.
     """
     found: list[Tensor] = []
-    for kind in dict.fromkeys(dtype or x.dtype for x in like):
-        alike = [x for x in like if (dtype or x.dtype) == kind]
-        step = max(1, ALIGNED // kind.itemsize)
-        sizes = [-(-count * prod(x.shape[1:]) // step) * step for x in alike]
-        memory = alike[0].new_empty(sum(sizes), dtype=kind)
-        for x, part in zip(alike, memory.split(sizes), strict=True):
-            found.append(part[: count * prod(x.shape[1:])].view(count, *x.shape[1:]))
+    for kind, size, places in _places(tuple([(x.shape[1:], dtype or x.dtype) for x in like]), count):
+        memory = like[0].new_empty(size, dtype=kind)
+        found += [memory.as_strided(*place) for place in places]
     return tuple(found)
+
+
+@lru_cache(maxsize=256)
+def _places(
+    kinds: tuple[tuple[torch.Size, torch.dtype], ...], count: int
+) -> list[tuple[torch.dtype, int, list[tuple[tuple[int, ...], tuple[int, ...], int]]]]:
+    """Of each dtype how many numbers there are, and shape, strides and beginning of each tensor among them."""
+    found = []
+    for kind in dict.fromkeys(kind for _, kind in kinds):
+        places, size, step = [], 0, max(1, ALIGNED // kind.itemsize)
+        for shape in (shape for shape, of in kinds if of == kind):
+            whole = (count, *shape)
+            strides = tuple(prod(whole[i + 1 :]) for i in range(len(whole)))
+            places.append((whole, strides, size))
+            size += -(-prod(whole) // step) * step
+        found.append((kind, size, places))
+    return found
 
 
 def rows_of(shipment: Shipment, tensors: Rows) -> list[tuple[int, Tensor]]:

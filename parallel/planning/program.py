@@ -95,6 +95,11 @@ class StageProgram:
     index: int = 0
     offset: int = 0
 
+    @cached_property
+    def relays(self) -> bool:
+        """Whether some of what it sends arrived from elsewhere before."""
+        return any(s.relayed for s in self.sends)
+
     def pieces(self, size: int) -> tuple[StageProgram, ...]:
         """The stage for the backward pass, so many keys at a time; transfers of keys are the whole stage's."""
         keys = count(self.key_segments) if self.launches else 0

@@ -69,5 +69,6 @@ def _of_rank(rank: int, queries: Partition, keys: Partition, needed: list[Segmen
                 reduces=(Move(reader, reduced[hop]),) if reduced[hop] else (),
             )
         )
-    kept, piece = without_idle_end(stages), PIECE if ranks > 1 else None  # one rank has no parts in fp32
+    kept = without_idle_end(stages)
+    piece = PIECE if ranks > 1 else None  # one rank has no parts in fp32
     return RankPlan(rank, queries.segments[rank], own, kept, Buffers.of(kept, piece), piece)

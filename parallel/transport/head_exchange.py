@@ -28,6 +28,27 @@ Kind = tuple[int, int, torch.dtype]
 """Of a tensor (rows, h, D): h, D, and its dtype."""
 
 
+WIDE = torch.int64
+"""What bytes are copied as, where they can be: torch copies what has other strides number by number, of any size."""
+
+
+def copy(source: Tensor, target: Tensor, rows: Tensor | None = None) -> None:
+    """Copy a tensor, or some rows of it, into another of the same dtype; any strides."""
+    if _is_wide(source) and _is_wide(target):
+        source, target = source.view(WIDE), target.view(WIDE)
+    if rows is None:
+        target.copy_(source)
+    else:
+        torch.index_select(source, 0, rows, out=target)
+
+
+def _is_wide(x: Tensor) -> bool:
+    """Whether its rows are whole numbers of `WIDE`."""
+    times = WIDE.itemsize // x.element_size()
+    places = x.shape[-1], x.storage_offset(), *x.stride()[:-1]
+    return x.stride(-1) == 1 and not any(place % times for place in places) and x.data_ptr() % WIDE.itemsize == 0
+
+
 class Columns:
     """Where each of several tensors (rows, h, D) lies in rows of bytes.
 
@@ -39,6 +60,12 @@ class Columns:
         self._kinds = kinds
         sizes = [-(-heads * dim * dtype.itemsize // ALIGNED) * ALIGNED for heads, dim, dtype in kinds]
         *self._starts, self.width = accumulate(sizes, initial=0)
+        self._gaps = self.width > sum(heads * dim * dtype.itemsize for heads, dim, dtype in kinds)
+
+    def new_rows(self, *shape: int, device: torch.device) -> Tensor:
+        """Memory for rows, (*shape, width); what lies between tensors is 0, so that rows are the same each time."""
+        make = torch.zeros if self._gaps else torch.empty
+        return make(*shape, self.width, dtype=torch.uint8, device=device)
 
     def split(self, rows: Tensor) -> list[Tensor]:
         """Views of the tensors, (..., h, D), in rows (..., width)."""
@@ -59,21 +86,17 @@ class Outward:
     def __init__(self, tensors: Sequence[Tensor], rows: UnionRows) -> None:
         self.rows, ranks, (tokens, device) = rows, len(rows.counts), (len(tensors[0]), tensors[0].device)
         columns = Columns([(x.shape[1] // ranks, x.shape[2], x.dtype) for x in tensors])
-        self.sent = torch.empty(ranks, tokens, columns.width, dtype=torch.uint8, device=device)
+        self.sent = columns.new_rows(ranks, tokens, device=device)
         for part, x in zip(columns.split(self.sent), tensors, strict=True):
-            part.copy_(x.unflatten(1, (ranks, -1)).transpose(0, 1))
+            copy(x.unflatten(1, (ranks, -1)).transpose(0, 1), part)
         self.arriving = torch.empty(sum(rows.counts), columns.width, dtype=torch.uint8, device=device)
         self._arrived = columns.split(self.arriving)
         self.results = [torch.empty(x.shape, dtype=x.dtype, device=device) for x in self._arrived]
         """(U, h, D), once they have travelled."""
 
     def settle(self) -> None:
-        """Take what arrived apart, in the order of the union."""
-        for result, arrived in zip(self.results, self._arrived, strict=True):
-            if self.rows.order is None:
-                result.copy_(arrived)
-            else:
-                torch.index_select(arrived, 0, self.rows.order, out=result)
+        """Take what arrived apart."""
+        _take_apart(self._arrived, self.rows, self.results)
 
     @property
     def sends(self) -> Sequence[Tensor]:
@@ -91,13 +114,16 @@ class Homeward:
 
     Args:
         kinds: of the tensors.
-        crossed: what crossed in the same rows; nobody looks at it any more, and its memory serves again.
+        crossed: what crossed in the same rows; its memory serves again.
+        kept: what arrived then is looked at later; otherwise by nobody any more.
     """
 
-    def __init__(self, kinds: Sequence[Kind], crossed: Outward) -> None:
+    def __init__(self, kinds: Sequence[Kind], crossed: Outward, kept: bool = False) -> None:
         self.rows, (ranks, tokens) = crossed.rows, crossed.sent.shape[:2]
         self.tensors, columns = len(kinds), Columns(kinds)
-        self.sent = _room((sum(self.rows.counts), columns.width), crossed.arriving)
+        self.sent = _room(
+            (sum(self.rows.counts), columns.width), crossed.sent.new_empty(0) if kept else crossed.arriving
+        )
         self._parts = columns.split(self.sent)
         self.arriving = _room((ranks, tokens, columns.width), crossed.sent)
         self._arrived = columns.split(self.arriving)
@@ -105,10 +131,7 @@ class Homeward:
     def fill(self, tensors: Sequence[Tensor]) -> None:
         """Say what travels; what nobody filled travels all the same."""
         for part, x in zip(self._parts, tensors, strict=True):
-            if self.rows.order is None:
-                part.copy_(x)
-            else:
-                part.index_copy_(0, self.rows.order, x)
+            copy(x, part, self.rows.back)
 
     def settle(self) -> None:
         """Nothing is left to do before it is looked at."""
@@ -125,7 +148,10 @@ class Homeward:
 
     def joined(self, which: int) -> Tensor:
         """One of the tensors, (T, H, D), once they have travelled, of heads that lie on one rank each."""
-        return self._arrived[which].transpose(0, 1).flatten(1, 2)
+        arrived = self._arrived[which].transpose(0, 1)
+        result = arrived.new_empty(arrived.shape)
+        copy(arrived, result)
+        return result.flatten(1, 2)
 
     def summed(self, which: int, shares: HeadShares, key_heads: int) -> Tensor:
         """The same of key heads of which ranks have copies: (T, Hk, D), their sum in the order of the ranks."""
@@ -134,6 +160,20 @@ class Homeward:
         for place, head in enumerate(shares.key_heads):
             total[:, head] += arrived[place // shares.keys, :, place % shares.keys]
         return total
+
+
+def taken_apart(arrived: Tensor, kinds: Sequence[Kind], rows: UnionRows) -> list[Tensor]:
+    """The tensors (U, h, D) of rows that arrived in another pass."""
+    parts = Columns(kinds).split(arrived)
+    results = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in parts]
+    _take_apart(parts, rows, results)
+    return results
+
+
+def _take_apart(arrived: Sequence[Tensor], rows: UnionRows, results: Sequence[Tensor]) -> None:
+    """Fill tensors from what arrived, in the order of the union."""
+    for result, part in zip(results, arrived, strict=True):
+        copy(part, result, rows.order)
 
 
 def _room(shape: Sequence[int], free: Tensor) -> Tensor:

@@ -68,11 +68,7 @@ class SequenceParallel:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        group: Group = None,
-        partition: str | Partition | None = None,
-        head_ranks: int = 1,
+        self, model: nn.Module, group: Group = None, partition: str | Partition | None = None, head_ranks: int = 1
     ) -> None:
         if partition is not None:
             check_name(partition)
@@ -151,8 +147,8 @@ class SequenceParallel:
             cu_seqlens=documents.cu_seqlens,
             group=self.group,
             partition=self.partition,
-            token_work=token_work(self._model.config.get_text_config().hidden_size),
             head_ranks=self.head_ranks,
+            token_work=token_work(self._model.config.get_text_config().hidden_size),
         )
         if 0 in (counts := sharding.partition.counts()):
             raise ArgumentError(

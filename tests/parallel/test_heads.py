@@ -14,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ring import Problem, assert_ring_is_exact
 from sharded_cases import ShardedCase, any_sharding, assert_ranks_are_as_exact_as_torch, solve_share
+from torch.utils.checkpoint import checkpoint
 
 from ringflash import ArgumentError, DistributedFlashAttention, Mask, RankMismatchError, Sharding, shard_batch
 from ringflash.functional import attention
 from ringflash.kernels.cpu import blockwise
+from ringflash.parallel.planning.generators import NAMES as PLANS
 from ringflash.parallel.planning.heads import HeadShares, UnionRows
 from ringflash.parallel.positions.segments import normalize
 from ringflash.parallel.transport.head_exchange import Columns
@@ -98,6 +100,27 @@ def test_any_mask_under_any_partition_also_with_ranks_without_tokens(pool, ranks
     assert_ring_is_exact(pool, ranks, Problem(mask, shape, partition, head_ranks=head_ranks))
 
 
+def _by_plan(plan, hosts, cuts):
+    """Six ranks in three unions."""
+    *whole, dout = inputs(Shape(length=41, heads=4, key_heads=1))
+    sharding = Sharding(cu_seqlens=cuts, plan=plan, hosts=hosts, head_ranks=2)
+    leaves = [sharding.shard(x, 1).requires_grad_() for x in whole]
+    out, _ = attention(*leaves, sharding=sharding)
+    gradients = torch.autograd.grad(out, leaves, sharding.shard(dout, 1))
+    return [sharding.unshard(x.detach(), 1) for x in (out, *gradients)]
+
+
+@pytest.mark.parametrize(("plan", "hosts"), [*((name, 1) for name in PLANS), ("double-ring", 3)])
+def test_heads_are_the_outer_part_of_any_plan(pool, plan, hosts):
+    for cuts in ([0, 41], [0, 13, 17, 41]):
+        expected = exact(
+            inputs(Shape(length=41, heads=4, key_heads=1)), visible(Mask.causal() & Mask.documents(cuts), 41)
+        )
+        for found in pool(6).run(_by_plan, plan, hosts, cuts):
+            for x, right in zip(found, expected.values(), strict=True):
+                torch.testing.assert_close(x.double(), right, atol=2e-5, rtol=2e-5)
+
+
 EVERY_FEATURE = {"softcap": 2.0, "alibi": "documents", "dropout": 0.5, "padding": True, "sinks": True}
 RULES = Rules(left=30, right=4, sink=2, chunk=48)
 
@@ -173,6 +196,27 @@ def test_every_interface_takes_it(pool, ranks, head_ranks):
                 torch.testing.assert_close(x.double(), right, atol=2e-5, rtol=2e-5)
 
 
+def _differentiated(head_ranks, cuts):
+    """Gradients by autograd, compiled, through a checkpoint, and by torch.func, of packings of one length."""
+    torch._dynamo.reset()
+    function = lambda q, k, v, s: attention(q.sin(), k, v, sharding=s)[0].square()  # noqa: E731
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for edges in cuts:
+        sharding = Sharding(cu_seqlens=edges, partition="balanced", head_ranks=head_ranks)
+        *whole, _ = inputs(Shape(length=24))
+        leaves = [sharding.shard(x, 1).clone().requires_grad_() for x in whole]
+        expected = torch.autograd.grad(function(*leaves, sharding).sum(), leaves)
+        for out in (compiled(*leaves, sharding), checkpoint(function, *leaves, sharding, use_reentrant=False)):
+            torch.testing.assert_close(torch.autograd.grad(out.sum(), leaves), expected)
+        out, backward = torch.func.vjp(lambda *x: function(*x, sharding), *[x.detach() for x in leaves])  # noqa: B023
+        torch.testing.assert_close(backward(torch.ones_like(out)), expected)
+
+
+@pytest.mark.parametrize(("ranks", "head_ranks"), [(2, 2), (4, 2)])
+def test_what_is_kept_serves_every_way_of_differentiating(pool, ranks, head_ranks):
+    pool(ranks).run(_differentiated, head_ranks, [[0, 24], [0, 7, 24], [0, 3, 20, 24]], timeout=120)
+
+
 # What it costs, and what it leaves alone
 
 
@@ -231,8 +275,32 @@ def test_gradients_of_some_tensors_are_those_of_all_and_nothing_else_comes_home(
         for x, i in zip(found, which, strict=True):
             torch.testing.assert_close(x.double(), expected[i], atol=2e-5, rtol=2e-5)
         assert exchanges == (2, 2)
+        again = 0 if key_length == 30 else 10 * 64 + 7 * 2 * 16  # numbers of query, key and value
+        assert sent[0] == 2 * 4 * (10 * 64 + again) + 2 * 10 * 32  # beside dout's, log-sum-exp and delta
         home += sent[-1]
     assert home == sum(everything[i].nbytes * 2 // 3 for i in which)  # two thirds of the heads are elsewhere
+
+
+def _saved(head_ranks):
+    """Bytes that one call keeps for its backward pass."""
+    *whole, _ = inputs(Shape(length=512, heads=8, key_heads=4))
+    sharding = Sharding(seqlen=512, head_ranks=head_ranks)
+    leaves = [sharding.shard(x, 1).requires_grad_() for x in whole]
+    storages = {}
+
+    def note(x):
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        kept = attention(*leaves, sharding=sharding)
+    assert kept[0].requires_grad
+    return sum(storages.values())
+
+
+def test_what_crossed_is_kept_in_place_of_what_it_was(pool):
+    for ring, heads in zip(pool(4).run(_saved, 1), pool(4).run(_saved, 4), strict=True):
+        assert 0.95 < heads / ring < 1.05
 
 
 def _repeat(key_heads):
