@@ -8,6 +8,7 @@ Legend: B sequences; S tokens of one sequence over all ranks, s of them on this 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -56,7 +57,8 @@ class SequenceParallel:
         partition: "zigzag", "contiguous", "balanced" (equally long for the model's masks and width), or a `Partition`
             of one sequence. None is "balanced" for one sequence of several packed documents, and "zigzag" for all else.
         head_ranks: how many ranks that follow each other exchange heads for tokens inside of attention; see
-            `ringflash.Sharding`. The model's query heads are a multiple of it.
+            `ringflash.Sharding`. The model's query heads are a multiple of it. None is 1, and for contiguous shares,
+            of which the last of a causal sequence is the most work, as many as ranks and query heads allow.
 
     Raises:
         ArgumentError: a model that cannot be sharded, by the name of its layer.
@@ -68,14 +70,18 @@ class SequenceParallel:
     """
 
     def __init__(
-        self, model: nn.Module, group: Group = None, partition: str | Partition | None = None, head_ranks: int = 1
+        self,
+        model: nn.Module,
+        group: Group = None,
+        partition: str | Partition | None = None,
+        head_ranks: int | None = None,
     ) -> None:
         if partition is not None:
             check_name(partition)
         self._group = sharing_group(group)
-        check_head_ranks(head_ranks, self.ranks)
-        self.head_ranks = head_ranks
         self._model = pretrained_of(model)
+        self.head_ranks = self._default_head_ranks(partition) if head_ranks is None else head_ranks
+        check_head_ranks(self.head_ranks, self.ranks)
         if self.ranks > 1:
             check_shardable(self._model)
         self.partition = partition
@@ -92,6 +98,10 @@ class SequenceParallel:
         self._scales_by_place = scales_by_place(self._model)
         self._scaled_rotary = any(rotary_modules(self._model))
         self._forward = forward_of(self._model)
+
+    def _default_head_ranks(self, partition: str | Partition | None) -> int:
+        heads = getattr(self._model.config.get_text_config(), "num_attention_heads", 1)
+        return math.gcd(self.ranks, heads) if partition == "contiguous" and is_causal(self._model) else 1
 
     @property
     def ranks(self) -> int:

@@ -10,6 +10,8 @@ from batches import KINDS, gradients, learn_alone, learn_together
 from families import FAMILIES, build
 from learning import LOSS, assert_learned, learn_family
 
+from ringflash.transformers import SequenceParallel
+
 COUNTS_TOKENS_OF_ROWS = ("llama4",)
 """For its temperature, whatever position_ids say: eager's batch is the truth, and not each document alone."""
 
@@ -35,6 +37,17 @@ def test_ranks_that_exchange_heads_learn_the_same(pool, family, ranks, head_rank
     kind = "left_padded"
     results = pool(ranks).run(learn_family, family, KINDS[kind]().batch, head_ranks=head_ranks)
     assert_learned(results, *_one_device(family, kind))
+
+
+def _contiguous_head_ranks(family):
+    return SequenceParallel(build(family, "ring"), partition="contiguous").head_ranks
+
+
+@pytest.mark.parametrize(("ranks", "head_ranks"), [(1, 1), (2, 2), (3, 1), (4, 4)])
+def test_ranks_with_contiguous_shares_exchange_heads_as_far_as_they_can(pool, ranks, head_ranks):
+    assert pool(ranks).run(_contiguous_head_ranks, "llama") == [head_ranks] * ranks
+    results = pool(ranks).run(learn_family, "llama", KINDS["left_padded"]().batch, partition="contiguous")
+    assert_learned(results, *_one_device("llama", "left_padded"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
