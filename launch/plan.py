@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from ringflash.errors import ArgumentError
 from ringflash.launch.calibrate import calibrate, keep
+from ringflash.launch.plan_hosts import RANKS as SIMULATED
 from ringflash.launch.plan_hosts import as_table, simulate
 from ringflash.launch.plan_hosts import draw as draw_hosts
 from ringflash.launch.plan_picture import as_svg, stage_count, stage_of, visible_ranges
@@ -35,7 +36,7 @@ from ringflash.parallel.planning.choose import choose
 from ringflash.parallel.planning.cost import Prediction, Shape, predict
 from ringflash.parallel.planning.generators import NAMES, check_plan, in_words, plan_named
 from ringflash.parallel.planning.loads import loads
-from ringflash.parallel.planning.machine import COPY_ENGINE, SEND_RECV, Machine, cache_path, known_machine
+from ringflash.parallel.planning.machine import COPY_ENGINE, SEND_RECV, Machine, cache_path, machine_for
 from ringflash.parallel.planning.plan import Plan
 from ringflash.parallel.planning.verify import verify
 from ringflash.parallel.positions.mask import Mask
@@ -118,13 +119,13 @@ def mask_of(options: argparse.Namespace) -> tuple[Mask, str]:
     return mask, ", ".join(names)
 
 
-def machine_of(name: str | None) -> Machine:
+def machine_of(name: str | None, ranks: int, hosts: int) -> Machine:
     """The machine that the command line names: one of `MACHINES`, a measurement's file, or what is known here."""
     if name in MACHINES:
         return MACHINES[name]
     if name is not None and not Path(name).exists():
         raise ArgumentError(f"--machine {name}; allowed are {', '.join(MACHINES)} and the file of a measurement")
-    return known_machine(None if name is None else Path(name))
+    return machine_for(ranks, hosts, None if name is None else Path(name))
 
 
 def _numbers(text: str) -> list[int]:
@@ -189,8 +190,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _without_group(options: argparse.Namespace) -> None:
-    machine, shape = machine_of(options.machine), _shape(options)
+    shape = _shape(options)
     if options.simulate:
+        machine = machine_of(options.machine, ranks=max(SIMULATED), hosts=2)
         shares = simulate(machine, shape)
         print(f"Share of one GPU's speed at equal work, predicted for {machine.name}\n\n{as_table(shares)}")
         if options.picture:
@@ -198,6 +200,7 @@ def _without_group(options: argparse.Namespace) -> None:
             print(f"drawn into {options.picture}")
         return
     options.ranks = 4 if options.ranks is None else options.ranks
+    machine = machine_of(options.machine, options.ranks, options.hosts)
     mask, partition, title = _problem(options)
     found = loads(mask, partition, partition, needed_keys(mask, partition.segments, partition.length))
     if options.plan == "all":
@@ -257,7 +260,7 @@ def _measure(options: argparse.Namespace, device: torch.device) -> None:
             f"--measure with --ranks {options.ranks} in {ranks} processes; start as many by torchrun, and more than one"
         )
     options.ranks = ranks
-    machine, shape = machine_of(options.machine), _shape(options)
+    machine, shape = machine_of(options.machine, ranks, options.hosts), _shape(options)
     mask, partition, title = _problem(options)
     plan, because = _plan(options, mask, partition, machine, shape)
     found = loads(mask, partition, partition, needed_keys(mask, partition.segments, partition.length))
@@ -304,7 +307,7 @@ def _plan(
         )
         name, because = choice.name, choice.describe()
     else:
-        check_plan(options.plan, options.hosts, partition.ranks)
+        check_plan(options.plan)
         name, because = options.plan, f"{options.plan}: {in_words(options.plan)}; as it was named"
     return plan_named(name, mask, partition, hosts=options.hosts), because
 

@@ -74,6 +74,7 @@ def find(
     cu_seqlens: Boundaries = None,
     query_cu_seqlens: Boundaries = None,
     head_ranks: int = 1,
+    plan: str | None = None,
 ) -> Sharding:
     """The sharding of a call's arguments, made if it is not there.
 
@@ -85,9 +86,10 @@ def find(
         cu_seqlens: as in `Sharding`, on the host.
         query_cu_seqlens: likewise.
         head_ranks: as in `Sharding`.
+        plan: as in `Sharding`.
     """
     documents = None if cu_seqlens is None else (_digest(cu_seqlens), _digest(query_cu_seqlens))
-    key = mask, sizes, group, partition, documents, head_ranks
+    key = mask, sizes, group, partition, documents, head_ranks, plan
     try:
         found = shardings.get(key)
     except TypeError:  # not hashable
@@ -104,6 +106,7 @@ def find(
             query_cu_seqlens=query_cu_seqlens,
             partition=partition,
             head_ranks=head_ranks,
+            plan=plan,
             **place,
         )
         shardings.add(key, found)

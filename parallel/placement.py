@@ -26,6 +26,7 @@ from ringflash.kernels.torch_private import is_destroyed, without_transforms
 from ringflash.parallel.agreement.rounds import digest_of
 from ringflash.parallel.planning.choose import Choice, choose
 from ringflash.parallel.planning.cost import Shape
+from ringflash.parallel.planning.double_ring import check_hosts
 from ringflash.parallel.planning.generators import check_plan, plan_named
 from ringflash.parallel.planning.heads import UnionRows
 from ringflash.parallel.planning.plan import RankPlan
@@ -81,7 +82,9 @@ class Placement:
         self.head_ranks = head_ranks
         self.batch, self.seqlen, self.key_seqlen = sizes
         self._plan_name, self.hosts = plan
-        check_plan("ring" if self._plan_name is None else self._plan_name, self.hosts, self.ranks // head_ranks)
+        if self._plan_name is not None:
+            check_plan(self._plan_name)
+        check_hosts(self.hosts, self.ranks // head_ranks)
         self.boundaries, self.on_device = boundaries, on_device
         self.group: dist.ProcessGroup | None = None
         if partition is not None and not (isinstance(partition, str) and partition.startswith("[")):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ringflash.functional import attention
 from ringflash.parallel.mesh import ONE_DEVICE, Group, GroupLeftBehind, group_size, process_group
+from ringflash.parallel.planning.generators import check_plan
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import Partition, check_name
 from ringflash.parallel.sharding import Sharding
@@ -57,6 +58,7 @@ class DistributedFlashAttention(GroupModule):
         dropout: probability of dropping a pair while training; see `ringflash.functional.attention` for its seed.
         head_ranks: how many ranks that follow each other exchange heads for tokens; see `ringflash.Sharding`. H is a
             multiple of it. A sharding that is passed has its own.
+        plan: how keys travel between ranks; see `ringflash.Sharding`, which chooses if None. Likewise.
 
     Example:
         >>> attend = DistributedFlashAttention(Mask.causal() & Mask.sliding_window(1023))
@@ -77,6 +79,7 @@ class DistributedFlashAttention(GroupModule):
         softcap: float | None = 0.0,
         dropout: float | None = 0.0,
         head_ranks: int = 1,
+        plan: str | None = None,
     ) -> None:
         super().__init__(group)
         check_name(partition)
@@ -89,6 +92,9 @@ class DistributedFlashAttention(GroupModule):
         self.softcap = softcap
         self.dropout = dropout
         self.head_ranks = head_ranks
+        if plan is not None:
+            check_plan(plan)
+        self.plan = plan
 
     def forward(
         self,
@@ -169,6 +175,7 @@ class DistributedFlashAttention(GroupModule):
             group=self.group,
             partition=self.partition if sharding is None else None,
             head_ranks=self.head_ranks if sharding is None else None,
+            plan=self.plan if sharding is None else None,
             sharding=sharding,
             scale=self.scale,
             softcap=self.softcap,

@@ -24,6 +24,7 @@ from ringflash.parallel.execution.operators import NO_FORWARD_MODE, NO_VMAP, cal
 from ringflash.parallel.lookup import find
 from ringflash.parallel.mesh import Group, process_group
 from ringflash.parallel.placement import on_a_device
+from ringflash.parallel.planning.generators import check_plan
 from ringflash.parallel.planning.heads import check_head_ranks, check_heads
 from ringflash.parallel.positions.integers import check_flag, check_number, integers
 from ringflash.parallel.positions.mask import Mask
@@ -66,6 +67,7 @@ def attention(
     group: Group = None,
     partition: str | Partition | None = None,
     head_ranks: int | None = None,
+    plan: str | None = None,
     sharding: Sharding | None = None,
     scale: float | None = None,
     softcap: float | None = 0.0,
@@ -97,8 +99,9 @@ def attention(
         partition: how tokens are sharded; see `ringflash.shard`. "zigzag" if None.
         head_ranks: how many ranks that follow each other exchange heads for tokens; see `ringflash.Sharding`. H is a
             multiple of it. 1 if None.
-        sharding: how the batch lies on its ranks, in place of lengths, documents, partition and head_ranks. `mask` is
-            then one of its masks, and may be None where it has one.
+        plan: how keys travel; see `ringflash.Sharding`, which chooses if None.
+        sharding: how the batch lies on its ranks, in place of lengths, documents, partition, head_ranks and plan.
+            `mask` is then one of its masks, and may be None where it has one.
         scale: factor of the scores before the softmax; 1 / sqrt(D) if None.
         softcap: scores become softcap * tanh(score / softcap); 0 or None for none.
         alibi_slopes: fp32 (H,), or (B, H), or (documents, H) with cu_seqlens; slope * distance is taken from a score.
@@ -143,9 +146,9 @@ def attention(
                 "zigzag" if partition is None else partition,
                 1 if head_ranks is None else head_ranks,
             )
-            located = _located(query, key, value, *given, process_group(group), partition, head_ranks)
+            located = _located(query, key, value, *given, process_group(group), partition, head_ranks, plan)
         else:
-            _check_alone(cu_seqlens, query_cu_seqlens, seqlen, key_seqlen, partition, head_ranks)
+            _check_alone(cu_seqlens, query_cu_seqlens, seqlen, key_seqlen, partition, head_ranks, plan)
             located = _located_by(sharding, query, key, value, mask, group)
         if alibi_slopes is not None:
             _check_slopes(alibi_slopes, query, located)
@@ -231,12 +234,15 @@ def _located(
     group: dist.ProcessGroup | None,
     partition: str | Partition,
     head_ranks: int,
+    plan: str | None,
 ) -> Located:
     """By mask, documents and lengths: looked up here, or by the operator where the host cannot."""
     ranks = 1 if group is None else group.size()
-    if head_ranks != 1:
+    if not isinstance(head_ranks, int) or head_ranks != 1:
         check_head_ranks(head_ranks, ranks)
         check_heads(query.shape[2], head_ranks)
+    if plan is not None:
+        check_plan(plan)
     group = None if ranks == 1 else group
     for what, length in (("seqlen", seqlen), ("key_seqlen", key_seqlen)):
         if isinstance(length, float | str | Tensor) or (length is not None and length < 0):
@@ -255,12 +261,13 @@ def _located(
             _documents(mask, known).spec(),
             partition if isinstance(partition, str) else partition.spec(),
             str(head_ranks),
+            plan or "",
             "" if group is None else group.group_name,
         )
         edges = known[0] if known is not None else boundaries if boundaries is not None else mask.boundaries
         count = None if edges is None else len(edges) - 1
         return Located((None, boundaries, query_boundaries), request.text(), sizes, count)
-    sharding = find(mask, sizes, group, partition, cu_seqlens, query_cu_seqlens, head_ranks)
+    sharding = find(mask, sizes, group, partition, cu_seqlens, query_cu_seqlens, head_ranks, plan)
     check_marks(sharding, query, key, value)
     return Located((sharding.handle(mask), None, None), "", sharding.crossing, sharding.documents)
 
@@ -277,7 +284,7 @@ def _located_by(
         found = None if known else process_group(group)
         name = "" if found is None or found.size() == 1 else found.group_name
         rules = "" if mask is None else mask.spec()
-        request = Request(rules, "", "", "", name).text()
+        request = Request(rules, "", "", "", "", name).text()
         return Located((sharding.first_handle, None, None), request, sharding.crossing, sharding.documents)
     if group is not None or sharding.group is None:
         sharding.bind(group)
@@ -292,6 +299,7 @@ def _check_alone(
     key_seqlen: int | None,
     partition: str | Partition | None,
     head_ranks: int | None,
+    plan: str | None,
 ) -> None:
     given = {
         "cu_seqlens": cu_seqlens,
@@ -300,6 +308,7 @@ def _check_alone(
         "key_seqlen": key_seqlen,
         "partition": partition,
         "head_ranks": head_ranks,
+        "plan": plan,
     }
     if beside := [name for name, x in given.items() if x is not None]:
         raise ArgumentError(f"{', '.join(beside)} beside sharding, which has them; pass the sharding alone")

@@ -110,6 +110,7 @@ class Request(NamedTuple):
         documents: `Mask.spec()` of document boundaries alone; empty where there is a handle.
         partition: name or `Partition.spec()`; empty where there is a handle.
         head_ranks: as a number in text; empty where there is a handle.
+        plan: its name; empty where none was named, and where there is a handle.
         group: name of the process group; empty for one device.
     """
 
@@ -117,6 +118,7 @@ class Request(NamedTuple):
     documents: str
     partition: str
     head_ranks: str
+    plan: str
     group: str
 
     def text(self) -> str:
@@ -125,11 +127,11 @@ class Request(NamedTuple):
 
     @staticmethod
     @lru_cache(maxsize=256)
-    def read(text: str) -> tuple[Mask | None, Mask | None, str, int, str]:
-        """Rules, documents, partition, head_ranks and group of a text; None for an empty one."""
-        rules, documents, partition, head_ranks, group = text.split("|", 4)
+    def read(text: str) -> tuple[Mask | None, Mask | None, str, int, str | None, str]:
+        """Rules, documents, partition, head_ranks, plan and group of a text; None for an empty one."""
+        rules, documents, partition, head_ranks, plan, group = text.split("|", 5)
         mask, apart = (Mask.from_spec(spec) if spec else None for spec in (rules, documents))
-        return mask, apart, partition, int(head_ranks or 1), group
+        return mask, apart, partition, int(head_ranks or 1), plan or None, group
 
 
 @dataclass
@@ -262,7 +264,7 @@ def prepare(inputs: Inputs, settings: Settings, table: Tensor, which: str) -> Re
 
 def _requested(inputs: Inputs, settings: Settings) -> tuple[Placement, int]:
     """The sharding that traced code asks for, and which of its masks."""
-    rules, documents, partition, head_ranks, name = Request.read(settings.request)
+    rules, documents, partition, head_ranks, plan, name = Request.read(settings.request)
     group = process_group(name) if name else None
     with refusals_notified(group):
         if inputs.handle is not None:
@@ -276,7 +278,7 @@ def _requested(inputs: Inputs, settings: Settings) -> tuple[Placement, int]:
         if inputs.boundaries is not None:
             boundaries = inputs.boundaries, inputs.query_boundaries
         batch, seqlen, key_seqlen = settings.sizes
-        sharding = find(rules, (batch, seqlen, key_seqlen), group, partition, *boundaries, head_ranks)
+        sharding = find(rules, (batch, seqlen, key_seqlen), group, partition, *boundaries, head_ranks, plan)
         return placement_of(sharding.handle(rules))
 
 

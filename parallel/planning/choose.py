@@ -15,7 +15,7 @@ from functools import cache
 from ringflash.parallel.planning.cost import Prediction, Shape, predict
 from ringflash.parallel.planning.generators import in_words, plan_named
 from ringflash.parallel.planning.loads import loads
-from ringflash.parallel.planning.machine import Machine, known_machine
+from ringflash.parallel.planning.machine import Machine, machine_for
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import Partition
 from ringflash.parallel.positions.visibility import needed_keys
@@ -33,7 +33,7 @@ MEMORY = 2**30
 MOST_RANKS = 128
 """Among more, choosing takes longer than planning; name a plan, which `python launch/plan.py` compares."""
 
-CANDIDATES = ("ring", "counter-ring", "double-ring", "direct-1", "direct-2")
+CANDIDATES = ("ring", "counter-ring", "double-ring", "direct-1", "direct-2", "direct-3")
 """Plans among which to choose."""
 
 
@@ -93,7 +93,7 @@ def choose(
         memory: see `MEMORY`.
         token_work: see `cost.predict`.
     """
-    keys, machine, shape = keys or queries, machine or _known(), shape or Shape()
+    keys, machine, shape = keys or queries, machine or _known(queries.ranks, hosts), shape or Shape()
     if queries.ranks > MOST_RANKS:
         return Choice("ring", {}, machine, shape, f"among more than {MOST_RANKS} ranks nothing else is taken unasked")
     found = loads(mask, queries, keys, needed_keys(mask, queries.segments, keys.length))
@@ -118,6 +118,6 @@ def choose(
 
 
 @cache
-def _known() -> Machine:
+def _known(ranks: int, hosts: int) -> Machine:
     """Read once: it must not change between the shardings of a program."""
-    return known_machine()
+    return machine_for(ranks, hosts)

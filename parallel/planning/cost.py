@@ -2,8 +2,9 @@
 
 All ranks go through the stages together. A stage takes a rank as long as its launch; the next one begins when that is
 done and its keys are there. They leave their sender when that begins its own stage, or where launches hold every
-processor, when its launch ends. In the backward pass gradient parts travel behind each stage and are added when there
-is no more room for others, and the first half of the own keys is worked on last.
+processor, when its launch ends; or own keys at once, where a transport can. In the backward pass gradient parts travel
+behind each stage and are added when there is no more room for others, and the first half of the own keys is worked on
+last.
 
 Legend: R ranks, N stages.
 """
@@ -14,6 +15,7 @@ from collections import deque
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -124,6 +126,16 @@ def predict(
     return Prediction(model.forward(), model.backward(), model.memory, int(model.carried.sum()))
 
 
+class _Moves(NamedTuple):
+    """Transfers of one stage, an array each: who receives and sends, seconds, and as in `Link`, for own keys alone."""
+
+    receiver: np.ndarray
+    sender: np.ndarray
+    seconds: np.ndarray
+    hidden: np.ndarray
+    ahead: np.ndarray
+
+
 class _Model:
     def __init__(
         self, outline: Outline, loads: Loads, machine: Machine, shape: Shape, hosts: int, token_work: int
@@ -180,24 +192,24 @@ class _Model:
     # Transfers
 
     @cached_property
-    def _moves(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """By stage the receivers, senders and seconds of the keys that arrive for it."""
+    def _moves(self) -> list[_Moves]:
+        """By stage the keys that arrive for it."""
         of_bytes = self.carried * self.shape.key_bytes
         rank, owner = np.nonzero(of_bytes)
-        return self._timed(
-            self.outline.stage[rank, owner], rank, self.outline.source[rank, owner], of_bytes[rank, owner]
-        )
+        source = self.outline.source[rank, owner]
+        return self._timed(self.outline.stage[rank, owner], rank, source, of_bytes[rank, owner], source == owner)
 
     @cached_property
-    def _returns(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """By stage the receivers, senders and seconds of the gradient parts that leave behind it."""
+    def _returns(self) -> list[_Moves]:
+        """By stage the gradient parts that leave behind it."""
         foreign = self._foreign * self.shape.gradient_bytes
         rank, owner = np.nonzero(foreign)
-        return self._timed(self.outline.stage[rank, owner], owner, rank, foreign[rank, owner])
+        stage = self.outline.stage[rank, owner]
+        return self._timed(stage, owner, rank, foreign[rank, owner], np.zeros(len(rank), dtype=bool))
 
     def _timed(
-        self, stage: np.ndarray, receiver: np.ndarray, sender: np.ndarray, sizes: np.ndarray
-    ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        self, stage: np.ndarray, receiver: np.ndarray, sender: np.ndarray, sizes: np.ndarray, own: np.ndarray
+    ) -> list[_Moves]:
         """Transfers by stage, each with the time of all that its two ends move over the same kind of link.
 
         A rank's link carries so much at a time each way, whoever is at its other end.
@@ -208,17 +220,18 @@ class _Model:
             place = (stage * 2 + outside) * self.ranks + end
             total = np.bincount(place, sizes, minlength=self.outline.stages * 2 * self.ranks)
             seconds = np.maximum(seconds, np.where(outside, *(self._link(x).time(total[place]) for x in (1, 0))))
+        links = self._link(0), self._link(1)
+        hidden = np.where(outside, links[1].hidden, links[0].hidden)
+        ahead = own & np.where(outside, links[1].ahead, links[0].ahead)
         order = np.argsort(stage, kind="stable")
         edges = np.searchsorted(stage[order], np.arange(self.outline.stages + 1))
-        parts = [order[first:last] for first, last in pairwise(edges)]
-        return [(receiver[part], sender[part], seconds[part]) for part in parts]
+        columns = (receiver, sender, seconds, hidden, ahead)
+        return [_Moves(*(x[order[first:last]] for x in columns)) for first, last in pairwise(edges)]
 
     def _link(self, outside: int) -> Link:
         return self.machine.outside if outside else self.machine.inside
 
-    def _arrive(
-        self, begun: np.ndarray, done: np.ndarray, moves: tuple[np.ndarray, np.ndarray, np.ndarray]
-    ) -> np.ndarray:
+    def _arrive(self, begun: np.ndarray, done: np.ndarray, moves: _Moves) -> np.ndarray:
         """(R,) when all that ranks receive and send is over; 0 where that is nothing.
 
         Args:
@@ -226,16 +239,14 @@ class _Model:
             done: (R,) when it ends.
             moves: what travels meanwhile.
         """
-        receiver, sender, seconds = moves
-        crosses = self.host[receiver] != self.host[sender]
-        hidden = np.where(crosses, self.machine.outside.hidden, self.machine.inside.hidden)
-        posted = np.maximum(
-            begun[receiver] + (1 - hidden) * (done - begun)[receiver],
-            begun[sender] + (1 - hidden) * (done - begun)[sender],
-        )
+        receiver, sender, seconds, hidden, ahead = moves
+        if not receiver.size:
+            return np.zeros(self.ranks)
+        posted, sent = (begun[end] + (1 - hidden) * (done - begun)[end] for end in (receiver, sender))
+        stop = np.maximum(posted, np.where(ahead, 0, sent)) + seconds
         over = np.zeros(self.ranks)
-        np.maximum.at(over, receiver, posted + seconds)
-        np.maximum.at(over, sender, posted + seconds)
+        np.maximum.at(over, receiver, stop)
+        np.maximum.at(over, sender, np.where(ahead, 0, stop))
         return over
 
     def _walk(self, compute: np.ndarray, gradients: bool) -> Pass:

@@ -23,12 +23,12 @@ WORDS = {
 """What plans do, for people."""
 
 
-def check_plan(name: str, hosts: int, ranks: int) -> None:
-    """Raise ArgumentError unless a plan has that name, and hosts divide the ranks."""
+def check_plan(name: str) -> None:
+    """Raise ArgumentError unless a plan has that name."""
     kind, _, waves = name.partition("-") if isinstance(name, str) else ("", "", "")
-    if name not in NAMES and not (kind == "direct" and waves.isdecimal() and int(waves) > 0):
+    named = isinstance(name, str) and name in NAMES
+    if not named and not (kind == "direct" and waves.isdecimal() and int(waves) > 0):
         raise ArgumentError(f"plan={name!r}; allowed are {', '.join(NAMES)}, and direct with more waves")
-    check_hosts(hosts, ranks)
 
 
 def in_words(name: str) -> str:
@@ -52,7 +52,8 @@ def plan_named(name: str, mask: Mask, queries: Partition, keys: Partition | None
     Raises:
         ArgumentError: there is no such plan, or hosts do not divide the ranks.
     """
-    check_plan(name, hosts, queries.ranks)
+    check_plan(name)
+    check_hosts(hosts, queries.ranks)
     if name == "ring":
         return ring(mask, queries, keys)
     if name == "counter-ring":

@@ -32,11 +32,13 @@ class Link:
         seconds: what a transfer of as many takes.
         hidden: share of a transfer that goes on while the rank computes. NCCL's sends need processors that a launch
             of attention holds until it ends.
+        ahead: own keys leave when a pass begins, whatever their owner is at when they are fetched.
     """
 
     sizes: tuple[float, ...]
     seconds: tuple[float, ...]
     hidden: float
+    ahead: bool = False
 
     def __post_init__(self) -> None:
         ascending = all(list(x) == sorted(x) and x and x[0] > 0 for x in (self.sizes, self.seconds))
@@ -51,17 +53,18 @@ class Link:
         return np.where(sizes > 0, found, 0.0)
 
 
-def link(speeds: Mapping[int, float], hidden: float, latency: float) -> Link:
+def link(speeds: Mapping[int, float], hidden: float, latency: float, ahead: bool = False) -> Link:
     """A link from measured speeds.
 
     Args:
         speeds: GB/s by size in MiB.
         hidden: see `Link`.
         latency: seconds of the smallest transfer.
+        ahead: see `Link`.
     """
     sizes = tuple(mib * MIB for mib in sorted(speeds))
     seconds = tuple(size / GIGA / speeds[mib] for size, mib in zip(sizes, sorted(speeds), strict=True))
-    return Link((1.0, *sizes), (min(latency, seconds[0]), *seconds), hidden)
+    return Link((1.0, *sizes), (min(latency, seconds[0]), *seconds), hidden, ahead)
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ class Machine:
             values: dict[str, Any] = json.loads(text)
             for name in ("inside", "outside"):
                 known = values[name]
-                values[name] = Link(tuple(known["sizes"]), tuple(known["seconds"]), known["hidden"])
+                values[name] = Link(tuple(known["sizes"]), tuple(known["seconds"]), known["hidden"], known["ahead"])
             return Machine(**values)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ArgumentError(
@@ -136,7 +139,7 @@ SEND_RECV = Machine(
 
 COPY_ENGINE = Machine(
     name="H100, copy engines",
-    inside=link({4: 104, 16: 252, 64: 332, 256: 361}, hidden=1.0, latency=15e-6),
+    inside=link({4: 104, 16: 252, 64: 332, 256: 361}, hidden=1.0, latency=15e-6, ahead=True),
     outside=link(_NETWORK, hidden=0.0, latency=60e-6),
     **_H100,
 )
@@ -148,8 +151,26 @@ def cache_path() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ringflash" / "machine.json"
 
 
-def known_machine(path: Path | None = None) -> Machine:
-    """What was measured here, or H100s.
+MOST_SHARING = 16
+"""Ranks of one host that reach each other by copy engines."""
+
+
+def machine_for(ranks: int, hosts: int, path: Path | None = None) -> Machine:
+    """What was measured here, or H100s as so many ranks on so many hosts would use them.
+
+    Args:
+        ranks: how many.
+        hosts: on how many hosts.
+        path: of the measurement; `cache_path()` if None.
+
+    Raises:
+        ArgumentError: the file is none of ours.
+    """
+    return measured_machine(path) or (COPY_ENGINE if hosts == 1 and ranks <= MOST_SHARING else SEND_RECV)
+
+
+def measured_machine(path: Path | None = None) -> Machine | None:
+    """What was measured here, if anything was.
 
     Args:
         path: of the measurement; `cache_path()` if None.
@@ -161,7 +182,7 @@ def known_machine(path: Path | None = None) -> Machine:
     try:
         text = path.read_text()
     except FileNotFoundError:
-        return SEND_RECV
+        return None
     except OSError as error:
         raise ArgumentError(f"{path} cannot be read: {error}") from error
     try:

@@ -156,8 +156,8 @@ def _units(masks: Sequence[Mask], length: int) -> list[int]:
     for mask in masks:
         edges = np.unique([0, *(mask.boundaries or ()), length])
         if mask.chunks:
-            size = lcm(*mask.chunks) if len(mask.chunks) > 1 else mask.chunks[0]
-            edges = np.unique(np.concatenate([np.arange(a, b, size) for a, b in pairwise(edges.tolist())] + [edges]))
+            size = lcm(*mask.chunks)
+            edges = np.unique(np.concatenate([*(np.arange(a, b, size) for a, b in pairwise(edges.tolist())), edges]))
         common = edges if common is None else np.intersect1d(common, edges)
     assert common is not None
     return common.tolist()

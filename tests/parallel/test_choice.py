@@ -27,8 +27,9 @@ from ringflash.parallel.planning.machine import (
     Link,
     Machine,
     cache_path,
-    known_machine,
     link,
+    machine_for,
+    measured_machine,
 )
 from ringflash.parallel.planning.program import rank_program
 from ringflash.parallel.positions.mask import Mask
@@ -264,8 +265,9 @@ def test_a_machine_is_read_as_it_was_written(tmp_path):
     path = tmp_path / "machine.json"
     measured = replace(COPY_ENGINE, name="here", launch=3e-6)
     path.write_text(measured.text())
-    assert known_machine(path) == measured
-    assert known_machine(tmp_path / "nothing") == SEND_RECV
+    assert machine_for(4, 1, path) == machine_for(64, 8, path) == measured
+    nothing = tmp_path / "nothing"
+    assert [machine_for(*x, nothing) for x in ((4, 1), (16, 2), (64, 1))] == [COPY_ENGINE, SEND_RECV, SEND_RECV]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"inside": 1}', "not JSON"])
@@ -273,7 +275,7 @@ def test_a_file_that_is_no_measurement_is_refused_by_its_name(tmp_path, text):
     path = tmp_path / "machine.json"
     path.write_text(text)
     with pytest.raises(ArgumentError, match=r"machine\.json is not what .*calibrate=true.* writes"):
-        known_machine(path)
+        measured_machine(path)
     values = json.loads(SEND_RECV.text())
     for name, bad in (
         ("processors", 0),

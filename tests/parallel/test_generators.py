@@ -19,8 +19,10 @@ from ring import Problem, assert_as_exact_as_torch, joined
 from test_plan import MILLION, moved_tokens, packed
 from test_program import check as check_program
 
+from ringflash import DistributedFlashAttention
 from ringflash.errors import ArgumentError
 from ringflash.functional import attention
+from ringflash.parallel.lookup import shardings
 from ringflash.parallel.planning.generators import NAMES, in_words, plan_named
 from ringflash.parallel.planning.loads import SAMPLES, loads
 from ringflash.parallel.planning.plan import Plan
@@ -291,6 +293,38 @@ def test_any_mask_and_dtype_by_any_plan(pool, data, length, ranks, plan, hosts):
     problem = Problem(problem.mask, type(problem.shape)(length=length), kind, dtype, seed=length)
     results = joined(problem, pool(ranks).run(_attend, problem, plan, hosts))
     assert_as_exact_as_torch(results, problem.inputs(), problem.seen)
+
+
+def _named_in_a_call(compiled: bool) -> dict[str, torch.Tensor]:
+    problem = Problem(masks(61)["documents-causal"])
+    *leaves, dout = (x[:, problem.rows(dist.get_rank(), dist.get_world_size())] for x in problem.inputs())
+    leaves = [x.requires_grad_() for x in leaves]
+    module = DistributedFlashAttention(problem.mask, plan="counter-ring")
+    torch._dynamo.reset()
+    attend = torch.compile(module, fullgraph=True, backend="aot_eager") if compiled else module
+    out = attend(*leaves, seqlen=61)
+    taken = {x._placement.plan_name(0) for x in shardings._found.values() if x.seqlen == 61}
+    assert "counter-ring" in taken
+    shardings.clear()
+    gradients = torch.autograd.grad(out, leaves, dout)
+    return {name: x.detach() for name, x in zip(("out", "dq", "dk", "dv"), (out, *gradients), strict=True)}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_plan_may_be_named_where_a_sharding_is_looked_up(pool, compiled):
+    problem = Problem(masks(61)["documents-causal"])
+    results = joined(problem, pool(3).run(_named_in_a_call, compiled, timeout=120))
+    assert_as_exact_as_torch(results, problem.inputs(), problem.seen)
+
+
+def test_a_plan_named_beside_a_sharding_or_that_there_is_not_is_refused():
+    x = torch.randn(1, 8, 2, 8)
+    with pytest.raises(ArgumentError, match="plan beside sharding"):
+        attention(x, x, x, sharding=Sharding(seqlen=8), plan="ring")
+    with pytest.raises(ArgumentError, match="plan='rings'; allowed are ring"):
+        attention(x, x, x, plan="rings")
+    with pytest.raises(ArgumentError, match="plan='rings'; allowed are ring"):
+        DistributedFlashAttention(plan="rings")
 
 
 def _plans_differ() -> str:

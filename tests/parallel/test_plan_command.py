@@ -12,7 +12,7 @@ import pytest
 from ringflash.launch import plan
 from ringflash.launch.plan_hosts import RANKS
 from ringflash.parallel.planning.generators import NAMES
-from ringflash.parallel.planning.machine import SEND_RECV, known_machine
+from ringflash.parallel.planning.machine import SEND_RECV, measured_machine
 
 NUMBER = r"\d+\.\d{3}"
 
@@ -102,7 +102,7 @@ def test_ranks_calibrate_together_and_measure_beside_what_is_predicted(pool, tmp
     """The same figures on all ranks; times of each rank and stage, which make up what the pass took."""
     (kept, said), (nothing, none) = pool(2).run(_calibrate_and_measure, str(tmp_path))
     assert nothing == none == ""
-    machine = known_machine(tmp_path / "machine.json")
+    machine = measured_machine(tmp_path / "machine.json")
     assert machine.text() in kept
     assert machine.name.startswith("2 x ")
     assert machine.inside != SEND_RECV.inside  # was measured
