@@ -13,12 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
 
 from ringflash.kernels.select import NAMES as KERNELS
 
 
-def _bounded(default: Any = MISSING, **bounds: Any) -> Any:
+def _bounded(default: Any, **bounds: Any) -> Any:
     return field(default=default, metadata=bounds)
 
 
@@ -37,18 +36,46 @@ class RopeScalingConfig:
 
 
 @dataclass
-class ModelConfig:
-    """Shape of a Llama-style decoder; names are those of Hugging Face's LlamaConfig."""
+class RopeParametersConfig:
+    """Transformers' `rope_parameters`, under its names; null leaves what the folder's config.json says."""
 
-    hidden_size: int = _bounded(at_least=1)
+    rope_type: str | None = None
+    """"default", "linear", "dynamic", "yarn", "longrope" or "llama3"."""
+    rope_theta: float | None = _bounded(None, positive=True)
+    """Base of the frequencies."""
+    factor: float | None = _bounded(None, positive=True)
+    """How much longer the context becomes."""
+    original_max_position_embeddings: int | None = _bounded(None, at_least=1)
+    """The context that the model was trained with; null: config.json's, or its max_position_embeddings."""
+    attention_factor: float | None = _bounded(None, positive=True)
+    """Of yarn and longrope: factor of cosine and sine."""
+    beta_fast: float | None = _bounded(None, positive=True)
+    """Of yarn: turns from which on frequencies stay."""
+    beta_slow: float | None = _bounded(None, positive=True)
+    """Of yarn: turns up to which frequencies are divided by the factor."""
+    short_factor: list[float] | None = None
+    """Of longrope: one factor for each frequency, for sequences up to the original context."""
+    long_factor: list[float] | None = None
+    """Of longrope: the same for longer ones."""
+    low_freq_factor: float | None = _bounded(None, positive=True)
+    """Of llama3: as in model.rope_scaling."""
+    high_freq_factor: float | None = _bounded(None, positive=True)
+    """Of llama3: as in model.rope_scaling."""
+
+
+@dataclass
+class ModelConfig:
+    """Shape of a Llama-style decoder, with the names of Hugging Face's LlamaConfig; or the folder of a model."""
+
+    hidden_size: int = _bounded(0, at_least=0)
     """Width of the residual stream."""
-    intermediate_size: int = _bounded(at_least=1)
+    intermediate_size: int = _bounded(0, at_least=0)
     """Width of the SwiGLU feed-forward."""
-    num_hidden_layers: int = _bounded(at_least=1)
+    num_hidden_layers: int = _bounded(0, at_least=0)
     """Blocks of attention and feed-forward."""
-    num_attention_heads: int = _bounded(at_least=1)
+    num_attention_heads: int = _bounded(0, at_least=0)
     """Query heads."""
-    num_key_value_heads: int = _bounded(at_least=1)
+    num_key_value_heads: int = _bounded(0, at_least=0)
     """Key and value heads; must divide the query heads."""
     head_dim: int | None = _bounded(None, at_least=1)
     """Width of a head, even; null: hidden_size / num_attention_heads."""
@@ -62,6 +89,10 @@ class ModelConfig:
     """Added to the mean square in RMSNorm."""
     tie_word_embeddings: bool = True
     """Whether the output head is the embedding."""
+    path: str | None = None
+    """Hugging Face folder of the model to start from (model=pretrained); its config.json then says the shape."""
+    rope_parameters: RopeParametersConfig = field(default_factory=RopeParametersConfig)
+    """What to change of the rotary embedding of a model from a folder."""
 
 
 @dataclass
@@ -72,8 +103,8 @@ class DataConfig:
     """Folder or file: text, .json, .jsonl, .ndjson, .parquet, also compressed; null: Python's standard library."""
     text_field: str = "text"
     """Field or column that holds the text of JSON and parquet; within another one: meta.text."""
-    tokenizer: str = "bpe"
-    """"bpe" (trained on the training files and cached), "bytes", or a Hugging Face tokenizer folder."""
+    tokenizer: str | None = None
+    """"bpe" (trained on the training files and cached), "bytes", or a Hugging Face folder; null: model.path, or bpe."""
     vocab_size: int = 8192
     """Tokens of a BPE that is trained here."""
     validation_fraction: float = _bounded(0.05, positive=True, share=True)

@@ -11,12 +11,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ringflash.configs.schema import Config, entries
+from ringflash.configs.schema import Config, ModelConfig, entries
 from ringflash.errors import ArgumentError
 from ringflash.kernels.select import select
 from ringflash.training.checkpoint.files import MANIFEST, is_complete
-from ringflash.training.config.derived import compute_dtype, device_type, sequence_degree
+from ringflash.training.config.derived import compute_dtype, device_type, sequence_degree, tokenizer_of
+from ringflash.training.extras import require
 from ringflash.training.model.shape import check_shape, head_dim
+
+SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+"""Keys that say how large the Llama of this recipe is."""
+
+OF_LAYERS = ("mask", "kernel", "deterministic")
+"""Keys of `attention` that layers of Transformers choose themselves."""
 
 SMALLEST_VOCABULARY = 257
 """Tokens of the bytes tokenizer, and of a BPE without any merges."""
@@ -28,8 +35,11 @@ def check(config: Config, world_size: int) -> None:
         if value is not None:
             _check_bounds(key, value, bounds)
     _check_vocabulary(config)
-    check_shape(config.model)
-    _check_kernel(config)
+    if config.model.path is None:
+        _check_own_model(config.model)
+        _check_kernel(config)
+    else:
+        _check_pretrained(config)
     _check_ranks(config, world_size)
     _check_resume(config.checkpoint.resume)
 
@@ -52,7 +62,7 @@ def _check_bounds(key: str, value: Any, bounds: Mapping[str, Any]) -> None:
 
 
 def _check_vocabulary(config: Config) -> None:
-    tokenizer = config.data.tokenizer
+    tokenizer = tokenizer_of(config)
     if tokenizer not in ("bpe", "bytes"):
         return  # a folder's tokenizer may have any size, and says which only when it is read
     sizes = {"model.vocab_size": config.model.vocab_size}
@@ -62,6 +72,37 @@ def _check_vocabulary(config: Config) -> None:
         if size is not None and size < SMALLEST_VOCABULARY:
             least = f"{SMALLEST_VOCABULARY} and more: 256 bytes and the separator"
             raise ArgumentError(f"{key}={size}; data.tokenizer={tokenizer} needs {least}")
+
+
+def _check_own_model(model: ModelConfig) -> None:
+    for name in SHAPE:
+        if getattr(model, name) < 1:
+            raise ArgumentError(
+                f"model.{name}={getattr(model, name)}; allowed are 1 and more, or a folder in model.path"
+            )
+    for key, value, _ in entries(model.rope_parameters, "model.rope_parameters."):
+        if value is not None:
+            raise ArgumentError(f"{key}={value} is for model.path; the Llama of this recipe has model.rope_scaling")
+    check_shape(model)
+
+
+def _check_pretrained(config: Config) -> None:
+    path, default = config.model.path, Config()
+    assert path is not None
+    require(f"model.path={path}", "transformers", "accelerate")
+    folder = Path(path).expanduser()
+    if not (folder / "config.json").is_file():
+        state = "no config.json in it" if folder.is_dir() else "no such folder"
+        raise ArgumentError(f"model.path={path}: {state}; `hf download NAME --local-dir FOLDER` makes one")
+    of_folder = {f"model.{key}": value for key, value, _ in entries(default.model) if not key.startswith("rope_par")}
+    of_layers = {f"attention.{name}": getattr(default.attention, name) for name in OF_LAYERS}
+    for key, value, _ in entries(config):
+        expected = (of_folder | of_layers).get(key, value)
+        if key != "model.path" and value != expected:
+            rest = "config.json says it" if key in of_folder else "each layer of the model chooses its own"
+            raise ArgumentError(
+                f"{key}={value} beside model.path={path}: {rest}; leave it out, or take model=pretrained"
+            )
 
 
 def _check_kernel(config: Config) -> None:

@@ -37,6 +37,11 @@ def compute_dtype(config: Config) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
+def tokenizer_of(config: Config) -> str:
+    """What data.tokenizer stands for: null is the model's own, or a BPE that is trained."""
+    return config.data.tokenizer or config.model.path or "bpe"
+
+
 def vocabulary(model: ModelConfig, tokens: int) -> int:
     """Rows of the embedding for a tokenizer of so many tokens."""
     if model.vocab_size is None:

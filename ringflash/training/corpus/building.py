@@ -55,6 +55,7 @@ def build(config: DataConfig, sha256: str, lengths: np.ndarray, work: Path) -> N
     """Split and tokenize what `gather` wrote into the folder `work`, and write everything else beside it."""
     text = np.memmap(work / "text.bin", np.uint8, "r")
     train, validation = _spans(text, lengths, config.validation_fraction)
+    assert config.tokenizer is not None  # `prepare` has chosen
     if config.tokenizer == "bytes":
         tokenizer: Tokenizer = tokenizing.ByteTokenizer()
     elif config.tokenizer == "bpe":

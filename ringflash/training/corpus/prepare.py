@@ -37,7 +37,7 @@ from ringflash.training.corpus.documents import Corpus, Documents
 from ringflash.training.corpus.passed_over import PassedOver
 from ringflash.training.corpus.sources import source_files, status
 
-FORMAT = 2
+FORMAT = 3
 """Raise it when the cached files or their meaning change."""
 
 
@@ -52,6 +52,7 @@ def prepare(config: DataConfig) -> Corpus:
         raise ArgumentError(f"data.validation_fraction={config.validation_fraction}; allowed is between 0 and 1")
     if config.max_bytes is not None and config.max_bytes < 1:
         raise ArgumentError(f"data.max_bytes={config.max_bytes}; allowed is 1 and more, or null for all of the text")
+    config = dataclasses.replace(config, tokenizer=config.tokenizer or "bpe")
     cache = Path(config.cache_dir).expanduser()
     passed_over = PassedOver()
     files, settings = source_files(config.path, passed_over), _settings(config)
@@ -118,10 +119,11 @@ def _known(pointer: Path) -> tuple[Path, PassedOver] | None:
 def _settings(config: DataConfig) -> dict:
     settings: dict = {"format": FORMAT, "tokenizers": tokenizers.__version__, **dataclasses.asdict(config)}
     del settings["cache_dir"], settings["path"]
+    assert config.tokenizer is not None  # `prepare` has chosen
     if config.tokenizer not in ("bpe", "bytes"):
         folder = tokenizing.huggingface_folder(config.tokenizer)
         try:
-            shapes_tokens = [file.read_bytes() for file in sorted(folder.glob("token*.json"))]
+            shapes_tokens = [file.read_bytes() for file in tokenizing.tokenizer_files(folder)]
         except OSError as error:
             raise DataError(f"data.tokenizer: cannot read {error.filename}: {error.strerror}") from error
         settings["tokenizer"] = [hashlib.sha256(content).hexdigest() for content in shapes_tokens]

@@ -28,6 +28,8 @@ PATTERN = r"\s*\n[ \t]*|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\
 KIND_FILE = "ringflash_tokenizer.json"
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
+KEPT = ("token*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
+"""Files of a Hugging Face folder that its tokenizer, and its chat template, may consist of."""
 
 
 class Tokenizer(Protocol):
@@ -66,6 +68,11 @@ class ByteTokenizer:
 
     def save(self, folder: Path) -> None:  # noqa: D102
         _write_kind(folder, {"kind": "bytes"})
+
+    @staticmethod
+    def alphabet() -> dict[str, int]:
+        """The vocabulary by the characters that byte-level BPE writes for bytes."""
+        return {character: byte for byte, character in _byte_alphabet().items()}
 
 
 class BPETokenizer:
@@ -188,9 +195,8 @@ class HuggingFaceTokenizer:
         return self.backend.decode(kept, skip_special_tokens=False).encode()
 
     def save(self, folder: Path) -> None:  # noqa: D102
-        for name in (TOKENIZER_FILE, CONFIG_FILE):
-            if (self.folder / name).exists():
-                shutil.copyfile(self.folder / name, folder / name)
+        for file in tokenizer_files(self.folder):
+            shutil.copyfile(file, folder / file.name)
         _write_kind(folder, {"kind": "huggingface"})
 
 
@@ -202,6 +208,11 @@ def load(folder: Path) -> Tokenizer:
     if kind == "bpe":
         return BPETokenizer(tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_FILE)))
     return HuggingFaceTokenizer(folder)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Files of a Hugging Face folder that shape its tokens, sorted by name."""
+    return sorted({file for pattern in KEPT for file in folder.glob(pattern) if file.is_file()})
 
 
 def huggingface_folder(path: str) -> Path:

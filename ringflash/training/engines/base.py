@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ringflash.loss import valid_tokens
-from ringflash.training.model.transformer import Transformer
+from ringflash.training.model.decoder import Decoder
 
 Read = Callable[[str], Tensor]
 """Tensor of a checkpoint by name: `weight/<parameter>`, `exp_avg/<parameter>`, `exp_avg_sq/<parameter>`."""
@@ -27,7 +27,7 @@ Read = Callable[[str], Tensor]
 class Engine(ABC):
     """A model with its optimizer, spread over the ranks."""
 
-    model: Transformer
+    model: Decoder
     shapes: dict[str, tuple[int, ...]]
     """Shape of each parameter, in the order of `tensors`."""
 

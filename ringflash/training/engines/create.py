@@ -10,11 +10,11 @@ from ringflash.training.engines.base import Engine, Read
 from ringflash.training.engines.ddp import DdpEngine
 from ringflash.training.engines.materialise import materialise
 from ringflash.training.engines.zero import ZeroEngine
-from ringflash.training.model.transformer import Transformer
+from ringflash.training.model.decoder import Decoder
 
 
 def create_engine(
-    model: Transformer,
+    model: Decoder,
     device: torch.device,
     config: EngineConfig,
     optimizer: OptimizerConfig,

@@ -10,13 +10,13 @@ from torch.nn.parallel import DistributedDataParallel
 from ringflash.configs.schema import OptimizerConfig
 from ringflash.training.engines.base import Engine, Read
 from ringflash.training.engines.optimizer import MOMENTS, adam_state, adamw
-from ringflash.training.model.transformer import Transformer
+from ringflash.training.model.decoder import Decoder
 
 
 class DdpEngine(Engine):
     """Everything whole on every rank, fp32 weights."""
 
-    def __init__(self, model: Transformer, config: OptimizerConfig) -> None:
+    def __init__(self, model: Decoder, config: OptimizerConfig) -> None:
         self.model = model
         self.clip = config.clip
         # Without device_ids, which would move the host's document boundaries to the GPU on every step.

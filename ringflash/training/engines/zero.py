@@ -16,7 +16,7 @@ from ringflash.deepspeed_private import link_optimizer_state, master_weights, op
 from ringflash.training.engines.base import Engine, Read
 from ringflash.training.engines.materialise import Fill, materialise
 from ringflash.training.engines.optimizer import MOMENTS, adam_state, adamw
-from ringflash.training.model.transformer import Transformer
+from ringflash.training.model.decoder import Decoder
 
 
 class ZeroEngine(Engine):
@@ -24,7 +24,7 @@ class ZeroEngine(Engine):
 
     def __init__(
         self,
-        model: Transformer,
+        model: Decoder,
         device: torch.device,
         fill: Fill,
         stage: int,
@@ -107,7 +107,7 @@ class ZeroEngine(Engine):
             self._safe.safe_set_local_optimizer_state(weight, mine, moment)
 
 
-def _deepspeed_config(model: Transformer, stage: int, config: OptimizerConfig, accumulation: int) -> dict:
+def _deepspeed_config(model: Decoder, stage: int, config: OptimizerConfig, accumulation: int) -> dict:
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,

@@ -12,9 +12,11 @@ Legend: B sequences, T this rank's tokens of a sequence, C hidden size, H query 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own habit
@@ -23,9 +25,10 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from ringflash import DistributedFlashAttention, Mask, Sharding
+from ringflash import DistributedFlashAttention, Mask, Sharding, shard_batch
 from ringflash.configs.schema import AttentionConfig, ModelConfig, RopeScalingConfig
 from ringflash.loss import cross_entropy, cross_entropy_sum
+from ringflash.training.model.decoder import Decoder
 from ringflash.training.model.shape import check_shape, head_dim
 
 
@@ -122,7 +125,7 @@ class Head(nn.Module):
         return loss(x_BTC.flatten(0, 1), self.weight, labels_BT.flatten()).view(labels_BT.shape if per_token else ())
 
 
-class Transformer(nn.Module):
+class Transformer(Decoder):
     """The decoder; one call takes this rank's shard of a batch as `ringflash.shard_batch` shards it.
 
     Example:
@@ -159,9 +162,11 @@ class Transformer(nn.Module):
             activation_checkpointing,
             seed,
         )
+        self.vocab_size = vocab_size
         attention = attention or AttentionConfig()
+        self._group, self._partition, self._mask = group, attention.partition, attention_mask(attention)
         attend = DistributedFlashAttention(
-            mask=attention_mask(attention),
+            mask=self._mask,
             group=group,
             partition=attention.partition,
             kernel=attention.kernel,
@@ -208,11 +213,20 @@ class Transformer(nn.Module):
         for layer in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x_BTC = checkpoint(
-                    layer, x_BTC, rotation, attention_arguments, use_reentrant=False, context_fn=_keep_attention
+                    layer, x_BTC, rotation, attention_arguments, use_reentrant=False, context_fn=keep_attention
                 )
             else:
                 x_BTC = layer(x_BTC, rotation, attention_arguments)
         return self.lm_head(self.norm(x_BTC), labels, per_token)
+
+    def shard(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """See Decoder."""
+        shard = shard_batch(batch, self._group, self._partition, self._mask)
+        return {name: shard[name] for name in ("input_ids", "labels", "position_ids", "sharding")}
+
+    def description(self) -> dict[str, Any]:
+        """See Decoder."""
+        return dataclasses.asdict(self.config) | {"vocab_size": self.vocab_size}
 
     @torch.no_grad()
     def initialise(self, name: str, weight: Tensor) -> None:
@@ -269,7 +283,8 @@ def rotate(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BTHD.dtype)
 
 
-def _keep_attention() -> tuple:
+def keep_attention() -> tuple:
+    """Contexts of torch's `checkpoint` by which a block is recomputed, but for its attention."""
     return create_selective_checkpoint_contexts(_policy)
 
 

@@ -26,6 +26,9 @@ from ringflash.training.run.progress import ProgressDisplay
 from ringflash.training.run.scalars import ScalarLog, read_scalars
 from ringflash.training.run.trainer import Trainer, Validation
 
+TOKENIZER = "tokenizer"
+"""Folder of a run that holds its tokenizer."""
+
 
 def train(config: Config, device: torch.device) -> Path:
     """Run a training job on the ranks of the default process group; returns the run's folder.
@@ -42,6 +45,7 @@ def train(config: Config, device: torch.device) -> Path:
     folder = _run_folder(config)
     trainer = Trainer(config, device, folder)
     rank = dist.get_rank()
+    _keep_tokenizer(trainer)
     with (
         ScalarLog(folder, rank, config.logging.tensorboard, trainer.step) as log,
         ProgressDisplay(config.train.steps, trainer.step, rank, config.logging.progress) as progress,
@@ -57,6 +61,16 @@ def train(config: Config, device: torch.device) -> Path:
             _report(trainer, validation, progress)
     dist.barrier()
     return folder
+
+
+def _keep_tokenizer(trainer: Trainer) -> None:
+    """Write the tokenizer into the run's folder, which then holds all that `ringflash.export` needs."""
+
+    def write() -> None:
+        (trainer.folder / TOKENIZER).mkdir(exist_ok=True)
+        trainer.corpus.tokenizer.save(trainer.folder / TOKENIZER)
+
+    _by_rank_0(write, trainer.folder)
 
 
 def _take_steps(trainer: Trainer, log: ScalarLog, progress: ProgressDisplay, stop: Callable[[], bool]) -> None:
@@ -106,17 +120,27 @@ def _stop(trainer: Trainer, progress: ProgressDisplay) -> NoReturn:
 def _run_folder(config: Config) -> Path:
     """The run's folder, made by rank 0, whose clock names it."""
     chosen = config.run_dir or _unused(Path("runs", config.name, time.strftime("%Y-%m-%d_%H-%M-%S")))
-    folder, problem = Path(from_rank_0(chosen)), None
+    folder = Path(from_rank_0(chosen))
+
+    def write() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
+
+    _by_rank_0(write, folder)
+    return folder
+
+
+def _by_rank_0(write: Callable[[], None], folder: Path) -> None:
+    """Let rank 0 write something into the run's folder; where it cannot, all ranks raise ArgumentError."""
+    problem = None
     if dist.get_rank() == 0:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
+            write()
         except OSError as error:
             problem = str(error)
     problem = from_rank_0(problem)
     if problem is not None:
         raise ArgumentError(f"run_dir={folder}: cannot write there: {problem}")
-    return folder
 
 
 def _unused(folder: Path) -> Path:

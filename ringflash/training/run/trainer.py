@@ -17,19 +17,18 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from ringflash.batches import shard_batch
 from ringflash.configs.schema import Config
 from ringflash.errors import ArgumentError, RankMismatchError, RingflashError
 from ringflash.training.checkpoint import writing
 from ringflash.training.checkpoint.files import newest, step_of
 from ringflash.training.checkpoint.reading import Checkpoint
-from ringflash.training.config.derived import accumulation, compute_dtype, sequence_degree, vocabulary
+from ringflash.training.config.derived import accumulation, compute_dtype, sequence_degree, tokenizer_of
 from ringflash.training.corpus.documents import Corpus
 from ringflash.training.corpus.packing import PackedBatches, ValidationBatches
 from ringflash.training.corpus.prepare import prepare
 from ringflash.training.engines.create import create_engine, parameter_shapes
 from ringflash.training.engines.optimizer import learning_rate
-from ringflash.training.model.transformer import Transformer, attention_mask
+from ringflash.training.model.create import create_model
 from ringflash.training.ranks import from_all, from_rank_0
 from ringflash.training.run.interruption import Answer
 from ringflash.training.run.loader import ShardedBatches
@@ -70,30 +69,22 @@ class Trainer:
             self.data_rank,
             self.data_ranks,
         )
-        self.vocab_size = vocabulary(config.model, self.corpus.tokenizer.vocab_size)
         torch.manual_seed(config.seed)
-        with torch.device("meta"):
-            model = Transformer(
-                config.model,
-                self.vocab_size,
-                config.attention,
-                self.group,
-                compute_dtype(config),
-                config.engine.activation_checkpointing,
-                config.seed,
-            )
-        self.parameters = sum(weight.numel() for weight in model.parameters())
+        self.model = create_model(config, self.corpus.tokenizer.vocab_size, self.group)
+        self.parameters = sum(weight.numel() for weight in self.model.parameters())
         self.resumed = self._find_checkpoint()
         self.step = 0
         if self.resumed is not None:
-            self.resumed.check_shapes(parameter_shapes(model))
+            self.resumed.check_shapes(parameter_shapes(self.model))
             state = self.resumed.state
             self.step = state["step"]
             batches.load_state_dict(state["data"])
             torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["random"])), dtype=torch.uint8))
         self.batches = ShardedBatches(batches, self._shard)
         read = None if self.resumed is None else self.resumed.read
-        self.engine = create_engine(model, device, config.engine, config.optimizer, self.accumulation, read, self.step)
+        self.engine = create_engine(
+            self.model, device, config.engine, config.optimizer, self.accumulation, read, self.step
+        )
         self.saved: tuple[int, Path | None] = (-1, None) if self.resumed is None else (self.step, self.resumed.path)
         self._first_batches: list[dict] | None = None
         self._answer = Answer()
@@ -167,7 +158,7 @@ class Trainer:
             "step": self.step,
             "data": self.batches.state_dict(),
             "random": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
-            "model": dataclasses.asdict(self.config.model) | {"vocab_size": self.vocab_size},
+            "model": self.model.description(),
             "config": dataclasses.asdict(self.config),
         }
         path = writing.save(
@@ -204,11 +195,9 @@ class Trainer:
 
     def _shard(self, batch: dict) -> dict:
         """This rank's part of a batch, on its device; runs in the loader's thread."""
-        attention = self.config.attention
-        shard = shard_batch(batch, self.group, attention.partition, attention_mask(attention))
+        shard = self.model.shard(batch)
         shard["sharding"].prepare(self.device)
-        names = ("input_ids", "labels", "position_ids")
-        return {name: shard[name].to(self.device) for name in names} | {"sharding": shard["sharding"]}
+        return {name: x.to(self.device) if isinstance(x, torch.Tensor) else x for name, x in shard.items()}
 
     def _find_checkpoint(self) -> Checkpoint | None:
         resume = self.config.checkpoint.resume
@@ -227,7 +216,7 @@ class Trainer:
 def _prepare_alike(config: Config) -> Corpus:
     """The corpus, once it is sure that all ranks read the same: machines may differ in files and Python versions."""
     try:
-        corpus, said = prepare(config.data), None
+        corpus, said = prepare(dataclasses.replace(config.data, tokenizer=tokenizer_of(config))), None
     except RingflashError as error:
         corpus, said = error, f"{type(error).__name__}: {error}"
     read = from_all(said if isinstance(corpus, RingflashError) else corpus.train.identity)
