@@ -21,6 +21,9 @@ def _bounded(default: Any, **bounds: Any) -> Any:
     return field(default=default, metadata=bounds)
 
 
+FORMATS = ("text", "chat")
+
+
 @dataclass
 class RopeScalingConfig:
     """Llama-3's stretching of the slow rotary frequencies to contexts beyond the original one."""
@@ -96,11 +99,37 @@ class ModelConfig:
 
 
 @dataclass
+class SourceConfig:
+    """One of several sources that are mixed; what is null is as in `data`."""
+
+    path: str = ""
+    """As data.path."""
+    weight: float = _bounded(1.0, positive=True)
+    """Its share of the sequences, among the weights of all."""
+    format: str | None = _bounded(None, choices=FORMATS)
+    """As data.format."""
+    text_field: str | None = None
+    """As data.text_field."""
+    streaming: bool | None = None
+    """As data.streaming."""
+    validation: str | None = None
+    """As data.validation, of this source alone."""
+    subset: str | None = None
+    """As data.subset."""
+    split: str | None = None
+    """As data.split."""
+    revision: str | None = None
+    """As data.revision."""
+
+
+@dataclass
 class DataConfig:
     """Where text comes from and how it becomes tokens."""
 
     path: str | None = None
     """Folder or file: text, .json, .jsonl, .ndjson, .parquet, also compressed; null: Python's standard library."""
+    format: str = _bounded("text", choices=FORMATS)
+    """"text", of which all is learned, or "chat" (data=chat), of which an assistant's turns or a completion are."""
     text_field: str = "text"
     """Field or column that holds the text of JSON and parquet; within another one: meta.text."""
     tokenizer: str | None = None
@@ -113,6 +142,18 @@ class DataConfig:
     """Read no more text than this; null: all of it."""
     cache_dir: str = "runs/cache"
     """Where trained tokenizers and token files are kept."""
+    validation: str | None = None
+    """Folder or file to validate on, in place of a share of data.path."""
+    streaming: bool = False
+    """Tokenize while training, and keep nothing; data.path may then be a data set of the Hugging Face hub."""
+    subset: str | None = None
+    """Of a data set of the hub: its configuration."""
+    split: str = "train"
+    """Of a data set of the hub: which part."""
+    revision: str | None = None
+    """Of a data set of the hub: commit, branch or tag."""
+    mixture: list[SourceConfig] = field(default_factory=list)
+    """Several sources in place of data.path: [{path: a, weight: 3}, {path: b, format: chat}]."""
 
 
 @dataclass

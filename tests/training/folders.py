@@ -14,7 +14,7 @@ TEXTS = ["system user assistant\n", "What is 12 and 30? It is 42, as far as I kn
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|turn|>{{ message['role'] }}\n"
     "{% if message['role'] == 'assistant' %}GENERATION{{ message['content'] }}<|end|>END{% else %}"
-    "{{ message['content'] }}<|end|>{% endif %}\n{% endfor %}"
+    "{{ message['content'] }}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
 )
 MARKED = TEMPLATE.replace("GENERATION", "{% generation %}").replace("END", "{% endgeneration %}")

@@ -26,7 +26,10 @@ FILES = sorted(FOLDER.glob("*/*.yaml"))
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}={file.stem}")
 def test_every_file_of_every_group_composes_to_values_that_pass(file, tmp_path):
     (tmp_path / "config.json").touch()
-    others = {"pretrained": [f"model.path={tmp_path}"]}
+    others = {
+        "pretrained": [f"model.path={tmp_path}"],
+        "chat": [f"data.path={tmp_path}", f"data.tokenizer={tmp_path}"],
+    }
     config = load([f"{file.parent.name}={file.stem}", *others.get(file.stem, [])])
     assert isinstance(config, Config)
     check(config, world_size=1)

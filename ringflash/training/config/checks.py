@@ -15,7 +15,7 @@ from ringflash.configs.schema import Config, ModelConfig, entries
 from ringflash.errors import ArgumentError
 from ringflash.kernels.select import select
 from ringflash.training.checkpoint.files import MANIFEST, is_complete
-from ringflash.training.config.derived import compute_dtype, device_type, sequence_degree, tokenizer_of
+from ringflash.training.config.derived import compute_dtype, device_type, sequence_degree, sources, tokenizer_of
 from ringflash.training.extras import require
 from ringflash.training.model.shape import check_shape, head_dim
 
@@ -34,6 +34,11 @@ def check(config: Config, world_size: int) -> None:
     for key, value, bounds in entries(config):
         if value is not None:
             _check_bounds(key, value, bounds)
+    for number, source in enumerate(config.data.mixture):
+        for key, value, bounds in entries(source, f"data.mixture[{number}]."):
+            if value is not None:
+                _check_bounds(key, value, bounds)
+    _check_data(config)
     _check_vocabulary(config)
     if config.model.path is None:
         _check_own_model(config.model)
@@ -72,6 +77,41 @@ def _check_vocabulary(config: Config) -> None:
         if size is not None and size < SMALLEST_VOCABULARY:
             least = f"{SMALLEST_VOCABULARY} and more: 256 bytes and the separator"
             raise ArgumentError(f"{key}={size}; data.tokenizer={tokenizer} needs {least}")
+
+
+def _check_data(config: Config) -> None:
+    data, tokenizer = config.data, tokenizer_of(config)
+    if data.mixture and data.path is not None:
+        raise ArgumentError(f"data.path={data.path} beside data.mixture; leave one of them out")
+    for number, source in enumerate(data.mixture):
+        if not source.path:
+            raise ArgumentError(
+                f"data.mixture[{number}].path is missing; each source names a file, a folder or a data set"
+            )
+    parts = (
+        [(f"data.mixture[{i}].", each) for i, each in enumerate(sources(data))] if data.mixture else [("data.", data)]
+    )
+    for prefix, each in parts:
+        if each.format == "chat":
+            require(f"{prefix}format=chat", "transformers")
+            if tokenizer in ("bpe", "bytes"):
+                raise ArgumentError(
+                    f"{prefix}format=chat with data.tokenizer={tokenizer}, which has no chat template; give "
+                    "data.tokenizer=FOLDER, of a Hugging Face tokenizer, or model.path"
+                )
+            if each.path is None:
+                raise ArgumentError(f"{prefix}path=null; the standard library holds no chats, give a file or a folder")
+        if each.streaming:
+            require(f"{prefix}streaming=true", "datasets")
+            if each.validation is None:
+                raise ArgumentError(f"{prefix}streaming=true holds nothing out; give {prefix}validation=PATH")
+            if each.max_bytes is not None:
+                raise ArgumentError(f"data.max_bytes={each.max_bytes} with {prefix}streaming=true; leave it out")
+        if (each.streaming or data.mixture) and tokenizer == "bpe":
+            raise ArgumentError(
+                f"data.tokenizer=bpe is trained on one text that is read as a whole; with {prefix}"
+                f"{'streaming=true' if each.streaming else 'path'} give bytes or a Hugging Face folder"
+            )
 
 
 def _check_own_model(model: ModelConfig) -> None:

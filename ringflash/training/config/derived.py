@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
-from ringflash.configs.schema import Config, ModelConfig
+from ringflash.configs.schema import Config, DataConfig, ModelConfig, SourceConfig
 from ringflash.errors import ArgumentError
 
 
@@ -35,6 +37,16 @@ def compute_dtype(config: Config) -> torch.dtype:
         computed = device_type(config) == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
         precision = "bf16" if computed else "fp32"
     return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def sources(data: DataConfig) -> list[DataConfig]:
+    """Each source as if it were the only one."""
+
+    def alone(source: SourceConfig) -> DataConfig:
+        own = {name: value for name, value in vars(source).items() if name != "weight" and value is not None}
+        return dataclasses.replace(data, **own, mixture=[])
+
+    return [alone(source) for source in data.mixture] or [data]
 
 
 def tokenizer_of(config: Config) -> str:

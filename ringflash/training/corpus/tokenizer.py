@@ -67,7 +67,7 @@ class ByteTokenizer:
         return bytes(i for i in map(int, ids) if i != self.separator)
 
     def save(self, folder: Path) -> None:  # noqa: D102
-        _write_kind(folder, {"kind": "bytes"})
+        write_kind(folder, "bytes")
 
     @staticmethod
     def alphabet() -> dict[str, int]:
@@ -141,7 +141,7 @@ class BPETokenizer:
 
     def save(self, folder: Path) -> None:  # noqa: D102
         self.backend.save(str(folder / TOKENIZER_FILE))
-        _write_kind(folder, {"kind": "bpe"})
+        write_kind(folder, "bpe")
 
 
 class HuggingFaceTokenizer:
@@ -197,7 +197,7 @@ class HuggingFaceTokenizer:
     def save(self, folder: Path) -> None:  # noqa: D102
         for file in tokenizer_files(self.folder):
             shutil.copyfile(file, folder / file.name)
-        _write_kind(folder, {"kind": "huggingface"})
+        write_kind(folder, "huggingface")
 
 
 def load(folder: Path) -> Tokenizer:
@@ -208,6 +208,11 @@ def load(folder: Path) -> Tokenizer:
     if kind == "bpe":
         return BPETokenizer(tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_FILE)))
     return HuggingFaceTokenizer(folder)
+
+
+def named(tokenizer: str) -> Tokenizer:
+    """The tokenizer that `data.tokenizer` names, if it needs no training."""
+    return ByteTokenizer() if tokenizer == "bytes" else HuggingFaceTokenizer(huggingface_folder(tokenizer))
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
@@ -272,5 +277,6 @@ def _byte_alphabet() -> dict[int, str]:
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
-def _write_kind(folder: Path, kind: dict) -> None:
-    (folder / KIND_FILE).write_text(json.dumps(kind))
+def write_kind(folder: Path, kind: str) -> None:
+    """Write by which of the three a folder is to be read."""
+    (folder / KIND_FILE).write_text(json.dumps({"kind": kind}))

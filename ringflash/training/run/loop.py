@@ -56,7 +56,7 @@ def train(config: Config, device: torch.device) -> Path:
             validation = trainer.validate(signals.received)
             if validation is None:
                 _stop(trainer, progress)
-        log.write(trainer.step, {"validation/bits_per_byte": validation.bits_per_byte})
+        log.write(trainer.step, _figures(validation))
         if rank == 0:
             _report(trainer, validation, progress)
     dist.barrier()
@@ -68,7 +68,7 @@ def _keep_tokenizer(trainer: Trainer) -> None:
 
     def write() -> None:
         (trainer.folder / TOKENIZER).mkdir(exist_ok=True)
-        trainer.corpus.tokenizer.save(trainer.folder / TOKENIZER)
+        trainer.data.tokenizer.save(trainer.folder / TOKENIZER)
 
     _by_rank_0(write, trainer.folder)
 
@@ -101,8 +101,8 @@ def _take_steps(trainer: Trainer, log: ScalarLog, progress: ProgressDisplay, sto
             validation = trainer.validate(stop)
             if validation is None:
                 _stop(trainer, progress)
-            log.write(step, {"validation/bits_per_byte": validation.bits_per_byte})
-            progress.note(f"step {step}: validation {validation.bits_per_byte:.4f} bits per byte")
+            log.write(step, _figures(validation))
+            progress.note(f"step {step}: validation {_said(validation)}")
             clock += time.monotonic() - paused
     if steps > first:
         progress.note(f"saved {trainer.save()}")
@@ -151,18 +151,34 @@ def _unused(folder: Path) -> Path:
 
 def _report(trainer: Trainer, validation: Validation, progress: ProgressDisplay) -> None:
     """Print and keep what the run came to; rank 0 only."""
-    others = baselines(trainer.corpus) if trainer.config.logging.baselines else {}
-    progress.note("validation, bits per byte:")
-    for name, bits in {**others, "this model": validation.bits_per_byte}.items():
-        progress.note(f"  {name:<12}{bits:.3f}")
-    results = {"step": trainer.step, "bits_per_byte": validation.bits_per_byte, "baselines": others}
-    results["loss_by_context"] = [position._asdict() for position in validation.positions]
+    corpus = trainer.data.corpus
+    others = baselines(corpus) if trainer.config.logging.baselines and corpus is not None else {}
+    if validation.bits_per_byte is None:
+        progress.note(f"validation: {_said(validation)}")
+    else:
+        progress.note("validation, bits per byte:")
+        for name, bits in {**others, "this model": validation.bits_per_byte}.items():
+            progress.note(f"  {name:<12}{bits:.3f}")
+    results = {"step": trainer.step, "loss": validation.loss, "bits_per_byte": validation.bits_per_byte}
+    results |= {"baselines": others, "loss_by_context": [position._asdict() for position in validation.positions]}
     (trainer.folder / "results.json").write_text(json.dumps(results, indent=1))
     if trainer.config.logging.plot:
         scalars = read_scalars(trainer.folder / "metrics.jsonl")
-        train, valid = (scalars.get(f"{part}/bits_per_byte", []) for part in ("train", "validation"))
+        measured = "loss" if validation.bits_per_byte is None else "bits_per_byte"
+        train, valid = (scalars.get(f"{part}/{measured}", []) for part in ("train", "validation"))
         plot_run(trainer.folder / "training.png", train, valid, others, validation.positions, trainer.config.name)
         progress.note(f"picture: {trainer.folder / 'training.png'}")
+
+
+def _figures(validation: Validation) -> dict[str, float]:
+    bits = {} if validation.bits_per_byte is None else {"validation/bits_per_byte": validation.bits_per_byte}
+    return {"validation/loss": validation.loss, **bits}
+
+
+def _said(validation: Validation) -> str:
+    if validation.bits_per_byte is None:
+        return f"{validation.loss:.4f} nats per token"
+    return f"{validation.bits_per_byte:.4f} bits per byte"
 
 
 def _due(step: int, every: int) -> bool:

@@ -22,10 +22,9 @@ from ringflash.errors import ArgumentError, RankMismatchError, RingflashError
 from ringflash.training.checkpoint import writing
 from ringflash.training.checkpoint.files import newest, step_of
 from ringflash.training.checkpoint.reading import Checkpoint
-from ringflash.training.config.derived import accumulation, compute_dtype, sequence_degree, tokenizer_of
-from ringflash.training.corpus.documents import Corpus
-from ringflash.training.corpus.packing import PackedBatches, ValidationBatches
-from ringflash.training.corpus.prepare import prepare
+from ringflash.training.config.derived import accumulation, compute_dtype, sequence_degree
+from ringflash.training.corpus.batching import PackedBatches, ValidationBatches
+from ringflash.training.corpus.training_data import TrainingData, read_data
 from ringflash.training.engines.create import create_engine, parameter_shapes
 from ringflash.training.engines.optimizer import learning_rate
 from ringflash.training.model.create import create_model
@@ -37,9 +36,10 @@ from ringflash.training.run.position_loss import PositionBin, PositionLoss
 
 @dataclass(frozen=True)
 class Validation:
-    """Loss on held-out documents: bits per byte, and nats per token by length of context."""
+    """Loss on held-out documents: in nats per token, for texts in bits per byte, and by length of context."""
 
-    bits_per_byte: float
+    loss: float
+    bits_per_byte: float | None
     positions: list[PositionBin]
 
 
@@ -59,18 +59,11 @@ class Trainer:
         mesh = init_device_mesh(device.type, (world // degree, degree), mesh_dim_names=("data", "sequence"))
         self.data_rank, self.data_ranks, self.degree = mesh["data"].get_local_rank(), world // degree, degree
         self.group = mesh["sequence"].get_group()
-        self.corpus = _prepare_alike(config)
+        self.data = _read_alike(config)
         self.accumulation = accumulation(config, world)
-        batches = PackedBatches(
-            self.corpus.train,
-            config.train.seqlen,
-            config.train.micro_batch,
-            config.seed,
-            self.data_rank,
-            self.data_ranks,
-        )
+        batches = PackedBatches(self.data.samples, config.train.micro_batch, self.data_rank, self.data_ranks)
         torch.manual_seed(config.seed)
-        self.model = create_model(config, self.corpus.tokenizer.vocab_size, self.group)
+        self.model = create_model(config, self.data.tokenizer.vocab_size, self.group)
         self.parameters = sum(weight.numel() for weight in self.model.parameters())
         self.resumed = self._find_checkpoint()
         self.step = 0
@@ -114,7 +107,8 @@ class Trainer:
                 f"optimizer.lr={self.config.optimizer.lr} or a longer optimizer.warmup_steps may help"
             )
         scalars = {"train/loss": loss, "train/gradient_norm": norm, "train/learning_rate": lr}
-        scalars["train/bits_per_byte"] = loss / math.log(2) / self.corpus.bytes_per_token
+        if self.data.bytes_per_token is not None:
+            scalars["train/bits_per_byte"] = loss / math.log(2) / self.data.bytes_per_token
         scalars["train/epoch"] = self.batches.epoch
         if self.device.type == "cuda":
             scalars["train/memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
@@ -128,12 +122,7 @@ class Trainer:
         """
         train = self.config.train
         batches = ValidationBatches(
-            self.corpus.validation,
-            train.seqlen,
-            train.micro_batch,
-            self.data_rank,
-            self.data_ranks,
-            train.validation_sequences,
+            self.data.validation, train.micro_batch, self.data_rank, self.data_ranks, train.validation_sequences
         )
         positions, num_bytes = PositionLoss(train.seqlen), 0
         for counted in batches:
@@ -148,8 +137,9 @@ class Trainer:
         sums = torch.cat([positions.totals.flatten(), torch.tensor([num_bytes / self.degree])]).to(self.device)
         dist.all_reduce(sums)
         positions.totals = sums[:-1].cpu().view_as(positions.totals)
-        nats = positions.totals[0].sum().item()
-        return Validation(nats / math.log(2) / sums[-1].item(), positions.bins())
+        nats, predictions = positions.totals.sum(1).tolist()
+        bits = nats / math.log(2) / sums[-1].item() if self.data.counts_bytes else None
+        return Validation(nats / max(1, predictions), bits, positions.bins())
 
     def save(self) -> Path:
         """Write a checkpoint of this step; RingflashError instead if it would hold weights that are not finite."""
@@ -175,15 +165,25 @@ class Trainer:
     def description(self) -> str:
         """What is trained on what, in two lines, and what of the data is passed over, in one more."""
         train = self.config.train
-        start = f"continuing {self.resumed.path} at step {self.step}" if self.resumed else "from initial weights"
+        start = f"continuing {self.resumed.path} at step {self.step}" if self.resumed else self._start()
         return (
             f"{self.parameters / 1e6:.2f} M parameters, {self.config.engine.name}, {compute_dtype(self.config)} on "
             f"{dist.get_world_size()} x {self.device.type}: {self.data_ranks} data x {self.degree} sequence ranks, "
             f"{train.global_batch} x {train.seqlen} tokens a step\n"
-            f"{self.corpus.train.num_tokens:,} training tokens of {self.corpus.bytes_per_token:.2f} bytes; "
-            f"{start}; writing to {self.folder}"
-            + (f"\n{self.corpus.passed_over}" if self.corpus.passed_over.counts else "")
+            f"{self._read()}; {start}; writing to {self.folder}"
+            + "".join(f"\n{passed_over}" for passed_over in self.data.passed_over if passed_over.counts)
         )
+
+    def _start(self) -> str:
+        path = self.config.model.path
+        return "from initial weights" if path is None else f"from the weights of {path}"
+
+    def _read(self) -> str:
+        data = self.data
+        tokens = "a stream of tokens" if data.num_tokens is None else f"{data.num_tokens:,} training tokens"
+        each = "" if data.bytes_per_token is None else f" of {data.bytes_per_token:.2f} bytes"
+        cut = f", {data.cut:,} chats are longer than a sequence, and cut" if data.cut else ""
+        return tokens + each + cut
 
     def _next_batches(self) -> list[dict]:
         if self._first_batches is not None:
@@ -213,19 +213,19 @@ class Trainer:
         return found
 
 
-def _prepare_alike(config: Config) -> Corpus:
-    """The corpus, once it is sure that all ranks read the same: machines may differ in files and Python versions."""
+def _read_alike(config: Config) -> TrainingData:
+    """The data, once it is sure that all ranks read the same: machines may differ in files and Python versions."""
     try:
-        corpus, said = prepare(dataclasses.replace(config.data, tokenizer=tokenizer_of(config))), None
+        data, said = read_data(config), None
     except RingflashError as error:
-        corpus, said = error, f"{type(error).__name__}: {error}"
-    read = from_all(said if isinstance(corpus, RingflashError) else corpus.train.identity)
-    if isinstance(corpus, RingflashError):
-        raise corpus
+        data, said = error, f"{type(error).__name__}: {error}"
+    read = from_all(said if isinstance(data, RingflashError) else data.identity)
+    if isinstance(data, RingflashError):
+        raise data
     for rank, other in enumerate(read):
         if other != read[0]:
             raise RankMismatchError(
                 f"ranks read different text from data.path={config.data.path}: {read[0]} on rank 0, "
                 f"{other} on rank {rank}"
             )
-    return corpus
+    return data
