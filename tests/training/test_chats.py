@@ -204,6 +204,7 @@ def test_a_corpus_of_chats_is_kept_and_says_what_teaches_nothing(folder, tmp_pat
 
 # Packing
 
+
 def chats(lengths, learned):
     """Tokens count up, so that each stands for its place."""
     ends = np.cumsum(lengths)
@@ -260,7 +261,9 @@ def test_validation_learns_every_learned_token_once_on_any_ranks(docs, seqlen, b
 
 @given(lengths=st.lists(st.integers(1, 20), max_size=40), seed=st.integers(0, 3))
 def test_best_fit_keeps_every_piece_once_in_bins_that_are_full_but_for_what_fits_nowhere(lengths, seed):
-    pieces = [(start, start + length) for start, length in zip(np.cumsum([0, *lengths]).tolist(), lengths, strict=False)]
+    pieces = [
+        (start, start + length) for start, length in zip(np.cumsum([0, *lengths]).tolist(), lengths, strict=False)
+    ]
     mixed = [pieces[i] for i in np.random.default_rng(seed).permutation(len(pieces))]
     bins = best_fit(mixed, 20)
     assert sorted(piece for each in bins for piece in each) == pieces
