@@ -241,7 +241,10 @@ class CheckpointConfig:
     keep: int = _bounded(2, at_least=1)
     """Newest checkpoints that are kept."""
     resume: str = "auto"
-    """"auto" (the newest complete checkpoint in the run directory, if any), "never", or a checkpoint's folder."""
+    """"auto" (the newest complete checkpoint in the run directory, if any), "last_good" (the newest undamaged one, those
+    before it are set aside), "never", or a checkpoint's folder."""
+    weights: str | None = None
+    """Run's or checkpoint's folder of whose weights a new run starts, with other data, length, RoPE or seed."""
 
 
 @dataclass

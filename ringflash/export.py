@@ -19,12 +19,12 @@ from torch import Tensor
 
 from ringflash.configs.schema import ModelConfig, RopeParametersConfig, RopeScalingConfig
 from ringflash.errors import ArgumentError, CheckpointError, RingflashError
-from ringflash.training.checkpoint.files import is_complete, newest
+from ringflash.training.checkpoint.files import found_at
 from ringflash.training.checkpoint.reading import Checkpoint
+from ringflash.training.config.derived import TOKENIZER
 from ringflash.training.corpus.tokenizer import BPETokenizer, ByteTokenizer, load
 from ringflash.training.engines.materialise import materialise
 from ringflash.training.extras import require
-from ringflash.training.run.loop import TOKENIZER
 
 SEPARATOR = "<|document|>"
 """What the recipe's own tokenizers' separator is called in Transformers."""
@@ -63,7 +63,7 @@ def export(run: Path, out: Path, shard_size: str = "5GB") -> float:
         CheckpointError: no checkpoint, a damaged one, or logits that differ.
     """
     require("ringflash.export", "transformers", "accelerate")
-    path = run if is_complete(run) else newest(run / "checkpoints")
+    path = found_at(run)
     if path is None:
         raise CheckpointError(f"{run}: no complete checkpoint in it, nor is it one")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -203,8 +203,12 @@ def test_no_file_names_code_to_run():
         (["data.vocab_size=256"], 1, "data.vocab_size=256; data.tokenizer=bpe needs 257 and more"),
         (["data.max_bytes=0"], 1, "data.max_bytes=0; allowed are 1 and more"),
         (["data.validation_fraction=0"], 1, "data.validation_fraction=0.0; it must be positive"),
-        (["checkpoint.resume=nowhere"], 1, "checkpoint.resume=nowhere: no such folder; allowed are auto, never and a"),
-        (["checkpoint.resume=/"], 1, "checkpoint.resume=/: no manifest.json in it; allowed are auto, never and a"),
+        (
+            ["checkpoint.resume=nowhere"],
+            1,
+            "checkpoint.resume=nowhere: no such folder; allowed are auto, last_good, nev",
+        ),
+        (["checkpoint.resume=/"], 1, "checkpoint.resume=/: no manifest.json in it; allowed are auto, last_good, nev"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, list) else None,
 )

@@ -1,4 +1,4 @@
-"""Fine-tuning a Hugging Face folder: as Transformers' Trainer does on one device, from chats to a model that answers."""
+"""Fine-tuning a Hugging Face folder: as Transformers' Trainer does on one device, from chats to answers."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from typing import Any
 from ringflash.configs.schema import Config, ModelConfig, entries
 from ringflash.errors import ArgumentError
 from ringflash.kernels.select import select
-from ringflash.training.checkpoint.files import MANIFEST, is_complete
+from ringflash.training.checkpoint.files import MANIFEST, found_at, is_complete
 from ringflash.training.config.derived import compute_dtype, device_type, sequence_degree, sources, tokenizer_of
 from ringflash.training.extras import require
 from ringflash.training.model.shape import check_shape, head_dim
@@ -47,6 +47,7 @@ def check(config: Config, world_size: int) -> None:
         _check_pretrained(config)
     _check_ranks(config, world_size)
     _check_resume(config.checkpoint.resume)
+    _check_weights(config)
 
 
 def _check_bounds(key: str, value: Any, bounds: Mapping[str, Any]) -> None:
@@ -155,9 +156,24 @@ def _check_kernel(config: Config) -> None:
 
 
 def _check_resume(resume: str) -> None:
-    if resume not in ("auto", "never") and not is_complete(Path(resume)):
+    if resume not in ("auto", "last_good", "never") and not is_complete(Path(resume)):
         state = f"no {MANIFEST} in it" if Path(resume).is_dir() else "no such folder"
-        raise ArgumentError(f"checkpoint.resume={resume}: {state}; allowed are auto, never and a checkpoint's folder")
+        raise ArgumentError(
+            f"checkpoint.resume={resume}: {state}; allowed are auto, last_good, never and a checkpoint's folder"
+        )
+
+
+def _check_weights(config: Config) -> None:
+    weights = config.checkpoint.weights
+    if weights is None:
+        return
+    if found_at(Path(weights)) is None:
+        state = "no complete checkpoint in it, nor is it one" if Path(weights).is_dir() else "no such folder"
+        raise ArgumentError(f"checkpoint.weights={weights}: {state}; allowed are a run's folder and a checkpoint's")
+    if config.data.tokenizer is None and tokenizer_of(config) == "bpe":
+        raise ArgumentError(
+            f"checkpoint.weights={weights} lies in no run with a tokenizer; give that of its run as data.tokenizer"
+        )
 
 
 def _check_ranks(config: Config, world_size: int) -> None:

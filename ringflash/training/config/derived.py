@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import torch
 
 from ringflash.configs.schema import Config, DataConfig, ModelConfig, SourceConfig
 from ringflash.errors import ArgumentError
+from ringflash.training.checkpoint.files import found_at
+
+TOKENIZER = "tokenizer"
+"""Folder of a run that holds its tokenizer."""
 
 
 def sequence_degree(config: Config, world_size: int) -> int:
@@ -50,8 +55,13 @@ def sources(data: DataConfig) -> list[DataConfig]:
 
 
 def tokenizer_of(config: Config) -> str:
-    """What data.tokenizer stands for: null is the model's own, or a BPE that is trained."""
-    return config.data.tokenizer or config.model.path or "bpe"
+    """What data.tokenizer stands for: null is the model's own, that of the run whose weights are taken, or "bpe"."""
+    chosen = config.data.tokenizer or config.model.path
+    if chosen is None and config.checkpoint.weights is not None:
+        path = found_at(Path(config.checkpoint.weights))
+        folder = None if path is None else path.parent.parent / TOKENIZER
+        chosen = str(folder) if folder is not None and folder.is_dir() else None
+    return chosen or "bpe"
 
 
 def vocabulary(model: ModelConfig, tokens: int) -> int:

@@ -10,6 +10,7 @@ an id that no text can produce.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -28,7 +29,7 @@ PATTERN = r"\s*\n[ \t]*|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\
 KIND_FILE = "ringflash_tokenizer.json"
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
-KEPT = ("token*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
+KEPT = ("token*", KIND_FILE, "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
 """Files of a Hugging Face folder that its tokenizer, and its chat template, may consist of."""
 
 
@@ -195,7 +196,7 @@ class HuggingFaceTokenizer:
         return self.backend.decode(kept, skip_special_tokens=False).encode()
 
     def save(self, folder: Path) -> None:  # noqa: D102
-        for file in tokenizer_files(self.folder):
+        for file in tokenizer_files(self.folder) if folder.resolve() != self.folder.resolve() else ():
             shutil.copyfile(file, folder / file.name)
         write_kind(folder, "huggingface")
 
@@ -211,8 +212,18 @@ def load(folder: Path) -> Tokenizer:
 
 
 def named(tokenizer: str) -> Tokenizer:
-    """The tokenizer that `data.tokenizer` names, if it needs no training."""
-    return ByteTokenizer() if tokenizer == "bytes" else HuggingFaceTokenizer(huggingface_folder(tokenizer))
+    """The tokenizer that `data.tokenizer` names, if it needs no training: "bytes", or a folder, also of a run."""
+    if tokenizer == "bytes":
+        return ByteTokenizer()
+    folder = Path(tokenizer).expanduser()
+    return load(folder) if (folder / KIND_FILE).is_file() else HuggingFaceTokenizer(huggingface_folder(tokenizer))
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """What tells a tokenizer's tokens from another one's, however its files are written."""
+    backend = getattr(tokenizer, "backend", None) or getattr(tokenizer, "auto", None)
+    vocabulary = {} if backend is None else backend.get_vocab()
+    return hashlib.sha256(json.dumps([tokenizer.vocab_size, sorted(vocabulary.items())]).encode()).hexdigest()
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
@@ -223,6 +234,8 @@ def tokenizer_files(folder: Path) -> list[Path]:
 def huggingface_folder(path: str) -> Path:
     """The folder that `data.tokenizer=path` names; DataError if it holds no tokenizer.json."""
     folder = Path(path).expanduser()
+    if (folder / KIND_FILE).is_file():
+        return folder
     if folder.name == TOKENIZER_FILE:
         folder = folder.parent
     if not (folder / TOKENIZER_FILE).is_file():

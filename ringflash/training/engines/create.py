@@ -21,6 +21,7 @@ def create_engine(
     accumulation: int = 1,
     state: Read | None = None,
     step: int = 0,
+    weights: Read | None = None,
 ) -> Engine:
     """Give a model memory and weights, and spread both over the ranks.
 
@@ -32,14 +33,16 @@ def create_engine(
         accumulation: micro-batches of one step.
         state: reads a checkpoint's tensors; None to start from the model's initial weights.
         step: optimizer steps that the checkpoint has behind it.
+        weights: reads another run's weights, to start anew from.
     """
     shapes = parameter_shapes(model)
 
     def fill(name: str, weight: Tensor) -> None:
-        if state is None:
+        read = state or weights
+        if read is None:
             model.initialise(name, weight)
         else:
-            weight.copy_(state(f"weight/{name}"))
+            weight.copy_(read(f"weight/{name}"))
 
     if config.name == "ddp":
         materialise(model, device, fill)

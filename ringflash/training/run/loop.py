@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 
 from ringflash.configs.schema import Config
 from ringflash.errors import ArgumentError, CheckpointError, RunStoppedError
+from ringflash.training.config.derived import TOKENIZER
 from ringflash.training.corpus.ngram import baselines
 from ringflash.training.ranks import from_rank_0
 from ringflash.training.run.interruption import StopSignals
@@ -25,9 +26,6 @@ from ringflash.training.run.plots import plot_run
 from ringflash.training.run.progress import ProgressDisplay
 from ringflash.training.run.scalars import ScalarLog, read_scalars
 from ringflash.training.run.trainer import Trainer, Validation
-
-TOKENIZER = "tokenizer"
-"""Folder of a run that holds its tokenizer."""
 
 
 def train(config: Config, device: torch.device) -> Path:

@@ -18,12 +18,13 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from ringflash.configs.schema import Config
-from ringflash.errors import ArgumentError, RankMismatchError, RingflashError
+from ringflash.errors import ArgumentError, CheckpointError, RankMismatchError, RingflashError
 from ringflash.training.checkpoint import writing
-from ringflash.training.checkpoint.files import newest, step_of
-from ringflash.training.checkpoint.reading import Checkpoint
+from ringflash.training.checkpoint.files import found_at, newest, step_of
+from ringflash.training.checkpoint.reading import Checkpoint, last_good
 from ringflash.training.config.derived import accumulation, compute_dtype, sequence_degree
 from ringflash.training.corpus.batching import PackedBatches, ValidationBatches
+from ringflash.training.corpus.tokenizer import fingerprint
 from ringflash.training.corpus.training_data import TrainingData, read_data
 from ringflash.training.engines.create import create_engine, parameter_shapes
 from ringflash.training.engines.optimizer import learning_rate
@@ -65,7 +66,8 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = create_model(config, self.data.tokenizer.vocab_size, self.group)
         self.parameters = sum(weight.numel() for weight in self.model.parameters())
-        self.resumed = self._find_checkpoint()
+        self.resumed, self.set_aside = self._find_checkpoint()
+        self.started_from = self._find_weights() if self.resumed is None else None
         self.step = 0
         if self.resumed is not None:
             self.resumed.check_shapes(parameter_shapes(self.model))
@@ -74,9 +76,9 @@ class Trainer:
             batches.load_state_dict(state["data"])
             torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["random"])), dtype=torch.uint8))
         self.batches = ShardedBatches(batches, self._shard)
-        read = None if self.resumed is None else self.resumed.read
+        read, weights = (None if found is None else found.read for found in (self.resumed, self.started_from))
         self.engine = create_engine(
-            self.model, device, config.engine, config.optimizer, self.accumulation, read, self.step
+            self.model, device, config.engine, config.optimizer, self.accumulation, read, self.step, weights
         )
         self.saved: tuple[int, Path | None] = (-1, None) if self.resumed is None else (self.step, self.resumed.path)
         self._first_batches: list[dict] | None = None
@@ -149,6 +151,7 @@ class Trainer:
             "data": self.batches.state_dict(),
             "random": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
             "model": self.model.description(),
+            "tokenizer": fingerprint(self.data.tokenizer),
             "config": dataclasses.asdict(self.config),
         }
         path = writing.save(
@@ -171,11 +174,12 @@ class Trainer:
             f"{dist.get_world_size()} x {self.device.type}: {self.data_ranks} data x {self.degree} sequence ranks, "
             f"{train.global_batch} x {train.seqlen} tokens a step\n"
             f"{self._read()}; {start}; writing to {self.folder}"
+            + "".join(f"\nset aside: {problem}" for problem in self.set_aside)
             + "".join(f"\n{passed_over}" for passed_over in self.data.passed_over if passed_over.counts)
         )
 
     def _start(self) -> str:
-        path = self.config.model.path
+        path = self.config.model.path if self.started_from is None else self.started_from.path
         return "from initial weights" if path is None else f"from the weights of {path}"
 
     def _read(self) -> str:
@@ -199,16 +203,37 @@ class Trainer:
         shard["sharding"].prepare(self.device)
         return {name: x.to(self.device) if isinstance(x, torch.Tensor) else x for name, x in shard.items()}
 
-    def _find_checkpoint(self) -> Checkpoint | None:
-        resume = self.config.checkpoint.resume
-        there = from_rank_0(newest(self.folder / "checkpoints"))
+    def _find_checkpoint(self) -> tuple[Checkpoint | None, list[str]]:
+        """The checkpoint to go on from, and what was wrong with newer ones that were set aside."""
+        resume, root = self.config.checkpoint.resume, self.folder / "checkpoints"
+        if resume == "last_good":
+            return last_good(root)
+        there = from_rank_0(newest(root))
         path = {"auto": there, "never": None}.get(resume, Path(resume))
-        found = None if path is None else Checkpoint(path)
+        try:
+            found = None if path is None else Checkpoint(path)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; checkpoint.resume=last_good goes on from the one before it") from error
         step = 0 if found is None else found.state["step"]
         if there is not None and step_of(there) > step:
             raise ArgumentError(
                 f"checkpoint.resume={resume} starts at step {step}, but run_dir={self.folder} already holds "
                 f"{there.name}; give another run_dir"
+            )
+        return found, []
+
+    def _find_weights(self) -> Checkpoint | None:
+        """The checkpoint of another run that this one starts from, if it is of the same model and tokenizer."""
+        weights = self.config.checkpoint.weights
+        path = None if weights is None else from_rank_0(found_at(Path(weights)))
+        if path is None:
+            return None
+        found = Checkpoint(path)
+        found.check_shapes(parameter_shapes(self.model))
+        if found.state.get("tokenizer") not in (None, fingerprint(self.data.tokenizer)):
+            raise CheckpointError(
+                f"checkpoint.weights={weights} was trained with other tokens; leave data.tokenizer out, or give the "
+                "tokenizer of that run"
             )
         return found
 
