@@ -123,6 +123,18 @@ class SourceConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters by peft, for a model of a folder, whose own weights then stay as they are."""
+
+    rank: int = _bounded(0, at_least=0)
+    """Rank of the adapters; 0: all weights are trained, and there are no adapters."""
+    alpha: float | None = _bounded(None, positive=True)
+    """What adapters add is scaled by alpha / rank; null: twice the rank."""
+    target_modules: list[str] = field(default_factory=list)
+    """Ends of the names of modules that get adapters, as q_proj; none: all linear ones but the output head."""
+
+
+@dataclass
 class DataConfig:
     """Where text comes from and how it becomes tokens."""
 
@@ -241,8 +253,8 @@ class CheckpointConfig:
     keep: int = _bounded(2, at_least=1)
     """Newest checkpoints that are kept."""
     resume: str = "auto"
-    """"auto" (the newest complete checkpoint in the run directory, if any), "last_good" (the newest undamaged one, those
-    before it are set aside), "never", or a checkpoint's folder."""
+    """"auto" (the newest complete checkpoint in the run directory, if any), "last_good" (the newest undamaged one,
+    newer ones are set aside), "never", or a checkpoint's folder."""
     weights: str | None = None
     """Run's or checkpoint's folder of whose weights a new run starts, with other data, length, RoPE or seed."""
 
@@ -278,6 +290,7 @@ class Config:
     timeout: float = _bounded(600.0, positive=True)
     """Seconds after which a rank gives up on its peers."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ringflash.configs.schema import ModelConfig, RopeParametersConfig, RopeScalingConfig
+from ringflash.configs.schema import LoraConfig, ModelConfig, RopeParametersConfig, RopeScalingConfig
 from ringflash.errors import ArgumentError, CheckpointError, RingflashError
 from ringflash.training.checkpoint.files import found_at
 from ringflash.training.checkpoint.reading import Checkpoint
@@ -71,7 +71,7 @@ def export(run: Path, out: Path, shard_size: str = "5GB") -> float:
     checkpoint = Checkpoint(path)
     tokenizer = _tokenizer(path.parent.parent / TOKENIZER)
     model, reference = _models(checkpoint)
-    ids = torch.arange(64)[None] % model.config.get_text_config().vocab_size
+    ids = _sample(model)
     expected = reference(ids)
     if tokenizer.bos_token_id is not None and model.config.bos_token_id is None:
         model.config.bos_token_id = tokenizer.bos_token_id
@@ -98,21 +98,46 @@ def _of_folder(checkpoint: Checkpoint, about: dict[str, Any]) -> tuple[Any, Any]
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     model = empty_model(config, str(checkpoint.path)).eval()
 
-    def fill(name: str, weight: Tensor) -> None:
-        weight.copy_(_rounded(checkpoint, PREFIX + name))
+    @torch.no_grad()
+    def logits(ids: Tensor) -> Tensor:
+        return model(input_ids=ids, use_cache=False).logits
 
-    materialise(model, CPU, fill)
+    if about["lora"] is None:
+        materialise(model, CPU, lambda name, weight: weight.copy_(_rounded(checkpoint, PREFIX + name)))
+    else:
+        _merge(checkpoint, model, about["lora"], logits)
     for name, values in about["buffers"].items():
         buffer = model.get_buffer(name)
         buffer.copy_(torch.tensor(values, dtype=buffer.dtype))
     if about["generation"] is not None:
         model.generation_config = GenerationConfig.from_dict(about["generation"])
-
-    @torch.no_grad()
-    def logits(ids: Tensor) -> Tensor:
-        return model(input_ids=ids, use_cache=False).logits
-
     return model, logits
+
+
+@torch.no_grad()
+def _merge(checkpoint: Checkpoint, model: Any, lora: dict[str, Any], logits: Callable[[Tensor], Tensor]) -> None:
+    """Fill a model with the weights of the folder that adapters were trained on, and with what they add to these."""
+    from ringflash.training.model.adapters import BASE, add_adapters, is_adapter, merge_adapters
+    from ringflash.training.model.folder import FolderWeights
+    from ringflash.training.model.pretrained import PREFIX
+
+    folder = Path(checkpoint.state["config"]["model"]["path"]).expanduser()
+    weights = FolderWeights(folder, model)
+    if weights.digest() != lora["weights"]:
+        raise CheckpointError(f"{checkpoint.path}: its adapters were trained on other weights than are in {folder} now")
+    add_adapters(model, LoraConfig(**{name: value for name, value in lora.items() if name != "weights"}))
+
+    def fill(name: str, weight: Tensor) -> None:
+        own = is_adapter(name)
+        weight.copy_(checkpoint.read(f"weight/{PREFIX}{name}") if own else weights.read(name.replace(BASE, "")))
+
+    materialise(model, CPU, fill)
+    ids = _sample(model)
+    expected = logits(ids)
+    merge_adapters(model)
+    _compare(logits(ids), expected, f"{checkpoint.path}: merged with its adapters")
+    for weight in model.parameters():
+        weight.copy_(weight.bfloat16())
 
 
 def _of_llama(checkpoint: Checkpoint, about: dict[str, Any]) -> tuple[Any, Any]:
@@ -188,9 +213,17 @@ def _check(out: Path, ids: Tensor, expected: Tensor) -> float:
     from transformers import AutoModelForCausalLM
 
     loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, local_files_only=True).eval()
-    error = float((loaded(input_ids=ids, use_cache=False).logits - expected).abs().max() / expected.abs().max())
+    return _compare(loaded(input_ids=ids, use_cache=False).logits, expected, str(out))
+
+
+def _sample(model: Any) -> Tensor:
+    return torch.arange(64)[None] % model.config.get_text_config().vocab_size
+
+
+def _compare(logits: Tensor, expected: Tensor, what: str) -> float:
+    error = float((logits - expected).abs().max() / expected.abs().max())
     if not error <= LARGEST_ERROR:
-        raise CheckpointError(f"{out}: its logits differ by {error:.2g} of the largest from those of the run")
+        raise CheckpointError(f"{what}: its logits differ by {error:.2g} of the largest from those of the run")
     return error
 
 

@@ -1,4 +1,4 @@
-"""Starting from another run's weights, with other data, length, RoPE and seed; and stepping over damaged checkpoints."""
+"""Starting from another run's weights, with other data, length, RoPE and seed; damaged checkpoints are stepped over."""
 
 from __future__ import annotations
 

@@ -75,12 +75,14 @@ def test_a_base_models_folder_and_weights_under_a_tied_name_are_read_too(tmp_pat
 # Training
 
 
-def _steps(path, name, degree, micro_batch=recipe.SEQUENCES, dtype=torch.float32, checkpointing=False, last=2):
+def _steps(
+    path, name, degree, micro_batch=recipe.SEQUENCES, dtype=torch.float32, checkpointing=False, last=2, lora=None
+):
     """As recipe.steps: [(loss, gradient norm), ...] and the engine's state, of the same batches."""
     world = dist.get_world_size()
     mesh = init_device_mesh("cpu", (world // degree, degree), mesh_dim_names=("data", "sequence"))
     group, data_rank, data_ranks = mesh["sequence"].get_group(), mesh["data"].get_local_rank(), world // degree
-    model = Pretrained(ModelConfig(path=str(path)), group, "zigzag", dtype, recipe.SEQLEN, checkpointing)
+    model = Pretrained(ModelConfig(path=str(path)), group, "zigzag", dtype, recipe.SEQLEN, checkpointing, lora)
     accumulation = recipe.SEQUENCES // (micro_batch * data_ranks)
     engine = create_engine(model, torch.device("cpu"), EngineConfig(name), recipe.OPTIMIZER, accumulation)
     curve = []
@@ -96,13 +98,13 @@ def _steps(path, name, degree, micro_batch=recipe.SEQUENCES, dtype=torch.float32
     return curve, state, sums.item() / world * degree
 
 
-def _plain(path, last=2):
+def _plain(path, last=2, adapt=lambda model: model):
     """Transformers and torch on one device, each document in a row of its own."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).train()
-    config = recipe.OPTIMIZER
+    model = adapt(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)).train()
+    config, learned = recipe.OPTIMIZER, {name: x for name, x in model.named_parameters() if x.requires_grad}
     groups = [
-        {"params": [x for x in model.parameters() if x.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [x for x in model.parameters() if x.dim() == 1], "weight_decay": 0.0},
+        {"params": [x for x in learned.values() if x.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [x for x in learned.values() if x.dim() == 1], "weight_decay": 0.0},
     ]
     adam = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
     curve = []
@@ -114,7 +116,7 @@ def _plain(path, last=2):
         adam.zero_grad()
         curve.append((losses.mean().item(), norm.item()))
     state = {}
-    for name, weight in model.named_parameters():
+    for name, weight in learned.items():
         state[f"weight/{name}"] = weight.detach()
         state |= {f"{moment}/{name}": adam.state[weight][moment] for moment in ("exp_avg", "exp_avg_sq")}
     return curve, state, _document_losses(model, recipe.batches(9)[0]).sum().item()

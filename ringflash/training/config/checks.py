@@ -39,6 +39,7 @@ def check(config: Config, world_size: int) -> None:
             if value is not None:
                 _check_bounds(key, value, bounds)
     _check_data(config)
+    _check_lora(config)
     _check_vocabulary(config)
     if config.model.path is None:
         _check_own_model(config.model)
@@ -113,6 +114,14 @@ def _check_data(config: Config) -> None:
                 f"data.tokenizer=bpe is trained on one text that is read as a whole; with {prefix}"
                 f"{'streaming=true' if each.streaming else 'path'} give bytes or a Hugging Face folder"
             )
+
+
+def _check_lora(config: Config) -> None:
+    if not config.lora.rank:
+        return
+    require(f"lora.rank={config.lora.rank}", "peft")
+    if config.model.path is None:
+        raise ArgumentError(f"lora.rank={config.lora.rank} is for a model of a folder; give model.path")
 
 
 def _check_own_model(model: ModelConfig) -> None:

@@ -9,6 +9,7 @@ from ringflash.configs.schema import EngineConfig, OptimizerConfig
 from ringflash.training.engines.base import Engine, Read
 from ringflash.training.engines.ddp import DdpEngine
 from ringflash.training.engines.materialise import materialise
+from ringflash.training.engines.optimizer import trained
 from ringflash.training.engines.zero import ZeroEngine
 from ringflash.training.model.decoder import Decoder
 
@@ -39,13 +40,13 @@ def create_engine(
 
     def fill(name: str, weight: Tensor) -> None:
         read = state or weights
-        if read is None:
+        if read is None or name not in shapes:
             model.initialise(name, weight)
         else:
             weight.copy_(read(f"weight/{name}"))
 
     if config.name == "ddp":
-        materialise(model, device, fill)
+        materialise(model, device, fill, frozen=model.dtype)
         engine = DdpEngine(model, optimizer)
     else:
         stage = int(config.name.removeprefix("zero"))
@@ -57,5 +58,5 @@ def create_engine(
 
 
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shape of each parameter of a model that no engine has divided."""
-    return {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    """Shape of each parameter that is trained, of a model that no engine has divided."""
+    return {name: tuple(weight.shape) for name, weight in trained(model)}

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ringflash.configs.schema import OptimizerConfig
 from ringflash.training.engines.base import Engine, Read
-from ringflash.training.engines.optimizer import MOMENTS, adam_state, adamw
+from ringflash.training.engines.optimizer import MOMENTS, adam_state, adamw, trained
 from ringflash.training.model.decoder import Decoder
 
 
@@ -39,21 +39,21 @@ class DdpEngine(Engine):
         """See Engine."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip or float("inf"))
+        norm = nn.utils.clip_grad_norm_([weight for _, weight in trained(self.model)], self.clip or float("inf"))
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """See Engine."""
-        for name, weight in self.model.named_parameters():
+        for name, weight in trained(self.model):
             yield f"weight/{name}", weight.detach()
             for moment in MOMENTS:
                 yield f"{moment}/{name}", self.optimizer.state[weight][moment]
 
     def load(self, state: Read, step: int) -> None:
         """See Engine."""
-        for name, weight in self.model.named_parameters():
+        for name, weight in trained(self.model):
             kept = adam_state(weight.detach(), step)
             for moment in MOMENTS:
                 kept[moment].copy_(state(f"{moment}/{name}"))

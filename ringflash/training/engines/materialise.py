@@ -22,6 +22,7 @@ def materialise(
     fill: Fill,
     dtype: torch.dtype = torch.float32,
     divide: Callable[[nn.Module], object] | None = None,
+    frozen: torch.dtype | None = None,
 ) -> None:
     """Replace the parameters of a model on the meta device by real ones, and put its buffers beside them.
 
@@ -30,6 +31,7 @@ def materialise(
         device: where parameters go.
         fill: called once for each parameter, in fp32, by the first of its names.
         dtype: parameters are cast to it once filled.
+        frozen: the dtype of those that are not trained; None for the same.
         divide: called with each module that has parameters of its own, as soon as they are there.
     """
     names = {weight: name for name, weight in model.named_parameters()}
@@ -42,7 +44,8 @@ def materialise(
             if weight not in made:
                 value = torch.empty(weight.shape, dtype=torch.float32, device=device)
                 fill(names[weight], value)
-                made[weight] = nn.Parameter(value.to(dtype), requires_grad=weight.requires_grad)
+                value = value.to(dtype if weight.requires_grad or frozen is None else frozen)
+                made[weight] = nn.Parameter(value, requires_grad=weight.requires_grad)
             setattr(module, attribute, made[weight])
         if own and divide is not None:
             divide(module)

@@ -14,14 +14,20 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps for each weight beside its step; names are torch's."""
 
 
+def trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Parameters that are trained, with their names."""
+    return [(name, weight) for name, weight in module.named_parameters() if weight.requires_grad]
+
+
 def adamw(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101); matrices decay, norms do not."""
-    matrices = [weight for weight in module.parameters() if len(whole_shape(weight)) > 1]
-    vectors = [weight for weight in module.parameters() if len(whole_shape(weight)) <= 1]
+    matrices = [weight for _, weight in trained(module) if len(whole_shape(weight)) > 1]
+    vectors = [weight for _, weight in trained(module) if len(whole_shape(weight)) <= 1]
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]  # of adapters there are no vectors
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
 

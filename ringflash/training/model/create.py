@@ -34,7 +34,16 @@ def create_model(config: Config, tokens: int, group: ProcessGroup | None) -> Dec
             )
     from ringflash.training.model.pretrained import Pretrained  # an optional library
 
-    model = Pretrained(config.model, group, config.attention.partition, dtype, config.train.seqlen, checkpointing)
+    model = Pretrained(
+        config.model,
+        group,
+        config.attention.partition,
+        dtype,
+        config.train.seqlen,
+        checkpointing,
+        config.lora,
+        config.seed,
+    )
     if model.vocab_size < tokens:
         raise ArgumentError(
             f"data.tokenizer={config.data.tokenizer} has {tokens} tokens, model.path={config.model.path} an embedding "

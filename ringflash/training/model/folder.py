@@ -6,7 +6,9 @@ tensor, and what a file has under other names or in other pieces is put together
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -16,6 +18,9 @@ from transformers import PreTrainedModel
 
 from ringflash.errors import DataError
 from ringflash.transformers_private import converted, sources
+
+SAMPLE, SAMPLES = 1 << 16, 64
+"""Bytes that are read at each of so many places of a file, to know it again."""
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -33,6 +38,7 @@ class FolderWeights:
         self._place = {key: name for name, file in self._files.items() for key in file.keys()}  # noqa: SIM118
         self._sources = sources(model, self._place)
         self._same = _tied(model)
+        self._shapes = {name: weight.shape for name, weight in model.named_parameters()}
         absent = [names[0] for names in self._same.values() if not any(name in self._sources for name in names)]
         if absent:
             more = f" and {len(absent) - 1} more" if absent[1:] else ""
@@ -45,13 +51,24 @@ class FolderWeights:
         """A parameter in the dtype of its file, on the CPU."""
         stored = next(each for each in self._same[name] if each in self._sources)
         tensor = converted(self._model, stored, self._sources[stored], self._tensor)
-        shape = self._model.get_parameter(name).shape
+        shape = self._shapes[name]
         if tensor.shape != shape:
             raise DataError(
                 f"model.path={self._folder}: {name} is {tuple(tensor.shape)} in its files and {tuple(shape)} by its "
                 "config.json"
             )
         return tensor
+
+    def digest(self) -> str:
+        """What tells these weights from others: names and shapes of the files' tensors, and samples of their bytes."""
+        found = hashlib.sha256()
+        for name in self._files:
+            with open(self._folder / name, "rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                for place in range(0, size, max(SAMPLE, size // SAMPLES)):
+                    file.seek(place)
+                    found.update(file.read(SAMPLE))
+        return found.hexdigest()
 
     def _tensor(self, key: str) -> Tensor:
         try:

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from ringflash.configs.schema import ModelConfig, entries
+from ringflash.configs.schema import LoraConfig, ModelConfig, entries
 from ringflash.errors import ArgumentError, DataError
 from ringflash.parallel.mesh import ONE_DEVICE
+from ringflash.training.model.adapters import BASE, add_adapters, initialise_adapter, is_adapter
 from ringflash.training.model.decoder import Decoder
 from ringflash.training.model.folder import FolderWeights
-from ringflash.training.model.transformer import keep_attention
+from ringflash.training.model.transformer import generator_of, keep_attention
 from ringflash.transformers import SequenceParallel
 
 PREFIX = "model."
@@ -41,6 +42,8 @@ class Pretrained(Decoder):
         dtype: of the activations; weights are in it too, or in fp32 and computed with by autocast.
         seqlen: tokens of a sequence, for its config.json.
         activation_checkpointing: recompute layers in the backward pass, except for their attention.
+        lora: adapters, which alone are trained then.
+        seed: of the adapters' initial weights.
 
     Raises:
         ArgumentError: a model that "ring" does not take, or whose loss is another one than cross entropy.
@@ -55,6 +58,8 @@ class Pretrained(Decoder):
         dtype: torch.dtype = torch.float32,
         seqlen: int = 0,
         activation_checkpointing: bool = False,
+        lora: LoraConfig | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         assert config.path is not None
@@ -64,6 +69,9 @@ class Pretrained(Decoder):
         self._generation = _generation(folder)
         self.model = empty_model(self.config, f"model.path={folder}")
         self._weights = FolderWeights(folder, self.model)
+        self._seed, self._lora = seed, lora if lora is not None and lora.rank else None
+        if self._lora is not None:
+            add_adapters(self.model, self._lora)
         _refuse_dropout(self.model, folder)
         if activation_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": keep_attention})
@@ -76,7 +84,7 @@ class Pretrained(Decoder):
     def forward(self, per_token: bool = False, **shard: Any) -> Tensor:
         """See Decoder."""
         shard["shift_labels"] = shard["labels"]
-        weight = next(self.parameters())
+        weight = next(weight for weight in self.parameters() if weight.requires_grad)
         cast = self.dtype != torch.float32 and weight.dtype == torch.float32
         with torch.autocast(weight.device.type, self.dtype, enabled=cast):
             if per_token:
@@ -94,7 +102,9 @@ class Pretrained(Decoder):
     def description(self) -> dict[str, Any]:
         """See Decoder."""
         kept = self.model.state_dict().keys() - dict(self.model.named_parameters(remove_duplicate=False)).keys()
+        lora = None if self._lora is None else vars(self._lora) | {"weights": self._weights.digest()}
         return {
+            "lora": lora,
             "huggingface": json.loads(self.config.to_json_string(use_diff=False)),
             "generation": self._generation,
             "buffers": {name: self.model.get_buffer(name).tolist() for name in sorted(kept)},
@@ -103,7 +113,10 @@ class Pretrained(Decoder):
     @torch.no_grad()
     def initialise(self, name: str, weight: Tensor) -> None:
         """See Decoder."""
-        weight.copy_(self._weights.read(name.removeprefix(PREFIX)))
+        if is_adapter(name):
+            initialise_adapter(name, weight, generator_of(self._seed, name, weight.device))
+        else:
+            weight.copy_(self._weights.read(name.removeprefix(PREFIX).replace(BASE, "")))
 
 
 def read_config(folder: Path) -> PreTrainedConfig:

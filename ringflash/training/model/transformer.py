@@ -241,11 +241,16 @@ class Transformer(Decoder):
         if weight.dim() == 1:
             weight.fill_(1)
             return
-        digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
-        generator = torch.Generator(weight.device).manual_seed(int.from_bytes(digest[:4], "little"))
+        generator = generator_of(self.seed, name, weight.device)
         # Each block adds to the residual stream twice; smaller output matrices keep its variance in check.
         residual = name.endswith(("o_proj.weight", "down_proj.weight"))
         weight.normal_(std=0.02 / math.sqrt(2 * len(self.layers)) if residual else 0.02, generator=generator)
+
+
+def generator_of(seed: int, name: str, device: torch.device) -> torch.Generator:
+    """Random numbers of one parameter, whichever others a rank draws."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:4], "little"))
 
 
 def attention_mask(config: AttentionConfig) -> Mask:

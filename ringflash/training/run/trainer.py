@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ from ringflash.training.corpus.batching import PackedBatches, ValidationBatches
 from ringflash.training.corpus.tokenizer import fingerprint
 from ringflash.training.corpus.training_data import TrainingData, read_data
 from ringflash.training.engines.create import create_engine, parameter_shapes
-from ringflash.training.engines.optimizer import learning_rate
+from ringflash.training.engines.optimizer import learning_rate, trained
 from ringflash.training.model.create import create_model
 from ringflash.training.ranks import from_all, from_rank_0
 from ringflash.training.run.interruption import Answer
@@ -66,11 +67,13 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = create_model(config, self.data.tokenizer.vocab_size, self.group)
         self.parameters = sum(weight.numel() for weight in self.model.parameters())
+        self.learned = sum(weight.numel() for _, weight in trained(self.model))
         self.resumed, self.set_aside = self._find_checkpoint()
         self.started_from = self._find_weights() if self.resumed is None else None
         self.step = 0
         if self.resumed is not None:
             self.resumed.check_shapes(parameter_shapes(self.model))
+            _check_same_base(self.resumed, self.model.description())
             state = self.resumed.state
             self.step = state["step"]
             batches.load_state_dict(state["data"])
@@ -170,13 +173,17 @@ class Trainer:
         train = self.config.train
         start = f"continuing {self.resumed.path} at step {self.step}" if self.resumed else self._start()
         return (
-            f"{self.parameters / 1e6:.2f} M parameters, {self.config.engine.name}, {compute_dtype(self.config)} on "
+            f"{self._size()}, {self.config.engine.name}, {compute_dtype(self.config)} on "
             f"{dist.get_world_size()} x {self.device.type}: {self.data_ranks} data x {self.degree} sequence ranks, "
             f"{train.global_batch} x {train.seqlen} tokens a step\n"
             f"{self._read()}; {start}; writing to {self.folder}"
             + "".join(f"\nset aside: {problem}" for problem in self.set_aside)
             + "".join(f"\n{passed_over}" for passed_over in self.data.passed_over if passed_over.counts)
         )
+
+    def _size(self) -> str:
+        beside = f", {self.learned / 1e6:.2f} M of them in adapters" if self.learned < self.parameters else ""
+        return f"{self.parameters / 1e6:.2f} M parameters{beside}"
 
     def _start(self) -> str:
         path = self.config.model.path if self.started_from is None else self.started_from.path
@@ -236,6 +243,15 @@ class Trainer:
                 "tokenizer of that run"
             )
         return found
+
+
+def _check_same_base(checkpoint: Checkpoint, here: dict[str, Any]) -> None:
+    """Raise CheckpointError if adapters would go on upon other weights, or otherwise scaled."""
+    there = checkpoint.state["model"].get("lora") or {}
+    for name, value in (here.get("lora") or {}).items():
+        if there.get(name) != value:
+            what = "weights of model.path" if name == "weights" else f"lora.{name}"
+            raise CheckpointError(f"{checkpoint.path}: its adapters had other {what}: {there.get(name)}, here {value}")
 
 
 def _read_alike(config: Config) -> TrainingData:
