@@ -23,6 +23,20 @@ def _bounded(default: Any, **bounds: Any) -> Any:
 
 FORMATS = ("text", "chat")
 
+SCHEDULES = (
+    "warmup_cosine",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+)
+
 
 @dataclass
 class RopeScalingConfig:
@@ -190,12 +204,12 @@ class AttentionConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay."""
+    """The optimizer, and its learning rate step by step."""
 
     lr: float = _bounded(3e-4, positive=True)
     """Highest learning rate."""
     min_lr_ratio: float = _bounded(0.1, share=True)
-    """Learning rate at the end, as a share of the highest."""
+    """Learning rate at the end, as a share of the highest, of schedules that end above zero."""
     warmup_steps: int = _bounded(100, at_least=0)
     """Steps of linear warm-up."""
     beta1: float = _bounded(0.9, share=True)
@@ -208,6 +222,15 @@ class OptimizerConfig:
     """Of matrices; norms are not decayed."""
     clip: float = _bounded(1.0, at_least=0)
     """Highest gradient norm; 0: no clipping."""
+    name: str = _bounded("adamw", choices=("adamw", "muon"))
+    """"adamw", or "muon" (engine=ddp): torch's Muon for matrices between embedding and head, AdamW for all else."""
+    momentum: float = _bounded(0.95, share=True)
+    """Of Muon."""
+    schedule: str = _bounded("warmup_cosine", choices=SCHEDULES)
+    """"warmup_cosine" (linear warm-up, then half a cosine down to min_lr_ratio), or a name of Transformers'
+    get_scheduler; "warmup_stable_decay" is WSD."""
+    decay_steps: int | None = _bounded(None, at_least=1)
+    """Of warmup_stable_decay: last steps, in which the rate falls; null: a tenth of all."""
 
 
 @dataclass
@@ -228,6 +251,8 @@ class TrainConfig:
 
     steps: int = _bounded(100, at_least=1)
     """Optimizer steps."""
+    epochs: float | None = _bounded(None, positive=True)
+    """Passes over the training part, in place of train.steps: as many steps as hold them."""
     seqlen: int = _bounded(4096, at_least=2)
     """Tokens of a packed sequence, over all ranks that share it."""
     global_batch: int = _bounded(1, at_least=1)

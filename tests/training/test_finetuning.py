@@ -22,7 +22,7 @@ from ringflash.training.config.checks import check
 from ringflash.training.config.composing import load
 from ringflash.training.corpus import streaming
 from ringflash.training.corpus.training_data import read_data
-from ringflash.training.engines.optimizer import learning_rate
+from ringflash.training.engines.schedule import learning_rate
 from ringflash.training.run.loop import train
 
 STEPS = 6

@@ -40,6 +40,7 @@ def check(config: Config, world_size: int) -> None:
                 _check_bounds(key, value, bounds)
     _check_data(config)
     _check_lora(config)
+    _check_optimizer(config)
     _check_vocabulary(config)
     if config.model.path is None:
         _check_own_model(config.model)
@@ -122,6 +123,16 @@ def _check_lora(config: Config) -> None:
     require(f"lora.rank={config.lora.rank}", "peft")
     if config.model.path is None:
         raise ArgumentError(f"lora.rank={config.lora.rank} is for a model of a folder; give model.path")
+
+
+def _check_optimizer(config: Config) -> None:
+    optimizer = config.optimizer
+    if optimizer.schedule != "warmup_cosine":
+        require(f"optimizer.schedule={optimizer.schedule}", "transformers")
+    if optimizer.name == "muon" and config.engine.name != "ddp":
+        raise ArgumentError(
+            f"optimizer.name=muon with engine.name={config.engine.name}, which cuts matrices into parts; allowed is ddp"
+        )
 
 
 def _check_own_model(model: ModelConfig) -> None:

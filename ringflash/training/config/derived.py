@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import torch
@@ -24,6 +25,18 @@ def accumulation(config: Config, world_size: int) -> int:
     """Micro-batches of one optimizer step on each group of ranks."""
     data_ranks = world_size // sequence_degree(config, world_size)
     return config.train.global_batch // (config.train.micro_batch * data_ranks)
+
+
+def steps_of(config: Config, samples_per_epoch: int | None) -> int:
+    """Optimizer steps of the run; with train.epochs as many as hold them, the last one with some of the next epoch."""
+    epochs = config.train.epochs
+    if epochs is None:
+        return config.train.steps
+    if samples_per_epoch is None:
+        raise ArgumentError(
+            f"train.epochs={epochs}: nobody knows ahead how long an epoch of a stream or a mixture is; give train.steps"
+        )
+    return math.ceil(epochs * samples_per_epoch / config.train.global_batch)
 
 
 def device_type(config: Config) -> str:

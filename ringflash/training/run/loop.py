@@ -46,7 +46,7 @@ def train(config: Config, device: torch.device) -> Path:
     _keep_tokenizer(trainer)
     with (
         ScalarLog(folder, rank, config.logging.tensorboard, trainer.step) as log,
-        ProgressDisplay(config.train.steps, trainer.step, rank, config.logging.progress) as progress,
+        ProgressDisplay(trainer.steps, trainer.step, rank, config.logging.progress) as progress,
     ):
         progress.note(trainer.description())
         with StopSignals() as signals:
@@ -74,7 +74,7 @@ def _keep_tokenizer(trainer: Trainer) -> None:
 def _take_steps(trainer: Trainer, log: ScalarLog, progress: ProgressDisplay, stop: Callable[[], bool]) -> None:
     """All steps that are left, with what is due between them, and a checkpoint of the last."""
     config, first = trainer.config, trainer.step
-    train, steps = config.train, config.train.steps
+    train, steps = config.train, trainer.steps
     clock, logged = time.monotonic(), first  # the clock stands still while something is saved or validated
     while trainer.step < steps:
         stopping = trainer.train_step(stop)
@@ -112,7 +112,7 @@ def _stop(trainer: Trainer, progress: ProgressDisplay) -> NoReturn:
     if step != trainer.step:
         path = trainer.save()
     progress.note(f"stopped by a signal: saved {path}; run_dir={trainer.folder} goes on from there")
-    raise RunStoppedError(f"stopped by a signal after step {trainer.step} of {trainer.config.train.steps}; it is saved")
+    raise RunStoppedError(f"stopped by a signal after step {trainer.step} of {trainer.steps}; it is saved")
 
 
 def _run_folder(config: Config) -> Path:

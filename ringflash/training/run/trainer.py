@@ -23,12 +23,13 @@ from ringflash.errors import ArgumentError, CheckpointError, RankMismatchError, 
 from ringflash.training.checkpoint import writing
 from ringflash.training.checkpoint.files import found_at, newest, step_of
 from ringflash.training.checkpoint.reading import Checkpoint, last_good
-from ringflash.training.config.derived import accumulation, compute_dtype, sequence_degree
+from ringflash.training.config.derived import accumulation, compute_dtype, sequence_degree, steps_of
 from ringflash.training.corpus.batching import PackedBatches, ValidationBatches
 from ringflash.training.corpus.tokenizer import fingerprint
 from ringflash.training.corpus.training_data import TrainingData, read_data
 from ringflash.training.engines.create import create_engine, parameter_shapes
-from ringflash.training.engines.optimizer import learning_rate, trained
+from ringflash.training.engines.optimizer import trained
+from ringflash.training.engines.schedule import schedule
 from ringflash.training.model.create import create_model
 from ringflash.training.ranks import from_all, from_rank_0
 from ringflash.training.run.interruption import Answer
@@ -50,6 +51,7 @@ class Trainer:
 
     Attributes:
         step: optimizer steps done.
+        steps: of the whole run.
         saved: step and path of the latest checkpoint; -1 and None before the first.
     """
 
@@ -71,8 +73,11 @@ class Trainer:
         self.resumed, self.set_aside = self._find_checkpoint()
         self.started_from = self._find_weights() if self.resumed is None else None
         self.step = 0
+        self.steps = steps_of(config, self.data.samples.samples_per_epoch)
+        self._rate = schedule(config.optimizer, self.steps)
         if self.resumed is not None:
             self.resumed.check_shapes(parameter_shapes(self.model))
+            _check_same_optimizer(self.resumed, config.optimizer.name)
             _check_same_base(self.resumed, self.model.description())
             state = self.resumed.state
             self.step = state["step"]
@@ -93,7 +98,7 @@ class Trainer:
         Args:
             stop: whether this rank wants to.
         """
-        lr = learning_rate(self.config.optimizer, self.step, self.config.train.steps)
+        lr = self._rate(self.step)
         loss, norm, asked = self.engine.train_step(self._next_batches(), lr, stop)
         self._latest = loss, norm, lr
         self.step += 1
@@ -164,6 +169,7 @@ class Trainer:
             self.engine.shapes,
             state,
             self.config.checkpoint.keep,
+            self.engine.moments,
         )
         self.saved = self.step, path
         return path
@@ -243,6 +249,15 @@ class Trainer:
                 "tokenizer of that run"
             )
         return found
+
+
+def _check_same_optimizer(checkpoint: Checkpoint, here: str) -> None:
+    there = checkpoint.state["config"]["optimizer"].get("name", "adamw")
+    if there != here:
+        raise CheckpointError(
+            f"{checkpoint.path} holds what optimizer.name={there} keeps, here it is {here}; checkpoint.weights=PATH "
+            "starts a new run from its weights alone"
+        )
 
 
 def _check_same_base(checkpoint: Checkpoint, here: dict[str, Any]) -> None:
