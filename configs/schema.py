@@ -298,6 +298,14 @@ class LoggingConfig:
     """Draw the loss curve and the loss by position at the end."""
     baselines: bool = True
     """Fit the byte n-gram models that validation is compared with."""
+    wandb: bool = False
+    """Log to Weights & Biases; the project is the configuration's name."""
+    trackio: bool = False
+    """Log to Trackio; likewise."""
+    profile_steps: int = _bounded(0, at_least=0)
+    """Steps behind the second one that torch's profiler records, of every rank; 0: none."""
+    needle: bool = False
+    """At the end, look for a sentence at five depths of contexts of up to train.seqlen tokens, and draw the result."""
 
 
 @dataclass

@@ -41,6 +41,7 @@ def check(config: Config, world_size: int) -> None:
     _check_data(config)
     _check_lora(config)
     _check_optimizer(config)
+    _check_logging(config)
     _check_vocabulary(config)
     if config.model.path is None:
         _check_own_model(config.model)
@@ -133,6 +134,13 @@ def _check_optimizer(config: Config) -> None:
         raise ArgumentError(
             f"optimizer.name=muon with engine.name={config.engine.name}, which cuts matrices into parts; allowed is ddp"
         )
+
+
+def _check_logging(config: Config) -> None:
+    for name in ("wandb", "trackio"):
+        if getattr(config.logging, name):
+            require(f"logging.{name}=true", "accelerate")
+            require(f"logging.{name}=true", name, extra=None)
 
 
 def _check_own_model(model: ModelConfig) -> None:

@@ -67,7 +67,7 @@ def build(
     lengths: np.ndarray,
     work: Path,
     place_of: Callable[[int], str],
-    known: Tokenizer | ChatTokenizer | None = None,
+    known: Tokenizer | None = None,
 ) -> None:
     """Split and tokenize what `gather` wrote into the folder `work`, and write everything else beside it.
 
@@ -90,7 +90,7 @@ def build(
             nothing_learned += _write_chats(chats, text, spans, those, work, part, dtype, place_of)
         chats.save(work)
     else:
-        tokenizer = _tokenizer(config, text, train) if known is None or isinstance(known, ChatTokenizer) else known
+        tokenizer = known or _tokenizer(config, text, train)
         dtype = _dtype(tokenizer.vocab_size)
         _write_tokens(tokenizer, text, train, work, "train", dtype)
         _write_tokens(tokenizer, text, validation, work, "validation", dtype)

@@ -49,9 +49,11 @@ class Packing(ABC):
         seqlen: S.
         counts_bytes: whether `Packed.num_bytes` is known.
         cut: chats that are longer than a sequence.
+        documents: what is packed.
     """
 
     seqlen: int
+    documents: Documents
     counts_bytes = False
     cut = 0
 

@@ -35,7 +35,6 @@ from ringflash.configs.schema import DataConfig
 from ringflash.errors import ArgumentError, DataError
 from ringflash.training.corpus import tokenizer as tokenizing
 from ringflash.training.corpus.building import build, gather, wanted_field, write_atomically
-from ringflash.training.corpus.chats import ChatTokenizer
 from ringflash.training.corpus.documents import Corpus, Documents
 from ringflash.training.corpus.passed_over import NOTHING_LEARNED, PassedOver
 from ringflash.training.corpus.reading import read_rows
@@ -49,7 +48,7 @@ OF_STREAMS = ("streaming", "subset", "split", "revision")
 """Keys of `data` that say nothing about a corpus that is tokenized as a whole."""
 
 
-def prepare(config: DataConfig, known: Tokenizer | ChatTokenizer | None = None) -> Corpus:
+def prepare(config: DataConfig, known: Tokenizer | None = None) -> Corpus:
     """Read, split and tokenize what `config.path` names, or open the result that `config.cache_dir` holds.
 
     Args:
@@ -93,7 +92,7 @@ def _find_or_build(
     settings: dict,
     cache: Path,
     passed_over: PassedOver,
-    known: Tokenizer | ChatTokenizer | None,
+    known: Tokenizer | None,
 ) -> tuple[Path, PassedOver]:
     # Names, sizes and times of the sources show whether they were read before; then they need not be read again.
     seen = _seen(files)
@@ -139,7 +138,7 @@ def _built(pointer: Path) -> tuple[Path, PassedOver] | None:
     return (folder, passed_over) if _complete(folder) else None
 
 
-def _settings(config: DataConfig, known: Tokenizer | ChatTokenizer | None) -> dict:
+def _settings(config: DataConfig, known: Tokenizer | None) -> dict:
     settings: dict = {"version": FORMAT, "tokenizers": tokenizers.__version__, **dataclasses.asdict(config)}
     for name in ("cache_dir", "path", "validation", "mixture", *OF_STREAMS):
         del settings[name]

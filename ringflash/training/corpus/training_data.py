@@ -38,7 +38,7 @@ class TrainingData:
 
     samples: Samples
     validation: list[Packing]
-    tokenizer: Tokenizer | ChatTokenizer
+    tokenizer: Tokenizer
     identity: str
     num_tokens: int | None
     cut: int
@@ -117,13 +117,12 @@ def _named(data: DataConfig) -> list[str]:
     return ["bytes"] if data.tokenizer == "bytes" else tokenizer_identity(data.tokenizer)
 
 
-def _encoder(data: DataConfig) -> tuple[Tokenizer | ChatTokenizer, Callable[[bytes, str], Encoded]]:
+def _encoder(data: DataConfig) -> tuple[Tokenizer, Callable[[bytes, str], Encoded]]:
     """The tokenizer of a stream, and what it makes of a document."""
     assert data.tokenizer is not None
-    if data.format == "chat":
-        chats = ChatTokenizer(data.tokenizer)
-        return chats, chats.encode
     tokenizer = tokenizing.named(data.tokenizer)
+    if data.format == "chat":
+        return tokenizer, ChatTokenizer(data.tokenizer).encode
 
     def encode(text: bytes, place: str) -> Encoded:
         ids = np.concatenate([[tokenizer.separator], *tokenizer.encode([text])])

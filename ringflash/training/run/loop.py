@@ -22,9 +22,12 @@ from ringflash.training.config.derived import TOKENIZER
 from ringflash.training.corpus.ngram import baselines
 from ringflash.training.ranks import from_rank_0
 from ringflash.training.run.interruption import StopSignals
+from ringflash.training.run.needle import Needle, plot_needles
 from ringflash.training.run.plots import plot_run
+from ringflash.training.run.profiling import Profiler
 from ringflash.training.run.progress import ProgressDisplay
 from ringflash.training.run.scalars import ScalarLog, read_scalars
+from ringflash.training.run.trackers import Trackers
 from ringflash.training.run.trainer import Trainer, Validation
 
 
@@ -44,19 +47,22 @@ def train(config: Config, device: torch.device) -> Path:
     trainer = Trainer(config, device, folder)
     rank = dist.get_rank()
     _keep_tokenizer(trainer)
+    trackers = Trackers(config, device, folder)
     with (
-        ScalarLog(folder, rank, config.logging.tensorboard, trainer.step) as log,
+        ScalarLog(folder, rank, config.logging.tensorboard, trainer.step, trackers) as log,
         ProgressDisplay(trainer.steps, trainer.step, rank, config.logging.progress) as progress,
     ):
         progress.note(trainer.description())
         with StopSignals() as signals:
-            _take_steps(trainer, log, progress, signals.received)
+            with Profiler(folder, config.logging.profile_steps) as profiler:
+                _take_steps(trainer, log, progress, profiler, signals.received)
             validation = trainer.validate(signals.received)
             if validation is None:
                 _stop(trainer, progress)
         log.write(trainer.step, _figures(validation))
+        needles = trainer.find_needles() if config.logging.needle else []
         if rank == 0:
-            _report(trainer, validation, progress)
+            _report(trainer, validation, needles, progress)
     dist.barrier()
     return folder
 
@@ -71,13 +77,16 @@ def _keep_tokenizer(trainer: Trainer) -> None:
     _by_rank_0(write, trainer.folder)
 
 
-def _take_steps(trainer: Trainer, log: ScalarLog, progress: ProgressDisplay, stop: Callable[[], bool]) -> None:
+def _take_steps(
+    trainer: Trainer, log: ScalarLog, progress: ProgressDisplay, profiler: Profiler, stop: Callable[[], bool]
+) -> None:
     """All steps that are left, with what is due between them, and a checkpoint of the last."""
     config, first = trainer.config, trainer.step
     train, steps = config.train, trainer.steps
     clock, logged = time.monotonic(), first  # the clock stands still while something is saved or validated
     while trainer.step < steps:
         stopping = trainer.train_step(stop)
+        profiler.step()
         step = trainer.step
         if step % config.logging.every == 0 or step == steps:
             scalars, now = trainer.scalars(), time.monotonic()
@@ -147,7 +156,7 @@ def _unused(folder: Path) -> Path:
     return next(path for path in map(folder.with_name, names) if not path.exists())
 
 
-def _report(trainer: Trainer, validation: Validation, progress: ProgressDisplay) -> None:
+def _report(trainer: Trainer, validation: Validation, needles: list[Needle], progress: ProgressDisplay) -> None:
     """Print and keep what the run came to; rank 0 only."""
     corpus = trainer.data.corpus
     others = baselines(corpus) if trainer.config.logging.baselines and corpus is not None else {}
@@ -159,12 +168,17 @@ def _report(trainer: Trainer, validation: Validation, progress: ProgressDisplay)
             progress.note(f"  {name:<12}{bits:.3f}")
     results = {"step": trainer.step, "loss": validation.loss, "bits_per_byte": validation.bits_per_byte}
     results |= {"baselines": others, "loss_by_context": [position._asdict() for position in validation.positions]}
+    if needles:
+        results["needles"] = [needle._asdict() for needle in needles]
+        plot_needles(trainer.folder / "needles.png", needles)
+        progress.note(f"needles: {trainer.folder / 'needles.png'}")
     (trainer.folder / "results.json").write_text(json.dumps(results, indent=1))
     if trainer.config.logging.plot:
         scalars = read_scalars(trainer.folder / "metrics.jsonl")
         measured = "loss" if validation.bits_per_byte is None else "bits_per_byte"
         train, valid = (scalars.get(f"{part}/{measured}", []) for part in ("train", "validation"))
-        plot_run(trainer.folder / "training.png", train, valid, others, validation.positions, trainer.config.name)
+        unit = "nats per token" if validation.bits_per_byte is None else "bits per byte"
+        plot_run(trainer.folder / "training.png", train, valid, others, validation.positions, trainer.config.name, unit)
         progress.note(f"picture: {trainer.folder / 'training.png'}")
 
 

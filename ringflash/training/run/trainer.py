@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -34,6 +35,7 @@ from ringflash.training.model.create import create_model
 from ringflash.training.ranks import from_all, from_rank_0
 from ringflash.training.run.interruption import Answer
 from ringflash.training.run.loader import ShardedBatches
+from ringflash.training.run.needle import Needle, haystacks
 from ringflash.training.run.position_loss import PositionBin, PositionLoss
 
 
@@ -150,6 +152,19 @@ class Trainer:
         nats, predictions = positions.totals.sum(1).tolist()
         bits = nats / math.log(2) / sums[-1].item() if self.data.counts_bytes else None
         return Validation(nats / max(1, predictions), bits, positions.bins())
+
+    def find_needles(self) -> list[Needle]:
+        """How surely the model finds a sentence again, by length of the context and depth in it."""
+        found = []
+        for hay in haystacks(self._hay(), self.data.tokenizer, self.config.train.seqlen):
+            loss = self.engine.evaluate(self._shard(hay.batch)).sum().double()
+            dist.all_reduce(loss, group=self.group)
+            found.append(Needle(hay.length, hay.depth, math.exp(-loss.item())))
+        return found
+
+    def _hay(self) -> list[np.ndarray]:
+        """Tokens of the held-out documents."""
+        return [packing.documents.tokens for packing in self.data.validation]
 
     def save(self) -> Path:
         """Write a checkpoint of this step; RingflashError instead if it would hold weights that are not finite."""
