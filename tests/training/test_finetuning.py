@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
+import re
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
 from folders import write_folder
-from launcher import losses
+from launcher import CHECKOUT, environment, losses
 from test_chats import messages_of
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
@@ -196,3 +201,24 @@ def test_a_streamed_and_mixed_run_goes_on_from_its_middle_bit_for_bit(pool, fold
     assert torch.equal(first.read(name), second.read(name))
     other = pool(4).run(_tune, folder, "mixed-4", middle, "train.sequence_degree=2", "engine=zero1", *mixed)[0]
     assert other == pytest.approx(rest, rel=2e-4)
+
+
+def test_the_commands_and_the_script_of_the_page_run(folder, tmp_path):
+    page = (CHECKOUT / "docs" / "finetuning.md").read_text()
+    commands, script = (re.search(rf"^```{kind}\n(.*?)^```", page, re.M | re.S)[1] for kind in ("bash", "python"))
+    for name in ("model", "chats.jsonl"):
+        (tmp_path / name).symlink_to(folder / name)
+    (tmp_path / "launch").symlink_to(CHECKOUT / "launch")
+    (tmp_path / "script.py").write_text(script)
+    small = " train.seqlen=96 optimizer.lr=1e-2 train.epochs=9 optimizer.warmup_steps=5 logging=quiet"
+    commands = commands.replace(" train.seqlen=4096", "").replace(" train.epochs=2 optimizer.lr=2e-5", small)
+    commands = commands.replace("--nproc-per-node 4", "--nproc-per-node 2").replace("torchrun", "torchrun --standalone")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    run = {"cwd": tmp_path, "env": environment() | {"PATH": path}, "capture_output": True, "text": True}
+    said = []
+    for command in (["bash", "-e", "-c", commands], [sys.executable, "script.py"]):
+        result = subprocess.run(command, timeout=200, **run)
+        assert result.returncode == 0, result.stderr
+        said.append(result.stdout)
+    assert "tuned: the logits differ by" in said[0]
+    assert said[1].startswith("It is")
