@@ -194,8 +194,9 @@ class AttentionConfig:
     """First tokens of a document that stay visible outside the sliding window."""
     chunk: int = _bounded(8192, at_least=1)
     """Tokens of a chunk of the chunked mask."""
-    partition: str = _bounded("zigzag", choices=("contiguous", "zigzag", "balanced"))
-    """How a sequence is sharded over ranks: "contiguous", "zigzag" or "balanced"."""
+    partition: str | None = _bounded(None, choices=("contiguous", "zigzag", "balanced"))
+    """How a sequence is sharded over ranks: "contiguous", "zigzag" or "balanced"; null: "balanced" for one sequence of
+    packed documents, otherwise "zigzag"."""
     kernel: str = _bounded("auto", choices=KERNELS)
     """Attention kernel; "auto" picks by device, dtype and head dimension."""
     deterministic: bool = False

@@ -33,6 +33,7 @@ class Modifiers:
         query_positions: (T,) int32 position of each query row among the keys; with slopes or dropout.
         key_positions: (S,) int32 global position of each key row; with slopes or dropout.
         key_visible: (S,) uint8, 0 for keys that nobody may see, or None.
+        first_head: number of the first query head among the heads of all ranks, for dropout.
     """
 
     softcap: float = 0.0
@@ -42,6 +43,7 @@ class Modifiers:
     query_positions: Tensor | None = None
     key_positions: Tensor | None = None
     key_visible: Tensor | None = None
+    first_head: int = 0
 
 
 PHILOX_KEYS = (0x9E3779B9, 0xBB67AE85)
@@ -56,7 +58,7 @@ def keep_mask(modifiers: Modifiers, heads: int, rows: slice = slice(None), keys:
     assert modifiers.key_positions is not None
     query = modifiers.query_positions[rows].long()[None, :, None]
     key = modifiers.key_positions[keys].long()[None, None, :]
-    head = torch.arange(heads, device=query.device)[:, None, None]
+    head = torch.arange(heads, device=query.device)[:, None, None] + modifiers.first_head
     return philox(modifiers.seed, key, query, head) >= dropout_threshold(modifiers.dropout)
 
 

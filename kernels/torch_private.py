@@ -132,6 +132,16 @@ def default_store() -> Store:
     return torch.distributed.distributed_c10d._get_default_store()
 
 
+def symmetric_memory() -> Any:
+    """Tensors that lie in memory which the ranks of a host can read of each other: `empty` and `rendezvous`.
+
+    torch.distributed has them under a private name only. Imported when it is asked for: it registers operators.
+    """
+    import torch.distributed._symmetric_memory
+
+    return torch.distributed._symmetric_memory
+
+
 # Containers
 
 tree_leaves: Callable[[Any], list[Any]] = torch.utils._pytree.tree_leaves

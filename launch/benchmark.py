@@ -41,7 +41,7 @@ class Suite:
 
 SUITES = {
     "kernels": Suite(("tokens", "cases", "repeats")),
-    "ring": Suite(("tokens", "repeats")),
+    "ring": Suite(("tokens", "cases", "repeats")),
     "sdpa": Suite(("tokens", "cases", "repeats"), on_cpus=True),
     "prefill": Suite(("tokens", "cases", "repeats", "path", "shrink"), on_cpus=True),
 }

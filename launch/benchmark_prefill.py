@@ -47,8 +47,8 @@ REPEATS, WARM_UPS = 5, 2
 ON_ONE = ("sdpa", "eager", "ring")
 """Values of `attn_implementation` that one GPU runs; the first is what the others are compared with."""
 TOLERANCE = {torch.bfloat16: 5e-2, torch.float32: 1e-4}
-"""Share of the logits' norm. In bf16, through 32 layers of width 1,024, "eager" and "sdpa" differ by 2e-2; results of
-attention that are 5% too large make 6e-2 and more."""
+"""Share of the logits' norm; or as much as "eager" differs from "sdpa", which also depends on the model's width: in
+bf16, through 32 layers of width 1,024 by 2e-2, of width 4,096 by 1e-1."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,7 @@ class Runs:
         self.name, self.model, self.place, self.repeats, self.report = name, model, place, repeats, report
         self.expected: dict[int, Tensor] = {}
         """By the prompt's length, the last token's logits (V,) under "sdpa"."""
+        self.allowed = TOLERANCE[place.dtype]
 
     @torch.no_grad()
     def measure_alone(self, tokens: int) -> None:
@@ -211,16 +212,20 @@ class Runs:
 
     def _add(self, implementation: str, tokens: int, logits: Tensor, milliseconds: float) -> None:
         """A row, and a word where ringflash's logits are not those expected."""
-        truth, allowed = self.expected.get(tokens), TOLERANCE[self.place.dtype]
+        truth = self.expected.get(tokens)
         difference = None if truth is None else float((logits - truth).norm() / truth.norm())
+        if implementation == "eager" and difference is not None:
+            self.allowed = max(self.allowed, difference)
         self.report.rows.append(
             Row(implementation, self.name, tokens, milliseconds, tokens / milliseconds * 1e3, difference)
         )
         print(f"{implementation:12s} {self.name:18s} {tokens:6d} tokens {milliseconds:10.2f} ms", flush=True)
-        if implementation.startswith("ring") and difference is not None and not difference <= allowed:  # or no number
+        if (
+            implementation.startswith("ring") and difference is not None and not difference <= self.allowed
+        ):  # or no number
             self.report.wrong.append(
                 f'{implementation}, {self.name}, {tokens} tokens: logits differ from those of "sdpa" by '
-                f"{difference:.2e} of their norm; allowed is {allowed:.0e}"
+                f"{difference:.2e} of their norm; allowed is {self.allowed:.1e}"
             )
 
 

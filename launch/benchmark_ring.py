@@ -1,12 +1,17 @@
-"""Suite `ring`: causal attention over the GPUs of one host, beside torch's context parallelism and Ulysses.
+"""Suite `ring`: attention over the GPUs of one host, beside torch's context parallelism, Ulysses, and one GPU.
 
-Run under torchrun. 32 query and 8 key heads, head dimension 128, bf16, one sequence.
+Run under torchrun. 32 query and 8 key heads, head dimension 128, bf16, one sequence, TFLOP/s a GPU. "one GPU" attends
+alone to as many pairs as each rank's share: what a ring that costs nothing would reach. "ringflash 2 x 2" is two ranks
+that exchange heads in a ring of two, "ringflash Ulysses" all of them without a ring. RINGFLASH_TRANSPORT chooses the
+transport.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,40 +20,148 @@ import torch.nn.functional as F  # noqa: N812 - the name everybody knows it by
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ringflash import DistributedFlashAttention
+from ringflash import Mask, Sharding
+from ringflash.functional import attention
 from ringflash.launch.benchmark_report import Report, Row, table_of_speeds
+from ringflash.parallel.mesh import ONE_DEVICE
+from ringflash.parallel.transport.select import transport_of
 
 if TYPE_CHECKING:
     from ringflash.launch.benchmark import Options
 
 HEADS, KEY_HEADS, DIM = 32, 8, 128
-TOKENS = (32768, 131072, 524288)
 REPEATS = 20
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+@dataclass(frozen=True)
+class Case:
+    """What is attended.
+
+    Attributes:
+        name: in tables.
+        tokens: of the sequence.
+        partitions: of ours.
+        mean: documents' mean length, log-normal; 0 for one document.
+        window: keys before a query that it sees; 0 for all.
+    """
+
+    name: str
+    tokens: int
+    partitions: tuple[str, ...]
+    mean: int = 0
+    window: int = 0
+
+    def documents(self, tokens: int, seed: int) -> list[int]:
+        """Lengths that sum to so many tokens; the same on every rank."""
+        generator, lengths = torch.Generator().manual_seed(seed), []
+        while self.mean and sum(lengths) < tokens:
+            drawn = torch.empty(1).log_normal_(math.log(self.mean) - 0.5, 1.0, generator=generator)
+            lengths.append(min(max(64, int(drawn)), tokens - sum(lengths)))
+        return lengths or [tokens]
+
+    def pairs(self, lengths: list[int]) -> float:
+        """Of queries and keys that see each other."""
+        if self.window:
+            return sum(n * (self.window + 1) for n in lengths)
+        return sum(n * n / 2 for n in lengths)
+
+    def sharding(self, lengths: list[int], **where: Any) -> Sharding:
+        """Of such documents."""
+        mask = Mask.sliding_window(self.window) if self.window else Mask.causal()
+        edges = torch.tensor([0, *lengths]).cumsum(0).tolist() if len(lengths) > 1 else None
+        return Sharding(mask, seqlen=sum(lengths), cu_seqlens=edges, **where)
+
+
+CASES = (
+    Case("causal", 32768, ("zigzag", "contiguous")),
+    Case("causal", 131072, ("zigzag", "contiguous")),
+    Case("causal", 524288, ("zigzag",)),
+    Case("documents, mean 8192", 131072, ("balanced", "contiguous"), mean=8192),
+    Case("documents, mean 8192", 524288, ("balanced", "contiguous"), mean=8192),
+    Case("documents, mean 2048", 131072, ("balanced", "contiguous"), mean=2048),
+    Case("window 4096", 524288, ("contiguous",), window=4096),
+)
+
+
 def measure(options: Options) -> Iterator[Report]:
-    """Rows on rank 0 after every length, nothing elsewhere."""
+    """Rows on rank 0 after every case, nothing elsewhere."""
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", device_id=device)
     rows, repeats = [], options.repeats or REPEATS
-    for tokens in options.tokens or TOKENS:
-        rows += _ours(tokens, repeats) + _ulysses(tokens, repeats)
-        rows += _context_parallel(tokens, repeats, "allgather")
-        rows += _context_parallel(tokens, repeats, "alltoall")
+    for case in CASES:
+        if options.cases not in case.name or (options.tokens and case.tokens not in options.tokens):
+            continue
+        rows += _of(case, repeats)
         if dist.get_rank() == 0:
-            yield Report(rows, table_of_speeds(rows))
+            assert dist.group.WORLD is not None
+            yield Report(rows, table_of_speeds(rows), {"transport": transport_of(dist.group.WORLD).why})
     dist.destroy_process_group()
 
 
-def _ours(tokens: int, repeats: int) -> list[Row]:
-    rows = []
-    for partition in ("zigzag", "contiguous"):
-        attend = DistributedFlashAttention(partition=partition)
-        rows += _both(f"ringflash {partition}", attend, _shares(tokens, sequence_dim=1), tokens, repeats)
+def ways(ranks: int, partitions: tuple[str, ...]) -> dict[str, tuple[str, int]]:
+    """Partition and `head_ranks` of what is timed of ringflash: rings, heads alone, and heads within a ring."""
+    hybrids = {f"{n} x {ranks // n}": (partitions[0], n) for n in range(2, ranks) if ranks % n == 0}
+    return {x: (x, 1) for x in partitions} | {"Ulysses": ("contiguous", ranks)} | hybrids
+
+
+def _of(case: Case, repeats: int) -> list[Row]:
+    lengths, rows = case.documents(case.tokens, seed=0), []
+    add = _Adder(case, case.pairs(lengths) / dist.get_world_size(), repeats, rows)
+    for name, (partition, head_ranks) in ways(dist.get_world_size(), case.partitions).items():
+        sharding = case.sharding(lengths, partition=partition, head_ranks=head_ranks)
+        add(f"ringflash {name}", _attending(sharding), _share(sharding.tokens))
+    whole = case.sharding(lengths, group=ONE_DEVICE)
+    if case.tokens % dist.get_world_size() == 0:
+        share = case.tokens // dist.get_world_size()
+        add("Ulysses, our kernels", _ulysses(_attending(whole)), _share(share))
+        if whole.documents is None and not case.window:
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                add("Ulysses cuDNN", _ulysses(_cudnn), _share(share))
+            _context_parallel(case.tokens, add)
+    _alone(case, add)
     return rows
+
+
+class _Adder:
+    """Measures an implementation of a case, and adds its rows."""
+
+    def __init__(self, case: Case, pairs: float, repeats: int, rows: list[Row]) -> None:
+        self._case, self._pairs, self._repeats, self._rows = case, pairs, repeats, rows
+
+    def __call__(self, name: str, attend: Attend, share: list[Tensor], pairs: float | None = None) -> None:
+        *leaves, dout = share
+
+        def forward() -> None:
+            with torch.no_grad():
+                attend(*leaves)
+
+        def forward_backward() -> None:
+            torch.autograd.grad(attend(*leaves), leaves, dout)
+
+        for direction, function, cost in (("fwd", forward, 1.0), ("fwd+bwd", forward_backward, 3.5)):
+            operations = 4 * HEADS * DIM * (pairs or self._pairs) * cost
+            milliseconds = _median(function, self._repeats)
+            speed = operations / milliseconds / 1e9
+            row = Row(name, self._case.name, self._case.tokens, direction, milliseconds, speed)
+            self._rows.append(row)
+            if dist.get_rank() == 0:
+                print(row, flush=True)
+
+
+def _attending(sharding: Sharding) -> Attend:
+    return lambda query, key, value: attention(query, key, value, sharding=sharding)[0]
+
+
+def _alone(case: Case, add: _Adder) -> None:
+    """As many pairs as a rank has, of documents like the case's."""
+    ranks = dist.get_world_size()
+    tokens = case.tokens // ranks if case.mean or case.window else round(case.tokens / math.sqrt(ranks))
+    lengths = case.documents(tokens, seed=1)
+    sharding = case.sharding(lengths, group=ONE_DEVICE)
+    add("one GPU", _attending(sharding), _share(tokens), case.pairs(lengths))
 
 
 class _HeadsForTokens(torch.autograd.Function):
@@ -77,23 +190,29 @@ def _exchange(x: Tensor, scatter_heads: bool) -> Tensor:
     return received.transpose(0, 1).flatten(1, 2)
 
 
-def _ulysses(tokens: int, repeats: int) -> list[Row]:
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        q, k, v = (_HeadsForTokens.apply(x[0], True).transpose(0, 1)[None] for x in (query, key, value))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return _HeadsForTokens.apply(out[0].transpose(0, 1), False)[None]
+def _ulysses(attend: Attend) -> Attend:
+    """All tokens of some heads on each rank; attention of one device."""
 
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return _both("Ulysses cuDNN", attend, _shares(tokens, sequence_dim=1), tokens, repeats)
+    def of_share(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        q, k, v = (_HeadsForTokens.apply(x[0], True)[None] for x in (query, key, value))
+        return _HeadsForTokens.apply(attend(q, k, v)[0], False)[None]
+
+    return of_share
 
 
-def _context_parallel(tokens: int, repeats: int, rotate: str) -> list[Row]:
+def _cudnn(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+def _context_parallel(tokens: int, add: _Adder) -> None:
+    """torch's, with its allgather, which is the faster of its two ways."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.experimental import context_parallel
     from torch.distributed.tensor.experimental._attention import set_rotate_method
 
     mesh = init_device_mesh("cuda", (dist.get_world_size(),), mesh_dim_names=("sequence",))
-    set_rotate_method(rotate)
+    set_rotate_method("allgather")
     whole = [
         torch.randn(1, heads, tokens, DIM, device="cuda", dtype=torch.bfloat16)
         for heads in (HEADS, KEY_HEADS, KEY_HEADS, HEADS)
@@ -106,40 +225,15 @@ def _context_parallel(tokens: int, repeats: int, rotate: str) -> list[Row]:
         sdpa_kernel(SDPBackend.CUDNN_ATTENTION),
         context_parallel(mesh, buffers=whole, buffer_seq_dims=[2] * len(whole)),
     ):
-        shares = [x.clone().requires_grad_() for x in whole[:3]] + [whole[3].clone()]
-        return _both(f"torch {rotate}", attend, shares, tokens, repeats)
+        add("torch allgather", attend, [x.clone().requires_grad_() for x in whole[:3]] + [whole[3].clone()])
 
 
-def _shares(tokens: int, sequence_dim: int) -> list[Tensor]:
+def _share(tokens: int) -> list[Tensor]:
     """This rank's query, key, value and gradient of out."""
-    shares = []
-    for heads in (HEADS, KEY_HEADS, KEY_HEADS, HEADS):
-        shape = [1, heads, DIM]
-        shape.insert(sequence_dim, tokens // dist.get_world_size())
-        shares.append(torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=len(shares) < 3))
-    return shares
-
-
-def _both(name: str, attend: Attend, shares: list[Tensor], tokens: int, repeats: int) -> list[Row]:
-    *leaves, dout = shares
-
-    def forward() -> None:
-        with torch.no_grad():
-            attend(*leaves)
-
-    def forward_backward() -> None:
-        torch.autograd.grad(attend(*leaves), leaves, dout)
-
-    rows = []
-    for direction, function, cost in (("fwd", forward, 1.0), ("fwd+bwd", forward_backward, 3.5)):
-        operations = 4 * HEADS * tokens**2 * DIM * 0.5 * cost / dist.get_world_size()
-        milliseconds = _median(function, repeats)
-        rows.append(
-            Row(name, "causal 32/8 heads D128", tokens, direction, milliseconds, operations / milliseconds / 1e9)
-        )
-        if dist.get_rank() == 0:
-            print(rows[-1], flush=True)
-    return rows
+    return [
+        torch.randn(1, tokens, heads, DIM, device="cuda", dtype=torch.bfloat16, requires_grad=index < 3)
+        for index, heads in enumerate((HEADS, KEY_HEADS, KEY_HEADS, HEADS))
+    ]
 
 
 def _median(function: Callable[[], None], repeats: int) -> float:

@@ -73,6 +73,7 @@ def find(
     partition: str | Partition,
     cu_seqlens: Boundaries = None,
     query_cu_seqlens: Boundaries = None,
+    head_ranks: int = 1,
 ) -> Sharding:
     """The sharding of a call's arguments, made if it is not there.
 
@@ -83,9 +84,10 @@ def find(
         partition: as in `Sharding`.
         cu_seqlens: as in `Sharding`, on the host.
         query_cu_seqlens: likewise.
+        head_ranks: as in `Sharding`.
     """
     documents = None if cu_seqlens is None else (_digest(cu_seqlens), _digest(query_cu_seqlens))
-    key = mask, sizes, group, partition, documents
+    key = mask, sizes, group, partition, documents, head_ranks
     try:
         found = shardings.get(key)
     except TypeError:  # not hashable
@@ -101,6 +103,7 @@ def find(
             cu_seqlens=cu_seqlens,
             query_cu_seqlens=query_cu_seqlens,
             partition=partition,
+            head_ranks=head_ranks,
             **place,
         )
         shardings.add(key, found)

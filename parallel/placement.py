@@ -24,13 +24,16 @@ from ringflash.errors import ArgumentError
 from ringflash.kernels.kept import build_to_keep, hold_if_captured
 from ringflash.kernels.torch_private import is_destroyed, without_transforms
 from ringflash.parallel.agreement.rounds import digest_of
+from ringflash.parallel.planning.choose import Choice, choose
+from ringflash.parallel.planning.generators import check_plan, plan_named
+from ringflash.parallel.planning.heads import UnionRows
 from ringflash.parallel.planning.plan import RankPlan
 from ringflash.parallel.planning.program import Program, local_program, rank_program
-from ringflash.parallel.planning.ring import ring
 from ringflash.parallel.positions.documents import rows_apart
 from ringflash.parallel.positions.mask import Mask
-from ringflash.parallel.positions.partition import NAMES, Partition, check_name, resolve
-from ringflash.parallel.transport.send_recv import SendRecv
+from ringflash.parallel.positions.partition import NAMES, Partition, check_name, default_partition, resolve
+from ringflash.parallel.transport.head_exchange import HeadExchange
+from ringflash.parallel.transport.select import GroupTransport, transport_of
 
 LONGEST_SHOWN = 200
 """Characters of a mask or a partition that ranks show each other; a layout of blocks may have a million."""
@@ -49,6 +52,7 @@ class Placement:
     Attributes:
         rank: of this process among the ranks that share a sequence.
         ranks: how many share it.
+        head_ranks: how many of those that follow each other exchange heads for tokens, and stand for one in the plan.
         batch: B.
         seqlen: S.
         key_seqlen: Sk.
@@ -65,28 +69,41 @@ class Placement:
         weights: Sequence[int],
         place: tuple[int, int],
         sizes: tuple[int, int, int],
-        partition: str | Partition,
+        partition: str | Partition | None,
+        token_work: int,
+        plan: tuple[str | None, int],
         boundaries: tuple[tuple[int, ...] | None, tuple[int, ...] | None],
         on_device: tuple[Tensor, Tensor | None] | None,
+        head_ranks: int = 1,
     ) -> None:
         self.rank, self.ranks = place
+        self.head_ranks = head_ranks
         self.batch, self.seqlen, self.key_seqlen = sizes
+        self._plan_name, self.hosts = plan
+        check_plan("ring" if self._plan_name is None else self._plan_name, self.hosts, self.ranks // head_ranks)
         self.boundaries, self.on_device = boundaries, on_device
         self.group: dist.ProcessGroup | None = None
-        if not (isinstance(partition, str) and partition.startswith("[")):  # a text may also be of a Partition
-            check_name(partition)
-        self.partition_name = partition if isinstance(partition, str) else "a Partition"
+        if partition is not None and not (isinstance(partition, str) and partition.startswith("[")):
+            check_name(partition)  # a text may also be of a Partition
         self.rules: list[Mask] = []
         self.masks: list[Mask] = []
+        self._choices: dict[int, Choice] = {}
         self._plans: dict[int, RankPlan] = {}
         self._programs: dict[tuple[int, torch.device], Program] = {}
         self._slope_rows: dict[tuple[int, torch.device], Tensor] = {}
+        self._unions: dict[torch.device, tuple[UnionRows, UnionRows]] = {}
+        self._exchanges: dict[torch.device, HeadExchange] = {}
         self._digests: dict[int, str] = {}
         self._call_digests: dict[tuple, int] = {}
         for mask in masks:
             self._add(mask)
+        if partition is None:
+            alike = self.seqlen == self.key_seqlen and self.on_device is None
+            partition = default_partition(self.masks[0], self.seqlen, self.batch) if alike else "zigzag"
+        self.partition_name = partition if isinstance(partition, str) else "a Partition"
         self._partition: dict[str, Any] = {
             "partition": partition,
+            "token_work": token_work,
             "ranks": self.ranks,
             "batch": self.batch,
             "weights": weights,
@@ -125,9 +142,8 @@ class Placement:
     def __getstate__(self) -> dict[str, object]:
         if self.on_device is not None:
             raise ArgumentError("a Sharding of boundaries on a device does not travel to another process")
-        state = vars(self) | {"group": None, "_programs": {}, "_slope_rows": {}}
-        state.pop("transport", None)
-        return state
+        without = {"_programs": {}, "_slope_rows": {}, "_unions": {}, "_exchanges": {}}
+        return vars(self) | {"group": None} | without
 
     @cached_property
     def partition(self) -> Partition:
@@ -174,15 +190,43 @@ class Placement:
                 "the group"
             )
         self.group = group
-        vars(self).pop("transport", None)
+        self._exchanges.clear()
+
+    def _together(self, partition: Partition) -> Partition:
+        """What the ranks hold together that the plan takes for one, of all sequences of the batch."""
+        return partition.merged(self.head_ranks).repeat(self.batch)
 
     def plan(self, index: int) -> RankPlan:
         """This rank's plan for one of the masks."""
         found = self._plans.get(index)
         if found is None:
-            queries, keys = (x.repeat(self.batch) for x in (self.partition, self.key_partition))
-            found = self._plans[index] = ring(self.masks[index], queries, keys).of(self.rank)
+            queries, keys = self._laid_end_to_end
+            place, part = divmod(self.rank, self.head_ranks)
+            plan = plan_named(self.plan_name(index), self.masks[index], queries, keys, self.hosts).of(place)
+            found = self._plans[index] = plan.among(range(part, self.ranks, self.head_ranks))
         return found
+
+    def plan_name(self, index: int) -> str:
+        """By which plan keys travel under one of the masks."""
+        choice = self.choice(index)
+        return choice.name if choice is not None else self._plan_name or "ring"
+
+    def choice(self, index: int) -> Choice | None:
+        """Why a plan was chosen for one of the masks; None where it was named, and on one device."""
+        if self._plan_name is not None or self.ranks == self.head_ranks:
+            return None
+        found = self._choices.get(index)
+        if found is None:
+            token_work = self._partition["token_work"]
+            found = choose(self.masks[index], *self._laid_end_to_end, self.hosts, token_work=token_work)
+            self._choices[index] = found
+        return found
+
+    @cached_property
+    def _laid_end_to_end(self) -> tuple[Partition, Partition]:
+        """What ranks that the plan takes for one hold together, of queries and keys of all sequences of the batch."""
+        queries = self._together(self.partition)
+        return queries, queries if self.key_partition is self.partition else self._together(self.key_partition)
 
     def program(self, index: int, device: torch.device) -> Program:
         """This rank's program for one of the masks, on a device."""
@@ -207,7 +251,7 @@ class Placement:
         return batch_boundaries(keys, self.batch, self.seqlen), queries
 
     def slope_rows(self, documents: int, device: torch.device) -> Tensor | None:
-        """Which row of ALiBi slopes (documents, H) belongs to each of this rank's query rows, (T,) int64."""
+        """Which row of ALiBi slopes (documents, H) belongs to each query row of this rank's plan, int64."""
         found = self._slope_rows.get((documents, device))
         if found is None:
             found = build_to_keep(lambda: self._rows_of_slopes(documents, device), device)
@@ -219,7 +263,7 @@ class Placement:
         if self.on_device is not None:
             own = self.on_device[0] if self.on_device[1] is None else self.on_device[1]
             own = own.to(device, torch.int64)
-        positions = self.partition.repeat(self.batch).positions(self.rank).to(device)
+        positions = self._together(self.partition).positions(self.rank // self.head_ranks).to(device)
         if own is None or len(own) - 1 != documents:
             return positions // max(1, self.seqlen)
         own = own if isinstance(own, Tensor) else torch.tensor(own, device=device)
@@ -239,16 +283,52 @@ class Placement:
             found = self._call_digests[index, form] = digest_of((self.digest(index), form))
         return found
 
-    @cached_property
-    def transport(self) -> SendRecv:
+    @property
+    def transport(self) -> GroupTransport:
         """Moves rows between the ranks of the group."""
         assert self.group is not None  # one device moves nothing
-        return SendRecv(self.group)
+        return transport_of(self.group)
+
+    def prepare(self, device: torch.device) -> None:
+        """Make on a device what calls under the masks known by now take."""
+        for index in range(len(self.masks)):
+            self.program(index, device)
+        if self.head_ranks > 1:
+            self.unions(device)
+
+    def unions(self, device: torch.device) -> tuple[UnionRows, UnionRows]:
+        """Rows of queries and of keys that this rank holds together with those that it exchanges heads with."""
+        found = self._unions.get(device)
+        if found is None:
+            found = self._unions[device] = build_to_keep(lambda: self._new_unions(device), device)
+        hold_if_captured(self, device)
+        return found
+
+    def _new_unions(self, device: torch.device) -> tuple[UnionRows, UnionRows]:
+        first = self.rank - self.rank % self.head_ranks
+
+        def together(partition: Partition) -> UnionRows:
+            shares = partition.repeat(self.batch).segments
+            return UnionRows.of(shares[first : first + self.head_ranks], device)
+
+        queries = together(self.partition)
+        return queries, queries if self.key_partition is self.partition else together(self.key_partition)
+
+    def exchange(self, device: torch.device) -> HeadExchange | None:
+        """How this rank exchanges heads for tokens; None if it does not."""
+        if self.head_ranks == 1 or self.group is None:
+            return None
+        found = self._exchanges.get(device)
+        if found is None:
+            found = HeadExchange(self.transport, self.rank, self.head_ranks, *self.unions(device))
+            self._exchanges[device] = found
+        return found
 
     def nbytes(self) -> int:
         """Bytes of everything that lies on devices and of the largest things on the host."""
         programs = sum(program.nbytes() for program in self._programs.values())
         rows = sum(x.nbytes for x in self._slope_rows.values())
+        rows += sum(x.nbytes for both in self._unions.values() for union in set(both) for x in union.tensors())
         return programs + rows + NUMBER_BYTES * len(self.masks[0].boundaries or ())
 
     # What ranks compare
@@ -265,20 +345,24 @@ class Placement:
             "seqlen (to be passed where lengths do not divide evenly)": self.seqlen,
             "key_seqlen": self.key_seqlen,
             "partition": _shown(partition),
+            "head_ranks": self.head_ranks,
             "cu_seqlens": _short(b" ".join(np.array(x or (), dtype=np.int64).tobytes() for x in cu_seqlens)),
             "tokens of each rank": _short(self.partition.digest + self.key_partition.digest),
         }
 
     def of_mask(self, index: int) -> dict[str, object]:
         """The same of one mask."""
-        return {"mask": _shown(self.rules[index].spec(documents=False))}
+        return {"mask": _shown(self.rules[index].spec(documents=False)), "plan": self._plan_text(index)}
+
+    def _plan_text(self, index: int) -> str:
+        return f"{self.plan_name(index)} on {self.hosts} hosts"
 
     def digest(self, index: int) -> str:
         """`of_all` and `of_mask` in a few characters."""
         found = self._digests.get(index)
         if found is None:
             rules = self.rules[index].spec(documents=False)
-            found = self._digests[index] = _short(f"{self.of_all} {rules}".encode())
+            found = self._digests[index] = _short(f"{self.of_all} {rules} {self._plan_text(index)}".encode())
         return found
 
 

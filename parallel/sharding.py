@@ -1,6 +1,6 @@
 """`Sharding`: how one batch lies on the ranks of a group. Made once, ahead of the step, and held by whoever uses it.
 
-    sharding = Sharding(Mask.causal(), cu_seqlens=[0, 700, 4096], partition="balanced")
+    sharding = Sharding(Mask.causal(), cu_seqlens=[0, 700, 4096])
     x = sharding.shard(batch, dim=1)                        # this rank's tokens
     out, lse = attention(q, k, v, sharding=sharding)        # in every layer; nothing is worked out again
 
@@ -27,13 +27,19 @@ from ringflash.kernels.kept import TensorNotes
 from ringflash.parallel.gather import gather_rows
 from ringflash.parallel.labels import IGNORED_LABEL, as_int64, check_labels
 from ringflash.parallel.mesh import ONE_DEVICE, Group, process_group
-from ringflash.parallel.placement import Placement, new_handle, on_a_device
+from ringflash.parallel.placement import LONGEST_SHOWN, Placement, new_handle, on_a_device
+from ringflash.parallel.planning.generators import in_words
+from ringflash.parallel.planning.heads import check_head_ranks
+from ringflash.parallel.positions.balance import TOKEN_WORK
 from ringflash.parallel.positions.integers import integers
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import Partition
 from ringflash.parallel.positions.segments import Interval
 
 Boundaries = Sequence[int] | Tensor
+
+RANKS_A_HOST = 8
+"""Where nobody says how many."""
 
 
 class Sharding:
@@ -54,8 +60,21 @@ class Sharding:
             a process of torchrun that has no group yet is refused: it has to say `rank` and `ranks`.
         rank: of the process that is to use it, where that is not this one, and in place of `group`.
         ranks: how many share a sequence.
-        partition: "zigzag", "contiguous", "balanced" (for the masks), or a `Partition` of one sequence; also "stripe"
-            (token by token), "zigzag_per_document" and "contiguous_per_document", as other libraries have them.
+        partition: "zigzag", "contiguous", "balanced" (equally long for the masks, documents kept whole where they fit),
+            or a `Partition` of one sequence; also "stripe" (token by token), "zigzag_per_document" and
+            "contiguous_per_document", as other libraries have them. None is "balanced" for one sequence of several
+            packed documents, and "zigzag" for all else.
+        head_ranks: how many ranks that follow each other exchange heads for tokens inside of attention (Ulysses, arXiv
+            2309.14509): each of them has all of their tokens for its part of the heads, and the plan is one of such
+            ranks (arXiv 2405.07719). It divides the number of ranks; 1 is the plan alone, all ranks no plan at all.
+            What a rank holds outside of attention does not depend on it.
+        token_work: what "balanced" takes the rest of a layer to cost a token, in visible pairs of attention: about 5
+            times the width of a model. 0 levels attention alone.
+        plan: how keys travel: "ring", "counter-ring" (both ways at once), "double-ring" (round each host, then on to
+            the next), or "direct-1", "direct-2" and so on (from their owners, in so many waves). None is the ring,
+            unless another one is predicted to be clearly faster; see `describe`.
+        hosts: how many hosts the ranks lie on, equally many on each, in order; for predictions, and for "double-ring".
+            None is one for every 8 ranks where these divide more than 8, and otherwise one.
 
     Raises:
         ArgumentError: something is not supported, by name and value.
@@ -78,16 +97,25 @@ class Sharding:
         group: Group = None,
         rank: int | None = None,
         ranks: int | None = None,
-        partition: str | Partition = "zigzag",
+        partition: str | Partition | None = None,
+        head_ranks: int = 1,
+        token_work: int = TOKEN_WORK,
+        plan: str | None = None,
+        hosts: int | None = None,
     ) -> None:
         masks, weights = _masks(mask)
         place, found = _place(group, rank, ranks)
+        check_head_ranks(head_ranks, place[1])
         boundaries, on_device = _boundaries(cu_seqlens, query_cu_seqlens, masks, place[1])
         if seqlen is None:
             seqlen = _length(boundaries, on_device, masks, batch)
         key_seqlen = seqlen if key_seqlen is None else key_seqlen
         sizes = _at_least("batch", batch, 1), _at_least("seqlen", seqlen, 0), _at_least("key_seqlen", key_seqlen, 0)
-        self._placement = Placement(masks, weights, place, sizes, partition, boundaries, on_device)
+        token_work = _at_least("token_work", token_work, 0)
+        plans = plan, _hosts(hosts, place[1] // head_ranks)
+        self._placement = Placement(
+            masks, weights, place, sizes, partition, token_work, plans, boundaries, on_device, head_ranks
+        )
         self._placement.group = found
         self._make_handles()
 
@@ -105,9 +133,10 @@ class Sharding:
 
     def __repr__(self) -> str:
         x = self._placement
+        exchanged = f", heads exchanged by {x.head_ranks}" if x.head_ranks > 1 else ""
         return (
             f"Sharding({x.batch} x {x.seqlen:,} tokens, {x.partition_name}, rank {x.rank} of {x.ranks} with "
-            f"{self.tokens:,}, {len(x.masks)} mask{'s' * (len(x.masks) > 1)})"
+            f"{self.tokens:,}{exchanged}, {len(x.masks)} mask{'s' * (len(x.masks) > 1)})"
         )
 
     # What it says
@@ -121,6 +150,11 @@ class Sharding:
     def ranks(self) -> int:
         """How many ranks share a sequence."""
         return self._placement.ranks
+
+    @property
+    def head_ranks(self) -> int:
+        """How many ranks that follow each other exchange heads for tokens."""
+        return self._placement.head_ranks
 
     @property
     def batch(self) -> int:
@@ -185,6 +219,21 @@ class Sharding:
     def spans(self) -> tuple[tuple[Interval, ...], ...]:
         """For each rank the positions that it holds of a sequence, as half-open intervals."""
         return self.partition.segments
+
+    def describe(self) -> str:
+        """How tokens lie on the ranks, and for each mask by which plan keys travel and why, in words."""
+        x = self._placement
+        counts = self.partition.counts()
+        spread = f"{counts[0]:,}" if min(counts) == max(counts) else f"{min(counts):,} to {max(counts):,}"
+        lines = [f"{x.batch} x {x.seqlen:,} tokens, {x.partition_name} over {x.ranks} ranks: {spread} on each"]
+        for index, rules in enumerate(x.rules):
+            choice = x.choice(index)
+            name = x.plan_name(index)
+            said = choice.describe() if choice is not None else f"{name}: {in_words(name)}; as it was named"
+            if x.ranks == 1:
+                said = "nothing travels on one device"
+            lines.append(f"mask {rules.spec(documents=False)[:LONGEST_SHOWN]}\n  " + said.replace("\n", "\n  "))
+        return "\n".join(lines)
 
     # Documents
 
@@ -282,8 +331,7 @@ class Sharding:
         device = torch.device(device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
-        for index in range(len(self._handles)):
-            self._placement.program(index, device)
+        self._placement.prepare(device)
 
     def bind(self, group: Group) -> None:
         """Say which group communicates, where that was not known when it was made.
@@ -321,6 +369,12 @@ def _masks(given: Mask | Sequence[Mask] | Mapping[Mask, int] | None) -> tuple[tu
     if any(not isinstance(weight, int) or weight < 1 for weight in weights):
         raise ArgumentError(f"mask={given!r}; numbers of layers are allowed from 1")
     return masks, weights
+
+
+def _hosts(given: int | None, ranks: int) -> int:
+    if given is not None:
+        return _at_least("hosts", given, 1)
+    return 1 if ranks % RANKS_A_HOST else max(1, ranks // RANKS_A_HOST)
 
 
 def _at_least(name: str, size: int, least: int) -> int:

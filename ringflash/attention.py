@@ -55,6 +55,8 @@ class DistributedFlashAttention(GroupModule):
         deterministic: gradients repeat bit for bit.
         softcap: scores become softcap * tanh(score / softcap); 0 or None for none.
         dropout: probability of dropping a pair while training; see `ringflash.functional.attention` for its seed.
+        head_ranks: how many ranks that follow each other exchange heads for tokens; see `ringflash.Sharding`. H is a
+            multiple of it. A sharding that is passed has its own.
 
     Example:
         >>> attend = DistributedFlashAttention(Mask.causal() & Mask.sliding_window(1023))
@@ -74,6 +76,7 @@ class DistributedFlashAttention(GroupModule):
         deterministic: bool = False,
         softcap: float | None = 0.0,
         dropout: float | None = 0.0,
+        head_ranks: int = 1,
     ) -> None:
         super().__init__(group)
         check_name(partition)
@@ -85,6 +88,7 @@ class DistributedFlashAttention(GroupModule):
         self.deterministic = deterministic
         self.softcap = softcap
         self.dropout = dropout
+        self.head_ranks = head_ranks
 
     def forward(
         self,
@@ -164,6 +168,7 @@ class DistributedFlashAttention(GroupModule):
             key_seqlen=key_seqlen,
             group=self.group,
             partition=self.partition if sharding is None else None,
+            head_ranks=self.head_ranks if sharding is None else None,
             sharding=sharding,
             scale=self.scale,
             softcap=self.softcap,

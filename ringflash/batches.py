@@ -19,6 +19,7 @@ from ringflash.errors import ArgumentError
 from ringflash.parallel.agreement.rounds import agreement, digest_of, refuse
 from ringflash.parallel.labels import as_int64
 from ringflash.parallel.mesh import Group, process_group
+from ringflash.parallel.positions.balance import TOKEN_WORK
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import BY_DOCUMENT, Partition
 from ringflash.parallel.sharding import Sharding
@@ -106,10 +107,12 @@ def _summed_over_ranks(x: Tensor, dim: int, others: list[int], group: dist.Proce
 def shard_batch(
     batch: Mapping[str, Tensor | Sequence[int]],
     group: Group = None,
-    partition: str | Partition = "zigzag",
+    partition: str | Partition | None = "zigzag",
     mask: Mask | None = None,
     rank: int | None = None,
     ranks: int | None = None,
+    head_ranks: int = 1,
+    token_work: int = TOKEN_WORK,
 ) -> dict[str, Any]:
     """This rank's part of a batch for language-model training; labels are shifted before they are sharded.
 
@@ -119,10 +122,13 @@ def shard_batch(
             tokens laid end to end. Each sequence of the batch starts a document of its own. Tokens behind the last
             boundary, as padding is, belong to none.
         group: as in `ringflash.Sharding`; so is what it refuses in a DataLoader's worker.
-        partition: as in `ringflash.Sharding`.
+        partition: as in `ringflash.Sharding`. None, its own choice, is for models that are given the "sharding":
+            attention that is given "cu_seqlens" and "seqlen" instead takes tokens to lie zigzag.
         mask: see `positions`; the documents are added to it.
         rank: as in `ringflash.Sharding`.
         ranks: as in `ringflash.Sharding`.
+        head_ranks: as in `ringflash.Sharding`.
+        token_work: as in `ringflash.Sharding`.
 
     Returns:
         "input_ids" (B, s) int64; "labels" (B, s) int64, the next token of the same document, -100 at each document's
@@ -156,6 +162,8 @@ def shard_batch(
         rank=rank,
         ranks=ranks,
         partition=partition,
+        head_ranks=head_ranks,
+        token_work=token_work,
     )
     return {
         "input_ids": sharding.shard(input_ids, 1),
@@ -171,7 +179,7 @@ def _of_length(seqlen: int, group: Group, partition: str | Partition, mask: Mask
     return Sharding(_known_mask(partition, mask), seqlen=seqlen, group=group, partition=partition)
 
 
-def _known_mask(partition: str | Partition, mask: Mask | None, documents: bool = False) -> Mask:
+def _known_mask(partition: str | Partition | None, mask: Mask | None, documents: bool = False) -> Mask:
     """The mask, causal if a partition does not look at it; documents may also be known without one."""
     if mask is None and (partition == "balanced" or (partition in BY_DOCUMENT and not documents)):
         raise ArgumentError(f"mask=None with partition={partition!r}; pass the attention's mask, which it looks at")

@@ -24,6 +24,7 @@ from ringflash.parallel.execution.operators import NO_FORWARD_MODE, NO_VMAP, cal
 from ringflash.parallel.lookup import find
 from ringflash.parallel.mesh import Group, process_group
 from ringflash.parallel.placement import on_a_device
+from ringflash.parallel.planning.heads import check_head_ranks, check_heads
 from ringflash.parallel.positions.integers import check_flag, check_number, integers
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import Partition
@@ -64,6 +65,7 @@ def attention(
     key_seqlen: int | None = None,
     group: Group = None,
     partition: str | Partition | None = None,
+    head_ranks: int | None = None,
     sharding: Sharding | None = None,
     scale: float | None = None,
     softcap: float | None = 0.0,
@@ -93,8 +95,10 @@ def attention(
             default group if torch.distributed is initialised, and one device otherwise;
             `ringflash.parallel.mesh.ONE_DEVICE` never communicates.
         partition: how tokens are sharded; see `ringflash.shard`. "zigzag" if None.
-        sharding: how the batch lies on its ranks, in place of lengths, documents and partition. `mask` is then one of
-            its masks, and may be None where it has one.
+        head_ranks: how many ranks that follow each other exchange heads for tokens; see `ringflash.Sharding`. H is a
+            multiple of it. 1 if None.
+        sharding: how the batch lies on its ranks, in place of lengths, documents, partition and head_ranks. `mask` is
+            then one of its masks, and may be None where it has one.
         scale: factor of the scores before the softmax; 1 / sqrt(D) if None.
         softcap: scores become softcap * tanh(score / softcap); 0 or None for none.
         alibi_slopes: fp32 (H,), or (B, H), or (documents, H) with cu_seqlens; slope * distance is taken from a score.
@@ -135,11 +139,13 @@ def attention(
             raise ArgumentError(f"mask={mask!r}; allowed are ringflash.Mask, as Mask.causal(), and None for that")
         if sharding is None:
             given = CAUSAL if mask is None else mask, cu_seqlens, query_cu_seqlens, seqlen, key_seqlen
-            located = _located(
-                query, key, value, *given, process_group(group), "zigzag" if partition is None else partition
+            partition, head_ranks = (
+                "zigzag" if partition is None else partition,
+                1 if head_ranks is None else head_ranks,
             )
+            located = _located(query, key, value, *given, process_group(group), partition, head_ranks)
         else:
-            _check_alone(cu_seqlens, query_cu_seqlens, seqlen, key_seqlen, partition)
+            _check_alone(cu_seqlens, query_cu_seqlens, seqlen, key_seqlen, partition, head_ranks)
             located = _located_by(sharding, query, key, value, mask, group)
         if alibi_slopes is not None:
             _check_slopes(alibi_slopes, query, located)
@@ -224,9 +230,13 @@ def _located(
     key_seqlen: int | None,
     group: dist.ProcessGroup | None,
     partition: str | Partition,
+    head_ranks: int,
 ) -> Located:
     """By mask, documents and lengths: looked up here, or by the operator where the host cannot."""
     ranks = 1 if group is None else group.size()
+    if head_ranks != 1:
+        check_head_ranks(head_ranks, ranks)
+        check_heads(query.shape[2], head_ranks)
     group = None if ranks == 1 else group
     for what, length in (("seqlen", seqlen), ("key_seqlen", key_seqlen)):
         if isinstance(length, float | str | Tensor) or (length is not None and length < 0):
@@ -244,12 +254,13 @@ def _located(
             mask.spec(documents=False),
             _documents(mask, known).spec(),
             partition if isinstance(partition, str) else partition.spec(),
+            str(head_ranks),
             "" if group is None else group.group_name,
         )
         edges = known[0] if known is not None else boundaries if boundaries is not None else mask.boundaries
         count = None if edges is None else len(edges) - 1
         return Located((None, boundaries, query_boundaries), request.text(), sizes, count)
-    sharding = find(mask, sizes, group, partition, cu_seqlens, query_cu_seqlens)
+    sharding = find(mask, sizes, group, partition, cu_seqlens, query_cu_seqlens, head_ranks)
     check_marks(sharding, query, key, value)
     return Located((sharding.handle(mask), None, None), "", (), sharding.documents)
 
@@ -260,12 +271,13 @@ def _located_by(
     """By a sharding."""
     if query.dim() == 4 and query.shape[0] != sharding.batch:
         raise ArgumentError(f"query has a batch of {query.shape[0]}; sharding was made for batch={sharding.batch}")
+    check_heads(query.shape[2], sharding.head_ranks)
     if torch.compiler.is_compiling():
         known = group is None and sharding.group is not None
         found = None if known else process_group(group)
         name = "" if found is None or found.size() == 1 else found.group_name
         rules = "" if mask is None else mask.spec()
-        request = Request(rules, "", "", name).text()
+        request = Request(rules, "", "", "", name).text()
         return Located((sharding.first_handle, None, None), request, (), sharding.documents)
     if group is not None or sharding.group is None:
         sharding.bind(group)
@@ -279,6 +291,7 @@ def _check_alone(
     seqlen: int | None,
     key_seqlen: int | None,
     partition: str | Partition | None,
+    head_ranks: int | None,
 ) -> None:
     given = {
         "cu_seqlens": cu_seqlens,
@@ -286,6 +299,7 @@ def _check_alone(
         "seqlen": seqlen,
         "key_seqlen": key_seqlen,
         "partition": partition,
+        "head_ranks": head_ranks,
     }
     if beside := [name for name, x in given.items() if x is not None]:
         raise ArgumentError(f"{', '.join(beside)} beside sharding, which has them; pass the sharding alone")

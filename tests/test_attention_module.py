@@ -64,6 +64,7 @@ def test_every_argument_reaches_the_function(tensors, monkeypatch):
         "mask": Mask.bidirectional(),
         "group": ONE_DEVICE,
         "partition": "balanced",
+        "head_ranks": 2,
         "scale": 0.3,
         "softcap": 2.0,
         "dropout": 0.1,
@@ -74,11 +75,11 @@ def test_every_argument_reaches_the_function(tensors, monkeypatch):
     inputs = {name: object() for name in forward if name not in ("self", "query", "key", "value")}
     attend = DistributedFlashAttention(**settings)
     attend(*tensors, **inputs)
-    assert found == settings | inputs | {"partition": None}  # the sharding has its own
+    assert found == settings | inputs | {"partition": None, "head_ranks": None}  # the sharding has its own
     assert found.keys() == inspect.signature(attention).parameters.keys() - {"query", "key", "value", "dropout_seed"}
     found.clear()
     attend.forward_with_lse(*tensors, **inputs)
-    assert found == settings | inputs | {"partition": None}
+    assert found == settings | inputs | {"partition": None, "head_ranks": None}
 
 
 def test_dropout_drops_while_training_only(tensors):

@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 from ringflash.launch import benchmark
 from ringflash.launch.benchmark_device import TURN, in_turn
 from ringflash.launch.benchmark_kernels import Case, document_lengths
+from ringflash.launch.benchmark_ring import ways
 
 
 @given(
@@ -37,7 +38,7 @@ def test_documents_fill_the_tokens(mean, total):
     [
         (["suite=nothing"], "suite=nothing: allowed are kernels, ring, sdpa, prefill"),
         (["sweet=kernels"], "sweet=kernels: allowed for suite=kernels are suite=..., out=..., tokens=..."),
-        (["suite=ring", "cases=causal"], "cases=causal: allowed for suite=ring are"),
+        (["suite=ring", "shrink=2"], "shrink=2: allowed for suite=ring are"),
         (["shrink=8", "suite=sdpa"], "shrink=8: allowed for suite=sdpa are"),
         (["tokens=512,many"], "tokens=512,many: allowed is whole numbers above 0, comma-separated"),
         (["repeats=0"], "repeats=0: allowed is a whole number above 0"),
@@ -53,6 +54,13 @@ def test_wrong_options_are_refused_by_name(words, refused):
 def test_options_are_read_by_their_types():
     words = ["suite=prefill", "tokens=512,1024", "repeats=3", "shrink=8", "out=a=b.json"]
     assert benchmark.parse(words) == benchmark.Options("prefill", "a=b.json", (512, 1024), "", 3, "", 8)
+
+
+def test_rings_heads_and_each_way_between_are_timed():
+    assert ways(2, ("zigzag",)) == {"zigzag": ("zigzag", 1), "Ulysses": ("contiguous", 2)}
+    of_eight = ways(8, ("balanced", "contiguous"))
+    assert [*of_eight] == ["balanced", "contiguous", "Ulysses", "2 x 4", "4 x 2"]
+    assert [head_ranks for _, head_ranks in of_eight.values()] == [1, 1, 8, 2, 4]
 
 
 def test_implementations_take_turns_and_their_medians_count():

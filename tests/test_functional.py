@@ -165,7 +165,7 @@ def test_the_blocks_of_a_document_whose_length_the_host_does_not_know(monkeypatc
     """What is made of cu_seqlens on a GPU must be the rows of the way over the host."""
     monkeypatch.setattr(Inputs, "on_device", lambda inputs: True)
     mask = Mask.causal() & Mask.blocks(torch.rand(5, 5, generator=torch.Generator().manual_seed(0)) < 0.5, 8)
-    request = Request(mask.spec(), Mask().spec(), "zigzag", "").text()
+    request = Request(mask.spec(), Mask().spec(), "zigzag", "1", "").text()
     settings = Settings(request, (1, 40, 40), 1.0, 0.0, 0.0, "auto", False, 0)
     edges = torch.tensor([0, 13, 13, 37, 40])
     inputs = Inputs(*[torch.empty(40, 1, 8)] * 3, None, edges, None, None, None, None, None)

@@ -17,16 +17,18 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from ringflash.parallel.planning.choose import choose
+from ringflash.parallel.planning.generators import plan_named
 from ringflash.parallel.planning.program import rank_program
-from ringflash.parallel.planning.ring import ring
+from ringflash.parallel.positions.balance import TOKEN_WORK
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import resolve
 
 RANKS = (8, 64, 512)
 LENGTHS = (2**20, 5 * 2**20)
 CASES = (("causal", "zigzag"), ("packed", "balanced"), ("packed", "zigzag"))
-TIMES = ("partition ms", "plan ms", "program ms", "total ms")
-COLUMNS = ("ranks", "tokens", "mask", "partition", *TIMES, "stages", "moved by the rank", "program's bytes")
+TIMES = ("partition ms", "choice ms", "plan ms", "program ms", "total ms")
+COLUMNS = ("ranks", "tokens", "mask", "partition", "chosen", *TIMES, "stages", "moved by the rank", "program's bytes")
 
 T = TypeVar("T")
 
@@ -52,11 +54,12 @@ def timed(make: Callable[[], T], repeats: int = 3) -> tuple[T, float]:
 def line(ranks: int, length: int, name: str, kind: str) -> list[str]:
     mask, device = Mask.causal() if name == "causal" else packed(length), torch.device("cpu")
     partition, sharding = timed(lambda: resolve(kind, length, ranks, mask))
-    plan, planning = timed(lambda: ring(mask, partition).of(ranks // 2))
+    choice, choosing = timed(lambda: choose(mask, partition, hosts=ranks // 8, token_work=TOKEN_WORK))
+    plan, planning = timed(lambda: plan_named(choice.name, mask, partition, hosts=ranks // 8).of(ranks // 2))
     program, lowering = timed(lambda: rank_program(plan, mask, device))
-    times = [f"{x:.1f}" for x in (sharding, planning, lowering, sharding + planning + lowering)]
+    times = [f"{x:.1f}" for x in (sharding, choosing, planning, lowering, sharding + choosing + planning + lowering)]
     sizes = [str(len(plan.stages)), f"{plan.moved_tokens / length:.2f} S", f"{program.nbytes() / 2**20:.1f} MiB"]
-    return [str(ranks), f"{length // 2**20}M", name, kind, *times, *sizes]
+    return [str(ranks), f"{length // 2**20}M", name, kind, choice.name, *times, *sizes]
 
 
 def main() -> None:

@@ -24,9 +24,10 @@ from ringflash.kernels.torch_private import process_group
 from ringflash.parallel.agreement.rounds import agreement
 from ringflash.parallel.lookup import find
 from ringflash.parallel.placement import Placement, batch_boundaries, check_on_device, on_a_device, placement_of
-from ringflash.parallel.planning.program import Program, document_table, table_program, table_shape
+from ringflash.parallel.planning.program import Program, StageProgram, document_table, table_program, table_shape
 from ringflash.parallel.positions.mask import Mask
-from ringflash.parallel.transport.send_recv import SendRecv
+from ringflash.parallel.transport.head_exchange import HeadExchange
+from ringflash.parallel.transport.select import GroupTransport
 
 
 class Settings(NamedTuple):
@@ -106,12 +107,14 @@ class Request(NamedTuple):
             of a handle's masks.
         documents: `Mask.spec()` of document boundaries alone; empty where there is a handle.
         partition: name or `Partition.spec()`; empty where there is a handle.
+        head_ranks: as a number in text; empty where there is a handle.
         group: name of the process group; empty for one device.
     """
 
     rules: str
     documents: str
     partition: str
+    head_ranks: str
     group: str
 
     def text(self) -> str:
@@ -120,11 +123,11 @@ class Request(NamedTuple):
 
     @staticmethod
     @lru_cache(maxsize=256)
-    def read(text: str) -> tuple[Mask | None, Mask | None, str, str]:
-        """Rules, documents, partition and group of a text; None for an empty one."""
-        rules, documents, partition, group = text.split("|", 3)
+    def read(text: str) -> tuple[Mask | None, Mask | None, str, int, str]:
+        """Rules, documents, partition, head_ranks and group of a text; None for an empty one."""
+        rules, documents, partition, head_ranks, group = text.split("|", 4)
         mask, apart = (Mask.from_spec(spec) if spec else None for spec in (rules, documents))
-        return mask, apart, partition, group
+        return mask, apart, partition, int(head_ranks or 1), group
 
 
 @dataclass
@@ -141,6 +144,8 @@ class Ready:
         transport: moves rows between ranks; None on one device.
         index: which of the placement's masks the call has.
         form: what must be the same on all ranks beside the sharding.
+        exchange: of heads for tokens; None without.
+        first_head: number of the first query head at hand among all.
     """
 
     inputs: Inputs
@@ -149,12 +154,14 @@ class Ready:
     placement: Placement | None
     kernels: ModuleType
     modified: bool
-    transport: SendRecv | None
+    transport: GroupTransport | None
     index: int = 0
     form: tuple = ()
+    exchange: HeadExchange | None = None
+    first_head: int = 0
 
-    def modifiers(self, index: int, offset: int, at_hand: tuple[Tensor, ...]) -> Modifiers | None:
-        """What is done to the scores of a stage, of whose keys some are at hand, from `offset` on."""
+    def modifiers(self, stage: StageProgram, at_hand: tuple[Tensor, ...]) -> Modifiers | None:
+        """What is done to the scores of a stage, or of a piece of it, whose keys are at hand."""
         inputs, settings = self.inputs, self.settings
         if not self.modified:
             return None
@@ -165,13 +172,14 @@ class Ready:
             dropout=settings.dropout,
             seed=inputs.seed,
             query_positions=self.program.query_positions if positioned else None,
-            key_positions=self._key_positions(index, offset, len(at_hand[0])) if positioned else None,
+            key_positions=self._key_positions(stage, len(at_hand[0])) if positioned else None,
             key_visible=None if inputs.key_visible is None else at_hand[2],
+            first_head=self.first_head,
         )
 
-    def _key_positions(self, index: int, offset: int, keys: int) -> Tensor:
-        found = self.program.key_positions(index)
-        return found if len(found) == keys else found[offset : offset + keys]
+    def _key_positions(self, stage: StageProgram, keys: int) -> Tensor:
+        found = self.program.key_positions(stage.index)
+        return found if len(found) == keys else found[stage.offset : stage.offset + keys]
 
     def begin(self) -> None:
         """Make sure that all ranks are about to do the same; nothing is sent before. Everything needed is at hand."""
@@ -183,6 +191,8 @@ class Ready:
         )
         if any(self.form[-1]):
             raise _surplus(placement, self.form[-1])
+        assert self.transport is not None  # as there are several ranks
+        self.transport.open(self.inputs.query.device)
 
     def refuse(self, error: Exception) -> None:
         """Let the other ranks, if there are any, know that this one cannot begin."""
@@ -241,15 +251,16 @@ def prepare(inputs: Inputs, settings: Settings, table: Tensor, which: str) -> Re
     form = _form(inputs, settings, surplus, which)
     try:
         program, kernels = placement.program(index, device), select(*problem, bool(mask.sink))
+        exchange = placement.exchange(device)
     except Exception as error:  # which only this rank's machine may raise
         agreement(placement.group).refuse(error, placement.call_digest(index, form))
         raise
-    return Ready(inputs, settings, program, placement, kernels, modified, placement.transport, index, form)
+    return Ready(inputs, settings, program, placement, kernels, modified, placement.transport, index, form, exchange)
 
 
 def _requested(inputs: Inputs, settings: Settings) -> tuple[Placement, int]:
     """The sharding that traced code asks for, and which of its masks."""
-    rules, documents, partition, name = Request.read(settings.request)
+    rules, documents, partition, head_ranks, name = Request.read(settings.request)
     group = process_group(name) if name else None
     with refusals_notified(group):
         if inputs.handle is not None:
@@ -263,7 +274,7 @@ def _requested(inputs: Inputs, settings: Settings) -> tuple[Placement, int]:
         if inputs.boundaries is not None:
             boundaries = inputs.boundaries, inputs.query_boundaries
         batch, seqlen, key_seqlen = settings.sizes
-        sharding = find(rules, (batch, seqlen, key_seqlen), group, partition, *boundaries)
+        sharding = find(rules, (batch, seqlen, key_seqlen), group, partition, *boundaries, head_ranks)
         return placement_of(sharding.handle(rules))
 
 

@@ -7,18 +7,21 @@ H query heads, Hk key heads, D head dimension, Dv the value's.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from ringflash.kernels.reference import Carry
 from ringflash.parallel.execution.call import NEEDS, Inputs, Ready, Settings, prepare, table_of
+from ringflash.parallel.execution.crossing import Crossing
 from ringflash.parallel.execution.gradients import KeyGradients
+from ringflash.parallel.execution.rows import Rows, rows_beside, rows_of
 from ringflash.parallel.planning.launches import attend, attend_backward
-from ringflash.parallel.planning.program import Shipment, StageProgram, picked
+from ringflash.parallel.planning.program import Program, StageProgram, picked
 from ringflash.parallel.positions.segments import count
-
-Rows = tuple[Tensor, ...]
-"""The same rows of key, value and, if any, which keys are visible."""
+from ringflash.parallel.transport.base import Transport
+from ringflash.parallel.transport.head_exchange import HeadExchange
 
 
 def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,20 +35,27 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]
     ready = prepare(inputs, settings, table, "forward")
     accumulator = torch.promote_types(query.dtype, torch.float32)
     last = query.dtype if inputs.sinks is None else accumulator  # sinks are weighed in before anything is rounded
-    carry = None
-    room = None
+    crossing = room = None
     if ready.transport is not None:
-        room = make_room(ready)
-        ready.begin()
+        try:
+            if ready.exchange is not None:
+                ready, crossing = cross(ready, ready.exchange)
+            room = make_room(ready)
+        except Exception as error:
+            ready.refuse(error)
+            raise
+        begin(ready, crossing)
+    at = ready.inputs
+    carry: Carry | None = None
 
-    def body(index: int, stage: StageProgram, at_hand: Rows) -> None:
+    def body(stage: StageProgram, at_hand: Rows) -> None:
         nonlocal carry
-        modifiers = ready.modifiers(index, stage.offset, at_hand)
+        modifiers = ready.modifiers(stage, at_hand)
         for launch in stage.launches:
             carry = attend(
                 ready.kernels,
                 launch,
-                query,
+                at.query,
                 *at_hand[:2],
                 scale=settings.scale,
                 modifiers=modifiers,
@@ -53,12 +63,19 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]
                 out_dtype=last if stage.is_last and launch is stage.launches[-1] else accumulator,
             )
 
-    walk(ready, room, body)
-    if carry is None:
-        out = query.new_zeros(*query.shape[:-1], value.shape[-1], dtype=last)
-        carry = out, out.new_full((query.shape[1], query.shape[0]), -torch.inf, dtype=torch.float32)
-    out, lse = carry if inputs.sinks is None else with_sinks(*carry, inputs.sinks)
-    return out.to(query.dtype), lse, table
+    failure, found = walk(ready, room, body), []
+    try:
+        if carry is None:
+            out = query.new_zeros(*at.query.shape[:-1], value.shape[-1], dtype=last)
+            carry = out, out.new_full(at.query.shape[1::-1], -torch.inf, dtype=torch.float32)
+        out, lse = carry if at.sinks is None else with_sinks(*carry, at.sinks)
+        found = [out.to(query.dtype), lse]
+    except Exception as error:
+        if ready.transport is None:
+            raise
+        failure = failure or error
+    out, lse = found if ready.transport is None else end(ready, crossing, found, failure)
+    return out, lse, table
 
 
 def backward(
@@ -75,38 +92,44 @@ def backward(
         inputs: what `forward` was given.
         settings: what `forward` was given.
     """
-    query = inputs.query
+    query, needs = inputs.query, settings.needs
+    needs_key, needs_value = needs & NEEDS["key"], needs & NEEDS["value"]
     ready = prepare(inputs, settings, table, "backward")
-    needs_key, needs_value = settings.needs & NEEDS["key"], settings.needs & NEEDS["value"]
-    wanted = ([inputs.key] if needs_key else []) + ([inputs.value] if needs_value else [])
+    crossing = room = None
     try:
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
         delta = ready.kernels.row_delta(dout, out, dlse)
-        gradients = KeyGradients(wanted, ready.program, ready.transport)
+        of_rows = dout, lse, delta
+        if ready.exchange is not None:
+            ready, crossing = cross(ready, ready.exchange, of_rows)
+            of_rows = crossing.of_rows
+        at = ready.inputs
+        wanted = ([at.key] if needs_key else []) + ([at.value] if needs_value else [])
+        gradients = KeyGradients(
+            wanted, ready.program, ready.transport, crossing is not None and crossing.shares.copied
+        )
+        if ready.transport is not None:
+            room = make_room(ready)
     except Exception as error:
         ready.refuse(error)
         raise
-    room = None
     if ready.transport is not None:
-        room = make_room(ready)
-        ready.begin()
+        begin(ready, crossing)
     accumulator = torch.promote_types(query.dtype, torch.float32)
     dquery: Tensor | None = None
     parts: list[Tensor] | None = None
 
-    def body(index: int, stage: StageProgram, at_hand: Rows) -> None:
+    def body(stage: StageProgram, at_hand: Rows) -> None:
         nonlocal dquery, parts
-        modifiers = ready.modifiers(index, stage.offset, at_hand)
+        modifiers = ready.modifiers(stage, at_hand)
         for launch in stage.launches:
             dquery, dkey, dvalue = attend_backward(
                 ready.kernels,
                 launch,
-                dout,
-                query,
-                at_hand[0],
-                at_hand[1],
-                lse,
-                delta,
+                of_rows[0],
+                at.query,
+                *at_hand[:2],
+                *of_rows[1:],
                 scale=settings.scale,
                 modifiers=modifiers,
                 carry=dquery,
@@ -124,38 +147,70 @@ def backward(
         gradients.settle(stage, parts)
         parts = None
 
-    walk(ready, room, body, settle)
-    of_keys = gradients.finish()
-    dquery = torch.zeros_like(query) if dquery is None else dquery
+    failure, found = walk(ready, room, body, settle), []
+    try:
+        if needs & NEEDS["query"]:
+            found.append(torch.zeros_like(at.query) if dquery is None else dquery)
+        found += gradients.finish()
+    except Exception as error:
+        if ready.transport is None:
+            raise
+        failure = failure or error
+    if ready.transport is not None:
+        found = end(ready, crossing, found, failure)
+    nothing = query.new_empty(0)
     return (
-        dquery if settings.needs & NEEDS["query"] else query.new_empty(0),
-        of_keys[0] if needs_key else query.new_empty(0),
-        of_keys[-1] if needs_value else query.new_empty(0),
-        query.new_empty(0)
-        if inputs.sinks is None or not settings.needs & NEEDS["sinks"]
-        else sink_gradient(inputs.sinks, lse, delta),
+        found[0] if needs & NEEDS["query"] else nothing,
+        found[-1 - bool(needs_value)] if needs_key else nothing,
+        found[-1] if needs_value else nothing,
+        nothing if inputs.sinks is None or not needs & NEEDS["sinks"] else sink_gradient(inputs.sinks, lse, delta),
     )
+
+
+def cross(
+    ready: Ready, exchange: HeadExchange, of_rows: tuple[Tensor, Tensor, Tensor] | None = None
+) -> tuple[Ready, Crossing]:
+    """The call as the plan takes it, all tokens of some heads; its tensors are filled when ranks begin.
+
+    Args:
+        ready: the call.
+        exchange: of heads for tokens.
+        of_rows: of the backward pass: dout, log-sum-exp and delta.
+    """
+    crossing = Crossing(exchange, ready.inputs, ready.settings, of_rows)
+    return replace(ready, inputs=crossing.inputs, first_head=crossing.heads.start), crossing
 
 
 def make_room(ready: Ready) -> tuple[Rows, list[Rows]]:
     """Own keys as they can be sent, and the buffers for those that arrive: before the ranks agree to begin."""
     program, own = ready.program, ready.inputs.keys()
     needed = min(2, sum([bool(stage.receives) for stage in program.stages]))
-    try:
-        sent = tuple([x.contiguous() for x in own])
-        buffers = [tuple([x.new_empty(program.buffers.arrivals, *x.shape[1:]) for x in own]) for _ in range(needed)]
-    except Exception as error:
-        ready.refuse(error)
-        raise
-    return sent, buffers
+    sent = tuple([x.contiguous() for x in own])
+    return sent, [rows_beside(own, program.buffers.arrivals) for _ in range(needed)]
+
+
+def begin(ready: Ready, crossing: Crossing | None) -> None:
+    """From here on all ranks make this call, and wait for each other."""
+    ready.begin()
+    if crossing is not None:
+        crossing.go()
+
+
+def end(ready: Ready, crossing: Crossing | None, found: list[Tensor], failure: Exception | None) -> list[Tensor]:
+    """Behind the work of several ranks: results come home, and all hear of what failed on one."""
+    if crossing is None:
+        ready.close(failure)
+        return found
+    ready.close(crossing.come_home(found, failure))
+    return crossing.results()
 
 
 def walk(
     ready: Ready,
     room: tuple[Rows, list[Rows]] | None,
-    body: Callable[[int, StageProgram, Rows], None],
+    body: Callable[[StageProgram, Rows], None],
     settle: Callable[[StageProgram], None] | None = None,
-) -> None:
+) -> Exception | None:
     """Go through the stages of a program: post transfers, work on what is there, settle, wait.
 
     Where a body fails, out of memory say, the transfers go on all the same: other ranks have begun this call, too, and
@@ -166,27 +221,35 @@ def walk(
         room: from `make_room`; None on one device.
         body: the work of a stage, or of a piece of it, on the rows that it attends to.
         settle: what follows the work of each piece of a stage, in the backward pass.
+
+    Returns:
+        What failed on this rank of several.
     """
-    program, own = ready.program, ready.inputs.keys()
+    program, own, transport = ready.program, ready.inputs.keys(), ready.transport
     sent, buffers = room or (own, [])
+    outgoing, there = own_sends(program, sent, transport)
     arrived: Rows = ()
     failure: Exception | None = None
     filled = 0
     for index, stage in enumerate(program.stages):
         ticket, coming = None, ()
         if stage.sends or stage.receives:
+            assert transport is not None  # one device sends nothing
             if stage.receives:
                 coming = buffers[filled % 2]
                 filled += 1
-            assert ready.transport is not None  # one device sends nothing
-            sends = [pair for s in stage.sends for pair in _rows_of(s, arrived if s.relayed else sent)]
-            ticket = ready.transport.transfer(sends, [pair for s in stage.receives for pair in _rows_of(s, coming)])
+            sends = outgoing[index] or [
+                pair for s in stage.sends for pair in rows_of(s, arrived if s.relayed else sent)
+            ]
+            receives = [pair for s in stage.receives for pair in rows_of(s, coming)]
+            since = None if stage.relays else there
+            ticket = transport.transfer(sends, receives, f"keys and values for stage {index + 1}", since)
         for piece in (stage,) if settle is None else program.backward_stages[index]:
             if piece.launches and failure is None:
                 try:
-                    body(index, piece, piece.at_hand(own, arrived))
+                    body(piece, piece.at_hand(own, arrived))
                 except Exception as error:
-                    if ready.transport is None:
+                    if transport is None:
                         raise
                     failure = error
             if settle is not None:
@@ -194,12 +257,22 @@ def walk(
         if ticket is not None:
             ticket.wait()
         arrived = tuple([picked(x, stage.received) for x in coming])
-    if ready.transport is not None:
-        ready.close(failure)
+    return failure
 
 
-def _rows_of(shipment: Shipment, tensors: Rows) -> list[tuple[int, Tensor]]:
-    return [(shipment.peer, picked(x, shipment.rows)) for x in tensors]
+def own_sends(
+    program: Program, sent: Rows, transport: Transport | None
+) -> tuple[list[list[tuple[int, Tensor]]], torch.Event | None]:
+    """What each stage sends of own keys alone, gathered at once so that it can leave before its stage, and since when.
+
+    Empty where a stage relays keys, or a transport cannot send what an earlier point of the stream has made.
+    """
+    if transport is None or transport.mark() is None:
+        return [[]] * len(program.stages), None
+    found = [
+        [] if stage.relays else [pair for s in stage.sends for pair in rows_of(s, sent)] for stage in program.stages
+    ]
+    return found, transport.mark()
 
 
 # Learned sinks: one more logit a head in the softmax, without a value (gpt-oss, arXiv 2508.10925)

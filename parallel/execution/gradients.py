@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from ringflash.parallel.execution.rows import Rows, rows_beside
 from ringflash.parallel.planning.program import Program, Shipment, StageProgram, picked
-from ringflash.parallel.transport.send_recv import SendRecv, Ticket
+from ringflash.parallel.transport.base import Ticket, Transport
 
 
 class KeyGradients:
@@ -19,22 +23,28 @@ class KeyGradients:
         wanted: key and value, or one of them, or neither: those whose gradients somebody needs.
         program: what this rank does.
         transport: between ranks; None on one device.
+        partial: what `finish` gives is added to that of other ranks, and not rounded before.
     """
 
-    def __init__(self, wanted: list[Tensor], program: Program, transport: SendRecv | None) -> None:
+    def __init__(
+        self, wanted: list[Tensor], program: Program, transport: Transport | None, partial: bool = False
+    ) -> None:
         self._wanted, self._transport = wanted, transport
         dtype = wanted[0].dtype if wanted else torch.float32  # value's is key's
         accumulator = torch.promote_types(dtype, torch.float32)
-        self.dtype = accumulator if program.sums_parts else dtype
+        self.dtype = accumulator if program.sums_parts or partial else dtype
         """What the parts of own keys are computed in."""
+        self.result_dtype = accumulator if partial else dtype
+        """What `finish` gives."""
         self._sums: list[Tensor] | None = None
-        self._pending: tuple[Ticket, list[tuple[Shipment, list[Tensor]]]] | None = None
-        self._buffers: list[Tensor] = []
+        self._pending: deque[tuple[Ticket, list[tuple[Shipment, Rows]]]] = deque()
+        self._used = 0
         if transport is not None:
-            self._buffers = [x.new_empty(program.buffers.reduces, *x.shape[1:], dtype=accumulator) for x in wanted]
+            self._room, self._size = program.reduced_ahead, program.buffers.reduces
+            self._buffers = rows_beside(wanted, self._room * self._size, accumulator)
 
     def settle(self, stage: StageProgram, parts: list[Tensor] | None) -> None:
-        """Keep the part of own keys, send the others off, and add what the stage before brought.
+        """Keep the part of own keys, send the others off, and add what has to be added for new ones to have room.
 
         Args:
             stage: the stage.
@@ -44,23 +54,25 @@ class KeyGradients:
             self._keep(stage, parts)
         if self._transport is None or not self._wanted or not (stage.returns or stage.reduces):
             return
-        if self._pending is not None:  # before the buffers are filled anew; it had the whole stage to arrive
+        if len(self._pending) >= self._room:
             self._collect()
         # pyrefly: ignore[not-iterable]  # there are parts where there are returns, and a missing one is to be an error
         sends = [(s.peer, picked(part, s.rows)) for s in stage.returns for part in parts]
-        incoming, filled = [], 0
+        incoming, filled = [], self._used % self._room * self._size
+        self._used += bool(stage.reduces)
         for s in stage.reduces:
-            incoming.append((s, [x[filled : filled + s.count] for x in self._buffers]))
+            incoming.append((s, tuple([x[filled : filled + s.count] for x in self._buffers])))
             filled += s.count
-        receives = [(s.peer, x) for s, buffers in incoming for x in buffers]
-        self._pending = self._transport.transfer(sends, receives), incoming
+        receives = [(s.peer, x) for s, rows in incoming for x in rows]
+        ticket = self._transport.transfer(sends, receives, f"gradients of stage {stage.index}")
+        self._pending.append((ticket, incoming))
 
     def finish(self) -> list[Tensor]:
-        """Wait for the last parts; the gradient of each of `wanted`, in its dtype."""
-        if self._pending is not None:
+        """Wait for the last parts; the gradient of each of `wanted`, in `result_dtype`."""
+        while self._pending:
             self._collect()
         sums = self._sums or [torch.zeros_like(x) for x in self._wanted]
-        return [total.to(x.dtype) for total, x in zip(sums, self._wanted, strict=True)]
+        return [total.to(self.result_dtype) for total in sums]
 
     def _keep(self, stage: StageProgram, parts: list[Tensor]) -> None:
         if self._sums is None and stage.everything:
@@ -69,16 +81,21 @@ class KeyGradients:
             self._add(stage.own, parts if not stage.returns else [part[stage.kept] for part in parts])
 
     def _collect(self) -> None:
-        assert self._pending is not None
-        ticket, incoming = self._pending
-        self._pending = None
+        ticket, incoming = self._pending.popleft()
         ticket.wait()
-        for shipment, buffers in incoming:
-            self._add(shipment.rows, buffers)
+        for shipment, rows in incoming:
+            self._add(shipment.rows, rows)
 
-    def _add(self, rows: slice | Tensor | None, parts: list[Tensor]) -> None:
+    def _add(self, rows: slice | Tensor | None, parts: Sequence[Tensor]) -> None:
         if self._sums is None:
-            self._sums = [torch.zeros_like(x, dtype=self.dtype) for x in self._wanted]
+            self._sums = [torch.empty_like(x, dtype=self.dtype) for x in self._wanted]
+            for total, part in zip(self._sums, parts, strict=True):
+                if isinstance(rows, slice):
+                    total[: rows.start], total[rows], total[rows.stop :] = 0, part, 0
+                else:
+                    total.zero_()
+            if isinstance(rows, slice):
+                return
         for total, part in zip(self._sums, parts, strict=True):
             if isinstance(rows, Tensor):
                 total.index_add_(0, rows, part.to(total.dtype))

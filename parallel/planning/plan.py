@@ -10,10 +10,11 @@ walks the same stages and, behind the work of each, sends the gradient parts of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
+from ringflash.parallel.planning.outline import Outline
 from ringflash.parallel.positions.partition import Partition
 from ringflash.parallel.positions.segments import Segments, count
 
@@ -80,6 +81,12 @@ class Buffers:
         )
 
 
+def without_idle_end(stages: list[Stage]) -> tuple[Stage, ...]:
+    """Stages without those at the end in which there is nothing to do; at least one."""
+    last = max((index for index, stage in enumerate(stages) if stage), default=0)
+    return tuple(stages[: last + 1])
+
+
 def tokens_at_once(moves: tuple[Move, ...], piece: int | None) -> int:
     """Positions of several moves that travel together, each of them in pieces if one says how long."""
     sizes = (count(move.segments) for move in moves)
@@ -107,6 +114,22 @@ class RankPlan:
     buffers: Buffers
     piece: int | None = None
 
+    def among(self, ranks: Sequence[int]) -> RankPlan:
+        """The same plan among some ranks of a larger group, which are the plan's first, second and so on."""
+        if list(ranks) == list(range(len(ranks))):
+            return self
+        names = ("receives", "sends", "returns", "reduces")
+        stages = [
+            replace(
+                stage,
+                **{
+                    name: tuple(replace(move, peer=ranks[move.peer]) for move in getattr(stage, name)) for name in names
+                },
+            )
+            for stage in self.stages
+        ]
+        return replace(self, rank=ranks[self.rank], stages=tuple(stages))
+
     @property
     def moved_tokens(self) -> int:
         """Key positions that leave this rank in the forward pass."""
@@ -122,10 +145,24 @@ class Plan:
         keys: which key positions each rank holds; the same partition in self-attention.
     """
 
-    def __init__(self, name: str, queries: Partition, keys: Partition, of: Callable[[int], RankPlan]) -> None:
+    def __init__(
+        self,
+        name: str,
+        queries: Partition,
+        keys: Partition,
+        of: Callable[[int], RankPlan],
+        outline: Callable[[], Outline] | None = None,
+    ) -> None:
         self.name, self.queries, self.keys = name, queries, keys
         self.of = of
         """The plan of one rank."""
+        self._outline = outline
+
+    @cached_property
+    def outline(self) -> Outline:
+        """All ranks' plans in numbers."""
+        assert self._outline is not None  # plans by hand may have none
+        return self._outline()
 
     @cached_property
     def ranks(self) -> tuple[RankPlan, ...]:

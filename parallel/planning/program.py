@@ -6,7 +6,7 @@ Legend: T query rows of this rank, S key rows that a stage attends to.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -26,6 +26,10 @@ Rows = slice | Tensor
 
 ALIGNED = 4
 """Rows of int32 tables begin at whole 16 bytes, as the kernels' copies want."""
+
+LEAST_SPLIT = 4096
+"""Own keys from which on the backward pass takes the first half of them last, while the last gradients travel. Of
+fewer, two launches take longer than one by more than what they hide."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class StageProgram:
         reduces: gradient parts that come from others; rows of this rank's own keys.
         kept: which of the attended rows are own, or None.
         everything: all own keys are attended to and nothing else, as they lie.
+        index: which of the stages it is, or is a piece of.
         offset: where a piece of a stage begins among the keys that the stage attends to.
     """
 
@@ -84,7 +89,13 @@ class StageProgram:
     reduces: tuple[Shipment, ...] = ()
     kept: Rows | None = None
     everything: bool = False
+    index: int = 0
     offset: int = 0
+
+    @cached_property
+    def relays(self) -> bool:
+        """Whether some of what it sends arrived from elsewhere before."""
+        return any(s.relayed for s in self.sends)
 
     def pieces(self, size: int) -> tuple[StageProgram, ...]:
         """The stage for the backward pass, so many keys at a time; transfers of keys are the whole stage's."""
@@ -92,10 +103,17 @@ class StageProgram:
         most = max([keys, *(shipment.count for shipment in self.reduces)])
         if most <= size:
             return (self,)
-        return tuple(self._piece(first, min(first + size, keys), first + size, keys) for first in range(0, most, size))
+        return tuple(self.piece(first, min(first + size, keys), first + size) for first in range(0, most, size))
 
-    def _piece(self, first: int, last: int, behind: int, keys: int) -> StageProgram:
-        there = first < last
+    def piece(self, first: int, last: int, behind: int = 0) -> StageProgram:
+        """The work on some of the keys, and what their gradients travel for.
+
+        Args:
+            first: of the keys attended to.
+            last: one behind the last of them; no more than `first` if there are none.
+            behind: one behind the last row of each of `reduces` that arrives with it.
+        """
+        there, keys = first < last, count(self.key_segments)
         return StageProgram(
             launches=tuple(launch.of_keys(first, last) for launch in self.launches) if there else (),
             own=_part(self.own, first, last) if there and self.own is not None else None,
@@ -109,6 +127,7 @@ class StageProgram:
                 if first < s.count
             ),
             kept=slice(0, last - first) if there and self.kept is not None else None,
+            index=self.index,
             offset=first,
         )
 
@@ -156,10 +175,36 @@ class Program:
 
     @cached_property
     def backward_stages(self) -> tuple[tuple[StageProgram, ...], ...]:
-        """The pieces of each stage in which the backward pass works."""
-        if self.piece is None:
-            return tuple((stage,) for stage in self.stages)
-        return build_to_keep(lambda: tuple(stage.pieces(self.piece) for stage in self.stages), self.device)
+        """The pieces of each stage in which the backward pass works.
+
+        The first half of the own keys comes behind everything else: while it is worked on, the gradients of the last
+        foreign keys travel. Under a causal mask that half has the more work.
+        """
+        return build_to_keep(self._backward_stages, self.device)
+
+    def _backward_stages(self) -> tuple[tuple[StageProgram, ...], ...]:
+        pieces = [(stage,) if self.piece is None else stage.pieces(self.piece) for stage in self.stages]
+        own = self.stages[0]
+        half = -(-self.keys // 2 // ALIGNED) * ALIGNED
+        alone = own.everything and own.launches and not own.returns and not own.reduces
+        if len(self.stages) == 1 or not alone or self.keys < LEAST_SPLIT:
+            return tuple(pieces)
+        size = self.piece or self.keys
+        late = [own.piece(first, min(first + size, half)) for first in range(0, half, size)]
+        early = [own.piece(first, min(first + size, self.keys)) for first in range(half, self.keys, size)]
+        pieces[0] = tuple(early)
+        pieces[-1] = (*pieces[-1], *late)
+        return tuple(tuple(replace(x, is_last=x is late[-1]) for x in stage) for stage in pieces)
+
+    @cached_property
+    def reduced_ahead(self) -> int:
+        """How often `buffers.reduces` is there, so that a rank that is behind does not hold up those that wait for it.
+
+        Gradient parts that have arrived and are still to be added take no more room together than a piece does.
+        """
+        parts = sum(bool(piece.reduces or piece.returns) for stage in self.backward_stages for piece in stage)
+        size = max(1, self.buffers.reduces)
+        return max(1, parts if self.piece is None else min(parts, self.piece // size))
 
     @cached_property
     def sums_parts(self) -> bool:
@@ -305,18 +350,25 @@ def rank_program(plan: RankPlan, mask: Mask, device: torch.device) -> Program:
     last = max((i for i, stage in enumerate(plan.stages) if stage.work), default=-1)
     stages, arrived = [], ()
     for index, (stage, here) in enumerate(zip(plan.stages, work, strict=True)):
-        stages.append(_stage(stage, here, plan, arrived, index == last, device))
+        stages.append(_stage(index, stage, here, plan, arrived, index == last, device))
         arrived = tuple(segment for move in stage.receives for segment in move.segments)
     among_keys = places(boundaries, queries, query_boundaries)
     return Program(len(queries), count(plan.keys), tuple(stages), plan.buffers, among_keys, device, plan.piece)
 
 
 def _stage(
-    stage: Stage, work: tuple[Launch, ...], plan: RankPlan, arrived: Segments, is_last: bool, device: torch.device
+    index: int,
+    stage: Stage,
+    work: tuple[Launch, ...],
+    plan: RankPlan,
+    arrived: Segments,
+    is_last: bool,
+    device: torch.device,
 ) -> StageProgram:
     """One stage.
 
     Args:
+        index: its place among the stages.
         stage: of the plan.
         work: its launches.
         plan: what it belongs to.
@@ -346,6 +398,7 @@ def _stage(
         reduces=tuple(_shipment(move, own, device) for move in stage.reduces),
         kept=_rows(stage.work, mine, device) if mine else None,
         everything=mine == own and not foreign,
+        index=index,
     )
 
 

@@ -6,12 +6,14 @@ passed on: a window's ring ends early, and a causal ring drops what lies in the 
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+import numpy as np
 
-from ringflash.parallel.planning.plan import Buffers, Move, Plan, RankPlan, Stage
+from ringflash.parallel.planning.outline import Outline
+from ringflash.parallel.planning.plan import Buffers, Move, Plan, RankPlan, Stage, without_idle_end
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import Partition
 from ringflash.parallel.positions.segments import Segments, intersect, normalize
+from ringflash.parallel.positions.union import Union
 from ringflash.parallel.positions.visibility import needed_keys
 
 PIECE = 65536
@@ -30,14 +32,22 @@ def ring(mask: Mask, queries: Partition, keys: Partition | None = None) -> Plan:
     """
     keys = keys or queries
     needed = needed_keys(mask, queries.segments, keys.length)
-    return Plan("ring", queries, keys, lambda rank: _of_rank(rank, queries, keys, needed))
+    return Plan(
+        "ring", queries, keys, lambda rank: _of_rank(rank, queries, keys, needed), lambda: _outline(queries.ranks)
+    )
+
+
+def _outline(ranks: int) -> Outline:
+    rank, owner = np.ogrid[:ranks, :ranks]
+    hop = (rank - owner) % ranks
+    return Outline(ranks, hop, np.where(hop, (rank - 1) % ranks, rank), piece=PIECE)
 
 
 def _of_rank(rank: int, queries: Partition, keys: Partition, needed: list[Segments]) -> RankPlan:
     ranks, own = queries.ranks, keys.segments[rank]
     work: list[Segments] = [()] * ranks
     onward, reduced = work.copy(), work.copy()
-    wanted = _Union()  # by the ranks from the next one to the one before the owner: those that a block has yet to reach
+    wanted = Union()  # by the ranks from the next one to the one before the owner: those that a block has yet to reach
     for ahead in range(1, ranks + 1):
         owner, hop = (rank + ahead) % ranks, ranks - ahead  # hop: how far the owner's block has come when it is here
         work[hop] = intersect(keys.segments[owner], needed[rank])
@@ -59,36 +69,6 @@ def _of_rank(rank: int, queries: Partition, keys: Partition, needed: list[Segmen
                 reduces=(Move(reader, reduced[hop]),) if reduced[hop] else (),
             )
         )
-    while len(stages) > 1 and not stages[-1]:
-        stages.pop()
-    return RankPlan(rank, queries.segments[rank], own, tuple(stages), Buffers.of(tuple(stages), PIECE), PIECE)
-
-
-class _Union:
-    """A growing set of positions."""
-
-    def __init__(self) -> None:
-        self._starts: list[int] = []
-        self._stops: list[int] = []
-
-    def add(self, segments: Segments) -> None:
-        starts, stops = self._starts, self._stops
-        for start, stop in segments:
-            first = bisect_left(stops, start)  # the first interval that reaches this one
-            last = bisect_right(starts, stop, first)  # one behind the last that it reaches
-            if first < last:
-                if last == first + 1 and starts[first] <= start and stop <= stops[first]:
-                    continue
-                start, stop = min(start, starts[first]), max(stop, stops[last - 1])
-            starts[first:last], stops[first:last] = (start,), (stop,)
-
-    def intersect(self, segments: Segments) -> Segments:
-        """The part of other positions that lies in this set."""
-        starts, stops = self._starts, self._stops
-        common = []
-        for start, stop in segments:
-            index = bisect_right(stops, start)
-            while index < len(starts) and starts[index] < stop:
-                common.append((max(start, starts[index]), min(stop, stops[index])))
-                index += 1
-        return tuple(common)
+    kept = without_idle_end(stages)
+    piece = PIECE if ranks > 1 else None  # one rank has no parts in fp32
+    return RankPlan(rank, queries.segments[rank], own, kept, Buffers.of(kept, piece), piece)

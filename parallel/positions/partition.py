@@ -9,32 +9,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from itertools import chain
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ringflash.errors import ArgumentError
+from ringflash.parallel.positions.balance import MOST_TOKENS, TOKEN_WORK, balanced_shares
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.segments import Segments, count, normalize
-from ringflash.parallel.positions.visibility import visible_pairs
 
 BY_DOCUMENT = ("contiguous_per_document", "zigzag_per_document")
 
 NAMES = ("contiguous", "zigzag", "balanced", "stripe", *BY_DOCUMENT)
-
-BALANCED_CHUNKS_PER_RANK = 16
-"""Granularity of `balanced`: finer balances better, coarser keeps neighbours together and moves fewer bytes."""
-
-BALANCED_TOLERANCE = 1.05
-"""`balanced` stops exchanging chunks once the busiest rank is within this factor of the mean."""
-
-WORK_SAMPLES = 2**16
-"""Query positions at which `balanced` looks at the work; sequences up to this length are looked at everywhere."""
 
 
 @dataclass(frozen=True)
@@ -103,27 +94,36 @@ class Partition:
 
     @staticmethod
     def balanced(
-        masks: Mask | Sequence[Mask], length: int, ranks: int, weights: Sequence[int] | None = None
+        masks: Mask | Sequence[Mask],
+        length: int,
+        ranks: int,
+        weights: Sequence[int] | None = None,
+        token_work: int = TOKEN_WORK,
+        most_tokens: float = MOST_TOKENS,
     ) -> Partition:
-        """Equal tokens and nearly equal work for any mask, documents included.
-
-        Starts from contiguous shares and exchanges chunks between the busiest and other ranks until the busiest has at
-        most 5% more visible pairs than the mean, so that what can stay together does.
+        """Shares that take equally long, for any mask, with documents whole on one rank wherever they fit.
 
         Args:
             masks: what a query sees; of several, the sum is levelled.
             length: number of positions.
             ranks: number of ranks.
             weights: how many layers have each of the masks; one each if None.
+            token_work: what the rest of a layer costs a token, forward and backward, in visible pairs; 0 levels
+                attention alone. `balance.token_work` has it for a model's width.
+            most_tokens: times the mean number of tokens that a rank may hold. With less, more documents are cut.
         """
         _check_sizes(length, ranks)
+        if token_work < 0 or most_tokens < 1:
+            raise ArgumentError(f"token_work={token_work}, most_tokens={most_tokens}; allowed are from 0, and from 1")
         masks = (masks,) if isinstance(masks, Mask) else masks
-        chunks = max(1, min(BALANCED_CHUNKS_PER_RANK, length // ranks)) * ranks
-        edges = np.arange(chunks + 1) * length // chunks
-        work: Any = sum(
-            weight * _work(mask, edges) for mask, weight in zip(masks, weights or (1,) * len(masks), strict=True)
-        )
-        return _from_chunks(edges, length, _exchange_until_level(work, ranks))
+        for mask in masks:
+            _check_self_attention("balanced", mask)
+            if mask.boundaries is not None and mask.boundaries[-1] > length:
+                raise ArgumentError(
+                    f"the mask's documents end at {mask.boundaries[-1]}; the sequence has {length} positions"
+                )
+        weights = weights or (1,) * len(masks)
+        return Partition(length, balanced_shares(masks, weights, length, ranks, token_work, most_tokens))
 
     @property
     def ranks(self) -> int:
@@ -139,6 +139,13 @@ class Partition:
             for segments in self.segments
         )
         return Partition(self.length * batch, tuple(shifted))
+
+    def merged(self, together: int) -> Partition:
+        """What ranks hold together of which so many that follow each other stand for one."""
+        if together == 1:
+            return self
+        unions = (chain(*self.segments[first : first + together]) for first in range(0, self.ranks, together))
+        return Partition(self.length, tuple(map(normalize, unions)))
 
     def count(self, rank: int) -> int:
         """Number of positions on a rank."""
@@ -186,6 +193,19 @@ def check_name(partition: str | Partition) -> None:
         raise ArgumentError(f"partition={partition!r}; allowed are {', '.join(NAMES)} or a Partition")
 
 
+def default_partition(mask: Mask, length: int, batch: int = 1) -> str:
+    """What is taken where no partition was named: "balanced" for packed documents, "zigzag" for all else.
+
+    Args:
+        mask: with its documents, over the `batch` sequences laid end to end.
+        length: of one sequence.
+        batch: number of sequences, all sharded alike.
+    """
+    if batch > 1 or mask.boundaries is None or mask.query_boundaries is not None or mask.boundaries[-1] > length:
+        return "zigzag"
+    return "balanced" if len(set(mask.boundaries)) > 2 else "zigzag"
+
+
 def resolve(
     partition: str | Partition,
     length: int,
@@ -193,6 +213,7 @@ def resolve(
     masks: Mask | Sequence[Mask],
     batch: int = 1,
     weights: Sequence[int] | None = None,
+    token_work: int = TOKEN_WORK,
 ) -> Partition:
     """The partition of one sequence that a name, a `Partition` or its `spec` stands for.
 
@@ -204,6 +225,7 @@ def resolve(
             each document, whose documents.
         batch: number of sequences, all sharded alike.
         weights: as in `Partition.balanced`.
+        token_work: likewise.
 
     Raises:
         ArgumentError: unknown name, a partition for another length or number of ranks, or one that looks at documents
@@ -215,7 +237,7 @@ def resolve(
         masks = (masks,) if isinstance(masks, Mask) else masks
         masks = masks if batch == 1 else [_same_for_each_row(partition, mask, length, batch) for mask in masks]
         if partition == "balanced":
-            return Partition.balanced(masks, length, ranks, weights)
+            return Partition.balanced(masks, length, ranks, weights, token_work)
         _check_self_attention(partition, masks[0])
         return getattr(Partition, partition.removesuffix("_per_document"))(length, ranks, masks[0].boundaries)
     if isinstance(partition, str):
@@ -265,67 +287,3 @@ def _from_chunks(edges: np.ndarray, length: int, owned: np.ndarray) -> Partition
     owned = np.sort(owned, axis=1)
     starts, stops = edges[owned].tolist(), edges[owned + 1].tolist()
     return Partition(length, tuple(normalize(zip(*bounds, strict=True)) for bounds in zip(starts, stops, strict=True)))
-
-
-def _work(mask: Mask, edges: np.ndarray) -> np.ndarray:
-    """Visible pairs of the queries of each chunk, from samples that lie evenly."""
-    _check_self_attention("balanced", mask)
-    length = int(edges[-1])
-    mask = mask if mask.boundaries else mask & Mask.documents((0, length))
-    assert mask.boundaries is not None
-    if mask.boundaries[-1] > length:
-        raise ArgumentError(f"the mask's documents end at {mask.boundaries[-1]}; the sequence has {length} positions")
-    every = max(1, -(-length // WORK_SAMPLES))
-    samples = torch.arange(every // 2, length, every)
-    pairs = visible_pairs(mask, torch.tensor(mask.boundaries), samples).numpy()
-    running = np.concatenate([[0], pairs.cumsum() * every])
-    at_edges = running[np.searchsorted(samples.numpy(), edges)]
-    return at_edges[1:] - at_edges[:-1]
-
-
-def _exchange_until_level(work: np.ndarray, ranks: int) -> np.ndarray:
-    """Chunks of each rank: contiguous shares, then exchanges that lower the busiest rank's work."""
-    owned = np.arange(len(work)).reshape(ranks, -1)
-    held = work[owned]
-    total = held.sum(axis=1)
-    mean = total.sum() / ranks
-    for _ in range(len(work) * 4):
-        busiest = int(total.argmax())
-        if total[busiest] <= mean * BALANCED_TOLERANCE:
-            break
-        swap = _best_swap(held, total, busiest)
-        if swap is None:
-            break
-        other, give, take = swap
-        owned[busiest, give], owned[other, take] = owned[other, take], owned[busiest, give]
-        held[busiest, give], held[other, take] = held[other, take], held[busiest, give]
-        moved = held[other, take] - held[busiest, give]
-        total[busiest] -= moved
-        total[other] += moved
-    return owned
-
-
-def _best_swap(held: np.ndarray, total: np.ndarray, busiest: int) -> tuple[int, int, int] | None:
-    """The exchange with the least busy rank that can help which brings the two closest together.
-
-    Args:
-        held: (ranks, chunks of a rank) work of each chunk.
-        total: (ranks,) its sums.
-        busiest: the rank that is to get rid of work.
-
-    Returns:
-        The other rank, and which of the chunks of each are exchanged.
-    """
-    for other in _least_first(total):
-        gap = total[busiest] - total[other]
-        left = np.abs(gap - 2 * held[busiest][:, None] + 2 * held[other])  # of the gap, by what is given and taken
-        best = int(left.argmin())
-        if left.flat[best] < gap:
-            return other, *divmod(best, held.shape[1])
-    return None
-
-
-def _least_first(total: np.ndarray) -> Iterator[int]:
-    """Indices by ascending value; sorts only if the least one does not serve."""
-    yield int(total.argmin())
-    yield from np.argsort(total, kind="stable")[1:].tolist()

@@ -146,12 +146,3 @@ def needed_keys(mask: Mask, segments: Sequence[Segments], keys: int) -> list[Seg
     intervals = torch.stack([torch.stack(x, dim=1) for x in bounds], dim=1).clamp_(max=keys).tolist()
     rows = iter(intervals)
     return [normalize((a, b) for row in itertools.islice(rows, len(each)) for a, b in row) for each in segments]
-
-
-def visible_pairs(mask: Mask, boundaries: Tensor | None, positions: Tensor) -> Tensor:
-    """Number of keys that each query position sees, (T,) int64: the work of attention at that position."""
-    pairs = torch.zeros_like(positions)
-    for layer in mask.layers:
-        start, stop, sink_start, sink_stop = position_bounds(layer, boundaries, positions)
-        pairs += (stop - start) + (sink_stop - sink_start)
-    return pairs

@@ -67,7 +67,7 @@ def join(encoder: dict[str, Any], decoder: dict[str, Any], cross: Sharding) -> d
 
 
 def cross_sharding(
-    encoder: Sharding, decoder: Sharding, documents: Documents, group: Group, partition: str | Partition
+    encoder: Sharding, decoder: Sharding, documents: Documents, group: Group, partition: str | Partition | None
 ) -> Sharding:
     """How queries of the decoder and keys of the encoder lie on the ranks; keys that are padding are seen by nobody."""
     size, queries, keys = decoder.batch, decoder.seqlen, encoder.seqlen
@@ -88,6 +88,7 @@ def cross_sharding(
         query_cu_seqlens=query_edges,
         group=group,
         partition=partition,
+        head_ranks=decoder.head_ranks,
     )
 
 

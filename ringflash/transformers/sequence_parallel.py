@@ -21,6 +21,8 @@ from ringflash.deepspeed import check_mean
 from ringflash.errors import ArgumentError
 from ringflash.parallel.agreement.rounds import agreement, digest_of, refuse
 from ringflash.parallel.mesh import ONE_DEVICE, Group
+from ringflash.parallel.planning.heads import check_head_ranks
+from ringflash.parallel.positions.balance import token_work
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import Partition, check_name
 from ringflash.parallel.sharding import IGNORED_LABEL, Sharding, sharing_group
@@ -51,7 +53,10 @@ class SequenceParallel:
         group: a ProcessGroup or one-dimensional DeviceMesh over whose ranks each sequence is sharded. None is the
             default group if torch.distributed is initialised, and one device otherwise;
             `ringflash.parallel.mesh.ONE_DEVICE` for models that are sharded over data alone.
-        partition: "zigzag", "contiguous", "balanced" (for the model's masks), or a `Partition` of one sequence.
+        partition: "zigzag", "contiguous", "balanced" (equally long for the model's masks and width), or a `Partition`
+            of one sequence. None is "balanced" for one sequence of several packed documents, and "zigzag" for all else.
+        head_ranks: how many ranks that follow each other exchange heads for tokens inside of attention; see
+            `ringflash.Sharding`. The model's query heads are a multiple of it.
 
     Raises:
         ArgumentError: a model that cannot be sharded, by the name of its layer.
@@ -62,9 +67,14 @@ class SequenceParallel:
         >>> loss.backward()
     """
 
-    def __init__(self, model: nn.Module, group: Group = None, partition: str | Partition = "zigzag") -> None:
-        check_name(partition)
+    def __init__(
+        self, model: nn.Module, group: Group = None, partition: str | Partition | None = None, head_ranks: int = 1
+    ) -> None:
+        if partition is not None:
+            check_name(partition)
         self._group = sharing_group(group)
+        check_head_ranks(head_ranks, self.ranks)
+        self.head_ranks = head_ranks
         self._model = pretrained_of(model)
         if self.ranks > 1:
             check_shardable(self._model)
@@ -72,6 +82,8 @@ class SequenceParallel:
         self._masks = layer_masks(self._model.config.get_text_config(), causal=is_causal(self._model))
         if self._model.config.is_encoder_decoder:
             mark_cross_attention(self._model)
+            # Cross attention has the queries of one side and the keys of the other, sharded in one way.
+            self.partition = "zigzag" if partition is None else partition
             sides = ({"encoder": True}, False), ({"decoder": True}, True)
             self._pair_masks = [
                 layer_masks(self._model.config.get_text_config(**side), causal) for side, causal in sides
@@ -146,6 +158,8 @@ class SequenceParallel:
             cu_seqlens=documents.cu_seqlens,
             group=self.group,
             partition=self.partition,
+            head_ranks=self.head_ranks,
+            token_work=token_work(self._model.config.get_text_config().hidden_size),
         )
         if 0 in (counts := sharding.partition.counts()):
             raise ArgumentError(

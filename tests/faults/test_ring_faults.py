@@ -35,6 +35,7 @@ from ringflash.kernels.torch_private import default_store
 from ringflash.parallel import placement
 from ringflash.parallel.execution import call, gradients
 from ringflash.parallel.mesh import ONE_DEVICE
+from ringflash.parallel.transport import head_exchange
 from ringflash.ring_flash_attn import (
     llama3_flash_attn_prepare_cu_seqlens,
     llama3_flash_attn_varlen_func,
@@ -49,8 +50,9 @@ PROMPT = 10.0
 
 def _attend(odd_rank, differs):
     """Forward and backward in which one rank has other arguments than the rest."""
-    arguments = {"dtype": torch.float32, "heads": 4, "key_heads": 2, "head_dim": 16, "batch": 1, "rows": 6}
+    arguments = {"dtype": torch.float32, "heads": 6, "key_heads": 2, "head_dim": 16, "batch": 1, "rows": 6}
     arguments |= {"mask": Mask.causal(), "partition": "contiguous", "scale": None, "cu_seqlens": None, "sinks": None}
+    arguments |= {"head_ranks": 1}
     if dist.get_rank() == odd_rank:
         assert set(differs) <= set(arguments)
         arguments |= differs
@@ -59,7 +61,8 @@ def _attend(odd_rank, differs):
         torch.randn(arguments["batch"], arguments["rows"], count, arguments["head_dim"], dtype=arguments["dtype"])
         for count in heads
     )
-    attend = DistributedFlashAttention(arguments["mask"], partition=arguments["partition"], scale=arguments["scale"])
+    names = ("mask", "partition", "scale", "head_ranks")
+    attend = DistributedFlashAttention(**{name: arguments[name] for name in names})
     attend(
         query.requires_grad_(), key, value, cu_seqlens=arguments["cu_seqlens"], sinks=arguments["sinks"]
     ).sum().backward()
@@ -67,8 +70,8 @@ def _attend(odd_rank, differs):
 
 DISAGREEMENTS = {
     "dtype": ({"dtype": torch.float16}, ("dtype", "float32", "float16")),
-    "heads": ({"heads": 8}, ("heads", "4", "8")),
-    "key heads": ({"key_heads": 4}, ("heads", "2", "4")),
+    "heads": ({"heads": 8}, ("heads", "6", "8")),
+    "key heads": ({"key_heads": 3}, ("heads", "2", "3")),
     "head dimension": ({"head_dim": 32}, ("head_dim", "16", "32")),
     "tokens": ({"rows": 7}, ("seqlen", "18", "21")),
     "batch": ({"batch": 2}, ("batch", "1", "2")),
@@ -76,8 +79,9 @@ DISAGREEMENTS = {
     "documents": ({"cu_seqlens": [0, 5, 18]}, ("cu_seqlens",)),
     "documents of the mask": ({"mask": Mask.causal() & Mask.documents([0, 5, 18])}, ("cu_seqlens",)),
     "partition": ({"partition": "zigzag"}, ("partition", "contiguous", "zigzag")),
+    "head ranks": ({"head_ranks": 3}, ("head_ranks", "1", "3")),
     "scale": ({"scale": 0.5}, ("scale", "0.25", "0.5")),
-    "sinks": ({"sinks": torch.ones(4)}, ("sinks given", "false", "true")),
+    "sinks": ({"sinks": torch.ones(6)}, ("sinks given", "false", "true")),
 }
 
 
@@ -111,7 +115,9 @@ def _attend_then_change():
 
 REFUSED = {
     "scale": ({"scale": -1.0}, "scale=-1.0"),
-    "key heads": ({"key_heads": 3}, "query has 4 heads, key 3"),
+    "key heads": ({"key_heads": 4}, "query has 6 heads, key 4"),
+    "head ranks": ({"head_ranks": 2}, "head_ranks=2; allowed are numbers that divide the 3 ranks"),
+    "heads": ({"head_ranks": 3, "heads": 4}, "query has 4 heads, head_ranks=3; the first must be a multiple"),
     "documents": ({"cu_seqlens": [0, 5, 19]}, "cu_seqlens ends at 19"),
     "partition": ({"partition": Partition.zigzag(18, 2)}, "to 2 ranks; needed are 18 positions and 3 ranks"),
 }
@@ -358,10 +364,12 @@ NEEDED_BEFORE = {
     "program": (placement, "rank_program"),
     "delta": (blockwise, "row_delta"),
     "buffers": (gradients.KeyGradients, "__init__"),
+    "what crosses": (head_exchange.Outward, "__init__"),
+    "what comes home": (head_exchange.Homeward, "__init__"),
 }
 
 
-def _out_of_memory_before_the_call(where):
+def _out_of_memory_before_the_call(where, head_ranks):
     """Rank 1 cannot make what a call needs; says what was raised, and the error of the next step."""
     random = torch.Generator().manual_seed(0)
 
@@ -369,7 +377,7 @@ def _out_of_memory_before_the_call(where):
         x = torch.randn(1, 60, 2, 16, generator=random)
         expected, _ = attention(x, x, x, group=ONE_DEVICE, kernel="reference")
         leaf = shard(x, 1).requires_grad_()
-        out, _ = attention(leaf, leaf, leaf, cu_seqlens=[0, 60])
+        out, _ = attention(leaf, leaf, leaf, cu_seqlens=[0, 60], head_ranks=head_ranks)
         out.sum().backward()
         return (out - shard(expected, 1)).abs().max().item()
 
@@ -386,8 +394,9 @@ def _out_of_memory_before_the_call(where):
 
 @pytest.mark.parametrize("where", NEEDED_BEFORE)
 def test_what_one_rank_cannot_make_before_a_call_is_heard_by_all_and_shifts_no_rank(where):
+    head_ranks = 2 if NEEDED_BEFORE[where][0] in (head_exchange.Outward, head_exchange.Homeward) else 1
     with Pool(2, timeout=2 * PROMPT) as pool:
-        (first, first_error), (second, second_error) = pool.run(_out_of_memory_before_the_call, where)
+        (first, first_error), (second, second_error) = pool.run(_out_of_memory_before_the_call, where, head_ranks)
     assert second == "tried to allocate 20 GiB"
     assert "rank 1 raised an error instead of coming to attention: OutOfMemoryError: tried to allocate" in first
     assert max(first_error, second_error) < 1e-5
@@ -458,10 +467,11 @@ class OutOfMemoryError(Exception):
     """Stands in for torch's."""
 
 
-def _out_of_memory(name, after):
-    """The kernel of rank 1 fails once, at one of its launches; says what was raised, and the error of the next step."""
+def _out_of_memory(name, after, head_ranks):
+    """A function fails once on rank 1, at one of its calls; says what was raised, and the error of the next step."""
     random = torch.Generator().manual_seed(0)
-    kernel, launches = getattr(blockwise, name), 0
+    owner = head_exchange.Homeward if name == "fill" else blockwise
+    kernel, launches = getattr(owner, name), 0
 
     def failing(*arguments, **settings):
         nonlocal launches
@@ -471,29 +481,40 @@ def _out_of_memory(name, after):
         return kernel(*arguments, **settings)
 
     def step():
-        x = torch.randn(1, 60, 2, 16, generator=random)
+        x = torch.randn(1, 60, 6, 16, generator=random)
         expected, _ = attention(x, x, x, group=ONE_DEVICE, kernel="reference")
         leaf = shard(x, 1).requires_grad_()
-        out, _ = attention(leaf, leaf, leaf)
+        out, _ = attention(leaf, leaf, leaf, head_ranks=head_ranks)
         out.sum().backward()
         return (out - shard(expected, 1)).abs().max().item()
 
     step()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blockwise, name, failing)
+        patch.setattr(owner, name, failing)
         with pytest.raises((OutOfMemoryError, RankMismatchError)) as raised:
             step()
     return raised.value, step()
 
 
-@pytest.mark.parametrize("after", [1, 3])
+@pytest.mark.parametrize(("ranks", "head_ranks", "after"), [(3, 1, 1), (3, 1, 3), (3, 3, 1), (4, 2, 2)])
 @pytest.mark.parametrize("name", ["attend", "attend_backward"])
-def test_an_error_inside_a_kernel_of_one_rank_ends_that_call_on_all_and_leaves_them_in_step(name, after):
-    with Pool(3, timeout=2 * PROMPT) as pool:
-        outcomes = pool.run(_out_of_memory, name, after)
+def test_an_error_inside_a_kernel_of_one_rank_ends_that_call_on_all_and_leaves_them_in_step(
+    name, ranks, head_ranks, after
+):
+    _assert_all_hear(ranks, name, after, head_ranks)
+
+
+@pytest.mark.parametrize("after", [1, 2], ids=["forward", "backward"])
+def test_an_error_on_the_way_home_of_one_ranks_heads_ends_that_call_on_all_and_leaves_them_in_step(after):
+    _assert_all_hear(4, "fill", after, 2)
+
+
+def _assert_all_hear(ranks, *failure):
+    with Pool(ranks, timeout=2 * PROMPT) as pool:
+        outcomes = pool.run(_out_of_memory, *failure)
     assert max(error for _, error in outcomes) < 1e-5
     assert isinstance(outcomes[1][0], OutOfMemoryError)
-    for said, _ in (outcomes[0], outcomes[2]):
+    for said, _ in (outcomes[0], *outcomes[2:]):
         assert str(said) == "rank 1 raised an error within attention: OutOfMemoryError: tried to allocate 20 GiB"
 
 
@@ -549,6 +570,31 @@ def test_peers_of_a_rank_that_dies_raise_at_once(victim, deed):
     for outcome in outcomes:
         expected = "died" if outcome.rank == victim else "onnection"
         assert expected in str(outcome.error), outcome.details
+
+
+def _die_in_an_exchange(exchanges):
+    """Rank 1 dies in one of its exchanges of heads."""
+    run = head_exchange.HeadExchange.run
+
+    def dying(*arguments):
+        nonlocal exchanges
+        exchanges -= 1
+        if not exchanges and dist.get_rank() == 1:
+            _kill()
+        run(*arguments)
+
+    head_exchange.HeadExchange.run = dying
+    leaf = torch.randn(1, 16, 4, 32, requires_grad=True)
+    attention(leaf, leaf, leaf, head_ranks=2)[0].sum().backward()
+
+
+@pytest.mark.parametrize("exchange", [1, 2, 3, 4])
+def test_peers_of_a_rank_that_dies_in_an_exchange_of_heads_raise_at_once(exchange):
+    with Pool(4, timeout=30.0, grace=PROMPT, group_timeout=120.0, ends_on_error=True) as pool:
+        outcomes = pool.outcomes(_die_in_an_exchange, exchange)
+    for outcome in outcomes:
+        assert ("died" if outcome.rank == 1 else "onnection") in str(outcome.error), outcome.details
+        assert outcome.seconds < 2 * PROMPT
 
 
 def test_peers_of_a_rank_that_stalls_raise_when_the_groups_timeout_is_over():

@@ -95,8 +95,8 @@ ENCODER_BATCHES = {
 }
 
 
-def _learn(name, batch):
-    return learn(build(name, "ring"), batch)
+def _learn(name, batch, **options):
+    return learn(build(name, "ring"), batch, **options)
 
 
 def _learn_from_logits(name, batch):
@@ -190,6 +190,12 @@ def test_a_decoder_that_looks_at_an_encoder_learns_as_on_one_device(pool, pad_so
     batch = _translation(pad_source, pad_target)
     expected = _one_device("t5gemma", batch)
     assert_learned(pool(ranks).run(_learn, "t5gemma", batch), *expected, of_model=True)
+
+
+def test_ranks_of_an_encoder_and_a_decoder_may_exchange_heads(pool):
+    batch = _translation(True, False)
+    expected = _one_device("t5gemma", batch)
+    assert_learned(pool(2).run(_learn, "t5gemma", batch, head_ranks=2), *expected, of_model=True)
 
 
 def test_what_a_decoder_reads_may_be_left_to_its_labels(pool):

@@ -28,6 +28,15 @@ def test_ranks_learn_what_one_device_learns_from_each_document(pool, family, kin
     assert_learned(pool(ranks).run(learn_family, family, KINDS[kind]().batch), *_one_device(family, kind))
 
 
+@pytest.mark.parametrize(("ranks", "head_ranks"), [(2, 2), (4, 2), (4, 4)])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt_oss", "deepseek_v3", "llama4"])
+def test_ranks_that_exchange_heads_learn_the_same(pool, family, ranks, head_ranks):
+    """Windows, softcaps, sinks, values of another size, chunks; padding; more ranks than key heads."""
+    kind = "left_padded"
+    results = pool(ranks).run(learn_family, family, KINDS[kind]().batch, head_ranks=head_ranks)
+    assert_learned(results, *_one_device(family, kind))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_fused_loss_is_the_same(pool, family):
     kind = "packed_by_positions"

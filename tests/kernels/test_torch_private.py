@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 import threading
@@ -248,3 +249,9 @@ def test_without_transforms_a_tensor_outlives_the_transformation_that_made_it() 
 
 def test_tree_leaves_are_what_containers_hold_however_deep() -> None:
     assert torch_private.tree_leaves([(1, [2]), {"x": (3,)}]) == [1, 2, 3]
+
+
+def test_symmetric_memory_has_what_makes_and_what_joins_it() -> None:
+    found = torch_private.symmetric_memory()
+    assert callable(found.empty)
+    assert list(inspect.signature(found.rendezvous).parameters) == ["tensor", "group"]

@@ -93,6 +93,7 @@ def test_kernels_with_every_modifier_compile_for_every_chip(target: str, kernel:
         query_positions=position,
         key_positions=position,
         key_visible=position.to(torch.uint8),
+        first_head=3,
     )
     resources = compile_for(target, launch(kernel, CHIPS[target], 128, torch.bfloat16, False, False, modifiers))
     assert resources.spilled <= SPILLED_BY_MODIFIERS

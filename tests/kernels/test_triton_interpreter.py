@@ -140,8 +140,8 @@ else:
         for found, expected in zip(*results, strict=True):
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
-    @pytest.mark.parametrize("dropout", [0.1, 0.5, 0.9])
-    def test_dropout_drops_the_pairs_of_its_definition(tiles: Tiles, dropout: float) -> None:
+    @pytest.mark.parametrize(("dropout", "first_head"), [(0.1, 0), (0.5, 0), (0.9, 0), (0.5, 1), (0.5, 32)])
+    def test_dropout_drops_the_pairs_of_its_definition(tiles: Tiles, dropout: float, first_head: int) -> None:
         """Keys and values are unit vectors, so each number of the results shows the fate of one pair."""
         queries, keys, heads = 40, 50, 3
         modifiers = Modifiers(
@@ -149,6 +149,7 @@ else:
             seed=torch.tensor([-(2**62) - 987654321]),
             query_positions=torch.arange(queries, dtype=torch.int32) + 2**31 - queries,
             key_positions=torch.arange(keys, dtype=torch.int32) * 41943041,
+            first_head=first_head,
         )
         unit = torch.eye(64)[:, None].expand(64, heads, 64)
         query, key = torch.zeros(queries, heads, 64), unit[:keys].contiguous()
@@ -158,7 +159,7 @@ else:
         dquery, _, _ = kernels.attend_backward(torch.ones_like(query), query, key, key, lse, delta, **launch)
         rows_apart = unit[:queries].contiguous()
         _, _, dvalue = kernels.attend_backward(rows_apart, query, key, key, lse, delta, **launch)
-        right = keep_mask(modifiers, heads)
+        right = keep_mask(replace(modifiers, first_head=0), first_head + heads)[first_head:]
         assert torch.equal(out[..., :keys].transpose(0, 1) != 0, right)
         assert torch.equal(dquery[..., :keys].transpose(0, 1) != 0, right)
         assert torch.equal(dvalue[..., :queries].permute(1, 2, 0) != 0, right)

@@ -32,6 +32,7 @@ class Problem:
     deterministic: bool = False
     kernel: str = "auto"
     seed: int = 0
+    head_ranks: int = 1
 
     @property
     def whole_mask(self) -> Mask:
@@ -57,7 +58,13 @@ def attend_share(problem: Problem, group: object = None, device: str = "cpu") ->
     """This rank's out, lse and gradients; the body that every rank runs."""
     rank, ranks = place_in(group)
     module = DistributedFlashAttention(
-        problem.mask, group, problem.partition, problem.scale, problem.kernel, problem.deterministic
+        problem.mask,
+        group,
+        problem.partition,
+        problem.scale,
+        problem.kernel,
+        problem.deterministic,
+        head_ranks=problem.head_ranks,
     )
     rows = problem.rows(rank, ranks)
     *leaves, dout = (x[:, rows].to(device) for x in problem.inputs())

@@ -27,12 +27,14 @@ class ShardedCase:
     Attributes:
         dense: the case's documents, all alike, are a batch; otherwise one packed sequence.
         boundaries: how those of a packed sequence are given: "list", "tensor", or with the "mask".
+        head_ranks: as in `attention`.
     """
 
     case: Case
     dense: bool
     partition: str = "zigzag"
     boundaries: str = "list"
+    head_ranks: int = 1
 
     @property
     def batch(self) -> int:
@@ -87,6 +89,7 @@ class ShardedCase:
                 seqlen=case.queries // self.batch,
                 key_seqlen=case.keys // self.batch,
                 partition=self.partition,
+                head_ranks=self.head_ranks,
                 scale=case.scale,
                 softcap=case.softcap,
                 alibi_slopes=share.slopes,

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
+import math
+import random
+import time
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate, pairwise, product
 
 import pytest
 from cases import OTHERS, any_mask, blocks
@@ -10,8 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringflash.errors import ArgumentError
+from ringflash.parallel.positions.balance import CELLS, TILE, Clock
 from ringflash.parallel.positions.mask import Mask
-from ringflash.parallel.positions.partition import NAMES, Partition, resolve
+from ringflash.parallel.positions.partition import NAMES, Partition, default_partition, resolve
+from ringflash.parallel.positions.segments import count, intersect
+from ringflash.parallel.positions.visibility import needed_keys
 
 
 def build(kind: str, mask: Mask, length: int, ranks: int) -> Partition:
@@ -133,24 +141,174 @@ def test_zigzag_and_stripe_balance_causal_work(kind, ranks):
     assert imbalance(work(build(kind, Mask.causal(), length, ranks), Mask.causal(), length)) <= 1.02
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4, 8, 16])
+# Shares that take equally long
+
+
+def predicted(partition: Partition, masks: dict[Mask, int], token_work: int) -> list[int]:
+    """Time of each rank in pairs: that of tiles around each query, and of the rest of the layers."""
+    assert partition.length <= CELLS, "longer sequences are looked at in places only"
+    time = [sum(masks.values()) * token_work] * partition.length
+    for mask, layers in masks.items():
+        time = [a + layers * b for a, b in zip(time, keys_of_tiles(mask, partition.length), strict=True)]
+    return [sum(max(1, time[query]) for query in positions(partition, rank)) for rank in range(partition.ranks)]
+
+
+@lru_cache(maxsize=4)
+def keys_of_tiles(mask: Mask, length: int) -> list[int]:
+    """What the first and the last query of a tile around each query see, in whole tiles."""
+    keys = [0] * length
+    for query in range(length):
+        first, last = max(0, query - TILE // 2), min(length - 1, query + TILE // 2 - 1)
+        for layer in mask.layers:
+            for seen in (layer.key_interval, layer.sink_interval):
+                keys[query] += -(-max(0, min(seen(last)[1], length) - seen(first)[0]) // TILE) * TILE
+    return keys
+
+
+def cut_documents(partition: Partition, boundaries: Sequence[int]) -> int:
+    """How many documents lie on more than one rank."""
+    owner = [0] * partition.length
+    for rank in range(partition.ranks):
+        for position in positions(partition, rank):
+            owner[position] = rank
+    return sum(len(set(owner[start:stop])) > 1 for start, stop in pairwise(boundaries))
+
+
+@st.composite
+def packings(draw: st.DrawFn) -> Mask:
+    """Causal documents of any lengths, some of them long."""
+    lengths = draw(st.lists(st.integers(1, 300) | st.integers(1, 2000), min_size=2, max_size=40))
+    mask = packed(lengths)
+    return mask & Mask.sliding_window(draw(st.integers(0, 400))) if draw(st.booleans()) else mask
+
+
+@settings(max_examples=80, deadline=None)
+@given(mask=packings(), ranks=st.integers(1, 12), token_work=st.sampled_from([0, 500, 20_000]))
+def test_balanced_shares_take_equally_long_and_hold_no_more_tokens_than_allowed(mask, ranks, token_work):
+    """As long as a token's time is little of a rank's: with a handful of tokens on each nothing can be level."""
+    length = mask.boundaries[-1]
+    partition = Partition.balanced(mask, length, ranks, token_work=token_work)
+    assert max(tokens(partition)) <= max(-(-length // ranks), int(1.2 * length / ranks))
+    assert min(tokens(partition)) >= min(1, length // ranks)
+    if length >= 200 * ranks:
+        assert imbalance(predicted(partition, {mask: 1}, token_work)) <= 1.05
+
+
 @pytest.mark.parametrize(
     "mask",
     [
         pytest.param(Mask.causal(), id="causal"),
         pytest.param(Mask.sliding_window(200), id="window"),
         pytest.param(Mask.prefix_lm(700), id="prefix"),
+        pytest.param(Mask.causal() & Mask.chunked(500), id="chunks"),
         pytest.param(packed([1500, 100, 30, 30, 900, 1, 4, 700, 400, 431]), id="packed"),
         pytest.param(packed([64] * 64), id="packed-short"),
         pytest.param(packed([3000, *[16] * 68, 8]), id="packed-one-long"),
+        pytest.param(Mask.documents([0, 2000, 3000]), id="tail-behind-documents"),
         pytest.param(Mask.causal() & blocks(4096, 4096, 64, seed=4, share=0.2), id="blocks"),
     ],
 )
-def test_balanced_shares_have_equal_tokens_and_nearly_equal_work(mask, ranks):
-    length = 4096
+def test_so_they_do_for_every_kind_of_mask(mask):
+    for ranks, token_work in product((2, 3, 4, 8, 16), (0, 20_000)):
+        partition = Partition.balanced(mask, 4096, ranks, token_work=token_work)
+        assert max(tokens(partition)) <= 1.2 * 4096 / ranks + 1
+        assert imbalance(predicted(partition, {mask: 1}, token_work)) <= 1.06
+
+
+def test_several_masks_are_levelled_by_how_many_layers_have_each():
+    documents = Mask.documents([0, 1700, 2000, 2600, 4096])
+    masks = {Mask.causal() & documents: 1, Mask.sliding_window(64) & documents: 5}
+    partition = Partition.balanced(tuple(masks), 4096, 4, tuple(masks.values()), token_work=100)
+    assert imbalance(predicted(partition, masks, 100)) <= 1.03
+    assert imbalance(predicted(Partition.balanced(tuple(masks), 4096, 4, token_work=100), masks, 100)) > 1.03
+
+
+def test_short_documents_cost_whole_tiles():
+    """A quarter of the pairs that documents of four times their length have, and nearly the same time."""
+    short, long = (packed([size] * (2048 // size)) for size in (16, 64))
+    assert sum(work(Partition.contiguous(2048, 1), short, 2048)) < 0.3 * sum(
+        work(Partition.contiguous(2048, 1), long, 2048)
+    )
+    whole = Partition.contiguous(2048, 1)
+    assert predicted(whole, {short: 1}, 0)[0] > 0.7 * predicted(whole, {long: 1}, 0)[0]
+    both = packed([16] * 128 + [64] * 32)
+    halves = Partition.balanced(both, 4096, 2, token_work=0)
+    assert max(tokens(halves)) < 1.1 * 2048
+
+
+@settings(max_examples=120, deadline=None)
+@given(mask=packings(), ranks=st.integers(1, 8))
+def test_only_documents_that_fit_nowhere_are_cut(mask, ranks):
+    """Those too long for a rank, and of the others fewer than there are ranks."""
+    length, boundaries = mask.boundaries[-1], mask.boundaries
     partition = Partition.balanced(mask, length, ranks)
-    assert imbalance(tokens(partition)) <= 1.05
-    assert imbalance(work(partition, mask, length)) <= 1.1
+    long = sum((stop - start) * ranks > length for start, stop in pairwise(boundaries))
+    assert cut_documents(partition, boundaries) <= min(len(boundaries) - 1, long + 2 * ranks)
+    alike = packed([50] * (4 * ranks))
+    assert cut_documents(Partition.balanced(alike, 200 * ranks, ranks), alike.boundaries) == 0
+
+
+def test_little_moves_of_many_documents():
+    """Nothing at 8 ranks, where each holds some; equal shares of tokens and of pairs moved a third of all keys."""
+    for ranks, most in ((8, 0), (64, 0.7)):
+        mask = log_normal(2**20, 8192)
+        moved = direct_moves(Partition.balanced(mask, 2**20, ranks), mask)
+        assert moved <= most * 2**20
+        assert moved < 0.75 * direct_moves(Partition.zigzag(2**20, ranks), mask)
+
+
+def log_normal(length: int, mean: int, seed: int = 0) -> Mask:
+    lengths, bounds = random.Random(seed), [0]
+    while bounds[-1] < length:
+        bounds.append(min(length, bounds[-1] + 1 + int(lengths.lognormvariate(math.log(mean) - 0.5, 1))))
+    return Mask.causal() & Mask.documents(bounds)
+
+
+def direct_moves(partition: Partition, mask: Mask) -> int:
+    """Foreign keys that ranks see, each counted once for each rank that sees it."""
+    needed = needed_keys(mask, partition.segments, partition.length)
+    return sum(count(x) - count(intersect(x, own)) for x, own in zip(needed, partition.segments, strict=True))
+
+
+@pytest.mark.parametrize("mean", [64, 2048, 8192, 65536])
+@pytest.mark.parametrize("ranks", [8, 64])
+def test_a_million_tokens_are_dealt_out_within_a_blink(ranks, mean):
+    mask, seconds = log_normal(2**20, mean), []
+    for _ in range(5):
+        started = time.process_time()
+        Partition.balanced(mask, 2**20, ranks)
+        seconds.append(time.process_time() - started)
+    assert min(seconds) < 0.02
+
+
+def test_shares_are_counted_in_whole_numbers_alone():
+    """So that machines that round differently make the same: no time is a float."""
+    clock = Clock((packed([300, 20, 700]),), (1,), 1020, 5)
+    assert all(type(clock.until(position)) is int for position in (0, 1, 500, 1020))
+    assert all(clock.position(clock.until(position)) == position for position in range(1021))
+
+
+@pytest.mark.parametrize(
+    ("mask", "length", "batch", "name"),
+    [
+        (Mask.causal(), 30, 1, "zigzag"),
+        (packed([30]), 30, 1, "zigzag"),
+        (packed([10, 20]), 30, 1, "balanced"),
+        (packed([10, 0, 0, 20]), 40, 1, "balanced"),
+        (packed([30, 0]), 30, 1, "zigzag"),
+        (packed([10, 20, 30]), 30, 2, "zigzag"),
+        (Mask.documents([0, 4, 9], [0, 2, 5]), 5, 1, "zigzag"),
+    ],
+)
+def test_packed_documents_are_balanced_where_nothing_else_is_named(mask, length, batch, name):
+    assert default_partition(mask, length, batch) == name
+
+
+@pytest.mark.parametrize("wrong", [{"token_work": -1}, {"most_tokens": 0.9}])
+def test_settings_of_balanced_that_cannot_be_are_refused(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(ArgumentError, match=f"{name}={value}"):
+        Partition.balanced(Mask.causal(), 8, 2, **wrong)
 
 
 @pytest.mark.parametrize("kind", NAMES)

@@ -18,26 +18,33 @@ from ringflash import Mask, Sharding
 from ringflash.functional import attention
 from ringflash.parallel.execution import executor
 from ringflash.parallel.lookup import shardings
-from ringflash.parallel.planning import ring
+from ringflash.parallel.planning import program, ring
 from ringflash.parallel.planning.verify import verify
 from ringflash.parallel.positions.partition import Partition
 
 
-def _in_pieces(sharded: ShardedCase, piece: int) -> Answer:
+def _in_pieces(sharded: ShardedCase, piece: int | None, least_split: int) -> Answer:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ring, "PIECE", piece)
+        patch.setattr(program, "LEAST_SPLIT", least_split)
         shardings.clear()
         answer = solve_share(sharded)
     shardings.clear()
     return answer
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-@given(data=st.data(), dense=st.booleans(), ranks=st.integers(2, 3), piece=st.integers(1, 9))
-def test_any_features_in_pieces_of_any_length_are_as_exact_as_torch(pool, data, dense, ranks, piece):
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    data=st.data(),
+    dense=st.booleans(),
+    ranks=st.integers(2, 3),
+    piece=st.integers(1, 9) | st.none(),
+    least_split=st.sampled_from([8, 4096]),
+)
+def test_any_features_in_pieces_of_any_length_are_as_exact_as_torch(pool, data, dense, ranks, piece, least_split):
     case = data.draw(cases(torch.float32, dense=dense))
     sharded = data.draw(any_sharding(case, dense))
-    found = sharded.joined(pool(ranks).run(_in_pieces, sharded, piece))
+    found = sharded.joined(pool(ranks).run(_in_pieces, sharded, piece, least_split))
     assert_answer(found, case, tensors(case))
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import MASKS, any_partition, masks, problems, visible
@@ -10,6 +13,7 @@ from hypothesis import strategies as st
 from plan_oracle import direct, positions
 from torch import Tensor
 
+from ringflash.parallel.planning import program
 from ringflash.parallel.planning.plan import Plan, RankPlan
 from ringflash.parallel.planning.program import StageProgram, picked, rank_program
 from ringflash.parallel.planning.ring import ring
@@ -97,3 +101,31 @@ def test_a_layout_that_other_rules_bring_down_to_one_layer():
     mask = Mask.blocks(layout, 1) & Mask.causal() & Mask.documents([0, 3])
     assert len(mask.layers) == 1
     check(ring(mask, Partition.contiguous(3, 2)), mask)
+
+
+@settings(max_examples=60, **QUICKLY)
+@given(problem=problems(60, 4), piece=st.integers(1, 50) | st.none(), least_split=st.sampled_from([8, 4096]))
+def test_backward_pieces_work_on_the_keys_of_their_stages_and_on_half_of_the_own_ones_last(problem, piece, least_split):
+    mask, partition = problem
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "LEAST_SPLIT", least_split)
+        for mine in ring(mask, partition).ranks:
+            check_pieces(rank_program(replace(mine, piece=piece), mask, CPU), least_split)
+
+
+def check_pieces(made: program.Program, least_split: int) -> None:
+    pieces = [piece for stage in made.backward_stages for piece in stage]
+    assert [stage.index for stage in made.stages] == list(range(len(made.stages)))
+    working, asked = ([x for x in found if x.launches] for found in (pieces, made.stages))
+    assert sorted(keys_of(working)) == sorted(keys_of(asked))
+    assert [x.is_last for x in working] == [x is working[-1] for x in working]
+    if made.stages[0].everything and made.keys >= least_split and len(made.stages) > 1 and asked[0].index == 0:
+        assert pieces[-1].index == 0
+    for stage, parts in zip(made.stages, made.backward_stages, strict=True):
+        for name in ("returns", "reduces"):
+            moved = sum(x.count for part in parts for x in getattr(part, name))
+            assert moved == sum(x.count for x in getattr(stage, name))
+
+
+def keys_of(stages: Sequence[StageProgram]) -> list[tuple[int, int]]:
+    return [(stage.index, position) for stage in stages for position in positions(stage.key_segments)]

@@ -29,6 +29,7 @@ from ringflash import (
 from ringflash.functional import attention
 from ringflash.kernels.select import select
 from ringflash.parallel.mesh import ONE_DEVICE
+from ringflash.parallel.transport.select import transport_of
 from ringflash.ring_flash_attn import zigzag_ring_flash_attn_varlen_func
 
 pytestmark = pytest.mark.gpu
@@ -89,6 +90,31 @@ def test_every_gpu_together_equal_one_gpu(gpus, name, partition):
     for x in RESULTS:
         error = _rms(results[x].double() - oracle[x])
         assert error <= 1.1 * _rms(alone[x].cuda().double() - oracle[x]), x
+
+
+@pytest.mark.parametrize("partition", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("name", ["causal", "documents-causal", "window-sink"])
+def test_gpus_that_exchange_heads_equal_one_gpu(gpus, name, partition):
+    for head_ranks in (n for n in (2, 4, 8) if gpus.size % n == 0):
+        problem = Problem(masks(LENGTH)[name], SHAPE, partition, torch.bfloat16, head_ranks=head_ranks)
+        assert_ring_is_exact(gpus, problem)
+
+
+def _kept_pairs(head_ranks):
+    """As on CPUs (tests/parallel/test_heads.py): each number of out shows the fate of one pair."""
+    length, heads = 64, 16
+    sharding = Sharding(Mask.causal(), seqlen=length, head_ranks=head_ranks)
+    query = torch.zeros(1, length, heads, 64, device="cuda")
+    value = torch.eye(length, device="cuda")[None, :, None].expand(1, length, heads, length)
+    mine = [sharding.shard(x, 1) for x in (query, query, value)]
+    out, _ = attention(*mine, sharding=sharding, dropout=0.5, dropout_seed=torch.tensor([17], device="cuda"))
+    return (sharding.unshard(out, 1) != 0).cpu()
+
+
+def test_gpus_that_exchange_heads_drop_the_pairs_that_a_ring_drops(gpus):
+    ring, *_ = gpus.run(_kept_pairs, 1)
+    for kept in gpus.run(_kept_pairs, gpus.size):
+        assert torch.equal(kept, ring)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -229,13 +255,10 @@ def test_an_error_inside_a_kernel_of_one_gpu_is_heard_by_the_others_before_the_c
     assert "OutOfMemoryError: tried to allocate 20 GiB" in outcomes[0]
 
 
-def _sharding_made_ahead():
+def _sharding_made_ahead(head_ranks):
     """Made by a thread, pickled between, over the ranks; nothing waits for the host in a repeated call."""
-    sharding = pickle.loads(
-        pickle.dumps(
-            Sharding(Mask.causal(), cu_seqlens=[0, 300, 1531], rank=dist.get_rank(), ranks=dist.get_world_size())
-        )
-    )
+    place = {"rank": dist.get_rank(), "ranks": dist.get_world_size(), "head_ranks": head_ranks}
+    sharding = pickle.loads(pickle.dumps(Sharding(Mask.causal(), cu_seqlens=[0, 300, 1531], **place)))
     with ThreadPoolExecutor(1) as thread:
         thread.submit(sharding.prepare, torch.device("cuda", torch.cuda.current_device())).result()
     x = torch.randn(1, 1531, 4, 64, generator=torch.Generator().manual_seed(0)).to("cuda", torch.bfloat16)
@@ -251,8 +274,9 @@ def _sharding_made_ahead():
     return (sharding.unshard(out, 1) - expected).abs().max().item()
 
 
-def test_a_sharding_is_made_ahead_and_repeated_calls_never_wait_for_the_device(gpus):
-    assert max(gpus.run(_sharding_made_ahead)) < 0.05
+@pytest.mark.parametrize("head_ranks", [1, 2])
+def test_a_sharding_is_made_ahead_and_repeated_calls_never_wait_for_the_device(gpus, head_ranks):
+    assert max(gpus.run(_sharding_made_ahead, head_ranks)) < 0.05
 
 
 def _boundaries_on_the_gpu():
@@ -280,3 +304,71 @@ def _boundaries_on_the_gpu():
 
 def test_boundaries_on_the_gpu_are_read_once_and_layers_after_the_first_never_wait(gpus):
     assert max(gpus.run(_boundaries_on_the_gpu)) < 0.05
+
+
+# Transports
+
+
+def _why():
+    attention(*_inputs(256), mask=Mask.causal())
+    return transport_of(dist.group.WORLD).why
+
+
+def _inputs(tokens, dtype=torch.bfloat16):
+    generator = torch.Generator("cuda").manual_seed(dist.get_rank())
+    shape = 1, tokens, SHAPE.heads, SHAPE.head_dim
+    return [torch.randn(shape, device="cuda", dtype=dtype, generator=generator).requires_grad_() for _ in range(3)]
+
+
+def test_gpus_of_one_host_have_copy_engines(gpus):
+    assert all(why.startswith("symmetric_memory") for why in gpus.run(_why))
+
+
+def _exchange(sizes, rounds):
+    """What each rank gets wrong of messages to all others, of which the largest fill mailboxes several times."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    transport, wrong = transport_of(dist.group.WORLD), []
+    transport.open(torch.device("cuda", torch.cuda.current_device()))
+    for number in range(rounds):
+        size = sizes[number % len(sizes)]
+        mine = torch.arange(size, device="cuda", dtype=torch.int32).mul_(2 * number + 1).add_(rank)
+        found = {peer: torch.empty_like(mine) for peer in range(ranks) if peer != rank}
+        others = [peer for peer in found if (peer + number) % 3 or size < 1000]  # at times some only
+        writers = [peer for peer in found if (rank + number) % 3 or size < 1000]
+        ticket = transport.transfer(
+            [(peer, mine[: size // 2]) for peer in others] + [(peer, mine[size // 2 :]) for peer in others],
+            [(peer, found[peer][: size // 2]) for peer in writers]
+            + [(peer, found[peer][size // 2 :]) for peer in writers],
+            "numbers",
+        )
+        mine = torch.zeros(1, device="cuda")  # the ticket holds what is sent
+        ticket.wait()
+        for peer in writers:
+            expected = torch.arange(size, device="cuda", dtype=torch.int32).mul_(2 * number + 1).add_(peer)
+            if not torch.equal(found[peer], expected):
+                wrong.append((number, peer, size))
+    return wrong
+
+
+def test_messages_of_any_size_arrive(gpus):
+    assert gpus.run(_exchange, (2, 100, 5_000_000, 7_777, 30_000_001, 64), 120) == [[]] * torch.cuda.device_count()
+
+
+def _results(tokens):
+    query, key, value = _inputs(tokens)
+    out, lse = attention(query, key, value, mask=Mask.causal())
+    gradients = torch.autograd.grad(out, (query, key, value), torch.ones_like(out))
+    return [x.detach().cpu() for x in (out, lse, *gradients)]
+
+
+def _results_by_send_and_receive(tokens):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RINGFLASH_TRANSPORT", "send_recv")
+        found = _results(tokens)
+    assert transport_of(dist.group.WORLD).why == "send_recv: rank 0: RINGFLASH_TRANSPORT=send_recv"
+    return found
+
+
+def test_transports_give_the_same_bits(gpus, own_gpus):
+    for ours, theirs in zip(gpus.run(_results, 9_001), own_gpus.run(_results_by_send_and_receive, 9_001), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

@@ -87,10 +87,11 @@ FEATURES = {
 }
 
 
-def _features(name, dense, boundaries):
+def _features(name, dense, boundaries, head_ranks=1):
     """Features of a batch of cross attention, or of packed documents, with none among them."""
     lengths = ((7, 9),) * 2 if dense else ((9, 9), (0, 0), (4, 4))
-    return ShardedCase(Case(lengths, Rules(left=6, right=0), **FEATURES[name]), dense, boundaries=boundaries)
+    case = Case(lengths, Rules(left=6, right=0), **FEATURES[name])
+    return ShardedCase(case, dense, boundaries=boundaries, head_ranks=head_ranks)
 
 
 def _compiled_features(sharded):
@@ -108,6 +109,11 @@ WITH_FEATURES = [("sinks", True, "list"), ("padding", True, "list"), ("alibi", F
 @pytest.mark.parametrize(("name", "dense", "boundaries"), [*WITH_FEATURES, *(("everything", *way) for way in WAYS)])
 def test_features_trace_without_graph_breaks_on_two_ranks(pool, name, dense, boundaries):
     pool(2).run(_compiled_features, _features(name, dense, boundaries), timeout=120)
+
+
+@pytest.mark.parametrize(("dense", "boundaries"), [(True, "list"), (False, "tensor")])
+def test_features_trace_without_graph_breaks_where_heads_are_exchanged(pool, dense, boundaries):
+    pool(4).run(_compiled_features, _features("everything", dense, boundaries, head_ranks=2), timeout=120)
 
 
 class Recorder(TorchDispatchMode):
@@ -160,6 +166,12 @@ def _operator_check_of_features(sharded):
 )
 def test_the_operator_passes_opcheck_with_features_on_two_ranks(pool, name, dense, boundaries):
     pool(2).run(_operator_check_of_features, _features(name, dense, boundaries), timeout=120)
+
+
+@pytest.mark.parametrize(("ranks", "dense"), [(2, True), (4, False)])
+def test_the_operator_passes_opcheck_where_heads_are_exchanged(pool, ranks, dense):
+    sharded = _features("everything", dense, "list" if dense else "tensor", head_ranks=2)
+    pool(ranks).run(_operator_check_of_features, sharded, timeout=120)
 
 
 def _save_attention(context, operator, *args, **kwargs):

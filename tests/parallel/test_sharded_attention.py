@@ -121,8 +121,10 @@ def test_one_sharding_serves_masks_that_alternate_and_one_that_was_not_named(poo
 
 def test_balanced_levels_the_sum_over_masks_by_their_layers():
     window, full, length = Mask.sliding_window(63), Mask.causal(), 4096
-    of_windows = Sharding({window: 1}, seqlen=length, rank=0, ranks=8, partition="balanced").partition
-    of_both = Sharding({window: 1, full: 4}, seqlen=length, rank=0, ranks=8, partition="balanced").partition
+    of_windows = Sharding({window: 1}, seqlen=length, rank=0, ranks=8, partition="balanced", token_work=0).partition
+    of_both = Sharding(
+        {window: 1, full: 4}, seqlen=length, rank=0, ranks=8, partition="balanced", token_work=0
+    ).partition
     pairs = [sum(p + 1 + 4 * min(p + 1, 64) * 0 for p in of_both.positions(rank).tolist()) for rank in range(8)]
     assert max(pairs) * 8 / sum(pairs) < 1.1
     assert of_both != of_windows
@@ -139,22 +141,21 @@ def test_a_layer_has_to_say_which_of_several_masks_is_its_own():
 
 
 def _shard_and_attend_otherwise():
-    documents = [0, 3, 4, 40]
-    other = Mask.causal() & Mask.documents([0, 30, 40])
-    x = torch.randn(1, 40, 2, 8)
+    documents = [0, 300, 400, 1600]
+    other = Mask.causal() & Mask.documents([0, 1300, 1600])
+    x = torch.randn(1, 1600, 2, 8)
     for partition, mask in (("balanced", other), ("contiguous", None)):
         mine = shard(x, 1, partition=partition, mask=mask)
+        taken = "balanced" if partition == "balanced" else "zigzag"
         with pytest.raises(ArgumentError, match=r"query was sharded with .*attention is asked for"):
-            attention(
-                mine, mine, mine, cu_seqlens=documents, partition="balanced" if partition == "balanced" else "zigzag"
-            )
+            attention(mine, mine, mine, cu_seqlens=documents, seqlen=1600, partition=taken)
     sharding = Sharding(cu_seqlens=documents, partition="balanced")
     with pytest.raises(ArgumentError, match="query was sharded with"):
         attention(*[shard(x, 1)] * 3, sharding=sharding)
     with pytest.raises(ArgumentError, match="cu_seqlens, partition beside sharding"):
         attention(x, x, x, cu_seqlens=documents, partition="zigzag", sharding=sharding)
     with pytest.raises(RankMismatchError, match=r"query and key tokens beyond the rank's share"):
-        attention(*[torch.randn(1, 21, 2, 8)] * 3, sharding=sharding)
+        attention(*[torch.randn(1, sharding.tokens + 1 + sharding.rank, 2, 8)] * 3, sharding=sharding)
     mine = sharding.shard(x, 1)
     attention(mine, mine, mine, sharding=sharding)  # ranks are still in step
 
@@ -321,7 +322,7 @@ def test_the_same_arguments_find_the_same_sharding_and_changed_ones_another():
 # Compiled
 
 
-def _compiled(ranks):
+def _compiled(head_ranks):
     mask = Mask.causal()
     *tensors, _ = inputs(Shape(length=24))
     module = DistributedFlashAttention(mask)
@@ -335,16 +336,16 @@ def _compiled(ranks):
     torch._dynamo.reset()
     compiled = torch.compile(lambda q, k, v, s: module(q * 2, k, v, sharding=s), fullgraph=True, backend=count)
     for cuts in ([], [7], [3, 20], [11]):
-        sharding = Sharding(mask, cu_seqlens=[0, *cuts, 24])
+        sharding = Sharding(mask, cu_seqlens=[0, *cuts, 24], head_ranks=head_ranks)
         mine = [sharding.shard(x, 1).clone() for x in tensors]
         expected = module(mine[0] * 2, *mine[1:], sharding=sharding)
         torch.testing.assert_close(compiled(*mine, sharding), expected)
     return compilations
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_another_packing_does_not_compile_anew(pool, ranks):
-    assert pool(ranks).run(_compiled, ranks, timeout=120) == [1] * ranks
+@pytest.mark.parametrize(("ranks", "head_ranks"), [(1, 1), (2, 1), (2, 2)])
+def test_another_packing_does_not_compile_anew(pool, ranks, head_ranks):
+    assert pool(ranks).run(_compiled, head_ranks, timeout=120) == [1] * ranks
 
 
 def _compiled_gradients():

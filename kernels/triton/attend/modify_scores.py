@@ -40,6 +40,8 @@ class ModifierOperands(NamedTuple):
     query_positions: Tensor | None = None
     key_positions: Tensor | None = None
     key_visible: Tensor | None = None
+    first_head: int | None = None
+    """Added to the numbers of heads; None for 0, of which kernels know nothing."""
 
 
 def modifier_operands(modifiers: Modifiers | None, scale: float) -> ModifierOperands:
@@ -60,6 +62,7 @@ def modifier_operands(modifiers: Modifiers | None, scale: float) -> ModifierOper
             # Of the same bits as a signed number: an argument's type must not depend on its value.
             threshold=threshold - (threshold >> 31 << 32),
             inverse_kept=1 / (1 - modifiers.dropout),
+            first_head=modifiers.first_head or None,
         )
     if modifiers.slopes is not None or modifiers.dropout:
         operands = operands._replace(
@@ -72,7 +75,7 @@ def modifiers_metadata(modifiers: Modifiers | None) -> tuple | None:
     """All that a launch depends on, beside the tensors' addresses."""
     if modifiers is None:
         return None
-    return (modifiers.softcap, modifiers.dropout, *map(metadata, _tensors(modifiers)))
+    return (modifiers.softcap, modifiers.dropout, modifiers.first_head, *map(metadata, _tensors(modifiers)))
 
 
 def modifiers_aligned(modifiers: Modifiers | None) -> bool:
@@ -178,6 +181,8 @@ def blind_rows_aside(lse, modifiers):
 @triton.jit
 def kept_pairs(modifiers, head, query_position, key_position):
     """Which pairs dropout keeps; only with dropout."""
+    if modifiers.first_head is not None:
+        head += modifiers.first_head
     word, _, _, _ = tl.philox(tl.load(modifiers.seed), key_position, query_position, head, 0)
     return word >= tl.cast(modifiers.threshold, tl.uint32, bitcast=True)
 

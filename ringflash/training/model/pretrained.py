@@ -38,7 +38,7 @@ class Pretrained(Decoder):
     Args:
         config: `path` is its folder; `rope_parameters` change its rotary embedding.
         group: ranks that share a sequence; None for one device.
-        partition: how a sequence lies on them.
+        partition: how a sequence lies on them, as in `SequenceParallel`.
         dtype: of the activations; weights are in it too, or in fp32 and computed with by autocast.
         seqlen: tokens of a sequence, for its config.json.
         activation_checkpointing: recompute layers in the backward pass, except for their attention.
@@ -54,7 +54,7 @@ class Pretrained(Decoder):
         self,
         config: ModelConfig,
         group: ProcessGroup | None = None,
-        partition: str = "zigzag",
+        partition: str | None = None,
         dtype: torch.dtype = torch.float32,
         seqlen: int = 0,
         activation_checkpointing: bool = False,

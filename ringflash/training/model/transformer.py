@@ -28,6 +28,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from ringflash import DistributedFlashAttention, Mask, Sharding, shard_batch
 from ringflash.configs.schema import AttentionConfig, ModelConfig, RopeScalingConfig
 from ringflash.loss import cross_entropy, cross_entropy_sum
+from ringflash.parallel.positions.balance import token_work
 from ringflash.training.model.decoder import Decoder
 from ringflash.training.model.shape import check_shape, head_dim
 
@@ -148,7 +149,8 @@ class Transformer(Decoder):
         Args:
             config: its shape.
             vocab_size: rows of the embedding.
-            attention: mask, partition and kernel; causal over zigzag shards if None.
+            attention: mask, partition and kernel; causal if None. Without a `sharding`, tokens lie zigzag if no
+                partition is named.
             group: ranks that share a sequence; None for the default group, or one device where there is none.
             dtype: of the activations; weights are cast to it where they are used.
             activation_checkpointing: recompute blocks in the backward pass, except for their attention.
@@ -168,7 +170,7 @@ class Transformer(Decoder):
         attend = DistributedFlashAttention(
             mask=self._mask,
             group=group,
-            partition=attention.partition,
+            partition=attention.partition or "zigzag",
             kernel=attention.kernel,
             deterministic=attention.deterministic,
         )
@@ -221,7 +223,8 @@ class Transformer(Decoder):
 
     def shard(self, batch: dict[str, Any]) -> dict[str, Any]:
         """See Decoder."""
-        shard = shard_batch(batch, self._group, self._partition, self._mask)
+        work = token_work(self.config.hidden_size)
+        shard = shard_batch(batch, self._group, self._partition, self._mask, token_work=work)
         return {name: shard[name] for name in ("input_ids", "labels", "position_ids", "sharding")}
 
     def description(self) -> dict[str, Any]:

@@ -1,0 +1,123 @@
+"""Which plan: the fastest by prediction that does not take too much memory, and the ring unless one is clearly faster.
+
+    choice = choose(mask, queries, queries)
+    choice.name                                   # "counter-ring"
+    print(choice.describe())                      # what it does, and what the others would take
+
+Every rank chooses for itself and must find the same, so nothing is looked at but what is the same on all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+from ringflash.parallel.planning.cost import Prediction, Shape, predict
+from ringflash.parallel.planning.generators import in_words, plan_named
+from ringflash.parallel.planning.loads import loads
+from ringflash.parallel.planning.machine import Machine, known_machine
+from ringflash.parallel.positions.mask import Mask
+from ringflash.parallel.positions.partition import Partition
+from ringflash.parallel.positions.visibility import needed_keys
+
+CLEARLY = 0.9
+"""A plan is taken instead of the ring if it is predicted to take at most so much of the ring's time."""
+
+LEAST = 5e-3
+"""Seconds of attention by the ring from which on anything else is taken. Of less, the time of hosts decides, some
+milliseconds a call, which the model does not know."""
+
+MEMORY = 2**30
+"""Bytes that a plan may take beside a rank's own keys, or as many as the ring takes where that is more."""
+
+MOST_RANKS = 128
+"""Among more, choosing takes longer than planning; name a plan, which `python launch/plan.py` compares."""
+
+CANDIDATES = ("ring", "counter-ring", "double-ring", "direct-1", "direct-2")
+"""Plans among which to choose."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A plan and why.
+
+    Attributes:
+        name: of the plan.
+        predicted: what plans would cost, by name; empty where there was nothing to choose.
+        machine: that was predicted for.
+        shape: of the attention.
+        because: why this one, in words.
+    """
+
+    name: str
+    predicted: dict[str, Prediction]
+    machine: Machine
+    shape: Shape
+    because: str
+
+    def describe(self) -> str:
+        """The plan, why it was taken, and what was predicted of all, in words."""
+        said = f"{self.name}: {in_words(self.name)}; {self.because}"
+        if not self.predicted:
+            return said
+        shape, lines = self.shape, [said]
+        heads = f"{shape.heads} query and {shape.key_heads} key heads of {shape.head_dim}"
+        lines.append(f"predicted for a layer with {heads} on {self.machine.name}, forward and backward:")
+        for name, cost in self.predicted.items():
+            lines.append(
+                f"  {name}: {cost.total * 1e3:.3g} ms, of it attention {cost.attention * 1e3:.3g} ms; "
+                f"{cost.memory / 2**20:,.0f} MiB beside own keys"
+            )
+        return "\n".join(lines)
+
+
+def choose(
+    mask: Mask,
+    queries: Partition,
+    keys: Partition | None = None,
+    hosts: int = 1,
+    machine: Machine | None = None,
+    shape: Shape | None = None,
+    memory: int = MEMORY,
+    token_work: int = 0,
+) -> Choice:
+    """The plan for a mask.
+
+    Args:
+        mask: which keys a query position sees.
+        queries: which query positions each rank holds.
+        keys: which keys; like the queries if None.
+        hosts: how many hosts the ranks lie on, equally many on each, in order.
+        machine: that attention runs on; what was measured here if None, or H100s.
+        shape: of the attention; that of a model of some 8 billion parameters if None.
+        memory: see `MEMORY`.
+        token_work: see `cost.predict`.
+    """
+    keys, machine, shape = keys or queries, machine or _known(), shape or Shape()
+    if queries.ranks > MOST_RANKS:
+        return Choice("ring", {}, machine, shape, f"among more than {MOST_RANKS} ranks nothing else is taken unasked")
+    found = loads(mask, queries, keys, needed_keys(mask, queries.segments, keys.length))
+    if found.keys.sum() == found.keys.trace():
+        return Choice("ring", {}, machine, shape, "no keys have to move")
+    names = [name for name in CANDIDATES if hosts > 1 or name != "double-ring"]
+    plans = {name: plan_named(name, mask, queries, keys, hosts) for name in names}
+    predicted = {name: predict(plan.outline, found, machine, shape, hosts, token_work) for name, plan in plans.items()}
+    allowed = max(memory, predicted["ring"].memory)
+    fastest = min((x for x in names if predicted[x].memory <= allowed), key=lambda x: predicted[x].total)
+    share = predicted[fastest].total / predicted["ring"].total
+    if fastest == "ring":
+        because = f"the fastest by prediction of those that take no more than {allowed / 2**20:,.0f} MiB"
+        return Choice("ring", predicted, machine, shape, because)
+    if predicted["ring"].attention < LEAST:
+        because = f"attention takes it less than {LEAST * 1e3:g} ms, too little to predict what is faster"
+        return Choice("ring", predicted, machine, shape, because)
+    if share > CLEARLY:
+        because = f"{fastest} is predicted to take {share:.2f} of its time, which is not clearly less"
+        return Choice("ring", predicted, machine, shape, because)
+    return Choice(fastest, predicted, machine, shape, f"predicted to take {share:.2f} of the ring's time")
+
+
+@cache
+def _known() -> Machine:
+    """Read once: it must not change between the shardings of a program."""
+    return known_machine()

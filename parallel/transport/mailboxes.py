@@ -1,0 +1,209 @@
+"""Messages between the ranks of a host through memory that all of them can read: who may write and read what when.
+
+Each rank has a mailbox for every reader: a few chunks of memory, and two flags for each chunk. The writer fills a chunk
+and raises its `filled` flag at the reader; the reader, whose stream waits for that, takes the bytes and raises the
+`emptied` flag at the writer, who may then fill the chunk again. A message is as many chunks as it needs, so the memory
+does not depend on it. Copies, flags and waits are asked for in the order of streams and carried out by the copy
+engines: no SM and no host takes part.
+
+Flags count the times that a chunk was used, in a circle. A chunk's two flags are raised in turn, so waiting for the one
+number that comes next is enough.
+
+Ranks ask for the chunks of a transfer level by level: the first of every message to write, the first of every message
+to read, the second of each, and so on. What waits in one level depends on earlier ones alone, or on what is written in
+the same; so there is no deadlock even where all streams share one queue (CUDA_DEVICE_MAX_CONNECTIONS=1). What one lane
+writes may be there before what another was asked for earlier: the chunks differ, or the later one waits for the chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+CHUNKS = 3
+"""In each mailbox: one is filled, one is read, and one is on its way to be emptied."""
+
+APART = 64
+"""Bytes from flag to flag."""
+
+CIRCLE = 1 << 15
+"""Numbers that flags go through."""
+
+Block = tuple[int, int]
+"""Address and bytes of some memory."""
+
+
+class Piece(NamedTuple):
+    """Bytes that lie together in a block and in a chunk.
+
+    Attributes:
+        block: which of the message's.
+        offset: in the block.
+        nbytes: how many.
+        place: in the chunk.
+    """
+
+    block: int
+    offset: int
+    nbytes: int
+    place: int
+
+
+@lru_cache(maxsize=1024)
+def chunks(sizes: tuple[int, ...], room: int) -> tuple[tuple[Piece, ...], ...]:
+    """Where the bytes of blocks of these sizes, one behind another, lie in chunks of so many bytes.
+
+    What is one block to the writer may be several to the reader, and the other way round.
+    """
+    found: list[list[Piece]] = []
+    place = room
+    for block, size in enumerate(sizes):
+        offset = 0
+        while offset < size:
+            if place == room:
+                found.append([])
+                place = 0
+            nbytes = min(size - offset, room - place)
+            found[-1].append(Piece(block, offset, nbytes, place))
+            offset, place = offset + nbytes, place + nbytes
+    return tuple(map(tuple, found))
+
+
+def bytes_of(ranks: int, room: int) -> int:
+    """What a rank needs for its mailboxes and flags, with chunks of so many bytes."""
+    return ranks * CHUNKS * (room + 2 * APART)
+
+
+@dataclass
+class Way:
+    """From one rank to another.
+
+    Attributes:
+        boxes: addresses of the chunks, at the writer.
+        filled: addresses of their flags, at the reader.
+        emptied: addresses of their flags, at the writer.
+        used: chunks that were asked for so far.
+    """
+
+    boxes: tuple[int, ...]
+    filled: tuple[int, ...]
+    emptied: tuple[int, ...]
+    used: int = 0
+
+    def turn(self) -> tuple[int, int]:
+        """Which chunk comes next, and how often it was used."""
+        times, chunk = divmod(self.used, CHUNKS)
+        self.used += 1
+        return chunk, times
+
+
+def mark(times: int) -> int:
+    """What a flag says of the use with this number; never what it holds at first, 0."""
+    return times % CIRCLE + 1
+
+
+class Mailboxes:
+    """This rank's part in all messages.
+
+    Args:
+        rank: of this process.
+        bases: for each rank where its memory is, as this process sees it: `bytes_of(ranks, room)`, zeros at first.
+        room: bytes of a chunk.
+        numbers: address of a table of the numbers 0 to CIRCLE, 4 bytes each.
+        progress: address of memory that the host reads: for each of `places` the mark of the last transfer that is
+            over.
+        lanes: of each lane (to, from) for each rank: the streams in whose order writing and reading is carried out.
+            Transfers in one lane do not wait for those in another.
+        copy: (target, source, nbytes, stream), as in `driver`.
+        wait: (address, number, stream), likewise.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        bases: Sequence[int],
+        room: int,
+        numbers: int,
+        progress: int,
+        lanes: Sequence[Sequence[tuple[int, int]]],
+        copy: Callable[[int, int, int, int], None],
+        wait: Callable[[int, int, int], None],
+    ) -> None:
+        self._room, self._numbers, self._progress = room, numbers, progress
+        self._copy, self._wait, self._lanes = copy, wait, lanes
+        ranks = range(len(bases))
+        self._asked = [0] * (2 * len(lanes) * len(bases))
+        self.to = [Way(*_addresses(bases, rank, peer, room)) for peer in ranks]
+        self.from_ = [Way(*_addresses(bases, peer, rank, room)) for peer in ranks]
+
+    def transfer(
+        self, sends: dict[int, list[Block]], receives: dict[int, list[Block]], lane: int
+    ) -> list[tuple[int, int]]:
+        """Ask for one message to, and one from, each of some ranks.
+
+        Between two ranks messages are matched in the order in which they are asked for, whatever their lanes.
+
+        Args:
+            sends: by the reader's rank the blocks of its message.
+            receives: by the writer's rank the blocks that take its message, as many bytes together.
+            lane: which streams carry it out.
+
+        Returns:
+            Of each message, first those received, the place in the memory of progress, and what is there when it is
+            over.
+        """
+        streams = self._lanes[lane]
+        outgoing = [(self.to[p], streams[p][0], blocks, self._chunks(blocks)) for p, blocks in sends.items()]
+        incoming = [(self.from_[p], streams[p][1], blocks, self._chunks(blocks)) for p, blocks in receives.items()]
+        for level in range(max([len(found) for *_, found in outgoing + incoming], default=0)):
+            for way, stream, blocks, found in outgoing:
+                if level < len(found):
+                    self._fill(way, stream, blocks, found[level])
+            for way, stream, blocks, found in incoming:
+                if level < len(found):
+                    self._empty(way, stream, blocks, found[level])
+        ends = []
+        for which, peers in enumerate((receives, sends)):
+            for peer in peers:
+                place = 2 * (lane * len(self.to) + peer) + which
+                self._asked[place] += 1
+                ends.append((place, mark(self._asked[place])))
+                self._raise(self._progress + 4 * place, ends[-1][1], streams[peer][1 - which])
+        return ends
+
+    def _chunks(self, blocks: list[Block]) -> tuple[tuple[Piece, ...], ...]:
+        return chunks(tuple([nbytes for _, nbytes in blocks]), self._room)
+
+    def _fill(self, way: Way, stream: int, blocks: list[Block], chunk: tuple[Piece, ...]) -> None:
+        number, times = way.turn()
+        if times:
+            self._wait(way.emptied[number], mark(times - 1), stream)
+        for piece in chunk:
+            source = blocks[piece.block][0] + piece.offset
+            self._copy(way.boxes[number] + piece.place, source, piece.nbytes, stream)
+        self._raise(way.filled[number], mark(times), stream)
+
+    def _empty(self, way: Way, stream: int, blocks: list[Block], chunk: tuple[Piece, ...]) -> None:
+        number, times = way.turn()
+        self._wait(way.filled[number], mark(times), stream)
+        for piece in chunk:
+            target = blocks[piece.block][0] + piece.offset
+            self._copy(target, way.boxes[number] + piece.place, piece.nbytes, stream)
+        self._raise(way.emptied[number], mark(times), stream)
+
+    def _raise(self, flag: int, number: int, stream: int) -> None:
+        self._copy(flag, self._numbers + 4 * number, 4, stream)
+
+
+def _addresses(
+    bases: Sequence[int], writer: int, reader: int, room: int
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Of the boxes and the two kinds of flags between two ranks."""
+    flags = len(bases) * CHUNKS * room
+    return (
+        tuple([bases[writer] + (reader * CHUNKS + i) * room for i in range(CHUNKS)]),
+        tuple([bases[reader] + flags + (2 * (writer * CHUNKS + i)) * APART for i in range(CHUNKS)]),
+        tuple([bases[writer] + flags + (2 * (reader * CHUNKS + i) + 1) * APART for i in range(CHUNKS)]),
+    )

@@ -1,0 +1,156 @@
+"""Which transport a group of ranks has, and why."""
+
+from __future__ import annotations
+
+import os
+import socket
+import weakref
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ringflash.errors import ArgumentError
+from ringflash.kernels.kept import capturing
+from ringflash.kernels.torch_private import default_store, without_transforms
+from ringflash.parallel.transport.base import Ticket, Transport
+from ringflash.parallel.transport.send_recv import SendRecv
+from ringflash.parallel.transport.symmetric_memory import SymmetricMemory, UnavailableError, allocate
+
+MOST_RANKS = 16
+"""That share symmetric memory: each has a mailbox for every other."""
+
+VARIABLE = "RINGFLASH_TRANSPORT"
+NAMES = ("symmetric_memory", "send_recv")
+
+Said = TypeVar("Said")
+
+
+class GroupTransport:
+    """The transport of one group, chosen by all of its ranks together in their first call.
+
+    Args:
+        group: the process group.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = weakref.ref(group)
+        self._by_device: dict[torch.device, Transport] = {}
+        self._plain = SendRecv(group)
+        self._now: Transport = self._plain
+        self.why = "not chosen yet: that is done in the first call"
+        """The transport's name, and why it is that one."""
+
+    def open(self, device: torch.device) -> None:
+        """Before the transfers of each call; all ranks are at the same call, and in their first one they choose."""
+        if device not in self._by_device:
+            group = self._group()
+            assert group is not None  # the caller holds it
+            self._by_device[device], self.why = choose(group, device)
+        # A graph that is being captured would repeat numbers of flags.
+        self._now = self._plain if capturing(device) else self._by_device[device]
+
+    def mark(self) -> torch.Event | None:
+        """See `Transport`."""
+        return self._now.mark()
+
+    def transfer(
+        self,
+        sends: Sequence[tuple[int, Tensor]],
+        receives: Sequence[tuple[int, Tensor]],
+        what: str,
+        ready: torch.Event | None = None,
+    ) -> Ticket:
+        """See `Transport`."""
+        return self._now.transfer(sends, receives, what, ready)
+
+
+def choose(group: dist.ProcessGroup, device: torch.device) -> tuple[Transport, str]:
+    """The fastest transport that every rank can have, and why it is that one; all ranks of the group call it together.
+
+    Raises:
+        ArgumentError: a rank's environment asks for a transport that there is not; on all ranks.
+    """
+    if device.type != "cuda":
+        return SendRecv(group), f"send_recv: tensors are on {device.type}"
+    wanted = os.environ.get(VARIABLE, NAMES[0])
+    memory, why = _memory(wanted, group, device)
+    said = _of_all_ranks((wanted, _host(), why), group)
+    for rank, (name, _, _) in enumerate(said):
+        if name not in NAMES:
+            raise ArgumentError(f"{VARIABLE}={name} on rank {rank}; allowed are {' and '.join(NAMES)}")
+    hosts = len({host for _, host, _ in said})
+    reason = f"the ranks are on {hosts} hosts" if hosts > 1 else _first([why for *_, why in said])
+    if not reason:
+        assert memory is not None  # or there were a reason
+        made, why = None, ""
+        try:
+            made = SymmetricMemory(group, memory, _timeout())
+        except UnavailableError as error:
+            why = str(error)
+        reason = _first(_of_all_ranks(why, group))
+        if made is not None and not reason:
+            return made, "symmetric_memory: by copy engines, through memory that the GPUs of a host share"
+    return SendRecv(_own_communicator(group)), f"send_recv: {reason}"
+
+
+def _memory(wanted: str, group: dist.ProcessGroup, device: torch.device) -> tuple[Tensor | None, str]:
+    """This rank's symmetric memory, or why there is none."""
+    if wanted != "symmetric_memory":
+        return None, f"{VARIABLE}={wanted}"
+    if torch.version.hip is not None:
+        return None, "the GPU is not NVIDIA's"
+    if group.size() > MOST_RANKS:
+        return None, f"the group has {group.size()} ranks, and {MOST_RANKS} is the most"
+    try:
+        return allocate(group.size(), device), ""
+    except UnavailableError as error:
+        return None, str(error)
+
+
+def _of_all_ranks(value: Said, group: dist.ProcessGroup) -> list[Said]:
+    values = [value] * group.size()
+    with without_transforms():
+        dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def _first(reasons: list[str]) -> str:
+    """The first rank's that has one; empty if none has."""
+    return next((f"rank {rank}: {why}" for rank, why in enumerate(reasons) if why), "")
+
+
+def _host() -> str:
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else ''}"
+
+
+def _own_communicator(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A group of the same ranks by NCCL, in whose stream no gradients of DDP, FSDP or ZeRO are reduced.
+
+    Where the group is not that of all ranks it is one that was made for sequences, and is taken as it is.
+    """
+    if group.size() != dist.get_world_size():
+        return group
+    made = dist.new_group(dist.get_process_group_ranks(group), timeout=_timeout(), backend="nccl")
+    assert isinstance(made, dist.ProcessGroup)  # this rank is one of them
+    return made
+
+
+def _timeout() -> timedelta:
+    return default_store().timeout  # pyrefly: ignore[missing-attribute]  # stub lacks it
+
+
+_transports: weakref.WeakKeyDictionary[dist.ProcessGroup, GroupTransport] = weakref.WeakKeyDictionary()
+
+
+def transport_of(group: dist.ProcessGroup) -> GroupTransport:
+    """The transport of a process group, for as long as the group lives."""
+    found = _transports.get(group)
+    if found is None:
+        found = _transports[group] = GroupTransport(group)
+    return found

@@ -1,0 +1,77 @@
+"""On GPUs, a rank that stands still: the others end within their time limit, and say for whom and what they waited."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.gpu
+
+LIMIT = 15
+"""Seconds that torch.distributed is told to wait."""
+
+SCRIPT = f"""
+import os, signal
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+from ringflash import Mask
+from ringflash.functional import attention
+torch.cuda.set_device(int(os.environ["RANK"]))
+dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timedelta(seconds={LIMIT}))
+share = dict(device="cuda", dtype=torch.bfloat16, requires_grad=True)
+query, key, value = (torch.randn(1, 4096, 8, 128, **share) for _ in range(3))
+def step():
+    out, _ = attention(query, key, value, mask=Mask.causal())
+    out.backward(torch.ones_like(out))
+    torch.cuda.synchronize()
+for _ in range(3):
+    step()
+print("ready", flush=True)
+if os.environ["RANK"] == "1":
+    os.kill(os.getpid(), signal.SIGSTOP)
+step()
+print("done", flush=True)
+"""
+
+
+def test_a_rank_that_stands_still_ends_the_other_by_name_within_the_limit():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    where = os.environ | {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT],
+            env=where | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        assert ranks[0].stdout.readline() == "ready\n", ranks[0].stderr.read()
+        begin = time.monotonic()
+        out, said = ranks[0].communicate(timeout=4 * LIMIT)
+        assert time.monotonic() - begin < 3 * LIMIT
+        assert ranks[0].returncode == -signal.SIGABRT
+        assert "done" not in out
+        waited = (
+            r"ringflash: rank 0 has waited 0:00:15 for (rank 1 to take )?keys and values for stage 1( from rank 1)?;"
+        )
+        assert re.search(waited, said), said
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()

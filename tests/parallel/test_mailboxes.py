@@ -1,0 +1,171 @@
+"""Messages through mailboxes arrive whole and in order, whatever their sizes: copy engines played by threads."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ringflash.parallel.transport.mailboxes import (
+    CHUNKS,
+    CIRCLE,
+    Mailboxes,
+    bytes_of,
+    chunks,
+    mark,
+)
+
+PATIENCE = 20.0
+ALIGNED = 256
+
+
+@given(st.lists(st.integers(0, 5000), max_size=6), st.integers(1, 1300))
+def test_chunks_hold_every_byte_of_a_message_once_and_in_order(sizes, room):
+    found = [piece for chunk in chunks(tuple(sizes), room) for piece in chunk]
+    bytes_in_blocks = [(p.block, p.offset + i) for p in found for i in range(p.nbytes)]
+    assert bytes_in_blocks == [(block, i) for block, size in enumerate(sizes) for i in range(size)]
+    bytes_in_chunks = [
+        (number, p.place + i)
+        for number, chunk in enumerate(chunks(tuple(sizes), room))
+        for p in chunk
+        for i in range(p.nbytes)
+    ]
+    assert bytes_in_chunks == [divmod(i, room) for i in range(sum(sizes))]
+
+
+class Host:
+    """Memory with addresses, and streams that are carried out by threads; one thread a rank plays a shared queue."""
+
+    def __init__(self) -> None:
+        self.memory = bytearray(b"\0" * ALIGNED)  # nothing is at address 0
+        self.queues: dict[int, deque] = {}
+        self.over = threading.Event()
+        self.threads: list[threading.Thread] = []
+
+    def allocate(self, nbytes: int) -> int:
+        address = len(self.memory)
+        self.memory += b"\0" * (-(-nbytes // ALIGNED) * ALIGNED)
+        return address
+
+    def stream(self) -> int:
+        number = len(self.queues)
+        self.queues[number] = deque()
+        thread = threading.Thread(target=self._work, args=(self.queues[number],), daemon=True)
+        self.threads.append(thread)
+        thread.start()
+        return number
+
+    def _work(self, queue: deque) -> None:
+        while not self.over.is_set():
+            if queue and queue[0]():
+                queue.popleft()
+            else:
+                time.sleep(1e-5)
+
+    def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
+        def run() -> bool:
+            self.memory[target : target + nbytes] = self.memory[source : source + nbytes]
+            return True
+
+        self.queues[stream].append(run)
+
+    def wait(self, address: int, number: int, stream: int) -> None:
+        self.queues[stream].append(lambda: self.number(address) == number)
+
+    def number(self, address: int) -> int:
+        return int.from_bytes(self.memory[address : address + 4], "little")
+
+    def write(self, address: int, text: bytes) -> None:
+        self.memory[address : address + len(text)] = text
+
+    def is_done(self) -> bool:
+        return not any(self.queues.values())
+
+
+def _ranks(host: Host, ranks: int, room: int, shared_queue: bool) -> list[Mailboxes]:
+    numbers = host.allocate(4 * (CIRCLE + 1))
+    host.write(numbers, b"".join(i.to_bytes(4, "little") for i in range(CIRCLE + 1)))
+    bases = [host.allocate(bytes_of(ranks, room)) for _ in range(ranks)]
+    found = []
+    for rank in range(ranks):
+        out = host.stream()
+        inward = [out if shared_queue else host.stream() for _ in range(2)]
+        other = host.stream() if not shared_queue else out
+        lanes = [[(out, inward[peer % 2]) for peer in range(ranks)], [(other, other) for _ in range(ranks)]]
+        progress = host.allocate(16 * ranks)
+        found.append(Mailboxes(rank, bases, room, numbers, progress, lanes, host.copy, host.wait))
+        found[-1].progress_at = progress
+    return found
+
+
+@st.composite
+def transfers(draw):
+    """Ranks, and for some transfers the sizes of the blocks from each rank to each other."""
+    ranks = draw(st.integers(2, 4))
+    pairs = [(a, b) for a in range(ranks) for b in range(ranks) if a != b]
+    sizes = st.lists(st.integers(1, 3000), min_size=1, max_size=3)
+    return ranks, draw(st.lists(st.dictionaries(st.sampled_from(pairs), sizes, max_size=len(pairs)), max_size=6))
+
+
+@settings(max_examples=30, deadline=None)
+@given(problem=transfers(), room=st.integers(1, 3).map(lambda x: x * ALIGNED), shared_queue=st.booleans())
+def test_messages_of_any_sizes_arrive_in_order_without_deadlock(problem, room, shared_queue):
+    ranks, all_transfers = problem
+    host = Host()
+    prepared, expected = [], []
+    for number, found in enumerate(all_transfers):
+        sends, receives = ([{} for _ in range(ranks)] for _ in range(2))
+        for (writer, reader), sizes in found.items():
+            for block, size in enumerate(sizes):
+                text = bytes((number * 7 + writer * 31 + reader * 17 + block * 5 + i) % 251 for i in range(size))
+                source, target = host.allocate(size), host.allocate(size)
+                host.write(source, text)
+                sends[writer].setdefault(reader, []).append((source, size))
+                receives[reader].setdefault(writer, []).append((target, size))
+                expected.append((target, text))
+        prepared.append((sends, receives))
+    boxes = _ranks(host, ranks, room, shared_queue)
+    over = {}
+    for number, (sends, receives) in enumerate(prepared):
+        for rank in range(ranks):
+            ends = boxes[rank].transfer(sends[rank], receives[rank], (rank + number) % 2)
+            assert len(ends) == len(sends[rank]) + len(receives[rank])
+            over |= {boxes[rank].progress_at + 4 * place: number for place, number in ends}
+    deadline = time.monotonic() + PATIENCE
+    while not host.is_done() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    done = host.is_done()
+    host.over.set()
+    for thread in host.threads:
+        thread.join()
+    assert done
+    for target, text in expected:
+        assert bytes(host.memory[target : target + len(text)]) == text
+    assert all(host.number(address) == number for address, number in over.items())
+
+
+def test_flags_count_in_a_circle():
+    """As often as a chunk is used: what is waited for is never what is there from the time before."""
+    assert len({mark(i) for i in range(CIRCLE)}) == CIRCLE
+    assert mark(CIRCLE) == mark(0) != 0
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_addresses_of_two_ranks_mailboxes_do_not_meet(ranks):
+    bases, room = [ALIGNED * 10_000 * rank for rank in range(ranks)], ALIGNED
+    boxes = [Mailboxes(rank, bases, room, 0, 0, [[(0, 0)] * ranks], None, None) for rank in range(ranks)]
+    used = set()
+    for rank in range(ranks):
+        for peer in range(ranks):
+            mine, theirs = boxes[rank].to[peer], boxes[peer].from_[rank]
+            assert (mine.boxes, mine.filled, mine.emptied) == (theirs.boxes, theirs.filled, theirs.emptied)
+            for address, nbytes in [(x, room) for x in mine.boxes] + [(x, 4) for x in mine.filled + mine.emptied]:
+                span = range(address, address + nbytes)
+                assert used.isdisjoint(span)
+                used.update(span)
+            assert len(mine.boxes) == CHUNKS
+    assert max(used) < bases[-1] + bytes_of(ranks, room)
