@@ -182,15 +182,17 @@ def _most_bytes_while_loaded(path, name, share):
     sizes = [4 * weight.numel() for weight in model.parameters()]
     whole, largest, most = sum(sizes), max(sizes), 0
     draw = model.initialise
-    before = _live_bytes()
+    gc.collect()
+    gc.freeze()  # what is there already does not count, and is not looked through
 
     def initialise(name, weight):
         nonlocal most
         draw(name, weight)
-        most = max(most, _live_bytes() - before)
+        most = max(most, _live_bytes())
 
     model.initialise = initialise
     create_engine(model, torch.device("cpu"), EngineConfig(name), recipe.OPTIMIZER)
+    gc.unfreeze()
     return 0.9 * share * whole, most, share * whole + 3 * largest
 
 

@@ -22,6 +22,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from ringflash.errors import ArgumentError, DataError
+from ringflash.training.extras import require
 
 PATTERN = r"\s*\n[ \t]*|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"
 """Pieces that no token crosses. A line end keeps the next line's indentation: 4 % fewer tokens of source code."""
@@ -146,7 +147,10 @@ class BPETokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A `tokenizer.json` of the Hugging Face kind, with the folder's own bos or eos token as separator.
+    """A tokenizer of a Hugging Face folder, with the folder's own bos or eos token as separator.
+
+    Its `tokenizer.json` is read by the library tokenizers, which says of each token where it stands in the text, and
+    needs no Transformers. A folder without that file, as of SentencePiece, is read by `AutoTokenizer`.
 
     Bytes are counted by each token's offsets in the text, so they sum to the text's length under any normalizer; among
     the tokens of one character, the first has all of its bytes.
@@ -154,12 +158,15 @@ class HuggingFaceTokenizer:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        try:
-            self.backend = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_FILE))
-        except Exception as error:  # the library raises plain Exception
-            raise DataError(
-                f"data.tokenizer: {folder / TOKENIZER_FILE} is no readable tokenizer: {error}; copy it anew"
-            ) from error
+        if (folder / TOKENIZER_FILE).is_file():
+            try:
+                self.backend = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+            except Exception as error:  # the library raises plain Exception
+                raise DataError(
+                    f"data.tokenizer: {folder / TOKENIZER_FILE} is no readable tokenizer: {error}; copy it anew"
+                ) from error
+        else:
+            self.backend = _made_by_transformers(folder)
         self.backend.no_padding()
         self.backend.no_truncation()
         # Text that spells a special token is text.
@@ -198,6 +205,8 @@ class HuggingFaceTokenizer:
     def save(self, folder: Path) -> None:  # noqa: D102
         for file in tokenizer_files(self.folder) if folder.resolve() != self.folder.resolve() else ():
             shutil.copyfile(file, folder / file.name)
+        if not (folder / TOKENIZER_FILE).is_file():
+            self.backend.save(str(folder / TOKENIZER_FILE))
         write_kind(folder, "huggingface")
 
 
@@ -238,13 +247,24 @@ def huggingface_folder(path: str) -> Path:
         return folder
     if folder.name == TOKENIZER_FILE:
         folder = folder.parent
-    if not (folder / TOKENIZER_FILE).is_file():
+    if not any((folder / name).is_file() for name in (TOKENIZER_FILE, CONFIG_FILE)):
         there = sorted(entry.name for entry in folder.iterdir())[:8] if folder.is_dir() else None
         state = (
             "no such folder" if there is None else f"no {TOKENIZER_FILE} in it, only {', '.join(there) or 'nothing'}"
         )
         raise DataError(f"data.tokenizer={path}: {state}; allowed are bpe, bytes, or a folder with a {TOKENIZER_FILE}")
     return folder
+
+
+def _made_by_transformers(folder: Path) -> tokenizers.Tokenizer:
+    require(f"data.tokenizer={folder}, which has no {TOKENIZER_FILE},", "transformers")
+    from transformers import AutoTokenizer  # an optional library
+
+    try:
+        found: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return found.backend_tokenizer
+    except Exception as error:  # of damaged files it raises anything
+        raise DataError(f"data.tokenizer={folder}: no readable tokenizer: {error}") from error
 
 
 def _separator(folder: Path, vocabulary: dict[str, int]) -> int:

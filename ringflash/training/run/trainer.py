@@ -258,6 +258,7 @@ class Trainer:
             return None
         found = Checkpoint(path)
         found.check_shapes(parameter_shapes(self.model))
+        _check_same_base(found, self.model.description())
         if found.state.get("tokenizer") not in (None, fingerprint(self.data.tokenizer)):
             raise CheckpointError(
                 f"checkpoint.weights={weights} was trained with other tokens; leave data.tokenizer out, or give the "
