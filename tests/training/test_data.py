@@ -429,3 +429,24 @@ def test_bits_per_byte_of_a_uniform_model_is_eight(text_folder, tmp_path):
         nats += len(predictions(batch)) * math.log(256)
         num_bytes += batch_bytes
     assert nats / math.log(2) / num_bytes == pytest.approx(8)
+
+
+@pytest.mark.parametrize("tokenizer", ["bpe", "bytes"])
+def test_what_is_named_to_validate_on_is_all_that_is_held_out(text_folder, tmp_path, tokenizer):
+    from ringflash.configs.schema import Config
+    from ringflash.training.corpus.training_data import read_data
+
+    (tmp_path / "long.txt").write_text("a long document of another kind\n" * 90)
+    data = DataConfig(path=str(text_folder), tokenizer=tokenizer, vocab_size=300, cache_dir=str(tmp_path / "cache"))
+    config = Config(data=data)
+    config.train.seqlen = 64
+    split = read_data(config)
+    data.validation = str(tmp_path / "long.txt")
+    found = read_data(config)
+    assert found.num_tokens > split.num_tokens  # nothing of data.path is held out
+    (packing,) = found.validation
+    decoded = b"".join(found.corpus.tokenizer.decode(packing.documents.tokens.astype(int).tolist()).splitlines(True))
+    assert decoded == (tmp_path / "long.txt").read_bytes()
+    assert sum(packing[i].num_bytes for i in range(len(packing))) == len(decoded)
+    assert found.corpus.tokenizer.vocab_size == found.tokenizer.vocab_size
+    assert found.identity != split.identity

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import shutil
@@ -20,6 +21,7 @@ from ringflash.configs.schema import EngineConfig, ModelConfig, RopeParametersCo
 from ringflash.errors import ArgumentError, DataError
 from ringflash.training.config.checks import check
 from ringflash.training.config.composing import load
+from ringflash.training.corpus.chats import ChatTokenizer
 from ringflash.training.engines.create import create_engine
 from ringflash.training.model.folder import FolderWeights
 from ringflash.training.model.pretrained import Pretrained, changed, empty_model, positions_in_documents, read_config
@@ -153,6 +155,19 @@ def test_data_and_sequence_ranks_train_a_mixture_of_experts_as_one_device_does(p
     expected = _plain(experts)
     for result in pool(4).run(_steps, experts, name, degree=2, micro_batch=1):
         _assert_same(result, expected)
+
+
+RELATIVE = [name for name in FAMILIES if name not in ("llama_dynamic_rope", "phi3_long_rope")]
+"""Families whose rotary embedding does not depend on what else is in the batch."""
+
+
+@pytest.mark.parametrize("family", RELATIVE)
+def test_two_ranks_learn_from_any_family_what_one_device_learns(pool, tmp_path, family):
+    build(family, "eager").save_pretrained(tmp_path)
+    (curve, _, losses), _ = pool(2).run(_steps, tmp_path, "ddp", degree=2, last=1)
+    expected, _, expected_losses = _plain(tmp_path, last=1)
+    torch.testing.assert_close(torch.tensor(curve), torch.tensor(expected), rtol=1e-4, atol=1e-5)
+    assert losses == pytest.approx(expected_losses, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["ddp", "zero3"])
@@ -291,6 +306,19 @@ def _load(path):
     model = Pretrained(ModelConfig(path=str(path)))
     for name, weight in model.named_parameters():
         model.initialise(name, torch.empty_like(weight, device="cpu"))
+
+
+def test_code_in_a_folder_is_never_run(tmp_path, folder):
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    names = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
+    for change in ({"model_type": "evil"}, {}):
+        _change_config(auto_map=names, **change)(tmp_path / "copy")
+        with contextlib.suppress(DataError):  # what Transformers knows itself it takes from its own code
+            _load(tmp_path / "copy")
+    with contextlib.suppress(DataError):
+        ChatTokenizer(str(tmp_path / "copy"))
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(

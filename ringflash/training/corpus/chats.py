@@ -124,7 +124,8 @@ class ChatTokenizer:
 
         self.folder = folder
         try:
-            found: Any = AutoTokenizer.from_pretrained(Path(folder).expanduser(), local_files_only=True)
+            path = Path(folder).expanduser()
+            found: Any = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # of damaged files it raises anything
             raise DataError(f"data.tokenizer={folder}: no readable tokenizer: {error}") from error
         if not found.is_fast:

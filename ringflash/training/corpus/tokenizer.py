@@ -261,7 +261,7 @@ def _made_by_transformers(folder: Path) -> tokenizers.Tokenizer:
     from transformers import AutoTokenizer  # an optional library
 
     try:
-        found: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        found: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         return found.backend_tokenizer
     except Exception as error:  # of damaged files it raises anything
         raise DataError(f"data.tokenizer={folder}: no readable tokenizer: {error}") from error

@@ -97,6 +97,8 @@ class Pretrained(Decoder):
         positions = positions_in_documents(batch["cu_seqlens"], *ids.shape)
         shard = self._sequence.shard_alike({"labels": ids} | batch | {"position_ids": positions})
         del shard["num_items_in_batch"]
+        if "row_positions" in shard:  # Llama 4 scales queries by their place in the row: here, in their document
+            shard["row_positions"] = shard["position_ids"]
         return shard | {"labels": shard.pop("shift_labels")}
 
     def description(self) -> dict[str, Any]:
@@ -122,7 +124,7 @@ class Pretrained(Decoder):
 def read_config(folder: Path) -> PreTrainedConfig:
     """The config.json of a folder."""
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"model.path={folder}: cannot read its config.json: {error}") from error
     if getattr(config, "quantization_config", None) is not None:
@@ -165,7 +167,9 @@ def empty_model(config: PreTrainedConfig, said: str) -> PreTrainedModel:
     """
     try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="ring", dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(
+                config, attn_implementation="ring", dtype=torch.float32, trust_remote_code=False
+            )
     except (ValueError, KeyError) as error:
         raise ArgumentError(f"{said}: {error}") from error
     model.tie_weights()

@@ -59,6 +59,8 @@ def train(config: Config, device: torch.device) -> Path:
             validation = trainer.validate(signals.received)
             if validation is None:
                 _stop(trainer, progress)
+        for said in trainer.passed_over_since():
+            progress.note(said)
         log.write(trainer.step, _figures(validation))
         needles = trainer.find_needles() if config.logging.needle else []
         if rank == 0:

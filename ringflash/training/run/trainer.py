@@ -66,6 +66,7 @@ class Trainer:
         self.data_rank, self.data_ranks, self.degree = mesh["data"].get_local_rank(), world // degree, degree
         self.group = mesh["sequence"].get_group()
         self.data = _read_alike(config)
+        self._passed_over = [str(passed_over) for passed_over in self.data.passed_over]
         self.accumulation = accumulation(config, world)
         batches = PackedBatches(self.data.samples, config.train.micro_batch, self.data_rank, self.data_ranks)
         torch.manual_seed(config.seed)
@@ -199,8 +200,13 @@ class Trainer:
             f"{train.global_batch} x {train.seqlen} tokens a step\n"
             f"{self._read()}; {start}; writing to {self.folder}"
             + "".join(f"\nset aside: {problem}" for problem in self.set_aside)
-            + "".join(f"\n{passed_over}" for passed_over in self.data.passed_over if passed_over.counts)
+            + "".join(f"\n{passed_over}" for passed_over in self._passed_over if passed_over)
         )
+
+    def passed_over_since(self) -> list[str]:
+        """What of the data is passed over, where that is more than at the beginning, as it is of streams."""
+        now = [str(passed_over) for passed_over in self.data.passed_over]
+        return [said for said, before in zip(now, self._passed_over, strict=True) if said != before]
 
     def _size(self) -> str:
         beside = f", {self.learned / 1e6:.2f} M of them in adapters" if self.learned < self.parameters else ""
