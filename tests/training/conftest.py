@@ -12,7 +12,7 @@ sys.path.append(str(Path(__file__).parent.parent / "parallel"))
 
 from pool import PRELOAD, Pools
 
-PRELOAD += ["ringflash.transformers"]  # seconds for each worker, unless it is there when they are forked
+PRELOAD += ["ringflash.transformers", "peft", "datasets"]  # seconds for each worker, unless it is there by then
 
 
 @pytest.fixture(scope="session")

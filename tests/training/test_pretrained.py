@@ -213,7 +213,7 @@ def _most_bytes_while_loaded(path, name, share):
 
 @pytest.mark.parametrize(("name", "share"), [("ddp", 1), ("zero3", 0.5)])
 def test_zero3_holds_one_parameter_and_its_share_of_the_others_while_a_folder_is_loaded(pool, tmp_path, name, share):
-    write_folder(tmp_path, num_hidden_layers=16, tie_word_embeddings=True)
+    write_folder(tmp_path, num_hidden_layers=10, tie_word_embeddings=True)
     for at_least, most, at_most in pool(2).run(_most_bytes_while_loaded, tmp_path, name, share):
         assert at_least < most < at_most
 
