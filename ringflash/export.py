@@ -123,7 +123,7 @@ def _merge(checkpoint: Checkpoint, model: Any, lora: dict[str, Any], logits: Cal
 
     folder = Path(checkpoint.state["config"]["model"]["path"]).expanduser()
     weights = FolderWeights(folder, model)
-    if weights.digest() != lora["weights"]:
+    if weights.digest != lora["weights"]:
         raise CheckpointError(f"{checkpoint.path}: its adapters were trained on other weights than are in {folder} now")
     add_adapters(model, LoraConfig(**{name: value for name, value in lora.items() if name != "weights"}))
 

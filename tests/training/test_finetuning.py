@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import zlib
@@ -16,10 +18,12 @@ import pytest
 import torch
 from folders import write_folder
 from launcher import CHECKOUT, environment, losses
+from safetensors.torch import load_file, save_file
 from test_chats import messages_of
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
+from ringflash.errors import DataError, RankMismatchError
 from ringflash.export import export
 from ringflash.training.checkpoint.reading import Checkpoint
 from ringflash.training.config.agreement import agree
@@ -222,3 +226,26 @@ def test_the_commands_and_the_script_of_the_page_run(folder, tmp_path):
         said.append(result.stdout)
     assert "tuned: the logits differ by" in said[0]
     assert said[1].startswith("It is")
+
+
+def _tune_where_folders_differ(folder, differ):
+    mine = folder / f"{differ}-host{torch.distributed.get_rank()}"
+    mine.mkdir()
+    shutil.copytree(folder / "model", mine / "model")
+    if torch.distributed.get_rank() == 1:
+        if differ == "content":
+            weights = load_file(mine / "model" / "model.safetensors")
+            weights["model.norm.weight"] += 1
+            save_file(weights, mine / "model" / "model.safetensors", metadata={"format": "pt"})
+        else:
+            (mine / "model" / "model.safetensors").unlink()
+    with contextlib.chdir(mine):
+        _tune(folder, differ, "model.path=model", "engine=zero3")
+
+
+@pytest.mark.parametrize("differ", ["content", "absent"])
+def test_ranks_that_read_different_weights_are_told(pool, folder, differ):
+    first, second = pool(2).outcomes(_tune_where_folders_differ, folder, differ)
+    assert isinstance(first.error, RankMismatchError)
+    assert "ranks read different weights from model.path=model: " in str(first.error)
+    assert isinstance(second.error, RankMismatchError if differ == "content" else DataError)

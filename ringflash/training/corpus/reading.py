@@ -1,5 +1,8 @@
 """The documents of a file, by the kind of file it is.
 
+By hand, because the readers of `datasets` pass over files and rows that they do not know, and name neither; streams go
+through `datasets` with these functions.
+
 A text file is one document; an object of a .json, .jsonl or .ndjson file and a row of a .parquet file are one each.
 Suffixes count in any case, and in front of the suffix of a compression. Whatever cannot be read raises DataError with
 the file, the row and what is wrong there.

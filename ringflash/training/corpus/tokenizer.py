@@ -4,6 +4,9 @@ All three have `vocab_size`, `separator` (the token that opens every document an
 `encode_counted`, `decode` and `save`. `encode_counted` also says how many bytes each token stands for: loss in bits per
 byte is exact, and comparable between tokenizers, because these counts sum to the length of the text.
 
+By hand is the counting of bytes, which no library does; the BPE is of the library tokenizers, and chats are encoded by
+`AutoTokenizer` (`corpus.chats`).
+
 The BPE and the bytes take any byte string, also one that is not UTF-8, and give it back unchanged. The separator is
 an id that no text can produce.
 """

@@ -43,6 +43,10 @@ class Decoder(nn.Module, ABC):
             Among others "labels" (B, T), shifted, "position_ids" (B, T) in their documents, and "sharding".
         """
 
+    def source(self) -> str:
+        """What tells the files that the model is read from apart from others; of a model without files, nothing."""
+        return ""
+
     @abstractmethod
     def description(self) -> dict[str, Any]:
         """What the model is, for checkpoints and `ringflash.export`; fits into JSON."""

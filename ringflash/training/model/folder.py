@@ -6,6 +6,7 @@ tensor, and what a file has under other names or in other pieces is put together
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -59,12 +60,14 @@ class FolderWeights:
             )
         return tensor
 
+    @functools.cached_property
     def digest(self) -> str:
-        """What tells these weights from others: names and shapes of the files' tensors, and samples of their bytes."""
+        """What tells these weights from others: the sizes of their files, and samples of their bytes."""
         found = hashlib.sha256()
         for name in self._files:
             with open(self._folder / name, "rb") as file:
                 size = file.seek(0, os.SEEK_END)
+                found.update(f"{name} {size} ".encode())
                 for place in range(0, size, max(SAMPLE, size // SAMPLES)):
                     file.seek(place)
                     found.update(file.read(SAMPLE))

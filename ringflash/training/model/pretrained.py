@@ -101,10 +101,14 @@ class Pretrained(Decoder):
             shard["row_positions"] = shard["position_ids"]
         return shard | {"labels": shard.pop("shift_labels")}
 
+    def source(self) -> str:
+        """See Decoder."""
+        return self._weights.digest
+
     def description(self) -> dict[str, Any]:
         """See Decoder."""
         kept = self.model.state_dict().keys() - dict(self.model.named_parameters(remove_duplicate=False)).keys()
-        lora = None if self._lora is None else vars(self._lora) | {"weights": self._weights.digest()}
+        lora = None if self._lora is None else vars(self._lora) | {"weights": self.source()}
         return {
             "lora": lora,
             "huggingface": json.loads(self.config.to_json_string(use_diff=False)),

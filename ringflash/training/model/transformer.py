@@ -4,6 +4,9 @@ RMSNorm, rotary embedding, grouped-query attention, SwiGLU; tied or untied head 
 Llama 3, arXiv 2407.21783). A rank holds its own tokens of each sequence; only attention looks at other ranks' tokens,
 and the rotary embedding takes global positions, so the model computes the same function on any number of ranks.
 
+By hand, as the reference that is read, and runs, without Transformers; it computes what Transformers' Llama computes.
+Other rotary embeddings, and all other models, come from there (`model.pretrained`).
+
 Weights keep the dtype they have (fp32, or bf16 under DeepSpeed) and are cast to the dtype of the activations where
 they are used. There are no buffers: what is computed from the configuration stays fp32 whatever the engine casts.
 

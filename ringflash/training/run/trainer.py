@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,11 +32,14 @@ from ringflash.training.engines.create import create_engine, parameter_shapes
 from ringflash.training.engines.optimizer import trained
 from ringflash.training.engines.schedule import schedule
 from ringflash.training.model.create import create_model
+from ringflash.training.model.decoder import Decoder
 from ringflash.training.ranks import from_all, from_rank_0
 from ringflash.training.run.interruption import Answer
 from ringflash.training.run.loader import ShardedBatches
 from ringflash.training.run.needle import Needle, haystacks
 from ringflash.training.run.position_loss import PositionBin, PositionLoss
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -65,12 +68,18 @@ class Trainer:
         mesh = init_device_mesh(device.type, (world // degree, degree), mesh_dim_names=("data", "sequence"))
         self.data_rank, self.data_ranks, self.degree = mesh["data"].get_local_rank(), world // degree, degree
         self.group = mesh["sequence"].get_group()
-        self.data = _read_alike(config)
+        self.data: TrainingData = _alike(
+            lambda: read_data(config), lambda data: data.identity, f"text from data.path={config.data.path}"
+        )
         self._passed_over = [str(passed_over) for passed_over in self.data.passed_over]
         self.accumulation = accumulation(config, world)
         batches = PackedBatches(self.data.samples, config.train.micro_batch, self.data_rank, self.data_ranks)
         torch.manual_seed(config.seed)
-        self.model = create_model(config, self.data.tokenizer.vocab_size, self.group)
+        self.model: Decoder = _alike(
+            lambda: create_model(config, self.data.tokenizer.vocab_size, self.group),
+            lambda model: model.source(),
+            f"weights from model.path={config.model.path}",
+        )
         self.parameters = sum(weight.numel() for weight in self.model.parameters())
         self.learned = sum(weight.numel() for _, weight in trained(self.model))
         self.resumed, self.set_aside = self._find_checkpoint()
@@ -291,19 +300,25 @@ def _check_same_base(checkpoint: Checkpoint, here: dict[str, Any]) -> None:
             raise CheckpointError(f"{checkpoint.path}: its adapters had other {what}: {there.get(name)}, here {value}")
 
 
-def _read_alike(config: Config) -> TrainingData:
-    """The data, once it is sure that all ranks read the same: machines may differ in files and Python versions."""
+def _alike(make: Callable[[], Made], identity: Callable[[Made], str], what: str) -> Made:
+    """What is made from files, once it is sure that all ranks read the same: machines may differ in them.
+
+    Args:
+        make: reads them; raises RingflashError, which the others then hear of.
+        identity: tells what was read from others.
+        what: the files, for the message.
+    """
+    made = failed = None
     try:
-        data, said = read_data(config), None
+        made = make()
+        said = identity(made)
     except RingflashError as error:
-        data, said = error, f"{type(error).__name__}: {error}"
-    read = from_all(said if isinstance(data, RingflashError) else data.identity)
-    if isinstance(data, RingflashError):
-        raise data
+        failed, said = error, f"{type(error).__name__}: {error}"
+    read = from_all(said)
+    if failed is not None:
+        raise failed
     for rank, other in enumerate(read):
         if other != read[0]:
-            raise RankMismatchError(
-                f"ranks read different text from data.path={config.data.path}: {read[0]} on rank 0, "
-                f"{other} on rank {rank}"
-            )
-    return data
+            raise RankMismatchError(f"ranks read different {what}: {read[0]} on rank 0, {other} on rank {rank}")
+    assert made is not None
+    return made
