@@ -13,13 +13,29 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
 
 from ringflash.kernels.select import NAMES as KERNELS
 
 
-def _bounded(default: Any = MISSING, **bounds: Any) -> Any:
+def _bounded(default: Any, **bounds: Any) -> Any:
     return field(default=default, metadata=bounds)
+
+
+FORMATS = ("text", "chat")
+
+SCHEDULES = (
+    "warmup_cosine",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+)
 
 
 @dataclass
@@ -37,18 +53,46 @@ class RopeScalingConfig:
 
 
 @dataclass
-class ModelConfig:
-    """Shape of a Llama-style decoder; names are those of Hugging Face's LlamaConfig."""
+class RopeParametersConfig:
+    """Transformers' `rope_parameters`, under its names; null leaves what the folder's config.json says."""
 
-    hidden_size: int = _bounded(at_least=1)
+    rope_type: str | None = None
+    """"default", "linear", "dynamic", "yarn", "longrope" or "llama3"."""
+    rope_theta: float | None = _bounded(None, positive=True)
+    """Base of the frequencies."""
+    factor: float | None = _bounded(None, positive=True)
+    """How much longer the context becomes."""
+    original_max_position_embeddings: int | None = _bounded(None, at_least=1)
+    """The context that the model was trained with; null: config.json's, or its max_position_embeddings."""
+    attention_factor: float | None = _bounded(None, positive=True)
+    """Of yarn and longrope: factor of cosine and sine."""
+    beta_fast: float | None = _bounded(None, positive=True)
+    """Of yarn: turns from which on frequencies stay."""
+    beta_slow: float | None = _bounded(None, positive=True)
+    """Of yarn: turns up to which frequencies are divided by the factor."""
+    short_factor: list[float] | None = None
+    """Of longrope: one factor for each frequency, for sequences up to the original context."""
+    long_factor: list[float] | None = None
+    """Of longrope: the same for longer ones."""
+    low_freq_factor: float | None = _bounded(None, positive=True)
+    """Of llama3: as in model.rope_scaling."""
+    high_freq_factor: float | None = _bounded(None, positive=True)
+    """Of llama3: as in model.rope_scaling."""
+
+
+@dataclass
+class ModelConfig:
+    """Shape of a Llama-style decoder, with the names of Hugging Face's LlamaConfig; or the folder of a model."""
+
+    hidden_size: int = _bounded(0, at_least=0)
     """Width of the residual stream."""
-    intermediate_size: int = _bounded(at_least=1)
+    intermediate_size: int = _bounded(0, at_least=0)
     """Width of the SwiGLU feed-forward."""
-    num_hidden_layers: int = _bounded(at_least=1)
+    num_hidden_layers: int = _bounded(0, at_least=0)
     """Blocks of attention and feed-forward."""
-    num_attention_heads: int = _bounded(at_least=1)
+    num_attention_heads: int = _bounded(0, at_least=0)
     """Query heads."""
-    num_key_value_heads: int = _bounded(at_least=1)
+    num_key_value_heads: int = _bounded(0, at_least=0)
     """Key and value heads; must divide the query heads."""
     head_dim: int | None = _bounded(None, at_least=1)
     """Width of a head, even; null: hidden_size / num_attention_heads."""
@@ -62,6 +106,46 @@ class ModelConfig:
     """Added to the mean square in RMSNorm."""
     tie_word_embeddings: bool = True
     """Whether the output head is the embedding."""
+    path: str | None = None
+    """Hugging Face folder of the model to start from (model=pretrained); its config.json then says the shape."""
+    rope_parameters: RopeParametersConfig = field(default_factory=RopeParametersConfig)
+    """What to change of the rotary embedding of a model from a folder."""
+
+
+@dataclass
+class SourceConfig:
+    """One of several sources that are mixed; what is null is as in `data`."""
+
+    path: str = ""
+    """As data.path."""
+    weight: float = _bounded(1.0, positive=True)
+    """Its share of the sequences, among the weights of all."""
+    format: str | None = _bounded(None, choices=FORMATS)
+    """As data.format."""
+    text_field: str | None = None
+    """As data.text_field."""
+    streaming: bool | None = None
+    """As data.streaming."""
+    validation: str | None = None
+    """As data.validation, of this source alone."""
+    subset: str | None = None
+    """As data.subset."""
+    split: str | None = None
+    """As data.split."""
+    revision: str | None = None
+    """As data.revision."""
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters by peft, for a model of a folder, whose own weights then stay as they are."""
+
+    rank: int = _bounded(0, at_least=0)
+    """Rank of the adapters; 0: all weights are trained, and there are no adapters."""
+    alpha: float | None = _bounded(None, positive=True)
+    """What adapters add is scaled by alpha / rank; null: twice the rank."""
+    target_modules: list[str] = field(default_factory=list)
+    """Ends of the names of modules that get adapters, as q_proj; none: all linear ones but the output head."""
 
 
 @dataclass
@@ -70,10 +154,12 @@ class DataConfig:
 
     path: str | None = None
     """Folder or file: text, .json, .jsonl, .ndjson, .parquet, also compressed; null: Python's standard library."""
+    format: str = _bounded("text", choices=FORMATS)
+    """"text", of which all is learned, or "chat" (data=chat), of which an assistant's turns or a completion are."""
     text_field: str = "text"
     """Field or column that holds the text of JSON and parquet; within another one: meta.text."""
-    tokenizer: str = "bpe"
-    """"bpe" (trained on the training files and cached), "bytes", or a Hugging Face tokenizer folder."""
+    tokenizer: str | None = None
+    """"bpe" (trained on the training files and cached), "bytes", or a Hugging Face folder; null: model.path, or bpe."""
     vocab_size: int = 8192
     """Tokens of a BPE that is trained here."""
     validation_fraction: float = _bounded(0.05, positive=True, share=True)
@@ -82,6 +168,18 @@ class DataConfig:
     """Read no more text than this; null: all of it."""
     cache_dir: str = "runs/cache"
     """Where trained tokenizers and token files are kept."""
+    validation: str | None = None
+    """Folder or file to validate on, in place of a share of data.path."""
+    streaming: bool = False
+    """Tokenize while training, and keep nothing; data.path may then be a data set of the Hugging Face hub."""
+    subset: str | None = None
+    """Of a data set of the hub: its configuration."""
+    split: str = "train"
+    """Of a data set of the hub: which part."""
+    revision: str | None = None
+    """Of a data set of the hub: commit, branch or tag."""
+    mixture: list[SourceConfig] = field(default_factory=list)
+    """Several sources in place of data.path: [{path: a, weight: 3}, {path: b, format: chat}]."""
 
 
 @dataclass
@@ -107,12 +205,12 @@ class AttentionConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay."""
+    """The optimizer, and its learning rate step by step."""
 
     lr: float = _bounded(3e-4, positive=True)
     """Highest learning rate."""
     min_lr_ratio: float = _bounded(0.1, share=True)
-    """Learning rate at the end, as a share of the highest."""
+    """Learning rate at the end, as a share of the highest, of schedules that end above zero."""
     warmup_steps: int = _bounded(100, at_least=0)
     """Steps of linear warm-up."""
     beta1: float = _bounded(0.9, share=True)
@@ -125,6 +223,15 @@ class OptimizerConfig:
     """Of matrices; norms are not decayed."""
     clip: float = _bounded(1.0, at_least=0)
     """Highest gradient norm; 0: no clipping."""
+    name: str = _bounded("adamw", choices=("adamw", "muon"))
+    """"adamw", or "muon" (engine=ddp): torch's Muon for matrices between embedding and head, AdamW for all else."""
+    momentum: float = _bounded(0.95, share=True)
+    """Of Muon."""
+    schedule: str = _bounded("warmup_cosine", choices=SCHEDULES)
+    """"warmup_cosine" (linear warm-up, then half a cosine down to min_lr_ratio), or a name of Transformers'
+    get_scheduler; "warmup_stable_decay" is WSD."""
+    decay_steps: int | None = _bounded(None, at_least=1)
+    """Of warmup_stable_decay: last steps, in which the rate falls; null: a tenth of all."""
 
 
 @dataclass
@@ -145,6 +252,8 @@ class TrainConfig:
 
     steps: int = _bounded(100, at_least=1)
     """Optimizer steps."""
+    epochs: float | None = _bounded(None, positive=True)
+    """Passes over the training part, in place of train.steps: as many steps as hold them."""
     seqlen: int = _bounded(4096, at_least=2)
     """Tokens of a packed sequence, over all ranks that share it."""
     global_batch: int = _bounded(1, at_least=1)
@@ -170,7 +279,10 @@ class CheckpointConfig:
     keep: int = _bounded(2, at_least=1)
     """Newest checkpoints that are kept."""
     resume: str = "auto"
-    """"auto" (the newest complete checkpoint in the run directory, if any), "never", or a checkpoint's folder."""
+    """"auto" (the newest complete checkpoint in the run directory, if any), "last_good" (the newest undamaged one,
+    newer ones are set aside), "never", or a checkpoint's folder."""
+    weights: str | None = None
+    """Run's or checkpoint's folder of whose weights a new run starts, with other data, length, RoPE or seed."""
 
 
 @dataclass
@@ -187,6 +299,14 @@ class LoggingConfig:
     """Draw the loss curve and the loss by position at the end."""
     baselines: bool = True
     """Fit the byte n-gram models that validation is compared with."""
+    wandb: bool = False
+    """Log to Weights & Biases; the project is the configuration's name."""
+    trackio: bool = False
+    """Log to Trackio; likewise."""
+    profile_steps: int = _bounded(0, at_least=0)
+    """Steps behind the second one that torch's profiler records, of every rank; 0: none."""
+    needle: bool = False
+    """At the end, look for a sentence at five depths of contexts of up to train.seqlen tokens, and draw the result."""
 
 
 @dataclass
@@ -204,6 +324,7 @@ class Config:
     timeout: float = _bounded(600.0, positive=True)
     """Seconds after which a rank gives up on its peers."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

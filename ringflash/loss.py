@@ -69,12 +69,21 @@ def cross_entropy_sum(
 
 
 @torch.no_grad()
-def cross_entropy(x_TC: Tensor, weight_VC: Tensor, labels_T: Tensor) -> Tensor:
+def cross_entropy(
+    x_TC: Tensor,
+    weight_VC: Tensor,
+    labels_T: Tensor,
+    bias_V: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+) -> Tensor:
     """Each token's cross entropy (T,) fp32, 0 where its label is IGNORED_LABEL; for evaluation.
 
     Arguments are those of `cross_entropy_sum`; a rank may hold no token.
     """
-    labels_T, head = _checked(labels_T, weight_VC), Head(weight_VC.to(x_TC.dtype))
+    labels_T = _checked(labels_T, weight_VC)
+    bias_V = None if bias_V is None else bias_V.to(x_TC.dtype)
+    head = Head(weight_VC.to(x_TC.dtype), bias_V, scale, softcap)
     losses = x_TC.new_empty(len(x_TC), dtype=torch.float32)
     for rows in _chunks(x_TC, head):
         losses[rows] = _chunk(head.logits(x_TC[rows]), labels_T[rows])[0]

@@ -118,16 +118,16 @@ def _with_temperature(module: Any, query: Tensor, places: Tensor) -> Tensor:
     Args:
         module: the layer.
         query: scaled by the places 0 to T - 1.
-        places: (T,) their places.
+        places: (T,) or (B, T), their places.
     """
     if not getattr(module, "attn_temperature_tuning", False) or module.use_rope:
         return query
-    counted = torch.arange(len(places), device=places.device)
+    counted = torch.arange(places.shape[-1], device=places.device)
     true, wrong = (
         torch.log1p(torch.floor((x.float() + 1) / module.floor_scale)) * module.attn_scale + 1
         for x in (places, counted)
     )
-    return (query * (true / wrong)[:, None, None]).to(query.dtype)
+    return (query * (true / wrong)[..., None, None]).to(query.dtype)
 
 
 def _check_alone(module: nn.Module) -> None:

@@ -21,7 +21,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 from transformers.utils import ModelOutput
 
 from ringflash.errors import ArgumentError
-from ringflash.loss import cross_entropy_sum
+from ringflash.loss import cross_entropy, cross_entropy_sum
 from ringflash.parallel.sharding import IGNORED_LABEL
 from ringflash.transformers.at_work import at_work
 from ringflash.transformers.models import ROUTER_LOSS, predicts_next, rotary_modules
@@ -43,6 +43,7 @@ class _Call:
         targets: (B, s) labels of the fused loss; None where there is none to compute.
         items: by how many targets the fused loss is divided; those of this call if None.
         loss: what the fused head computed.
+        losses: (B, s) the same of each token, where they are asked for.
         probe: logits of a few tokens that it returned.
         counted: whether the loss function has run.
         part: the model within the model that was called in its place.
@@ -53,6 +54,7 @@ class _Call:
     targets: Tensor | None = None
     items: Tensor | None = None
     loss: Tensor | None = None
+    losses: Tensor | None = None
     probe: Tensor | None = None
     counted: bool = False
     part: nn.Module | None = None
@@ -67,6 +69,7 @@ class Forward:
     Attributes:
         call: the pass at work; an empty one between passes.
         fused: the output head computes the loss.
+        each_token: the fused loss is asked for of each token, and without a gradient.
         loss_function: what the model computes its loss by.
         scale: factor of the logits that the model's configuration names.
         softcap: their bound, likewise; 0 for none.
@@ -75,7 +78,7 @@ class Forward:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.call = _Call()
-        self.fused = self.probed = False
+        self.fused = self.probed = self.each_token = False
         config = model.config.get_text_config()
         self.scale = float(getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1))
         self.softcap = float(getattr(config, "final_logit_softcapping", None) or 0)
@@ -122,6 +125,8 @@ class Forward:
             )
         if call.sharded and call.loss is None:
             _check_each_token(model, named, output)
+        if call.losses is not None:
+            return call.losses
         return output if call.loss is None else _without_logits(output)
 
     # Rotary frequencies that depend on the longest sequence are worked out from the largest position that they see. A
@@ -211,9 +216,14 @@ def _fused_head(forward: Forward, head: nn.Linear, logits_of: Callable[[Tensor],
         return logits_of(x)
     if x.shape[:2] != call.targets.shape:
         raise ArgumentError(f"logits_to_keep leaves {tuple(x.shape[:2])} of {tuple(call.targets.shape)} tokens; pass 0")
-    total = cross_entropy_sum(
-        x.flatten(0, 1), head.weight, call.targets.flatten(), head.bias, forward.scale, forward.softcap
-    )
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    rest = head.weight, call.targets.flatten(), head.bias, forward.scale, forward.softcap
+    if forward.each_token:
+        call.losses = cross_entropy(x.flatten(0, 1), *rest).view(call.targets.shape)
+        total = call.losses.sum()
+    else:
+        total = cross_entropy_sum(x.flatten(0, 1), *rest)
     items = (call.targets != IGNORED_LABEL).sum() if call.items is None else torch.as_tensor(call.items)
     call.loss = total / items.to(total.device)
     with torch.no_grad():

@@ -139,12 +139,23 @@ class SequenceParallel:
         try:
             if self._group is not None:
                 check_mean(self._group)
-            part = self._pair(batch) if self._model.config.is_encoder_decoder else self._part(batch, self._masks)[0]
+            part = self.shard_alike(batch)
         except Exception as error:
             refuse(self.group, error)
             raise
         self._check_same(batch)
         return part
+
+    def shard_alike(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """`shard` without a word to the other ranks, for threads beside the step; who calls it makes batches alike.
+
+        Args:
+            batch: as `shard` takes it, and known to be the same on all ranks of the group.
+
+        Returns:
+            What `shard` returns.
+        """
+        return self._pair(batch) if self._model.config.is_encoder_decoder else self._part(batch, self._masks)[0]
 
     def _part(self, batch: Mapping[str, Any], masks: Mapping[Mask, int]) -> tuple[dict[str, Any], Documents]:
         """This rank's part of one sequence of tokens, and its documents."""
@@ -245,6 +256,22 @@ class SequenceParallel:
             ArgumentError: the model's output head is none that this is known of.
         """
         fuse(self._model, self._forward)
+
+    @torch.no_grad()
+    def token_losses(self, part: Mapping[str, Any]) -> Tensor:
+        """Cross entropy (B, s) fp32 of each of this rank's tokens, 0 where it has no target; `fuse_loss` comes first.
+
+        Args:
+            part: what `shard` returned of a batch with labels.
+        """
+        if not self._forward.fused or part.get("labels") is None:
+            raise ArgumentError("token_losses: call fuse_loss() before it, and shard a batch with labels")
+        self._forward.each_token = True
+        try:
+            losses: Any = self._model(**part, use_cache=False)
+        finally:
+            self._forward.each_token = False
+        return losses
 
     def _check_same(self, batch: Mapping[str, Any]) -> None:
         """Raise RankMismatchError on all ranks unless they have the same batch."""

@@ -10,7 +10,9 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent.parent / "parallel"))
 
-from pool import Pools
+from pool import PRELOAD, Pools
+
+PRELOAD += ["ringflash.transformers", "peft", "datasets"]  # seconds for each worker, unless it is there by then
 
 
 @pytest.fixture(scope="session")

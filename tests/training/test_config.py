@@ -24,8 +24,13 @@ FILES = sorted(FOLDER.glob("*/*.yaml"))
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}={file.stem}")
-def test_every_file_of_every_group_composes_to_values_that_pass(file):
-    config = load([f"{file.parent.name}={file.stem}"])
+def test_every_file_of_every_group_composes_to_values_that_pass(file, tmp_path):
+    (tmp_path / "config.json").touch()
+    others = {
+        "pretrained": [f"model.path={tmp_path}"],
+        "chat": [f"data.path={tmp_path}", f"data.tokenizer={tmp_path}"],
+    }
+    config = load([f"{file.parent.name}={file.stem}", *others.get(file.stem, [])])
     assert isinstance(config, Config)
     check(config, world_size=1)
 
@@ -47,7 +52,7 @@ NODES = sorted({key.rpartition(".")[0] for key in KEYS} | {"model.rope_scaling"}
 @given(
     node=st.sampled_from(NODES), name=st.from_regex(r"[a-z_]{3,12}", fullmatch=True), value=st.sampled_from(["x", "1"])
 )
-@example(node="model", name="path", value="x")
+@example(node="model", name="folder", value="x")
 @example(node="engine", name="_target_", value="os.system")
 @settings(max_examples=8)
 def test_a_key_that_does_not_exist_is_refused_by_its_name_and_never_advised_to_be_added(sign, node, name, value):
@@ -64,9 +69,9 @@ def test_a_key_that_does_not_exist_is_refused_by_its_name_and_never_advised_to_b
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("model=huge", "model=huge; allowed are llama3_1b, llama3_8b, tiny"),
-        ("model=3", "model=3; allowed are llama3_1b, llama3_8b, tiny"),
-        ("model=null", "model=null; allowed are llama3_1b, llama3_8b, tiny"),
+        ("model=huge", "model=huge; allowed are llama3_1b, llama3_8b, pretrained, tiny"),
+        ("model=3", "model=3; allowed are llama3_1b, llama3_8b, pretrained, tiny"),
+        ("model=null", "model=null; allowed are llama3_1b, llama3_8b, pretrained, tiny"),
         ("model={path: x}", "model={path:x}; allowed are llama3_1b"),
         ("experiment=[smoke,none]", "experiment=none; allowed are llama3_8b_long, smoke"),
         ("train.steps.x=1", "train.steps.x is no configuration key; train.steps is a value"),
@@ -85,8 +90,8 @@ def test_what_names_neither_a_key_nor_a_groups_file_is_refused_in_our_words(over
     [
         (
             "experiment/mine",
-            "# @package _global_\nmodel: {path: x}\n",
-            "model.path is no configuration key; allowed here",
+            "# @package _global_\nmodel: {folder: x}\n",
+            "model.folder is no configuration key; allowed here",
         ),
         ("experiment/mine", "# @package _global_\ntrian: {steps: 1}\n", "trian is no configuration key; allowed here"),
         (
@@ -198,8 +203,12 @@ def test_no_file_names_code_to_run():
         (["data.vocab_size=256"], 1, "data.vocab_size=256; data.tokenizer=bpe needs 257 and more"),
         (["data.max_bytes=0"], 1, "data.max_bytes=0; allowed are 1 and more"),
         (["data.validation_fraction=0"], 1, "data.validation_fraction=0.0; it must be positive"),
-        (["checkpoint.resume=nowhere"], 1, "checkpoint.resume=nowhere: no such folder; allowed are auto, never and a"),
-        (["checkpoint.resume=/"], 1, "checkpoint.resume=/: no manifest.json in it; allowed are auto, never and a"),
+        (
+            ["checkpoint.resume=nowhere"],
+            1,
+            "checkpoint.resume=nowhere: no such folder; allowed are auto, last_good, nev",
+        ),
+        (["checkpoint.resume=/"], 1, "checkpoint.resume=/: no manifest.json in it; allowed are auto, last_good, nev"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, list) else None,
 )

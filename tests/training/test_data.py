@@ -22,12 +22,14 @@ from ringflash.configs.schema import DataConfig
 from ringflash.errors import ArgumentError, CheckpointError, DataError
 from ringflash.training.corpus import building
 from ringflash.training.corpus import prepare as preparing
+from ringflash.training.corpus.batching import PackedBatches, ValidationBatches
 from ringflash.training.corpus.building import split
 from ringflash.training.corpus.documents import Documents
-from ringflash.training.corpus.packing import PackedBatches, ValidationBatches
+from ringflash.training.corpus.packing import pack
 from ringflash.training.corpus.passed_over import PassedOver
 from ringflash.training.corpus.prepare import prepare
 from ringflash.training.corpus.reading import read_documents
+from ringflash.training.corpus.samples import EpochSamples
 from ringflash.training.corpus.sources import source_files
 
 SEPARATOR = 256
@@ -46,6 +48,11 @@ def documents(lengths):
         token_bytes=(tokens != SEPARATOR).astype(np.uint32),
         identity="test",
     )
+
+
+def whole(docs, seqlen):
+    """What is validated on."""
+    return [pack(docs, seqlen, np.arange(len(docs)), keep_rest=True)]
 
 
 def predictions(batch):
@@ -68,7 +75,7 @@ some_lengths = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 @given(lengths=some_lengths, seqlen=st.integers(2, 30), batch=st.integers(1, 3), ranks=st.integers(1, 3))
 def test_validation_predicts_every_token_once_and_counts_every_byte(lengths, seqlen, batch, ranks):
     docs = documents(lengths)
-    parts = [ValidationBatches(docs, seqlen, batch, rank, ranks) for rank in range(ranks)]
+    parts = [ValidationBatches(whole(docs, seqlen), batch, rank, ranks) for rank in range(ranks)]
     assert len({len(part) for part in parts}) == 1
     seen, num_bytes = Counter(), 0
     for part in parts:
@@ -95,12 +102,12 @@ def test_so_many_validation_sequences_are_the_same_predictions_whatever_batch_an
     lengths, seqlen, batch, ranks, sequences
 ):
     docs = documents(lengths)
-    alone = ValidationBatches(docs, seqlen, 1)
+    alone = ValidationBatches(whole(docs, seqlen), 1)
     expected, expected_bytes = Counter(), 0
     for _, (batch_, num_bytes) in zip(range(sequences), alone, strict=False):
         expected.update(predictions(batch_))
         expected_bytes += num_bytes
-    parts = [list(ValidationBatches(docs, seqlen, batch, rank, ranks, sequences)) for rank in range(ranks)]
+    parts = [list(ValidationBatches(whole(docs, seqlen), batch, rank, ranks, sequences)) for rank in range(ranks)]
     assert len({len(part) for part in parts}) == 1
     assert sum((Counter(predictions(batch_)) for part in parts for batch_, _ in part), Counter()) == expected
     assert sum(num_bytes for part in parts for _, num_bytes in part) == expected_bytes
@@ -111,8 +118,8 @@ def test_an_epoch_predicts_every_token_at_most_once_and_drops_only_the_tail(leng
     docs = documents(lengths)
     if len(docs.tokens) < seqlen:
         return
-    batches = PackedBatches(docs, seqlen, 1, seed)
-    seen = Counter(pair for _ in range(batches.samples_per_epoch) for pair in predictions(next(batches)))
+    batches = PackedBatches(EpochSamples(docs, seqlen, seed), 1)
+    seen = Counter(pair for _ in range(batches.samples.samples_per_epoch) for pair in predictions(next(batches)))
     assert not seen - all_pairs(docs)
     assert (all_pairs(docs) - seen).total() < seqlen - 1
 
@@ -120,7 +127,7 @@ def test_an_epoch_predicts_every_token_at_most_once_and_drops_only_the_tail(leng
 def test_segments_are_pieces_of_documents():
     docs = documents([5, 90, 13, 1, 40])
     wholes = [bytes(docs.text[start:stop]) for start, stop in docs.spans]
-    batch = next(PackedBatches(docs, 32, 4, 0))
+    batch = next(PackedBatches(EpochSamples(docs, 32, 0), 4))
     assert batch["input_ids"].dtype == torch.int64
     bounds = batch["cu_seqlens"]
     assert bounds == sorted(set(bounds))
@@ -135,7 +142,7 @@ def test_segments_are_pieces_of_documents():
 
 def drawn(docs, ranks, batch, batches, state=None, seed=0):
     """The sequences of some batches in global order."""
-    loaders = [PackedBatches(docs, 16, batch, seed, rank, ranks) for rank in range(ranks)]
+    loaders = [PackedBatches(EpochSamples(docs, 16, seed), batch, rank, ranks) for rank in range(ranks)]
     if state is not None:
         for loader in loaders:
             loader.load_state_dict(state)
@@ -165,8 +172,8 @@ def test_epochs_and_seeds_shuffle_differently():
 
 def test_state_of_another_order_is_refused():
     docs = documents([50, 50])
-    state = PackedBatches(docs, 16, 1, 0).state_dict()
-    for other in (PackedBatches(docs, 8, 1, 0), PackedBatches(docs, 16, 1, 1)):
+    state = PackedBatches(EpochSamples(docs, 16, 0), 1).state_dict()
+    for other in (PackedBatches(EpochSamples(docs, 8, 0), 1), PackedBatches(EpochSamples(docs, 16, 1), 1)):
         with pytest.raises(CheckpointError, match=r"data (seqlen|seed)="):
             other.load_state_dict(state)
 
@@ -174,13 +181,13 @@ def test_state_of_another_order_is_refused():
 def test_too_few_tokens_and_bad_arguments_are_named():
     docs = documents([5])
     with pytest.raises(DataError, match=r"6 tokens, fewer than one sequence of train.seqlen=7"):
-        PackedBatches(docs, 7, 1, 0)
+        PackedBatches(EpochSamples(docs, 7, 0), 1)
     with pytest.raises(ArgumentError, match="data_rank=2"):
-        PackedBatches(docs, 4, 1, 0, data_rank=2, data_ranks=2)
+        PackedBatches(EpochSamples(docs, 4, 0), 1, data_rank=2, data_ranks=2)
     with pytest.raises(ArgumentError, match="seqlen=1"):
-        ValidationBatches(docs, 1, 1)
+        ValidationBatches(whole(docs, 1), 1)
     with pytest.raises(ArgumentError, match="batch=0"):
-        ValidationBatches(docs, 4, 0)
+        ValidationBatches(whole(docs, 4), 0)
 
 
 @given(lengths=st.lists(st.integers(1, 1000), min_size=2, max_size=300), fraction=st.floats(0.01, 0.9))
@@ -418,7 +425,28 @@ def test_unwritable_cache_and_bad_values_are_named(text_folder, tmp_path):
 def test_bits_per_byte_of_a_uniform_model_is_eight(text_folder, tmp_path):
     corpus = prepare_in(tmp_path / "cache", DataConfig(path=str(text_folder), tokenizer="bytes"))
     nats = num_bytes = 0.0
-    for batch, batch_bytes in ValidationBatches(corpus.validation, 64, 2):
+    for batch, batch_bytes in ValidationBatches(whole(corpus.validation, 64), 2):
         nats += len(predictions(batch)) * math.log(256)
         num_bytes += batch_bytes
     assert nats / math.log(2) / num_bytes == pytest.approx(8)
+
+
+@pytest.mark.parametrize("tokenizer", ["bpe", "bytes"])
+def test_what_is_named_to_validate_on_is_all_that_is_held_out(text_folder, tmp_path, tokenizer):
+    from ringflash.configs.schema import Config
+    from ringflash.training.corpus.training_data import read_data
+
+    (tmp_path / "long.txt").write_text("a long document of another kind\n" * 90)
+    data = DataConfig(path=str(text_folder), tokenizer=tokenizer, vocab_size=300, cache_dir=str(tmp_path / "cache"))
+    config = Config(data=data)
+    config.train.seqlen = 64
+    split = read_data(config)
+    data.validation = str(tmp_path / "long.txt")
+    found = read_data(config)
+    assert found.num_tokens > split.num_tokens  # nothing of data.path is held out
+    (packing,) = found.validation
+    decoded = b"".join(found.corpus.tokenizer.decode(packing.documents.tokens.astype(int).tolist()).splitlines(True))
+    assert decoded == (tmp_path / "long.txt").read_bytes()
+    assert sum(packing[i].num_bytes for i in range(len(packing))) == len(decoded)
+    assert found.corpus.tokenizer.vocab_size == found.tokenizer.vocab_size
+    assert found.identity != split.identity

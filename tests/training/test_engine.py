@@ -14,7 +14,7 @@ import torch
 
 from ringflash.configs.schema import EngineConfig
 from ringflash.training.engines.create import create_engine
-from ringflash.training.engines.optimizer import learning_rate
+from ringflash.training.engines.schedule import learning_rate
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3")
 

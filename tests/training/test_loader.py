@@ -7,8 +7,9 @@ import threading
 import numpy as np
 import pytest
 
+from ringflash.training.corpus.batching import PackedBatches
 from ringflash.training.corpus.documents import Documents
-from ringflash.training.corpus.packing import PackedBatches
+from ringflash.training.corpus.samples import EpochSamples
 from ringflash.training.run.loader import ShardedBatches
 
 
@@ -23,7 +24,7 @@ def _packed() -> PackedBatches:
         token_bytes=None,
         identity="test",
     )
-    return PackedBatches(documents, seqlen=32, batch=1, seed=3)
+    return PackedBatches(EpochSamples(documents, seqlen=32, seed=3), batch=1)
 
 
 def test_batches_come_in_order_and_are_made_in_another_thread() -> None:

@@ -249,6 +249,28 @@ def test_what_of_the_data_is_passed_over_is_said(pool, tmp_path):
     )
 
 
+def _stream_and_listen(folder):
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        stream = (
+            "data.streaming=true",
+            f"data.validation={folder / 'text'}",
+            "data.tokenizer=bytes",
+            "data.max_bytes=null",
+        )
+        _train(folder, "streamed", f"data.path={folder / 'text'}", *stream, "train.steps=2", "train.seqlen=64")
+    return said.getvalue()
+
+
+def test_what_of_a_stream_is_passed_over_is_said_at_the_end(pool, tmp_path):
+    (tmp_path / "text").mkdir()
+    rows = [{"text": f"{number} words\n" * 9} for number in range(9)] + [{"text": None}] * 2
+    (tmp_path / "text" / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (said,) = pool(1).run(_stream_and_listen, tmp_path)
+    saved = said.index("saved ")
+    assert "passed over: rows without text (2, the first is" in said[:saved]  # of what it is validated on
+    assert "passed over: rows without text (" in said[saved:]
+
+
 def test_a_run_folder_that_cannot_be_made_is_refused_on_every_rank(pool, tmp_path):
     (tmp_path / "file").touch()
     for outcome in pool(2).outcomes(_train, tmp_path, "file/run"):

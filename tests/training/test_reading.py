@@ -220,7 +220,7 @@ def test_chats_are_refused_in_a_sentence_of_their_own_that_says_what_can_be_done
     named = " and ".join(name for name in rows[0] if name != "id")
     for field in ("text", "messages") if "messages" in rows[0] else ("text",):
         with pytest.raises(
-            DataError, match=rf"chat\.{suffix}.* holds chats \({named}\), and only the text of one field is"
+            DataError, match=rf"chat\.{suffix}.* holds chats \({named}\); data=chat learns what their assistant says"
         ):
             read(file, field)
 

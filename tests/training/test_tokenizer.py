@@ -165,3 +165,25 @@ def test_huggingface_folder_says_what_is_missing(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match="no readable tokenizer"):
         HuggingFaceTokenizer(huggingface_folder(str(tmp_path / "tokenizer.json")))
+
+
+def test_a_folder_without_tokenizer_json_is_read_by_transformers_and_kept_with_one(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"], show_progress=False
+    )
+    backend.train_from_iterator(["the way there and the way back"] * 9, trainer)
+    backend.model.save(str(tmp_path))  # vocab.json and merges.txt, as GPT-2's
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
+    expected = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer = HuggingFaceTokenizer(huggingface_folder(str(tmp_path)))
+    text = "the way back, and the grüße"
+    assert tokenizer.encode([text.encode()])[0].tolist() == expected(text)["input_ids"]
+    ((ids, counts),) = tokenizer.encode_counted([text.encode()])
+    assert counts.sum() == len(text.encode())
+    (tmp_path / "kept").mkdir()
+    tokenizer.save(tmp_path / "kept")
+    assert load(tmp_path / "kept").encode([text.encode()])[0].tolist() == ids.tolist()

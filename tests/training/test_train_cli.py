@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 
 import pytest
 import yaml
@@ -90,7 +91,8 @@ def test_a_sweep_over_a_handed_over_experiment_is_one_run_after_another(tmp_path
         (["data.path=nowhere"], "DataError: data.path=nowhere: no such file or folder"),
         (["checkpoint.resume=nowhere"], "ArgumentError: checkpoint.resume=nowhere: no such folder"),
         (["+model._target_=os.system"], "ArgumentError: model._target_ is no configuration key"),
-        (["model.path=x"], "ArgumentError: model.path is no configuration key; allowed here are head_dim"),
+        (["model.folder=x"], "ArgumentError: model.folder is no configuration key; allowed here are head_dim"),
+        (["model.path=x"], "ArgumentError: model.path=x: no such folder"),
         (["hydra.callbacks.x._target_=os.abort"], "ArgumentError: hydra.callbacks.x._target_ would configure Hydra"),
         (["run_dir=${nowhere}"], "Interpolation key 'nowhere' not found"),
     ],
@@ -102,3 +104,15 @@ def test_a_mistake_is_answered_in_a_few_lines_that_name_it(tmp_path, overrides, 
     assert said in result.stderr
     assert "Traceback" not in result.stderr
     assert len(result.stderr.splitlines()) <= 8
+
+
+def test_the_recipe_runs_where_no_optional_library_is_installed(tmp_path):
+    absent = ("transformers", "accelerate", "peft", "datasets", "wandb", "trackio")
+    (tmp_path / "site").mkdir()
+    for name in absent:
+        (tmp_path / "site" / f"{name}.py").write_text(f'raise ImportError("{name} is not installed")\n')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")]))
+        result = launch(tmp_path, None, "train.steps=2", "train.validation_sequences=1", "logging.baselines=false")
+    assert result.returncode == 0, result.stderr
+    assert "bits per byte" in result.stdout

@@ -49,3 +49,29 @@ def test_fp32_gradients_are_those_of_the_cpu():
     for name, gradient in gradients[0].items():
         largest = gradient.abs().max().item()
         torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=1e-3 * largest)
+
+
+@pytest.mark.usefixtures("_one_gpu")
+@pytest.mark.parametrize("lora", [0, 4], ids=["whole", "adapters"])
+@pytest.mark.parametrize("name", ["ddp", "zero1", "zero2", "zero3"])
+def test_a_hugging_face_folder_in_bf16_follows_its_run_in_fp32_on_the_cpu(tmp_path, name, lora):
+    pytest.importorskip("transformers")
+    from folders import write_folder
+
+    from ringflash.configs.schema import EngineConfig, LoraConfig, ModelConfig
+    from ringflash.training.engines.create import create_engine
+    from ringflash.training.model.pretrained import Pretrained
+
+    path, curves = write_folder(tmp_path, tie_word_embeddings=True), []
+    for device, engine_name, dtype in (("cpu", "ddp", torch.float32), ("cuda", name, torch.bfloat16)):
+        adapters = LoraConfig(rank=lora)
+        model = Pretrained(ModelConfig(path=str(path)), dtype=dtype, activation_checkpointing=True, lora=adapters)
+        engine = create_engine(model, torch.device(device), EngineConfig(engine_name), recipe.OPTIMIZER)
+        curve = []
+        for step in range(4):
+            shard = model.shard(recipe.together(recipe.batches(step)))
+            shard["sharding"].prepare(torch.device(device))
+            shard = {key: x.to(device) if isinstance(x, torch.Tensor) else x for key, x in shard.items()}
+            curve.append([float(x) for x in engine.train_step([shard], recipe.OPTIMIZER.lr)[:2]])
+        curves.append([*curve, [float(engine.evaluate(shard).sum()) / 400, 0.0]])
+    torch.testing.assert_close(torch.tensor(curves[1]), torch.tensor(curves[0]), rtol=0.04, atol=0.04)

@@ -11,6 +11,9 @@ FORMAT = 1
 PARTIAL = ".partial"
 """Ends the names of what is not yet whole."""
 
+DAMAGED = ".damaged"
+"""Ends the names of checkpoints that were set aside."""
+
 Shapes = Mapping[str, tuple[int, ...]]
 """Shape of each parameter by its name."""
 
@@ -18,6 +21,11 @@ Shapes = Mapping[str, tuple[int, ...]]
 def newest(root: Path) -> Path | None:
     """The complete checkpoint of the highest step in a folder, if there is one."""
     return max(filter(is_complete, steps(root)), key=step_of, default=None)
+
+
+def found_at(path: Path) -> Path | None:
+    """The checkpoint that a folder is, or the newest one of the run that it is; None if it is neither."""
+    return path if is_complete(path) else newest(path / "checkpoints")
 
 
 def step_of(path: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,17 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ringflash.errors import CheckpointError
-from ringflash.training.checkpoint.files import FORMAT, MANIFEST, OPTIMIZER, STATE, WEIGHTS, Shapes, place
+from ringflash.training.checkpoint.files import (
+    DAMAGED,
+    FORMAT,
+    MANIFEST,
+    OPTIMIZER,
+    STATE,
+    WEIGHTS,
+    Shapes,
+    newest,
+    place,
+)
 from ringflash.training.ranks import from_rank_0
 
 
@@ -53,6 +64,37 @@ class Checkpoint:
                     f"{self.path} is of another model: {name} is {there.get(name, 'absent')} there and "
                     f"{shapes.get(name, 'absent')} here"
                 )
+
+
+def last_good(root: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint of a folder that is not damaged, and what was wrong with newer ones; a collective.
+
+    Those are renamed, so that the run that goes on can save these steps anew.
+
+    Raises:
+        CheckpointError: all of them are damaged, or one cannot be renamed.
+    """
+    problems: list[str] = []
+    while (path := from_rank_0(newest(root))) is not None:
+        try:
+            return Checkpoint(path), problems
+        except CheckpointError as error:
+            problems.append(str(error))
+            if (problem := from_rank_0(_set_aside(path) if dist.get_rank() == 0 else None)) is not None:
+                raise CheckpointError(f"{error}; it cannot be set aside: {problem}") from error
+    if problems:
+        raise CheckpointError(f"{root} holds no checkpoint that is not damaged: {'; '.join(problems)}")
+    return None, problems
+
+
+def _set_aside(path: Path) -> str | None:
+    """Rename a damaged checkpoint; returns why it cannot be."""
+    names = itertools.chain([f"{path.name}{DAMAGED}"], (f"{path.name}{DAMAGED}-{n}" for n in itertools.count(2)))
+    try:
+        path.rename(next(free for free in map(path.with_name, names) if not free.exists()))
+    except OSError as error:
+        return str(error)
+    return None
 
 
 def _problem(path: Path) -> str | None:

@@ -32,9 +32,18 @@ from ringflash.training.checkpoint.files import (
 from ringflash.training.engines.optimizer import MOMENTS
 from ringflash.training.ranks import from_rank_0
 
+Moments = Callable[[str], tuple[str, ...]]
+"""What the optimizer keeps for a parameter, by its name."""
+
 
 def save(
-    root: Path, step: int, tensors: Iterable[tuple[str, Tensor]], shapes: Shapes, state: dict[str, Any], keep: int
+    root: Path,
+    step: int,
+    tensors: Iterable[tuple[str, Tensor]],
+    shapes: Shapes,
+    state: dict[str, Any],
+    keep: int,
+    moments: Moments = lambda name: MOMENTS,
 ) -> Path:
     """Write a checkpoint; every rank calls this, rank 0 writes.
 
@@ -45,12 +54,13 @@ def save(
         shapes: the parameters.
         state: what else is needed to continue; must fit into JSON.
         keep: newest checkpoints to keep.
+        moments: what the optimizer keeps for a parameter.
 
     Raises:
         CheckpointError: on every rank, if it could not be written; earlier checkpoints are untouched.
     """
     final = root / f"step-{step:08d}"
-    writer = _Writer(final, shapes) if dist.get_rank() == 0 else None
+    writer = _Writer(final, shapes, moments) if dist.get_rank() == 0 else None
     for name, tensor in tensors:  # gathered from all ranks, so all go on if the disk of rank 0 is full
         if writer is not None:
             writer.attempt(lambda name=name, tensor=tensor: writer.add(name, tensor))
@@ -68,11 +78,11 @@ def save(
 class _Writer:
     """Streams tensors into the two safetensors files of a folder that is not yet a checkpoint."""
 
-    def __init__(self, final: Path, shapes: Shapes) -> None:
+    def __init__(self, final: Path, shapes: Shapes, moments: Moments) -> None:
         self.final, self.partial = final, final.with_name(final.name + PARTIAL)
         self.error: str | None = None
         self._files: dict[str, _HashedFile] = {}
-        self.attempt(lambda: self._begin(shapes))
+        self.attempt(lambda: self._begin(shapes, moments))
 
     def attempt(self, action: Callable[[], None]) -> None:
         """Run it unless something failed before; on an operating system's error clean up and remember it."""
@@ -103,7 +113,7 @@ class _Writer:
         os.replace(latest.with_name("latest" + PARTIAL), latest)
         _sync_folder(self.final.parent)
 
-    def _begin(self, shapes: Shapes) -> None:
+    def _begin(self, shapes: Shapes, moments: Moments) -> None:
         for left in self.final.parent.glob(f"step-*{PARTIAL}"):  # from a run that was killed while saving
             _remove(left)
         if not is_complete(self.final):  # from one that was killed while removing it
@@ -111,7 +121,7 @@ class _Writer:
         self.partial.mkdir(parents=True)
         entries = {WEIGHTS: [], OPTIMIZER: []}
         for name, shape in shapes.items():
-            for kind in ("weight", *MOMENTS):
+            for kind in ("weight", *moments(name)):
                 file, key = place(f"{kind}/{name}")
                 entries[file].append((key, shape))
         for file, contents in entries.items():

@@ -11,12 +11,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ringflash.configs.schema import Config, entries
+from ringflash.configs.schema import Config, ModelConfig, entries
 from ringflash.errors import ArgumentError
 from ringflash.kernels.select import select
-from ringflash.training.checkpoint.files import MANIFEST, is_complete
-from ringflash.training.config.derived import compute_dtype, device_type, sequence_degree
+from ringflash.training.checkpoint.files import MANIFEST, found_at, is_complete
+from ringflash.training.config.derived import compute_dtype, device_type, sequence_degree, sources, tokenizer_of
+from ringflash.training.extras import require
 from ringflash.training.model.shape import check_shape, head_dim
+
+SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+"""Keys that say how large the Llama of this recipe is."""
+
+OF_LAYERS = ("mask", "kernel", "deterministic")
+"""Keys of `attention` that layers of Transformers choose themselves."""
 
 SMALLEST_VOCABULARY = 257
 """Tokens of the bytes tokenizer, and of a BPE without any merges."""
@@ -27,11 +34,23 @@ def check(config: Config, world_size: int) -> None:
     for key, value, bounds in entries(config):
         if value is not None:
             _check_bounds(key, value, bounds)
+    for number, source in enumerate(config.data.mixture):
+        for key, value, bounds in entries(source, f"data.mixture[{number}]."):
+            if value is not None:
+                _check_bounds(key, value, bounds)
+    _check_data(config)
+    _check_lora(config)
+    _check_optimizer(config)
+    _check_logging(config)
     _check_vocabulary(config)
-    check_shape(config.model)
-    _check_kernel(config)
+    if config.model.path is None:
+        _check_own_model(config.model)
+        _check_kernel(config)
+    else:
+        _check_pretrained(config)
     _check_ranks(config, world_size)
     _check_resume(config.checkpoint.resume)
+    _check_weights(config)
 
 
 def _check_bounds(key: str, value: Any, bounds: Mapping[str, Any]) -> None:
@@ -52,7 +71,7 @@ def _check_bounds(key: str, value: Any, bounds: Mapping[str, Any]) -> None:
 
 
 def _check_vocabulary(config: Config) -> None:
-    tokenizer = config.data.tokenizer
+    tokenizer = tokenizer_of(config)
     if tokenizer not in ("bpe", "bytes"):
         return  # a folder's tokenizer may have any size, and says which only when it is read
     sizes = {"model.vocab_size": config.model.vocab_size}
@@ -62,6 +81,97 @@ def _check_vocabulary(config: Config) -> None:
         if size is not None and size < SMALLEST_VOCABULARY:
             least = f"{SMALLEST_VOCABULARY} and more: 256 bytes and the separator"
             raise ArgumentError(f"{key}={size}; data.tokenizer={tokenizer} needs {least}")
+
+
+def _check_data(config: Config) -> None:
+    data, tokenizer = config.data, tokenizer_of(config)
+    if data.mixture and data.path is not None:
+        raise ArgumentError(f"data.path={data.path} beside data.mixture; leave one of them out")
+    for number, source in enumerate(data.mixture):
+        if not source.path:
+            raise ArgumentError(
+                f"data.mixture[{number}].path is missing; each source names a file, a folder or a data set"
+            )
+    parts = (
+        [(f"data.mixture[{i}].", each) for i, each in enumerate(sources(data))] if data.mixture else [("data.", data)]
+    )
+    for prefix, each in parts:
+        if each.format == "chat":
+            require(f"{prefix}format=chat", "transformers")
+            if tokenizer in ("bpe", "bytes"):
+                raise ArgumentError(
+                    f"{prefix}format=chat with data.tokenizer={tokenizer}, which has no chat template; give "
+                    "data.tokenizer=FOLDER, of a Hugging Face tokenizer, or model.path"
+                )
+            if each.path is None:
+                raise ArgumentError(f"{prefix}path=null; the standard library holds no chats, give a file or a folder")
+        if each.streaming:
+            require(f"{prefix}streaming=true", "datasets")
+            if each.validation is None:
+                raise ArgumentError(f"{prefix}streaming=true holds nothing out; give {prefix}validation=PATH")
+            if each.max_bytes is not None:
+                raise ArgumentError(f"data.max_bytes={each.max_bytes} with {prefix}streaming=true; leave it out")
+        if (each.streaming or data.mixture) and tokenizer == "bpe":
+            raise ArgumentError(
+                f"data.tokenizer=bpe is trained on one text that is read as a whole; with {prefix}"
+                f"{'streaming=true' if each.streaming else 'path'} give bytes or a Hugging Face folder"
+            )
+
+
+def _check_lora(config: Config) -> None:
+    if not config.lora.rank:
+        return
+    require(f"lora.rank={config.lora.rank}", "peft")
+    if config.model.path is None:
+        raise ArgumentError(f"lora.rank={config.lora.rank} is for a model of a folder; give model.path")
+
+
+def _check_optimizer(config: Config) -> None:
+    optimizer = config.optimizer
+    if optimizer.schedule != "warmup_cosine":
+        require(f"optimizer.schedule={optimizer.schedule}", "transformers")
+    if optimizer.name == "muon" and config.engine.name != "ddp":
+        raise ArgumentError(
+            f"optimizer.name=muon with engine.name={config.engine.name}, which cuts matrices into parts; allowed is ddp"
+        )
+
+
+def _check_logging(config: Config) -> None:
+    for name in ("wandb", "trackio"):
+        if getattr(config.logging, name):
+            require(f"logging.{name}=true", "accelerate")
+            require(f"logging.{name}=true", name, extra=None)
+
+
+def _check_own_model(model: ModelConfig) -> None:
+    for name in SHAPE:
+        if getattr(model, name) < 1:
+            raise ArgumentError(
+                f"model.{name}={getattr(model, name)}; allowed are 1 and more, or a folder in model.path"
+            )
+    for key, value, _ in entries(model.rope_parameters, "model.rope_parameters."):
+        if value is not None:
+            raise ArgumentError(f"{key}={value} is for model.path; the Llama of this recipe has model.rope_scaling")
+    check_shape(model)
+
+
+def _check_pretrained(config: Config) -> None:
+    path, default = config.model.path, Config()
+    assert path is not None
+    require(f"model.path={path}", "transformers", "accelerate")
+    folder = Path(path).expanduser()
+    if not (folder / "config.json").is_file():
+        state = "no config.json in it" if folder.is_dir() else "no such folder"
+        raise ArgumentError(f"model.path={path}: {state}; `hf download NAME --local-dir FOLDER` makes one")
+    of_folder = {f"model.{key}": value for key, value, _ in entries(default.model) if not key.startswith("rope_par")}
+    of_layers = {f"attention.{name}": getattr(default.attention, name) for name in OF_LAYERS}
+    for key, value, _ in entries(config):
+        expected = (of_folder | of_layers).get(key, value)
+        if key != "model.path" and value != expected:
+            rest = "config.json says it" if key in of_folder else "each layer of the model chooses its own"
+            raise ArgumentError(
+                f"{key}={value} beside model.path={path}: {rest}; leave it out, or take model=pretrained"
+            )
 
 
 def _check_kernel(config: Config) -> None:
@@ -74,9 +184,24 @@ def _check_kernel(config: Config) -> None:
 
 
 def _check_resume(resume: str) -> None:
-    if resume not in ("auto", "never") and not is_complete(Path(resume)):
+    if resume not in ("auto", "last_good", "never") and not is_complete(Path(resume)):
         state = f"no {MANIFEST} in it" if Path(resume).is_dir() else "no such folder"
-        raise ArgumentError(f"checkpoint.resume={resume}: {state}; allowed are auto, never and a checkpoint's folder")
+        raise ArgumentError(
+            f"checkpoint.resume={resume}: {state}; allowed are auto, last_good, never and a checkpoint's folder"
+        )
+
+
+def _check_weights(config: Config) -> None:
+    weights = config.checkpoint.weights
+    if weights is None:
+        return
+    if found_at(Path(weights)) is None:
+        state = "no complete checkpoint in it, nor is it one" if Path(weights).is_dir() else "no such folder"
+        raise ArgumentError(f"checkpoint.weights={weights}: {state}; allowed are a run's folder and a checkpoint's")
+    if config.data.tokenizer is None and tokenizer_of(config) == "bpe":
+        raise ArgumentError(
+            f"checkpoint.weights={weights} lies in no run with a tokenizer; give that of its run as data.tokenizer"
+        )
 
 
 def _check_ranks(config: Config, world_size: int) -> None:

@@ -59,6 +59,7 @@ def compose(overrides: Sequence[str] = (), config_dir: str | None = None) -> Dic
         known = _inside(loader, "", ObjectType.GROUP, config_dir)
         _refuse_hydra_overrides(parsed)
         _refuse_unknown_overrides(parsed, known, lambda group: _inside(loader, group, ObjectType.CONFIG, config_dir))
+        overrides = [*_implied(parsed), *overrides]
         try:
             config = hydra_compose("config", [*search, *overrides], return_hydra_config=True)
         except HydraException as error:
@@ -121,6 +122,12 @@ def _hydra() -> Generator[ConfigLoader]:
 
 def _parsed(overrides: Sequence[str], loader: ConfigLoader) -> list[Override]:
     return OverridesParser.create(loader).parse_overrides(list(overrides))
+
+
+def _implied(overrides: Sequence[Override]) -> list[str]:
+    """A model of a folder has no shape among the keys, so `model.path=FOLDER` chooses the file that has none."""
+    given = {override.key_or_group: override.value() for override in overrides}
+    return ["model=pretrained"] if given.get("model.path") is not None and "model" not in given else []
 
 
 def _search_path(config_dir: str | None) -> list[str]:

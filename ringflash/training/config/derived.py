@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from pathlib import Path
+
 import torch
 
-from ringflash.configs.schema import Config, ModelConfig
+from ringflash.configs.schema import Config, DataConfig, ModelConfig, SourceConfig
 from ringflash.errors import ArgumentError
+from ringflash.training.checkpoint.files import found_at
+
+TOKENIZER = "tokenizer"
+"""Folder of a run that holds its tokenizer."""
 
 
 def sequence_degree(config: Config, world_size: int) -> int:
@@ -17,6 +25,18 @@ def accumulation(config: Config, world_size: int) -> int:
     """Micro-batches of one optimizer step on each group of ranks."""
     data_ranks = world_size // sequence_degree(config, world_size)
     return config.train.global_batch // (config.train.micro_batch * data_ranks)
+
+
+def steps_of(config: Config, samples_per_epoch: int | None) -> int:
+    """Optimizer steps of the run; with train.epochs as many as hold them, the last one with some of the next epoch."""
+    epochs = config.train.epochs
+    if epochs is None:
+        return config.train.steps
+    if samples_per_epoch is None:
+        raise ArgumentError(
+            f"train.epochs={epochs}: nobody knows ahead how long an epoch of a stream or a mixture is; give train.steps"
+        )
+    return math.ceil(epochs * samples_per_epoch / config.train.global_batch)
 
 
 def device_type(config: Config) -> str:
@@ -35,6 +55,26 @@ def compute_dtype(config: Config) -> torch.dtype:
         computed = device_type(config) == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
         precision = "bf16" if computed else "fp32"
     return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def sources(data: DataConfig) -> list[DataConfig]:
+    """Each source as if it were the only one."""
+
+    def alone(source: SourceConfig) -> DataConfig:
+        own = {name: value for name, value in vars(source).items() if name != "weight" and value is not None}
+        return dataclasses.replace(data, **own, mixture=[])
+
+    return [alone(source) for source in data.mixture] or [data]
+
+
+def tokenizer_of(config: Config) -> str:
+    """What data.tokenizer stands for: null is the model's own, that of the run whose weights are taken, or "bpe"."""
+    chosen = config.data.tokenizer or config.model.path
+    if chosen is None and config.checkpoint.weights is not None:
+        path = found_at(Path(config.checkpoint.weights))
+        folder = None if path is None else path.parent.parent / TOKENIZER
+        chosen = str(folder) if folder is not None and folder.is_dir() else None
+    return chosen or "bpe"
 
 
 def vocabulary(model: ModelConfig, tokens: int) -> int:

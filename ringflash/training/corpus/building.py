@@ -1,7 +1,8 @@
 """Building a corpus folder: gather the text, hold documents out, train the tokenizer, write the tokens.
 
 Files of the folder: text.bin (all documents end to end); for each part, tokens.bin, offsets.npy and spans.npy as in
-`documents.Documents`, for validation token_bytes.bin too; the tokenizer's own; and meta.json, which is written last.
+`documents.Documents`, of texts for validation token_bytes.bin too, of chats learned.bin; the tokenizer's own; and
+meta.json, which is written last.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import numpy as np
 from ringflash.configs.schema import DataConfig
 from ringflash.errors import DataError
 from ringflash.training.corpus import tokenizer as tokenizing
+from ringflash.training.corpus.chats import ChatTokenizer
 from ringflash.training.corpus.documents import sample
 from ringflash.training.corpus.passed_over import PassedOver
 from ringflash.training.corpus.reading import read_documents
@@ -34,9 +36,12 @@ def gather(config: DataConfig, files: list[Path], target: Path, passed_over: Pas
     """Write all documents end to end; returns a SHA-256 of text and lengths, and the lengths."""
     digest, lengths, left = hashlib.sha256(), [], config.max_bytes
     with target.open("wb") as out:
-        for document in (text for file in files for text in read_documents(file, config.text_field, passed_over)):
+        for document in (text for file in files for text in read_documents(file, wanted_field(config), passed_over)):
             if left is not None:
-                document = document[:left].decode(errors="ignore").encode()
+                if config.format == "text":
+                    document = document[:left].decode(errors="ignore").encode()
+                elif len(document) > left:  # a chat is read as a whole
+                    break
                 left -= len(document)
             out.write(document)
             digest.update(document)
@@ -51,33 +56,87 @@ def gather(config: DataConfig, files: list[Path], target: Path, passed_over: Pas
     return digest.hexdigest(), array
 
 
-def build(config: DataConfig, sha256: str, lengths: np.ndarray, work: Path) -> None:
-    """Split and tokenize what `gather` wrote into the folder `work`, and write everything else beside it."""
+def wanted_field(config: DataConfig) -> str | None:
+    """The field of text that rows are read for; None for chats."""
+    return config.text_field if config.format == "text" else None
+
+
+def build(
+    config: DataConfig,
+    sha256: str,
+    lengths: np.ndarray,
+    work: Path,
+    place_of: Callable[[int], str],
+    known: Tokenizer | None = None,
+) -> None:
+    """Split and tokenize what `gather` wrote into the folder `work`, and write everything else beside it.
+
+    Args:
+        config: how.
+        sha256: of the text.
+        lengths: of the documents, in bytes.
+        work: the folder.
+        place_of: file and row of a document, for messages.
+        known: see `prepare`.
+    """
     text = np.memmap(work / "text.bin", np.uint8, "r")
-    train, validation = _spans(text, lengths, config.validation_fraction)
-    if config.tokenizer == "bytes":
-        tokenizer: Tokenizer = tokenizing.ByteTokenizer()
-    elif config.tokenizer == "bpe":
-        chosen = sample(text, train, TOKENIZER_BYTES)
-        tokenizer = tokenizing.BPETokenizer.train((document.tobytes() for document in chosen), config.vocab_size)
+    train, validation, numbers = _spans(text, lengths, config, known is not None)
+    assert config.tokenizer is not None  # `prepare` has chosen
+    nothing_learned: list[int] = []
+    if config.format == "chat":
+        chats = ChatTokenizer(config.tokenizer)
+        dtype = _dtype(chats.vocab_size)
+        for part, spans, those in (("train", train, numbers[0]), ("validation", validation, numbers[1])):
+            nothing_learned += _write_chats(chats, text, spans, those, work, part, dtype, place_of)
+        chats.save(work)
     else:
-        tokenizer = tokenizing.HuggingFaceTokenizer(tokenizing.huggingface_folder(config.tokenizer))
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    _write_tokens(tokenizer, text, train, work, "train", dtype)
-    _write_tokens(tokenizer, text, validation, work, "validation", dtype)
-    tokenizer.save(work)
+        tokenizer = known or _tokenizer(config, text, train)
+        dtype = _dtype(tokenizer.vocab_size)
+        _write_tokens(tokenizer, text, train, work, "train", dtype)
+        _write_tokens(tokenizer, text, validation, work, "validation", dtype)
+        tokenizer.save(work)
+    first = place_of(min(nothing_learned)) if nothing_learned else ""
     sizes = {file.name: file.stat().st_size for file in sorted(work.iterdir())}
-    write_atomically(work / "meta.json", json.dumps({"sha256": sha256, "dtype": dtype.name, "sizes": sizes}))
+    meta = {"sha256": sha256, "dtype": dtype.name, "sizes": sizes, "nothing_learned": [len(nothing_learned), first]}
+    write_atomically(work / "meta.json", json.dumps(meta))
 
 
-def _spans(text: np.ndarray, lengths: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+def _tokenizer(config: DataConfig, text: np.ndarray, train: np.ndarray) -> Tokenizer:
+    assert config.tokenizer is not None
+    if config.tokenizer != "bpe":
+        return tokenizing.named(config.tokenizer)
+    chosen = sample(text, train, TOKENIZER_BYTES)
+    return tokenizing.BPETokenizer.train((document.tobytes() for document in chosen), config.vocab_size)
+
+
+def _dtype(vocab_size: int) -> np.dtype:
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+def _spans(
+    text: np.ndarray, lengths: np.ndarray, config: DataConfig, all_held_out: bool
+) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """Spans of the documents to learn from and of those held out, and the numbers of both among all."""
     ends = np.cumsum(lengths)
-    spans = np.stack([ends - lengths, ends], axis=1)
-    if len(spans) > 1:
-        held_out = split(lengths, fraction)
-        return spans[~held_out], np.random.default_rng(0).permutation(spans[held_out])
-    # One document: its last part is held out, from a line's start on if there is one near.
-    cut = max(1, int(len(text) * (1 - fraction)))
+    spans, numbers = np.stack([ends - lengths, ends], axis=1), np.arange(len(lengths))
+    nothing = np.zeros(len(spans), bool)
+    if all_held_out or config.validation is not None:
+        held_out = ~nothing if all_held_out else nothing
+    elif len(spans) > 1:
+        held_out = split(lengths, config.validation_fraction)
+    else:
+        return *_cut(text, config), (numbers, numbers)
+    mixed = np.random.default_rng(0).permutation(numbers[held_out])
+    return spans[~held_out], spans[mixed], (numbers[~held_out], mixed)
+
+
+def _cut(text: np.ndarray, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Of one document the last part is held out, from a line's start on if there is one near."""
+    if config.format == "chat":
+        raise DataError(
+            f"data.path={config.path} is one chat, of which none can be held out; give data.validation=PATH"
+        )
+    cut = max(1, int(len(text) * (1 - config.validation_fraction)))
     ahead = text[cut : cut + max(4, (len(text) - cut) // 2)].tobytes()
     cut += _line_end(ahead, 0) or _character_start(ahead)
     if cut >= len(text):
@@ -126,6 +185,36 @@ def _write_tokens(
                     counts.write(np.array([0] * len(head), np.uint32).tobytes() + num_bytes.astype(np.uint32).tobytes())
     np.save(work / f"{part}.offsets.npy", np.array([*offsets, total], np.int64))
     np.save(work / f"{part}.spans.npy", spans)
+
+
+def _write_chats(
+    chats: ChatTokenizer,
+    text: np.ndarray,
+    spans: np.ndarray,
+    numbers: np.ndarray,
+    work: Path,
+    part: str,
+    dtype: np.dtype,
+    place_of: Callable[[int], str],
+) -> list[int]:
+    """Write the tokens of chats, and which are learned; returns the numbers of those that teach nothing, left out."""
+    offsets, kept, left_out = [0], [], []
+    with (work / f"{part}.tokens.bin").open("wb") as out, (work / f"{part}.learned.bin").open("wb") as learned:
+        for number, (start, stop) in zip(numbers.tolist(), spans, strict=True):
+            try:
+                found = chats.encode(text[start:stop].tobytes(), f"chat {number}")
+            except DataError as error:
+                raise DataError(str(error).replace(f"chat {number}:", f"{place_of(number)}:", 1)) from error
+            if not found.learned[1:].any():
+                left_out.append(number)
+                continue
+            out.write(found.ids.astype(dtype).tobytes())
+            learned.write(found.learned.astype(np.uint8).tobytes())
+            offsets.append(offsets[-1] + len(found.ids))
+            kept.append((start, stop))
+    np.save(work / f"{part}.offsets.npy", np.array(offsets, np.int64))
+    np.save(work / f"{part}.spans.npy", np.array(kept, np.int64).reshape(-1, 2))
+    return left_out
 
 
 def _groups(text: np.ndarray, spans: np.ndarray) -> Iterator[list[tuple[bool, bytes]]]:

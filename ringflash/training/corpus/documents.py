@@ -16,12 +16,13 @@ class Documents:
     """Documents of the train or validation part.
 
     Attributes:
-        tokens: all documents end to end, each opened by a separator; uint16 or uint32.
+        tokens: all documents end to end, texts opened by a separator each; uint16 or uint32.
         offsets: (documents + 1,) int64; document i is tokens[offsets[i] : offsets[i + 1]].
         text: uint8, the whole corpus.
         spans: (documents, 2) int64; document i is text[spans[i, 0] : spans[i, 1]].
-        token_bytes: uint32, bytes that each of `tokens` stands for; None for the training part.
+        token_bytes: uint32, bytes that each of `tokens` stands for; None for the training part and for chats.
         identity: names the text, the tokenizer and the part.
+        learned: uint8, which of the `tokens` are learned; None where all are.
     """
 
     tokens: np.ndarray
@@ -30,14 +31,15 @@ class Documents:
     spans: np.ndarray
     token_bytes: np.ndarray | None
     identity: str
+    learned: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.spans)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that are predicted: all but the separators."""
-        return len(self.tokens) - len(self)
+        """Tokens that are learned: of texts all but the separators."""
+        return len(self.tokens) - len(self) if self.learned is None else int(np.count_nonzero(self.learned))
 
     @property
     def num_bytes(self) -> int:
@@ -70,9 +72,9 @@ class Corpus:
     passed_over: PassedOver
 
     @property
-    def bytes_per_token(self) -> float:
-        """Bytes that a predicted training token stands for, on average."""
-        return self.train.num_bytes / self.train.num_tokens
+    def bytes_per_token(self) -> float | None:
+        """Bytes that a predicted training token stands for, on average; None of chats."""
+        return None if self.train.learned is not None else self.train.num_bytes / self.train.num_tokens
 
 
 def sample(text: np.ndarray, spans: np.ndarray, max_bytes: int) -> list[np.ndarray]:

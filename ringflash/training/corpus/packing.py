@@ -1,203 +1,181 @@
-"""Documents packed end to end into sequences of one length.
+"""The documents of one epoch, packed into sequences of one length; any of them is found without the ones before it.
 
-The documents of an epoch, in shuffled order, are one stream of tokens. Sequence j is stream[j (S-1) : j (S-1) + S]: it
-opens with the token that the one before it ended with, so every token but the separators is predicted exactly once in
-an epoch, each from all that its sequence holds of its document, and at least from the token before it. A document that
-is cut goes on in the next sequence as a segment of its own. Any sequence is found without walking the ones before it,
-so resuming costs nothing.
+Texts are one stream of tokens, in the order of the epoch. Sequence j is stream[j (S-1) : j (S-1) + S]: it opens with
+the token that the one before it ended with, so every token but the separators is predicted exactly once, each from all
+that its sequence holds of its document, and at least from the token before it. A document that is cut goes on in the
+next sequence as a segment of its own.
 
-S is the sequence length in tokens, B the sequences of a batch on one data rank.
+Chats stay whole: a turn is learned from all that was said before it. Best-fit decreasing (Johnson, 1973) puts them
+into as few sequences as it can, and what is left of a sequence is padding. Only a chat that is longer than a sequence
+is cut, as texts are. By hand, because the packers of libraries are fed in order, and know no way back to the middle of
+an epoch.
+
+S is the sequence length in tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+import bisect
+from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from ringflash.errors import ArgumentError, CheckpointError, DataError
+from ringflash.errors import ArgumentError
 from ringflash.parallel.labels import IGNORED_LABEL
 from ringflash.training.corpus.documents import Documents
 
 
-class PackedBatches:
-    """Endless batches {"input_ids": (B, S) int64, "cu_seqlens": boundaries over the B * S tokens}, on the CPU.
-
-    Sequence i of the global order, which depends on documents, seqlen and seed alone, goes to data rank
-    i % data_ranks. The state is the number of sequences that all ranks together have drawn, so a run goes on in the
-    same order on another number of ranks and with another batch size. What is left at an epoch's end and fills no
-    sequence is dropped; the next epoch shuffles anew.
-
-    Example: next(PackedBatches(corpus.train, seqlen=4096, batch=2, seed=0, data_rank=1, data_ranks=4))
-    """
-
-    def __init__(
-        self, documents: Documents, seqlen: int, batch: int, seed: int, data_rank: int = 0, data_ranks: int = 1
-    ) -> None:
-        _check(seqlen, batch, data_rank, data_ranks)
-        self.documents, self.seqlen, self.batch, self.seed = documents, seqlen, batch, seed
-        self.data_rank, self.data_ranks = data_rank, data_ranks
-        self.samples = 0
-        self.samples_per_epoch = (len(documents.tokens) - 1) // (seqlen - 1)
-        if len(documents.tokens) < seqlen:
-            raise DataError(
-                f"the training part has {len(documents.tokens)} tokens, fewer than one sequence of "
-                f"train.seqlen={seqlen}; give more text in data.path or a shorter train.seqlen"
-            )
-        self._epoch = -1
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return self
-
-    def __next__(self) -> dict[str, Any]:
-        mine = [self.samples + self.data_rank + i * self.data_ranks for i in range(self.batch)]
-        self.samples += self.batch * self.data_ranks
-        input_ids = np.empty((self.batch, self.seqlen), np.int64)
-        cu_seqlens = [0]
-        for row, sample in enumerate(mine):
-            epoch, index = divmod(sample, self.samples_per_epoch)
-            if epoch != self._epoch:
-                order = np.random.default_rng((self.seed, epoch)).permutation(len(self.documents))
-                self._stream, self._epoch = _Stream(self.documents, order), epoch
-            first = index * (self.seqlen - 1)
-            self._stream.read(self.documents.tokens, first, input_ids[row])
-            cu_seqlens += self._stream.boundaries(first, self.seqlen, row * self.seqlen)
-        return {"input_ids": torch.from_numpy(input_ids), "cu_seqlens": cu_seqlens}
-
-    @property
-    def epoch(self) -> float:
-        """Passes over the training part so far."""
-        return self.samples / self.samples_per_epoch
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the global order stands; the same on every rank."""
-        return {
-            "samples": self.samples,
-            "seqlen": self.seqlen,
-            "seed": self.seed,
-            "documents": self.documents.identity,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken; CheckpointError if that was over another order of samples."""
-        for name, here in self.state_dict().items():
-            if name != "samples" and state[name] != here:
-                raise CheckpointError(f"the checkpoint was trained with data {name}={state[name]}, here it is {here}")
-        self.samples = int(state["samples"])
-
-
-class CountedBatch(NamedTuple):
-    """A validation batch and what it amounts to.
+class Packed(NamedTuple):
+    """One sequence.
 
     Attributes:
-        batch: {"input_ids": (B, S) int64, "labels": (B, S) int64, not shifted, -100 in padding, "cu_seqlens"}, which
-            `ringflash.shard_batch` takes.
-        num_bytes: bytes of text that its predictions stand for.
+        input_ids: (S,) int64.
+        labels: (S,) int64, not shifted, -100 where nothing is learned; None where all is.
+        ends: of its segments, ascending; behind the last one is padding.
+        num_bytes: of text that its predictions stand for.
     """
 
-    batch: dict[str, Any]
+    input_ids: np.ndarray
+    labels: np.ndarray | None
+    ends: list[int]
     num_bytes: int
 
 
-class ValidationBatches:
-    """All documents once, in a fixed order, as `CountedBatch`es; may be iterated again and again.
+class Packing(ABC):
+    """The sequences of one epoch.
 
-    Over all batches of all data ranks every token is predicted once, and the bytes sum to the text's. So bits per byte
-    is (sum of losses in nats) / ln 2 / (sum of num_bytes), also of the first sequences only. Padding at the end makes
-    the batches of all data ranks equally many, so what is predicted depends on neither them nor the batch.
-
-    Args:
-        documents: those to validate on.
-        seqlen: tokens of a sequence.
-        batch: sequences of a batch.
-        data_rank: whose batches.
-        data_ranks: how many there are.
-        sequences: no more than this many, over all data ranks; None for all.
+    Attributes:
+        seqlen: S.
+        counts_bytes: whether `Packed.num_bytes` is known.
+        cut: chats that are longer than a sequence.
+        documents: what is packed.
     """
 
-    def __init__(
-        self,
-        documents: Documents,
-        seqlen: int,
-        batch: int,
-        data_rank: int = 0,
-        data_ranks: int = 1,
-        sequences: int | None = None,
-    ) -> None:
-        _check(seqlen, batch, data_rank, data_ranks)
-        if documents.token_bytes is None:
-            raise ArgumentError("documents: the training part keeps no byte counts; give the validation part")
-        self.documents, self.seqlen, self.batch = documents, seqlen, batch
-        self.data_rank, self.data_ranks = data_rank, data_ranks
-        self.samples = max(1, -(-(len(documents.tokens) - 1) // (seqlen - 1)))
-        self.samples = self.samples if sequences is None else min(self.samples, sequences)
-        self._stream = _Stream(documents, np.arange(len(documents)))
+    seqlen: int
+    documents: Documents
+    counts_bytes = False
+    cut = 0
 
+    @abstractmethod
     def __len__(self) -> int:
-        return -(-self.samples // (self.batch * self.data_ranks))
+        """How many there are."""
 
-    def __iter__(self) -> Iterator[CountedBatch]:
-        for number in range(len(self)):
-            first = number * self.batch * self.data_ranks + self.data_rank
-            yield self._batch([first + i * self.data_ranks for i in range(self.batch)])
-
-    def _batch(self, samples: list[int]) -> CountedBatch:
-        tokens, counts = self.documents.tokens, self.documents.token_bytes
-        assert counts is not None  # the constructor has looked
-        input_ids = np.full((self.batch, self.seqlen), self.documents.tokens[0], np.int64)
-        labels = np.full((self.batch, self.seqlen), IGNORED_LABEL, np.int64)
-        num_bytes = np.zeros((self.batch, self.seqlen), np.int64)
-        cu_seqlens = [0]
-        for row, sample in enumerate(samples):
-            first = sample * (self.seqlen - 1)
-            there = min(self.seqlen, max(0, len(tokens) - first)) if sample < self.samples else 0
-            bounds = self._stream.boundaries(first, there, row * self.seqlen) if there else []
-            self._stream.read(tokens, first, input_ids[row, :there])
-            self._stream.read(counts, first, num_bytes[row, :there])
-            labels[row, :there] = input_ids[row, :there]
-            cu_seqlens += bounds if there == self.seqlen else [*bounds, (row + 1) * self.seqlen]
-        batch = {
-            "input_ids": torch.from_numpy(input_ids),
-            "labels": torch.from_numpy(labels),
-            "cu_seqlens": cu_seqlens,
-        }
-        # A row's first token is predicted in the row before, or is a separator.
-        return CountedBatch(batch, int(num_bytes[:, 1:].sum()))
+    @abstractmethod
+    def __getitem__(self, index: int) -> Packed:
+        """Any of them."""
 
 
-class _Stream:
-    """Documents in some order, end to end; positions in the stream to places in the token file."""
+def pack(documents: Documents, seqlen: int, order: np.ndarray, keep_rest: bool = False) -> Packing:
+    """Pack documents.
 
-    def __init__(self, documents: Documents, order: np.ndarray) -> None:
-        self.starts = documents.offsets[:-1][order]
-        lengths = documents.offsets[1:][order] - self.starts
-        self.bounds = np.concatenate([[0], np.cumsum(lengths)])
-
-    def _documents(self, first: int, length: int) -> range:
-        low = int(np.searchsorted(self.bounds, first, "right")) - 1
-        return range(low, int(np.searchsorted(self.bounds, first + length, "left")))
-
-    def read(self, source: np.ndarray, first: int, target: np.ndarray) -> None:
-        """Fill `target` with the stream from `first` on; `source` is laid out like the documents' tokens."""
-        if not len(target):
-            return
-        for i in self._documents(first, len(target)):
-            start, stop = max(first, self.bounds[i]), min(first + len(target), self.bounds[i + 1])
-            place = self.starts[i] + start - self.bounds[i]
-            target[start - first : stop - first] = source[place : place + stop - start]
-
-    def boundaries(self, first: int, length: int, shift: int) -> list[int]:
-        """Ends of the segments of stream[first : first + length], counted from `shift`."""
-        inside = self.bounds[self._documents(first, length).start + 1 : self._documents(first, length).stop]
-        return [*(inside - first + shift).tolist(), shift + length]
-
-
-def _check(seqlen: int, batch: int, data_rank: int, data_ranks: int) -> None:
+    Args:
+        documents: texts or chats.
+        seqlen: S.
+        order: of the documents.
+        keep_rest: pad what is left of texts behind the last whole sequence, in place of dropping it.
+    """
     if seqlen < 2:
         raise ArgumentError(f"seqlen={seqlen}; allowed is 2 and more: one token to predict from another")
-    if batch < 1:
-        raise ArgumentError(f"batch={batch}; allowed is 1 and more")
-    if not 0 <= data_rank < data_ranks:
-        raise ArgumentError(f"data_rank={data_rank}; allowed is 0 to data_ranks - 1 = {data_ranks - 1}")
+    if documents.learned is None:
+        return TextPacking(documents, seqlen, order, keep_rest)
+    return ChatPacking(documents, seqlen, order)
+
+
+class TextPacking(Packing):
+    """A stream of documents, cut; see the module."""
+
+    def __init__(self, documents: Documents, seqlen: int, order: np.ndarray, keep_rest: bool) -> None:
+        self.documents, self.seqlen, self._keep_rest = documents, seqlen, keep_rest
+        self.counts_bytes = documents.token_bytes is not None
+        self._starts = documents.offsets[:-1][order]
+        lengths = documents.offsets[1:][order] - self._starts
+        self._bounds = np.concatenate([[0], np.cumsum(lengths)])
+
+    def __len__(self) -> int:
+        tokens, advance = int(self._bounds[-1]), self.seqlen - 1
+        return max(1, -(-(tokens - 1) // advance)) if self._keep_rest else max(0, tokens - 1) // advance
+
+    def __getitem__(self, index: int) -> Packed:
+        first = index * (self.seqlen - 1)
+        there = min(self.seqlen, int(self._bounds[-1]) - first)
+        input_ids = np.full(self.seqlen, self.documents.tokens[0], np.int64)
+        self._read(self.documents.tokens, first, input_ids[:there])
+        labels, num_bytes = None, 0
+        if self._keep_rest:
+            labels = np.full(self.seqlen, IGNORED_LABEL, np.int64)
+            labels[:there] = input_ids[:there]
+        if self.documents.token_bytes is not None:
+            counts = np.zeros(there, np.int64)
+            self._read(self.documents.token_bytes, first, counts)
+            num_bytes = int(counts[1:].sum())  # the first token is predicted in the sequence before, or a separator
+        inside = self._bounds[self._documents(first, there).start + 1 : self._documents(first, there).stop]
+        return Packed(input_ids, labels, [*(inside - first).tolist(), there], num_bytes)
+
+    def _documents(self, first: int, length: int) -> range:
+        low = int(np.searchsorted(self._bounds, first, "right")) - 1
+        return range(low, int(np.searchsorted(self._bounds, first + length, "left")))
+
+    def _read(self, source: np.ndarray, first: int, target: np.ndarray) -> None:
+        """Fill `target` with the stream from `first` on; `source` is laid out like the documents' tokens."""
+        for i in self._documents(first, len(target)):
+            start, stop = max(first, self._bounds[i]), min(first + len(target), self._bounds[i + 1])
+            place = self._starts[i] + start - self._bounds[i]
+            target[start - first : stop - first] = source[place : place + stop - start]
+
+
+class ChatPacking(Packing):
+    """Whole chats, several to a sequence; see the module."""
+
+    def __init__(self, documents: Documents, seqlen: int, order: np.ndarray) -> None:
+        assert documents.learned is not None
+        self.documents, self.seqlen = documents, seqlen
+        self._tokens, self._learned = documents.tokens, documents.learned
+        pieces = []
+        for start, stop in zip(documents.offsets[:-1][order], documents.offsets[1:][order], strict=True):
+            self.cut += stop - start > seqlen
+            for begin in range(int(start), max(int(start) + 1, int(stop) - 1), seqlen - 1):
+                piece = begin, min(int(stop), begin + seqlen)
+                if stop - start <= seqlen or self._learned[piece[0] + 1 : piece[1]].any():
+                    pieces.append(piece)
+        self._sequences = best_fit(pieces, seqlen)
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def __getitem__(self, index: int) -> Packed:
+        input_ids = np.full(self.seqlen, self._tokens[0], np.int64)
+        labels = np.full(self.seqlen, IGNORED_LABEL, np.int64)
+        ends, at = [], 0
+        for start, stop in self._sequences[index]:
+            rows = slice(at, at + stop - start)
+            input_ids[rows] = self._tokens[start:stop]
+            labels[rows] = np.where(self._learned[start:stop], input_ids[rows], IGNORED_LABEL)
+            at = rows.stop
+            ends.append(at)
+        return Packed(input_ids, labels, ends, 0)
+
+
+def best_fit(pieces: list[tuple[int, int]], room: int) -> list[list[tuple[int, int]]]:
+    """Pieces (start, stop) of at most `room` tokens in bins of that size; how many depends on their lengths alone."""
+    bins: list[list[tuple[int, int]]] = []
+    with_space: dict[int, list[int]] = {}  # bins by what is left in them
+    spaces: list[int] = []  # the same keys, ascending
+    for piece in sorted(pieces, key=lambda piece: piece[0] - piece[1]):
+        length = piece[1] - piece[0]
+        place = bisect.bisect_left(spaces, length)
+        if place == len(spaces):
+            chosen, space = len(bins), room
+            bins.append([])
+        else:
+            space = spaces[place]
+            chosen = with_space[space].pop()
+            if not with_space[space]:
+                del with_space[space], spaces[place]
+        bins[chosen].append(piece)
+        if left := space - length:
+            if left not in with_space:
+                with_space[left] = []
+                bisect.insort(spaces, left)
+            with_space[left].append(chosen)
+    return bins

@@ -9,6 +9,7 @@ READ_ALREADY = "links to files and folders that are read already"
 SPECIAL = "pipes, sockets and devices"
 EMPTY = "empty files"
 WITHOUT_TEXT = "rows without text"
+NOTHING_LEARNED = "chats in which nothing is learned"
 
 
 class PassedOver:
@@ -26,6 +27,12 @@ class PassedOver:
         number, first = self.counts.get(kind, (0, ""))
         # Names of files may be bytes that are no text.
         self.counts[kind] = number + 1, first or os.fsencode(str(place)).decode(errors="replace")
+
+    def merge(self, counts: dict[str, tuple[int, str]]) -> None:
+        """Count what another one has counted."""
+        for kind, (number, place) in counts.items():
+            there, first = self.counts.get(kind, (0, ""))
+            self.counts[kind] = there + number, first or place
 
     def __str__(self) -> str:
         """As "passed over: empty files (2, the first is a.txt)"; no text at all if nothing was."""

@@ -1,7 +1,8 @@
 """Rows of JSON and parquet: which text is in the field that `data.text_field` names, by one rule for both.
 
-A field may lie within others: "meta.text" is text in meta, unless there is a field of that very name. A row whose field
-is absent, null or empty has no text, and is passed over; in a file, some row must have the field. All else is refused.
+By hand, because `datasets` takes the first rows' types for all, and passes over what it does not know. A field may lie
+within others: "meta.text" is text in meta, unless there is a field of that very name. A row whose field is absent, null
+or empty has no text, and is passed over; in a file, some row must have the field. All else is refused.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Row(NamedTuple):
 
     Attributes:
         place: file and number, for messages.
-        text: of the field, in UTF-8; None without any.
+        text: of the field, or a chat as JSON, in UTF-8; None without any.
         others: the fields that there are, if the one that was asked for is not among them.
     """
 
@@ -33,17 +34,19 @@ class Row(NamedTuple):
     others: tuple[str, ...] | None = None
 
 
-def parse(line: str, field: str, place: str, hint: str = "") -> Any:
+def parse(line: str, fields: Collection[str], place: str, hint: str = "") -> Any:
     """What JSON says.
 
     Args:
         line: the JSON.
-        field: which must not be there twice.
+        fields: which must not be there twice.
         place: of the line.
         hint: what to do about text that is no JSON.
     """
     try:
-        return json.loads(line, object_pairs_hook=_once({field, *field.split(".")}, place))
+        return json.loads(
+            line, object_pairs_hook=_once({*fields, *(part for field in fields for part in field.split("."))}, place)
+        )
     except RecursionError as error:
         raise DataError(f"data.path: {place} nests deeper than Python's JSON reader goes; flatten it") from error
     except ValueError as error:
@@ -110,9 +113,9 @@ def refuse_chat(fields: Collection[str], place: object) -> None:
     for names in CHATS:
         if set(names) <= set(fields):
             raise DataError(
-                f"data.path: {place} holds chats ({' and '.join(names)}), and only the text of one field is trained on "
-                "now. Write each chat into one, as the tokenizer's apply_chat_template(messages, tokenize=False) gives "
-                "it, and name it by data.text_field; all of it is then learned, prompts too"
+                f"data.path: {place} holds chats ({' and '.join(names)}); data=chat learns what their assistant says. "
+                "To learn all of it, write each as the tokenizer's apply_chat_template(messages, tokenize=False) does "
+                "into one field, and name it by data.text_field"
             )
 
 

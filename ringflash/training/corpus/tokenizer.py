@@ -4,12 +4,16 @@ All three have `vocab_size`, `separator` (the token that opens every document an
 `encode_counted`, `decode` and `save`. `encode_counted` also says how many bytes each token stands for: loss in bits per
 byte is exact, and comparable between tokenizers, because these counts sum to the length of the text.
 
+By hand is the counting of bytes, which no library does; the BPE is of the library tokenizers, and chats are encoded by
+`AutoTokenizer` (`corpus.chats`).
+
 The BPE and the bytes take any byte string, also one that is not UTF-8, and give it back unchanged. The separator is
 an id that no text can produce.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -21,6 +25,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from ringflash.errors import ArgumentError, DataError
+from ringflash.training.extras import require
 
 PATTERN = r"\s*\n[ \t]*|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"
 """Pieces that no token crosses. A line end keeps the next line's indentation: 4 % fewer tokens of source code."""
@@ -28,6 +33,8 @@ PATTERN = r"\s*\n[ \t]*|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\
 KIND_FILE = "ringflash_tokenizer.json"
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
+KEPT = ("token*", KIND_FILE, "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
+"""Files of a Hugging Face folder that its tokenizer, and its chat template, may consist of."""
 
 
 class Tokenizer(Protocol):
@@ -65,7 +72,12 @@ class ByteTokenizer:
         return bytes(i for i in map(int, ids) if i != self.separator)
 
     def save(self, folder: Path) -> None:  # noqa: D102
-        _write_kind(folder, {"kind": "bytes"})
+        write_kind(folder, "bytes")
+
+    @staticmethod
+    def alphabet() -> dict[str, int]:
+        """The vocabulary by the characters that byte-level BPE writes for bytes."""
+        return {character: byte for byte, character in _byte_alphabet().items()}
 
 
 class BPETokenizer:
@@ -134,11 +146,14 @@ class BPETokenizer:
 
     def save(self, folder: Path) -> None:  # noqa: D102
         self.backend.save(str(folder / TOKENIZER_FILE))
-        _write_kind(folder, {"kind": "bpe"})
+        write_kind(folder, "bpe")
 
 
 class HuggingFaceTokenizer:
-    """A `tokenizer.json` of the Hugging Face kind, with the folder's own bos or eos token as separator.
+    """A tokenizer of a Hugging Face folder, with the folder's own bos or eos token as separator.
+
+    Its `tokenizer.json` is read by the library tokenizers, which says of each token where it stands in the text, and
+    needs no Transformers. A folder without that file, as of SentencePiece, is read by `AutoTokenizer`.
 
     Bytes are counted by each token's offsets in the text, so they sum to the text's length under any normalizer; among
     the tokens of one character, the first has all of its bytes.
@@ -146,12 +161,15 @@ class HuggingFaceTokenizer:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        try:
-            self.backend = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_FILE))
-        except Exception as error:  # the library raises plain Exception
-            raise DataError(
-                f"data.tokenizer: {folder / TOKENIZER_FILE} is no readable tokenizer: {error}; copy it anew"
-            ) from error
+        if (folder / TOKENIZER_FILE).is_file():
+            try:
+                self.backend = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+            except Exception as error:  # the library raises plain Exception
+                raise DataError(
+                    f"data.tokenizer: {folder / TOKENIZER_FILE} is no readable tokenizer: {error}; copy it anew"
+                ) from error
+        else:
+            self.backend = _made_by_transformers(folder)
         self.backend.no_padding()
         self.backend.no_truncation()
         # Text that spells a special token is text.
@@ -188,10 +206,11 @@ class HuggingFaceTokenizer:
         return self.backend.decode(kept, skip_special_tokens=False).encode()
 
     def save(self, folder: Path) -> None:  # noqa: D102
-        for name in (TOKENIZER_FILE, CONFIG_FILE):
-            if (self.folder / name).exists():
-                shutil.copyfile(self.folder / name, folder / name)
-        _write_kind(folder, {"kind": "huggingface"})
+        for file in tokenizer_files(self.folder) if folder.resolve() != self.folder.resolve() else ():
+            shutil.copyfile(file, folder / file.name)
+        if not (folder / TOKENIZER_FILE).is_file():
+            self.backend.save(str(folder / TOKENIZER_FILE))
+        write_kind(folder, "huggingface")
 
 
 def load(folder: Path) -> Tokenizer:
@@ -204,18 +223,51 @@ def load(folder: Path) -> Tokenizer:
     return HuggingFaceTokenizer(folder)
 
 
+def named(tokenizer: str) -> Tokenizer:
+    """The tokenizer that `data.tokenizer` names, if it needs no training: "bytes", or a folder, also of a run."""
+    if tokenizer == "bytes":
+        return ByteTokenizer()
+    folder = Path(tokenizer).expanduser()
+    return load(folder) if (folder / KIND_FILE).is_file() else HuggingFaceTokenizer(huggingface_folder(tokenizer))
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """What tells a tokenizer's tokens from another one's, however its files are written."""
+    backend = getattr(tokenizer, "backend", None) or getattr(tokenizer, "auto", None)
+    vocabulary = {} if backend is None else backend.get_vocab()
+    return hashlib.sha256(json.dumps([tokenizer.vocab_size, sorted(vocabulary.items())]).encode()).hexdigest()
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Files of a Hugging Face folder that shape its tokens, sorted by name."""
+    return sorted({file for pattern in KEPT for file in folder.glob(pattern) if file.is_file()})
+
+
 def huggingface_folder(path: str) -> Path:
     """The folder that `data.tokenizer=path` names; DataError if it holds no tokenizer.json."""
     folder = Path(path).expanduser()
+    if (folder / KIND_FILE).is_file():
+        return folder
     if folder.name == TOKENIZER_FILE:
         folder = folder.parent
-    if not (folder / TOKENIZER_FILE).is_file():
+    if not any((folder / name).is_file() for name in (TOKENIZER_FILE, CONFIG_FILE)):
         there = sorted(entry.name for entry in folder.iterdir())[:8] if folder.is_dir() else None
         state = (
             "no such folder" if there is None else f"no {TOKENIZER_FILE} in it, only {', '.join(there) or 'nothing'}"
         )
         raise DataError(f"data.tokenizer={path}: {state}; allowed are bpe, bytes, or a folder with a {TOKENIZER_FILE}")
     return folder
+
+
+def _made_by_transformers(folder: Path) -> tokenizers.Tokenizer:
+    require(f"data.tokenizer={folder}, which has no {TOKENIZER_FILE},", "transformers")
+    from transformers import AutoTokenizer  # an optional library
+
+    try:
+        found: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return found.backend_tokenizer
+    except Exception as error:  # of damaged files it raises anything
+        raise DataError(f"data.tokenizer={folder}: no readable tokenizer: {error}") from error
 
 
 def _separator(folder: Path, vocabulary: dict[str, int]) -> int:
@@ -261,5 +313,6 @@ def _byte_alphabet() -> dict[int, str]:
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
-def _write_kind(folder: Path, kind: dict) -> None:
-    (folder / KIND_FILE).write_text(json.dumps(kind))
+def write_kind(folder: Path, kind: str) -> None:
+    """Write by which of the three a folder is to be read."""
+    (folder / KIND_FILE).write_text(json.dumps({"kind": kind}))

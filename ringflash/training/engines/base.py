@@ -18,16 +18,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ringflash.loss import valid_tokens
-from ringflash.training.model.transformer import Transformer
+from ringflash.training.engines.optimizer import MOMENTS
+from ringflash.training.model.decoder import Decoder
 
 Read = Callable[[str], Tensor]
-"""Tensor of a checkpoint by name: `weight/<parameter>`, `exp_avg/<parameter>`, `exp_avg_sq/<parameter>`."""
+"""Tensor of a checkpoint by name: `weight/<parameter>`, `exp_avg/<parameter>`, `exp_avg_sq/<parameter>`, or Muon's."""
 
 
 class Engine(ABC):
     """A model with its optimizer, spread over the ranks."""
 
-    model: Transformer
+    model: Decoder
     shapes: dict[str, tuple[int, ...]]
     """Shape of each parameter, in the order of `tensors`."""
 
@@ -76,6 +77,10 @@ class Engine(ABC):
     @abstractmethod
     def update(self, lr: float) -> Tensor:
         """Clip, step, clear the gradients; returns their norm before clipping."""
+
+    def moments(self, name: str) -> tuple[str, ...]:
+        """What the optimizer keeps for a parameter, in the order of `tensors`."""
+        return MOMENTS
 
     @abstractmethod
     def tensors(self) -> Iterator[tuple[str, Tensor]]:

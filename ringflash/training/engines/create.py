@@ -9,18 +9,20 @@ from ringflash.configs.schema import EngineConfig, OptimizerConfig
 from ringflash.training.engines.base import Engine, Read
 from ringflash.training.engines.ddp import DdpEngine
 from ringflash.training.engines.materialise import materialise
+from ringflash.training.engines.optimizer import trained
 from ringflash.training.engines.zero import ZeroEngine
-from ringflash.training.model.transformer import Transformer
+from ringflash.training.model.decoder import Decoder
 
 
 def create_engine(
-    model: Transformer,
+    model: Decoder,
     device: torch.device,
     config: EngineConfig,
     optimizer: OptimizerConfig,
     accumulation: int = 1,
     state: Read | None = None,
     step: int = 0,
+    weights: Read | None = None,
 ) -> Engine:
     """Give a model memory and weights, and spread both over the ranks.
 
@@ -32,17 +34,19 @@ def create_engine(
         accumulation: micro-batches of one step.
         state: reads a checkpoint's tensors; None to start from the model's initial weights.
         step: optimizer steps that the checkpoint has behind it.
+        weights: reads another run's weights, to start anew from.
     """
     shapes = parameter_shapes(model)
 
     def fill(name: str, weight: Tensor) -> None:
-        if state is None:
+        read = state or weights
+        if read is None or name not in shapes:
             model.initialise(name, weight)
         else:
-            weight.copy_(state(f"weight/{name}"))
+            weight.copy_(read(f"weight/{name}"))
 
     if config.name == "ddp":
-        materialise(model, device, fill)
+        materialise(model, device, fill, frozen=model.dtype)
         engine = DdpEngine(model, optimizer)
     else:
         stage = int(config.name.removeprefix("zero"))
@@ -54,5 +58,5 @@ def create_engine(
 
 
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shape of each parameter of a model that no engine has divided."""
-    return {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    """Shape of each parameter that is trained, of a model that no engine has divided."""
+    return {name: tuple(weight.shape) for name, weight in trained(model)}

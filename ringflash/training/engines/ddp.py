@@ -6,22 +6,31 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from ringflash.configs.schema import OptimizerConfig
 from ringflash.training.engines.base import Engine, Read
-from ringflash.training.engines.optimizer import MOMENTS, adam_state, adamw
-from ringflash.training.model.transformer import Transformer
+from ringflash.training.engines.optimizer import (
+    MOMENTS,
+    MUON_MOMENTS,
+    adam_state,
+    matrices_between,
+    optimizers,
+    trained,
+)
+from ringflash.training.model.decoder import Decoder
 
 
 class DdpEngine(Engine):
     """Everything whole on every rank, fp32 weights."""
 
-    def __init__(self, model: Transformer, config: OptimizerConfig) -> None:
+    def __init__(self, model: Decoder, config: OptimizerConfig) -> None:
         self.model = model
         self.clip = config.clip
         # Without device_ids, which would move the host's document boundaries to the GPU on every step.
         self._wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        self.optimizer = adamw(model, config)
+        self.optimizers = optimizers(model, config)
+        self._by_muon = matrices_between(model).keys() if config.name == "muon" else set()
 
     @property
     def wrapped(self) -> nn.Module:
@@ -37,24 +46,32 @@ class DdpEngine(Engine):
 
     def update(self, lr: float) -> Tensor:
         """See Engine."""
-        for group in self.optimizer.param_groups:
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = lr
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip or float("inf"))
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        norm = nn.utils.clip_grad_norm_([weight for _, weight in trained(self.model)], self.clip or float("inf"))
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         return norm
+
+    def moments(self, name: str) -> tuple[str, ...]:
+        """See Engine."""
+        return MUON_MOMENTS if name in self._by_muon else MOMENTS
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """See Engine."""
-        for name, weight in self.model.named_parameters():
+        for name, weight in trained(self.model):
             yield f"weight/{name}", weight.detach()
-            for moment in MOMENTS:
-                yield f"{moment}/{name}", self.optimizer.state[weight][moment]
+            for moment in self.moments(name):
+                yield f"{moment}/{name}", self._optimizer(name).state[weight][moment]
 
     def load(self, state: Read, step: int) -> None:
         """See Engine."""
-        for name, weight in self.model.named_parameters():
-            kept = adam_state(weight.detach(), step)
-            for moment in MOMENTS:
-                kept[moment].copy_(state(f"{moment}/{name}"))
-            self.optimizer.state[weight] = kept
+        for name, weight in trained(self.model):
+            kept = {moment: state(f"{moment}/{name}").to(weight.device) for moment in self.moments(name)}
+            if name not in self._by_muon:
+                kept = adam_state(weight.detach(), step) | kept
+            self._optimizer(name).state[weight] = kept
+
+    def _optimizer(self, name: str) -> Optimizer:
+        return self.optimizers[0 if name in self._by_muon else -1]

@@ -22,25 +22,30 @@ def materialise(
     fill: Fill,
     dtype: torch.dtype = torch.float32,
     divide: Callable[[nn.Module], object] | None = None,
+    frozen: torch.dtype | None = None,
 ) -> None:
-    """Replace the parameters of a model on the meta device by real ones.
+    """Replace the parameters of a model on the meta device by real ones, and put its buffers beside them.
 
     Args:
-        model: may share a parameter between modules; it stays shared.
+        model: may share a parameter between modules; it stays shared. Buffers have their values already.
         device: where parameters go.
         fill: called once for each parameter, in fp32, by the first of its names.
         dtype: parameters are cast to it once filled.
+        frozen: the dtype of those that are not trained; None for the same.
         divide: called with each module that has parameters of its own, as soon as they are there.
     """
     names = {weight: name for name, weight in model.named_parameters()}
     made: dict[nn.Parameter, nn.Parameter] = {}
-    for module in model.modules():
+    for module in reversed(list(model.modules())):  # from the inside: a module is divided with all that is in it
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
         own = dict(module.named_parameters(recurse=False))
         for attribute, weight in own.items():
             if weight not in made:
                 value = torch.empty(weight.shape, dtype=torch.float32, device=device)
                 fill(names[weight], value)
-                made[weight] = nn.Parameter(value.to(dtype))
+                value = value.to(dtype if weight.requires_grad or frozen is None else frozen)
+                made[weight] = nn.Parameter(value, requires_grad=weight.requires_grad)
             setattr(module, attribute, made[weight])
         if own and divide is not None:
             divide(module)

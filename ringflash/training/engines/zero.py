@@ -15,8 +15,8 @@ from ringflash.deepspeed import import_deepspeed
 from ringflash.deepspeed_private import link_optimizer_state, master_weights, optimizer_state, part_size
 from ringflash.training.engines.base import Engine, Read
 from ringflash.training.engines.materialise import Fill, materialise
-from ringflash.training.engines.optimizer import MOMENTS, adam_state, adamw
-from ringflash.training.model.transformer import Transformer
+from ringflash.training.engines.optimizer import MOMENTS, adam_state, adamw, trained
+from ringflash.training.model.decoder import Decoder
 
 
 class ZeroEngine(Engine):
@@ -24,7 +24,7 @@ class ZeroEngine(Engine):
 
     def __init__(
         self,
-        model: Transformer,
+        model: Decoder,
         device: torch.device,
         fill: Fill,
         stage: int,
@@ -76,7 +76,7 @@ class ZeroEngine(Engine):
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """See Engine; gathered from all ranks one by one."""
-        for name, weight in self.model.named_parameters():
+        for name, weight in trained(self.model):
             yield f"weight/{name}", self._safe.safe_get_full_fp32_param(weight)
             for moment in MOMENTS:
                 yield f"{moment}/{name}", self._safe.safe_get_full_optimizer_state(weight, moment)
@@ -85,7 +85,7 @@ class ZeroEngine(Engine):
         """See Engine; each rank keeps its part."""
         for master in master_weights(self._zero):
             optimizer_state(self._zero)[master]["step"].fill_(step)
-        for name, weight in self.model.named_parameters():
+        for name, weight in trained(self.model):
             self._set(weight, state(f"weight/{name}"), None)
             for moment in MOMENTS:
                 self._set(weight, state(f"{moment}/{name}"), moment)
@@ -107,7 +107,7 @@ class ZeroEngine(Engine):
             self._safe.safe_set_local_optimizer_state(weight, mine, moment)
 
 
-def _deepspeed_config(model: Transformer, stage: int, config: OptimizerConfig, accumulation: int) -> dict:
+def _deepspeed_config(model: Decoder, stage: int, config: OptimizerConfig, accumulation: int) -> dict:
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,

@@ -4,6 +4,9 @@ RMSNorm, rotary embedding, grouped-query attention, SwiGLU; tied or untied head 
 Llama 3, arXiv 2407.21783). A rank holds its own tokens of each sequence; only attention looks at other ranks' tokens,
 and the rotary embedding takes global positions, so the model computes the same function on any number of ranks.
 
+By hand, as the reference that is read, and runs, without Transformers; it computes what Transformers' Llama computes.
+Other rotary embeddings, and all other models, come from there (`model.pretrained`).
+
 Weights keep the dtype they have (fp32, or bf16 under DeepSpeed) and are cast to the dtype of the activations where
 they are used. There are no buffers: what is computed from the configuration stays fp32 whatever the engine casts.
 
@@ -12,9 +15,11 @@ Legend: B sequences, T this rank's tokens of a sequence, C hidden size, H query 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own habit
@@ -23,9 +28,11 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from ringflash import DistributedFlashAttention, Mask, Sharding
+from ringflash import DistributedFlashAttention, Mask, Sharding, shard_batch
 from ringflash.configs.schema import AttentionConfig, ModelConfig, RopeScalingConfig
 from ringflash.loss import cross_entropy, cross_entropy_sum
+from ringflash.parallel.positions.balance import token_work
+from ringflash.training.model.decoder import Decoder
 from ringflash.training.model.shape import check_shape, head_dim
 
 
@@ -122,7 +129,7 @@ class Head(nn.Module):
         return loss(x_BTC.flatten(0, 1), self.weight, labels_BT.flatten()).view(labels_BT.shape if per_token else ())
 
 
-class Transformer(nn.Module):
+class Transformer(Decoder):
     """The decoder; one call takes this rank's shard of a batch as `ringflash.shard_batch` shards it.
 
     Example:
@@ -160,9 +167,11 @@ class Transformer(nn.Module):
             activation_checkpointing,
             seed,
         )
+        self.vocab_size = vocab_size
         attention = attention or AttentionConfig()
+        self._group, self._partition, self._mask = group, attention.partition, attention_mask(attention)
         attend = DistributedFlashAttention(
-            mask=attention_mask(attention),
+            mask=self._mask,
             group=group,
             partition=attention.partition or "zigzag",
             kernel=attention.kernel,
@@ -209,11 +218,21 @@ class Transformer(nn.Module):
         for layer in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x_BTC = checkpoint(
-                    layer, x_BTC, rotation, attention_arguments, use_reentrant=False, context_fn=_keep_attention
+                    layer, x_BTC, rotation, attention_arguments, use_reentrant=False, context_fn=keep_attention
                 )
             else:
                 x_BTC = layer(x_BTC, rotation, attention_arguments)
         return self.lm_head(self.norm(x_BTC), labels, per_token)
+
+    def shard(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """See Decoder."""
+        work = token_work(self.config.hidden_size)
+        shard = shard_batch(batch, self._group, self._partition, self._mask, token_work=work)
+        return {name: shard[name] for name in ("input_ids", "labels", "position_ids", "sharding")}
+
+    def description(self) -> dict[str, Any]:
+        """See Decoder."""
+        return dataclasses.asdict(self.config) | {"vocab_size": self.vocab_size}
 
     @torch.no_grad()
     def initialise(self, name: str, weight: Tensor) -> None:
@@ -228,11 +247,16 @@ class Transformer(nn.Module):
         if weight.dim() == 1:
             weight.fill_(1)
             return
-        digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
-        generator = torch.Generator(weight.device).manual_seed(int.from_bytes(digest[:4], "little"))
+        generator = generator_of(self.seed, name, weight.device)
         # Each block adds to the residual stream twice; smaller output matrices keep its variance in check.
         residual = name.endswith(("o_proj.weight", "down_proj.weight"))
         weight.normal_(std=0.02 / math.sqrt(2 * len(self.layers)) if residual else 0.02, generator=generator)
+
+
+def generator_of(seed: int, name: str, device: torch.device) -> torch.Generator:
+    """Random numbers of one parameter, whichever others a rank draws."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:4], "little"))
 
 
 def attention_mask(config: AttentionConfig) -> Mask:
@@ -270,7 +294,8 @@ def rotate(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BTHD.dtype)
 
 
-def _keep_attention() -> tuple:
+def keep_attention() -> tuple:
+    """Contexts of torch's `checkpoint` by which a block is recomputed, but for its attention."""
     return create_selective_checkpoint_contexts(_policy)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from ringflash.training.corpus.packing import PackedBatches
+from ringflash.training.corpus.batching import PackedBatches
 
 
 class ShardedBatches:

@@ -18,12 +18,16 @@ from omegaconf import OmegaConf
 
 from ringflash.configs.schema import Config
 from ringflash.errors import ArgumentError, CheckpointError, RunStoppedError
+from ringflash.training.config.derived import TOKENIZER
 from ringflash.training.corpus.ngram import baselines
 from ringflash.training.ranks import from_rank_0
 from ringflash.training.run.interruption import StopSignals
+from ringflash.training.run.needle import Needle, plot_needles
 from ringflash.training.run.plots import plot_run
+from ringflash.training.run.profiling import Profiler
 from ringflash.training.run.progress import ProgressDisplay
 from ringflash.training.run.scalars import ScalarLog, read_scalars
+from ringflash.training.run.trackers import Trackers
 from ringflash.training.run.trainer import Trainer, Validation
 
 
@@ -42,30 +46,49 @@ def train(config: Config, device: torch.device) -> Path:
     folder = _run_folder(config)
     trainer = Trainer(config, device, folder)
     rank = dist.get_rank()
+    _keep_tokenizer(trainer)
+    trackers = Trackers(config, device, folder)
     with (
-        ScalarLog(folder, rank, config.logging.tensorboard, trainer.step) as log,
-        ProgressDisplay(config.train.steps, trainer.step, rank, config.logging.progress) as progress,
+        ScalarLog(folder, rank, config.logging.tensorboard, trainer.step, trackers) as log,
+        ProgressDisplay(trainer.steps, trainer.step, rank, config.logging.progress) as progress,
     ):
         progress.note(trainer.description())
         with StopSignals() as signals:
-            _take_steps(trainer, log, progress, signals.received)
+            with Profiler(folder, config.logging.profile_steps) as profiler:
+                _take_steps(trainer, log, progress, profiler, signals.received)
             validation = trainer.validate(signals.received)
             if validation is None:
                 _stop(trainer, progress)
-        log.write(trainer.step, {"validation/bits_per_byte": validation.bits_per_byte})
+        for said in trainer.passed_over_since():
+            progress.note(said)
+        log.write(trainer.step, _figures(validation))
+        needles = trainer.find_needles() if config.logging.needle else []
         if rank == 0:
-            _report(trainer, validation, progress)
+            _report(trainer, validation, needles, progress)
     dist.barrier()
     return folder
 
 
-def _take_steps(trainer: Trainer, log: ScalarLog, progress: ProgressDisplay, stop: Callable[[], bool]) -> None:
+def _keep_tokenizer(trainer: Trainer) -> None:
+    """Write the tokenizer into the run's folder, which then holds all that `ringflash.export` needs."""
+
+    def write() -> None:
+        (trainer.folder / TOKENIZER).mkdir(exist_ok=True)
+        trainer.data.tokenizer.save(trainer.folder / TOKENIZER)
+
+    _by_rank_0(write, trainer.folder)
+
+
+def _take_steps(
+    trainer: Trainer, log: ScalarLog, progress: ProgressDisplay, profiler: Profiler, stop: Callable[[], bool]
+) -> None:
     """All steps that are left, with what is due between them, and a checkpoint of the last."""
     config, first = trainer.config, trainer.step
-    train, steps = config.train, config.train.steps
+    train, steps = config.train, trainer.steps
     clock, logged = time.monotonic(), first  # the clock stands still while something is saved or validated
     while trainer.step < steps:
         stopping = trainer.train_step(stop)
+        profiler.step()
         step = trainer.step
         if step % config.logging.every == 0 or step == steps:
             scalars, now = trainer.scalars(), time.monotonic()
@@ -87,8 +110,8 @@ def _take_steps(trainer: Trainer, log: ScalarLog, progress: ProgressDisplay, sto
             validation = trainer.validate(stop)
             if validation is None:
                 _stop(trainer, progress)
-            log.write(step, {"validation/bits_per_byte": validation.bits_per_byte})
-            progress.note(f"step {step}: validation {validation.bits_per_byte:.4f} bits per byte")
+            log.write(step, _figures(validation))
+            progress.note(f"step {step}: validation {_said(validation)}")
             clock += time.monotonic() - paused
     if steps > first:
         progress.note(f"saved {trainer.save()}")
@@ -100,23 +123,33 @@ def _stop(trainer: Trainer, progress: ProgressDisplay) -> NoReturn:
     if step != trainer.step:
         path = trainer.save()
     progress.note(f"stopped by a signal: saved {path}; run_dir={trainer.folder} goes on from there")
-    raise RunStoppedError(f"stopped by a signal after step {trainer.step} of {trainer.config.train.steps}; it is saved")
+    raise RunStoppedError(f"stopped by a signal after step {trainer.step} of {trainer.steps}; it is saved")
 
 
 def _run_folder(config: Config) -> Path:
     """The run's folder, made by rank 0, whose clock names it."""
     chosen = config.run_dir or _unused(Path("runs", config.name, time.strftime("%Y-%m-%d_%H-%M-%S")))
-    folder, problem = Path(from_rank_0(chosen)), None
+    folder = Path(from_rank_0(chosen))
+
+    def write() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
+
+    _by_rank_0(write, folder)
+    return folder
+
+
+def _by_rank_0(write: Callable[[], None], folder: Path) -> None:
+    """Let rank 0 write something into the run's folder; where it cannot, all ranks raise ArgumentError."""
+    problem = None
     if dist.get_rank() == 0:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
+            write()
         except OSError as error:
             problem = str(error)
     problem = from_rank_0(problem)
     if problem is not None:
         raise ArgumentError(f"run_dir={folder}: cannot write there: {problem}")
-    return folder
 
 
 def _unused(folder: Path) -> Path:
@@ -125,20 +158,41 @@ def _unused(folder: Path) -> Path:
     return next(path for path in map(folder.with_name, names) if not path.exists())
 
 
-def _report(trainer: Trainer, validation: Validation, progress: ProgressDisplay) -> None:
+def _report(trainer: Trainer, validation: Validation, needles: list[Needle], progress: ProgressDisplay) -> None:
     """Print and keep what the run came to; rank 0 only."""
-    others = baselines(trainer.corpus) if trainer.config.logging.baselines else {}
-    progress.note("validation, bits per byte:")
-    for name, bits in {**others, "this model": validation.bits_per_byte}.items():
-        progress.note(f"  {name:<12}{bits:.3f}")
-    results = {"step": trainer.step, "bits_per_byte": validation.bits_per_byte, "baselines": others}
-    results["loss_by_context"] = [position._asdict() for position in validation.positions]
+    corpus = trainer.data.corpus
+    others = baselines(corpus) if trainer.config.logging.baselines and corpus is not None else {}
+    if validation.bits_per_byte is None:
+        progress.note(f"validation: {_said(validation)}")
+    else:
+        progress.note("validation, bits per byte:")
+        for name, bits in {**others, "this model": validation.bits_per_byte}.items():
+            progress.note(f"  {name:<12}{bits:.3f}")
+    results = {"step": trainer.step, "loss": validation.loss, "bits_per_byte": validation.bits_per_byte}
+    results |= {"baselines": others, "loss_by_context": [position._asdict() for position in validation.positions]}
+    if needles:
+        results["needles"] = [needle._asdict() for needle in needles]
+        plot_needles(trainer.folder / "needles.png", needles)
+        progress.note(f"needles: {trainer.folder / 'needles.png'}")
     (trainer.folder / "results.json").write_text(json.dumps(results, indent=1))
     if trainer.config.logging.plot:
         scalars = read_scalars(trainer.folder / "metrics.jsonl")
-        train, valid = (scalars.get(f"{part}/bits_per_byte", []) for part in ("train", "validation"))
-        plot_run(trainer.folder / "training.png", train, valid, others, validation.positions, trainer.config.name)
+        measured = "loss" if validation.bits_per_byte is None else "bits_per_byte"
+        train, valid = (scalars.get(f"{part}/{measured}", []) for part in ("train", "validation"))
+        unit = "nats per token" if validation.bits_per_byte is None else "bits per byte"
+        plot_run(trainer.folder / "training.png", train, valid, others, validation.positions, trainer.config.name, unit)
         progress.note(f"picture: {trainer.folder / 'training.png'}")
+
+
+def _figures(validation: Validation) -> dict[str, float]:
+    bits = {} if validation.bits_per_byte is None else {"validation/bits_per_byte": validation.bits_per_byte}
+    return {"validation/loss": validation.loss, **bits}
+
+
+def _said(validation: Validation) -> str:
+    if validation.bits_per_byte is None:
+        return f"{validation.loss:.4f} nats per token"
+    return f"{validation.bits_per_byte:.4f} bits per byte"
 
 
 def _due(step: int, every: int) -> bool:

@@ -1,4 +1,4 @@
-"""One picture of a run: bits per byte over the steps beside n-gram models, and loss by length of context.
+"""One picture of a run: the loss over the steps beside n-gram models, and loss by length of context.
 
 plot_run(folder / "training.png", train=[(1, 5.9), ...], validation=[(300, 2.3)], baselines={"bigram": 3.5},
          positions=position_loss.bins())
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from ringflash.training.run.position_loss import PositionBin
 
 Curve = Sequence[tuple[int, float]]
-"""(step, bits per byte) pairs."""
+"""(step, loss) pairs."""
 
 TRAIN, VALIDATION, BASELINE = "#7f9cc0", "#c0392b", "#666666"
 
@@ -29,6 +29,7 @@ def plot_run(
     baselines: Mapping[str, float],
     positions: Sequence[PositionBin],
     title: str = "",
+    unit: str = "bits per byte",
 ) -> None:
     """Write a PNG; it is complete or not there.
 
@@ -39,11 +40,12 @@ def plot_run(
         baselines: bits per byte of other models on the validation part, drawn as lines.
         positions: validation loss by length of context.
         title: of the whole picture.
+        unit: of all but the positions' losses.
     """
     figure = Figure(figsize=(13, 5), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    _draw_curves(left, train, validation, baselines)
+    _draw_curves(left, train, validation, baselines, unit)
     _draw_positions(right, positions)
     if title:
         figure.suptitle(title)
@@ -53,8 +55,8 @@ def plot_run(
     temporary.replace(path)
 
 
-def _draw_curves(axes: Axes, train: Curve, validation: Curve, baselines: Mapping[str, float]) -> None:
-    axes.set(xlabel="optimizer step", ylabel="bits per byte", title="Loss while training")
+def _draw_curves(axes: Axes, train: Curve, validation: Curve, baselines: Mapping[str, float], unit: str) -> None:
+    axes.set(xlabel="optimizer step", ylabel=unit, title="Loss while training")
     if train:
         steps, values = np.array(train, float).T
         axes.plot(steps, values, color=TRAIN, alpha=0.4, linewidth=1)

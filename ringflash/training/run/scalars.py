@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ringflash.training.run.trackers import Trackers
+
 
 class ScalarLog:
     """Scalars as lines of JSON in `metrics.jsonl`, and for TensorBoard in `tensorboard/`.
@@ -26,11 +28,20 @@ class ScalarLog:
         folder: the run's folder; an existing log is continued, behind its last whole line.
         rank: only rank 0 writes.
         tensorboard: whether to write for TensorBoard too.
+        trackers: what else is told of scalars.
         start_step: last step that an earlier part of the run is kept of.
     """
 
-    def __init__(self, folder: str | Path, rank: int = 0, tensorboard: bool = True, start_step: int = 0) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        rank: int = 0,
+        tensorboard: bool = True,
+        start_step: int = 0,
+        trackers: Trackers | None = None,
+    ) -> None:
         self._lines = self._board = None
+        self._trackers = trackers
         if rank != 0:
             return
         folder = Path(folder)
@@ -55,12 +66,17 @@ class ScalarLog:
             if self._board is not None:
                 for name, value in scalars.items():
                     self._board.add_scalar(name, value, step)
+            if self._trackers is not None:
+                self._trackers.log(step, scalars)
         except OSError as error:
             warnings.warn(f"the log stops at step {step}: {error}", stacklevel=2)
             self.close()
 
     def close(self) -> None:
         """Write out what is buffered, as far as that is possible."""
+        if self._trackers is not None:
+            self._trackers.finish()
+            self._trackers = None
         for sink in (self._lines, self._board):
             if sink is not None:
                 with contextlib.suppress(OSError):

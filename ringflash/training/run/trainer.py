@@ -12,36 +12,42 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from ringflash.batches import shard_batch
 from ringflash.configs.schema import Config
-from ringflash.errors import ArgumentError, RankMismatchError, RingflashError
-from ringflash.parallel.positions.balance import token_work
+from ringflash.errors import ArgumentError, CheckpointError, RankMismatchError, RingflashError
 from ringflash.training.checkpoint import writing
-from ringflash.training.checkpoint.files import newest, step_of
-from ringflash.training.checkpoint.reading import Checkpoint
-from ringflash.training.config.derived import accumulation, compute_dtype, sequence_degree, vocabulary
-from ringflash.training.corpus.documents import Corpus
-from ringflash.training.corpus.packing import PackedBatches, ValidationBatches
-from ringflash.training.corpus.prepare import prepare
+from ringflash.training.checkpoint.files import found_at, newest, step_of
+from ringflash.training.checkpoint.reading import Checkpoint, last_good
+from ringflash.training.config.derived import accumulation, compute_dtype, sequence_degree, steps_of
+from ringflash.training.corpus.batching import PackedBatches, ValidationBatches
+from ringflash.training.corpus.tokenizer import fingerprint
+from ringflash.training.corpus.training_data import TrainingData, read_data
 from ringflash.training.engines.create import create_engine, parameter_shapes
-from ringflash.training.engines.optimizer import learning_rate
-from ringflash.training.model.transformer import Transformer, attention_mask
+from ringflash.training.engines.optimizer import trained
+from ringflash.training.engines.schedule import schedule
+from ringflash.training.model.create import create_model
+from ringflash.training.model.decoder import Decoder
 from ringflash.training.ranks import from_all, from_rank_0
 from ringflash.training.run.interruption import Answer
 from ringflash.training.run.loader import ShardedBatches
+from ringflash.training.run.needle import Needle, haystacks
 from ringflash.training.run.position_loss import PositionBin, PositionLoss
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Loss on held-out documents: bits per byte, and nats per token by length of context."""
+    """Loss on held-out documents: in nats per token, for texts in bits per byte, and by length of context."""
 
-    bits_per_byte: float
+    loss: float
+    bits_per_byte: float | None
     positions: list[PositionBin]
 
 
@@ -50,6 +56,7 @@ class Trainer:
 
     Attributes:
         step: optimizer steps done.
+        steps: of the whole run.
         saved: step and path of the latest checkpoint; -1 and None before the first.
     """
 
@@ -61,40 +68,38 @@ class Trainer:
         mesh = init_device_mesh(device.type, (world // degree, degree), mesh_dim_names=("data", "sequence"))
         self.data_rank, self.data_ranks, self.degree = mesh["data"].get_local_rank(), world // degree, degree
         self.group = mesh["sequence"].get_group()
-        self.corpus = _prepare_alike(config)
-        self.accumulation = accumulation(config, world)
-        batches = PackedBatches(
-            self.corpus.train,
-            config.train.seqlen,
-            config.train.micro_batch,
-            config.seed,
-            self.data_rank,
-            self.data_ranks,
+        self.data: TrainingData = _alike(
+            lambda: read_data(config), lambda data: data.identity, f"text from data.path={config.data.path}"
         )
-        self.vocab_size = vocabulary(config.model, self.corpus.tokenizer.vocab_size)
+        self._passed_over = [str(passed_over) for passed_over in self.data.passed_over]
+        self.accumulation = accumulation(config, world)
+        batches = PackedBatches(self.data.samples, config.train.micro_batch, self.data_rank, self.data_ranks)
         torch.manual_seed(config.seed)
-        with torch.device("meta"):
-            model = Transformer(
-                config.model,
-                self.vocab_size,
-                config.attention,
-                self.group,
-                compute_dtype(config),
-                config.engine.activation_checkpointing,
-                config.seed,
-            )
-        self.parameters = sum(weight.numel() for weight in model.parameters())
-        self.resumed = self._find_checkpoint()
+        self.model: Decoder = _alike(
+            lambda: create_model(config, self.data.tokenizer.vocab_size, self.group),
+            lambda model: model.source(),
+            f"weights from model.path={config.model.path}",
+        )
+        self.parameters = sum(weight.numel() for weight in self.model.parameters())
+        self.learned = sum(weight.numel() for _, weight in trained(self.model))
+        self.resumed, self.set_aside = self._find_checkpoint()
+        self.started_from = self._find_weights() if self.resumed is None else None
         self.step = 0
+        self.steps = steps_of(config, self.data.samples.samples_per_epoch)
+        self._rate = schedule(config.optimizer, self.steps)
         if self.resumed is not None:
-            self.resumed.check_shapes(parameter_shapes(model))
+            self.resumed.check_shapes(parameter_shapes(self.model))
+            _check_same_optimizer(self.resumed, config.optimizer.name)
+            _check_same_base(self.resumed, self.model.description())
             state = self.resumed.state
             self.step = state["step"]
             batches.load_state_dict(state["data"])
             torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["random"])), dtype=torch.uint8))
         self.batches = ShardedBatches(batches, self._shard)
-        read = None if self.resumed is None else self.resumed.read
-        self.engine = create_engine(model, device, config.engine, config.optimizer, self.accumulation, read, self.step)
+        read, weights = (None if found is None else found.read for found in (self.resumed, self.started_from))
+        self.engine = create_engine(
+            self.model, device, config.engine, config.optimizer, self.accumulation, read, self.step, weights
+        )
         self.saved: tuple[int, Path | None] = (-1, None) if self.resumed is None else (self.step, self.resumed.path)
         self._first_batches: list[dict] | None = None
         self._answer = Answer()
@@ -105,7 +110,7 @@ class Trainer:
         Args:
             stop: whether this rank wants to.
         """
-        lr = learning_rate(self.config.optimizer, self.step, self.config.train.steps)
+        lr = self._rate(self.step)
         loss, norm, asked = self.engine.train_step(self._next_batches(), lr, stop)
         self._latest = loss, norm, lr
         self.step += 1
@@ -124,7 +129,8 @@ class Trainer:
                 f"optimizer.lr={self.config.optimizer.lr} or a longer optimizer.warmup_steps may help"
             )
         scalars = {"train/loss": loss, "train/gradient_norm": norm, "train/learning_rate": lr}
-        scalars["train/bits_per_byte"] = loss / math.log(2) / self.corpus.bytes_per_token
+        if self.data.bytes_per_token is not None:
+            scalars["train/bits_per_byte"] = loss / math.log(2) / self.data.bytes_per_token
         scalars["train/epoch"] = self.batches.epoch
         if self.device.type == "cuda":
             scalars["train/memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
@@ -138,12 +144,7 @@ class Trainer:
         """
         train = self.config.train
         batches = ValidationBatches(
-            self.corpus.validation,
-            train.seqlen,
-            train.micro_batch,
-            self.data_rank,
-            self.data_ranks,
-            train.validation_sequences,
+            self.data.validation, train.micro_batch, self.data_rank, self.data_ranks, train.validation_sequences
         )
         positions, num_bytes = PositionLoss(train.seqlen), 0
         for counted in batches:
@@ -158,8 +159,22 @@ class Trainer:
         sums = torch.cat([positions.totals.flatten(), torch.tensor([num_bytes / self.degree])]).to(self.device)
         dist.all_reduce(sums)
         positions.totals = sums[:-1].cpu().view_as(positions.totals)
-        nats = positions.totals[0].sum().item()
-        return Validation(nats / math.log(2) / sums[-1].item(), positions.bins())
+        nats, predictions = positions.totals.sum(1).tolist()
+        bits = nats / math.log(2) / sums[-1].item() if self.data.counts_bytes else None
+        return Validation(nats / max(1, predictions), bits, positions.bins())
+
+    def find_needles(self) -> list[Needle]:
+        """How surely the model finds a sentence again, by length of the context and depth in it."""
+        found = []
+        for hay in haystacks(self._hay(), self.data.tokenizer, self.config.train.seqlen):
+            loss = self.engine.evaluate(self._shard(hay.batch)).sum().double()
+            dist.all_reduce(loss, group=self.group)
+            found.append(Needle(hay.length, hay.depth, math.exp(-loss.item())))
+        return found
+
+    def _hay(self) -> list[np.ndarray]:
+        """Tokens of the held-out documents."""
+        return [packing.documents.tokens for packing in self.data.validation]
 
     def save(self) -> Path:
         """Write a checkpoint of this step; RingflashError instead if it would hold weights that are not finite."""
@@ -168,7 +183,8 @@ class Trainer:
             "step": self.step,
             "data": self.batches.state_dict(),
             "random": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
-            "model": dataclasses.asdict(self.config.model) | {"vocab_size": self.vocab_size},
+            "model": self.model.description(),
+            "tokenizer": fingerprint(self.data.tokenizer),
             "config": dataclasses.asdict(self.config),
         }
         path = writing.save(
@@ -178,6 +194,7 @@ class Trainer:
             self.engine.shapes,
             state,
             self.config.checkpoint.keep,
+            self.engine.moments,
         )
         self.saved = self.step, path
         return path
@@ -185,15 +202,35 @@ class Trainer:
     def description(self) -> str:
         """What is trained on what, in two lines, and what of the data is passed over, in one more."""
         train = self.config.train
-        start = f"continuing {self.resumed.path} at step {self.step}" if self.resumed else "from initial weights"
+        start = f"continuing {self.resumed.path} at step {self.step}" if self.resumed else self._start()
         return (
-            f"{self.parameters / 1e6:.2f} M parameters, {self.config.engine.name}, {compute_dtype(self.config)} on "
+            f"{self._size()}, {self.config.engine.name}, {compute_dtype(self.config)} on "
             f"{dist.get_world_size()} x {self.device.type}: {self.data_ranks} data x {self.degree} sequence ranks, "
             f"{train.global_batch} x {train.seqlen} tokens a step\n"
-            f"{self.corpus.train.num_tokens:,} training tokens of {self.corpus.bytes_per_token:.2f} bytes; "
-            f"{start}; writing to {self.folder}"
-            + (f"\n{self.corpus.passed_over}" if self.corpus.passed_over.counts else "")
+            f"{self._read()}; {start}; writing to {self.folder}"
+            + "".join(f"\nset aside: {problem}" for problem in self.set_aside)
+            + "".join(f"\n{passed_over}" for passed_over in self._passed_over if passed_over)
         )
+
+    def passed_over_since(self) -> list[str]:
+        """What of the data is passed over, where that is more than at the beginning, as it is of streams."""
+        now = [str(passed_over) for passed_over in self.data.passed_over]
+        return [said for said, before in zip(now, self._passed_over, strict=True) if said != before]
+
+    def _size(self) -> str:
+        beside = f", {self.learned / 1e6:.2f} M of them in adapters" if self.learned < self.parameters else ""
+        return f"{self.parameters / 1e6:.2f} M parameters{beside}"
+
+    def _start(self) -> str:
+        path = self.config.model.path if self.started_from is None else self.started_from.path
+        return "from initial weights" if path is None else f"from the weights of {path}"
+
+    def _read(self) -> str:
+        data = self.data
+        tokens = "a stream of tokens" if data.num_tokens is None else f"{data.num_tokens:,} training tokens"
+        each = "" if data.bytes_per_token is None else f" of {data.bytes_per_token:.2f} bytes"
+        cut = f", {data.cut:,} chats are longer than a sequence, and cut" if data.cut else ""
+        return tokens + each + cut
 
     def _next_batches(self) -> list[dict]:
         if self._first_batches is not None:
@@ -205,45 +242,83 @@ class Trainer:
 
     def _shard(self, batch: dict) -> dict:
         """This rank's part of a batch, on its device; runs in the loader's thread."""
-        attention = self.config.attention
-        shard = shard_batch(
-            batch,
-            self.group,
-            attention.partition,
-            attention_mask(attention),
-            token_work=token_work(self.config.model.hidden_size),
-        )
+        shard = self.model.shard(batch)
         shard["sharding"].prepare(self.device)
-        names = ("input_ids", "labels", "position_ids")
-        return {name: shard[name].to(self.device) for name in names} | {"sharding": shard["sharding"]}
+        return {name: x.to(self.device) if isinstance(x, torch.Tensor) else x for name, x in shard.items()}
 
-    def _find_checkpoint(self) -> Checkpoint | None:
-        resume = self.config.checkpoint.resume
-        there = from_rank_0(newest(self.folder / "checkpoints"))
+    def _find_checkpoint(self) -> tuple[Checkpoint | None, list[str]]:
+        """The checkpoint to go on from, and what was wrong with newer ones that were set aside."""
+        resume, root = self.config.checkpoint.resume, self.folder / "checkpoints"
+        if resume == "last_good":
+            return last_good(root)
+        there = from_rank_0(newest(root))
         path = {"auto": there, "never": None}.get(resume, Path(resume))
-        found = None if path is None else Checkpoint(path)
+        try:
+            found = None if path is None else Checkpoint(path)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; checkpoint.resume=last_good goes on from the one before it") from error
         step = 0 if found is None else found.state["step"]
         if there is not None and step_of(there) > step:
             raise ArgumentError(
                 f"checkpoint.resume={resume} starts at step {step}, but run_dir={self.folder} already holds "
                 f"{there.name}; give another run_dir"
             )
+        return found, []
+
+    def _find_weights(self) -> Checkpoint | None:
+        """The checkpoint of another run that this one starts from, if it is of the same model and tokenizer."""
+        weights = self.config.checkpoint.weights
+        path = None if weights is None else from_rank_0(found_at(Path(weights)))
+        if path is None:
+            return None
+        found = Checkpoint(path)
+        found.check_shapes(parameter_shapes(self.model))
+        _check_same_base(found, self.model.description())
+        if found.state.get("tokenizer") not in (None, fingerprint(self.data.tokenizer)):
+            raise CheckpointError(
+                f"checkpoint.weights={weights} was trained with other tokens; leave data.tokenizer out, or give the "
+                "tokenizer of that run"
+            )
         return found
 
 
-def _prepare_alike(config: Config) -> Corpus:
-    """The corpus, once it is sure that all ranks read the same: machines may differ in files and Python versions."""
+def _check_same_optimizer(checkpoint: Checkpoint, here: str) -> None:
+    there = checkpoint.state["config"]["optimizer"].get("name", "adamw")
+    if there != here:
+        raise CheckpointError(
+            f"{checkpoint.path} holds what optimizer.name={there} keeps, here it is {here}; checkpoint.weights=PATH "
+            "starts a new run from its weights alone"
+        )
+
+
+def _check_same_base(checkpoint: Checkpoint, here: dict[str, Any]) -> None:
+    """Raise CheckpointError if adapters would go on upon other weights, or otherwise scaled."""
+    there = checkpoint.state["model"].get("lora") or {}
+    for name, value in (here.get("lora") or {}).items():
+        if there.get(name) != value:
+            what = "weights of model.path" if name == "weights" else f"lora.{name}"
+            raise CheckpointError(f"{checkpoint.path}: its adapters had other {what}: {there.get(name)}, here {value}")
+
+
+def _alike(make: Callable[[], Made], identity: Callable[[Made], str], what: str) -> Made:
+    """What is made from files, once it is sure that all ranks read the same: machines may differ in them.
+
+    Args:
+        make: reads them; raises RingflashError, which the others then hear of.
+        identity: tells what was read from others.
+        what: the files, for the message.
+    """
+    made = failed = None
     try:
-        corpus, said = prepare(config.data), None
+        made = make()
+        said = identity(made)
     except RingflashError as error:
-        corpus, said = error, f"{type(error).__name__}: {error}"
-    read = from_all(said if isinstance(corpus, RingflashError) else corpus.train.identity)
-    if isinstance(corpus, RingflashError):
-        raise corpus
+        failed, said = error, f"{type(error).__name__}: {error}"
+    read = from_all(said)
+    if failed is not None:
+        raise failed
     for rank, other in enumerate(read):
         if other != read[0]:
-            raise RankMismatchError(
-                f"ranks read different text from data.path={config.data.path}: {read[0]} on rank 0, "
-                f"{other} on rank {rank}"
-            )
-    return corpus
+            raise RankMismatchError(f"ranks read different {what}: {read[0]} on rank 0, {other} on rank {rank}")
+    assert made is not None
+    return made

@@ -1,0 +1,52 @@
+"""What an engine and the training loop ask of a language model, whichever it is.
+
+Legend: B sequences, T this rank's tokens of a sequence.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Decoder(nn.Module, ABC):
+    """A language model whose attention spans the ranks that share a sequence.
+
+    `forward` takes what `shard` returned, on this rank's device, and gives the sum of this rank's cross entropies, a
+    scalar; with per_token=True each token's (B, T) fp32 without a gradient, 0 where there is no label.
+
+    Attributes:
+        dtype: of the activations.
+        vocab_size: rows of the embedding.
+    """
+
+    dtype: torch.dtype
+    vocab_size: int
+
+    @abstractmethod
+    def initialise(self, name: str, weight: Tensor) -> None:
+        """Fill an fp32 tensor with the initial values of the parameter of that name, the same on every rank."""
+
+    @abstractmethod
+    def shard(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """This rank's part of a batch that all ranks of the group have whole, on the CPU.
+
+        Runs in a thread beside the step, so it says nothing to other ranks.
+
+        Args:
+            batch: "input_ids" (B, S), "cu_seqlens" over the B * S tokens, and optionally "labels" (B, S), not shifted.
+
+        Returns:
+            Among others "labels" (B, T), shifted, "position_ids" (B, T) in their documents, and "sharding".
+        """
+
+    def source(self) -> str:
+        """What tells the files that the model is read from apart from others; of a model without files, nothing."""
+        return ""
+
+    @abstractmethod
+    def description(self) -> dict[str, Any]:
+        """What the model is, for checkpoints and `ringflash.export`; fits into JSON."""

@@ -1,0 +1,207 @@
+"""A model of Transformers, from a Hugging Face folder, as the recipe's decoder.
+
+Its attention is "ring". It is built on the meta device and filled parameter by parameter from the folder's files, so
+that under ZeRO 3 no rank ever holds more than its share and one parameter.
+
+Legend: B sequences, S tokens of one sequence over all ranks, T of them on this rank.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from ringflash.configs.schema import LoraConfig, ModelConfig, entries
+from ringflash.errors import ArgumentError, DataError
+from ringflash.parallel.mesh import ONE_DEVICE
+from ringflash.training.model.adapters import BASE, add_adapters, initialise_adapter, is_adapter
+from ringflash.training.model.decoder import Decoder
+from ringflash.training.model.folder import FolderWeights
+from ringflash.training.model.transformer import generator_of, keep_attention
+from ringflash.transformers import SequenceParallel
+
+PREFIX = "model."
+"""In front of the names that Transformers has for the parameters."""
+
+
+class Pretrained(Decoder):
+    """A causal language model of Transformers; see Decoder.
+
+    Args:
+        config: `path` is its folder; `rope_parameters` change its rotary embedding.
+        group: ranks that share a sequence; None for one device.
+        partition: how a sequence lies on them, as in `SequenceParallel`.
+        dtype: of the activations; weights are in it too, or in fp32 and computed with by autocast.
+        seqlen: tokens of a sequence, for its config.json.
+        activation_checkpointing: recompute layers in the backward pass, except for their attention.
+        lora: adapters, which alone are trained then.
+        seed: of the adapters' initial weights.
+
+    Raises:
+        ArgumentError: a model that "ring" does not take, or whose loss is another one than cross entropy.
+        DataError: a folder that cannot be read.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        group: ProcessGroup | None = None,
+        partition: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        seqlen: int = 0,
+        activation_checkpointing: bool = False,
+        lora: LoraConfig | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        assert config.path is not None
+        folder = Path(config.path).expanduser()
+        self.config = changed(read_config(folder), config, seqlen)
+        self.dtype, self.vocab_size = dtype, self.config.get_text_config().vocab_size
+        self._generation = _generation(folder)
+        self.model = empty_model(self.config, f"model.path={folder}")
+        self._weights = FolderWeights(folder, self.model)
+        self._seed, self._lora = seed, lora if lora is not None and lora.rank else None
+        if self._lora is not None:
+            add_adapters(self.model, self._lora)
+        _refuse_dropout(self.model, folder)
+        if activation_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": keep_attention})
+        try:
+            self._sequence = SequenceParallel(self.model, ONE_DEVICE if group is None else group, partition)
+            self._sequence.fuse_loss()  # logits of a long sequence need more memory than anything else
+        except ArgumentError as error:
+            raise ArgumentError(f"model.path={folder}: {error}") from error
+
+    def forward(self, per_token: bool = False, **shard: Any) -> Tensor:
+        """See Decoder."""
+        shard["shift_labels"] = shard["labels"]
+        weight = next(weight for weight in self.parameters() if weight.requires_grad)
+        cast = self.dtype != torch.float32 and weight.dtype == torch.float32
+        with torch.autocast(weight.device.type, self.dtype, enabled=cast):
+            if per_token:
+                return self._sequence.token_losses(shard)
+            return self.model(**shard, num_items_in_batch=1, use_cache=False).loss
+
+    def shard(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """See Decoder."""
+        ids = batch["input_ids"]
+        positions = positions_in_documents(batch["cu_seqlens"], *ids.shape)
+        shard = self._sequence.shard_alike({"labels": ids} | batch | {"position_ids": positions})
+        del shard["num_items_in_batch"]
+        if "row_positions" in shard:  # Llama 4 scales queries by their place in the row: here, in their document
+            shard["row_positions"] = shard["position_ids"]
+        return shard | {"labels": shard.pop("shift_labels")}
+
+    def source(self) -> str:
+        """See Decoder."""
+        return self._weights.digest
+
+    def description(self) -> dict[str, Any]:
+        """See Decoder."""
+        kept = self.model.state_dict().keys() - dict(self.model.named_parameters(remove_duplicate=False)).keys()
+        lora = None if self._lora is None else vars(self._lora) | {"weights": self.source()}
+        return {
+            "lora": lora,
+            "huggingface": json.loads(self.config.to_json_string(use_diff=False)),
+            "generation": self._generation,
+            "buffers": {name: self.model.get_buffer(name).tolist() for name in sorted(kept)},
+        }
+
+    @torch.no_grad()
+    def initialise(self, name: str, weight: Tensor) -> None:
+        """See Decoder."""
+        if is_adapter(name):
+            initialise_adapter(name, weight, generator_of(self._seed, name, weight.device))
+        else:
+            weight.copy_(self._weights.read(name.removeprefix(PREFIX).replace(BASE, "")))
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The config.json of a folder."""
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"model.path={folder}: cannot read its config.json: {error}") from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise DataError(
+            f"model.path={folder}: its weights are quantized; load them with "
+            "AutoModelForCausalLM.from_pretrained(..., dtype=torch.bfloat16), dequantize() and save_pretrained() first"
+        )
+    return config
+
+
+def changed(config: PreTrainedConfig, wanted: ModelConfig, seqlen: int) -> PreTrainedConfig:
+    """A configuration with `model.rope_parameters` in the place of its own, for sequences of `seqlen` tokens."""
+    text = config.get_text_config()
+    rope = {key: value for key, value, _ in entries(wanted.rope_parameters) if value is not None}
+    kept = getattr(text, "rope_parameters", None)
+    if rope:
+        if not isinstance(kept, dict) or any(isinstance(value, dict) for value in kept.values()):
+            raise ArgumentError(
+                f"model.rope_parameters: {type(text).__name__} has {kept}; allowed are models with one rotary embedding"
+            )
+        if rope.get("rope_type", kept.get("rope_type")) != "default":
+            rope.setdefault(
+                "original_max_position_embeddings",
+                kept.get("original_max_position_embeddings", text.max_position_embeddings),
+            )
+        if "rope_type" in rope and rope["rope_type"] != kept.get("rope_type"):
+            kept = {"rope_theta": kept.get("rope_theta")}  # a scaling's numbers mean nothing to another
+        text.rope_parameters = kept | rope
+    if getattr(text, "max_position_embeddings", seqlen) < seqlen and (kept or rope):
+        text.max_position_embeddings = seqlen
+    return config
+
+
+def empty_model(config: PreTrainedConfig, said: str) -> PreTrainedModel:
+    """A model on the meta device, but for its buffers, which have their values.
+
+    Args:
+        config: which.
+        said: in front of the message of an error.
+    """
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                config, attn_implementation="ring", dtype=torch.float32, trust_remote_code=False
+            )
+    except (ValueError, KeyError) as error:
+        raise ArgumentError(f"{said}: {error}") from error
+    model.tie_weights()
+    return model
+
+
+def positions_in_documents(cu_seqlens: Any, size: int, seqlen: int) -> Tensor:
+    """Position of each token in its document, (B, S) int64; a tail behind the last document is one more."""
+    bounds = np.unique(np.array([*cu_seqlens, size * seqlen], np.int64))
+    starts = np.repeat(bounds[:-1], np.diff(bounds))
+    return torch.from_numpy(np.arange(size * seqlen) - starts).view(size, seqlen)
+
+
+def _generation(folder: Path) -> dict[str, Any] | None:
+    """How the model of a folder is to generate, if the folder says so."""
+    path = folder / "generation_config.json"
+    try:
+        return json.loads(path.read_bytes()) if path.is_file() else None
+    except (OSError, ValueError) as error:
+        raise DataError(f"model.path: cannot read {path}: {error}; copy it anew") from error
+
+
+def _refuse_dropout(model: nn.Module, folder: Path) -> None:
+    # Each rank would draw its own for its own tokens, so the loss would depend on their number.
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]
+    config: Any = model.config
+    if names or getattr(config, "attention_dropout", 0):
+        where = names[0] if names else "attention"
+        raise ArgumentError(
+            f"model.path={folder}: {where} has dropout, and training here has none; set it to 0 in its config.json"
+        )

@@ -1,0 +1,345 @@
+"""A model of a Hugging Face folder: read parameter by parameter, and trained as one device trains it."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import recipe
+import torch
+import torch.distributed as dist
+from folders import write_folder
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ringflash.configs.schema import EngineConfig, ModelConfig, RopeParametersConfig
+from ringflash.errors import ArgumentError, DataError
+from ringflash.training.config.checks import check
+from ringflash.training.config.composing import load
+from ringflash.training.corpus.chats import ChatTokenizer
+from ringflash.training.engines.create import create_engine
+from ringflash.training.model.folder import FolderWeights
+from ringflash.training.model.pretrained import Pretrained, changed, empty_model, positions_in_documents, read_config
+
+sys.path.append(str(Path(__file__).parent.parent / "huggingface"))
+
+import itertools
+
+from families import FAMILIES, build
+
+ENGINES = ("ddp", "zero1", "zero2", "zero3")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("model"), tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    """Of these the files hold each expert by itself, and the model all of them in one parameter."""
+    settings = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 40}
+    return write_folder(tmp_path_factory.mktemp("experts"), model_type="mixtral", **settings)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_are_read_one_by_one_as_from_pretrained_reads_them(tmp_path, family):
+    build(family, "eager").save_pretrained(tmp_path, max_shard_size="20KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    model = empty_model(read_config(tmp_path), "")
+    assert all(weight.is_meta for weight in model.parameters())
+    weights = FolderWeights(tmp_path, model)
+    for name, weight in expected.named_parameters():
+        assert torch.equal(weights.read(name), weight), name
+    buffers = dict(expected.named_buffers())
+    assert {name for name, _ in model.named_buffers()} == buffers.keys()
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, buffers[name]), name
+
+
+def test_a_base_models_folder_and_weights_under_a_tied_name_are_read_too(tmp_path, folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.model.save_pretrained(tmp_path / "base")  # names without the first "model."
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    empty = empty_model(read_config(tmp_path / "base"), "")
+    weights = FolderWeights(tmp_path / "base", empty)
+    for name, weight in model.named_parameters():
+        assert torch.equal(weights.read(name), weight), name
+
+
+# Training
+
+
+def _steps(
+    path, name, degree, micro_batch=recipe.SEQUENCES, dtype=torch.float32, checkpointing=False, last=2, lora=None
+):
+    """As recipe.steps: [(loss, gradient norm), ...] and the engine's state, of the same batches."""
+    world = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world // degree, degree), mesh_dim_names=("data", "sequence"))
+    group, data_rank, data_ranks = mesh["sequence"].get_group(), mesh["data"].get_local_rank(), world // degree
+    model = Pretrained(ModelConfig(path=str(path)), group, "zigzag", dtype, recipe.SEQLEN, checkpointing, lora)
+    accumulation = recipe.SEQUENCES // (micro_batch * data_ranks)
+    engine = create_engine(model, torch.device("cpu"), EngineConfig(name), recipe.OPTIMIZER, accumulation)
+    curve = []
+    for step in range(last):
+        mine = recipe.batches(step)[data_rank::data_ranks]
+        micro = [recipe.together(mine[i : i + micro_batch]) for i in range(0, len(mine), micro_batch)]
+        loss, norm, _ = engine.train_step([model.shard(batch) for batch in micro], recipe.OPTIMIZER.lr)
+        curve.append((loss.item(), norm.item()))
+    losses = engine.evaluate(model.shard(recipe.batches(9)[0]))
+    sums = losses.sum()[None]
+    dist.all_reduce(sums)
+    state = {name.replace("/model.", "/"): x.detach().clone() for name, x in engine.tensors()}
+    return curve, state, sums.item() / world * degree
+
+
+def _plain(path, last=2, adapt=lambda model: model):
+    """Transformers and torch on one device, each document in a row of its own."""
+    model = adapt(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)).train()
+    config, learned = recipe.OPTIMIZER, {name: x for name, x in model.named_parameters() if x.requires_grad}
+    groups = [
+        {"params": [x for x in learned.values() if x.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [x for x in learned.values() if x.dim() == 1], "weight_decay": 0.0},
+    ]
+    adam = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+    curve = []
+    for step in range(last):
+        losses = torch.cat([_document_losses(model, batch) for batch in recipe.batches(step)])
+        losses.mean().backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        adam.step()
+        adam.zero_grad()
+        curve.append((losses.mean().item(), norm.item()))
+    state = {}
+    for name, weight in learned.items():
+        state[f"weight/{name}"] = weight.detach()
+        state |= {f"{moment}/{name}": adam.state[weight][moment] for moment in ("exp_avg", "exp_avg_sq")}
+    return curve, state, _document_losses(model, recipe.batches(9)[0]).sum().item()
+
+
+def _document_losses(model, batch):
+    bounds, losses = batch["cu_seqlens"], []
+    for start, stop in itertools.pairwise(bounds):
+        ids = batch["input_ids"][:, start:stop]
+        if stop - start > 1:
+            logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+            losses.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none"))
+    return torch.cat(losses)
+
+
+def _assert_same(result, expected):
+    torch.testing.assert_close(torch.tensor(result[0]), torch.tensor(expected[0]), rtol=2e-5, atol=2e-5)
+    assert result[1].keys() == expected[1].keys()
+    for name, tensor in result[1].items():
+        largest = expected[1][name].abs().max().item()
+        torch.testing.assert_close(tensor, expected[1][name], rtol=0, atol=5e-5 * largest, msg=lambda m, n=name: n + m)
+    assert result[2] == pytest.approx(expected[2], rel=2e-5)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_two_ranks_train_and_evaluate_a_folder_as_transformers_does_on_one_device(pool, folder, name):
+    expected = _plain(folder)
+    for result in pool(2).run(_steps, folder, name, degree=2):
+        _assert_same(result, expected)
+
+
+@pytest.mark.parametrize("name", ["ddp", "zero3"])
+def test_data_and_sequence_ranks_train_a_mixture_of_experts_as_one_device_does(pool, experts, name):
+    expected = _plain(experts)
+    for result in pool(4).run(_steps, experts, name, degree=2, micro_batch=1):
+        _assert_same(result, expected)
+
+
+RELATIVE = [name for name in FAMILIES if name not in ("llama_dynamic_rope", "phi3_long_rope")]
+"""Families whose rotary embedding does not depend on what else is in the batch."""
+
+
+@pytest.mark.parametrize("family", RELATIVE)
+def test_two_ranks_learn_from_any_family_what_one_device_learns(pool, tmp_path, family):
+    build(family, "eager").save_pretrained(tmp_path)
+    (curve, _, losses), _ = pool(2).run(_steps, tmp_path, "ddp", degree=2, last=1)
+    expected, _, expected_losses = _plain(tmp_path, last=1)
+    torch.testing.assert_close(torch.tensor(curve), torch.tensor(expected), rtol=1e-4, atol=1e-5)
+    assert losses == pytest.approx(expected_losses, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["ddp", "zero3"])
+def test_activation_checkpointing_changes_nothing(pool, folder, name):
+    (expected,), (found,) = (pool(1).run(_steps, folder, name, 1, checkpointing=on, last=1) for on in (False, True))
+    assert found[0] == expected[0]
+    assert all(torch.equal(found[1][key], expected[1][key]) for key in expected[1])
+
+
+@pytest.mark.parametrize("name", ["ddp", "zero1", "zero3"])
+def test_bf16_keeps_master_weights_in_fp32_and_rotates_by_frequencies_in_fp32(pool, folder, name):
+    curve, state, _ = pool(2).run(_steps, folder, name, degree=2, dtype=torch.bfloat16)[0]
+    expected, _, _ = _plain(folder)
+    torch.testing.assert_close(torch.tensor(curve), torch.tensor(expected), rtol=0.03, atol=0.03)
+    weight = state["weight/model.layers.0.mlp.up_proj.weight"]
+    assert not torch.equal(weight, weight.bfloat16().float())
+
+
+def _live_bytes():
+    storages = [x.untyped_storage() for x in gc.get_objects() if isinstance(x, torch.Tensor) and not x.is_meta]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _most_bytes_while_loaded(path, name, share):
+    """Of tensors, each time that a parameter has its values; at least this and at most that are right."""
+    model = Pretrained(ModelConfig(path=str(path)))
+    sizes = [4 * weight.numel() for weight in model.parameters()]
+    whole, largest, most = sum(sizes), max(sizes), 0
+    draw = model.initialise
+    gc.collect()
+    gc.freeze()  # what is there already does not count, and is not looked through
+
+    def initialise(name, weight):
+        nonlocal most
+        draw(name, weight)
+        most = max(most, _live_bytes())
+
+    model.initialise = initialise
+    create_engine(model, torch.device("cpu"), EngineConfig(name), recipe.OPTIMIZER)
+    gc.unfreeze()
+    return 0.9 * share * whole, most, share * whole + 3 * largest
+
+
+@pytest.mark.parametrize(("name", "share"), [("ddp", 1), ("zero3", 0.5)])
+def test_zero3_holds_one_parameter_and_its_share_of_the_others_while_a_folder_is_loaded(pool, tmp_path, name, share):
+    write_folder(tmp_path, num_hidden_layers=10, tie_word_embeddings=True)
+    for at_least, most, at_most in pool(2).run(_most_bytes_while_loaded, tmp_path, name, share):
+        assert at_least < most < at_most
+
+
+def test_positions_restart_with_each_document_and_each_row():
+    found = positions_in_documents([0, 3, 5, 8, 9], 2, 5)
+    assert found.tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 0, 0]]
+
+
+# Longer contexts
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0, "beta_fast": 24.0},
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        {"rope_theta": 5e5},
+    ],
+    ids=lambda rope: rope.get("rope_type", "theta"),
+)
+def test_rope_parameters_are_those_of_transformers(folder, rope):
+    config = changed(read_config(folder), ModelConfig(rope_parameters=RopeParametersConfig(**rope)), 1024)
+    assert config.max_position_embeddings == 1024
+    expected = AutoConfig.from_pretrained(folder)
+    more = {"original_max_position_embeddings": 128} if "rope_type" in rope else {}
+    expected.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0} | rope | more
+    expected.max_position_embeddings = 1024
+    ours, theirs = (empty_model(each, "").model.rotary_emb for each in (config, expected))
+    assert torch.equal(ours.inv_freq, theirs.inv_freq)
+    assert ours.attention_scaling == theirs.attention_scaling
+    assert not torch.equal(ours.inv_freq, empty_model(read_config(folder), "").model.rotary_emb.inv_freq)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["model.path=nowhere"], "model.path=nowhere: no such folder; `hf download"),
+        (["model.path={folder}", "model.hidden_size=64"], "model.hidden_size=64 beside model.path="),
+        (["model=tiny", "model.path={folder}"], "or take model=pretrained"),
+        (["model.path={folder}", "attention=sliding_window"], "attention.mask=sliding_window beside model.path="),
+        (["model.path={folder}", "model.rope_scaling.factor=2"], "model.rope_scaling.factor=2.0 beside model.path="),
+        (["model.rope_parameters.factor=2"], "model.rope_parameters.factor=2.0 is for model.path"),
+        (["model=pretrained"], "model.hidden_size=0; allowed are 1 and more, or a folder in model.path"),
+    ],
+)
+def test_keys_that_a_folder_does_not_go_with_are_refused_by_name(folder, overrides, said):
+    config = load([override.format(folder=folder) for override in overrides])
+    with pytest.raises(ArgumentError) as refused:
+        check(config, 1)
+    assert said in str(refused.value)
+
+
+def test_what_is_not_installed_is_named_with_what_to_install(folder, monkeypatch):
+    monkeypatch.setattr("ringflash.training.extras.find_spec", lambda name: None)
+    with pytest.raises(ArgumentError, match=r"model\.path=.* needs transformers and accelerate: pip install 'ringfla"):
+        check(load([f"model.path={folder}"]), 1)
+
+
+def _break_file(folder):
+    (folder / "model.safetensors").write_bytes(b"no")
+
+
+def _leave_one_out(folder):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors")
+
+
+def _name_an_absent_file(folder):
+    index = {"weight_map": {"model.norm.weight": "model-00009.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _change_config(**change):
+    def write(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | change))
+
+    return write
+
+
+def _load(path):
+    model = Pretrained(ModelConfig(path=str(path)))
+    for name, weight in model.named_parameters():
+        model.initialise(name, torch.empty_like(weight, device="cpu"))
+
+
+def test_code_in_a_folder_is_never_run(tmp_path, folder):
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    names = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
+    for change in ({"model_type": "evil"}, {}):
+        _change_config(auto_map=names, **change)(tmp_path / "copy")
+        with contextlib.suppress(DataError):  # what Transformers knows itself it takes from its own code
+            _load(tmp_path / "copy")
+    with contextlib.suppress(DataError):
+        ChatTokenizer(str(tmp_path / "copy"))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "said"),
+    [
+        (_break_file, DataError, "model.safetensors: "),
+        (lambda folder: (folder / "model.safetensors").unlink(), DataError, "no model.safetensors and no"),
+        (_leave_one_out, DataError, "its files have no model.norm.weight, which a LlamaForCausalLM consists of"),
+        (_name_an_absent_file, DataError, "names model-00009.safetensors, which is not there"),
+        (_change_config(hidden_size=64), DataError, "by its config.json"),
+        (_change_config(quantization_config={"quant_method": "mxfp4"}), DataError, "its weights are quantized"),
+        (_change_config(attention_dropout=0.1), ArgumentError, "attention has dropout"),
+        (_change_config(model_type="xyz"), DataError, "cannot read its config.json"),
+        (_change_config(model_type="t5"), ArgumentError, "model.path="),
+    ],
+    ids=["file", "absent", "parameter", "index", "shape", "quantized", "dropout", "unknown", "encoder"],
+)
+def test_a_folder_that_cannot_be_trained_is_refused_with_what_is_wrong(tmp_path, folder, damage, error, said):
+    shutil.copytree(folder, tmp_path / "copy")
+    damage(tmp_path / "copy")
+    with pytest.raises(error) as refused:
+        _load(tmp_path / "copy")
+    assert said in str(refused.value)
+    assert "model.path" in str(refused.value)
