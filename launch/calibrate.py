@@ -187,11 +187,9 @@ def _link(after: int, before: int, device: torch.device, shape: Shape, tokens: i
     return Link((1.0, *map(float, sizes)), tuple(seconds), _of_all(min(1.0, max(0.0, hidden)), min))
 
 
-def keep(machine: Machine, path: os.PathLike[str]) -> None:
-    """Write the measurement, on each host once."""
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = target.with_suffix(".unfinished")
-        unfinished.write_text(machine.text())
-        unfinished.replace(target)
+def keep(machine: Machine, path: Path) -> None:
+    """Write the measurement, whole or not at all; every rank does, for each host needs it and all have the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
+    unfinished.write_text(machine.text())
+    unfinished.replace(path)
