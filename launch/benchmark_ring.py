@@ -64,7 +64,8 @@ class Case:
     def pairs(self, lengths: list[int]) -> float:
         """Of queries and keys that see each other."""
         if self.window:
-            return sum(n * (self.window + 1) for n in lengths)
+            seen = [(n, min(self.window, n - 1)) for n in lengths]
+            return sum(n * (w + 1) - w * (w + 1) / 2 for n, w in seen)
         return sum(n * n / 2 for n in lengths)
 
     def sharding(self, lengths: list[int], **where: Any) -> Sharding:

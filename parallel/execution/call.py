@@ -298,7 +298,7 @@ def _form(inputs: Inputs, settings: Settings, surplus: tuple[int, int], which: s
     query, key, value = inputs.query, inputs.key, inputs.value
     return (
         which,
-        str(query.dtype),
+        (str(query.dtype), query.device.type),
         (query.shape[1], key.shape[1], value.shape[1]),
         (query.shape[2], value.shape[2]),
         settings[2:],
@@ -313,7 +313,8 @@ def _described(placement: Placement, index: int, form: tuple) -> dict[str, objec
     scale, softcap, dropout, kernel, deterministic, needs = numbers
     return {
         "pass": which,
-        "dtype": dtype,
+        "dtype": dtype[0],
+        "device": dtype[1],
         "heads": heads,
         "head_dim": head_dims,
         **placement.of_mask(index),

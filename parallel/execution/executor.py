@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +19,8 @@ from ringflash.parallel.execution.crossing import Crossing
 from ringflash.parallel.execution.gradients import KeyGradients
 from ringflash.parallel.execution.rows import Rows, rows_beside, rows_of
 from ringflash.parallel.planning.launches import attend, attend_backward
-from ringflash.parallel.planning.program import Program, StageProgram, picked
+from ringflash.parallel.planning.program import StageProgram, picked
 from ringflash.parallel.positions.segments import count
-from ringflash.parallel.transport.base import Transport
 from ringflash.parallel.transport.head_exchange import HeadExchange
 
 
@@ -186,12 +186,29 @@ def cross(
     return replace(ready, inputs=crossing.inputs, first_head=crossing.heads.start), crossing
 
 
-def make_room(ready: Ready) -> tuple[Rows, list[Rows]]:
-    """Own keys as they can be sent, and the buffers for those that arrive: before the ranks agree to begin."""
-    program, own = ready.program, ready.inputs.keys()
+class Room(NamedTuple):
+    """What rows that travel lie in.
+
+    Attributes:
+        sent: own keys as they can be sent.
+        ahead: of each stage what it sends of own keys, where that can leave before its stage; otherwise nothing.
+        buffers: for keys that arrive.
+    """
+
+    sent: Rows
+    ahead: list[list[tuple[int, Tensor]]]
+    buffers: list[Rows]
+
+
+def make_room(ready: Ready) -> Room:
+    """All that travelling takes, before the ranks agree to begin."""
+    program, own, transport = ready.program, ready.inputs.keys(), ready.transport
     needed = min(2, sum([bool(stage.receives) for stage in program.stages]))
     sent = tuple([x.contiguous() for x in own])
-    return sent, [rows_beside(own, program.buffers.arrivals) for _ in range(needed)]
+    ahead: list[list[tuple[int, Tensor]]] = [[]] * len(program.stages)
+    if transport is not None and transport.sends_early:
+        ahead = [[pair for s in stage.sends for pair in rows_of(s, sent)] for stage in program.sent_ahead]
+    return Room(sent, ahead, [rows_beside(own, program.buffers.arrivals) for _ in range(needed)])
 
 
 def begin(ready: Ready, crossing: Crossing | None) -> None:
@@ -212,13 +229,13 @@ def end(ready: Ready, crossing: Crossing | None, found: list[Tensor], failure: E
 
 def walk(
     ready: Ready,
-    room: tuple[Rows, list[Rows]] | None,
+    room: Room | None,
     body: Callable[[StageProgram, Rows], None],
     settle: Callable[[StageProgram], None] | None = None,
 ) -> Exception | None:
     """Go through the stages of a program: post transfers, work on what is there, settle, wait.
 
-    Where a body fails, out of memory say, the transfers go on all the same: other ranks have begun this call, too, and
+    Where work fails, out of memory say, the transfers go on all the same: other ranks have begun this call, too, and
     would wait for ever. They hear of the error when the call ends on CPUs, on GPUs before the call after their next.
 
     Args:
@@ -231,8 +248,8 @@ def walk(
         What failed on this rank of several.
     """
     program, own, transport = ready.program, ready.inputs.keys(), ready.transport
-    sent, buffers = room or (own, [])
-    outgoing, there = ([], None) if transport is None else own_sends(program, sent, transport)
+    sent, ahead, buffers = room or Room(own, [], [])
+    there = None if transport is None else transport.mark()
     arrived: Rows = ()
     failure: Exception | None = None
     filled = 0
@@ -243,41 +260,29 @@ def walk(
             if stage.receives:
                 coming = buffers[filled % 2]
                 filled += 1
-            sends = outgoing[index] or [
-                pair for s in stage.sends for pair in rows_of(s, arrived if s.relayed else sent)
-            ]
+            sends = ahead[index] or [pair for s in stage.sends for pair in rows_of(s, arrived if s.relayed else sent)]
             receives = [pair for s in stage.receives for pair in rows_of(s, coming)]
-            since = None if stage.relays else there
+            since = there if ahead[index] or not stage.sends else None
             ticket = transport.transfer(sends, receives, f"keys and values for stage {index + 1}", since)
         for piece in (stage,) if settle is None else program.backward_stages[index]:
-            if piece.launches and failure is None:
-                try:
+            try:
+                if piece.launches and failure is None:
                     body(piece, piece.at_hand(own, arrived))
-                except Exception as error:
-                    if transport is None:
-                        raise
-                    failure = error
-            if settle is not None:
-                settle(piece)
+            except Exception as error:
+                if transport is None:
+                    raise
+                failure = error
+            try:
+                if settle is not None:
+                    settle(piece)
+            except Exception as error:
+                if transport is None:
+                    raise
+                failure = failure or error
         if ticket is not None:
             ticket.wait()
         arrived = tuple([picked(x, stage.received) for x in coming])
     return failure
-
-
-def own_sends(
-    program: Program, sent: Rows, transport: Transport
-) -> tuple[list[list[tuple[int, Tensor]]], torch.Event | None]:
-    """What each stage sends of own keys alone, gathered at once so that it can leave before its stage, and since when.
-
-    Empty where a stage relays keys, or a transport cannot send what an earlier point of the stream has made.
-    """
-    if transport.mark() is None:
-        return [[]] * len(program.stages), None
-    found = [
-        [] if stage.relays else [pair for s in stage.sends for pair in rows_of(s, sent)] for stage in program.stages
-    ]
-    return found, transport.mark()
 
 
 # Learned sinks: one more logit a head in the softmax, without a value (gpt-oss, arXiv 2508.10925)

@@ -38,7 +38,7 @@ class KeyGradients:
         """What `finish` gives."""
         self._sums: list[Tensor] | None = None
         self._pending: deque[tuple[Ticket, list[tuple[Shipment, Rows]]]] = deque()
-        self._used = 0
+        self._used, self._room = 0, 1
         if transport is not None:
             self._room, self._size = program.reduced_ahead, program.buffers.reduces
             self._buffers = rows_beside(wanted, self._room * self._size, accumulator)
@@ -50,12 +50,20 @@ class KeyGradients:
             stage: the stage.
             parts: for each of `wanted` the gradients of the keys attended to; None if there were none.
         """
-        if parts is not None and stage.kept is not None:
-            self._keep(stage, parts)
-        if self._transport is None or not self._wanted or not (stage.returns or stage.reduces):
-            return
-        if len(self._pending) >= self._room:
-            self._collect()
+        failure = None
+        try:
+            if parts is not None and stage.kept is not None:
+                self._keep(stage, parts)
+            if len(self._pending) >= self._room:
+                self._collect()
+        except Exception as error:  # raised when others have got what they wait for
+            failure = error
+        if self._transport is not None and self._wanted and (stage.returns or stage.reduces):
+            self._reduce(stage, parts, self._transport)
+        if failure is not None:
+            raise failure
+
+    def _reduce(self, stage: StageProgram, parts: list[Tensor] | None, transport: Transport) -> None:
         # pyrefly: ignore[not-iterable]  # there are parts where there are returns, and a missing one is to be an error
         sends = [(s.peer, picked(part, s.rows)) for s in stage.returns for part in parts]
         incoming, filled = [], self._used % self._room * self._size
@@ -64,7 +72,7 @@ class KeyGradients:
             incoming.append((s, tuple([x[filled : filled + s.count] for x in self._buffers])))
             filled += s.count
         receives = [(s.peer, x) for s, rows in incoming for x in rows]
-        ticket = self._transport.transfer(sends, receives, f"gradients of stage {stage.index}")
+        ticket = transport.transfer(sends, receives, f"gradients of stage {stage.index}")
         self._pending.append((ticket, incoming))
 
     def finish(self) -> list[Tensor]:

@@ -62,8 +62,8 @@ class Buffers:
 
     Attributes:
         arrivals: in each of two buffers, which take turns: one is attended to and sent from while the other fills.
-        returns: gradient parts that leave, in each of two.
-        reduces: gradient parts that arrive, in one.
+        returns: gradient parts that leave at once, in each of two or more (`Program.reduced_ahead`).
+        reduces: gradient parts that arrive at once, in each of one or more.
     """
 
     arrivals: int = 0

@@ -203,12 +203,26 @@ class Program:
     def reduced_ahead(self) -> int:
         """How often `buffers.reduces` is there, so that a rank that is behind does not hold up those that wait for it.
 
-        Gradient parts that have arrived and are still to be added take no more room together than a piece does, or
-        than `AHEAD` where stages are not worked on in pieces.
+        Gradient parts that have arrived and are still to be added, or that left and have not been taken, are no more
+        than twice as many keys as the rank has, nor more than a piece's, or `AHEAD` without pieces.
         """
         parts = sum(bool(piece.reduces or piece.returns) for stage in self.backward_stages for piece in stage)
-        size = max(1, self.buffers.reduces)
-        return max(1, min(parts, (self.piece or AHEAD) // size))
+        size = max(1, self.buffers.reduces, self.buffers.returns)
+        return max(1, min(parts, min(2 * self.keys, self.piece or AHEAD) // size))
+
+    @cached_property
+    def sent_ahead(self) -> tuple[StageProgram, ...]:
+        """The stages, those empty that relay keys, or before which own rows would have to be gathered for too long.
+
+        All that is gathered at once is no more than the rank's own keys.
+        """
+        found, gathered = [], 0
+        for stage in self.stages:
+            gathers = sum(s.count for s in stage.sends if isinstance(s.rows, Tensor))
+            fits = not stage.relays and gathered + gathers <= self.keys
+            gathered += gathers if fits else 0
+            found.append(stage if fits else StageProgram())
+        return tuple(found)
 
     @cached_property
     def sums_parts(self) -> bool:

@@ -20,6 +20,11 @@ class Ticket(Protocol):
 class Transport(Protocol):
     """Moves rows between the ranks of a group."""
 
+    @property
+    def sends_early(self) -> bool:
+        """Whether what is sent can leave while the current stream is still at something else, see `transfer`."""
+        ...
+
     def mark(self) -> torch.Event | None:
         """What the current stream has been asked for so far; None where no stream can wait for it."""
         ...

@@ -99,7 +99,7 @@ class Way:
         return chunk, times
 
 
-def mark(times: int) -> int:
+def number_of(times: int) -> int:
     """What a flag says of the use with this number; never what it holds at first, 0."""
     return times % CIRCLE + 1
 
@@ -112,7 +112,7 @@ class Mailboxes:
         bases: for each rank where its memory is, as this process sees it: `bytes_of(ranks, room)`, zeros at first.
         room: bytes of a chunk.
         numbers: address of a table of the numbers 0 to CIRCLE, 4 bytes each.
-        progress: address of memory that the host reads: for each of `places` the mark of the last transfer that is
+        progress: address of memory that the host reads: for each of `places` the number of the last transfer that is
             over.
         lanes: of each lane (to, from) for each rank: the streams in whose order writing and reading is carried out.
             Transfers in one lane do not wait for those in another.
@@ -169,7 +169,7 @@ class Mailboxes:
             for peer in peers:
                 place = 2 * (lane * len(self.to) + peer) + which
                 self._asked[place] += 1
-                ends.append((place, mark(self._asked[place])))
+                ends.append((place, number_of(self._asked[place])))
                 self._raise(self._progress + 4 * place, ends[-1][1], streams[peer][1 - which])
         return ends
 
@@ -179,19 +179,19 @@ class Mailboxes:
     def _fill(self, way: Way, stream: int, blocks: list[Block], chunk: tuple[Piece, ...]) -> None:
         number, times = way.turn()
         if times:
-            self._wait(way.emptied[number], mark(times - 1), stream)
+            self._wait(way.emptied[number], number_of(times - 1), stream)
         for piece in chunk:
             source = blocks[piece.block][0] + piece.offset
             self._copy(way.boxes[number] + piece.place, source, piece.nbytes, stream)
-        self._raise(way.filled[number], mark(times), stream)
+        self._raise(way.filled[number], number_of(times), stream)
 
     def _empty(self, way: Way, stream: int, blocks: list[Block], chunk: tuple[Piece, ...]) -> None:
         number, times = way.turn()
-        self._wait(way.filled[number], mark(times), stream)
+        self._wait(way.filled[number], number_of(times), stream)
         for piece in chunk:
             target = blocks[piece.block][0] + piece.offset
             self._copy(target, way.boxes[number] + piece.place, piece.nbytes, stream)
-        self._raise(way.emptied[number], mark(times), stream)
+        self._raise(way.emptied[number], number_of(times), stream)
 
     def _raise(self, flag: int, number: int, stream: int) -> None:
         self._copy(flag, self._numbers + 4 * number, 4, stream)

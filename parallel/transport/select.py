@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import warnings
 import weakref
 from collections.abc import Sequence
 from datetime import timedelta
@@ -14,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringflash.errors import ArgumentError
-from ringflash.kernels.kept import capturing
+from ringflash.errors import ArgumentError, UnsupportedError
+from ringflash.kernels.kept import build_to_keep, capturing
 from ringflash.kernels.torch_private import default_store, without_transforms
 from ringflash.parallel.transport.base import Ticket, Transport
 from ringflash.parallel.transport.send_recv import SendRecv
@@ -25,6 +26,7 @@ MOST_RANKS = 16
 """That share symmetric memory: each has a mailbox for every other."""
 
 VARIABLE = "RINGFLASH_TRANSPORT"
+"""Names a transport, for measurements and for machines whose copy engines fail; in any script, as NCCL's variables."""
 NAMES = ("symmetric_memory", "send_recv")
 
 Said = TypeVar("Said")
@@ -47,12 +49,24 @@ class GroupTransport:
 
     def open(self, device: torch.device) -> None:
         """Before the transfers of each call; all ranks are at the same call, and in their first one they choose."""
-        if device not in self._by_device:
+        chosen = self._by_device.get(device)
+        if chosen is None:
+            if capturing(device):
+                raise UnsupportedError(
+                    "the first call of a group of ranks within a CUDA graph's capture; make one before"
+                )
             group = self._group()
             assert group is not None  # the caller holds it
-            self._by_device[device], self.why = choose(group, device)
-        # A graph that is being captured would repeat numbers of flags.
-        self._now = self._plain if capturing(device) else self._by_device[device]
+            chosen, self.why = build_to_keep(lambda: choose(group, device), device)
+            self._by_device[device] = chosen
+        if capturing(device) and chosen.sends_early:
+            chosen = self._plain  # a graph would repeat the numbers of flags
+        self._now = chosen
+
+    @property
+    def sends_early(self) -> bool:
+        """See `Transport`; of the last call's."""
+        return self._now.sends_early
 
     def mark(self) -> torch.Event | None:
         """See `Transport`."""
@@ -79,22 +93,28 @@ def choose(group: dist.ProcessGroup, device: torch.device) -> tuple[Transport, s
         return SendRecv(group), f"send_recv: tensors are on {device.type}"
     wanted = os.environ.get(VARIABLE, NAMES[0])
     memory, why = _memory(wanted, group, device)
-    said = _of_all_ranks((wanted, _host(), why), group)
-    for rank, (name, _, _) in enumerate(said):
+    said = _of_all_ranks((wanted, _host(), why, _made.count), group)
+    for rank, (name, *_) in enumerate(said):
         if name not in NAMES:
             raise ArgumentError(f"{VARIABLE}={name} on rank {rank}; allowed are {' and '.join(NAMES)}")
-    hosts = len({host for _, host, _ in said})
-    reason = f"the ranks are on {hosts} hosts" if hosts > 1 else _first([why for *_, why in said])
+    hosts = len({host for _, host, *_ in said})
+    reason = f"the ranks are on {hosts} hosts" if hosts > 1 else _first([why for _, _, why, _ in said])
+    if not reason and len({made for *_, made in said}) > 1:
+        # torch numbers what is joined in each process, and would wait for a number that another has not come to.
+        reason = "some ranks have joined memory in other groups before; make the first call in the largest group"
     if not reason:
         assert memory is not None  # or there were a reason
         made, why = None, ""
+        _made.count += 1
         try:
             made = SymmetricMemory(group, memory, _timeout())
-        except UnavailableError as error:
-            why = str(error)
+        except Exception as error:  # whatever it is, the others wait for a word
+            why = str(error) or type(error).__name__
         reason = _first(_of_all_ranks(why, group))
         if made is not None and not reason:
             return made, "symmetric_memory: by copy engines, through memory that the GPUs of a host share"
+    if hosts == 1 and torch.version.hip is None and wanted == NAMES[0] and group.rank() == 0:
+        warnings.warn(f"ranks of one host transfer by send and receive, not by copy engines: {reason}", stacklevel=2)
     return SendRecv(_own_communicator(group)), f"send_recv: {reason}"
 
 
@@ -139,6 +159,15 @@ def _own_communicator(group: dist.ProcessGroup) -> dist.ProcessGroup:
     made = dist.new_group(dist.get_process_group_ranks(group), timeout=_timeout(), backend="nccl")
     assert isinstance(made, dist.ProcessGroup)  # this rank is one of them
     return made
+
+
+class _Made:
+    """How often this process has joined symmetric memory with others."""
+
+    count = 0
+
+
+_made = _Made()
 
 
 def _timeout() -> timedelta:

@@ -34,6 +34,8 @@ class SendRecv:
         group: the process group.
     """
 
+    sends_early = False
+
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = weakref.ref(group)  # a transport lives as long as its group, which must not live for it
         self._global_rank = [dist.get_global_rank(group, rank) for rank in range(group.size())]

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -26,9 +27,9 @@ from ringflash.kernels.torch_private import symmetric_memory
 from ringflash.parallel.transport import driver
 from ringflash.parallel.transport.mailboxes import CIRCLE, Block, Mailboxes, bytes_of
 
-ROOM = 16 << 20
-"""Bytes of a chunk: of more, a message of some chunks would wait longer for its first; of fewer, the host has more to
-ask for than the copy engines to do."""
+MOST_ROOM, LEAST_ROOM, ROOMS = 16 << 20, 4 << 20, 64 << 20
+"""Bytes of a chunk, and of a chunk for each rank. Of more, a message would wait longer for its first; of fewer, the
+host has more to ask for than the copy engines to do."""
 
 READERS = 2
 """Streams of a lane that read; a transfer from several ranks at once uses them in turn."""
@@ -37,6 +38,14 @@ LANES = 2
 
 LOOKS_EVERY = 0.5
 """Seconds."""
+
+GRACE = 5.0
+"""Seconds beyond the limit: ranks that wait on the host, where they can raise an error, have the same limit."""
+
+
+def room_of(ranks: int) -> int:
+    """Bytes of a chunk in a group of so many ranks; three for each rank are taken on every GPU, 192 MiB."""
+    return max(LEAST_ROOM, min(MOST_ROOM, ROOMS // ranks))
 
 
 class UnavailableError(RuntimeError):
@@ -49,8 +58,13 @@ class Posted:
     def __init__(self, events: Sequence[torch.Event], tensors: tuple) -> None:
         self._events, self._tensors = events, tensors
 
+    def __del__(self) -> None:
+        self.wait()  # nobody may have, where a call fails; the memory is not to serve again before
+
     def wait(self) -> None:
         """Return when the current stream waits for it."""
+        if not self._events:
+            return
         stream = torch.cuda.current_stream()
         for event in self._events:
             stream.wait_event(event)
@@ -75,14 +89,14 @@ class SymmetricMemory:
         device = memory.device
         self._peers = _of_all_ranks(memory, group)
         self._numbers = torch.arange(CIRCLE + 1, dtype=torch.int32, device=device)
-        self._progress = torch.zeros(2 * LANES * ranks, dtype=torch.int32, pin_memory=True)
+        self._progress = torch.zeros(2 * LANES * ranks, dtype=torch.int32, device="cpu", pin_memory=True)
         self._lanes = [[torch.cuda.Stream(device, priority=-1) for _ in range(1 + READERS)] for _ in range(LANES)]
         """A writer and readers for what was there earlier, and for what has just been made; see `Transport`."""
         torch.cuda.synchronize(device)  # numbers and zeros are there
         self._mailboxes = Mailboxes(
             self._rank,
             [x.data_ptr() for x in self._peers],
-            ROOM,
+            room_of(ranks),
             self._numbers.data_ptr(),
             self._progress.data_ptr(),
             [
@@ -93,6 +107,9 @@ class SymmetricMemory:
             driver.wait,
         )
         self._watch = _Watch(self._rank, self._progress, timeout)
+        weakref.finalize(self, self._watch.over.set)
+
+    sends_early = True
 
     def mark(self) -> torch.Event:
         """See `Transport`."""
@@ -133,11 +150,13 @@ def allocate(ranks: int, device: torch.device) -> Tensor:
         UnavailableError: there is none, and why.
     """
     try:
-        memory = symmetric_memory().empty(bytes_of(ranks, ROOM), dtype=torch.uint8, device=device)
+        memory = symmetric_memory().empty(bytes_of(ranks, room_of(ranks)), dtype=torch.uint8, device=device)
         memory.zero_()
+        with torch.cuda.device(device):
+            driver.wait(memory.data_ptr(), 0, torch.cuda.current_stream().cuda_stream)  # a device may not be able to
         torch.cuda.synchronize(device)
-    except (RuntimeError, ImportError) as error:
-        raise UnavailableError(f"torch's symmetric memory: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, ImportError, OSError, AttributeError) as error:
+        raise UnavailableError(f"torch's symmetric memory: {_first_line(error)}") from error
     return memory
 
 
@@ -148,7 +167,11 @@ def _of_all_ranks(memory: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
             handle = symmetric_memory().rendezvous(memory, group)
         return [handle.get_buffer(rank, memory.shape, memory.dtype) for rank in range(group.size())]
     except RuntimeError as error:
-        raise UnavailableError(f"torch's symmetric memory: {str(error).splitlines()[0]}") from error
+        raise UnavailableError(f"torch's symmetric memory: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 @contextmanager
@@ -194,6 +217,8 @@ class _Watch:
         self._rank, self._timeout = rank, timeout
         self._progress = progress.numpy()  # reading it asks nothing of CUDA, so it disturbs no capture of a graph
         self._expected: list[deque[_Expected]] = [deque() for _ in range(len(progress))]
+        self.over = threading.Event()
+        """Nothing more is expected."""
         threading.Thread(target=self._look_again, daemon=True, name="ringflash transfers").start()
 
     def expect(self, index: int, number: int, what: str) -> None:
@@ -201,8 +226,7 @@ class _Watch:
         self._expected[index].append(_Expected(number, time.monotonic(), what))
 
     def _look_again(self) -> None:
-        while True:
-            time.sleep(LOOKS_EVERY)
+        while not self.over.wait(LOOKS_EVERY):
             for index, expected in enumerate(self._expected):
                 self._look(int(self._progress[index]), expected)
 
@@ -210,9 +234,9 @@ class _Watch:
         if any(x.number == now for x in tuple(expected)):
             while expected.popleft().number != now:
                 pass
-        if expected and time.monotonic() - expected[0].since > self._timeout.total_seconds():
+        if expected and time.monotonic() - expected[0].since > self._timeout.total_seconds() + GRACE:
             print(
-                f"ringflash: rank {self._rank} has waited {self._timeout} for {expected[0].what}; this process ends",
+                f"ringflash: rank {self._rank} ends, having waited more than {self._timeout} for {expected[0].what}",
                 file=sys.stderr,
                 flush=True,
             )
