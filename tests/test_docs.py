@@ -131,6 +131,15 @@ def test_transformers_page_prints_the_same_alone_and_on_two_ranks(tmp_path: Path
         assert numbers(found) == pytest.approx(numbers(dict(alone)[words]), abs=2e-4), words
 
 
+def test_the_hybrid_of_the_hybrid_page_learns_the_same_on_one_rank_and_on_more(tmp_path: Path) -> None:
+    alone, *others = (run_as_one_script("docs/hybrid.md", ranks, tmp_path).splitlines() for ranks in (None, 2, 4))
+    losses = [numbers(line)[1] for line in alone]
+    assert len(losses) == 5
+    assert losses == sorted(losses, reverse=True)
+    for lines in others:
+        assert [numbers(line)[1] for line in lines] == pytest.approx(losses, abs=2e-4)
+
+
 def test_every_engine_of_the_engines_page_prints_the_same_on_one_rank_and_on_two(tmp_path: Path) -> None:
     engines = re.findall(r'report\("(.*)", ', (CHECKOUT / "docs/engines.md").read_text())
     assert len(engines) == 4
