@@ -320,19 +320,30 @@ class _Model:
         return np.minimum(self._reduced.max(0), self.outline.piece or np.inf)
 
     @cached_property
+    def _leaving(self) -> np.ndarray:
+        """(N, R) keys whose gradient parts leave a rank behind a stage, or a piece of one."""
+        return np.minimum(self._by_stage(self._foreign), self.outline.piece or np.inf)
+
+    @cached_property
+    def _slots(self) -> np.ndarray:
+        """(R,) how often there is room for gradient parts that come, see `Program.reduced_ahead`.
+
+        A rank is taken to have as many keys as queries.
+        """
+        parts = ((self._reduced > 0) | (self._leaving > 0)).sum(0)
+        size = np.maximum(1, np.maximum(self._room, self._leaving.max(0)))
+        most = np.minimum(2 * self.loads.queries, self.outline.piece or AHEAD) // size
+        return np.maximum(1, np.minimum(parts, most)).astype(np.int64)
+
+    @cached_property
     def _ahead(self) -> int:
-        """How often there is room for them, on the rank that has it least often; see `Program.reduced_ahead`."""
-        most = (self.outline.piece or AHEAD) // max(1, int(self._room.max(initial=0)))
-        return max(1, min(self.outline.stages, most))
+        """The same of the rank that has it least often."""
+        return int(self._slots[self._reduced.any(0)].min(initial=self.outline.stages))
 
     @cached_property
     def memory(self) -> int:
-        """Bytes of two buffers for keys, two for gradient parts that leave, and those for parts that come."""
-        arriving, leaving = self._by_stage(self.carried), self._by_stage(self._foreign)
-        if self.outline.piece is not None:
-            leaving = np.minimum(leaving, self.outline.piece)
-        parts = (self._reduced > 0) | (leaving > 0)
-        most = (self.outline.piece or AHEAD) // np.maximum(1, self._room)
-        coming = self._room * np.maximum(1, np.minimum(parts.sum(0), most))
-        of_keys, of_parts = 2 * arriving.max(0), 2 * leaving.max(0) + coming
+        """Bytes of two buffers for keys, and those for gradient parts that leave and that come."""
+        arriving = self._by_stage(self.carried)
+        of_keys = 2 * arriving.max(0)
+        of_parts = np.maximum(2, self._slots) * self._leaving.max(0) + self._slots * self._room
         return int((of_keys * self.shape.key_bytes + of_parts * self.shape.gradient_bytes).max())
