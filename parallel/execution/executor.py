@@ -192,11 +192,13 @@ class Room(NamedTuple):
     Attributes:
         sent: own keys as they can be sent.
         ahead: of each stage what it sends of own keys, where that can leave before its stage; otherwise nothing.
+        gathers: (source, rows, target) of what of that has to be gathered, once the keys are there.
         buffers: for keys that arrive.
     """
 
     sent: Rows
     ahead: list[list[tuple[int, Tensor]]]
+    gathers: list[tuple[Tensor, Tensor, Tensor]]
     buffers: list[Rows]
 
 
@@ -205,10 +207,18 @@ def make_room(ready: Ready) -> Room:
     program, own, transport = ready.program, ready.inputs.keys(), ready.transport
     needed = min(2, sum([bool(stage.receives) for stage in program.stages]))
     sent = tuple([x.contiguous() for x in own])
-    ahead: list[list[tuple[int, Tensor]]] = [[]] * len(program.stages)
+    ahead: list[list[tuple[int, Tensor]]] = [[] for _ in program.stages]
+    gathers: list[tuple[Tensor, Tensor, Tensor]] = []
     if transport is not None and transport.sends_early:
-        ahead = [[pair for s in stage.sends for pair in rows_of(s, sent)] for stage in program.sent_ahead]
-    return Room(sent, ahead, [rows_beside(own, program.buffers.arrivals) for _ in range(needed)])
+        for pairs, stage in zip(ahead, program.sent_ahead, strict=True):
+            for s in stage.sends:
+                if isinstance(s.rows, Tensor):
+                    targets = rows_beside(sent, s.count)
+                    gathers += [(source, s.rows, x) for source, x in zip(sent, targets, strict=True)]
+                    pairs += [(s.peer, x) for x in targets]
+                else:
+                    pairs += rows_of(s, sent)
+    return Room(sent, ahead, gathers, [rows_beside(own, program.buffers.arrivals) for _ in range(needed)])
 
 
 def begin(ready: Ready, crossing: Crossing | None) -> None:
@@ -248,7 +258,9 @@ def walk(
         What failed on this rank of several.
     """
     program, own, transport = ready.program, ready.inputs.keys(), ready.transport
-    sent, ahead, buffers = room or Room(own, [], [])
+    sent, ahead, gathers, buffers = room or Room(own, [], [], [])
+    for source, rows, target in gathers:
+        torch.index_select(source, 0, rows, out=target)
     there = None if transport is None else transport.mark()
     arrived: Rows = ()
     failure: Exception | None = None

@@ -32,6 +32,7 @@ from ringflash.parallel.positions.partition import Partition, resolve
 from ringflash.parallel.positions.segments import count, normalize
 from ringflash.parallel.positions.visibility import needed_keys
 from ringflash.parallel.sharding import Sharding
+from ringflash.parallel.transport.send_recv import SendRecv
 
 QUICKLY = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 OTHERS = tuple(name for name in NAMES if name != "ring")
@@ -275,6 +276,22 @@ def test_heads_are_exchanged_as_the_outer_part_of_every_plan(pool, plan):
     for name in ("causal", "documents-window-sink"):
         problem = Problem(masks(61)[name], partition="balanced")
         results = joined(problem, pool(4).run(_attend, problem, plan, 2, 2))
+        assert_as_exact_as_torch(results, problem.inputs(), problem.seen)
+
+
+def _attend_early(problem, plan, hosts, head_ranks):
+    """As over a transport that takes what is sent before its stage: it has to be there, gathered, when ranks begin."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SendRecv, "sends_early", True)
+        return _attend(problem, plan, hosts, head_ranks)
+
+
+@pytest.mark.parametrize("head_ranks", [1, 2])
+@pytest.mark.parametrize("plan", ["ring", "direct-1", "direct-3"])
+def test_keys_that_leave_before_their_stage_are_those_of_the_call(pool, plan, head_ranks):
+    for partition in ("balanced", "stripe"):
+        problem = Problem(masks(61)["documents-window-sink"], partition=partition)
+        results = joined(problem, pool(4).run(_attend_early, problem, plan, 2, head_ranks))
         assert_as_exact_as_torch(results, problem.inputs(), problem.seen)
 
 
