@@ -203,12 +203,12 @@ def as_text(times: dict[str, Times], beside: dict[str, Times] | None = None) -> 
 
 def _of_stage(found: Times, other: Times | None, stage: int) -> list[str]:
     ranks = found.compute.shape[1]
-    told = range(ranks)
+    shown = range(ranks)
     if ranks > MOST_SHOWN:
         busy = (found.compute + found.wait)[stage]
-        told = sorted({int(busy.argmin()), int(busy.argmax())})
+        shown = sorted({int(busy.argmin()), int(busy.argmax())})
     lines = []
-    for rank in told:
+    for rank in shown:
         line = f"rank {rank}: {_ms(found.compute[stage, rank])} + {_ms(found.wait[stage, rank])}"
         if other is not None and stage < len(other.compute):
             line += f"; measured {_ms(other.compute[stage, rank])} + {_ms(other.wait[stage, rank])}"

@@ -1,4 +1,4 @@
-"""The tensors of a call cross to where all tokens are, for some of the heads, and what is computed there comes home.
+"""The tensors of a call cross to where all tokens are, for some of the heads, and what is computed there comes back.
 
 Legend: T query and Tk key rows of this rank, U and Uk of all ranks that exchange; H query and Hk key heads, h and hk of
 them on this rank; D head dimension, Dv the value's.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ringflash.parallel.execution.call import NEEDS, Inputs, Settings, crossing_kinds, keeps
 from ringflash.parallel.planning.heads import HeadShares
-from ringflash.parallel.transport.head_exchange import HeadExchange, Homeward, Kind, Outward, taken_apart
+from ringflash.parallel.transport.head_exchange import HeadExchange, Kind, Outward, Returning, taken_apart
 
 
 class Crossing:
@@ -77,7 +77,7 @@ class Crossing:
         self.table = self._outward[0].arriving.view(torch.int32) if keeps_inputs and of_rows is None else None
         expected = self._expected(settings.needs)
         self._of_queries = len(expected[0])
-        self._home, self._places = self._ways_home(*expected)
+        self._returning, self._places = self._ways_back(*expected)
 
     def _copied(self, of_keys: Tensor) -> Tensor:
         if not self.shares.copied:
@@ -91,7 +91,7 @@ class Crossing:
         return [Outward(of_queries, queries, place), Outward(of_keys, keys, place)]
 
     def _expected(self, needs: int) -> tuple[list[Kind], list[Kind]]:
-        """What comes home of query rows and of key rows: out and log-sum-exp, or gradients."""
+        """What comes back of query rows and of key rows: out and log-sum-exp, or gradients."""
         query, key, value = self._own[:3]
         heads, dtype = self.shares.queries, query.dtype
         if not self.of_rows:
@@ -101,17 +101,17 @@ class Crossing:
         of_keys = [x for x, name in ((key, "key"), (value, "value")) if needs & NEEDS[name]]
         return of_query, [(self.shares.keys, x.shape[-1], dtype) for x in of_keys]
 
-    def _ways_home(
+    def _ways_back(
         self, of_queries: list[Kind], of_keys: list[Kind]
-    ) -> tuple[list[Homeward], list[tuple[Homeward, int]]]:
+    ) -> tuple[list[Returning], list[tuple[Returning, int]]]:
         """The ways, and for each tensor which of them it takes, and which it is on it."""
         if len(self._outward) == 1:
             both = [*of_queries, *of_keys]
-            home = Homeward(both, self._outward[0], kept=self.table is not None)
-            return [home], [(home, i) for i in range(len(both))]
+            way = Returning(both, self._outward[0], kept=self.table is not None)
+            return [way], [(way, i) for i in range(len(both))]
         kinds = of_queries, of_keys
-        homes = [Homeward(each, way) for each, way in zip(kinds, self._outward, strict=True)]
-        return homes, [(home, i) for home, each in zip(homes, kinds, strict=True) for i in range(len(each))]
+        ways = [Returning(each, way) for each, way in zip(kinds, self._outward, strict=True)]
+        return ways, [(way, i) for way, each in zip(ways, kinds, strict=True) for i in range(len(each))]
 
     def go(self) -> None:
         """Let everything cross."""
@@ -120,7 +120,7 @@ class Crossing:
         for x, pair in zip(self.of_rows[1:], self._pairs.unbind(-1) if self.of_rows else (), strict=True):
             x.copy_(pair.T)
 
-    def come_home(self, found: Sequence[Tensor], failure: Exception | None) -> Exception | None:
+    def cross_back(self, found: Sequence[Tensor], failure: Exception | None) -> Exception | None:
         """Let what was computed travel, and what the others computed come.
 
         Args:
@@ -135,23 +135,23 @@ class Crossing:
         if failure is None:
             try:
                 rows = [(x if x.dim() == 3 else x.T[..., None]).contiguous() for x in found]
-                for home in self._home:
-                    home.fill(rows[: home.tensors])
-                    rows = rows[home.tensors :]
+                for way in self._returning:
+                    way.fill(rows[: way.tensors])
+                    rows = rows[way.tensors :]
             except Exception as error:
                 failure = error
-        self._exchange.run(self._home)
+        self._exchange.run(self._returning)
         return failure
 
     def results(self) -> list[Tensor]:
-        """What came home: out (T, H, Dv) and log-sum-exp (H, T), or gradients like what they are of."""
+        """What came back: out (T, H, Dv) and log-sum-exp (H, T), or gradients like what they are of."""
         of_queries, of_keys = self._places[: self._of_queries], self._places[self._of_queries :]
-        found = [home.joined(which) for home, which in of_queries]
+        found = [way.joined(which) for way, which in of_queries]
         if not self.of_rows:
             return [found[0], found[1][..., 0].T.contiguous()]
-        look = self._sum if self.shares.copied else Homeward.joined
-        return found + [look(home, which) for home, which in of_keys]
+        look = self._sum if self.shares.copied else Returning.joined
+        return found + [look(way, which) for way, which in of_keys]
 
-    def _sum(self, home: Homeward, which: int) -> Tensor:
+    def _sum(self, way: Returning, which: int) -> Tensor:
         key = self._own.key
-        return home.summed(which, self.shares, key.shape[1]).to(key.dtype)
+        return way.summed(which, self.shares, key.shape[1]).to(key.dtype)

@@ -229,11 +229,11 @@ def begin(ready: Ready, crossing: Crossing | None) -> None:
 
 
 def end(ready: Ready, crossing: Crossing | None, found: list[Tensor], failure: Exception | None) -> list[Tensor]:
-    """Behind the work of several ranks: results come home, and all hear of what failed on one."""
+    """Behind the work of several ranks: results come back, and all hear of what failed on one."""
     if crossing is None:
         ready.close(failure)
         return found
-    ready.close(crossing.come_home(found, failure))
+    ready.close(crossing.cross_back(found, failure))
     return crossing.results()
 
 

@@ -73,7 +73,7 @@ class Machine:
 
     Attributes:
         name: for people.
-        processors: of a device, that tiles of a launch are dealt out to.
+        processors: of a device, among which the tiles of a launch are divided.
         forward: operations a second of attention, forward, in launches that fill the device.
         backward: the same of its backward pass.
         memory: bytes a second that a device reads or writes.

@@ -1,7 +1,7 @@
-"""Tensors cross from some tokens of all heads to all tokens of some heads, and come home.
+"""Tensors cross from some tokens of all heads to all tokens of some heads, and come back.
 
 What is sent is packed by heads, and arrives where kernels read it; what was computed leaves as it is, and is put
-together where it comes home. So each number is copied once each way, where ranks hold few runs of tokens.
+together where it comes back. So each number is copied once each way, where ranks hold few runs of tokens.
 
 Between the moment when ranks agree to make a call and its end no rank may fail at what the others wait for. So a way
 has three steps: it is made ready, with all memory that it takes; the rows travel; what came is looked at.
@@ -115,7 +115,7 @@ class Outward:
                 copy(arrived, result, self.rows.order)
 
 
-class Homeward:
+class Returning:
     """Tensors (U, h, D) that become (T, H, D).
 
     Args:
@@ -204,7 +204,7 @@ class HeadExchange:
         first = rank - self.place
         self._others = [(first + place, place) for place in range(ranks) if place != self.place]
 
-    def run(self, ways: Sequence[Outward | Homeward]) -> None:
+    def run(self, ways: Sequence[Outward | Returning]) -> None:
         """Let rows travel, on all ranks the same ways (on a GPU, the current stream waits for them)."""
         sends = [(rank, x) for way in ways for rank, place in self._others for x in way.sends(place)]
         receives = [(rank, x) for way in ways for rank, place in self._others for x in way.receives(place)]

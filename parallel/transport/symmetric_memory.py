@@ -2,7 +2,7 @@
 
 A kernel of torch.distributed's NCCL needs SMs, and a persistent attention kernel holds all of them: what is to travel
 beside it starts when it ends. Copy engines need none. 4 x H100, 16 MiB to a neighbour: 55 GB/s by send and receive, 252
-by a copy engine (docs/benchmarks/ring.md).
+by a copy engine (`planning/machine.py`).
 """
 
 from __future__ import annotations

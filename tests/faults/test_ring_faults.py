@@ -365,7 +365,7 @@ NEEDED_BEFORE = {
     "delta": (blockwise, "row_delta"),
     "buffers": (gradients.KeyGradients, "__init__"),
     "what crosses": (head_exchange.Outward, "__init__"),
-    "what comes home": (head_exchange.Homeward, "__init__"),
+    "what comes back": (head_exchange.Returning, "__init__"),
 }
 
 
@@ -394,7 +394,7 @@ def _out_of_memory_before_the_call(where, head_ranks):
 
 @pytest.mark.parametrize("where", NEEDED_BEFORE)
 def test_what_one_rank_cannot_make_before_a_call_is_heard_by_all_and_shifts_no_rank(where):
-    head_ranks = 2 if NEEDED_BEFORE[where][0] in (head_exchange.Outward, head_exchange.Homeward) else 1
+    head_ranks = 2 if NEEDED_BEFORE[where][0] in (head_exchange.Outward, head_exchange.Returning) else 1
     with Pool(2, timeout=2 * PROMPT) as pool:
         (first, first_error), (second, second_error) = pool.run(_out_of_memory_before_the_call, where, head_ranks)
     assert second == "tried to allocate 20 GiB"
@@ -470,7 +470,7 @@ class OutOfMemoryError(Exception):
 def _out_of_memory(name, after, head_ranks):
     """A function fails once on rank 1, at one of its calls; says what was raised, and the error of the next step."""
     random = torch.Generator().manual_seed(0)
-    owner = head_exchange.Homeward if name == "fill" else blockwise
+    owner = head_exchange.Returning if name == "fill" else blockwise
     kernel, launches = getattr(owner, name), 0
 
     def failing(*arguments, **settings):

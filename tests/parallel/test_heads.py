@@ -250,7 +250,7 @@ class Exchanges:
 
 
 def _of_some(which, key_length):
-    """Gradients of one or two tensors, how often rows travelled in each pass, and how many bytes came home."""
+    """Gradients of one or two tensors, how often rows travelled in each pass, and how many bytes came back."""
     *whole, dout = _tensors(key_length)
     sharding = Sharding(Mask.bidirectional(), seqlen=30, key_seqlen=key_length, head_ranks=3)
     leaves = [sharding.shard(x, 1, keys=i > 0) for i, x in enumerate(whole)]
@@ -275,15 +275,15 @@ def _tensors(key_length):
 def test_gradients_of_some_tensors_are_those_of_all_and_nothing_else_comes_home(pool, which, key_length):
     everything = _tensors(key_length)
     expected = [*exact(everything, visible(Mask.bidirectional(), 30, key_length)).values()][1:]
-    home = 0
+    returned = 0
     for found, exchanges, sent in pool(3).run(_of_some, which, key_length):
         for x, i in zip(found, which, strict=True):
             torch.testing.assert_close(x.double(), expected[i], atol=2e-5, rtol=2e-5)
         assert exchanges == (2, 2)
         again = 0 if key_length == 30 else 10 * 64 + 7 * 2 * 16  # numbers of query, key and value
         assert sent[0] == 2 * 4 * (10 * 64 + again) + 2 * 10 * 32  # beside dout's, log-sum-exp and delta
-        home += sent[-1]
-    assert home == sum(everything[i].nbytes * 2 // 3 for i in which)  # two thirds of the heads are elsewhere
+        returned += sent[-1]
+    assert returned == sum(everything[i].nbytes * 2 // 3 for i in which)  # two thirds of the heads are elsewhere
 
 
 def _saved(head_ranks):
@@ -309,7 +309,7 @@ def test_what_crossed_is_kept_in_place_of_what_it_was(pool):
 
 
 def _repeat(key_heads):
-    """Kinds of gradients on their way home; they are the same each time."""
+    """Kinds of gradients on their way back; they are the same each time."""
     *whole, dout = (x.bfloat16() for x in inputs(Shape(length=30, heads=12, key_heads=key_heads)))
     sharding = Sharding(seqlen=30, head_ranks=3)
     leaves = [sharding.shard(x, 1).requires_grad_() for x in whole]
