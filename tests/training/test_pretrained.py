@@ -77,16 +77,16 @@ def test_a_base_models_folder_and_weights_under_a_tied_name_are_read_too(tmp_pat
 # Training
 
 
-def _steps(
-    path, name, degree, micro_batch=recipe.SEQUENCES, dtype=torch.float32, checkpointing=False, last=2, lora=None
-):
+def _steps(path, name, degree, micro_batch=recipe.SEQUENCES, dtype=torch.float32, memory="keep", last=2, lora=None):
     """As recipe.steps: [(loss, gradient norm), ...] and the engine's state, of the same batches."""
     world = dist.get_world_size()
     mesh = init_device_mesh("cpu", (world // degree, degree), mesh_dim_names=("data", "sequence"))
     group, data_rank, data_ranks = mesh["sequence"].get_group(), mesh["data"].get_local_rank(), world // degree
-    model = Pretrained(ModelConfig(path=str(path)), group, "zigzag", dtype, recipe.SEQLEN, checkpointing, lora)
+    model = Pretrained(ModelConfig(path=str(path)), group, "zigzag", dtype, recipe.SEQLEN, lora)
     accumulation = recipe.SEQUENCES // (micro_batch * data_ranks)
-    engine = create_engine(model, torch.device("cpu"), EngineConfig(name), recipe.OPTIMIZER, accumulation)
+    engine = create_engine(
+        model, torch.device("cpu"), EngineConfig(name, memory=memory), recipe.OPTIMIZER, accumulation
+    )
     curve = []
     for step in range(last):
         mine = recipe.batches(step)[data_rank::data_ranks]
@@ -170,9 +170,20 @@ def test_two_ranks_learn_from_any_family_what_one_device_learns(pool, tmp_path, 
     assert losses == pytest.approx(expected_losses, rel=1e-3)
 
 
+@pytest.mark.parametrize("memory", ["recompute", "offload"])
 @pytest.mark.parametrize("name", ["ddp", "zero3"])
-def test_activation_checkpointing_changes_nothing(pool, folder, name):
-    (expected,), (found,) = (pool(1).run(_steps, folder, name, 1, checkpointing=on, last=1) for on in (False, True))
+def test_what_is_kept_of_blocks_changes_no_bit(pool, folder, name, memory):
+    (expected,), (found,) = (pool(1).run(_steps, folder, name, 1, memory=each, last=1) for each in ("keep", memory))
+    assert found[0] == expected[0]
+    assert all(torch.equal(found[1][key], expected[1][key]) for key in expected[1])
+
+
+@pytest.mark.parametrize("family", RELATIVE)
+def test_blocks_of_any_family_are_moved_to_the_host_and_computed_again(pool, tmp_path, family):
+    build(family, "eager").save_pretrained(tmp_path)
+    (expected, _), (found, _) = (
+        pool(2).run(_steps, tmp_path, "ddp", 2, memory=each, last=1) for each in ("keep", "offload")
+    )
     assert found[0] == expected[0]
     assert all(torch.equal(found[1][key], expected[1][key]) for key in expected[1])
 

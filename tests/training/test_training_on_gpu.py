@@ -26,7 +26,7 @@ def _one_gpu():
 def test_bf16_follows_the_cpu_run_and_resumes(tmp_path, name):
     if name != "ddp":
         pytest.importorskip("deepspeed")
-    options = {"degree": 1, "device": "cuda", "dtype": torch.bfloat16, "activation_checkpointing": True}
+    options = {"degree": 1, "device": "cuda", "dtype": torch.bfloat16, "memory": "offload"}
     expected, weights = recipe.plain(last=4)
     curve, state = recipe.steps(name, last=4, **options)
     torch.testing.assert_close(torch.tensor(curve), torch.tensor(expected), rtol=0.03, atol=0.03)
@@ -65,8 +65,10 @@ def test_a_hugging_face_folder_in_bf16_follows_its_run_in_fp32_on_the_cpu(tmp_pa
     path, curves = write_folder(tmp_path, tie_word_embeddings=True), []
     for device, engine_name, dtype in (("cpu", "ddp", torch.float32), ("cuda", name, torch.bfloat16)):
         adapters = LoraConfig(rank=lora)
-        model = Pretrained(ModelConfig(path=str(path)), dtype=dtype, activation_checkpointing=True, lora=adapters)
-        engine = create_engine(model, torch.device(device), EngineConfig(engine_name), recipe.OPTIMIZER)
+        model = Pretrained(ModelConfig(path=str(path)), dtype=dtype, lora=adapters)
+        engine = create_engine(
+            model, torch.device(device), EngineConfig(engine_name, memory="offload"), recipe.OPTIMIZER
+        )
         curve = []
         for step in range(4):
             shard = model.shard(recipe.together(recipe.batches(step)))

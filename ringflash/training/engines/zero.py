@@ -41,6 +41,8 @@ class ZeroEngine(Engine):
 
         with redirect_stdout(StringIO()):  # it prints how much memory it uses
             if stage == 3:  # never whole on a rank, and in the dtype that the others are cast to
+                for block in model.whole_blocks():
+                    deepspeed.utils.set_z3_leaf_module(block, True)
                 materialise(model, device, fill, model.dtype, divide)
             else:
                 materialise(model, device, fill)

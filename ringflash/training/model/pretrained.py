@@ -22,11 +22,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from ringflash.configs.schema import LoraConfig, ModelConfig, entries
 from ringflash.errors import ArgumentError, DataError
 from ringflash.parallel.mesh import ONE_DEVICE
+from ringflash.training.memory.blocks import BlockMemory
+from ringflash.training.memory.plan import AUTO, KEEP
 from ringflash.training.model.adapters import BASE, add_adapters, initialise_adapter, is_adapter
 from ringflash.training.model.decoder import Decoder
 from ringflash.training.model.folder import FolderWeights
-from ringflash.training.model.transformer import generator_of, keep_attention
+from ringflash.training.model.transformer import generator_of
 from ringflash.transformers import SequenceParallel
+from ringflash.transformers_private import run_layers_by
 
 PREFIX = "model."
 """In front of the names that Transformers has for the parameters."""
@@ -41,7 +44,6 @@ class Pretrained(Decoder):
         partition: how a sequence lies on them, as in `SequenceParallel`.
         dtype: of the activations; weights are in it too, or in fp32 and computed with by autocast.
         seqlen: tokens of a sequence, for its config.json.
-        activation_checkpointing: recompute layers in the backward pass, except for their attention.
         lora: adapters, which alone are trained then.
         seed: of the adapters' initial weights.
 
@@ -57,7 +59,6 @@ class Pretrained(Decoder):
         partition: str | None = None,
         dtype: torch.dtype = torch.float32,
         seqlen: int = 0,
-        activation_checkpointing: bool = False,
         lora: LoraConfig | None = None,
         seed: int = 0,
     ) -> None:
@@ -73,8 +74,7 @@ class Pretrained(Decoder):
         if self._lora is not None:
             add_adapters(self.model, self._lora)
         _refuse_dropout(self.model, folder)
-        if activation_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": keep_attention})
+        self.memory = BlockMemory(self.config.get_text_config().num_hidden_layers)
         try:
             self._sequence = SequenceParallel(self.model, ONE_DEVICE if group is None else group, partition)
             self._sequence.fuse_loss()  # logits of a long sequence need more memory than anything else
@@ -89,7 +89,22 @@ class Pretrained(Decoder):
         with torch.autocast(weight.device.type, self.dtype, enabled=cast):
             if per_token:
                 return self._sequence.token_losses(shard)
-            return self.model(**shard, num_items_in_batch=1, use_cache=False).loss
+            self.memory.begin()
+            loss = self.model(**shard, num_items_in_batch=1, use_cache=False).loss
+            self.memory.end()
+            return loss
+
+    def keep(self, policy: str, device: torch.device, host_bytes: int | None = None) -> None:
+        """See Decoder."""
+        if policy == AUTO and not self.model.supports_gradient_checkpointing:
+            policy = KEEP
+        super().keep(policy, device, host_bytes)
+        if policy == KEEP:
+            return
+        try:
+            run_layers_by(self.model, self.memory.run)
+        except ValueError as error:
+            raise ArgumentError(f"engine.memory={policy}: {error}; allowed is {KEEP}") from error
 
     def shard(self, batch: dict[str, Any]) -> dict[str, Any]:
         """See Decoder."""

@@ -89,7 +89,9 @@ def _take_steps(
     while trainer.step < steps:
         stopping = trainer.train_step(stop)
         profiler.step()
-        step = trainer.step
+        step, decision = trainer.step, trainer.decided()
+        if decision is not None:
+            progress.note(decision)
         if step % config.logging.every == 0 or step == steps:
             scalars, now = trainer.scalars(), time.monotonic()
             speed = (step - logged) * train.global_batch * train.seqlen / (now - clock)

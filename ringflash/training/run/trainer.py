@@ -212,6 +212,12 @@ class Trainer:
             + "".join(f"\n{passed_over}" for passed_over in self._passed_over if passed_over)
         )
 
+    def decided(self) -> str | None:
+        """What was decided about memory in the latest step, if anything; once."""
+        memory = self.model.memory
+        decision, memory.decision = memory.decision, None
+        return decision
+
     def passed_over_since(self) -> list[str]:
         """What of the data is passed over, where that is more than at the beginning, as it is of streams."""
         now = [str(passed_over) for passed_over in self.data.passed_over]

@@ -1,0 +1,59 @@
+"""The first step on a GPU, by which it is decided where the blocks of the next ones are kept.
+
+Every block is recomputed in it. What blocks keep stays on the device up to a part of what is free, and moves to the
+host beyond. What the step then took says how much of that was needless; optimizers make their state in its end, so what
+stays of it counts as well.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from ringflash.training.memory.plan import OFFLOAD, RECOMPUTE, SPARE, Measured
+
+ON_DEVICE = 0.25
+"""Part of the free memory that blocks may fill in the first step, of which nobody knows yet what else it takes."""
+
+
+class FirstStep:
+    """What the first step takes on one GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._before = self._room = self._kept = self._again = self._moved = self._blocks = 0
+
+    def begin(self) -> None:
+        """The step begins."""
+        torch.cuda.reset_peak_memory_stats(self._device)
+        self._before = torch.cuda.memory_allocated(self._device)
+        self._room = int(ON_DEVICE * (self._capacity() - self._before))
+
+    def placement(self, number: int) -> str:
+        """Of the block of that number."""
+        if number == 0:
+            self._blocks = self._moved = 0  # of another micro-batch
+        return RECOMPUTE if (number + 1) * self._kept <= self._room else OFFLOAD
+
+    def ran(self, kept: int, moved: bool) -> None:
+        """A block keeps so many bytes, on the device or moved."""
+        self._kept = max(self._kept, kept)
+        self._moved += moved
+
+    def ran_again(self, size: int) -> None:
+        """A block has so many bytes when it is computed again."""
+        self._again = max(self._again, size)
+
+    def end(self) -> Measured:
+        """What it took, on the rank on which that was most; a collective."""
+        stays = max(0, torch.cuda.memory_allocated(self._device) - self._before)
+        free = int((1 - SPARE) * self._capacity()) - torch.cuda.max_memory_allocated(self._device) - stays
+        least = torch.tensor([free, -self._moved, -self._kept, -self._again], device=self._device)
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        free, *most = least.tolist()
+        return Measured(free, *(-value for value in most))
+
+    def _capacity(self) -> int:
+        """Bytes of the device that torch has or could have."""
+        free, _ = torch.cuda.mem_get_info(self._device)
+        return free + torch.cuda.memory_reserved(self._device)
