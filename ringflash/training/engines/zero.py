@@ -110,12 +110,15 @@ class ZeroEngine(Engine):
 
 
 def _deepspeed_config(model: Decoder, stage: int, config: OptimizerConfig, accumulation: int) -> dict:
+    blocks = [sum(weight.numel() for weight in block.parameters()) for block in model.whole_blocks()]
+    # A block is gathered while the one before it computes.
+    ahead = {"stage3_prefetch_bucket_size": max(blocks)} if stage == 3 and blocks else {}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.clip,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, **ahead},
         "bf16": {"enabled": model.dtype == torch.bfloat16},
         "data_types": {"grad_accum_dtype": "fp32"},
     }

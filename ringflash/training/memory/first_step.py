@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from ringflash.training.memory.plan import OFFLOAD, RECOMPUTE, SPARE, Measured
 
-ON_DEVICE = 0.25
+ON_DEVICE = 0.1
 """Part of the free memory that blocks may fill in the first step, of which nobody knows yet what else it takes."""
 
 
