@@ -62,7 +62,7 @@ def test_no_clipping_means_none(pool, name):
         assert_same(result, expected)
 
 
-@pytest.mark.parametrize("memory", ["recompute", "offload"])
+@pytest.mark.parametrize("memory", ["recompute", "offload", "offload_pairs"])
 @pytest.mark.parametrize("name", ENGINES)
 def test_what_is_kept_of_blocks_changes_no_bit(pool, name, memory):
     expected = pool(2).run(recipe.steps, name, degree=2)

@@ -170,7 +170,7 @@ def test_two_ranks_learn_from_any_family_what_one_device_learns(pool, tmp_path, 
     assert losses == pytest.approx(expected_losses, rel=1e-3)
 
 
-@pytest.mark.parametrize("memory", ["recompute", "offload"])
+@pytest.mark.parametrize("memory", ["recompute", "offload", "offload_pairs"])
 @pytest.mark.parametrize("name", ["ddp", "zero3"])
 def test_what_is_kept_of_blocks_changes_no_bit(pool, folder, name, memory):
     (expected,), (found,) = (pool(1).run(_steps, folder, name, 1, memory=each, last=1) for each in ("keep", memory))
@@ -182,7 +182,7 @@ def test_what_is_kept_of_blocks_changes_no_bit(pool, folder, name, memory):
 def test_blocks_of_any_family_are_moved_to_the_host_and_computed_again(pool, tmp_path, family):
     build(family, "eager").save_pretrained(tmp_path)
     (expected, _), (found, _) = (
-        pool(2).run(_steps, tmp_path, "ddp", 2, memory=each, last=1) for each in ("keep", "offload")
+        pool(2).run(_steps, tmp_path, "ddp", 2, memory=each, last=1) for each in ("keep", "offload_pairs")
     )
     assert found[0] == expected[0]
     assert all(torch.equal(found[1][key], expected[1][key]) for key in expected[1])

@@ -22,11 +22,12 @@ def _one_gpu():
 
 
 @pytest.mark.usefixtures("_one_gpu")
+@pytest.mark.parametrize("memory", ["offload", "auto"])
 @pytest.mark.parametrize("name", ["ddp", "zero1", "zero2", "zero3"])
-def test_bf16_follows_the_cpu_run_and_resumes(tmp_path, name):
+def test_bf16_follows_the_cpu_run_and_resumes(tmp_path, name, memory):
     if name != "ddp":
         pytest.importorskip("deepspeed")
-    options = {"degree": 1, "device": "cuda", "dtype": torch.bfloat16, "memory": "offload"}
+    options = {"degree": 1, "device": "cuda", "dtype": torch.bfloat16, "memory": memory}
     expected, weights = recipe.plain(last=4)
     curve, state = recipe.steps(name, last=4, **options)
     torch.testing.assert_close(torch.tensor(curve), torch.tensor(expected), rtol=0.03, atol=0.03)

@@ -7,6 +7,9 @@ recomputing, in which `ringflash.recomputed` stands in for attention.
 
 What moved to the host comes back one block ahead: when the gradient of a block's output is there, the block before it
 is asked for.
+
+In pairs, the second of two blocks does not keep its input: that is the output of the first, which is run again for it,
+from its own input and attention's results. At long context that costs little, and a quarter less is kept.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from ringflash.errors import RingflashError
 from ringflash.recomputed import Region, within
 from ringflash.training.memory.first_step import FirstStep
 from ringflash.training.memory.host import HostMemory, Kept, Moved, share_of_host
-from ringflash.training.memory.plan import AUTO, KEEP, OFFLOAD, RECOMPUTE, placed, said
+from ringflash.training.memory.plan import AUTO, KEEP, OFFLOAD, PAIRS, RECOMPUTE, placed, said
 
 Handle = Kept | Moved
 
@@ -33,17 +36,20 @@ class BlockMemory:
 
     Attributes:
         placements: of each block, in the order in which they run.
+        pairs: of two recomputed blocks that follow each other, the second does not keep its input.
         host: memory of the host; None where nothing moves.
         decision: what was decided, to be shown; None for nothing.
     """
 
     def __init__(self, blocks: int) -> None:
         self.placements = [KEEP] * blocks
+        self.pairs = False
         self.host: HostMemory | None = None
         self.decision: str | None = None
         self._first_step: FirstStep | None = None
         self._running = 0
         self._before: _Block | None = None
+        self._result: tuple[Tensor, int] | None = None
 
     def start(self, policy: str, device: torch.device, host_bytes: int | None = None) -> None:
         """Have a policy from now on.
@@ -56,12 +62,13 @@ class BlockMemory:
         self.host = self._first_step = None
         if policy == AUTO and device.type != "cuda":
             policy = KEEP  # there is no other memory to move to
-        if policy in (AUTO, OFFLOAD):
+        if policy in (AUTO, OFFLOAD, PAIRS):
             self.host = HostMemory(device, share_of_host() if host_bytes is None else host_bytes)
         if policy == AUTO:
-            self._first_step = FirstStep(device)
-        self.placements = [RECOMPUTE if policy == AUTO else policy] * len(self.placements)
-        self.decision = None if policy == AUTO else said(self.placements)
+            self._first_step = FirstStep(device, len(self.placements), 0 if self.host is None else self.host.limit)
+        self.pairs = policy == PAIRS
+        self.placements = [{AUTO: RECOMPUTE, PAIRS: OFFLOAD}.get(policy, policy)] * len(self.placements)
+        self.decision = None if policy == AUTO else said(self.placements, self.pairs)
 
     def begin_step(self) -> None:
         """An optimizer step begins."""
@@ -75,24 +82,26 @@ class BlockMemory:
             self.placements = placed(len(self.placements), measured)
             if OFFLOAD not in self.placements:
                 self.host = None
-            self.decision = said(self.placements, measured)
+            self.decision = said(self.placements, self.pairs, measured)
 
     def begin(self) -> None:
         """A forward pass begins; the first block comes next."""
-        self._running, self._before = 0, None
+        self._running, self._before, self._result = 0, None, None
 
     def end(self) -> None:
         """The last block has run: what moves to the host leaves the device."""
         if self.host is not None:
             self.host.let_go()
-        self._before = None
+        self._before = self._result = None
 
-    def run(self, function: Callable[..., Any], *inputs: Any) -> Any:
+    def run(self, function: Callable[..., Any], *inputs: Any, module: Callable[..., Any] | None = None) -> Any:
         """What a block gives.
 
         Args:
             function: the block.
             inputs: of it. The first is the stream of tokens (B, T, C).
+            module: the same with the module's hooks, by which weights are there, where these are outside of the
+                function; it ends up here again.
         """
         if not torch.is_grad_enabled():
             return function(*inputs)
@@ -102,14 +111,21 @@ class BlockMemory:
             placement = first.placement(number)
         if self.host is not None:
             self.host.let_go()
-        before, self._before = self._before, None
+        before, result_before = self._before, self._result
+        self._before = self._result = None
         if placement == KEEP:
             result = function(*inputs)
         else:
-            self._before = block = _Block(self.host if placement == OFFLOAD else None, first)
-            result = block.run(function, *inputs)
-        if before is not None:
-            _when_its_gradient_is_there(result, before.fetch)
+            self._before = block = _Block(self.host if placement == OFFLOAD else None, first, module or function)
+            paired = self.pairs and result_before is not None and _same(*result_before, inputs)
+            result = block.run(before if paired else None, function, *inputs)
+            if first is not None:
+                self.pairs = first.pairs
+        stream = next((x for x in (result if isinstance(result, tuple) else (result,)) if isinstance(x, Tensor)), None)
+        if stream is not None and stream.requires_grad:
+            if before is not None:
+                stream.register_hook(lambda _: before.fetch())
+            self._result = stream.detach(), stream._version
         return result
 
 
@@ -119,21 +135,34 @@ class _Block(Region):
     Args:
         host: to which what is kept moves; None to keep it on the device.
         first_step: told what the block takes; None once that is known.
+        module: the block as somebody calls it from outside.
     """
 
-    def __init__(self, host: HostMemory | None, first_step: FirstStep | None) -> None:
-        self._host, self._first_step = host, first_step
+    def __init__(self, host: HostMemory | None, first_step: FirstStep | None, module: Callable[..., Any]) -> None:
+        self._host, self._first_step, self._module = host, first_step, module
         self._kept = self._moved = self._spared = 0
         self._first = True
         self._stream: Tensor | None = None
         self._input: Handle | None = None
+        self._source: _Block | None = None
+        self._others: tuple[Any, ...] = ()
         self._attended: list[_Attended] = []
         self._calls = 0
 
-    def run(self, function: Callable[..., Any], *inputs: Any) -> Any:
-        """What the block gives; the graph of it holds what is kept."""
+    def run(self, before: _Block | None, function: Callable[..., Any], *inputs: Any) -> Any:
+        """What the block gives; the graph of it holds what is kept.
+
+        Args:
+            before: the block whose output is the input, if it may be run again for that.
+            function: the block.
+            inputs: of it.
+        """
         if inputs and isinstance(inputs[0], Tensor):
-            self._stream, self._input = inputs[0], self._store(inputs[0])
+            self._stream, self._others = inputs[0], inputs[1:]
+            if before is not None and before._input is not None:
+                self._source = before
+            else:
+                self._input = self._store(inputs[0])
             needs, stream, inputs = inputs[0].requires_grad, self._stream_of, inputs[1:]
 
             def again(*others: Any) -> Any:
@@ -160,6 +189,14 @@ class _Block(Region):
     def spared(self, size: int) -> None:
         """See Region."""
         self._spared += size if self._first else 0
+
+    def output(self) -> Tensor:
+        """The output once more, without a graph; everything stays as it is kept."""
+        if self._input is None:
+            raise _twice()
+        with torch.no_grad(), within(_Seen(self._attended)):
+            found = self._module(self._input.get(), *self._others)
+        return found[0] if isinstance(found, tuple) else found
 
     def fetch(self) -> None:
         """Begin to bring back what moved."""
@@ -216,9 +253,12 @@ class _Block(Region):
             found, self._stream = self._stream, None
             assert found is not None
             return found
-        if self._input is None:
+        if self._source is not None:
+            found, self._source = self._source.output(), None
+        elif self._input is not None:
+            found, self._input = self._input.get(), None
+        else:
             raise _twice()
-        found, self._input = self._input.get(), None
         return found.requires_grad_(needs_gradient)
 
     def _store(self, x: Tensor) -> Handle:
@@ -226,6 +266,27 @@ class _Block(Region):
         self._kept += x.nbytes
         self._moved += 0 if moved is None else x.nbytes
         return moved or Kept(x)
+
+
+class _Seen(Region):
+    """A block that is run for its output alone.
+
+    Args:
+        attended: what its attention gave.
+    """
+
+    def __init__(self, attended: list[_Attended]) -> None:
+        self._attended = iter(attended)
+
+    def attention(self, operator: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """See Region."""
+        call = next(self._attended)
+        if call.out is None or call.lse is None:
+            raise _twice()
+        return call.out.get(), call.lse.get()
+
+    def spared(self, size: int) -> None:
+        """See Region."""
 
 
 class _Attended:
@@ -298,10 +359,10 @@ def _place(x: Tensor) -> tuple:
     return x.data_ptr(), tuple(x.shape), x.stride(), x.dtype
 
 
-def _when_its_gradient_is_there(result: Any, begin: Callable[[], None]) -> None:
-    found = next((x for x in (result if isinstance(result, tuple) else (result,)) if isinstance(x, Tensor)), None)
-    if found is not None and found.requires_grad:
-        found.register_hook(lambda _: begin())
+def _same(result: Tensor, version: int, inputs: Sequence[Any]) -> bool:
+    """Whether the first of a block's inputs is what the block before it gave, whatever hooks made of the object."""
+    found = inputs[0] if inputs else None
+    return isinstance(found, Tensor) and _place(result) == _place(found) and found._version == version
 
 
 def _allocated() -> int:

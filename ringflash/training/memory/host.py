@@ -171,7 +171,7 @@ def share_of_host() -> int:
     return int(USED * available_bytes()) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # as torchrun sets it
 
 
-USED = 0.8
+USED = 0.85
 """Share of the free host memory that may be used; data, checkpoints and the ranks' own buffers are to have the rest."""
 
 

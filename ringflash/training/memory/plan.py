@@ -17,10 +17,13 @@ RECOMPUTE = "recompute"
 OFFLOAD = "offload"
 """The same in host memory."""
 
+PAIRS = "offload_pairs"
+"""The same, but for the input of every second block, which is computed again too."""
+
 AUTO = "auto"
 """One of these for each block, as memory allows."""
 
-POLICIES = (AUTO, KEEP, RECOMPUTE, OFFLOAD)
+POLICIES = (AUTO, KEEP, RECOMPUTE, OFFLOAD, PAIRS)
 
 SPARE = 0.05
 """Share of a device's memory that is left free: other steps have ranks with more tokens, and memory has gaps."""
@@ -33,7 +36,7 @@ class Measured:
     Attributes:
         free: bytes of the device that nothing took while the step needed most, less what stays since.
         moved: how many blocks moved.
-        kept_bytes: of a block's input and attention's results.
+        kept_bytes: of what a block keeps, on average.
         recomputed_bytes: of what is there beside them when a block has been computed again.
     """
 
@@ -53,7 +56,7 @@ def placed(blocks: int, measured: Measured) -> list[str]:
     return [OFFLOAD] * moved + [RECOMPUTE] * (blocks - moved - whole) + [KEEP] * whole
 
 
-def said(placements: list[str], measured: Measured | None = None) -> str:
+def said(placements: list[str], pairs: bool = False, measured: Measured | None = None) -> str:
     """A line about placements, and about what they were decided by."""
     names = {
         KEEP: "kept whole",
@@ -62,11 +65,11 @@ def said(placements: list[str], measured: Measured | None = None) -> str:
     }
     counts = {name: placements.count(name) for name in names}
     parts = [f"{count} {names[name]}" for name, count in counts.items() if count]
-    line = f"of {len(placements)} blocks {', '.join(parts)}"
+    line = f"of {len(placements)} blocks {', '.join(parts)}{', in pairs' if pairs else ''}"
     if measured is None:
         return line
     free, kept, again = (x / 2**30 for x in (measured.free, measured.kept_bytes, measured.recomputed_bytes))
     return (
         f"{line}: the first step left {free:.2f} GiB of each GPU free, "
-        f"a block's input and attention take {kept:.2f} GiB, what is computed again {again:.2f} GiB"
+        f"of a block {kept:.2f} GiB are kept, what is computed again {again:.2f} GiB"
     )

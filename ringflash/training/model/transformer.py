@@ -113,8 +113,9 @@ class Block(nn.Module):
 
     def forward(self, x_BTC: Tensor, rotation: tuple[Tensor, Tensor], attention_arguments: dict) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        run = functools.partial(self._run, rotation=rotation, attention_arguments=attention_arguments)
-        return self.memory.run(run, x_BTC)
+        given = {"rotation": rotation, "attention_arguments": attention_arguments}
+        function, module = (functools.partial(call, **given) for call in (self._run, self))
+        return self.memory.run(function, x_BTC, module=module)
 
     def _run(self, x_BTC: Tensor, rotation: tuple[Tensor, Tensor], attention_arguments: dict) -> Tensor:
         x_BTC = self.self_attn(self.input_layernorm(x_BTC), rotation, attention_arguments).add_(x_BTC)
