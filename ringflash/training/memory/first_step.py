@@ -67,6 +67,7 @@ class FirstStep:
         least = torch.tensor([free, -self._moved, -self._kept // max(1, self._ran), -self._again], device=self._device)
         dist.all_reduce(least, dist.ReduceOp.MIN)
         free, *most = least.tolist()
+        torch.cuda.reset_peak_memory_stats(self._device)  # the next steps take something else
         return Measured(free, *(-value for value in most))
 
     def _capacity(self) -> int:

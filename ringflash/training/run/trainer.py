@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from ringflash.configs.schema import Config
+from ringflash.configs.schema import Config, EngineConfig
 from ringflash.errors import ArgumentError, CheckpointError, RankMismatchError, RingflashError
 from ringflash.training.checkpoint import writing
 from ringflash.training.checkpoint.files import found_at, newest, step_of
@@ -31,6 +32,8 @@ from ringflash.training.corpus.training_data import TrainingData, read_data
 from ringflash.training.engines.create import create_engine, parameter_shapes
 from ringflash.training.engines.optimizer import trained
 from ringflash.training.engines.schedule import schedule
+from ringflash.training.memory.estimate import GIB, Hardware, card_of, estimate
+from ringflash.training.memory.host import available_bytes
 from ringflash.training.model.create import create_model
 from ringflash.training.model.decoder import Decoder
 from ringflash.training.ranks import from_all, from_rank_0
@@ -207,10 +210,26 @@ class Trainer:
             f"{self._size()}, {self.config.engine.name}, {compute_dtype(self.config)} on "
             f"{dist.get_world_size()} x {self.device.type}: {self.data_ranks} data x {self.degree} sequence ranks, "
             f"{train.global_batch} x {train.seqlen} tokens a step\n"
-            f"{self._read()}; {start}; writing to {self.folder}"
+            f"{self._read()}; {start}; writing to {self.folder}{self._estimate()}"
             + "".join(f"\nset aside: {problem}" for problem in self.set_aside)
             + "".join(f"\n{passed_over}" for passed_over in self._passed_over if passed_over)
         )
+
+    def _estimate(self) -> str:
+        if self.device.type != "cuda" or self.config.model.path is not None:
+            return ""
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        hardware = Hardware(dist.get_world_size(), card_of(self.device), available_bytes(), here)
+        config = dataclasses.replace(self.config, engine=self._engine())
+        found = estimate(config, hardware, self.data.tokenizer.vocab_size)
+        return (
+            f"\nestimated: {found.peak / GIB:.1f} GiB of each GPU, {found.seconds:.2f} s a step without its host's time"
+        )
+
+    def _engine(self) -> EngineConfig:
+        """With the precision that "auto" stands for here."""
+        precision = "bf16" if compute_dtype(self.config) == torch.bfloat16 else "fp32"
+        return dataclasses.replace(self.config.engine, precision=precision)
 
     def decided(self) -> str | None:
         """What was decided about memory in the latest step, if anything; once."""
