@@ -308,8 +308,8 @@ def test_norms_and_rotations_upcast_one_tile_at_a_time(monkeypatch):
     for function in (lambda: rows.rms_norm(x, weight, 1e-5), lambda: rows.rotate(x, cos, sin)):
         with torch.profiler.profile(profile_memory=True) as profile:
             function().sum().backward()
-        # The result, its gradient, and that of x; -sin, half as wide in fp32.
-        assert max(_held(profile)) < 4.5 * x.nbytes
+        # The result, its gradient, and that of x.
+        assert max(_held(profile)) < 3.5 * x.nbytes
 
 
 # Rows in tiles

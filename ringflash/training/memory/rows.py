@@ -11,6 +11,7 @@ Legend: B sequences, T tokens, C hidden size, F width of the feed-forward, H hea
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -43,6 +44,8 @@ def swiglu(x_BTC: Tensor, gate_FC: Tensor, up_FC: Tensor, down_CF: Tensor) -> Te
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Rows of x (..., C) over their root mean squares, in fp32, then scaled; same shape and dtype."""
+    if x.device.type == "cuda" and x.dtype == weight.dtype:
+        return F.rms_norm(x, weight.shape, weight, eps)  # one kernel, which has fp32 in its registers alone
     return _RMSNorm.apply(x, weight, eps)
 
 
@@ -107,7 +110,7 @@ class _SwiGLU(torch.autograd.Function):
             gated, raised = (rows[tile] @ weight.T for weight in (gate, up))
             if kept:
                 kept[0][tile], kept[1][tile] = gated, raised
-            torch.mm(F.silu(gated).mul_(raised), down.T, out=rows_of_out[tile])
+            torch.mm(_silu_product(gated, raised), down.T, out=rows_of_out[tile])
         ctx.save_for_backward(*kept)
         return out
 
@@ -120,13 +123,10 @@ class _SwiGLU(torch.autograd.Function):
         dx = torch.empty_like(rows) if need_x else None
         sums = [_Sum(weight, len(rows)) if wanted else None for weight, wanted in zip(ctx.weights, need, strict=True)]
         for tile in tiles(len(rows), gate.shape[0], x.device):
-            own = [each[tile] for each in kept] or [rows[tile] @ weight.T for weight in (gate, up)]
-            gated, raised = (each.detach().requires_grad_() for each in own)
-            with torch.enable_grad():
-                activated = F.silu(gated) * raised
-            dgated, draised = torch.autograd.grad(activated, (gated, raised), dout[tile] @ down)
+            gated, raised = [each[tile] for each in kept] or [rows[tile] @ weight.T for weight in (gate, up)]
+            activated, dgated, draised = _silu_product_backward(gated, raised, dout[tile] @ down)
             for total, left, right in zip(
-                sums, (dgated, draised, dout[tile]), (rows[tile], rows[tile], activated.detach()), strict=True
+                sums, (dgated, draised, dout[tile]), (rows[tile], rows[tile], activated), strict=True
             ):
                 if total is not None:
                     total.add(left, right)
@@ -134,6 +134,22 @@ class _SwiGLU(torch.autograd.Function):
                 torch.mm(dgated, gate, out=dx[tile])
                 dx[tile].addmm_(draised, up)
         return (None if dx is None else dx.view(x.shape), *(total and total.take() for total in sums), None)
+
+
+def _silu_product(gated: Tensor, raised: Tensor) -> Tensor:
+    fused = _fused(gated)
+    return F.silu(gated).mul_(raised) if fused is None else fused.silu_product(gated, raised)
+
+
+def _silu_product_backward(gated: Tensor, raised: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The product, and the gradients of both."""
+    if (fused := _fused(gated)) is not None:
+        return fused.silu_product_backward(gated, raised, dout)
+    gated, raised = (x.detach().requires_grad_() for x in (gated, raised))
+    with torch.enable_grad():
+        activated = F.silu(gated) * raised
+    dgated, draised = torch.autograd.grad(activated, (gated, raised), dout)
+    return activated.detach(), dgated, draised
 
 
 class _Sum:
@@ -183,6 +199,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Of a tile; the weight is in fp32."""
     return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
 
 
@@ -190,19 +207,30 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin)
+        return _rotated(x, cos, sin, 1.0)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple:  # pyrefly: ignore[bad-override]  # torch's `*grads`: one here
         cos, sin = ctx.saved_tensors
-        return _rotated(dout, cos, -sin), None, None
+        return _rotated(dout, cos, sin, -1.0), None, None
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     rows, cos, sin = (each.flatten(0, 1) for each in (x, cos, sin))
+    if (fused := _fused(x)) is not None:
+        return fused.rotate(rows.contiguous(), cos.contiguous(), sin.contiguous(), sign).view(x.shape)
     out = torch.empty_like(rows, memory_format=torch.contiguous_format)
     for tile in tiles(len(rows), rows[:1].numel() or 1, x.device, FP32_SHARE):
         first, second = rows[tile].float().chunk(2, dim=-1)
-        own_cos, own_sin = cos[tile], sin[tile]
+        own_cos, own_sin = cos[tile], sign * sin[tile]
         out[tile] = torch.cat((first * own_cos - second * own_sin, second * own_cos + first * own_sin), dim=-1)
     return out.view(x.shape)
+
+
+def _fused(x: Tensor) -> ModuleType | None:
+    """Kernels for what has no product in it, where there are any for such a tensor."""
+    if x.device.type != "cuda":
+        return None
+    from ringflash.kernels.gpu import elementwise  # an optional library
+
+    return elementwise if elementwise.supports(x) else None
