@@ -141,7 +141,7 @@ def test_what_moves_is_each_blocks_input_and_attentions_results(pool):
     assert [moved for _, moved, _ in pool(2).run(_counts, RECOMPUTE)] == [0, 0]
 
 
-def _counts_of_folder(path, policy):
+def _of_folder(path, policy):
     model = Pretrained(ModelConfig(path=str(path)))
     for name, weight in list(model.named_parameters()):
         value = torch.nn.Parameter(torch.empty(weight.shape))
@@ -149,7 +149,12 @@ def _counts_of_folder(path, policy):
         owner, _, own = name.rpartition(".")
         setattr(model.get_submodule(owner), own, value)
     model.keep(policy, CPU)
-    shard = model.train().shard(recipe.together(recipe.batches(0)))
+    return model.train()
+
+
+def _counts_of_folder(path, policy):
+    model = _of_folder(path, policy)
+    shard = model.shard(recipe.together(recipe.batches(0)))
     with _Counted() as counted:
         model(**shard).backward()
     return counted.calls, 0 if model.memory.host is None else model.memory.host.moved
@@ -287,6 +292,28 @@ def test_nothing_as_wide_as_the_feed_forward_is_there_for_all_tokens(dtype):
     wide = 3072 * 4096 * dtype.itemsize  # gate alone
     assert more < 0.35 * wide
     assert _peak(KEEP, 4096, dtype=dtype)[0] - _peak(KEEP, 1024, dtype=dtype)[0] > 4 * wide  # gate and up, of 2 blocks
+
+
+def _growth_of_folder(path, policy):
+    def peak(tokens):
+        model = _of_folder(path, policy)
+        ids = torch.zeros(1, tokens, dtype=torch.int64)
+        shard = model.shard({"input_ids": ids, "cu_seqlens": range(0, tokens + 1, 256)})
+        with torch.profiler.profile(profile_memory=True) as profile:
+            model(**shard).backward()
+        return max(_held(profile))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(rows.TILE_ELEMENTS, "cpu", 1 << 17)
+        return peak(4096) - peak(1024)
+
+
+def test_nor_is_it_in_layers_of_transformers_that_are_computed_again(pool, tmp_path):
+    path = write_folder(tmp_path, intermediate_size=4096)
+    wide = 3072 * 4096 * 4  # gate alone
+    (found,), (whole,) = (pool(1).run(_growth_of_folder, path, each) for each in (OFFLOAD, KEEP))
+    assert found < 0.35 * wide
+    assert whole > 4 * wide
 
 
 def test_moved_blocks_leave_nothing_on_the_device():

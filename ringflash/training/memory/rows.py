@@ -10,7 +10,7 @@ Legend: B sequences, T tokens, C hidden size, F width of the feed-forward, H hea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -60,6 +60,23 @@ def rotate(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _Rotate.apply(x_BTHD, cos, sin)
 
 
+def tiled(function: Callable[[Tensor], Tensor], x: Tensor, weights: Sequence[Tensor], width: int) -> Tensor:
+    """What a function of each token gives, tile by tile; in the backward pass each tile is computed again.
+
+    Where all tokens are one tile, this is the function.
+
+    Args:
+        function: of (1, T, C) for any T, without a word to other ranks.
+        x: (B, T, C).
+        weights: that it uses.
+        width: of the widest that it makes of a token.
+    """
+    if x.numel() // x.shape[-1] * width <= TILE_ELEMENTS[x.device.type]:
+        return function(x)
+    held = _Box()
+    return _Tiled.apply(_Held.apply(x, held), held, _Call(function, width, x.device), *weights)
+
+
 def tiles(rows: int, width: int, device: torch.device, share: int = 1) -> Iterator[slice]:
     """Slices of so many rows of which each holds about as many elements as a tile may.
 
@@ -74,13 +91,13 @@ def tiles(rows: int, width: int, device: torch.device, share: int = 1) -> Iterat
 
 
 class _Box:
-    """Where the backward pass of `_SwiGLU` finds what `_Held` keeps."""
+    """Where the backward pass of what is in tiles finds what `_Held` keeps."""
 
     context: Any = None
 
 
 class _Held(torch.autograd.Function):
-    """Keeps the input of `_SwiGLU` before that runs: where it is computed again, nothing wants more of it than this."""
+    """Keeps an input before what has it runs: where that is computed again, nothing may want more of it than this."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, held: _Box) -> Tensor:
@@ -171,6 +188,62 @@ class _Sum:
     def take(self) -> Tensor | None:
         """The gradient, in the weight's dtype; None of no tokens."""
         return None if self._whole is None else self._whole.to(self._dtype)
+
+
+class _Call:
+    """A function as it was called, of tiles of any rows."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], width: int, device: torch.device) -> None:
+        self._function, self._width, self._device = function, width, device.type
+        self._casts = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """(T, C) -> (T, C')."""
+        enabled, dtype = self._casts
+        # Autocast would hand on copies of weights that it made without a graph.
+        with torch.autocast(self._device, dtype, enabled, cache_enabled=False):
+            return self._function(rows[None])[0]
+
+    def tiles(self, rows: Tensor) -> Iterator[slice]:
+        """Of all rows."""
+        return tiles(len(rows), self._width, rows.device)
+
+
+class _Tiled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, held: _Box, call: _Call, *weights: Tensor) -> Tensor:
+        ctx.held, ctx.call, ctx.weights = held, call, weights
+        rows = x.flatten(0, -2)
+        first, *rest = call.tiles(rows)
+        part = call(rows[first])
+        out = part.new_empty(*x.shape[:-1], part.shape[-1])
+        rows_of_out = out.flatten(0, -2)
+        rows_of_out[first] = part
+        for tile in rest:
+            rows_of_out[tile] = call(rows[tile])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple:  # pyrefly: ignore[bad-override]  # torch's `*grads`: one here
+        (x,) = ctx.held.context.saved_tensors
+        rows, dout = x.flatten(0, -2), dout.flatten(0, -2)
+        need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
+        dx = torch.empty_like(rows) if need_x else None
+        wanted = [weight for weight, each in zip(ctx.weights, need, strict=True) if each]
+        sums = [torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) for weight in wanted]
+        for tile in ctx.call.tiles(rows):
+            own = rows[tile].detach().requires_grad_(need_x)
+            with torch.enable_grad():
+                out = ctx.call(own)
+            inputs = [*([own] if need_x else []), *wanted]
+            found = list(torch.autograd.grad(out, inputs, dout[tile]))
+            if dx is not None:
+                dx[tile] = found.pop(0)
+            for total, part in zip(sums, found, strict=True):
+                total += part
+        of_weights = iter(total.to(weight.dtype) for total, weight in zip(sums, wanted, strict=True))
+        gradients = (next(of_weights) if each else None for each in need)
+        return (None if dx is None else dx.view(x.shape), None, None, *gradients)
 
 
 class _RMSNorm(torch.autograd.Function):
