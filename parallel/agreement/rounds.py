@@ -7,8 +7,8 @@ makes or with the word that it refused one, so the rounds number the calls and n
 other. Only where digests differ do names and values travel, through the key-value store.
 
 A call that is new to a rank waits for its round before anything is sent, and so do calls on CPUs, where everything
-waits anyway. On a GPU a call like an earlier one goes ahead, and its round is looked at when the next one begins: the
-host never waits for other hosts in a repeated call, and what differs is an error one call later at the latest.
+waits anyway. On a GPU a call like an earlier one goes ahead, and its round is looked at when a later one finds it over: the
+host hardly ever waits for other hosts in a repeated call, and what differs is an error after at most `MOST_AHEAD` more.
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ REMEMBERED = 4096
 
 NOTHING, REFUSED, REFUSED_UNKNOWN = range(3)
 """What a rank says in a round: that it makes a call, that it refused one, or one whose digest is not known."""
+
+MOST_AHEAD = 4
+"""Rounds that may be open while a rank goes ahead with calls that were made before."""
 
 CLOSING = 1
 """Digest of a round that ends a call."""
@@ -109,9 +112,10 @@ class Agreement:
         self._announced = ""
         self._on_gpu = device.type != "cpu"
         channel = self._joined(digest)
-        self._settle(channel)
+        known = self._on_gpu and digest in self._seen
+        self._settle(channel, MOST_AHEAD - 1 if known else 0)
         self._open.append(self._begin(channel, digest, NOTHING, describe))
-        if self._on_gpu and digest in self._seen:
+        if known:
             self._open[-1].ahead = True
         else:
             self._settle(channel)
@@ -153,8 +157,8 @@ class Agreement:
 
         On CPUs the end is a round of its own, so that what fails on one rank is an error of the same call on all. On
         GPUs nobody waits: it stands in the place of this rank's next call, and the others hear of it when they look at
-        that, before the call after their next at the latest. What they sent meanwhile nobody received, so no further
-        call can be matched.
+        that, at the latest `MOST_AHEAD` calls later. What they sent meanwhile nobody received, so no further call can
+        be matched.
 
         Args:
             failure: what this rank's kernels raised within the call, if anything.
@@ -210,9 +214,9 @@ class Agreement:
         self._number += 1
         return _Round(self._number - 1, values, channel.maximum(values), digest, describe)
 
-    def _settle(self, channel: Channel) -> None:
-        """Look at all rounds that have begun."""
-        while self._open:
+    def _settle(self, channel: Channel, left: int = 0) -> None:
+        """Look at all rounds that have begun; so many may be left that are not over yet."""
+        while self._open and (len(self._open) > left or self._open[0].work.is_completed()):
             mine = self._open.pop(0)
             try:
                 mine.work.wait()

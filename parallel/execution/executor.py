@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from ringflash.parallel.execution.rows import Rows, rows_beside, rows_of
 from ringflash.parallel.planning.launches import attend, attend_backward
 from ringflash.parallel.planning.program import StageProgram, picked
 from ringflash.parallel.positions.segments import count
+from ringflash.parallel.transport.base import Ticket
 from ringflash.parallel.transport.head_exchange import HeadExchange
 
 
@@ -246,7 +248,7 @@ def walk(
     """Go through the stages of a program: post transfers, work on what is there, settle, wait.
 
     Where work fails, out of memory say, the transfers go on all the same: other ranks have begun this call, too, and
-    would wait for ever. They hear of the error when the call ends on CPUs, on GPUs before the call after their next.
+    would wait for ever. They hear of the error when the call ends on CPUs, on GPUs some calls later (`Agreement`).
 
     Args:
         ready: what to walk with.
@@ -257,33 +259,20 @@ def walk(
     Returns:
         What failed on this rank of several.
     """
-    program, own, transport = ready.program, ready.inputs.keys(), ready.transport
-    sent, ahead, gathers, buffers = room or Room(own, [], [], [])
-    for source, rows, target in gathers:
-        torch.index_select(source, 0, rows, out=target)
-    there = None if transport is None else transport.mark()
-    arrived: Rows = ()
+    program, transport = ready.program, ready.transport
+    keys = _Keys(ready, room)
     failure: Exception | None = None
-    filled = 0
     for index, stage in enumerate(program.stages):
-        ticket, coming = None, ()
-        if stage.sends or stage.receives:
-            assert transport is not None  # one device sends nothing
-            if stage.receives:
-                coming = buffers[filled % 2]
-                filled += 1
-            sends = ahead[index] or [pair for s in stage.sends for pair in rows_of(s, arrived if s.relayed else sent)]
-            receives = [pair for s in stage.receives for pair in rows_of(s, coming)]
-            since = there if ahead[index] or not stage.sends else None
-            ticket = transport.transfer(sends, receives, f"keys and values for stage {index + 1}", since)
+        keys.begin(index)
         for piece in (stage,) if settle is None else program.backward_stages[index]:
             try:
                 if piece.launches and failure is None:
-                    body(piece, piece.at_hand(own, arrived))
+                    body(piece, piece.at_hand(keys.own, keys.arrived))
             except Exception as error:
                 if transport is None:
                     raise
                 failure = error
+            keys.work_begun()
             try:
                 if settle is not None:
                     settle(piece)
@@ -291,10 +280,69 @@ def walk(
                 if transport is None:
                     raise
                 failure = failure or error
-        if ticket is not None:
-            ticket.wait()
-        arrived = tuple([picked(x, stage.received) for x in coming])
+        keys.end()
+    keys.close()
     return failure
+
+
+class _Keys:
+    """Keys and values on their way from stage to stage.
+
+    A transfer that cannot begin before the work that was asked for earlier is over is asked for first. Any other is
+    asked for behind a stage's first launch, so that the GPU does not wait for the host.
+    """
+
+    def __init__(self, ready: Ready, room: Room | None) -> None:
+        self._stages, self._transport, self.own = ready.program.stages, ready.transport, ready.inputs.keys()
+        self._sent, self._ahead, gathers, self._buffers = room or Room(self.own, [], [], [])
+        for source, rows, target in gathers:
+            torch.index_select(source, 0, rows, out=target)
+        self._start = None if ready.transport is None else ready.transport.mark()
+        self._filled = 0
+        self._asked: Callable[[], Ticket] | None = None
+        self._ticket: Ticket | None = None
+        self._leaving: list[Ticket] = []
+        self.arrived: Rows = ()
+        """What came for the stage at hand."""
+
+    def begin(self, index: int) -> None:
+        """A stage begins."""
+        stage, self._coming = self._stages[index], ()
+        self._received = stage.received
+        if not stage.sends and not stage.receives:
+            return
+        assert self._transport is not None  # one device sends nothing
+        if stage.receives:
+            self._coming = self._buffers[self._filled % 2]
+            self._filled += 1
+        ahead = self._ahead[index]
+        sends = ahead or [pair for s in stage.sends for pair in rows_of(s, self.arrived if s.relayed else self._sent)]
+        receives = [pair for s in stage.receives for pair in rows_of(s, self._coming)]
+        now = self._transport.mark() if index else self._start
+        ready = self._start if ahead or not sends else now
+        free = None if now is None else [now, *(event for x in self._leaving[-1:] for event in x.sent)]
+        what = f"keys and values for stage {index + 1}"
+        self._asked = partial(self._transport.transfer, sends, receives, what, ready, free)
+        if not self._transport.sends_early:
+            self.work_begun()
+
+    def work_begun(self) -> None:
+        """The first launch of the stage was asked for, if it has one."""
+        if self._asked is not None:
+            self._ticket, self._asked = self._asked(), None
+
+    def end(self) -> None:
+        """The stage is over when the current stream has come here."""
+        if self._ticket is not None:
+            self._ticket.wait_received()
+            self._leaving.append(self._ticket)
+        self._ticket = None
+        self.arrived = tuple([picked(x, self._received) for x in self._coming])
+
+    def close(self) -> None:
+        """Nothing is on its way any more when the current stream has come here."""
+        for ticket in self._leaving:
+            ticket.wait()
 
 
 # Learned sinks: one more logit a head in the softmax, without a value (gpt-oss, arXiv 2508.10925)

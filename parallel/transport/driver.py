@@ -13,10 +13,18 @@ from functools import cache
 WAIT_UNTIL_EQUAL = 1
 """CU_STREAM_WAIT_VALUE_EQ."""
 
+WRITE_BEHIND_ALL = 0
+"""CU_STREAM_WRITE_VALUE_DEFAULT: what was written before is visible to the whole system first."""
+
 
 def copy(target: int, source: int, nbytes: int, stream: int) -> None:
     """Copy bytes between addresses of any GPU or of pinned memory, in the order of a stream."""
     _check("cuMemcpyAsync", _driver().cuMemcpyAsync(target, source, nbytes, stream))
+
+
+def write(address: int, number: int, stream: int) -> None:
+    """Write a number into 4 bytes of any GPU's memory, or of pinned memory, behind all that a stream was asked for."""
+    _check("cuStreamWriteValue32", _driver().cuStreamWriteValue32_v2(stream, address, number, WRITE_BEHIND_ALL))
 
 
 def wait(address: int, number: int, stream: int) -> None:
@@ -28,7 +36,8 @@ def wait(address: int, number: int, stream: int) -> None:
 def _driver() -> ctypes.CDLL:
     driver = ctypes.CDLL("libcuda.so.1")
     driver.cuMemcpyAsync.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
-    driver.cuStreamWaitValue32_v2.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint]
+    for function in (driver.cuStreamWaitValue32_v2, driver.cuStreamWriteValue32_v2):
+        function.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint]
     return driver
 
 

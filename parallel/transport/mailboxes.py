@@ -4,7 +4,7 @@ Each rank has a mailbox for every reader: a few chunks of memory, and two flags 
 and raises its `filled` flag at the reader; the reader, whose stream waits for that, takes the bytes and raises the
 `emptied` flag at the writer, who may then fill the chunk again. A message is as many chunks as it needs, so the memory
 does not depend on it. Copies, flags and waits are asked for in the order of streams and carried out by the copy
-engines: no SM and no host takes part.
+engines and what feeds them: no SM and no host takes part.
 
 Flags count the times that a chunk was used, in a circle. A chunk's two flags are raised in turn, so waiting for the one
 number that comes next is enough.
@@ -111,13 +111,13 @@ class Mailboxes:
         rank: of this process.
         bases: for each rank where its memory is, as this process sees it: `bytes_of(ranks, room)`, zeros at first.
         room: bytes of a chunk.
-        numbers: address of a table of the numbers 0 to CIRCLE, 4 bytes each.
         progress: address of memory that the host reads: for each of `places` the number of the last transfer that is
             over.
         lanes: of each lane (to, from) for each rank: the streams in whose order writing and reading is carried out.
             Transfers in one lane do not wait for those in another.
         copy: (target, source, nbytes, stream), as in `driver`.
         wait: (address, number, stream), likewise.
+        write: (address, number, stream), likewise.
     """
 
     def __init__(
@@ -125,14 +125,14 @@ class Mailboxes:
         rank: int,
         bases: Sequence[int],
         room: int,
-        numbers: int,
         progress: int,
         lanes: Sequence[Sequence[tuple[int, int]]],
         copy: Callable[[int, int, int, int], None],
         wait: Callable[[int, int, int], None],
+        write: Callable[[int, int, int], None],
     ) -> None:
-        self._room, self._numbers, self._progress = room, numbers, progress
-        self._copy, self._wait, self._lanes = copy, wait, lanes
+        self._room, self._progress, self._lanes = room, progress, lanes
+        self._copy, self._wait, self._write = copy, wait, write
         ranks = range(len(bases))
         self._asked = [0] * (2 * len(lanes) * len(bases))
         self.to = [Way(*_addresses(bases, rank, peer, room)) for peer in ranks]
@@ -170,7 +170,7 @@ class Mailboxes:
                 place = 2 * (lane * len(self.to) + peer) + which
                 self._asked[place] += 1
                 ends.append((place, number_of(self._asked[place])))
-                self._raise(self._progress + 4 * place, ends[-1][1], streams[peer][1 - which])
+                self._write(self._progress + 4 * place, ends[-1][1], streams[peer][1 - which])
         return ends
 
     def _chunks(self, blocks: list[Block]) -> tuple[tuple[Piece, ...], ...]:
@@ -183,7 +183,7 @@ class Mailboxes:
         for piece in chunk:
             source = blocks[piece.block][0] + piece.offset
             self._copy(way.boxes[number] + piece.place, source, piece.nbytes, stream)
-        self._raise(way.filled[number], number_of(times), stream)
+        self._write(way.filled[number], number_of(times), stream)
 
     def _empty(self, way: Way, stream: int, blocks: list[Block], chunk: tuple[Piece, ...]) -> None:
         number, times = way.turn()
@@ -191,10 +191,7 @@ class Mailboxes:
         for piece in chunk:
             target = blocks[piece.block][0] + piece.offset
             self._copy(target, way.boxes[number] + piece.place, piece.nbytes, stream)
-        self._raise(way.emptied[number], number_of(times), stream)
-
-    def _raise(self, flag: int, number: int, stream: int) -> None:
-        self._copy(flag, self._numbers + 4 * number, 4, stream)
+        self._write(way.emptied[number], number_of(times), stream)
 
 
 def _addresses(

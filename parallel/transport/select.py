@@ -78,9 +78,10 @@ class GroupTransport:
         receives: Sequence[tuple[int, Tensor]],
         what: str,
         ready: torch.Event | None = None,
+        free: Sequence[torch.Event] | None = None,
     ) -> Ticket:
         """See `Transport`."""
-        return self._now.transfer(sends, receives, what, ready)
+        return self._now.transfer(sends, receives, what, ready, free)
 
 
 def choose(group: dist.ProcessGroup, device: torch.device) -> tuple[Transport, str]:

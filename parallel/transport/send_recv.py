@@ -11,10 +11,16 @@ from torch import Tensor
 
 
 class Ticket:
-    """Transfers under way. Holds on to the tensors they use until `wait`."""
+    """Transfers under way, see `base.Ticket`."""
 
     def __init__(self, works: list[dist.Work], tensors: list[Tensor], what: str) -> None:
         self._works, self._tensors, self._what = works, tensors, what
+
+    sent = ()
+
+    def wait_received(self) -> None:
+        """See `Ticket`; operations of NCCL that are posted together end together."""
+        self.wait()
 
     def wait(self) -> None:
         """Return when the transfers are done (NCCL: when the current stream waits for them)."""
@@ -49,6 +55,7 @@ class SendRecv:
         receives: Sequence[tuple[int, Tensor]],
         what: str,
         ready: torch.Event | None = None,
+        free: Sequence[torch.Event] | None = None,
     ) -> Ticket:
         """See `Transport`."""
         operations = [self._operation(dist.irecv, rank, tensor) for rank, tensor in receives if tensor.numel()]

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ringflash.kernels.torch_private import symmetric_memory
 from ringflash.parallel.transport import driver
-from ringflash.parallel.transport.mailboxes import CIRCLE, Block, Mailboxes, bytes_of
+from ringflash.parallel.transport.mailboxes import Block, Mailboxes, bytes_of
 
 MOST_ROOM, LEAST_ROOM, ROOMS = 16 << 20, 4 << 20, 64 << 20
 """Bytes of a chunk, and of a chunk for each rank. Of more, a message would wait longer for its first; of fewer, the
@@ -55,20 +55,26 @@ class UnavailableError(RuntimeError):
 class Posted:
     """A transfer by copy engines."""
 
-    def __init__(self, events: Sequence[torch.Event], tensors: tuple) -> None:
-        self._events, self._tensors = events, tensors
+    def __init__(self, sent: Sequence[torch.Event], received: Sequence[torch.Event], tensors: tuple) -> None:
+        self.sent, self._received, self._tensors = sent, received, tensors
 
     def __del__(self) -> None:
         self.wait()  # nobody may have, where a call fails; the memory is not to serve again before
 
+    def wait_received(self) -> None:
+        """See `Ticket`."""
+        _wait(self._received)
+        self._received = ()
+
     def wait(self) -> None:
-        """Return when the current stream waits for it."""
-        if not self._events:
-            return
-        stream = torch.cuda.current_stream()
-        for event in self._events:
-            stream.wait_event(event)
-        self._events, self._tensors = (), ()
+        """See `Ticket`."""
+        _wait((*self._received, *self.sent))
+        self.sent, self._received, self._tensors = (), (), ()
+
+
+def _wait(events: Sequence[torch.Event]) -> None:
+    for event in events:
+        torch.cuda.current_stream().wait_event(event)
 
 
 class SymmetricMemory:
@@ -88,16 +94,17 @@ class SymmetricMemory:
         self._rank, ranks, self._device, self._memory = group.rank(), group.size(), memory.device, memory
         device = memory.device
         self._peers = _of_all_ranks(memory, group)
-        self._numbers = torch.arange(CIRCLE + 1, dtype=torch.int32, device=device)
         self._progress = torch.zeros(2 * LANES * ranks, dtype=torch.int32, device="cpu", pin_memory=True)
         self._lanes = [[torch.cuda.Stream(device, priority=-1) for _ in range(1 + READERS)] for _ in range(LANES)]
         """A writer and readers for what was there earlier, and for what has just been made; see `Transport`."""
-        torch.cuda.synchronize(device)  # numbers and zeros are there
+        with torch.cuda.device(device):
+            for peer in self._peers:
+                driver.write(peer.data_ptr(), 0, torch.cuda.current_stream().cuda_stream)  # what is there already
+        torch.cuda.synchronize(device)
         self._mailboxes = Mailboxes(
             self._rank,
             [x.data_ptr() for x in self._peers],
             room_of(ranks),
-            self._numbers.data_ptr(),
             self._progress.data_ptr(),
             [
                 [(lane[0].cuda_stream, lane[1 + peer % READERS].cuda_stream) for peer in range(ranks)]
@@ -105,6 +112,7 @@ class SymmetricMemory:
             ],
             driver.copy,
             driver.wait,
+            driver.write,
         )
         self._watch = _Watch(self._rank, self._progress, timeout)
         weakref.finalize(self, self._watch.over.set)
@@ -121,26 +129,30 @@ class SymmetricMemory:
         receives: Sequence[tuple[int, Tensor]],
         what: str,
         ready: torch.Event | None = None,
+        free: Sequence[torch.Event] | None = None,
     ) -> Posted:
         """See `Transport`."""
         outgoing, incoming = _blocks(sends), _blocks(receives)
         if not outgoing and not incoming:
-            return Posted([], ())
+            return Posted((), (), ())
         lane = int(ready is None)
         writer, *readers = self._lanes[lane]
         readers = [readers[i] for i in dict.fromkeys(peer % READERS for peer in incoming)]
         with torch.cuda.device(self._device):
-            now = self.mark() if incoming or ready is None else ready
+            if ready is None or free is None:
+                now = self.mark()
+                ready, free = ready or now, (now,) if free is None else free
             if outgoing:
-                writer.wait_event(now if ready is None else ready)
+                writer.wait_event(ready)
             for stream in readers:
-                stream.wait_event(now)  # nobody reads any more what is filled
+                for event in free:
+                    stream.wait_event(event)
             ends = self._mailboxes.transfer(outgoing, incoming, lane)
-            events = [stream.record_event() for stream in ([writer] * bool(outgoing) + readers)]
+            sent, received = [writer.record_event()] * bool(outgoing), [stream.record_event() for stream in readers]
         words = [f"{what} from rank {peer}" for peer in incoming] + [f"rank {peer} to take {what}" for peer in outgoing]
         for (place, number), word in zip(ends, words, strict=True):
             self._watch.expect(place, number, word)
-        return Posted(events, (sends, receives))
+        return Posted(sent, received, (sends, receives))
 
 
 def allocate(ranks: int, device: torch.device) -> Tensor:
@@ -153,7 +165,9 @@ def allocate(ranks: int, device: torch.device) -> Tensor:
         memory = symmetric_memory().empty(bytes_of(ranks, room_of(ranks)), dtype=torch.uint8, device=device)
         memory.zero_()
         with torch.cuda.device(device):
-            driver.wait(memory.data_ptr(), 0, torch.cuda.current_stream().cuda_stream)  # a device may not be able to
+            stream = torch.cuda.current_stream().cuda_stream
+            driver.write(memory.data_ptr(), 0, stream)  # a device may not be able to
+            driver.wait(memory.data_ptr(), 0, stream)
         torch.cuda.synchronize(device)
     except (RuntimeError, ImportError, OSError, AttributeError) as error:
         raise UnavailableError(f"torch's symmetric memory: {_first_line(error)}") from error

@@ -76,6 +76,13 @@ class Host:
     def wait(self, address: int, number: int, stream: int) -> None:
         self.queues[stream].append(lambda: self.number(address) == number)
 
+    def raise_flag(self, address: int, number: int, stream: int) -> None:
+        def run() -> bool:
+            self.write(address, number.to_bytes(4, "little"))
+            return True
+
+        self.queues[stream].append(run)
+
     def number(self, address: int) -> int:
         return int.from_bytes(self.memory[address : address + 4], "little")
 
@@ -87,8 +94,6 @@ class Host:
 
 
 def _ranks(host: Host, ranks: int, room: int, shared_queue: bool) -> list[Mailboxes]:
-    numbers = host.allocate(4 * (CIRCLE + 1))
-    host.write(numbers, b"".join(i.to_bytes(4, "little") for i in range(CIRCLE + 1)))
     bases = [host.allocate(bytes_of(ranks, room)) for _ in range(ranks)]
     found = []
     for rank in range(ranks):
@@ -97,7 +102,7 @@ def _ranks(host: Host, ranks: int, room: int, shared_queue: bool) -> list[Mailbo
         other = host.stream() if not shared_queue else out
         lanes = [[(out, inward[peer % 2]) for peer in range(ranks)], [(other, other) for _ in range(ranks)]]
         progress = host.allocate(16 * ranks)
-        found.append(Mailboxes(rank, bases, room, numbers, progress, lanes, host.copy, host.wait))
+        found.append(Mailboxes(rank, bases, room, progress, lanes, host.copy, host.wait, host.raise_flag))
         found[-1].progress_at = progress
     return found
 
@@ -157,7 +162,7 @@ def test_flags_count_in_a_circle():
 @pytest.mark.parametrize("ranks", [2, 8])
 def test_addresses_of_two_ranks_mailboxes_do_not_meet(ranks):
     bases, room = [ALIGNED * 10_000 * rank for rank in range(ranks)], ALIGNED
-    boxes = [Mailboxes(rank, bases, room, 0, 0, [[(0, 0)] * ranks], None, None) for rank in range(ranks)]
+    boxes = [Mailboxes(rank, bases, room, 0, [[(0, 0)] * ranks], None, None, None) for rank in range(ranks)]
     used = set()
     for rank in range(ranks):
         for peer in range(ranks):
