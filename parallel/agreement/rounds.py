@@ -7,8 +7,9 @@ makes or with the word that it refused one, so the rounds number the calls and n
 other. Only where digests differ do names and values travel, through the key-value store.
 
 A call that is new to a rank waits for its round before anything is sent, and so do calls on CPUs, where everything
-waits anyway. On a GPU a call like an earlier one goes ahead, and its round is looked at when a later one finds it over: the
-host hardly ever waits for other hosts in a repeated call, and what differs is an error after at most `MOST_AHEAD` more.
+waits anyway. On a GPU a call like an earlier one goes ahead, and its round is looked at when a later one finds it over:
+the host hardly ever waits for other hosts in a repeated call, and what differs is an error some calls later
+(`MOST_AHEAD`).
 """
 
 from __future__ import annotations
