@@ -1,4 +1,4 @@
-"""Walks a program, forward and backward: keys travel from rank to rank while the kernels attend to what is there.
+"""Both passes of a call: keys travel from rank to rank while the kernels attend to what is there.
 
 Legend: B sequences of S query and Sk key tokens over all ranks; this rank holds T query rows and Tk key rows of them;
 H query heads, Hk key heads, D head dimension, Dv the value's.
@@ -6,10 +6,7 @@ H query heads, Hk key heads, D head dimension, Dv the value's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,11 +15,11 @@ from ringflash.kernels.reference import Carry
 from ringflash.parallel.execution.call import NEEDS, Inputs, Ready, Settings, prepare, table_of
 from ringflash.parallel.execution.crossing import Crossing
 from ringflash.parallel.execution.gradients import KeyGradients
-from ringflash.parallel.execution.rows import Rows, rows_beside, rows_of
+from ringflash.parallel.execution.rows import Rows
+from ringflash.parallel.execution.walk import Walk
 from ringflash.parallel.planning.launches import attend, attend_backward
-from ringflash.parallel.planning.program import StageProgram, picked
+from ringflash.parallel.planning.program import StageProgram
 from ringflash.parallel.positions.segments import count
-from ringflash.parallel.transport.base import Ticket
 from ringflash.parallel.transport.head_exchange import HeadExchange
 
 
@@ -37,18 +34,6 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]
     ready = prepare(inputs, settings, table, "forward")
     accumulator = torch.promote_types(query.dtype, torch.float32)
     last = query.dtype if inputs.sinks is None else accumulator  # sinks are weighed in before anything is rounded
-    crossing = room = None
-    if ready.transport is not None:
-        try:
-            if ready.exchange is not None:
-                ready, crossing = cross(ready, ready.exchange)
-                table = table if crossing.table is None else crossing.table
-            room = make_room(ready)
-        except Exception as error:
-            ready.refuse(error)
-            raise
-        begin(ready, crossing)
-    at = ready.inputs
     carry: Carry | None = None
 
     def body(stage: StageProgram, at_hand: Rows) -> None:
@@ -58,7 +43,7 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]
             carry = attend(
                 ready.kernels,
                 launch,
-                at.query,
+                ready.inputs.query,
                 *at_hand[:2],
                 scale=settings.scale,
                 modifiers=modifiers,
@@ -66,7 +51,19 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]
                 out_dtype=last if stage.is_last and launch is stage.launches[-1] else accumulator,
             )
 
-    failure, found = walk(ready, room, body), []
+    crossing = None
+    try:
+        if ready.exchange is not None:
+            ready, crossing = cross(ready, ready.exchange)
+            table = table if crossing.table is None else crossing.table
+        walk = Walk(ready, body)
+        if crossing is None:
+            walk.start()
+    except Exception as error:
+        ready.refuse(error)
+        raise
+    begin(ready, crossing)
+    at, failure, found = ready.inputs, walk.run(), []
     try:
         if carry is None:
             out = query.new_zeros(*at.query.shape[:-1], value.shape[-1], dtype=last)
@@ -98,26 +95,7 @@ def backward(
     query, needs = inputs.query, settings.needs
     needs_key, needs_value = needs & NEEDS["key"], needs & NEEDS["value"]
     ready = prepare(inputs, settings, table, "backward")
-    crossing = room = None
-    try:
-        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-        delta = ready.kernels.row_delta(dout, out, dlse)
-        of_rows = dout, lse, delta
-        if ready.exchange is not None:
-            ready, crossing = cross(ready, ready.exchange, of_rows, table)
-            of_rows = crossing.of_rows
-        at = ready.inputs
-        wanted = ([at.key] if needs_key else []) + ([at.value] if needs_value else [])
-        gradients = KeyGradients(
-            wanted, ready.program, ready.transport, crossing is not None and crossing.shares.copied
-        )
-        if ready.transport is not None:
-            room = make_room(ready)
-    except Exception as error:
-        ready.refuse(error)
-        raise
-    if ready.transport is not None:
-        begin(ready, crossing)
+    crossing = None
     accumulator = torch.promote_types(query.dtype, torch.float32)
     dquery: Tensor | None = None
     parts: list[Tensor] | None = None
@@ -130,7 +108,7 @@ def backward(
                 ready.kernels,
                 launch,
                 of_rows[0],
-                at.query,
+                ready.inputs.query,
                 *at_hand[:2],
                 *of_rows[1:],
                 scale=settings.scale,
@@ -150,7 +128,25 @@ def backward(
         gradients.settle(stage, parts)
         parts = None
 
-    failure, found = walk(ready, room, body, settle), []
+    try:
+        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+        delta = ready.kernels.row_delta(dout, out, dlse)
+        of_rows = dout, lse, delta
+        if ready.exchange is not None:
+            ready, crossing = cross(ready, ready.exchange, of_rows, table)
+            of_rows = crossing.of_rows
+        at = ready.inputs
+        wanted = ([at.key] if needs_key else []) + ([at.value] if needs_value else [])
+        copied = crossing is not None and crossing.shares.copied
+        gradients = KeyGradients(wanted, ready.program, ready.transport, copied)
+        walk = Walk(ready, body, settle)
+        if crossing is None:
+            walk.start()
+    except Exception as error:
+        ready.refuse(error)
+        raise
+    begin(ready, crossing)
+    failure, found = walk.run(), []
     try:
         if needs & NEEDS["query"]:
             found.append(torch.zeros_like(at.query) if dquery is None else dquery)
@@ -188,44 +184,10 @@ def cross(
     return replace(ready, inputs=crossing.inputs, first_head=crossing.heads.start), crossing
 
 
-class Room(NamedTuple):
-    """What rows that travel lie in.
-
-    Attributes:
-        sent: own keys as they can be sent.
-        ahead: of each stage what it sends of own keys, where that can leave before its stage; otherwise nothing.
-        gathers: (source, rows, target) of what of that has to be gathered, once the keys are there.
-        buffers: for keys that arrive.
-    """
-
-    sent: Rows
-    ahead: list[list[tuple[int, Tensor]]]
-    gathers: list[tuple[Tensor, Tensor, Tensor]]
-    buffers: list[Rows]
-
-
-def make_room(ready: Ready) -> Room:
-    """All that travelling takes, before the ranks agree to begin."""
-    program, own, transport = ready.program, ready.inputs.keys(), ready.transport
-    needed = min(2, sum([bool(stage.receives) for stage in program.stages]))
-    sent = tuple([x.contiguous() for x in own])
-    ahead: list[list[tuple[int, Tensor]]] = [[] for _ in program.stages]
-    gathers: list[tuple[Tensor, Tensor, Tensor]] = []
-    if transport is not None and transport.sends_early:
-        for pairs, stage in zip(ahead, program.sent_ahead, strict=True):
-            for s in stage.sends:
-                if isinstance(s.rows, Tensor):
-                    targets = rows_beside(sent, s.count)
-                    gathers += [(source, s.rows, x) for source, x in zip(sent, targets, strict=True)]
-                    pairs += [(s.peer, x) for x in targets]
-                else:
-                    pairs += rows_of(s, sent)
-    return Room(sent, ahead, gathers, [rows_beside(own, program.buffers.arrivals) for _ in range(needed)])
-
-
 def begin(ready: Ready, crossing: Crossing | None) -> None:
-    """From here on all ranks make this call, and wait for each other."""
-    ready.begin()
+    """From here on all ranks, if there are others, make this call, and wait for each other."""
+    if ready.transport is not None:
+        ready.begin()
     if crossing is not None:
         crossing.go()
 
@@ -237,112 +199,6 @@ def end(ready: Ready, crossing: Crossing | None, found: list[Tensor], failure: E
         return found
     ready.close(crossing.cross_back(found, failure))
     return crossing.results()
-
-
-def walk(
-    ready: Ready,
-    room: Room | None,
-    body: Callable[[StageProgram, Rows], None],
-    settle: Callable[[StageProgram], None] | None = None,
-) -> Exception | None:
-    """Go through the stages of a program: post transfers, work on what is there, settle, wait.
-
-    Where work fails, out of memory say, the transfers go on all the same: other ranks have begun this call, too, and
-    would wait for ever. They hear of the error when the call ends on CPUs, on GPUs some calls later (`Agreement`).
-
-    Args:
-        ready: what to walk with.
-        room: from `make_room`; None on one device.
-        body: the work of a stage, or of a piece of it, on the rows that it attends to.
-        settle: what follows the work of each piece of a stage, in the backward pass.
-
-    Returns:
-        What failed on this rank of several.
-    """
-    program, transport = ready.program, ready.transport
-    keys = _Keys(ready, room)
-    failure: Exception | None = None
-    for index, stage in enumerate(program.stages):
-        keys.begin(index)
-        for piece in (stage,) if settle is None else program.backward_stages[index]:
-            try:
-                if piece.launches and failure is None:
-                    body(piece, piece.at_hand(keys.own, keys.arrived))
-            except Exception as error:
-                if transport is None:
-                    raise
-                failure = error
-            keys.work_begun()
-            try:
-                if settle is not None:
-                    settle(piece)
-            except Exception as error:
-                if transport is None:
-                    raise
-                failure = failure or error
-        keys.end()
-    keys.close()
-    return failure
-
-
-class _Keys:
-    """Keys and values on their way from stage to stage.
-
-    A transfer that cannot begin before the work that was asked for earlier is over is asked for first. Any other is
-    asked for behind a stage's first launch, so that the GPU does not wait for the host.
-    """
-
-    def __init__(self, ready: Ready, room: Room | None) -> None:
-        self._stages, self._transport, self.own = ready.program.stages, ready.transport, ready.inputs.keys()
-        self._sent, self._ahead, gathers, self._buffers = room or Room(self.own, [], [], [])
-        for source, rows, target in gathers:
-            torch.index_select(source, 0, rows, out=target)
-        self._start = None if ready.transport is None else ready.transport.mark()
-        self._filled = 0
-        self._asked: Callable[[], Ticket] | None = None
-        self._ticket: Ticket | None = None
-        self._leaving: list[Ticket] = []
-        self.arrived: Rows = ()
-        """What came for the stage at hand."""
-
-    def begin(self, index: int) -> None:
-        """A stage begins."""
-        stage, self._coming = self._stages[index], ()
-        self._received = stage.received
-        if not stage.sends and not stage.receives:
-            return
-        assert self._transport is not None  # one device sends nothing
-        if stage.receives:
-            self._coming = self._buffers[self._filled % 2]
-            self._filled += 1
-        ahead = self._ahead[index]
-        sends = ahead or [pair for s in stage.sends for pair in rows_of(s, self.arrived if s.relayed else self._sent)]
-        receives = [pair for s in stage.receives for pair in rows_of(s, self._coming)]
-        now = self._transport.mark() if index else self._start
-        ready = self._start if ahead or not sends else now
-        free = None if now is None else [now, *(event for x in self._leaving[-1:] for event in x.sent)]
-        what = f"keys and values for stage {index + 1}"
-        self._asked = partial(self._transport.transfer, sends, receives, what, ready, free)
-        if not self._transport.sends_early:
-            self.work_begun()
-
-    def work_begun(self) -> None:
-        """The first launch of the stage was asked for, if it has one."""
-        if self._asked is not None:
-            self._ticket, self._asked = self._asked(), None
-
-    def end(self) -> None:
-        """The stage is over when the current stream has come here."""
-        if self._ticket is not None:
-            self._ticket.wait_received()
-            self._leaving.append(self._ticket)
-        self._ticket = None
-        self.arrived = tuple([picked(x, self._received) for x in self._coming])
-
-    def close(self) -> None:
-        """Nothing is on its way any more when the current stream has come here."""
-        for ticket in self._leaving:
-            ticket.wait()
 
 
 # Learned sinks: one more logit a head in the softmax, without a value (gpt-oss, arXiv 2508.10925)
