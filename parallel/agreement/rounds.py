@@ -1,10 +1,10 @@
 """Ranks compare, call by call, what they are about to do; one that does something else is named.
 
 Send and receive check neither sizes nor dtypes: a rank that makes another call than its peers gives wrong numbers, or a
-hang. So each call to attention takes part in a round: one all-reduce of a few integers over all ranks of the group,
-through a channel of its own (gloo on the host). Every rank enters each round once, with the digest of the call that it
-makes or with the word that it refused one, so the rounds number the calls and nothing can shift ranks against each
-other. Only where digests differ do names and values travel, through the key-value store.
+hang. So each call to attention takes part in a round: the maxima of a few integers over all ranks of the group, through
+a channel of its own (shared memory on one host, gloo among several). Every rank enters each round once, with the digest
+of the call that it makes or with the word that it refused one, so the rounds number the calls and nothing can shift
+ranks against each other. Only where digests differ do names and values travel, through the key-value store.
 
 A call that is new to a rank waits for its round before anything is sent, and so do calls on CPUs, where everything
 waits anyway. On a GPU a call like an earlier one goes ahead, and its round is looked at when a later one finds it over:
@@ -23,12 +23,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from ringflash.errors import RankMismatchError
 from ringflash.kernels.torch_private import process_group as named_group
 from ringflash.kernels.torch_private import without_transforms
-from ringflash.parallel.agreement.channel import Channel, Herald, Joining
+from ringflash.parallel.agreement.channel import Channel, Herald, Joining, Reduction
 from ringflash.parallel.mesh import Group, group_name, process_group
 
 Description = Callable[[], Mapping[str, object]]
@@ -53,17 +52,15 @@ class _Round:
 
     Attributes:
         number: which round.
-        values: (4,) int64, reduced by maximum: digest, -digest, whether a call was refused, whether one was refused
-            before its digest was known.
-        work: the all-reduce.
+        reduction: the maximum of digest, -digest, whether a call was refused, whether one was refused before its digest
+            was known.
         digest: of this rank's call.
         describe: names and values of the call; None where this rank refused it, or knows already that it failed.
         ahead: this rank went ahead with the call before the round was over.
     """
 
     number: int
-    values: Tensor
-    work: dist.Work
+    reduction: Reduction
     digest: int
     describe: Description | None
     ahead: bool = False
@@ -211,22 +208,21 @@ class Agreement:
         return self._channel
 
     def _begin(self, channel: Channel, digest: int, kind: int, describe: Description | None) -> _Round:
-        values = torch.tensor([digest, -digest, int(kind == REFUSED), int(kind == REFUSED_UNKNOWN)])
+        values = digest, -digest, int(kind == REFUSED), int(kind == REFUSED_UNKNOWN)
         self._number += 1
-        return _Round(self._number - 1, values, channel.maximum(values), digest, describe)
+        return _Round(self._number - 1, channel.maximum(values), digest, describe)
 
     def _settle(self, channel: Channel, left: int = 0) -> None:
         """Look at all rounds that have begun; so many may be left that are not over yet."""
-        while self._open and (len(self._open) > left or self._open[0].work.is_completed()):
+        while self._open and (len(self._open) > left or self._open[0].reduction.is_completed()):
             mine = self._open.pop(0)
             try:
-                mine.work.wait()
+                most, negated_least, refused, refused_unknown = mine.reduction.wait()
             except RuntimeError as error:
                 self._broken = self._who_is_missing(channel, mine, error)
                 if self._broken is None:
                     raise
                 raise RankMismatchError(self._broken) from error
-            most, negated_least, refused, refused_unknown = mine.values.tolist()
             alike = most == -negated_least and not refused and not refused_unknown
             if alike:
                 continue

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import socket
 import warnings
 import weakref
 from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -18,6 +16,7 @@ from torch import Tensor
 from ringflash.errors import ArgumentError, UnsupportedError
 from ringflash.kernels.kept import build_to_keep, capturing
 from ringflash.kernels.torch_private import default_store, without_transforms
+from ringflash.parallel.host import host
 from ringflash.parallel.transport.base import Ticket, Transport
 from ringflash.parallel.transport.send_recv import SendRecv
 from ringflash.parallel.transport.symmetric_memory import SymmetricMemory, UnavailableError, allocate
@@ -94,11 +93,11 @@ def choose(group: dist.ProcessGroup, device: torch.device) -> tuple[Transport, s
         return SendRecv(group), f"send_recv: tensors are on {device.type}"
     wanted = os.environ.get(VARIABLE, NAMES[0])
     memory, why = _memory(wanted, group, device)
-    said = _of_all_ranks((wanted, _host(), why, _made.count), group)
+    said = _of_all_ranks((wanted, host(), why, _made.count), group)
     for rank, (name, *_) in enumerate(said):
         if name not in NAMES:
             raise ArgumentError(f"{VARIABLE}={name} on rank {rank}; allowed are {' and '.join(NAMES)}")
-    hosts = len({host for _, host, *_ in said})
+    hosts = len({where for _, where, *_ in said})
     reason = f"the ranks are on {hosts} hosts" if hosts > 1 else _first([why for _, _, why, _ in said])
     if not reason and len({made for *_, made in said}) > 1:
         # torch numbers what is joined in each process, and would wait for a number that another has not come to.
@@ -143,11 +142,6 @@ def _of_all_ranks(value: Said, group: dist.ProcessGroup) -> list[Said]:
 def _first(reasons: list[str]) -> str:
     """The first rank's that has one; empty if none has."""
     return next((f"rank {rank}: {why}" for rank, why in enumerate(reasons) if why), "")
-
-
-def _host() -> str:
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else ''}"
 
 
 def _own_communicator(group: dist.ProcessGroup) -> dist.ProcessGroup:
