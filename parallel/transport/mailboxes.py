@@ -17,10 +17,12 @@ writes may be there before what another was asked for earlier: the chunks differ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
+
+from ringflash.parallel.transport.driver import Driver
 
 CHUNKS = 3
 """In each mailbox: one is filled, one is read, and one is on its way to be emptied."""
@@ -115,9 +117,7 @@ class Mailboxes:
             over.
         lanes: of each lane (to, from) for each rank: the streams in whose order writing and reading is carried out.
             Transfers in one lane do not wait for those in another.
-        copy: (target, source, nbytes, stream), as in `driver`.
-        wait: (address, number, stream), likewise.
-        write: (address, number, stream), likewise.
+        driver: copies, waits and writes.
     """
 
     def __init__(
@@ -127,12 +127,10 @@ class Mailboxes:
         room: int,
         progress: int,
         lanes: Sequence[Sequence[tuple[int, int]]],
-        copy: Callable[[int, int, int, int], None],
-        wait: Callable[[int, int, int], None],
-        write: Callable[[int, int, int], None],
+        driver: Driver,
     ) -> None:
         self._room, self._progress, self._lanes = room, progress, lanes
-        self._copy, self._wait, self._write = copy, wait, write
+        self._copy, self._wait, self._write = driver
         ranks = range(len(bases))
         self._asked = [0] * (2 * len(lanes) * len(bases))
         self.to = [Way(*_addresses(bases, rank, peer, room)) for peer in ranks]
@@ -170,7 +168,7 @@ class Mailboxes:
                 place = 2 * (lane * len(self.to) + peer) + which
                 self._asked[place] += 1
                 ends.append((place, number_of(self._asked[place])))
-                self._write(self._progress + 4 * place, ends[-1][1], streams[peer][1 - which])
+                self._write(streams[peer][1 - which], self._progress + 4 * place, ends[-1][1])
         return ends
 
     def _chunks(self, blocks: list[Block]) -> tuple[tuple[Piece, ...], ...]:
@@ -179,19 +177,19 @@ class Mailboxes:
     def _fill(self, way: Way, stream: int, blocks: list[Block], chunk: tuple[Piece, ...]) -> None:
         number, times = way.turn()
         if times:
-            self._wait(way.emptied[number], number_of(times - 1), stream)
+            self._wait(stream, way.emptied[number], number_of(times - 1))
         for piece in chunk:
             source = blocks[piece.block][0] + piece.offset
             self._copy(way.boxes[number] + piece.place, source, piece.nbytes, stream)
-        self._write(way.filled[number], number_of(times), stream)
+        self._write(stream, way.filled[number], number_of(times))
 
     def _empty(self, way: Way, stream: int, blocks: list[Block], chunk: tuple[Piece, ...]) -> None:
         number, times = way.turn()
-        self._wait(way.filled[number], number_of(times), stream)
+        self._wait(stream, way.filled[number], number_of(times))
         for piece in chunk:
             target = blocks[piece.block][0] + piece.offset
             self._copy(target, way.boxes[number] + piece.place, piece.nbytes, stream)
-        self._write(way.emptied[number], number_of(times), stream)
+        self._write(stream, way.emptied[number], number_of(times))
 
 
 def _addresses(

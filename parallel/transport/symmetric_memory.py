@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import NamedTuple
@@ -22,9 +22,10 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from triton.runtime import driver as triton_driver
 
 from ringflash.kernels.torch_private import symmetric_memory
-from ringflash.parallel.transport import driver
+from ringflash.parallel.transport.driver import driver
 from ringflash.parallel.transport.mailboxes import Block, Mailboxes, bytes_of
 
 MOST_ROOM, LEAST_ROOM, ROOMS = 16 << 20, 4 << 20, 64 << 20
@@ -55,26 +56,33 @@ class UnavailableError(RuntimeError):
 class Posted:
     """A transfer by copy engines."""
 
-    def __init__(self, sent: Sequence[torch.Event], received: Sequence[torch.Event], tensors: tuple) -> None:
-        self.sent, self._received, self._tensors = sent, received, tensors
+    def __init__(
+        self,
+        current: Callable[[], torch.cuda.Stream],
+        sent: Sequence[torch.Event],
+        received: Sequence[torch.Event],
+        tensors: tuple,
+    ) -> None:
+        self._current, self.sent, self._received, self._tensors = current, sent, received, tensors
 
     def __del__(self) -> None:
         self.wait()  # nobody may have, where a call fails; the memory is not to serve again before
 
     def wait_received(self) -> None:
         """See `Ticket`."""
-        _wait(self._received)
+        self._wait(self._received)
         self._received = ()
 
     def wait(self) -> None:
         """See `Ticket`."""
-        _wait((*self._received, *self.sent))
+        self._wait((*self._received, *self.sent))
         self.sent, self._received, self._tensors = (), (), ()
 
-
-def _wait(events: Sequence[torch.Event]) -> None:
-    for event in events:
-        torch.cuda.current_stream().wait_event(event)
+    def _wait(self, events: Sequence[torch.Event]) -> None:
+        if events:
+            stream = self._current()
+            for event in events:
+                stream.wait_event(event)
 
 
 class SymmetricMemory:
@@ -94,12 +102,13 @@ class SymmetricMemory:
         self._rank, ranks, self._device, self._memory = group.rank(), group.size(), memory.device, memory
         device = memory.device
         self._peers = _of_all_ranks(memory, group)
+        self._streams: dict[int, torch.cuda.Stream] = {}
         self._progress = torch.zeros(2 * LANES * ranks, dtype=torch.int32, device="cpu", pin_memory=True)
         self._lanes = [[torch.cuda.Stream(device, priority=-1) for _ in range(1 + READERS)] for _ in range(LANES)]
         """A writer and readers for what was there earlier, and for what has just been made; see `Transport`."""
         with torch.cuda.device(device):
             for peer in self._peers:
-                driver.write(peer.data_ptr(), 0, torch.cuda.current_stream().cuda_stream)  # what is there already
+                driver().write(torch.cuda.current_stream().cuda_stream, peer.data_ptr(), 0)  # what is there already
         torch.cuda.synchronize(device)
         self._mailboxes = Mailboxes(
             self._rank,
@@ -110,9 +119,7 @@ class SymmetricMemory:
                 [(lane[0].cuda_stream, lane[1 + peer % READERS].cuda_stream) for peer in range(ranks)]
                 for lane in self._lanes
             ],
-            driver.copy,
-            driver.wait,
-            driver.write,
+            driver(),
         )
         self._watch = _Watch(self._rank, self._progress, timeout)
         weakref.finalize(self, self._watch.over.set)
@@ -121,7 +128,15 @@ class SymmetricMemory:
 
     def mark(self) -> torch.Event:
         """See `Transport`."""
-        return torch.cuda.current_stream(self._device).record_event()
+        return self._current().record_event()
+
+    def _current(self) -> torch.cuda.Stream:
+        """The current stream; torch's own function takes longer than to record an event in it."""
+        raw = triton_driver.active.get_current_stream(self._device.index)
+        found = self._streams.get(raw)
+        if found is None:
+            found = self._streams[raw] = torch.cuda.current_stream(self._device)
+        return found
 
     def transfer(
         self,
@@ -134,7 +149,7 @@ class SymmetricMemory:
         """See `Transport`."""
         outgoing, incoming = _blocks(sends), _blocks(receives)
         if not outgoing and not incoming:
-            return Posted((), (), ())
+            return Posted(self._current, (), (), ())
         lane = int(ready is None)
         writer, *readers = self._lanes[lane]
         readers = [readers[i] for i in dict.fromkeys(peer % READERS for peer in incoming)]
@@ -152,7 +167,7 @@ class SymmetricMemory:
         words = [f"{what} from rank {peer}" for peer in incoming] + [f"rank {peer} to take {what}" for peer in outgoing]
         for (place, number), word in zip(ends, words, strict=True):
             self._watch.expect(place, number, word)
-        return Posted(sent, received, (sends, receives))
+        return Posted(self._current, sent, received, (sends, receives))
 
 
 def allocate(ranks: int, device: torch.device) -> Tensor:
@@ -166,8 +181,8 @@ def allocate(ranks: int, device: torch.device) -> Tensor:
         memory.zero_()
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream().cuda_stream
-            driver.write(memory.data_ptr(), 0, stream)  # a device may not be able to
-            driver.wait(memory.data_ptr(), 0, stream)
+            driver().write(stream, memory.data_ptr(), 0)  # a device may not be able to
+            driver().wait(stream, memory.data_ptr(), 0)
         torch.cuda.synchronize(device)
     except (RuntimeError, ImportError, OSError, AttributeError) as error:
         raise UnavailableError(f"torch's symmetric memory: {_first_line(error)}") from error

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ringflash.parallel.transport.driver import Driver
 from ringflash.parallel.transport.mailboxes import (
     CHUNKS,
     CIRCLE,
@@ -73,10 +74,10 @@ class Host:
 
         self.queues[stream].append(run)
 
-    def wait(self, address: int, number: int, stream: int) -> None:
+    def wait(self, stream: int, address: int, number: int) -> None:
         self.queues[stream].append(lambda: self.number(address) == number)
 
-    def raise_flag(self, address: int, number: int, stream: int) -> None:
+    def raise_flag(self, stream: int, address: int, number: int) -> None:
         def run() -> bool:
             self.write(address, number.to_bytes(4, "little"))
             return True
@@ -102,7 +103,7 @@ def _ranks(host: Host, ranks: int, room: int, shared_queue: bool) -> list[Mailbo
         other = host.stream() if not shared_queue else out
         lanes = [[(out, inward[peer % 2]) for peer in range(ranks)], [(other, other) for _ in range(ranks)]]
         progress = host.allocate(16 * ranks)
-        found.append(Mailboxes(rank, bases, room, progress, lanes, host.copy, host.wait, host.raise_flag))
+        found.append(Mailboxes(rank, bases, room, progress, lanes, Driver(host.copy, host.wait, host.raise_flag)))
         found[-1].progress_at = progress
     return found
 
@@ -162,7 +163,7 @@ def test_flags_count_in_a_circle():
 @pytest.mark.parametrize("ranks", [2, 8])
 def test_addresses_of_two_ranks_mailboxes_do_not_meet(ranks):
     bases, room = [ALIGNED * 10_000 * rank for rank in range(ranks)], ALIGNED
-    boxes = [Mailboxes(rank, bases, room, 0, [[(0, 0)] * ranks], None, None, None) for rank in range(ranks)]
+    boxes = [Mailboxes(rank, bases, room, 0, [[(0, 0)] * ranks], Driver(None, None, None)) for rank in range(ranks)]
     used = set()
     for rank in range(ranks):
         for peer in range(ranks):
