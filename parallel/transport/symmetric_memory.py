@@ -132,7 +132,7 @@ class SymmetricMemory:
 
     def _current(self) -> torch.cuda.Stream:
         """The current stream; torch's own function takes longer than to record an event in it."""
-        raw = triton_driver.active.get_current_stream(self._device.index)
+        raw = triton_driver.active.get_current_stream(self._device.index)  # pyrefly: ignore[missing-attribute]  # stub
         found = self._streams.get(raw)
         if found is None:
             found = self._streams[raw] = torch.cuda.current_stream(self._device)
