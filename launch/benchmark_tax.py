@@ -32,12 +32,12 @@ from typing import TYPE_CHECKING, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from ringflash.launch.benchmark_device import Place, joined, synchronize, version_of
 from ringflash.launch.benchmark_models import SMALL_LLAMA, PreTrainedModel, shrunk
 from ringflash.launch.benchmark_report import Report
+from ringflash.parallel.mesh import ONE_DEVICE
 from ringflash.parallel.transport.select import transport_of
 from ringflash.transformers import SequenceParallel
 from ringflash.transformers.at_work import alone
@@ -99,7 +99,6 @@ def measure(options: Options) -> Iterator[Report]:
     with joined() as place:
         if place.ranks == 1:
             raise SystemExit("suite=tax shards sequences over ranks; start it by torchrun, with two or more")
-        assert dist.group.WORLD is not None
         model = small.build(place.device, place.dtype).train()
         model.set_attn_implementation("ring")
         training, rows = Training(model, place), []
@@ -116,7 +115,7 @@ def measure(options: Options) -> Iterator[Report]:
             for found in _rounds(training, tokens, options.repeats or REPEATS):
                 rows = earlier + found
                 if place.rank == 0:
-                    transport = {"transport": transport_of(dist.group.WORLD).why}
+                    transport = {"transport": {n: transport_of(x).why for n, x in training.groups.items()}}
                     yield Report(rows, table(rows), settings | transport, wrong=wrong(rows, TOLERANCE[place.dtype]))
 
 
@@ -167,6 +166,10 @@ class Training:
     Args:
         model: with attention "ring", the same on every rank, on the device of this place.
         place: where this process computes.
+
+    Attributes:
+        ways: in which it can be.
+        groups: by how many ranks share a sequence, those that share this rank's.
     """
 
     def __init__(self, model: PreTrainedModel, place: Place) -> None:
@@ -174,14 +177,15 @@ class Training:
         self.ways = ways(place.ranks, model.config.num_attention_heads)
         self._vocabulary: int = model.config.vocab_size
         self._model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        self._sequences = {way: self._sequence(way) for way in self.ways if not way.plain}
+        shared = sorted({way.ranks for way in self.ways} - {1})
+        self.groups = {n: cast(dist.ProcessGroup, dist.new_subgroups(n)[0]) for n in shared}
+        self._sequences = {
+            way: SequenceParallel(self._model, self.groups.get(way.ranks, ONE_DEVICE), way.partition)
+            for way in self.ways
+            if not way.plain
+        }
         next(iter(self._sequences.values())).fuse_loss()  # of the model, whoever calls it: "none" as well
         self._optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-
-    def _sequence(self, way: Way) -> SequenceParallel:
-        shape = self.place.ranks // way.ranks, way.ranks
-        mesh = init_device_mesh(self.place.device.type, shape, mesh_dim_names=("data", "sequence"))
-        return SequenceParallel(self._model, group=mesh["sequence"], partition=way.partition)
 
     def batches(self, way: Way, tokens: int) -> list[Batch]:
         """The sequences of a step that this rank has a part of, random tokens; over all ranks each way has the same."""

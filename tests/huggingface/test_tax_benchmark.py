@@ -28,6 +28,7 @@ def test_ranks_share_sequences_and_train_as_each_alone_does(pool, tmp_path: Path
     assert {name: found["machine"][name] for name in ("ranks", "dtype", "model")} == {
         "ranks": 2, "dtype": "float32", "model": "small Llama / 16",
     }  # fmt: skip
+    assert found["machine"]["transport"] == {"2": "send_recv: tensors are on cpu"}
     names = ("none", "1 rank", "2 ranks, ring", "2 ranks, heads")
     assert [(row["tokens"], row["way"]) for row in found["rows"]] == [(n, name) for n in (48, 65) for name in names]
     none = {row["tokens"]: row["milliseconds"] for row in found["rows"] if row["way"] == "none"}
