@@ -121,28 +121,28 @@ def measure(options: Options) -> Iterator[Report]:
 
 def _rounds(training: Training, tokens: int, repeats: int) -> Iterator[list[Row]]:
     """Rows of all ways after each round that counts."""
-    batches = {way: training.batches(way, tokens) for way in training.ways}
-    differences = _differences(training, batches)
-    steps = {way: functools.partial(training.step, way, batches[way]) for way in training.ways}
-    steps[training.ways[0]]()  # since its first step an optimizer has its state
+    differences = _differences(training, tokens)
+    first = training.ways[0]
+    training.step(first, training.batches(first, tokens))  # since its first step an optimizer has its state
     order, times = random.Random(0), {way: [] for way in training.ways}
-    for _ in range(repeats):
+    for number in range(1, repeats + 1):
         for way in order.sample(training.ways, len(training.ways)):
-            times[way].append(_slowest(steps[way], training.place))
+            step = functools.partial(training.step, way, training.batches(way, tokens, number))
+            times[way].append(_slowest(step, training.place))
         medians = {way: statistics.median(each) for way, each in times.items()}
-        none = medians[training.ways[0]]
+        none = medians[first]
         yield [
             Row(way.name, way.ranks, tokens, x, tokens / x * 1e3, 1 - none / x, differences[way])
             for way, x in medians.items()
         ]
 
 
-def _differences(training: Training, batches: dict[Way, list[Batch]]) -> dict[Way, float]:
+def _differences(training: Training, tokens: int) -> dict[Way, float]:
     """Of each way's gradients to those of the first, as a share of their norm."""
     found: dict[Way, float] = {}
     expected: Tensor | None = None
     for way in training.ways:
-        gradients = training.gradients(way, batches[way]).float()
+        gradients = training.gradients(way, training.batches(way, tokens)).float()
         expected = gradients if expected is None else expected
         found[way] = ((gradients - expected).norm() / expected.norm()).item()
     return found
@@ -187,9 +187,9 @@ class Training:
         next(iter(self._sequences.values())).fuse_loss()  # of the model, whoever calls it: "none" as well
         self._optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
-    def batches(self, way: Way, tokens: int) -> list[Batch]:
+    def batches(self, way: Way, tokens: int, step: int = 0) -> list[Batch]:
         """The sequences of a step that this rank has a part of, random tokens; over all ranks each way has the same."""
-        first = self.place.rank // way.ranks * way.ranks
+        first = step * self.place.ranks + self.place.rank // way.ranks * way.ranks
         return [self._batch(number, tokens) for number in range(first, first + way.ranks)]
 
     def _batch(self, number: int, tokens: int) -> Batch:
