@@ -21,6 +21,7 @@ rank's. The tax is the share of none's tokens a second that is lost.
 from __future__ import annotations
 
 import functools
+import gc
 import random
 import statistics
 import time
@@ -35,7 +36,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ringflash.launch.benchmark_device import Place, joined, synchronize, version_of
-from ringflash.launch.benchmark_models import SMALL_LLAMA, PreTrainedModel, shrunk
+from ringflash.launch.benchmark_models import SMALL_LLAMA, Model, PreTrainedModel, shrunk
 from ringflash.launch.benchmark_report import Report
 from ringflash.parallel.mesh import ONE_DEVICE
 from ringflash.parallel.transport.select import transport_of
@@ -99,24 +100,31 @@ def measure(options: Options) -> Iterator[Report]:
     with joined() as place:
         if place.ranks == 1:
             raise SystemExit("suite=tax shards sequences over ranks; start it by torchrun, with two or more")
-        model = small.build(place.device, place.dtype).train()
-        model.set_attn_implementation("ring")
-        training, rows = Training(model, place), []
-        settings = {
-            "model": small.name,
-            "parameters": sum(x.numel() for x in model.parameters()),
-            "dtype": str(place.dtype).removeprefix("torch."),
-            "ranks": place.ranks,
-            "transformers": version_of("transformers"),
-            "tolerance": TOLERANCE[place.dtype],
-        }
-        for tokens in options.tokens or LENGTHS:
-            earlier = list(rows)
-            for found in _rounds(training, tokens, options.repeats or REPEATS):
-                rows = earlier + found
-                if place.rank == 0:
-                    transport = {"transport": {n: transport_of(x).why for n, x in training.groups.items()}}
-                    yield Report(rows, table(rows), settings | transport, wrong=wrong(rows, TOLERANCE[place.dtype]))
+        yield from _measure_model(small, place, options)
+        # What DDP holds of the process group ends with it, in a thread that is joined; were DDP to go later, that would
+        # be without letting go of the interpreter, which the thread may wait for.
+        gc.collect()
+
+
+def _measure_model(small: Model, place: Place, options: Options) -> Iterator[Report]:
+    model = small.build(place.device, place.dtype).train()
+    model.set_attn_implementation("ring")
+    training, rows = Training(model, place), []
+    settings = {
+        "model": small.name,
+        "parameters": small.weights(),
+        "dtype": str(place.dtype).removeprefix("torch."),
+        "ranks": place.ranks,
+        "transformers": version_of("transformers"),
+        "tolerance": TOLERANCE[place.dtype],
+    }
+    for tokens in options.tokens or LENGTHS:
+        earlier = list(rows)
+        for found in _rounds(training, tokens, options.repeats or REPEATS):
+            rows = earlier + found
+            if place.rank == 0:
+                transport = {"transport": {n: transport_of(x).why for n, x in training.groups.items()}}
+                yield Report(rows, table(rows), settings | transport, wrong=wrong(rows, TOLERANCE[place.dtype]))
 
 
 def _rounds(training: Training, tokens: int, repeats: int) -> Iterator[list[Row]]:
