@@ -21,7 +21,6 @@ rank's. The tax is the share of none's tokens a second that is lost.
 from __future__ import annotations
 
 import functools
-import gc
 import random
 import statistics
 import time
@@ -100,10 +99,9 @@ def measure(options: Options) -> Iterator[Report]:
     with joined() as place:
         if place.ranks == 1:
             raise SystemExit("suite=tax shards sequences over ranks; start it by torchrun, with two or more")
+        # DDP is gone when that returns. Did it outlive the process group, gloo's threads would be joined by its
+        # destructor, which holds the interpreter that they may wait for.
         yield from _measure_model(small, place, options)
-        # What DDP holds of the process group ends with it, in a thread that is joined; were DDP to go later, that would
-        # be without letting go of the interpreter, which the thread may wait for.
-        gc.collect()
 
 
 def _measure_model(small: Model, place: Place, options: Options) -> Iterator[Report]:
