@@ -60,6 +60,7 @@ def joined() -> Generator[Place]:
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     yield Place(device, dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Place(device)
     if joins:  # after an error, ranks may be at different places and would wait for each other
+        dist.barrier()  # whoever goes while another still talks to it may abort it
         dist.destroy_process_group()
 
 

@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ringflash.launch.benchmark_device import Place, joined, synchronize, version_of
-from ringflash.launch.benchmark_models import SMALL_LLAMA, PreTrainedModel, shrunk
+from ringflash.launch.benchmark_models import SMALL_LLAMA, Model, PreTrainedModel, shrunk
 from ringflash.launch.benchmark_report import Report
 from ringflash.parallel.mesh import ONE_DEVICE
 from ringflash.parallel.transport.select import transport_of
@@ -99,24 +99,30 @@ def measure(options: Options) -> Iterator[Report]:
     with joined() as place:
         if place.ranks == 1:
             raise SystemExit("suite=tax shards sequences over ranks; start it by torchrun, with two or more")
-        model = small.build(place.device, place.dtype).train()
-        model.set_attn_implementation("ring")
-        training, rows = Training(model, place), []
-        settings = {
-            "model": small.name,
-            "parameters": sum(x.numel() for x in model.parameters()),
-            "dtype": str(place.dtype).removeprefix("torch."),
-            "ranks": place.ranks,
-            "transformers": version_of("transformers"),
-            "tolerance": TOLERANCE[place.dtype],
-        }
-        for tokens in options.tokens or LENGTHS:
-            earlier = list(rows)
-            for found in _rounds(training, tokens, options.repeats or REPEATS):
-                rows = earlier + found
-                if place.rank == 0:
-                    transport = {"transport": {n: transport_of(x).why for n, x in training.groups.items()}}
-                    yield Report(rows, table(rows), settings | transport, wrong=wrong(rows, TOLERANCE[place.dtype]))
+        # DDP is gone when that returns. Did it outlive the process group, gloo's threads would be joined by its
+        # destructor, which holds the interpreter that they may wait for.
+        yield from _measure_model(small, place, options)
+
+
+def _measure_model(small: Model, place: Place, options: Options) -> Iterator[Report]:
+    model = small.build(place.device, place.dtype).train()
+    model.set_attn_implementation("ring")
+    training, rows = Training(model, place), []
+    settings = {
+        "model": small.name,
+        "parameters": small.weights(),
+        "dtype": str(place.dtype).removeprefix("torch."),
+        "ranks": place.ranks,
+        "transformers": version_of("transformers"),
+        "tolerance": TOLERANCE[place.dtype],
+    }
+    for tokens in options.tokens or LENGTHS:
+        earlier = list(rows)
+        for found in _rounds(training, tokens, options.repeats or REPEATS):
+            rows = earlier + found
+            if place.rank == 0:
+                transport = {"transport": {n: transport_of(x).why for n, x in training.groups.items()}}
+                yield Report(rows, table(rows), settings | transport, wrong=wrong(rows, TOLERANCE[place.dtype]))
 
 
 def _rounds(training: Training, tokens: int, repeats: int) -> Iterator[list[Row]]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from torch.nn.parallel import DistributedDataParallel
 
 from ringflash.launch import benchmark, benchmark_tax
+from ringflash.launch.benchmark_device import Place
 
 
 def run(folder: str, *words: str) -> str:
@@ -36,6 +41,31 @@ def test_ranks_share_sequences_and_train_as_each_alone_does(pool, tmp_path: Path
         assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["milliseconds"] * 1e3)
         assert row["tax"] == pytest.approx(1 - none[row["tokens"]] / row["milliseconds"])
         assert row["difference"] < 1e-5
+
+
+def wrappers_left(folder: str) -> int:
+    """How many of DDP's there are when the suite is about to leave the process group."""
+    right, found = benchmark_tax.joined, []
+
+    @contextmanager
+    def counted() -> Generator[Place]:
+        with right() as place:
+            yield place
+            found.append(sum(isinstance(x, DistributedDataParallel) for x in gc.get_objects()))
+
+    benchmark_tax.joined = counted
+    gc.disable()  # the suite is not to depend on when it comes by itself
+    try:
+        run(folder, "tokens=48", "repeats=1")
+    finally:
+        benchmark_tax.joined = right
+        gc.enable()
+    return found[0]
+
+
+def test_the_model_is_gone_before_the_process_group_ends(pool, tmp_path: Path) -> None:
+    """Else gloo's group ends in DDP's destructor, which holds the interpreter that gloo's thread may wait for."""
+    assert pool(2).run(wrappers_left, str(tmp_path)) == [0, 0]
 
 
 def run_with_other_sequences(folder: str) -> str:
