@@ -178,17 +178,15 @@ class Mailboxes:
         number, times = way.turn()
         if times:
             self._wait(stream, way.emptied[number], number_of(times - 1))
-        for piece in chunk:
-            source = blocks[piece.block][0] + piece.offset
-            self._copy(way.boxes[number] + piece.place, source, piece.nbytes, stream)
+        box = way.boxes[number]
+        self._copy([(box + x.place, blocks[x.block][0] + x.offset, x.nbytes) for x in chunk], stream)
         self._write(stream, way.filled[number], number_of(times))
 
     def _empty(self, way: Way, stream: int, blocks: list[Block], chunk: tuple[Piece, ...]) -> None:
         number, times = way.turn()
         self._wait(stream, way.filled[number], number_of(times))
-        for piece in chunk:
-            target = blocks[piece.block][0] + piece.offset
-            self._copy(target, way.boxes[number] + piece.place, piece.nbytes, stream)
+        box = way.boxes[number]
+        self._copy([(blocks[x.block][0] + x.offset, box + x.place, x.nbytes) for x in chunk], stream)
         self._write(stream, way.emptied[number], number_of(times))
 
 

@@ -26,7 +26,7 @@ from triton.runtime import driver as triton_driver
 
 from ringflash.kernels.torch_private import symmetric_memory
 from ringflash.parallel.transport.driver import driver
-from ringflash.parallel.transport.mailboxes import Block, Mailboxes, bytes_of
+from ringflash.parallel.transport.mailboxes import APART, Block, Mailboxes, bytes_of
 
 MOST_ROOM, LEAST_ROOM, ROOMS = 16 << 20, 4 << 20, 64 << 20
 """Bytes of a chunk, and of a chunk for each rank. Of more, a message would wait longer for its first; of fewer, the
@@ -179,10 +179,12 @@ def allocate(ranks: int, device: torch.device) -> Tensor:
     try:
         memory = symmetric_memory().empty(bytes_of(ranks, room_of(ranks)), dtype=torch.uint8, device=device)
         memory.zero_()
+        torch.cuda.synchronize(device)
         with torch.cuda.device(device):
-            stream = torch.cuda.current_stream().cuda_stream
-            driver().write(stream, memory.data_ptr(), 0)  # a device may not be able to
-            driver().wait(stream, memory.data_ptr(), 0)
+            stream, address = torch.cuda.Stream().cuda_stream, memory.data_ptr()
+            driver().copy([(address + APART, address, 4)], stream)  # a machine may not be able to
+            driver().write(stream, address, 0)
+            driver().wait(stream, address, 0)
         torch.cuda.synchronize(device)
     except (RuntimeError, ImportError, OSError, AttributeError) as error:
         raise UnavailableError(f"torch's symmetric memory: {_first_line(error)}") from error

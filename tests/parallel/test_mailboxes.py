@@ -67,9 +67,10 @@ class Host:
             else:
                 time.sleep(1e-5)
 
-    def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
+    def copy(self, copies: list[tuple[int, int, int]], stream: int) -> None:
         def run() -> bool:
-            self.memory[target : target + nbytes] = self.memory[source : source + nbytes]
+            for target, source, nbytes in copies:
+                self.memory[target : target + nbytes] = self.memory[source : source + nbytes]
             return True
 
         self.queues[stream].append(run)
