@@ -54,17 +54,28 @@ def passes(attend: Callable[..., tuple[Tensor, Tensor]], leaves: list[Tensor]) -
 
 
 class NoTransport:
-    """Says that everything has arrived; like copy engines, takes transfers behind the work they run beside."""
+    """Says that everything has arrived; like copy engines, lets ranks take keys from their owners."""
 
-    sends_early = True
-
-    def open(self, device: torch.device) -> None:
+    def open(self, device: torch.device, nbytes: int | None) -> None:
         """Nothing is to be chosen."""
 
-    def mark(self) -> None:
-        """No stream can wait."""
+    @property
+    def shelf(self) -> NoTransport:
+        return self
 
-    def transfer(self, sends: list, receives: list, what: str, ready: object = None, free: object = None) -> Ticket:
+    def publish(self, rows: object) -> None:
+        """Nobody takes any."""
+
+    def mark(self) -> str:
+        return "now"
+
+    def pull(self, pulls: list, targets: object, what: str, free: object) -> Ticket:
+        return Ticket([], [], what)
+
+    def release(self) -> None:
+        """Nobody waits for that."""
+
+    def transfer(self, sends: list, receives: list, what: str) -> Ticket:
         return Ticket([], [], what)
 
 

@@ -53,9 +53,10 @@ class _Round:
     Attributes:
         number: which round.
         reduction: the maximum of digest, -digest, whether a call was refused, whether one was refused before its digest
-            was known.
+            was known, and `nbytes`.
         digest: of this rank's call.
         describe: names and values of the call; None where this rank refused it, or knows already that it failed.
+        nbytes: see `Agreement.check`.
         ahead: this rank went ahead with the call before the round was over.
     """
 
@@ -63,6 +64,7 @@ class _Round:
     reduction: Reduction
     digest: int
     describe: Description | None
+    nbytes: int = 0
     ahead: bool = False
 
 
@@ -95,13 +97,17 @@ class Agreement:
         self._broken: str | None = None
 
     @_untransformed
-    def check(self, digest: int, describe: Description, device: torch.device) -> None:
+    def check(self, digest: int, describe: Description, device: torch.device, nbytes: int = 0) -> int | None:
         """Make sure that all ranks make the same call, or will notice that they do not.
 
         Args:
             digest: of everything that must be the same on all ranks; 62 bits.
             describe: the same as names and values, in the order in which a disagreement is to be reported.
             device: of the call's tensors.
+            nbytes: what may differ, and of which the greatest counts.
+
+        Returns:
+            The greatest `nbytes` of all ranks; None if this rank went ahead with a call that was made before.
 
         Raises:
             RankMismatchError: on every rank, naming the argument, the ranks and their values, or the rank that refused
@@ -112,14 +118,15 @@ class Agreement:
         channel = self._joined(digest)
         known = self._on_gpu and digest in self._seen
         self._settle(channel, MOST_AHEAD - 1 if known else 0)
-        self._open.append(self._begin(channel, digest, NOTHING, describe))
+        self._open.append(self._begin(channel, digest, NOTHING, describe, nbytes))
         if known:
             self._open[-1].ahead = True
-        else:
-            self._settle(channel)
-            if len(self._seen) >= REMEMBERED:
-                self._seen.clear()
-            self._seen.add(digest)
+            return None
+        most = self._settle(channel)
+        if len(self._seen) >= REMEMBERED:
+            self._seen.clear()
+        self._seen.add(digest)
+        return most
 
     @_untransformed
     def refuse(self, error: Exception, digest: int | None = None, traced: bool = False) -> None:
@@ -207,17 +214,18 @@ class Agreement:
                     self._refused(self._channel, earlier, kind, text)
         return self._channel
 
-    def _begin(self, channel: Channel, digest: int, kind: int, describe: Description | None) -> _Round:
-        values = digest, -digest, int(kind == REFUSED), int(kind == REFUSED_UNKNOWN)
+    def _begin(self, channel: Channel, digest: int, kind: int, describe: Description | None, nbytes: int = 0) -> _Round:
+        values = digest, -digest, int(kind == REFUSED), int(kind == REFUSED_UNKNOWN), nbytes
         self._number += 1
-        return _Round(self._number - 1, channel.maximum(values), digest, describe)
+        return _Round(self._number - 1, channel.maximum(values), digest, describe, nbytes)
 
-    def _settle(self, channel: Channel, left: int = 0) -> None:
-        """Look at all rounds that have begun; so many may be left that are not over yet."""
+    def _settle(self, channel: Channel, left: int = 0) -> int:
+        """Look at all rounds that have begun; so many may be left that are not over yet. The last one's `nbytes`."""
+        most_bytes = 0
         while self._open and (len(self._open) > left or self._open[0].reduction.is_completed()):
             mine = self._open.pop(0)
             try:
-                most, negated_least, refused, refused_unknown = mine.reduction.wait()
+                most, negated_least, refused, refused_unknown, most_bytes = mine.reduction.wait()
             except RuntimeError as error:
                 self._broken = self._who_is_missing(channel, mine, error)
                 if self._broken is None:
@@ -229,9 +237,10 @@ class Agreement:
             if mine.describe is None:
                 self._check_left_alone(most, most == -negated_least, bool(refused_unknown))
             elif self._has_to_repeat(channel, mine):
-                again = self._begin(channel, mine.digest, NOTHING, mine.describe)
+                again = self._begin(channel, mine.digest, NOTHING, mine.describe, mine.nbytes)
                 again.ahead = mine.ahead
                 self._open.append(again)
+        return most_bytes
 
     def _check_left_alone(self, digest: int, same: bool, unknown: bool) -> None:
         """After a round in which this rank refused its call: raise if others went ahead with that call on GPUs.

@@ -24,7 +24,7 @@ SLOTS = 32
 WORDS = 8
 """Of 8 bytes, in a slot: the round's number, its values, and a sum of both."""
 
-VALUES = 4
+VALUES = 5
 """Numbers of a rank in a round."""
 
 FOLDER = Path("/dev/shm")

@@ -57,8 +57,6 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]
             ready, crossing = cross(ready, ready.exchange)
             table = table if crossing.table is None else crossing.table
         walk = Walk(ready, body)
-        if crossing is None:
-            walk.start()
     except Exception as error:
         ready.refuse(error)
         raise
@@ -140,8 +138,6 @@ def backward(
         copied = crossing is not None and crossing.shares.copied
         gradients = KeyGradients(wanted, ready.program, ready.transport, copied)
         walk = Walk(ready, body, settle)
-        if crossing is None:
-            walk.start()
     except Exception as error:
         ready.refuse(error)
         raise

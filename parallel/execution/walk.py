@@ -21,6 +21,9 @@ class Walk:
         ready: what to walk with.
         body: the work of a stage, or of a piece of it, on the rows that it attends to.
         settle: what follows the work of each piece of a stage, in the backward pass.
+
+    Attributes:
+        keys: on their way.
     """
 
     def __init__(
@@ -31,45 +34,35 @@ class Walk:
     ) -> None:
         program = ready.program
         self._stages = [(stage,) for stage in program.stages] if settle is None else program.backward_stages
-        self._several, self._body, self._settle = ready.transport is not None, body, settle
-        self._early = ready.transport is not None and ready.transport.sends_early
-        self._keys = TravellingKeys(ready.inputs.keys(), program, ready.transport)
+        self._transport, self._body, self._settle = ready.transport, body, settle
+        self.keys = TravellingKeys(ready.inputs.keys(), program)
         self._failure: Exception | None = None
-        self._begun: StageProgram | None = None
-        self._started = False
-
-    def start(self) -> None:
-        """Own keys are there. Nothing is sent before ranks begin, but the GPU need not wait for that."""
-        self._started = True
-        self._keys.start()
-        if self._early:
-            self._work(self._stages[0][0])
-            self._begun = self._stages[0][0]
 
     def run(self) -> Exception | None:
-        """Go all the way; what failed on this rank of several."""
-        if not self._started:
-            self.start()
+        """Go all the way; what failed on this rank of several. Ranks have begun."""
+        keys = self.keys
+        if self._transport is not None:
+            keys.start(self._transport)
         for index, pieces in enumerate(self._stages):
-            self._keys.begin(index)
+            keys.begin(index)
             for piece in pieces:
-                if piece is not self._begun and self._failure is None:
+                if self._failure is None:
                     self._guarded(self._work, piece)
-                self._keys.work_begun()
+                keys.work_begun()
                 if self._settle is not None:
                     self._guarded(self._settle, piece)
-            self._keys.end()
-        self._keys.close()
+            keys.end()
+        keys.close()
         return self._failure
 
     def _work(self, piece: StageProgram) -> None:
         if piece.launches:
-            self._body(piece, piece.at_hand(self._keys.own, self._keys.arrived))
+            self._body(piece, piece.at_hand(self.keys.own, self.keys.arrived))
 
     def _guarded(self, function: Callable[[StageProgram], None], piece: StageProgram) -> None:
         try:
             function(piece)
         except Exception as error:
-            if not self._several:
+            if self._transport is None:
                 raise
             self._failure = self._failure or error

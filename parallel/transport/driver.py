@@ -1,10 +1,12 @@
 """What is asked of CUDA's driver itself: copies that no SM takes part in, and streams that wait for a number in memory.
 
-torch has neither. Its waits for a signal are kernels, which cannot start while a persistent kernel holds every SM; so
-are copies within a GPU, unless the driver is told that they are to overlap with kernels: on 4 x H100 they began when
-the attention kernel beside them ended, 12 ms late. The functions are those of the CUDA Driver API ("Memory Management",
-"Stream Memory Operations"), called as they are: a call takes the driver 3 to 5 us, and each layer of Python around it
-would add to that.
+torch has neither. Its waits for a signal are kernels, which cannot start while a persistent kernel holds every SM. The
+functions are those of the CUDA Driver API ("Memory Management", "Stream Memory Operations"), called as they are: a call
+takes the driver 3 to 5 us, and each layer of Python around it would add to that.
+
+Only copies between two GPUs are by copy engines. Within a GPU the driver copies by a kernel, also where it is asked for
+two dimensions, for several at once or for overlap with kernels (`cuMemcpyBatchAsync`): beside
+attention over 32,768 tokens, each of these ended when attention did (H100, driver of CUDA 13.0).
 """
 
 from __future__ import annotations
@@ -13,6 +15,9 @@ import ctypes
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
+
+WAIT_UNTIL_REACHED = 0
+"""CU_STREAM_WAIT_VALUE_GEQ, in a circle."""
 
 WAIT_UNTIL_EQUAL = 1
 """CU_STREAM_WAIT_VALUE_EQ."""
@@ -24,7 +29,7 @@ IN_STREAM_ORDER = 1
 """CU_MEMCPY_SRC_ACCESS_ORDER_STREAM."""
 
 BESIDE_KERNELS = 1
-"""CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE: by a copy engine, also within a GPU."""
+"""CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE."""
 
 MOST_COPIES = 256
 """In one call."""
@@ -37,15 +42,17 @@ class Driver(NamedTuple):
     """Functions that raise RuntimeError where the driver reports an error. A stream is not the default one.
 
     Attributes:
-        copy: (copies, stream): carry out copies by copy engines, in the order of a stream, among each other in any.
+        copy: (copies, stream): carry out copies in the order of a stream, among each other in any.
         wait: (stream, address, number): let what is behind it in a stream wait until 4 bytes of this GPU's memory are
             this number.
+        wait_from: likewise, or have passed it.
         write: (stream, address, number): write a number into 4 bytes of any GPU's memory, or of pinned memory, behind
             all that a stream was asked for.
     """
 
     copy: Callable[[Sequence[Copy], int], None]
     wait: Callable[[int, int, int], None]
+    wait_from: Callable[[int, int, int], None]
     write: Callable[[int, int, int], None]
 
 
@@ -66,16 +73,17 @@ def driver() -> Driver:
 
     Raises:
         OSError: it has none.
-        AttributeError: it is older than 570 (CUDA 12.8), and copies within a GPU would wait for kernels.
+        AttributeError: it is older than 570 (CUDA 12.8).
     """
     library = ctypes.CDLL("libcuda.so.1")
     of_numbers = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint)
     arguments = (1, "stream"), (1, "address"), (1, "number")
     wait = of_numbers(("cuStreamWaitValue32_v2", library), (*arguments, (1, "flags", WAIT_UNTIL_EQUAL)))
+    wait_from = of_numbers(("cuStreamWaitValue32_v2", library), (*arguments, (1, "flags", WAIT_UNTIL_REACHED)))
     write = of_numbers(("cuStreamWriteValue32_v2", library), (*arguments, (1, "flags", WRITE_BEHIND_ALL)))
-    for function, name in ((wait, "cuStreamWaitValue32"), (write, "cuStreamWriteValue32")):
-        function.restype = _checked(library, name)
-    return Driver(_copies(library), wait, write)
+    for function in (wait, wait_from, write):
+        function.restype = _checked(library, "an operation on memory in a stream")
+    return Driver(_copies(library), wait, wait_from, write)
 
 
 def _copies(library: ctypes.CDLL) -> Callable[[Sequence[Copy], int], None]:

@@ -5,22 +5,15 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
 class Ticket:
-    """Transfers under way, see `base.Ticket`."""
+    """Transfers under way. Holds on to the tensors they use until `wait`."""
 
     def __init__(self, works: list[dist.Work], tensors: list[Tensor], what: str) -> None:
         self._works, self._tensors, self._what = works, tensors, what
-
-    sent = ()
-
-    def wait_received(self) -> None:
-        """See `Ticket`; operations of NCCL that are posted together end together."""
-        self.wait()
 
     def wait(self) -> None:
         """Return when the transfers are done (NCCL: when the current stream waits for them)."""
@@ -40,22 +33,18 @@ class SendRecv:
         group: the process group.
     """
 
-    sends_early = False
+    shelf = None
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = weakref.ref(group)  # a transport lives as long as its group, which must not live for it
         self._global_rank = [dist.get_global_rank(group, rank) for rank in range(group.size())]
-
-    def mark(self) -> None:
-        """See `Transport`; transfers of torch.distributed wait for all of the current stream."""
 
     def transfer(
         self,
         sends: Sequence[tuple[int, Tensor]],
         receives: Sequence[tuple[int, Tensor]],
         what: str,
-        ready: torch.Event | None = None,
-        free: Sequence[torch.Event] | None = None,
+        first: bool = False,
     ) -> Ticket:
         """See `Transport`."""
         operations = [self._operation(dist.irecv, rank, tensor) for rank, tensor in receives if tensor.numel()]

@@ -78,6 +78,9 @@ class Host:
     def wait(self, stream: int, address: int, number: int) -> None:
         self.queues[stream].append(lambda: self.number(address) == number)
 
+    def wait_from(self, stream: int, address: int, number: int) -> None:
+        self.queues[stream].append(lambda: (self.number(address) - number) % 2**32 < 2**31)
+
     def raise_flag(self, stream: int, address: int, number: int) -> None:
         def run() -> bool:
             self.write(address, number.to_bytes(4, "little"))
@@ -101,10 +104,13 @@ def _ranks(host: Host, ranks: int, room: int, shared_queue: bool) -> list[Mailbo
     for rank in range(ranks):
         out = host.stream()
         inward = [out if shared_queue else host.stream() for _ in range(2)]
-        other = host.stream() if not shared_queue else out
-        lanes = [[(out, inward[peer % 2]) for peer in range(ranks)], [(other, other) for _ in range(ranks)]]
+        streams = [(out, inward[peer % 2]) for peer in range(ranks)]
         progress = host.allocate(16 * ranks)
-        found.append(Mailboxes(rank, bases, room, progress, lanes, Driver(host.copy, host.wait, host.raise_flag)))
+        found.append(
+            Mailboxes(
+                rank, bases, room, progress, streams, Driver(host.copy, host.wait, host.wait_from, host.raise_flag)
+            )
+        )
         found[-1].progress_at = progress
     return found
 
@@ -139,7 +145,9 @@ def test_messages_of_any_sizes_arrive_in_order_without_deadlock(problem, room, s
     over = {}
     for number, (sends, receives) in enumerate(prepared):
         for rank in range(ranks):
-            ends = boxes[rank].transfer(sends[rank], receives[rank], (rank + number) % 2)
+            under_way = []
+            ends = boxes[rank].transfer(sends[rank], receives[rank], lambda said=under_way: said.append(1))
+            assert len(under_way) == bool(sends[rank] or receives[rank])
             assert len(ends) == len(sends[rank]) + len(receives[rank])
             over |= {boxes[rank].progress_at + 4 * place: number for place, number in ends}
     deadline = time.monotonic() + PATIENCE
@@ -164,7 +172,7 @@ def test_flags_count_in_a_circle():
 @pytest.mark.parametrize("ranks", [2, 8])
 def test_addresses_of_two_ranks_mailboxes_do_not_meet(ranks):
     bases, room = [ALIGNED * 10_000 * rank for rank in range(ranks)], ALIGNED
-    boxes = [Mailboxes(rank, bases, room, 0, [[(0, 0)] * ranks], Driver(None, None, None)) for rank in range(ranks)]
+    boxes = [Mailboxes(rank, bases, room, 0, [(0, 0)] * ranks, Driver(None, None, None, None)) for rank in range(ranks)]
     used = set()
     for rank in range(ranks):
         for peer in range(ranks):

@@ -29,12 +29,12 @@ def _channel(name):
 
 def _values(rank, number):
     generator = random.Random(1000 * number + rank)
-    return generator.getrandbits(62), -generator.getrandbits(62), generator.getrandbits(1), generator.getrandbits(1)
+    return generator.getrandbits(62), -generator.getrandbits(62), *(generator.getrandbits(n) for n in (1, 1, 40))
 
 
 def _rounds_at_any_pace(seed, rounds):
     """Some rounds are waited for at once, some later; every rank has its own pace."""
-    made, pace, open_, found = _channel("pace"), random.Random(seed + dist.get_rank()), [], []
+    made, pace, open_, found = _channel(f"pace {seed}"), random.Random(seed + dist.get_rank()), [], []
     for number in range(rounds):
         open_.append(made.maximum(_values(dist.get_rank(), number)))
         if pace.random() < 0.05:
@@ -63,7 +63,7 @@ def _no_page(which):
         if which == "another host":
             patch.setattr(channel, "host", lambda: f"host {dist.get_rank() % 2}")
         made = _channel(which)
-    return made._page, made.maximum((dist.get_rank(), -dist.get_rank(), 0, 7)).wait()
+    return made._page, made.maximum((dist.get_rank(), -dist.get_rank(), 0, 7, 9)).wait()
 
 
 def _refused(*_):
@@ -72,7 +72,7 @@ def _refused(*_):
 
 @pytest.mark.parametrize("which", ["no memory", "not to be opened", "another host"])
 def test_ranks_that_cannot_all_share_memory_use_gloo(pool, which):
-    assert pool(3).run(_no_page, which) == [(None, [2, 0, 0, 7])] * 3
+    assert pool(3).run(_no_page, which) == [(None, [2, 0, 0, 7, 9])] * 3
 
 
 def test_no_file_is_left_behind(pool):
@@ -83,7 +83,7 @@ def test_no_file_is_left_behind(pool):
 def _until_one_ends(deed):
     made = _channel("ends")
     assert made._page is not None
-    made.maximum((1, 1, 1, 1)).wait()
+    made.maximum((1, 1, 1, 1, 1)).wait()
     if dist.get_rank() == 1:
         if deed == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -91,7 +91,7 @@ def _until_one_ends(deed):
         return None
     begin = time.monotonic()
     with pytest.raises(RuntimeError, match="rank 1 has ended or left the group"):
-        made.maximum((2, 2, 2, 2)).wait()
+        made.maximum((2, 2, 2, 2, 2)).wait()
     return time.monotonic() - begin
 
 
@@ -106,7 +106,7 @@ def test_a_rank_that_ends_or_leaves_is_named_at_once(deed):
 
 def _left_before_the_others_look():
     made = _channel("last")
-    last = made.maximum((dist.get_rank(),) * 4)
+    last = made.maximum((dist.get_rank(),) * 5)
     if dist.get_rank() == 1:
         last.wait()
         return None
@@ -115,4 +115,4 @@ def _left_before_the_others_look():
 
 
 def test_the_last_round_of_a_rank_that_left_counts(pool):
-    assert pool(2).run(_left_before_the_others_look)[0] == [1] * 4
+    assert pool(2).run(_left_before_the_others_look)[0] == [1] * 5
