@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import gc
+import itertools
 import math
 
 import pytest
@@ -42,6 +43,8 @@ class _Counted(TorchDispatchMode):
         self._patch = pytest.MonkeyPatch()
 
     def __enter__(self):
+        # DeepSpeed's for stage 3 stays in a process that had it once, and saves its input only once it has run.
+        self._patch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
         for owner, name in ((blockwise, "attend"), (blockwise, "attend_backward"), (SendRecv, "transfer")):
             self._patch.setattr(owner, name, self._counting(name, getattr(owner, name)))
         return super().__enter__()
@@ -265,13 +268,17 @@ def test_each_process_of_a_machine_has_its_part_of_what_is_free(monkeypatch):
 # Memory at once
 
 
-def _held(profile):
-    """Bytes in use after each allocation and release."""
-    total = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            total += event.nbytes()
-            yield total
+def _peak_of(function):
+    """Bytes in use at most while a function runs, beside what was there."""
+    gc.collect()  # what is released meanwhile would count, whoever allocated it
+    gc.disable()
+    try:
+        with torch.profiler.profile(profile_memory=True) as profile:
+            function()
+    finally:
+        gc.enable()
+    sizes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(sizes))
 
 
 def _peak(policy, tokens, blocks=2, width=16, feed_forward=4096, **options):
@@ -281,9 +288,8 @@ def _peak(policy, tokens, blocks=2, width=16, feed_forward=4096, **options):
     shard = shard_batch({"input_ids": ids, "cu_seqlens": range(0, tokens + 1, 256)})
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(rows.TILE_ELEMENTS, "cpu", 1 << 17)
-        with torch.profiler.profile(profile_memory=True) as profile:
-            model(**shard).backward()
-    return max(_held(profile)), sum(weight.nbytes for weight in model.parameters())
+        peak = _peak_of(lambda: model(**shard).backward())
+    return peak, sum(weight.nbytes for weight in model.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -299,9 +305,7 @@ def _growth_of_folder(path, policy):
         model = _of_folder(path, policy)
         ids = torch.zeros(1, tokens, dtype=torch.int64)
         shard = model.shard({"input_ids": ids, "cu_seqlens": range(0, tokens + 1, 256)})
-        with torch.profiler.profile(profile_memory=True) as profile:
-            model(**shard).backward()
-        return max(_held(profile))
+        return _peak_of(lambda: model(**shard).backward())
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(rows.TILE_ELEMENTS, "cpu", 1 << 17)
@@ -333,10 +337,8 @@ def test_norms_and_rotations_upcast_one_tile_at_a_time(monkeypatch):
     x, weight = torch.randn(1, 4096, 1, 128).bfloat16().requires_grad_(), torch.ones(128, requires_grad=True)
     cos, sin = torch.randn(2, 1, 4096, 1, 64).unbind(0)
     for function in (lambda: rows.rms_norm(x, weight, 1e-5), lambda: rows.rotate(x, cos, sin)):
-        with torch.profiler.profile(profile_memory=True) as profile:
-            function().sum().backward()
         # The result, its gradient, and that of x.
-        assert max(_held(profile)) < 3.5 * x.nbytes
+        assert _peak_of(lambda function=function: function().sum().backward()) < 3.5 * x.nbytes
 
 
 # Rows in tiles
