@@ -13,7 +13,6 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -35,33 +34,20 @@ class Region(ABC):
 
 
 class _Here(threading.local):
-    """The region at work in this thread: the backward pass may run in one of its own."""
+    """What is at work in this thread: the backward pass may run in one of its own."""
 
     region: Region | None = None
 
 
-_here = _Here()
-
-
-def attended(operator: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Tensor, Tensor]:
-    """Out and lse of a call of attention, by way of the region at work if there is one."""
-    found = None if torch.compiler.is_compiling() else _here.region
-    if found is None:
-        out, lse, _ = operator(*arguments)
-        return out, lse
-    return found.attention(operator, arguments)
-
-
-def region() -> Region | None:
-    """The region at work."""
-    return _here.region
+here = _Here()
+"""Its `region` is None outside of any."""
 
 
 @contextmanager
 def within(inner: Region) -> Generator[None]:
     """Work in a region."""
-    outer, _here.region = _here.region, inner
+    outer, here.region = here.region, inner
     try:
         yield
     finally:
-        _here.region = outer
+        here.region = outer

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own habit
 from torch import Tensor
 
-from ringflash.recomputed import region
+from ringflash.recomputed import here
 
 TILE_ELEMENTS = {"cpu": 2**21, "cuda": 2**27}
 """Elements of one tensor of a tile: as many as stay in a core's cache, or as keep a GPU's products busy."""
@@ -118,10 +118,10 @@ class _SwiGLU(torch.autograd.Function):
         gate, up, down = (weight.to(x.dtype) for weight in ctx.weights)
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         rows_of_out = out.flatten(0, -2)
-        here, size = region(), 2 * len(rows) * width * x.element_size()
-        if here is not None:
-            here.spared(size)
-        wanted = here is None and any(ctx.needs_input_grad)
+        region, size = here.region, 2 * len(rows) * width * x.element_size()
+        if region is not None:
+            region.spared(size)
+        wanted = region is None and any(ctx.needs_input_grad)
         kept = [x.new_empty(len(rows), width) for _ in range(2 if wanted else 0)]
         for tile in tiles(len(rows), width, x.device):
             gated, raised = (rows[tile] @ weight.T for weight in (gate, up))
