@@ -445,8 +445,8 @@ class _Gpu:
             patch.setattr(torch.cuda, name, value)
 
 
-def _decide(sizes, blocks):
-    size = sizes[dist.get_rank()]
+def _decide(sizes, blocks, tokens=(5, 5)):
+    size, tokens = (each[dist.get_rank()] for each in (sizes, tokens))
     memory = BlockMemory(blocks)
     with pytest.MonkeyPatch.context() as patch:
         gpu = _Gpu(patch, size)
@@ -455,7 +455,7 @@ def _decide(sizes, blocks):
         memory.begin_step()
         for _ in range(2):  # micro-batches
             memory.begin()
-            x = torch.ones(1, 5, 5, requires_grad=True)
+            x = torch.ones(1, tokens, 5, requires_grad=True)
             for _ in range(blocks):
                 x = memory.run(torch.sin, x)
             memory.end()
@@ -475,6 +475,11 @@ def test_ranks_decide_by_the_first_step_on_the_rank_with_the_least_memory(pool, 
     assert other[0] == blocks - max(1, room // kept) if room < blocks * kept else other[0] == 0
     free = max(0, int(0.95 * least) - 1500 - 100)
     assert placements == placed(blocks, Measured(free, other[0], kept, 0))
+
+
+def test_a_rank_without_tokens_decides_as_the_others_do(pool):
+    (_, placements, decision), other = pool(2).run(_decide, [10**5, 1500], 8, (0, 5))
+    assert (placements, decision) == other[1:]
 
 
 def test_on_cpus_auto_keeps_everything():

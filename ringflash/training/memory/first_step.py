@@ -30,7 +30,7 @@ class FirstStep:
 
     def __init__(self, device: torch.device, blocks: int, host: int) -> None:
         self._device, self._blocks, self._host = device, blocks, host
-        self.pairs = False
+        self.pairs = self._agreed = False
         self._before = self._room = self._largest = self._kept = self._again = self._moved = self._ran = 0
 
     def begin(self) -> None:
@@ -47,7 +47,8 @@ class FirstStep:
 
     def ran(self, kept: int, moved: bool) -> None:
         """A block keeps so many bytes, on the device or moved; of all ranks' first ones a collective."""
-        if not self._largest:
+        if not self._agreed:
+            self._agreed = True  # before anything else: a rank may have no tokens
             lacking = torch.tensor(self._blocks * kept - self._host - self._room, device=self._device)
             dist.all_reduce(lacking, dist.ReduceOp.MAX)
             self.pairs = bool(lacking > 0)
