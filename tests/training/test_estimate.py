@@ -137,6 +137,10 @@ def test_a_run_on_gpus_says_it_at_its_start(monkeypatch):
     config = dataclasses.replace(LONG, engine=dataclasses.replace(LONG.engine, precision="fp32"))  # without a GPU
     said = estimate(config, Hardware(4, CARDS["h100"], 1000 * GIB))
     assert trainer._estimate().startswith(f"\nestimated: {said.peak / GIB:.1f} GiB of each GPU, {said.seconds:.2f} s")
+    assert "may not fit" not in trainer._estimate()
+    long = dataclasses.replace(config, train=dataclasses.replace(config.train, seqlen=1 << 23))
+    trainer.config = long
+    assert f"up to {longest(long, Hardware(4, CARDS['h100'], 1000 * GIB)):,} tokens fit" in trainer._estimate()
 
 
 def test_a_model_of_a_folder_is_refused(tmp_path):

@@ -229,7 +229,8 @@ class _Block(Region):
             if place in places:
                 call.wanted += 1
                 return places[place]
-            large = x.numel() >= tokens and x.is_contiguous() and x.device == device
+            # Neither small, nor on the CPU, nor of shape alone.
+            large = x.numel() >= tokens and x.device == device and x.untyped_storage().nbytes() >= x.nbytes
             if large and place not in stored:
                 stored[place] = self._store(x)
             return stored.get(place, x)

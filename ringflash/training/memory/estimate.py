@@ -161,12 +161,12 @@ def estimate(config: Config, hardware: Hardware, vocab_size: int | None = None) 
     return Estimate(device, min(host, of_host), placements, pairs, seconds, mfu, fits)
 
 
-def longest(config: Config, hardware: Hardware, step: int = 1024) -> int:
+def longest(config: Config, hardware: Hardware, vocab_size: int | None = None, step: int = 1024) -> int:
     """The longest `train.seqlen`, in multiples of `step`, of which a step fits; 0 if none does."""
 
     def fits(count: int) -> bool:
         train = dataclasses.replace(config.train, seqlen=count * step)
-        return estimate(dataclasses.replace(config, train=train), hardware).fits
+        return estimate(dataclasses.replace(config, train=train), hardware, vocab_size).fits
 
     return step * _last(fits, max(1, -(-sequence_degree(config, hardware.gpus) // step)))
 

@@ -32,7 +32,7 @@ from ringflash.training.corpus.training_data import TrainingData, read_data
 from ringflash.training.engines.create import create_engine, parameter_shapes
 from ringflash.training.engines.optimizer import trained
 from ringflash.training.engines.schedule import schedule
-from ringflash.training.memory.estimate import GIB, Hardware, card_of, estimate
+from ringflash.training.memory.estimate import GIB, Hardware, card_of, estimate, longest
 from ringflash.training.memory.host import available_bytes
 from ringflash.training.model.create import create_model
 from ringflash.training.model.decoder import Decoder
@@ -220,11 +220,15 @@ class Trainer:
             return ""
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         hardware = Hardware(dist.get_world_size(), card_of(self.device), available_bytes(), here)
-        config = dataclasses.replace(self.config, engine=self._engine())
-        found = estimate(config, hardware, self.data.tokenizer.vocab_size)
-        return (
+        asked = dataclasses.replace(self.config, engine=self._engine()), hardware, self.data.tokenizer.vocab_size
+        found = estimate(*asked)
+        line = (
             f"\nestimated: {found.peak / GIB:.1f} GiB of each GPU, {found.seconds:.2f} s a step without its host's time"
         )
+        if found.fits:
+            return line
+        less = "engine=zero3, engine.memory=auto, more ranks a sequence or a shorter train.seqlen"
+        return f"{line}; it may not fit: {less} need less, with these keys up to {longest(*asked):,} tokens fit"
 
     def _engine(self) -> EngineConfig:
         """With the precision that "auto" stands for here."""
