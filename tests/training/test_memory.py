@@ -221,6 +221,23 @@ def test_pages_of_a_pass_without_a_backward_pass_are_used_again():
         assert model.memory.host.used == 0
 
 
+@pytest.mark.parametrize("policy", [RECOMPUTE, OFFLOAD, PAIRS])
+def test_random_numbers_are_the_same_when_blocks_are_computed_again(policy):
+    def run(policy):
+        memory = BlockMemory(4)
+        memory.start(policy, CPU)
+        memory.begin()
+        torch.manual_seed(3)
+        first = x = torch.ones(1, 3, 4, requires_grad=True)
+        for _ in range(4):
+            x = memory.run(lambda x: (x * torch.rand_like(x)).sin(), x)
+        memory.end()
+        x.sum().backward()
+        return first.grad, torch.rand(1)
+
+    assert all(torch.equal(a, b) for a, b in zip(run(policy), run(KEEP), strict=True))
+
+
 @pytest.mark.parametrize("policy", [RECOMPUTE, OFFLOAD])
 def test_a_second_backward_pass_is_refused(policy):
     loss = _own(policy)(**shard_batch(recipe.batches(0)[1]))

@@ -14,7 +14,8 @@ from its own input and attention's results. At long context that costs little, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -118,6 +119,8 @@ class BlockMemory:
         else:
             self._before = block = _Block(self.host if placement == OFFLOAD else None, first, module or function)
             paired = self.pairs and result_before is not None and _same(*result_before, inputs)
+            if self.pairs or first is not None:  # it may be the first of a pair
+                block.keep_random_numbers()
             result = block.run(before if paired else None, function, *inputs)
             if first is not None:
                 self.pairs = first.pairs
@@ -146,6 +149,7 @@ class _Block(Region):
         self._input: Handle | None = None
         self._source: _Block | None = None
         self._others: tuple[Any, ...] = ()
+        self._random: tuple[Tensor, Tensor | None] | None = None
         self._attended: list[_Attended] = []
         self._calls = 0
 
@@ -163,9 +167,9 @@ class _Block(Region):
                 self._source = before
             else:
                 self._input = self._store(inputs[0])
-            needs, stream, inputs = inputs[0].requires_grad, self._stream_of, inputs[1:]
+            needs, stream, inputs = inputs[0].requires_grad, self._stream_of, (inputs[0].new_empty(0), *inputs[1:])
 
-            def again(*others: Any) -> Any:
+            def again(_: Tensor, *others: Any) -> Any:  # the first tells torch of which device random numbers are kept
                 return function(stream(needs), *others)
         else:
             again = function
@@ -176,6 +180,10 @@ class _Block(Region):
         if self._first_step is not None:
             self._first_step.ran(self._kept, self._moved > 0)
         return result
+
+    def keep_random_numbers(self) -> None:
+        """For `output` to draw the same ones."""
+        self._random = torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
 
     def begin_again(self) -> None:
         """The block is about to be computed again."""
@@ -194,8 +202,9 @@ class _Block(Region):
         """The output once more, without a graph; everything stays as it is kept."""
         if self._input is None:
             raise _twice()
-        with torch.no_grad(), within(_Seen(self._attended)):
-            found = self._module(self._input.get(), *self._others)
+        x = self._input.get()
+        with torch.no_grad(), within(_Seen(self._attended)), _drawing(self._random, x.device):
+            found = self._module(x, *self._others)
         return found[0] if isinstance(found, tuple) else found
 
     def fetch(self) -> None:
@@ -349,6 +358,18 @@ class _Reached(torch.autograd.Function):
 
 def _reached(x: Tensor) -> Tensor:
     return _Reached.apply(x) if x.requires_grad else x
+
+
+@contextmanager
+def _drawing(states: tuple[Tensor, Tensor | None] | None, device: torch.device) -> Generator[None]:
+    """Draw from generators in these states, of the CPU and of the device, and leave them as they were."""
+    assert states is not None  # of a block whose output is asked for
+    of_cpu, of_device = states
+    with torch.random.fork_rng([] if of_device is None else [device], device_type="cuda"):
+        torch.set_rng_state(of_cpu)
+        if of_device is not None:
+            torch.cuda.set_rng_state(of_device, device)
+        yield
 
 
 def _twice() -> RingflashError:
