@@ -389,19 +389,19 @@ def test_tiled_parts_have_the_values_and_gradients_of_whole_ones(tokens, tile, t
 @given(tokens=st.integers(1, 40), tile=st.integers(1, 400))
 def test_tiled_norms_and_rotations_have_the_values_and_gradients_of_whole_ones(tokens, tile):
     generator = torch.Generator().manual_seed(tokens)
-    x = torch.randn(2, tokens, 2, 6, generator=generator).requires_grad_()
+    x = torch.randn(2, tokens, 2, 6, generator=generator).bfloat16().requires_grad_()
     weight = torch.randn(6, generator=generator).requires_grad_()
     cos, sin = torch.randn(2, 2, tokens, 1, 3, generator=generator)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(rows.TILE_ELEMENTS, "cpu", tile)
         found = rows.rotate(rows.rms_norm(x, weight, 1e-5), cos, sin)
-        first, second = torch.nn.functional.rms_norm(x, (6,), weight, 1e-5).chunk(2, -1)
-        expected = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
-        torch.testing.assert_close(found, expected)
-        dout = torch.randn(expected.shape, generator=generator)
+        first, second = torch.nn.functional.rms_norm(x.float(), (6,), weight, 1e-5).bfloat16().float().chunk(2, -1)
+        expected = torch.cat((first * cos - second * sin, second * cos + first * sin), -1).bfloat16()
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        dout = torch.randn(expected.shape, generator=generator).bfloat16()
         gradients = torch.autograd.grad(found, (x, weight), dout)
     for gradient, other in zip(gradients, torch.autograd.grad(expected, (x, weight), dout), strict=True):
-        torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(gradient, other, rtol=0.02, atol=0.02 * float(other.abs().max()))
 
 
 def test_gradients_of_weights_in_bf16_are_summed_in_fp32(monkeypatch):
