@@ -182,15 +182,15 @@ class Mailboxes:
         number, times = way.turn()
         if times:
             self._wait(stream, way.emptied[number], number_of(times - 1))
-        box = way.boxes[number]
-        self._copy([(box + x.place, blocks[x.block][0] + x.offset, x.nbytes) for x in chunk], stream)
+        for x in chunk:
+            self._copy(way.boxes[number] + x.place, blocks[x.block][0] + x.offset, x.nbytes, stream)
         self._write(stream, way.filled[number], number_of(times))
 
     def _empty(self, way: Way, stream: int, blocks: list[Block], chunk: tuple[Piece, ...]) -> None:
         number, times = way.turn()
         self._wait(stream, way.filled[number], number_of(times))
-        box = way.boxes[number]
-        self._copy([(blocks[x.block][0] + x.offset, box + x.place, x.nbytes) for x in chunk], stream)
+        for x in chunk:
+            self._copy(blocks[x.block][0] + x.offset, way.boxes[number] + x.place, x.nbytes, stream)
         self._write(stream, way.emptied[number], number_of(times))
 
 

@@ -9,9 +9,9 @@ Flags count calls, so a wait is for a number that is reached, in a circle of 2^3
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from ringflash.parallel.transport.driver import Copy, Driver
+from ringflash.parallel.transport.driver import Driver
 
 APART = 64
 """Bytes from flag to flag."""
@@ -52,13 +52,14 @@ class Shelves:
         for peer in self._peers:
             self._driver.write(stream, self._there(peer, self._rank), self._calls % CIRCLE)
 
-    def take(self, owner: int, copies: Sequence[Copy]) -> None:
-        """Take something from a rank's shelf."""
+    def take(self, owner: int, copies: Iterable[tuple[int, int, int]]) -> None:
+        """Take something from a rank's shelf: (target, source, nbytes) of each copy."""
         stream = self._streams[owner]
         if owner not in self._seen:
             self._seen.add(owner)
             self._driver.wait_from(stream, self._there(self._rank, owner), self._calls % CIRCLE)
-        self._driver.copy(copies, stream)
+        for target, source, nbytes in copies:
+            self._driver.copy(target, source, nbytes, stream)
 
     def release(self) -> None:
         """Nothing more is taken in this call."""

@@ -28,7 +28,7 @@ from triton.runtime import driver as triton_driver
 
 from ringflash.kernels.torch_private import symmetric_memory
 from ringflash.parallel.planning.pulls import Pull
-from ringflash.parallel.transport.driver import Copy, driver
+from ringflash.parallel.transport.driver import driver
 from ringflash.parallel.transport.mailboxes import APART, Block, Mailboxes, bytes_of, number_of
 from ringflash.parallel.transport.shelves import Shelves, flag_bytes
 
@@ -209,7 +209,7 @@ class SymmetricMemory:
             for stream in streams:
                 stream.wait_event(free)
             for pull in pulls:
-                self._published.take(pull.owner, list(self._copies(pull, targets)))
+                self._published.take(pull.owner, self._copies(pull, targets))
                 self._asked[pull.owner] += 1
                 place, number = 2 * len(self._peers) + pull.owner, number_of(self._asked[pull.owner])
                 driver().write(self._puller(pull.owner).cuda_stream, self._progress.data_ptr() + 4 * place, number)
@@ -217,7 +217,7 @@ class SymmetricMemory:
             events = [stream.record_event() for stream in streams]
         return Posted(self._current, events, (targets,))
 
-    def _copies(self, pull: Pull, targets: Sequence[Tensor]) -> Iterator[Copy]:
+    def _copies(self, pull: Pull, targets: Sequence[Tensor]) -> Iterator[tuple[int, int, int]]:
         shelf = self._shelves[pull.owner].data_ptr()
         for target, place in zip(targets, _places(pull.keys, targets), strict=True):
             row, to = row_bytes(target), target.data_ptr()
@@ -264,7 +264,7 @@ def allocate(ranks: int, device: torch.device) -> Tensor:
         torch.cuda.synchronize(device)
         with torch.cuda.device(device):
             stream, address = torch.cuda.Stream().cuda_stream, memory.data_ptr()
-            driver().copy([(address + APART, address, 4)], stream)  # a machine may not be able to
+            driver().copy(address + APART, address, 4, stream)  # a machine may not be able to
             driver().write(stream, address, 0)
             driver().wait(stream, address, 0)
         torch.cuda.synchronize(device)

@@ -67,10 +67,9 @@ class Host:
             else:
                 time.sleep(1e-5)
 
-    def copy(self, copies: list[tuple[int, int, int]], stream: int) -> None:
+    def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
         def run() -> bool:
-            for target, source, nbytes in copies:
-                self.memory[target : target + nbytes] = self.memory[source : source + nbytes]
+            self.memory[target : target + nbytes] = self.memory[source : source + nbytes]
             return True
 
         self.queues[stream].append(run)

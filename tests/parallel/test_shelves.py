@@ -35,7 +35,7 @@ def test_ranks_take_what_was_laid_out_in_the_same_call_whoever_takes_what_and_wh
         laid_out = host.allocate(BYTES)
         host.write(laid_out, _text(rank, call))
         parts[rank].clear(main[rank])
-        host.copy([(shelves[rank], laid_out, BYTES)], main[rank])
+        host.copy(shelves[rank], laid_out, BYTES, main[rank])
         parts[rank].publish(main[rank])
         for owner in range(ranks):
             for _ in range(0 if owner == rank else pace.choice((0, 1, 2))):
