@@ -30,12 +30,12 @@ class Shelves:
     Args:
         rank: of this process.
         flags: for each rank where its flags are, as this process sees it: `flag_bytes(ranks)`, zeros at first.
-        streams: for each rank in which order of what is taken from it.
+        stream: in whose order something is taken from others.
         driver: copies, waits and writes.
     """
 
-    def __init__(self, rank: int, flags: Sequence[int], streams: Sequence[int], driver: Driver) -> None:
-        self._rank, self._flags, self._streams, self._driver = rank, flags, streams, driver
+    def __init__(self, rank: int, flags: Sequence[int], stream: int, driver: Driver) -> None:
+        self._rank, self._flags, self._stream, self._driver = rank, flags, stream, driver
         self._peers = [peer for peer in range(len(flags)) if peer != rank]
         self._calls = 0
         self._seen: set[int] = set()
@@ -54,17 +54,16 @@ class Shelves:
 
     def take(self, owner: int, copies: Iterable[tuple[int, int, int]]) -> None:
         """Take something from a rank's shelf: (target, source, nbytes) of each copy."""
-        stream = self._streams[owner]
         if owner not in self._seen:
             self._seen.add(owner)
-            self._driver.wait_from(stream, self._there(self._rank, owner), self._calls % CIRCLE)
+            self._driver.wait_from(self._stream, self._there(self._rank, owner), self._calls % CIRCLE)
         for target, source, nbytes in copies:
-            self._driver.copy(target, source, nbytes, stream)
+            self._driver.copy(target, source, nbytes, self._stream)
 
     def release(self) -> None:
         """Nothing more is taken in this call."""
         for peer in self._peers:
-            self._driver.write(self._streams[peer], self._taken(peer, self._rank), self._calls % CIRCLE)
+            self._driver.write(self._stream, self._taken(peer, self._rank), self._calls % CIRCLE)
 
     def _there(self, at: int, of: int) -> int:
         """Address of the flag at a rank that says what another has laid out."""

@@ -27,7 +27,7 @@ def test_ranks_take_what_was_laid_out_in_the_same_call_whoever_takes_what_and_wh
     flags = [host.allocate(flag_bytes(ranks)) for _ in range(ranks)]
     shelves = [host.allocate(BYTES) for _ in range(ranks)]
     main = [host.stream() for _ in range(ranks)]
-    streams = [[main[rank] if shared_queue else host.stream() for _ in range(ranks)] for rank in range(ranks)]
+    streams = [main[rank] if shared_queue else host.stream() for rank in range(ranks)]
     parts = [Shelves(rank, flags, streams[rank], driver) for rank in range(ranks)]
     expected = []
 
