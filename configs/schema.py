@@ -223,8 +223,9 @@ class OptimizerConfig:
     """Of matrices; norms are not decayed."""
     clip: float = _bounded(1.0, at_least=0)
     """Highest gradient norm; 0: no clipping."""
-    name: str = _bounded("adamw", choices=("adamw", "muon"))
-    """"adamw", or "muon" (engine=ddp): torch's Muon for matrices between embedding and head, AdamW for all else."""
+    name: str = _bounded("adamw", choices=("adamw", "adamw_8bit", "muon"))
+    """"adamw", or with engine=ddp, for matrices between embedding and head, AdamW for all else: "adamw_8bit",
+    bitsandbytes' AdamW with moments of 8 bits, or "muon", torch's Muon."""
     momentum: float = _bounded(0.95, share=True)
     """Of Muon."""
     schedule: str = _bounded("warmup_cosine", choices=SCHEDULES)

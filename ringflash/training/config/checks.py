@@ -130,10 +130,13 @@ def _check_optimizer(config: Config) -> None:
     optimizer = config.optimizer
     if optimizer.schedule != "warmup_cosine":
         require(f"optimizer.schedule={optimizer.schedule}", "transformers")
-    if optimizer.name == "muon" and config.engine.name != "ddp":
+    if optimizer.name != "adamw" and config.engine.name != "ddp":
         raise ArgumentError(
-            f"optimizer.name=muon with engine.name={config.engine.name}, which cuts matrices into parts; allowed is ddp"
+            f"optimizer.name={optimizer.name} with engine.name={config.engine.name}, which cuts matrices into parts; "
+            "allowed is ddp"
         )
+    if optimizer.name == "adamw_8bit":
+        require("optimizer.name=adamw_8bit", "bitsandbytes", extra="8bit")
 
 
 def _check_logging(config: Config) -> None:
