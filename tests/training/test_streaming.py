@@ -230,6 +230,24 @@ def test_a_name_that_is_no_path_here_is_asked_of_the_hub_with_all_that_names_it(
     assert np.array(expected).max() == SEPARATOR
 
 
+def test_rows_of_the_hub_may_lack_the_field_and_keep_their_numbers_wherever_a_run_goes_on(folder, monkeypatch):
+    def load_dataset(*arguments, **named):
+        from datasets import IterableDataset
+
+        return IterableDataset.from_generator(lambda: iter(rows))
+
+    monkeypatch.setattr(streaming, "load_dataset", load_dataset)
+    rows = [{"meta": {"text": f"of the hub {n}"}} if n % 6 == 0 else {"other": n} for n in range(48)]
+    config = text_config(folder, path="owner/name")
+    expected, _ = drawn(config, 1, 1, 12)
+    for middle in range(1, 12):
+        _, state = drawn(config, 1, 1, middle)
+        assert drawn(config, 1, 1, 12 - middle, state=state)[0] == expected[middle:]
+    rows[40] = {"meta": {"text": 3}}
+    with pytest.raises(DataError, match=r"owner/name, row 41: data\.text_field=meta\.text is a number"):
+        drawn(config, 1, 1, 12, state=drawn(config, 1, 1, 5)[1])
+
+
 def test_a_name_that_the_hub_does_not_have_is_refused_as_such(folder, monkeypatch):
     def load_dataset(*arguments, **named):
         raise FileNotFoundError("404")
