@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import peft
 import pytest
 import torch
@@ -114,6 +116,9 @@ def test_adapters_that_cannot_be_are_refused_by_name(tmp_path, monkeypatch):
     with pytest.raises(ArgumentError, match=r"lora\.rank=4 is for a model of a folder; give model\.path"):
         check(load(["lora.rank=4"]), 1)
     path = write_folder(tmp_path)
+    for key in ("lora.alpha=4.0", "lora.target_modules=['q_proj']"):  # would train all weights without a word
+        with pytest.raises(ArgumentError, match=re.escape(f"{key} without adapters; give lora.rank too")):
+            check(load([key]), 1)
     with pytest.raises(ArgumentError, match=r"lora\.target_modules=\['nowhere'\]: "):
         Pretrained(ModelConfig(path=str(path)), lora=LoraConfig(rank=4, target_modules=["nowhere"]))
     monkeypatch.setattr("ringflash.training.extras.find_spec", lambda name: None)

@@ -77,6 +77,10 @@ def test_a_key_that_does_not_exist_is_refused_by_its_name_and_never_advised_to_b
         ("train.steps.x=1", "train.steps.x is no configuration key; train.steps is a value"),
         ("model@x=tiny", "x is no configuration key; allowed here are attention"),
         ("=3", "=3 names no key; allowed are key=value and group=file"),
+        (
+            "data.mixture=[{path: x, weigth: 1}]",
+            "data.mixture[...].weigth is no configuration key; allowed here are format",
+        ),
     ],
 )
 def test_what_names_neither_a_key_nor_a_groups_file_is_refused_in_our_words(override, said):

@@ -175,6 +175,14 @@ def test_moments_in_8_bits_learn_nearly_what_others_do_and_go_on_bit_for_bit_on_
         (["optimizer.name=adamw_8bit", "engine=zero3"], "optimizer.name=adamw_8bit with engine.name=zero3, which cuts"),
         (["optimizer.schedule=reduce_lr_on_plateau"], "optimizer.schedule='reduce_lr_on_plateau'; allowed are warmup_"),
         (["train.epochs=0"], "train.epochs=0.0; it must be positive"),
+        (
+            ["optimizer.decay_steps=5"],
+            "optimizer.decay_steps=5 is for optimizer.schedule=warmup_stable_decay, here it is",
+        ),
+        (
+            ["optimizer.schedule=warmup_stable_decay", "optimizer.decay_steps=95", "train.steps=100"],
+            "optimizer.decay_steps=95 and optimizer.warmup_steps=10 are more than train.steps=100",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(overrides, said):

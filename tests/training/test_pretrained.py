@@ -249,6 +249,33 @@ def test_rope_parameters_are_those_of_transformers(folder, rope):
     assert not torch.equal(ours.inv_freq, empty_model(read_config(folder), "").model.rotary_emb.inv_freq)
 
 
+@pytest.mark.parametrize(
+    ("rope", "said"),
+    [
+        ({"rope_type": "yarn"}, "rope_type=yarn needs model.rope_parameters.factor"),
+        ({"rope_type": "llama3", "factor": 2.0}, "rope_type=llama3 needs model.rope_parameters.low_freq_factor"),
+        ({"factor": 2.0}, "factor=2.0 means nothing to rope_type=default, which takes rope_theta"),
+        ({"rope_type": "linear", "factor": 2.0, "beta_fast": 3.0}, "beta_fast=3.0 means nothing to rope_type=linear"),
+        (
+            {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0] * 4},
+            "short_factor has 1 numbers; allow",
+        ),
+    ],
+)
+def test_numbers_of_a_rotary_embedding_that_would_be_missed_or_ignored_are_refused(folder, rope, said):
+    with pytest.raises(ArgumentError) as refused:
+        changed(read_config(folder), ModelConfig(rope_parameters=RopeParametersConfig(**rope)), 1024)
+    assert str(refused.value).startswith(f"model.rope_parameters.{said}")
+
+
+def test_another_type_of_rotary_embedding_rotates_the_same_part_of_a_head(tmp_path):
+    write_folder(tmp_path, model_type="stablelm", partial_rotary_factor=0.5)
+    rope = RopeParametersConfig(rope_type="linear", factor=4.0)
+    before, after = (read_config(tmp_path), changed(read_config(tmp_path), ModelConfig(rope_parameters=rope), 128))
+    slow, fast = (empty_model(each, "").model.rotary_emb.inv_freq for each in (after, before))
+    torch.testing.assert_close(slow, fast / 4)
+
+
 # Refusals
 
 

@@ -120,6 +120,9 @@ def _check_data(config: Config) -> None:
 
 def _check_lora(config: Config) -> None:
     if not config.lora.rank:
+        for key, value in (("alpha", config.lora.alpha), ("target_modules", config.lora.target_modules)):
+            if value:
+                raise ArgumentError(f"lora.{key}={value} without adapters; give lora.rank too")
         return
     require(f"lora.rank={config.lora.rank}", "peft")
     if config.model.path is None:
@@ -127,7 +130,18 @@ def _check_lora(config: Config) -> None:
 
 
 def _check_optimizer(config: Config) -> None:
-    optimizer = config.optimizer
+    optimizer, steps = config.optimizer, config.train.steps
+    if optimizer.decay_steps is not None:
+        if optimizer.schedule != "warmup_stable_decay":
+            raise ArgumentError(
+                f"optimizer.decay_steps={optimizer.decay_steps} is for optimizer.schedule=warmup_stable_decay, here it "
+                f"is {optimizer.schedule}"
+            )
+        if config.train.epochs is None and optimizer.warmup_steps + optimizer.decay_steps > steps:
+            raise ArgumentError(
+                f"optimizer.decay_steps={optimizer.decay_steps} and optimizer.warmup_steps={optimizer.warmup_steps} "
+                f"are more than train.steps={steps}"
+            )
     if optimizer.schedule != "warmup_cosine":
         require(f"optimizer.schedule={optimizer.schedule}", "transformers")
     if optimizer.name != "adamw" and config.engine.name != "ddp":

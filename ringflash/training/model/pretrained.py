@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from ringflash.configs.schema import LoraConfig, ModelConfig, entries
+from ringflash.configs.schema import ROPE, LoraConfig, ModelConfig, entries
 from ringflash.errors import ArgumentError, DataError
 from ringflash.parallel.mesh import ONE_DEVICE
 from ringflash.training.model.adapters import BASE, add_adapters, initialise_adapter, is_adapter
@@ -149,17 +149,39 @@ def changed(config: PreTrainedConfig, wanted: ModelConfig, seqlen: int) -> PreTr
             raise ArgumentError(
                 f"model.rope_parameters: {type(text).__name__} has {kept}; allowed are models with one rotary embedding"
             )
-        if rope.get("rope_type", kept.get("rope_type")) != "default":
-            rope.setdefault(
-                "original_max_position_embeddings",
-                kept.get("original_max_position_embeddings", text.max_position_embeddings),
-            )
-        if "rope_type" in rope and rope["rope_type"] != kept.get("rope_type"):
-            kept = {"rope_theta": kept.get("rope_theta")}  # a scaling's numbers mean nothing to another
+        kind = rope.get("rope_type", kept.get("rope_type", "default"))
+        original = kept.get("original_max_position_embeddings", text.max_position_embeddings)
+        if kind != kept.get("rope_type", "default"):  # a scaling's numbers mean nothing to another
+            kept = {key: value for key, value in kept.items() if key in ("rope_theta", "partial_rotary_factor")}
+        _check_rope(rope, kind, kept, text)
+        if kind != "default":
+            rope.setdefault("original_max_position_embeddings", original)
         text.rope_parameters = kept | rope
     if getattr(text, "max_position_embeddings", seqlen) < seqlen and (kept or rope):
         text.max_position_embeddings = seqlen
     return config
+
+
+def _check_rope(rope: dict[str, Any], kind: str, kept: dict[str, Any], text: Any) -> None:
+    """Raise ArgumentError for keys that mean nothing to this type of rotary embedding, are missing, or too long."""
+    if kind not in ROPE:  # one that only config.json can ask for
+        return
+    needed, others = ROPE[kind]
+    for key, value in rope.items():
+        if key not in ("rope_type", "rope_theta", *needed, *others):
+            takes = ", ".join(("rope_theta", *needed, *others))
+            raise ArgumentError(
+                f"model.rope_parameters.{key}={value} means nothing to rope_type={kind}, which takes {takes}"
+            )
+        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        frequencies = int(size * kept.get("partial_rotary_factor", 1.0)) // 2
+        if isinstance(value, list) and len(value) != frequencies:
+            raise ArgumentError(
+                f"model.rope_parameters.{key} has {len(value)} numbers; allowed are {frequencies}, one a frequency"
+            )
+    for key in needed:
+        if key not in kept | rope:
+            raise ArgumentError(f"model.rope_parameters.rope_type={kind} needs model.rope_parameters.{key}")
 
 
 def empty_model(config: PreTrainedConfig, said: str) -> PreTrainedModel:
