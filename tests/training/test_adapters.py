@@ -92,6 +92,28 @@ def test_a_checkpoint_holds_adapters_alone_and_an_export_what_they_add(tuned, tm
         torch.testing.assert_close(found.get_parameter(name), expected.bfloat16(), rtol=1e-2, atol=1e-4)
 
 
+def test_adapters_of_experts_and_their_router_are_exported_too(pool, folder, tmp_path):
+    shape = {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 16,
+    }
+    shape |= {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    shape |= {"first_k_dense_replace": 1, "n_shared_experts": 1, "num_key_value_heads": 4}
+    model = write_folder(tmp_path / "model", model_type="deepseek_v3", **shape)
+    job = (f"model.path={model}", "lora.rank=4", "train.steps=1", "optimizer.warmup_steps=0", "optimizer.lr=2e-2")
+    pool(2).run(_tune, folder, "lora-experts", *job)
+    export(folder / "lora-experts", tmp_path / "out")  # compares logits before and after
+    before, after = (load_file(path / "model.safetensors") for path in (model, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    assert not torch.equal(
+        before["model.layers.1.mlp.experts.0.up_proj.weight"].bfloat16(),
+        after["model.layers.1.mlp.experts.0.up_proj.weight"],
+    )
+
+
 def test_adapters_go_on_bit_for_bit_but_not_upon_other_weights_or_otherwise_scaled(pool, tuned, tmp_path):
     middle = f"checkpoint.resume={tuned / 'lora' / 'checkpoints' / 'step-00000003'}"
     job = (middle, "lora.rank=4", "engine=zero2", "optimizer.lr=2e-2")

@@ -268,6 +268,20 @@ def test_numbers_of_a_rotary_embedding_that_would_be_missed_or_ignored_are_refus
     assert str(refused.value).startswith(f"model.rope_parameters.{said}")
 
 
+def test_a_rotary_embedding_that_the_models_own_class_reads_as_another_is_refused(tmp_path):
+    write_folder(tmp_path, model_type="phi3", pad_token_id=0)
+    rope = RopeParametersConfig(rope_type="yarn", factor=4.0)
+    with pytest.raises(ArgumentError, match=r"model\.rope_parameters\.rope_type=yarn: Phi3Config refuses it"):
+        changed(read_config(tmp_path), ModelConfig(rope_parameters=rope), 1024)
+
+
+def test_a_width_of_heads_that_config_json_leaves_open_is_worked_out_for_another_rotary_embedding(tmp_path):
+    write_folder(tmp_path, model_type="mixtral", head_dim=None)
+    rope = RopeParametersConfig(rope_type="yarn", factor=4.0)
+    found = empty_model(changed(read_config(tmp_path), ModelConfig(rope_parameters=rope), 1024), "")
+    assert found.model.rotary_emb.inv_freq.shape == (4,)
+
+
 def test_another_type_of_rotary_embedding_rotates_the_same_part_of_a_head(tmp_path):
     write_folder(tmp_path, model_type="stablelm", partial_rotary_factor=0.5)
     rope = RopeParametersConfig(rope_type="linear", factor=4.0)

@@ -67,7 +67,7 @@ def merge_adapters(model: nn.Module) -> None:
     """Add what adapters add to the weights for good, and take them out."""
     from peft.tuners.lora import LoraLayer
 
-    for name, module in list(model.named_modules()):
+    for name, module in reversed(list(model.named_modules())):  # experts have one adapter around another
         if isinstance(module, LoraLayer):
             module.merge(safe_merge=True)  # pyrefly: ignore[not-callable]  # each of its layers has it
             parent, _, own = name.rpartition(".")

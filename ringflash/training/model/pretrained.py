@@ -113,7 +113,7 @@ class Pretrained(Decoder):
             "lora": lora,
             "huggingface": json.loads(self.config.to_json_string(use_diff=False)),
             "generation": self._generation,
-            "buffers": {name: self.model.get_buffer(name).tolist() for name in sorted(kept)},
+            "buffers": {name.replace(BASE, ""): self.model.get_buffer(name).tolist() for name in sorted(kept)},
         }
 
     @torch.no_grad()
@@ -143,23 +143,46 @@ def changed(config: PreTrainedConfig, wanted: ModelConfig, seqlen: int) -> PreTr
     """A configuration with `model.rope_parameters` in the place of its own, for sequences of `seqlen` tokens."""
     text = config.get_text_config()
     rope = {key: value for key, value, _ in entries(wanted.rope_parameters) if value is not None}
-    kept = getattr(text, "rope_parameters", None)
     if rope:
-        if not isinstance(kept, dict) or any(isinstance(value, dict) for value in kept.values()):
-            raise ArgumentError(
-                f"model.rope_parameters: {type(text).__name__} has {kept}; allowed are models with one rotary embedding"
-            )
-        kind = rope.get("rope_type", kept.get("rope_type", "default"))
-        original = kept.get("original_max_position_embeddings", text.max_position_embeddings)
-        if kind != kept.get("rope_type", "default"):  # a scaling's numbers mean nothing to another
-            kept = {key: value for key, value in kept.items() if key in ("rope_theta", "partial_rotary_factor")}
-        _check_rope(rope, kind, kept, text)
-        if kind != "default":
-            rope.setdefault("original_max_position_embeddings", original)
-        text.rope_parameters = kept | rope
-    if getattr(text, "max_position_embeddings", seqlen) < seqlen and (kept or rope):
+        text.rope_parameters = _changed_rope(rope, text)
+        if getattr(text, "head_dim", 0) is None:  # which Transformers' formulas do not expect
+            text.head_dim = text.hidden_size // text.num_attention_heads
+    if getattr(text, "max_position_embeddings", seqlen) < seqlen and getattr(text, "rope_parameters", None):
         text.max_position_embeddings = seqlen
+    if rope:
+        _check_kept(config, text.rope_parameters["rope_type"])
     return config
+
+
+def _changed_rope(rope: dict[str, Any], text: Any) -> dict[str, Any]:
+    kept = getattr(text, "rope_parameters", None)
+    if not isinstance(kept, dict) or any(isinstance(value, dict) for value in kept.values()):
+        raise ArgumentError(
+            f"model.rope_parameters: {type(text).__name__} has {kept}; allowed are models with one rotary embedding"
+        )
+    there = kept.get("rope_type", "default")
+    kind = rope.get("rope_type", there)
+    original = kept.get("original_max_position_embeddings", text.max_position_embeddings)
+    if kind != there:  # a scaling's numbers mean nothing to another
+        kept = {key: value for key, value in kept.items() if key in ("rope_theta", "partial_rotary_factor")}
+    _check_rope(rope, kind, kept, text)
+    first = {} if kind == "default" else {"original_max_position_embeddings": original}
+    return {"rope_type": kind} | kept | first | rope
+
+
+def _check_kept(config: PreTrainedConfig, kind: str) -> None:
+    """Raise ArgumentError if the model's own class reads another type of rotary embedding than was written."""
+    settings = config.to_dict()
+    try:
+        read = AutoConfig.for_model(settings.pop("model_type"), **settings).get_text_config().rope_parameters
+    except (KeyError, ValueError) as error:
+        raise ArgumentError(
+            f"model.rope_parameters.rope_type={kind}: {type(config).__name__} refuses it: {error}"
+        ) from error
+    if read["rope_type"] != kind:
+        raise ArgumentError(
+            f"model.rope_parameters.rope_type={kind}: {type(config).__name__} makes {read['rope_type']} of it"
+        )
 
 
 def _check_rope(rope: dict[str, Any], kind: str, kept: dict[str, Any], text: Any) -> None:
