@@ -105,7 +105,7 @@ def _of_folder(checkpoint: Checkpoint, about: dict[str, Any]) -> tuple[Any, Any]
     if about["lora"] is None:
         materialise(model, CPU, lambda name, weight: weight.copy_(_rounded(checkpoint, PREFIX + name)))
     else:
-        _merge(checkpoint, model, about["lora"], logits)
+        _merge(checkpoint, model, Path(about["folder"]), about["lora"], logits)
     for name, values in about["buffers"].items():
         buffer = model.get_buffer(name)
         buffer.copy_(torch.tensor(values, dtype=buffer.dtype))
@@ -115,13 +115,18 @@ def _of_folder(checkpoint: Checkpoint, about: dict[str, Any]) -> tuple[Any, Any]
 
 
 @torch.no_grad()
-def _merge(checkpoint: Checkpoint, model: Any, lora: dict[str, Any], logits: Callable[[Tensor], Tensor]) -> None:
+def _merge(
+    checkpoint: Checkpoint, model: Any, folder: Path, lora: dict[str, Any], logits: Callable[[Tensor], Tensor]
+) -> None:
     """Fill a model with the weights of the folder that adapters were trained on, and with what they add to these."""
     from ringflash.training.model.adapters import BASE, add_adapters, is_adapter, merge_adapters
     from ringflash.training.model.folder import FolderWeights
     from ringflash.training.model.pretrained import PREFIX
 
-    folder = Path(checkpoint.state["config"]["model"]["path"]).expanduser()
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{checkpoint.path}: the weights that its adapters were trained on are no longer in {folder}"
+        )
     weights = FolderWeights(folder, model)
     if weights.digest != lora["weights"]:
         raise CheckpointError(f"{checkpoint.path}: its adapters were trained on other weights than are in {folder} now")

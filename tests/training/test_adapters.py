@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 
 import peft
@@ -92,6 +94,24 @@ def test_a_checkpoint_holds_adapters_alone_and_an_export_what_they_add(tuned, tm
         torch.testing.assert_close(found.get_parameter(name), expected.bfloat16(), rtol=1e-2, atol=1e-4)
 
 
+def _tune_there(folder, name):
+    with contextlib.chdir(folder):
+        _tune(folder, name, "model.path=model", "lora.rank=4", "train.steps=1", "checkpoint.every=1")
+
+
+def test_adapters_are_exported_from_anywhere_as_long_as_their_folder_is_where_it_was(pool, folder, tmp_path):
+    pool(1).run(_tune_there, folder, "lora-there")
+    export(folder / "lora-there", tmp_path / "out")
+    state = folder / "lora-there" / "checkpoints" / "step-00000001" / "state.json"
+    assert json.loads(state.read_text())["model"]["folder"] == str(folder / "model")
+    (folder / "model").rename(folder / "moved")
+    try:
+        with pytest.raises(CheckpointError, match=rf"are no longer in {folder / 'model'}"):
+            export(folder / "lora-there", tmp_path / "again")
+    finally:
+        (folder / "moved").rename(folder / "model")
+
+
 def test_adapters_of_experts_and_their_router_are_exported_too(pool, folder, tmp_path):
     shape = {
         "n_routed_experts": 4,
@@ -125,6 +145,8 @@ def test_adapters_go_on_bit_for_bit_but_not_upon_other_weights_or_otherwise_scal
     for outcome in pool(2).outcomes(_tune, tuned, "lora-scaled", *job, "lora.alpha=3"):
         assert isinstance(outcome.error, CheckpointError)
         assert "its adapters had other lora.alpha: None, here 3.0" in str(outcome.error)
+    for outcome in pool(2).outcomes(_tune, tuned, "lora-whole", middle):
+        assert "holds adapters alone, for lora.rank=4; `python -m ringflash.export` makes a fol" in str(outcome.error)
     other = write_folder(tmp_path / "other", tie_word_embeddings=True)
     weights = load_file(other / "model.safetensors")
     weights["model.norm.weight"] += 1

@@ -303,12 +303,17 @@ def test_another_type_of_rotary_embedding_rotates_the_same_part_of_a_head(tmp_pa
         (["model.path={folder}", "model.rope_scaling.factor=2"], "model.rope_scaling.factor=2.0 beside model.path="),
         (["model.rope_parameters.factor=2"], "model.rope_parameters.factor=2.0 is for model.path"),
         (["model=pretrained"], "model.hidden_size=0; allowed are 1 and more, or a folder in model.path"),
+        (["model.path={folder}", "train.seqlen=7"], "train.seqlen=7 is less than two tokens for each of the 4 ranks"),
+        (
+            ["model.path={folder}", "model.rope_parameters.rope_type=su"],
+            "rope_type='su'; allowed are default, linear, dyn",
+        ),
     ],
 )
 def test_keys_that_a_folder_does_not_go_with_are_refused_by_name(folder, overrides, said):
     config = load([override.format(folder=folder) for override in overrides])
     with pytest.raises(ArgumentError) as refused:
-        check(config, 1)
+        check(config, 4)
     assert said in str(refused.value)
 
 

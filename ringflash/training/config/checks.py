@@ -236,5 +236,10 @@ def _check_ranks(config: Config, world_size: int) -> None:
             "attention.partition=balanced levels the work of one packed sequence, so "
             f"train.micro_batch={train.micro_batch} must be 1 (train.global_batch may be more)"
         )
+    if config.model.path is not None and train.seqlen < 2 * degree:
+        raise ArgumentError(
+            f"train.seqlen={train.seqlen} is less than two tokens for each of the {degree} ranks that share it, "
+            "and a model of Transformers needs some on each"
+        )
     if train.seqlen < degree:
         raise ArgumentError(f"train.seqlen={train.seqlen} is shorter than the {degree} ranks that share a sequence")

@@ -99,6 +99,8 @@ def _names(folder: Path) -> list[str]:
         return names
     if (folder / SINGLE).is_file():
         return [SINGLE]
+    if not folder.is_dir():
+        raise DataError(f"model.path={folder}: no such folder")
     raise DataError(
         f"model.path={folder}: no {SINGLE} and no {INDEX} in it; other formats are turned into these by "
         "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"

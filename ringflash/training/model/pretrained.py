@@ -63,7 +63,7 @@ class Pretrained(Decoder):
     ) -> None:
         super().__init__()
         assert config.path is not None
-        folder = Path(config.path).expanduser()
+        folder = self._folder = Path(config.path).expanduser()
         self.config = changed(read_config(folder), config, seqlen)
         self.dtype, self.vocab_size = dtype, self.config.get_text_config().vocab_size
         self._generation = _generation(folder)
@@ -110,6 +110,7 @@ class Pretrained(Decoder):
         kept = self.model.state_dict().keys() - dict(self.model.named_parameters(remove_duplicate=False)).keys()
         lora = None if self._lora is None else vars(self._lora) | {"weights": self.source()}
         return {
+            "folder": str(self._folder.absolute()),
             "lora": lora,
             "huggingface": json.loads(self.config.to_json_string(use_diff=False)),
             "generation": self._generation,
