@@ -14,6 +14,7 @@ import recipe
 import torch
 import torch.distributed as dist
 from folders import write_folder
+from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -328,8 +329,6 @@ def _break_file(folder):
 
 
 def _leave_one_out(folder):
-    from safetensors.torch import load_file, save_file
-
     weights = load_file(folder / "model.safetensors")
     del weights["model.norm.weight"]
     save_file(weights, folder / "model.safetensors")
@@ -348,10 +347,28 @@ def _change_config(**change):
     return write
 
 
+def _damage(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
 def _load(path):
     model = Pretrained(ModelConfig(path=str(path)))
     for name, weight in model.named_parameters():
         model.initialise(name, torch.empty_like(weight, device="cpu"))
+
+
+def test_tensors_that_a_model_has_no_place_for_are_counted(tmp_path, folder):
+    assert not Pretrained(ModelConfig(path=str(folder))).passed_over()
+    shutil.copytree(folder, tmp_path / "copy")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)  # as older versions wrote
+    save_file(weights, tmp_path / "copy" / "model.safetensors", metadata={"format": "pt"})
+    assert not Pretrained(ModelConfig(path=str(tmp_path / "copy"))).passed_over()
+    _change_config(num_hidden_layers=1)(tmp_path / "copy")
+    said = Pretrained(ModelConfig(path=str(tmp_path / "copy"))).passed_over()
+    assert said.startswith(
+        "passed over: tensors of model.path that the model has no place for (9, the first is model.la"
+    )
 
 
 def test_code_in_a_folder_is_never_run(tmp_path, folder):
@@ -379,8 +396,15 @@ def test_code_in_a_folder_is_never_run(tmp_path, folder):
         (_change_config(attention_dropout=0.1), ArgumentError, "attention has dropout"),
         (_change_config(model_type="xyz"), DataError, "cannot read its config.json"),
         (_change_config(model_type="t5"), ArgumentError, "model.path="),
+        (_change_config(num_attention_heads=3), DataError, "cannot read its config.json: Class validation error"),
+        (_change_config(hidden_size=-4), ArgumentError, "its config.json gives no model: "),
+        (_change_config(hidden_size="32"), DataError, "expected int, got str"),
+        (_change_config(hidden_act="what"), ArgumentError, "its config.json gives no model: KeyError: 'what'"),
+        (_damage("model.safetensors.index.json", '{"weight_map": {"a": 3}}'), DataError, "index.json: TypeError("),
+        (_damage("generation_config.json", "[]"), DataError, "generation_config.json holds no object; copy it anew"),
+        (_damage("generation_config.json", "{"), DataError, "generation_config.json: Expecting property name"),
     ],
-    ids=["file", "absent", "parameter", "index", "shape", "quantized", "dropout", "unknown", "encoder"],
+    ids=lambda value: None if callable(value) or isinstance(value, type) else value[:20],
 )
 def test_a_folder_that_cannot_be_trained_is_refused_with_what_is_wrong(tmp_path, folder, damage, error, said):
     shutil.copytree(folder, tmp_path / "copy")

@@ -105,6 +105,10 @@ class Pretrained(Decoder):
         """See Decoder."""
         return self._weights.digest
 
+    def passed_over(self) -> str:
+        """See Decoder."""
+        return str(self._weights.passed_over)
+
     def description(self) -> dict[str, Any]:
         """See Decoder."""
         kept = self.model.state_dict().keys() - dict(self.model.named_parameters(remove_duplicate=False)).keys()
@@ -130,8 +134,8 @@ def read_config(folder: Path) -> PreTrainedConfig:
     """The config.json of a folder."""
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"model.path={folder}: cannot read its config.json: {error}") from error
+    except Exception as error:  # of damaged files it raises anything
+        raise DataError(f"model.path={folder}: cannot read its config.json: {_said(error)}") from error
     if getattr(config, "quantization_config", None) is not None:
         raise DataError(
             f"model.path={folder}: its weights are quantized; load them with "
@@ -220,10 +224,16 @@ def empty_model(config: PreTrainedConfig, said: str) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_config(
                 config, attn_implementation="ring", dtype=torch.float32, trust_remote_code=False
             )
-    except (ValueError, KeyError) as error:
-        raise ArgumentError(f"{said}: {error}") from error
+    except Exception as error:  # of numbers that do not go together it raises anything
+        raise ArgumentError(f"{said}: its config.json gives no model: {_said(error)}") from error
     model.tie_weights()
     return model
+
+
+def _said(error: Exception) -> str:
+    """One line of what a library says, by its kind where that is a bare word."""
+    said = " ".join(str(error).split())
+    return said if " " in said else f"{type(error).__name__}: {said}"
 
 
 def positions_in_documents(cu_seqlens: Any, size: int, seqlen: int) -> Tensor:
@@ -237,9 +247,12 @@ def _generation(folder: Path) -> dict[str, Any] | None:
     """How the model of a folder is to generate, if the folder says so."""
     path = folder / "generation_config.json"
     try:
-        return json.loads(path.read_bytes()) if path.is_file() else None
+        found = json.loads(path.read_bytes()) if path.is_file() else None
     except (OSError, ValueError) as error:
         raise DataError(f"model.path: cannot read {path}: {error}; copy it anew") from error
+    if not isinstance(found, dict | None):
+        raise DataError(f"model.path: {path} holds no object; copy it anew")
+    return found
 
 
 def _refuse_dropout(model: nn.Module, folder: Path) -> None:

@@ -213,7 +213,7 @@ class Trainer:
             f"{train.global_batch} x {train.seqlen} tokens a step\n"
             f"{self._read()}; {start}; writing to {self.folder}"
             + "".join(f"\nset aside: {problem}" for problem in self.set_aside)
-            + "".join(f"\n{passed_over}" for passed_over in self._passed_over if passed_over)
+            + "".join(f"\n{said}" for said in (*self._passed_over, self.model.passed_over()) if said)
         )
 
     def passed_over_since(self) -> list[str]:
