@@ -28,6 +28,7 @@ def test_every_file_of_every_group_composes_to_values_that_pass(file, tmp_path):
     (tmp_path / "config.json").touch()
     others = {
         "pretrained": [f"model.path={tmp_path}"],
+        "finetune_long": [f"model.path={tmp_path}"],
         "chat": [f"data.path={tmp_path}", f"data.tokenizer={tmp_path}"],
     }
     config = load([f"{file.parent.name}={file.stem}", *others.get(file.stem, [])])

@@ -304,6 +304,7 @@ def test_another_type_of_rotary_embedding_rotates_the_same_part_of_a_head(tmp_pa
         (["model.path={folder}", "model.rope_scaling.factor=2"], "model.rope_scaling.factor=2.0 beside model.path="),
         (["model.rope_parameters.factor=2"], "model.rope_parameters.factor=2.0 is for model.path"),
         (["model=pretrained"], "model.hidden_size=0; allowed are 1 and more, or a folder in model.path"),
+        (["model.path={folder}", "data.tokenizer=bytes"], "data.tokenizer=bytes beside model.path="),
         (["model.path={folder}", "train.seqlen=7"], "train.seqlen=7 is less than two tokens for each of the 4 ranks"),
         (
             ["model.path={folder}", "model.rope_parameters.rope_type=su"],

@@ -20,7 +20,7 @@ from ringflash.training.config.checks import check
 from ringflash.training.config.composing import load
 from ringflash.training.corpus import streaming
 from ringflash.training.corpus.batching import PackedBatches
-from ringflash.training.corpus.passed_over import EMPTY, NOTHING_LEARNED, WITHOUT_TEXT
+from ringflash.training.corpus.passed_over import CUT, EMPTY, NOTHING_LEARNED, WITHOUT_TEXT
 from ringflash.training.corpus.samples import EpochSamples, MixedSamples
 from ringflash.training.corpus.training_data import read_data
 
@@ -149,8 +149,22 @@ def test_a_stream_of_chats_learns_what_a_corpus_of_them_learns(folder):
     streamed, samples = learned(chat_config(folder))
     config = chat_config(folder)
     config.data.streaming = False
-    assert streamed == learned(config)[0]
+    expected, whole = learned(config)
+    assert streamed == expected
     assert samples.passed_over.counts[NOTHING_LEARNED][0] >= 1
+    assert samples.passed_over.counts[CUT][0] >= whole.cut > 0  # it has begun a second epoch
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_where_no_chat_can_be_learned_from_it_is_said_why(folder, tmp_path, streaming):
+    turns = [{"role": "human", "content": "x"}, {"role": "gpt", "content": "y"}]
+    (tmp_path / "a.jsonl").write_text("\n".join([json.dumps({"messages": turns})] * 5))
+    config = chat_config(folder, path=str(tmp_path / "a.jsonl"))
+    config.data.streaming = streaming
+    with pytest.raises(
+        DataError, match=r"nothing in it can be learned; passed over: chats in which nothing is learned"
+    ):
+        read_data(config).samples.draw(True)
 
 
 @given(weights=st.lists(st.floats(0.1, 10), min_size=1, max_size=4), draws=st.integers(1, 200))

@@ -16,6 +16,7 @@ from ringflash.errors import ArgumentError
 from ringflash.kernels.select import select
 from ringflash.training.checkpoint.files import MANIFEST, found_at, is_complete
 from ringflash.training.config.derived import compute_dtype, device_type, sequence_degree, sources, tokenizer_of
+from ringflash.training.corpus.tokenizer import CONFIG_FILE, TOKENIZER_FILE
 from ringflash.training.extras import require
 from ringflash.training.model.shape import check_shape, head_dim
 
@@ -180,6 +181,13 @@ def _check_pretrained(config: Config) -> None:
     if not (folder / "config.json").is_file():
         state = "no config.json in it" if folder.is_dir() else "no such folder"
         raise ArgumentError(f"model.path={path}: {state}; `hf download NAME --local-dir FOLDER` makes one")
+    if config.data.tokenizer in ("bpe", "bytes") and any(
+        (folder / name).is_file() for name in (TOKENIZER_FILE, CONFIG_FILE)
+    ):
+        raise ArgumentError(
+            f"data.tokenizer={config.data.tokenizer} beside model.path={path}, which knows the tokens of its own "
+            "tokenizer; leave it out"
+        )
     of_folder = {f"model.{key}": value for key, value, _ in entries(default.model) if not key.startswith("rope_par")}
     of_layers = {f"attention.{name}": getattr(default.attention, name) for name in OF_LAYERS}
     for key, value, _ in entries(config):

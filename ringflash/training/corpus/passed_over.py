@@ -10,6 +10,7 @@ SPECIAL = "pipes, sockets and devices"
 EMPTY = "empty files"
 WITHOUT_TEXT = "rows without text"
 UNPLACED = "tensors of model.path that the model has no place for"
+CUT = "the whole of chats longer than a sequence, which are cut"
 NOTHING_LEARNED = "chats in which nothing is learned"
 
 

@@ -26,7 +26,7 @@ from ringflash.training.corpus.building import wanted_field
 from ringflash.training.corpus.chats import Encoded
 from ringflash.training.corpus.documents import Documents
 from ringflash.training.corpus.packing import Packed, Packing
-from ringflash.training.corpus.passed_over import NOTHING_LEARNED, WITHOUT_TEXT, PassedOver
+from ringflash.training.corpus.passed_over import CUT, NOTHING_LEARNED, WITHOUT_TEXT, PassedOver
 from ringflash.training.corpus.reading import Wanted, read_rows
 from ringflash.training.corpus.rows import Row
 from ringflash.training.corpus.samples import Samples, check_same, shuffled
@@ -171,6 +171,8 @@ class StreamedSamples(Samples):
                     continue
                 found = self._encode(row.text, row.place)
                 if found.learned[1:].any():
+                    if self._wanted.text_field is None and len(found.ids) > self.seqlen:
+                        self.passed_over.add(CUT, row.place)
                     yield found
                 else:
                     self.passed_over.add(NOTHING_LEARNED, row.place)

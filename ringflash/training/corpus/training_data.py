@@ -90,6 +90,8 @@ def _read(data: DataConfig, config: Config) -> TrainingData:
         identity, passed_over, num_tokens, cut, corpus = stream.identity, stream.passed_over, None, 0, None
     else:
         corpus = prepare(data)
+        if not len(corpus.train):
+            raise DataError(f"data.path={data.path}: nothing in it can be learned; {corpus.passed_over}")
         samples = EpochSamples(corpus.train, seqlen, config.seed)
         tokenizer, passed_over, identity = corpus.tokenizer, corpus.passed_over, corpus.train.identity
         num_tokens, cut = corpus.train.num_tokens, samples.cut
