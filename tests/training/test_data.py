@@ -113,6 +113,15 @@ def test_so_many_validation_sequences_are_the_same_predictions_whatever_batch_an
     assert sum(num_bytes for part in parts for _, num_bytes in part) == expected_bytes
 
 
+def test_so_many_validation_sequences_of_a_mixture_are_some_of_each_source():
+    parts = [pack for lengths in ([40], [9], [30]) for pack in whole(documents(lengths), 8)]
+    found = ValidationBatches(parts, 1, sequences=5)
+    firsts = [counted.batch["input_ids"].tolist() for counted in found]
+    expected = [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1)]
+    assert firsts == [[parts[part][index].input_ids.tolist()] for part, index in expected]
+    assert sum(counted.num_bytes for counted in ValidationBatches(parts, 1)) == 40 + 9 + 30
+
+
 @given(lengths=some_lengths, seqlen=st.integers(2, 20), seed=st.integers(0, 3))
 def test_an_epoch_predicts_every_token_at_most_once_and_drops_only_the_tail(lengths, seqlen, seed):
     docs = documents(lengths)
