@@ -518,6 +518,7 @@ DAMAGED = [
     ("tokenizer_config.json", b"\xff\xfe{", r"tokenizer_config\.json cannot be read as JSON"),
     ("tokenizer_config.json", b"[" * 100_000, r"tokenizer_config\.json cannot be read as JSON"),
     ("tokenizer_config.json", b"[1]", r"tokenizer_config\.json holds a list, not an object; copy it anew"),
+    ("special_tokens_map.json", b"{", r"special_tokens_map\.json cannot be read as JSON: .*; copy it anew"),
 ]
 
 

@@ -120,6 +120,8 @@ def test_huggingface_without_named_separator_gets_one_behind_the_vocabulary(tmp_
     tokenizer = HuggingFaceTokenizer(tmp_path)
     assert tokenizer.separator == 6
     assert tokenizer.vocab_size == 7
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": {"content": "<eos>"}}')  # as older versions wrote
+    assert HuggingFaceTokenizer(tmp_path).separator == 1
 
 
 def test_huggingface_refuses_what_is_not_utf8(huggingface):

@@ -37,7 +37,7 @@ from ringflash.training.model.decoder import Decoder
 from ringflash.training.ranks import from_all, from_rank_0
 from ringflash.training.run.interruption import Answer
 from ringflash.training.run.loader import ShardedBatches
-from ringflash.training.run.needle import Needle, haystacks
+from ringflash.training.run.needle import Needle, haystacks, needle_lengths
 from ringflash.training.run.position_loss import PositionBin, PositionLoss
 
 Made = TypeVar("Made")
@@ -75,6 +75,8 @@ class Trainer:
         self.data: TrainingData = _alike(
             lambda: read_data(config), lambda data: data.identity, f"text from data.path={config.data.path}"
         )
+        if config.logging.needle:
+            needle_lengths(self.data.tokenizer, config.train.seqlen)
         self._passed_over = [str(passed_over) for passed_over in self.data.passed_over]
         self.accumulation = accumulation(config, world)
         batches = PackedBatches(self.data.samples, config.train.micro_batch, self.data_rank, self.data_ranks)
