@@ -459,3 +459,10 @@ def test_what_is_named_to_validate_on_is_all_that_is_held_out(text_folder, tmp_p
     assert sum(packing[i].num_bytes for i in range(len(packing))) == len(decoded)
     assert found.corpus.tokenizer.vocab_size == found.tokenizer.vocab_size
     assert found.identity != split.identity
+    data.validation = str(tmp_path / "absent")
+    with pytest.raises(DataError, match=r"^data\.validation=.*absent: no such file or folder"):
+        read_data(config)
+    (tmp_path / "bad.jsonl").write_text('{"text": 3}')
+    data.validation = str(tmp_path / "bad.jsonl")
+    with pytest.raises(DataError, match=r"^data\.validation: .*bad\.jsonl, line 1: data\.text_field=text is a number"):
+        read_data(config)

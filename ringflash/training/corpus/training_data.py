@@ -98,7 +98,10 @@ def _read(data: DataConfig, config: Config) -> TrainingData:
     held_out, left = (None, []) if corpus is None else (corpus.validation, [])
     if data.validation is not None:
         other = dataclasses.replace(data, path=data.validation, validation=None, max_bytes=None)
-        beside = prepare(other, tokenizer)
+        try:
+            beside = prepare(other, tokenizer)
+        except DataError as error:
+            raise DataError(str(error).replace("data.path", "data.validation", 1)) from error
         held_out, left = beside.validation, [beside.passed_over]
         identity += f" {held_out.identity}"
         corpus = None if corpus is None else dataclasses.replace(corpus, validation=held_out)
