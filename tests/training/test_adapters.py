@@ -71,6 +71,14 @@ def test_all_linear_modules_but_the_head_get_adapters_unless_some_are_named(tmp_
     assert all(map(is_adapter, learned))
 
 
+def test_linear_modules_that_give_more_than_a_product_get_none(tmp_path):
+    path = write_folder(tmp_path, model_type="llama4_text", head_dim=8, num_local_experts=4, intermediate_size_mlp=48)
+    model = Pretrained(ModelConfig(path=str(path)), lora=LoraConfig(rank=2))
+    adapted = [name for name, _ in model.named_parameters() if ".lora_" in name]
+    assert any("q_proj" in name for name in adapted)
+    assert not any("router" in name for name in adapted)
+
+
 @pytest.fixture(scope="module")
 def tuned(pool, folder):
     pool(2).run(_tune, folder, "lora", "lora.rank=4", "engine=zero2", "checkpoint.every=3", "optimizer.lr=2e-2")

@@ -358,6 +358,23 @@ def _load(path):
         model.initialise(name, torch.empty_like(weight, device="cpu"))
 
 
+@pytest.mark.parametrize(
+    ("model_type", "shape", "said"),
+    [
+        ("mamba", {}, "is of type linear_attention"),
+        ("minimax", {"num_local_experts": 2}, "is of type linear_attention"),
+        ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2}, "computes attention itself"),
+        ("falcon", {}, "a falcon computes attention itself"),
+    ],
+)
+def test_models_whose_packed_documents_would_see_each_other_are_refused_on_one_rank_too(
+    tmp_path, model_type, shape, said
+):
+    write_folder(tmp_path, model_type=model_type, **shape)
+    with pytest.raises(ArgumentError, match=rf"model\.path=.*{said}"):
+        Pretrained(ModelConfig(path=str(tmp_path)))
+
+
 def test_tensors_that_a_model_has_no_place_for_are_counted(tmp_path, folder):
     assert not Pretrained(ModelConfig(path=str(folder))).passed_over()
     shutil.copytree(folder, tmp_path / "copy")

@@ -27,6 +27,7 @@ from ringflash.training.model.decoder import Decoder
 from ringflash.training.model.folder import FolderWeights
 from ringflash.training.model.transformer import generator_of, keep_attention
 from ringflash.transformers import SequenceParallel
+from ringflash.transformers.models import check_shardable
 
 PREFIX = "model."
 """In front of the names that Transformers has for the parameters."""
@@ -76,6 +77,7 @@ class Pretrained(Decoder):
         if activation_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": keep_attention})
         try:
+            check_shardable(self.model)  # on one rank too: where a state is carried, packed documents see each other
             self._sequence = SequenceParallel(self.model, ONE_DEVICE if group is None else group, partition)
             self._sequence.fuse_loss()  # logits of a long sequence need more memory than anything else
         except ArgumentError as error:
@@ -225,6 +227,8 @@ def empty_model(config: PreTrainedConfig, said: str) -> PreTrainedModel:
                 config, attn_implementation="ring", dtype=torch.float32, trust_remote_code=False
             )
     except Exception as error:  # of numbers that do not go together it raises anything
+        if isinstance(error, KeyError) and error.args == ("ring",):  # a table of its own attention modules has none
+            raise ArgumentError(f"{said}: a {config.model_type} computes attention itself") from error
         raise ArgumentError(f"{said}: its config.json gives no model: {_said(error)}") from error
     model.tie_weights()
     return model
