@@ -5,6 +5,7 @@
     torchrun --nproc-per-node 4 launch/benchmark.py suite=prefill         # the same, its prompt sharded over 4 GPUs
     python launch/benchmark.py suite=kernels                              # one GPU: our kernels, cuDNN, FA2, Flex, ...
     torchrun --nproc-per-node 4 launch/benchmark.py suite=ring            # many: the ring, Ulysses, torch's own
+    torchrun --nproc-per-node 4 launch/benchmark.py suite=tax             # what sharded sequences cost training
 
 Options are key=value: `suite`, `out` (JSON path; a folder of its own under runs/ if absent), `tokens` (lengths,
 comma-separated), `cases` (a word in the names of those to run), `repeats`, `path` (a Hugging Face model's folder) and
@@ -42,6 +43,7 @@ class Suite:
 SUITES = {
     "kernels": Suite(("tokens", "cases", "repeats")),
     "ring": Suite(("tokens", "cases", "repeats")),
+    "tax": Suite(("tokens", "repeats", "shrink"), on_cpus=True),
     "sdpa": Suite(("tokens", "cases", "repeats"), on_cpus=True),
     "prefill": Suite(("tokens", "cases", "repeats", "path", "shrink"), on_cpus=True),
 }

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import random
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 
 import torch
 import torch.cuda.nccl
+import torch.distributed as dist
 
 from ringflash.launch.doctor import memory
 
@@ -24,6 +29,39 @@ GIB = 1 << 30
 
 Timer = Callable[[int], float]
 """Milliseconds of a call, as the mean of so many."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process computes."""
+
+    device: torch.device
+    rank: int = 0
+    ranks: int = 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+
+@contextmanager
+def joined() -> Generator[Place]:
+    """Where this process computes; under torchrun in a process group, which ends with the block if it began with it."""
+    joins = dist.is_torchelastic_launched() and not dist.is_initialized()
+    if joins:
+        long = timedelta(hours=1)  # others wait while rank 0 measures what one device does
+        if torch.cuda.is_available():
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+            dist.init_process_group("nccl", device_id=device, timeout=long)
+        else:
+            dist.init_process_group("gloo", timeout=long)
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    yield Place(device, dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Place(device)
+    if joins:  # after an error, ranks may be at different places and would wait for each other
+        dist.barrier()  # whoever goes while another still talks to it may abort it
+        dist.destroy_process_group()
 
 
 def machine() -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""The Hugging Face models that suite `prefill` runs: public shapes with random weights, or a folder."""
+"""The Hugging Face models that suites `prefill` and `tax` run: public shapes with random weights, or a folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 try:
     from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 except ModuleNotFoundError as missing:
-    raise SystemExit(f"suite=prefill needs {missing.name}: pip install 'ringflash[huggingface]'") from missing
+    raise SystemExit(f"this suite needs {missing.name}: pip install 'ringflash[huggingface]'") from missing
 
 PUBLIC: dict[str, dict[str, Any]] = {
     "Mistral-7B": {
@@ -54,6 +54,22 @@ PUBLIC: dict[str, dict[str, Any]] = {
     },
 }
 """Values of the config.json files of Mistral-7B-v0.1, Meta-Llama-3-8B and phi-2."""
+
+SMALL_LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 32064,
+    "max_position_embeddings": 131072,
+    "rope_theta": 500000.0,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+}
+"""Llama-3.2-1B with a quarter of its layers and its vocabulary, so that the parts of a step keep their proportions."""
 
 SHRUNK = (
     "hidden_size",
@@ -105,10 +121,12 @@ def models(path: str, shrink: int) -> list[Model]:
         return [
             Model(path.rstrip("/").rpartition("/")[2], AutoConfig.from_pretrained(path, local_files_only=True), path)
         ]
+    return [shrunk(name, shape, shrink) for name, shape in PUBLIC.items()]
+
+
+def shrunk(name: str, shape: dict[str, Any], shrink: int) -> Model:
+    """A shape with its layers and widths divided by `shrink`; exits with what is allowed where heads do not divide."""
     if shrink not in SHRINKS:
         raise SystemExit(f"shrink={shrink}: allowed are {', '.join(map(str, SHRINKS))}, which divide the heads")
-    found = []
-    for name, shape in PUBLIC.items():
-        shape = shape | {key: max(1, shape[key] // shrink) for key in SHRUNK}
-        found.append(Model(name if shrink == 1 else f"{name} / {shrink}", AutoConfig.for_model(**shape)))
-    return found
+    shape = shape | {key: max(1, shape[key] // shrink) for key in SHRUNK}
+    return Model(name if shrink == 1 else f"{name} / {shrink}", AutoConfig.for_model(**shape))

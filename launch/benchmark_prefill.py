@@ -17,12 +17,10 @@ from __future__ import annotations
 
 import functools
 import gc
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -31,7 +29,7 @@ import torch.distributed as dist
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ringflash.launch.benchmark_device import device_name, lack_of_memory, synchronize, version_of
+from ringflash.launch.benchmark_device import Place, device_name, joined, lack_of_memory, synchronize, version_of
 from ringflash.launch.benchmark_models import Model, PreTrainedModel, models
 from ringflash.launch.benchmark_report import Report, Skipped
 from ringflash.transformers import SequenceParallel
@@ -63,25 +61,14 @@ class Row:
     difference: float | None
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where this process computes."""
-
-    device: torch.device
-    rank: int = 0
-    ranks: int = 1
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of weights and activations."""
-        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
-
-
 def measure(options: Options) -> Iterator[Report]:
     """Rows on rank 0 after every prompt, nothing elsewhere."""
     chosen = [model for model in models(options.path, options.shrink) if options.cases in model.name]
-    joined = dist.is_torchelastic_launched() and not dist.is_initialized()
-    place = _join() if joined else _place()
+    with joined() as place:
+        yield from _measure_all(chosen, place, options)
+
+
+def _measure_all(chosen: list[Model], place: Place, options: Options) -> Iterator[Report]:
     settings = {
         "dtype": str(place.dtype).removeprefix("torch."),
         "ranks": place.ranks,
@@ -97,25 +84,6 @@ def measure(options: Options) -> Iterator[Report]:
             if place.rank == 0:
                 yield report
         gc.collect()  # the model is in cycles, and the next one needs its memory
-    if joined:
-        dist.destroy_process_group()
-
-
-def _join() -> Place:
-    """The process group of torchrun."""
-    long = timedelta(hours=1)  # others wait while rank 0 measures what one device does
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device, timeout=long)
-    else:
-        dist.init_process_group("gloo", timeout=long)
-    return _place()
-
-
-def _place() -> Place:
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    return Place(device, dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Place(device)
 
 
 def _measure_model(

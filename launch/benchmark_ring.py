@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -110,60 +111,92 @@ def ways(ranks: int, partitions: tuple[str, ...]) -> dict[str, tuple[str, int]]:
 
 
 def _of(case: Case, repeats: int) -> list[Row]:
-    lengths, rows = case.documents(case.tokens, seed=0), []
-    add = _Adder(case, case.pairs(lengths) / dist.get_world_size(), repeats, rows)
-    for name, (partition, head_ranks) in ways(dist.get_world_size(), case.partitions).items():
+    lengths, ranks = case.documents(case.tokens, seed=0), dist.get_world_size()
+    pairs = case.pairs(lengths) / ranks
+    entries = [_alone(case)]
+    for name, (partition, head_ranks) in ways(ranks, case.partitions).items():
         sharding = case.sharding(lengths, partition=partition, head_ranks=head_ranks)
-        add(f"ringflash {name}", _attending(sharding), _share(sharding.tokens))
+        entries.append(Entry(f"ringflash {name}", _attending(sharding), sharding.tokens, pairs))
     whole = case.sharding(lengths, group=ONE_DEVICE)
-    if case.tokens % dist.get_world_size() == 0:
-        share = case.tokens // dist.get_world_size()
-        add("Ulysses, our kernels", _ulysses(_attending(whole)), _share(share))
-        if whole.documents is None and not case.window:
-            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-                add("Ulysses cuDNN", _ulysses(_cudnn), _share(share))
-            _context_parallel(case.tokens, add)
-    _alone(case, add)
+    dense, even = whole.documents is None and not case.window, case.tokens % ranks == 0
+    if even:
+        share = case.tokens // ranks
+        entries.append(Entry("Ulysses, our kernels", _ulysses(_attending(whole)), share, pairs))
+        if dense:
+            entries.append(Entry("Ulysses cuDNN", _ulysses(_cudnn), share, pairs))
+    rows = measured(case, entries, repeats)
+    if even and dense:
+        with _context_parallel(case.tokens) as entry:
+            rows += measured(case, [entry], repeats)
     return rows
 
 
-class _Adder:
-    """Measures an implementation of a case, and adds its rows."""
+@dataclass(frozen=True)
+class Entry:
+    """An implementation to measure.
 
-    def __init__(self, case: Case, pairs: float, repeats: int, rows: list[Row]) -> None:
-        self._case, self._pairs, self._repeats, self._rows = case, pairs, repeats, rows
+    Attributes:
+        name: in tables.
+        attend: it.
+        tokens: of this rank.
+        pairs: of queries and keys for a rank, on the mean.
+        leaves: query, key, value and gradient of out; drawn if None.
+    """
 
-    def __call__(self, name: str, attend: Attend, share: list[Tensor], pairs: float | None = None) -> None:
-        *leaves, dout = share
+    name: str
+    attend: Attend
+    tokens: int
+    pairs: float
+    leaves: list[Tensor] | None = None
 
-        def forward() -> None:
-            with torch.no_grad():
-                attend(*leaves)
 
-        def forward_backward() -> None:
-            torch.autograd.grad(attend(*leaves), leaves, dout)
+def measured(case: Case, entries: list[Entry], repeats: int) -> list[Row]:
+    """Rows of all entries. They take turns, so that none has the cooler GPUs."""
+    calls = [call for entry in entries for call in _calls(entry)]
+    times: list[list[float]] = [[] for _ in calls]
+    for number in range(3 + repeats):
+        for (_, _, function, _), found in zip(calls, times, strict=True):
+            milliseconds = _once(function)
+            if number >= 3:
+                found.append(milliseconds)
+    rows = []
+    for (name, direction, _, operations), found in zip(calls, times, strict=True):
+        milliseconds = _slowest(found)
+        rows.append(Row(name, case.name, case.tokens, direction, milliseconds, operations / milliseconds / 1e9))
+        if dist.get_rank() == 0:
+            print(rows[-1], flush=True)
+    return rows
 
-        for direction, function, cost in (("fwd", forward, 1.0), ("fwd+bwd", forward_backward, 3.5)):
-            operations = 4 * HEADS * DIM * (pairs or self._pairs) * cost
-            milliseconds = _median(function, self._repeats)
-            speed = operations / milliseconds / 1e9
-            row = Row(name, self._case.name, self._case.tokens, direction, milliseconds, speed)
-            self._rows.append(row)
-            if dist.get_rank() == 0:
-                print(row, flush=True)
+
+def _calls(entry: Entry) -> list[tuple[str, str, Callable[[], None], float]]:
+    """Name, direction, the call, its operations on the mean of ranks."""
+    *leaves, dout = entry.leaves or _share(entry.tokens)
+
+    def forward() -> None:
+        with torch.no_grad():
+            entry.attend(*leaves)
+
+    def forward_backward() -> None:
+        torch.autograd.grad(entry.attend(*leaves), leaves, dout)
+
+    operations = 4 * HEADS * DIM * entry.pairs
+    return [
+        (entry.name, "fwd", forward, operations),
+        (entry.name, "fwd+bwd", forward_backward, 3.5 * operations),
+    ]
 
 
 def _attending(sharding: Sharding) -> Attend:
     return lambda query, key, value: attention(query, key, value, sharding=sharding)[0]
 
 
-def _alone(case: Case, add: _Adder) -> None:
+def _alone(case: Case) -> Entry:
     """As many pairs as a rank has, of documents like the case's."""
     ranks = dist.get_world_size()
     tokens = case.tokens // ranks if case.mean or case.window else round(case.tokens / math.sqrt(ranks))
     lengths = case.documents(tokens, seed=1)
     sharding = case.sharding(lengths, group=ONE_DEVICE)
-    add("one GPU", _attending(sharding), _share(tokens), case.pairs(lengths))
+    return Entry("one GPU", _attending(sharding), tokens, case.pairs(lengths))
 
 
 class _HeadsForTokens(torch.autograd.Function):
@@ -204,10 +237,12 @@ def _ulysses(attend: Attend) -> Attend:
 
 def _cudnn(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
-def _context_parallel(tokens: int, add: _Adder) -> None:
+@contextmanager
+def _context_parallel(tokens: int) -> Generator[Entry]:
     """torch's, with its allgather, which is the faster of its two ways."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.experimental import context_parallel
@@ -227,7 +262,9 @@ def _context_parallel(tokens: int, add: _Adder) -> None:
         sdpa_kernel(SDPBackend.CUDNN_ATTENTION),
         context_parallel(mesh, buffers=whole, buffer_seq_dims=[2] * len(whole)),
     ):
-        add("torch allgather", attend, [x.clone().requires_grad_() for x in whole[:3]] + [whole[3].clone()])
+        leaves = [x.clone().requires_grad_() for x in whole[:3]] + [whole[3].clone()]
+        pairs = tokens**2 / 2 / dist.get_world_size()
+        yield Entry("torch allgather", attend, tokens // dist.get_world_size(), pairs, leaves)
 
 
 def _share(tokens: int) -> list[Tensor]:
@@ -238,20 +275,20 @@ def _share(tokens: int) -> list[Tensor]:
     ]
 
 
-def _median(function: Callable[[], None], repeats: int) -> float:
-    """Median time of the slowest rank."""
-    for _ in range(3):
-        function()
-    times = []
-    for _ in range(repeats):
-        torch.cuda.synchronize()
-        dist.barrier()
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        function()
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop))
-    slowest = torch.tensor(times, device="cuda")
+def _once(function: Callable[[], None]) -> float:
+    """Milliseconds on this rank, of all that begin together."""
+    torch.cuda.synchronize()
+    dist.barrier()
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    function()
+    stop.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(stop)
+
+
+def _slowest(milliseconds: list[float]) -> float:
+    """Median of the slowest rank's."""
+    slowest = torch.tensor(milliseconds, device="cuda")
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     return slowest.median().item()

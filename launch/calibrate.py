@@ -22,6 +22,8 @@ from ringflash.launch.benchmark_device import device_name
 from ringflash.parallel.mesh import ONE_DEVICE
 from ringflash.parallel.planning.cost import Shape
 from ringflash.parallel.planning.machine import MIB, SEND_RECV, Link, Machine
+from ringflash.parallel.planning.pulls import Pull
+from ringflash.parallel.transport.base import Ticket
 from ringflash.parallel.transport.select import transport_of
 
 REPEATS = 10
@@ -164,13 +166,23 @@ def _link(after: int, before: int, device: torch.device, shape: Shape, tokens: i
     """Every rank sends to one and receives from another at once, as in a ring."""
     assert dist.group.WORLD is not None  # links are measured where there is a group
     transport = transport_of(dist.group.WORLD)
-    transport.open(device)
     sizes = [x * MIB for x in ((1, 4, 16, 64, 256) if device.type == "cuda" else (1, 4))]
+    transport.open(device, sizes[-1])
     sent = torch.zeros(sizes[-1], dtype=torch.uint8, device=device)
     received = torch.empty_like(sent)
 
+    def asked(size: int) -> Ticket:
+        """As keys come in a call: taken from their owner, or sent."""
+        what, shelf = "a measurement", transport.shelf
+        if shelf is None:
+            return transport.transfer([(after, sent[:size])], [(before, received[:size])], what)
+        shelf.publish([sent[:size]])
+        ticket = shelf.pull([Pull(before, size, ((0, 0, size),))], [received[:size]], what, shelf.mark())
+        shelf.release()
+        return ticket
+
     def move(size: int) -> None:
-        transport.transfer([(after, sent[:size])], [(before, received[:size])], "a measurement").wait()
+        asked(size).wait()
 
     seconds = [_of_all(_seconds(lambda size=size: move(size), device), max) for size in [1, *sizes]]
     for index in range(1, len(seconds)):  # noise must not make more take less
@@ -178,7 +190,7 @@ def _link(after: int, before: int, device: torch.device, shape: Shape, tokens: i
     compute = _calls(tokens, shape, device)[0]
 
     def beside() -> None:
-        ticket = transport.transfer([(after, sent)], [(before, received)], "a measurement")
+        ticket = asked(sizes[-1])
         compute()
         ticket.wait()
 

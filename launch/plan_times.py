@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,17 +102,19 @@ class _MarkedTicket:
 
 @contextmanager
 def _marked(transport: GroupTransport, marks: _Marks) -> Generator[None]:
-    """While its transfers mark when they are waited for."""
-    plain = transport.transfer
+    """While what it transfers, and what is taken from its shelf, marks when it is waited for."""
 
-    def transfer(sends: Any, receives: Any, what: str, ready: torch.Event | None = None) -> _MarkedTicket:
-        return _MarkedTicket(plain(sends, receives, what, ready), marks, what)
+    def marked(function: Callable[..., Ticket]) -> Callable[..., _MarkedTicket]:
+        return lambda rows, targets, what, *since: _MarkedTicket(function(rows, targets, what, *since), marks, what)
 
-    vars(transport)["transfer"] = transfer
+    places = [(transport, "transfer")] + ([(transport.shelf, "pull")] if transport.shelf else [])
+    for owner, name in places:
+        vars(owner)[name] = marked(getattr(owner, name))
     try:
         yield
     finally:
-        del vars(transport)["transfer"]
+        for owner, name in places:
+            del vars(owner)[name]
 
 
 def measure(sharding: Sharding, shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Times]:

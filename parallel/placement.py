@@ -31,6 +31,7 @@ from ringflash.parallel.planning.generators import check_plan, plan_named
 from ringflash.parallel.planning.heads import UnionRows
 from ringflash.parallel.planning.plan import RankPlan
 from ringflash.parallel.planning.program import Program, local_program, rank_program
+from ringflash.parallel.planning.pulls import Share
 from ringflash.parallel.positions.documents import rows_apart
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import NAMES, Partition, check_name, default_partition, resolve
@@ -226,6 +227,12 @@ class Placement:
             self._choices[index] = found
         return found
 
+    @property
+    def _shares(self) -> tuple[Share, ...]:
+        """The ranks of this one's plan, with the keys that each holds."""
+        part = self.rank % self.head_ranks
+        return tuple((part + self.head_ranks * i, x) for i, x in enumerate(self._laid_end_to_end[1].segments))
+
     @cached_property
     def _laid_end_to_end(self) -> tuple[Partition, Partition]:
         """What ranks that the plan takes for one hold together, of queries and keys of all sequences of the batch."""
@@ -243,7 +250,7 @@ class Placement:
     def _build(self, index: int, device: torch.device) -> Program:
         mask = self.masks[index]
         if self.ranks > 1:
-            return rank_program(self.plan(index), mask, device)
+            return rank_program(self.plan(index), mask, device, self._shares)
         bounds = self._on_device(device) if self.on_device is not None else (mask.boundaries, mask.query_boundaries)
         keys, queries = (x if x is None or isinstance(x, Tensor) else torch.tensor(x, device=device) for x in bounds)
         return local_program(mask, keys, queries, self.batch * self.seqlen, self.batch * self.key_seqlen, device)

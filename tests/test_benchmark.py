@@ -36,7 +36,7 @@ def test_documents_fill_the_tokens(mean, total):
 @pytest.mark.parametrize(
     ("words", "refused"),
     [
-        (["suite=nothing"], "suite=nothing: allowed are kernels, ring, sdpa, prefill"),
+        (["suite=nothing"], "suite=nothing: allowed are kernels, ring, tax, sdpa, prefill"),
         (["sweet=kernels"], "sweet=kernels: allowed for suite=kernels are suite=..., out=..., tokens=..."),
         (["suite=ring", "shrink=2"], "shrink=2: allowed for suite=ring are"),
         (["shrink=8", "suite=sdpa"], "shrink=8: allowed for suite=sdpa are"),

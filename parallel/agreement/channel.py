@@ -7,18 +7,21 @@ that; until it makes a call after all, its herald repeats in the key-value store
 from __future__ import annotations
 
 import json
+import os
 import random
 import threading
 import time
 import weakref
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from ringflash.errors import RankMismatchError
 from ringflash.kernels.torch_private import default_store, is_destroyed
+from ringflash.parallel.agreement.shared_rounds import SharedRounds, create
+from ringflash.parallel.host import host
 
 POLL = 0.02
 """Seconds between looks at what is not there yet."""
@@ -27,14 +30,39 @@ HERALDED_EVERY = 0.25
 """Seconds between a herald's words. What stands still longer was left by a process group of the same name before."""
 
 
-def _maximum() -> dist.AllreduceOptions:
-    options = dist.AllreduceOptions()
-    options.reduceOp = dist.ReduceOp.MAX  # pyrefly: ignore[bad-assignment]  # stub: pybind converts
-    return options
+class Reduction(Protocol):
+    """Some numbers that are reduced over all ranks by maximum."""
+
+    def is_completed(self) -> bool:
+        """Whether all ranks have come."""
+        ...
+
+    def wait(self) -> list[int]:
+        """The greatest of each. RuntimeError if a rank has ended or does not come in time."""
+        ...
+
+
+class _AllReduce:
+    """By gloo."""
+
+    def __init__(self, group: Any, values: tuple[int, ...]) -> None:
+        options = dist.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp.MAX  # pyrefly: ignore[bad-assignment]  # stub: pybind converts
+        self._values = torch.tensor(values)
+        self._work = group.allreduce([self._values], options)
+
+    def is_completed(self) -> bool:
+        return self._work.is_completed()
+
+    def wait(self) -> list[int]:
+        self._work.wait()
+        return self._values.tolist()
 
 
 class Channel:
-    """All-reduces of a few integers on the host, and names and values through the store.
+    """Maxima of a few integers on the host, and names and values through the store.
+
+    Ranks of one host share a page of memory for the integers. Others have gloo.
 
     Args:
         rank: of this process in the group.
@@ -47,12 +75,40 @@ class Channel:
         store = dist.PrefixStore(f"ringflash/{identity:x}", default_store())
         self._store = dist.PrefixStore("words", store)
         self.timeout: timedelta = store.timeout  # pyrefly: ignore[missing-attribute]  # stub lacks it
-        self._group = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, ranks, self.timeout)
-        self._options = _maximum()
+        page = self._shared_page()
+        gloo = dist.PrefixStore("gloo", store)
+        self._group = None if page else dist.ProcessGroupGloo(gloo, rank, ranks, self.timeout)
+        self._page = page
 
-    def maximum(self, values: Tensor) -> dist.Work:
-        """Reduce values over all ranks by maximum, in place, without waiting."""
-        return self._group.allreduce([values], self._options)  # pyrefly: ignore[missing-attribute]  # stub lacks it
+    def maximum(self, values: tuple[int, ...]) -> Reduction:
+        """Reduce values over all ranks by maximum, without waiting."""
+        return _AllReduce(self._group, values) if self._page is None else self._page.begin(values)
+
+    def _shared_page(self) -> SharedRounds | None:
+        """Memory that all ranks share; None on all of them where not all have it."""
+        if len(set(self._of_all_ranks("host", host()))) > 1:
+            return None
+        file, path, page = None, "", None
+        try:
+            if self._rank == 0:
+                file, path = create(self._ranks)
+        except OSError:
+            path = ""
+        path = self._of_all_ranks("page", str(path))[0]
+        try:
+            if path:
+                file = os.open(path, os.O_RDWR) if file is None else file
+                page = SharedRounds(file, self._rank, self._ranks, self.timeout)
+        except OSError:
+            page = None
+        have_it = all(self._of_all_ranks("has page", "yes" if page else ""))
+        if self._rank == 0 and path:
+            os.unlink(path)
+        return page if have_it else None
+
+    def _of_all_ranks(self, what: str, mine: str) -> list[str]:
+        self._store.set(f"{what}/{self._rank}", mine)
+        return [self._store.get(f"{what}/{rank}").decode() for rank in range(self._ranks)]
 
     def post(self, number: int, entry: dict[str, object]) -> None:
         """Say something of this rank's part in a round."""

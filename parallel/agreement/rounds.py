@@ -1,14 +1,15 @@
 """Ranks compare, call by call, what they are about to do; one that does something else is named.
 
 Send and receive check neither sizes nor dtypes: a rank that makes another call than its peers gives wrong numbers, or a
-hang. So each call to attention takes part in a round: one all-reduce of a few integers over all ranks of the group,
-through a channel of its own (gloo on the host). Every rank enters each round once, with the digest of the call that it
-makes or with the word that it refused one, so the rounds number the calls and nothing can shift ranks against each
-other. Only where digests differ do names and values travel, through the key-value store.
+hang. So each call to attention takes part in a round: the maxima of a few integers over all ranks of the group, through
+a channel of its own (shared memory on one host, gloo among several). Every rank enters each round once, with the digest
+of the call that it makes or with the word that it refused one, so the rounds number the calls and nothing can shift
+ranks against each other. Only where digests differ do names and values travel, through the key-value store.
 
 A call that is new to a rank waits for its round before anything is sent, and so do calls on CPUs, where everything
-waits anyway. On a GPU a call like an earlier one goes ahead, and its round is looked at when the next one begins: the
-host never waits for other hosts in a repeated call, and what differs is an error one call later at the latest.
+waits anyway. On a GPU a call like an earlier one goes ahead, and its round is looked at when a later one finds it over:
+the host hardly ever waits for other hosts in a repeated call, and what differs is an error some calls later
+(`MOST_AHEAD`).
 """
 
 from __future__ import annotations
@@ -22,12 +23,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from ringflash.errors import RankMismatchError
 from ringflash.kernels.torch_private import process_group as named_group
 from ringflash.kernels.torch_private import without_transforms
-from ringflash.parallel.agreement.channel import Channel, Herald, Joining
+from ringflash.parallel.agreement.channel import Channel, Herald, Joining, Reduction
 from ringflash.parallel.mesh import Group, group_name, process_group
 
 Description = Callable[[], Mapping[str, object]]
@@ -39,6 +39,9 @@ REMEMBERED = 4096
 NOTHING, REFUSED, REFUSED_UNKNOWN = range(3)
 """What a rank says in a round: that it makes a call, that it refused one, or one whose digest is not known."""
 
+MOST_AHEAD = 4
+"""Rounds that may be open while a rank goes ahead with calls that were made before."""
+
 CLOSING = 1
 """Digest of a round that ends a call."""
 
@@ -49,19 +52,19 @@ class _Round:
 
     Attributes:
         number: which round.
-        values: (4,) int64, reduced by maximum: digest, -digest, whether a call was refused, whether one was refused
-            before its digest was known.
-        work: the all-reduce.
+        reduction: the maximum of digest, -digest, whether a call was refused, whether one was refused before its digest
+            was known, and `nbytes`.
         digest: of this rank's call.
         describe: names and values of the call; None where this rank refused it, or knows already that it failed.
+        nbytes: see `Agreement.check`.
         ahead: this rank went ahead with the call before the round was over.
     """
 
     number: int
-    values: Tensor
-    work: dist.Work
+    reduction: Reduction
     digest: int
     describe: Description | None
+    nbytes: int = 0
     ahead: bool = False
 
 
@@ -94,13 +97,17 @@ class Agreement:
         self._broken: str | None = None
 
     @_untransformed
-    def check(self, digest: int, describe: Description, device: torch.device) -> None:
+    def check(self, digest: int, describe: Description, device: torch.device, nbytes: int = 0) -> int | None:
         """Make sure that all ranks make the same call, or will notice that they do not.
 
         Args:
             digest: of everything that must be the same on all ranks; 62 bits.
             describe: the same as names and values, in the order in which a disagreement is to be reported.
             device: of the call's tensors.
+            nbytes: what may differ, and of which the greatest counts.
+
+        Returns:
+            The greatest `nbytes` of all ranks; None if this rank went ahead with a call that was made before.
 
         Raises:
             RankMismatchError: on every rank, naming the argument, the ranks and their values, or the rank that refused
@@ -109,15 +116,17 @@ class Agreement:
         self._announced = ""
         self._on_gpu = device.type != "cpu"
         channel = self._joined(digest)
-        self._settle(channel)
-        self._open.append(self._begin(channel, digest, NOTHING, describe))
-        if self._on_gpu and digest in self._seen:
+        known = self._on_gpu and digest in self._seen
+        self._settle(channel, MOST_AHEAD - 1 if known else 0)
+        self._open.append(self._begin(channel, digest, NOTHING, describe, nbytes))
+        if known:
             self._open[-1].ahead = True
-        else:
-            self._settle(channel)
-            if len(self._seen) >= REMEMBERED:
-                self._seen.clear()
-            self._seen.add(digest)
+            return None
+        most = self._settle(channel)
+        if len(self._seen) >= REMEMBERED:
+            self._seen.clear()
+        self._seen.add(digest)
+        return most
 
     @_untransformed
     def refuse(self, error: Exception, digest: int | None = None, traced: bool = False) -> None:
@@ -153,8 +162,8 @@ class Agreement:
 
         On CPUs the end is a round of its own, so that what fails on one rank is an error of the same call on all. On
         GPUs nobody waits: it stands in the place of this rank's next call, and the others hear of it when they look at
-        that, before the call after their next at the latest. What they sent meanwhile nobody received, so no further
-        call can be matched.
+        that, at the latest `MOST_AHEAD` calls later. What they sent meanwhile nobody received, so no further call can
+        be matched.
 
         Args:
             failure: what this rank's kernels raised within the call, if anything.
@@ -205,32 +214,33 @@ class Agreement:
                     self._refused(self._channel, earlier, kind, text)
         return self._channel
 
-    def _begin(self, channel: Channel, digest: int, kind: int, describe: Description | None) -> _Round:
-        values = torch.tensor([digest, -digest, int(kind == REFUSED), int(kind == REFUSED_UNKNOWN)])
+    def _begin(self, channel: Channel, digest: int, kind: int, describe: Description | None, nbytes: int = 0) -> _Round:
+        values = digest, -digest, int(kind == REFUSED), int(kind == REFUSED_UNKNOWN), nbytes
         self._number += 1
-        return _Round(self._number - 1, values, channel.maximum(values), digest, describe)
+        return _Round(self._number - 1, channel.maximum(values), digest, describe, nbytes)
 
-    def _settle(self, channel: Channel) -> None:
-        """Look at all rounds that have begun."""
-        while self._open:
+    def _settle(self, channel: Channel, left: int = 0) -> int:
+        """Look at all rounds that have begun; so many may be left that are not over yet. The last one's `nbytes`."""
+        most_bytes = 0
+        while self._open and (len(self._open) > left or self._open[0].reduction.is_completed()):
             mine = self._open.pop(0)
             try:
-                mine.work.wait()
+                most, negated_least, refused, refused_unknown, most_bytes = mine.reduction.wait()
             except RuntimeError as error:
                 self._broken = self._who_is_missing(channel, mine, error)
                 if self._broken is None:
                     raise
                 raise RankMismatchError(self._broken) from error
-            most, negated_least, refused, refused_unknown = mine.values.tolist()
             alike = most == -negated_least and not refused and not refused_unknown
             if alike:
                 continue
             if mine.describe is None:
                 self._check_left_alone(most, most == -negated_least, bool(refused_unknown))
             elif self._has_to_repeat(channel, mine):
-                again = self._begin(channel, mine.digest, NOTHING, mine.describe)
+                again = self._begin(channel, mine.digest, NOTHING, mine.describe, mine.nbytes)
                 again.ahead = mine.ahead
                 self._open.append(again)
+        return most_bytes
 
     def _check_left_alone(self, digest: int, same: bool, unknown: bool) -> None:
         """After a round in which this rank refused its call: raise if others went ahead with that call on GPUs.

@@ -29,6 +29,7 @@ from ringflash.parallel.planning.program import Program, StageProgram, document_
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.transport.head_exchange import HeadExchange, Kind, Sections
 from ringflash.parallel.transport.select import GroupTransport
+from ringflash.parallel.transport.symmetric_memory import bytes_to_publish
 
 
 class Settings(NamedTuple):
@@ -188,15 +189,16 @@ class Ready:
     def begin(self) -> None:
         """Make sure that all ranks are about to do the same; nothing is sent before. Everything needed is at hand."""
         placement: Any = self.placement
-        agreement(placement.group).check(
+        most = agreement(placement.group).check(
             placement.call_digest(self.index, self.form),
             lambda: _described(placement, self.index, self.form),
             self.inputs.query.device,
+            bytes_to_publish(self.inputs.keys()),
         )
         if any(self.form[-1]):
             raise _surplus(placement, self.form[-1])
         assert self.transport is not None  # as there are several ranks
-        self.transport.open(self.inputs.query.device)
+        self.transport.open(self.inputs.query.device, most)
 
     def refuse(self, error: Exception) -> None:
         """Let the other ranks, if there are any, know that this one cannot begin."""

@@ -1,4 +1,4 @@
-"""Walks a program, forward and backward: keys travel from rank to rank while the kernels attend to what is there.
+"""Both passes of a call: keys travel from rank to rank while the kernels attend to what is there.
 
 Legend: B sequences of S query and Sk key tokens over all ranks; this rank holds T query rows and Tk key rows of them;
 H query heads, Hk key heads, D head dimension, Dv the value's.
@@ -6,9 +6,7 @@ H query heads, Hk key heads, D head dimension, Dv the value's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +15,10 @@ from ringflash.kernels.reference import Carry
 from ringflash.parallel.execution.call import NEEDS, Inputs, Ready, Settings, prepare, table_of
 from ringflash.parallel.execution.crossing import Crossing
 from ringflash.parallel.execution.gradients import KeyGradients
-from ringflash.parallel.execution.rows import Rows, rows_beside, rows_of
+from ringflash.parallel.execution.rows import Rows
+from ringflash.parallel.execution.walk import Walk
 from ringflash.parallel.planning.launches import attend, attend_backward
-from ringflash.parallel.planning.program import StageProgram, picked
+from ringflash.parallel.planning.program import StageProgram
 from ringflash.parallel.positions.segments import count
 from ringflash.parallel.transport.head_exchange import HeadExchange
 
@@ -35,18 +34,6 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]
     ready = prepare(inputs, settings, table, "forward")
     accumulator = torch.promote_types(query.dtype, torch.float32)
     last = query.dtype if inputs.sinks is None else accumulator  # sinks are weighed in before anything is rounded
-    crossing = room = None
-    if ready.transport is not None:
-        try:
-            if ready.exchange is not None:
-                ready, crossing = cross(ready, ready.exchange)
-                table = table if crossing.table is None else crossing.table
-            room = make_room(ready)
-        except Exception as error:
-            ready.refuse(error)
-            raise
-        begin(ready, crossing)
-    at = ready.inputs
     carry: Carry | None = None
 
     def body(stage: StageProgram, at_hand: Rows) -> None:
@@ -56,7 +43,7 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]
             carry = attend(
                 ready.kernels,
                 launch,
-                at.query,
+                ready.inputs.query,
                 *at_hand[:2],
                 scale=settings.scale,
                 modifiers=modifiers,
@@ -64,7 +51,17 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]
                 out_dtype=last if stage.is_last and launch is stage.launches[-1] else accumulator,
             )
 
-    failure, found = walk(ready, room, body), []
+    crossing = None
+    try:
+        if ready.exchange is not None:
+            ready, crossing = cross(ready, ready.exchange)
+            table = table if crossing.table is None else crossing.table
+        walk = Walk(ready, body)
+    except Exception as error:
+        ready.refuse(error)
+        raise
+    begin(ready, crossing)
+    at, failure, found = ready.inputs, walk.run(), []
     try:
         if carry is None:
             out = query.new_zeros(*at.query.shape[:-1], value.shape[-1], dtype=last)
@@ -96,26 +93,7 @@ def backward(
     query, needs = inputs.query, settings.needs
     needs_key, needs_value = needs & NEEDS["key"], needs & NEEDS["value"]
     ready = prepare(inputs, settings, table, "backward")
-    crossing = room = None
-    try:
-        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-        delta = ready.kernels.row_delta(dout, out, dlse)
-        of_rows = dout, lse, delta
-        if ready.exchange is not None:
-            ready, crossing = cross(ready, ready.exchange, of_rows, table)
-            of_rows = crossing.of_rows
-        at = ready.inputs
-        wanted = ([at.key] if needs_key else []) + ([at.value] if needs_value else [])
-        gradients = KeyGradients(
-            wanted, ready.program, ready.transport, crossing is not None and crossing.shares.copied
-        )
-        if ready.transport is not None:
-            room = make_room(ready)
-    except Exception as error:
-        ready.refuse(error)
-        raise
-    if ready.transport is not None:
-        begin(ready, crossing)
+    crossing = None
     accumulator = torch.promote_types(query.dtype, torch.float32)
     dquery: Tensor | None = None
     parts: list[Tensor] | None = None
@@ -128,7 +106,7 @@ def backward(
                 ready.kernels,
                 launch,
                 of_rows[0],
-                at.query,
+                ready.inputs.query,
                 *at_hand[:2],
                 *of_rows[1:],
                 scale=settings.scale,
@@ -148,7 +126,23 @@ def backward(
         gradients.settle(stage, parts)
         parts = None
 
-    failure, found = walk(ready, room, body, settle), []
+    try:
+        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+        delta = ready.kernels.row_delta(dout, out, dlse)
+        of_rows = dout, lse, delta
+        if ready.exchange is not None:
+            ready, crossing = cross(ready, ready.exchange, of_rows, table)
+            of_rows = crossing.of_rows
+        at = ready.inputs
+        wanted = ([at.key] if needs_key else []) + ([at.value] if needs_value else [])
+        copied = crossing is not None and crossing.shares.copied
+        gradients = KeyGradients(wanted, ready.program, ready.transport, copied)
+        walk = Walk(ready, body, settle)
+    except Exception as error:
+        ready.refuse(error)
+        raise
+    begin(ready, crossing)
+    failure, found = walk.run(), []
     try:
         if needs & NEEDS["query"]:
             found.append(torch.zeros_like(at.query) if dquery is None else dquery)
@@ -186,44 +180,10 @@ def cross(
     return replace(ready, inputs=crossing.inputs, first_head=crossing.heads.start), crossing
 
 
-class Room(NamedTuple):
-    """What rows that travel lie in.
-
-    Attributes:
-        sent: own keys as they can be sent.
-        ahead: of each stage what it sends of own keys, where that can leave before its stage; otherwise nothing.
-        gathers: (source, rows, target) of what of that has to be gathered, once the keys are there.
-        buffers: for keys that arrive.
-    """
-
-    sent: Rows
-    ahead: list[list[tuple[int, Tensor]]]
-    gathers: list[tuple[Tensor, Tensor, Tensor]]
-    buffers: list[Rows]
-
-
-def make_room(ready: Ready) -> Room:
-    """All that travelling takes, before the ranks agree to begin."""
-    program, own, transport = ready.program, ready.inputs.keys(), ready.transport
-    needed = min(2, sum([bool(stage.receives) for stage in program.stages]))
-    sent = tuple([x.contiguous() for x in own])
-    ahead: list[list[tuple[int, Tensor]]] = [[] for _ in program.stages]
-    gathers: list[tuple[Tensor, Tensor, Tensor]] = []
-    if transport is not None and transport.sends_early:
-        for pairs, stage in zip(ahead, program.sent_ahead, strict=True):
-            for s in stage.sends:
-                if isinstance(s.rows, Tensor):
-                    targets = rows_beside(sent, s.count)
-                    gathers += [(source, s.rows, x) for source, x in zip(sent, targets, strict=True)]
-                    pairs += [(s.peer, x) for x in targets]
-                else:
-                    pairs += rows_of(s, sent)
-    return Room(sent, ahead, gathers, [rows_beside(own, program.buffers.arrivals) for _ in range(needed)])
-
-
 def begin(ready: Ready, crossing: Crossing | None) -> None:
-    """From here on all ranks make this call, and wait for each other."""
-    ready.begin()
+    """From here on all ranks, if there are others, make this call, and wait for each other."""
+    if ready.transport is not None:
+        ready.begin()
     if crossing is not None:
         crossing.go()
 
@@ -235,66 +195,6 @@ def end(ready: Ready, crossing: Crossing | None, found: list[Tensor], failure: E
         return found
     ready.close(crossing.cross_back(found, failure))
     return crossing.results()
-
-
-def walk(
-    ready: Ready,
-    room: Room | None,
-    body: Callable[[StageProgram, Rows], None],
-    settle: Callable[[StageProgram], None] | None = None,
-) -> Exception | None:
-    """Go through the stages of a program: post transfers, work on what is there, settle, wait.
-
-    Where work fails, out of memory say, the transfers go on all the same: other ranks have begun this call, too, and
-    would wait for ever. They hear of the error when the call ends on CPUs, on GPUs before the call after their next.
-
-    Args:
-        ready: what to walk with.
-        room: from `make_room`; None on one device.
-        body: the work of a stage, or of a piece of it, on the rows that it attends to.
-        settle: what follows the work of each piece of a stage, in the backward pass.
-
-    Returns:
-        What failed on this rank of several.
-    """
-    program, own, transport = ready.program, ready.inputs.keys(), ready.transport
-    sent, ahead, gathers, buffers = room or Room(own, [], [], [])
-    for source, rows, target in gathers:
-        torch.index_select(source, 0, rows, out=target)
-    there = None if transport is None else transport.mark()
-    arrived: Rows = ()
-    failure: Exception | None = None
-    filled = 0
-    for index, stage in enumerate(program.stages):
-        ticket, coming = None, ()
-        if stage.sends or stage.receives:
-            assert transport is not None  # one device sends nothing
-            if stage.receives:
-                coming = buffers[filled % 2]
-                filled += 1
-            sends = ahead[index] or [pair for s in stage.sends for pair in rows_of(s, arrived if s.relayed else sent)]
-            receives = [pair for s in stage.receives for pair in rows_of(s, coming)]
-            since = there if ahead[index] or not stage.sends else None
-            ticket = transport.transfer(sends, receives, f"keys and values for stage {index + 1}", since)
-        for piece in (stage,) if settle is None else program.backward_stages[index]:
-            try:
-                if piece.launches and failure is None:
-                    body(piece, piece.at_hand(own, arrived))
-            except Exception as error:
-                if transport is None:
-                    raise
-                failure = error
-            try:
-                if settle is not None:
-                    settle(piece)
-            except Exception as error:
-                if transport is None:
-                    raise
-                failure = failure or error
-        if ticket is not None:
-            ticket.wait()
-        arrived = tuple([picked(x, stage.received) for x in coming])
-    return failure
 
 
 # Learned sinks: one more logit a head in the softmax, without a value (gpt-oss, arXiv 2508.10925)

@@ -72,7 +72,7 @@ class KeyGradients:
             incoming.append((s, tuple([x[filled : filled + s.count] for x in self._buffers])))
             filled += s.count
         receives = [(s.peer, x) for s, rows in incoming for x in rows]
-        ticket = transport.transfer(sends, receives, f"gradients of stage {stage.index}")
+        ticket = transport.transfer(sends, receives, f"gradients of stage {stage.index}", stage.returns_last)
         self._pending.append((ticket, incoming))
 
     def finish(self) -> list[Tensor]:

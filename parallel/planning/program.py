@@ -17,6 +17,7 @@ from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.kept import build_to_keep
 from ringflash.parallel.planning.launches import Launch, launches
 from ringflash.parallel.planning.plan import Buffers, Move, RankPlan, Stage
+from ringflash.parallel.planning.pulls import Pull, Share, pulls
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.segments import Segments, count, cut, intersect
 from ringflash.parallel.positions.visibility import places, position_bounds
@@ -71,8 +72,10 @@ class StageProgram:
         sends: keys to send while attending.
         receives: keys that come for the next stage; rows of the buffer that they fill.
         received: all rows of the buffer that are filled then; None for the whole buffer.
+        coming: their positions, in the order in which they lie there.
         returns: gradient parts to send to the owners in the backward pass; rows of the attended keys.
         reduces: gradient parts that come from others; rows of this rank's own keys.
+        returns_last: no later gradient parts leave.
         kept: which of the attended rows are own, or None.
         everything: all own keys are attended to and nothing else, as they lie.
         index: which of the stages it is, or is a piece of.
@@ -88,17 +91,14 @@ class StageProgram:
     sends: tuple[Shipment, ...] = ()
     receives: tuple[Shipment, ...] = ()
     received: Rows | None = None
+    coming: Segments = ()
     returns: tuple[Shipment, ...] = ()
     reduces: tuple[Shipment, ...] = ()
+    returns_last: bool = False
     kept: Rows | None = None
     everything: bool = False
     index: int = 0
     offset: int = 0
-
-    @cached_property
-    def relays(self) -> bool:
-        """Whether some of what it sends arrived from elsewhere before."""
-        return any(s.relayed for s in self.sends)
 
     def pieces(self, size: int) -> tuple[StageProgram, ...]:
         """The stage for the backward pass, so many keys at a time; transfers of keys are the whole stage's."""
@@ -158,6 +158,7 @@ class Program:
         piece: see `RankPlan`.
         query_places: (T,) place of each query row among the keys; None if it is the row's own number.
         device: where the launches' tensors are.
+        shares: of the keys, for each rank that the plan is for.
     """
 
     queries: int
@@ -167,6 +168,17 @@ class Program:
     query_places: Tensor | None
     device: torch.device
     piece: int | None = None
+    shares: tuple[Share, ...] = ()
+
+    @cached_property
+    def pulls(self) -> tuple[tuple[Pull, ...], ...]:
+        """For each stage, where what comes while it is worked on is to be found at its owners."""
+        return tuple(pulls(self.shares, stage.coming) for stage in self.stages)
+
+    @cached_property
+    def gives(self) -> bool:
+        """Whether other ranks attend to keys of this one."""
+        return any(not s.relayed for stage in self.stages for s in stage.sends)
 
     @cached_property
     def query_positions(self) -> Tensor:
@@ -190,14 +202,15 @@ class Program:
         own = self.stages[0]
         half = -(-self.keys // 2 // ALIGNED) * ALIGNED
         alone = own.everything and own.launches and not own.returns and not own.reduces
-        if len(self.stages) == 1 or not alone or self.keys < LEAST_SPLIT:
-            return tuple(pieces)
-        size = self.piece or self.keys
-        late = [own.piece(first, min(first + size, half)) for first in range(0, half, size)]
-        early = [own.piece(first, min(first + size, self.keys)) for first in range(half, self.keys, size)]
-        pieces[0] = tuple(early)
-        pieces[-1] = (*pieces[-1], *late)
-        return tuple(tuple(replace(x, is_last=x is late[-1]) for x in stage) for stage in pieces)
+        if len(self.stages) > 1 and alone and self.keys >= LEAST_SPLIT:
+            size = self.piece or self.keys
+            late = [own.piece(first, min(first + size, half)) for first in range(0, half, size)]
+            early = [own.piece(first, min(first + size, self.keys)) for first in range(half, self.keys, size)]
+            pieces[0] = tuple(early)
+            pieces[-1] = (*pieces[-1], *late)
+            pieces = [tuple(replace(x, is_last=x is late[-1]) for x in stage) for stage in pieces]
+        last = next((x for stage in reversed(pieces) for x in reversed(stage) if x.returns), None)
+        return tuple(tuple(replace(x, returns_last=True) if x is last else x for x in stage) for stage in pieces)
 
     @cached_property
     def reduced_ahead(self) -> int:
@@ -209,20 +222,6 @@ class Program:
         parts = sum(bool(piece.reduces or piece.returns) for stage in self.backward_stages for piece in stage)
         size = max(1, self.buffers.reduces, self.buffers.returns)
         return max(1, min(parts, min(2 * self.keys, self.piece or AHEAD) // size))
-
-    @cached_property
-    def sent_ahead(self) -> tuple[StageProgram, ...]:
-        """The stages, those empty that relay keys, or before which own rows would have to be gathered for too long.
-
-        All that is gathered at once is no more than the rank's own keys.
-        """
-        found, gathered = [], 0
-        for stage in self.stages:
-            gathers = sum(s.count for s in stage.sends if isinstance(s.rows, Tensor))
-            fits = not stage.relays and gathered + gathers <= self.keys
-            gathered += gathers if fits else 0
-            found.append(stage if fits else StageProgram())
-        return tuple(found)
 
     @cached_property
     def sums_parts(self) -> bool:
@@ -343,13 +342,14 @@ def _whole(
 # Several ranks
 
 
-def rank_program(plan: RankPlan, mask: Mask, device: torch.device) -> Program:
+def rank_program(plan: RankPlan, mask: Mask, device: torch.device, shares: tuple[Share, ...] = ()) -> Program:
     """A rank's plan, on a device.
 
     Args:
         plan: of this rank.
         mask: with its documents.
         device: of the tensors that kernels read.
+        shares: of the keys, for each rank that the plan is for.
     """
     queries = segment_positions(plan.queries)
     boundaries, query_boundaries = (
@@ -371,7 +371,7 @@ def rank_program(plan: RankPlan, mask: Mask, device: torch.device) -> Program:
         stages.append(_stage(index, stage, here, plan, arrived, index == last, device))
         arrived = tuple(segment for move in stage.receives for segment in move.segments)
     among_keys = places(boundaries, queries, query_boundaries)
-    return Program(len(queries), count(plan.keys), tuple(stages), plan.buffers, among_keys, device, plan.piece)
+    return Program(len(queries), count(plan.keys), tuple(stages), plan.buffers, among_keys, device, plan.piece, shares)
 
 
 def _stage(
@@ -412,6 +412,7 @@ def _stage(
         sends=tuple(_shipment(move, arrived if move.relayed else own, device) for move in stage.sends),
         receives=tuple(receives),
         received=None if filled == buffer else slice(0, filled),
+        coming=tuple(segment for move in stage.receives for segment in move.segments),
         returns=tuple(_shipment(move, stage.work, device) for move in stage.returns),
         reduces=tuple(_shipment(move, own, device) for move in stage.reduces),
         kept=_rows(stage.work, mine, device) if mine else None,

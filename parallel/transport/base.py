@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ringflash.parallel.planning.pulls import Pull
+
 
 class Ticket(Protocol):
     """Transfers under way; the tensors that they use stay alive until `wait`."""
@@ -17,24 +19,49 @@ class Ticket(Protocol):
         ...
 
 
+class Shelf(Protocol):
+    """Memory of all ranks in which each lays out its rows, and from which the others take them."""
+
+    def publish(self, rows: Sequence[Tensor]) -> None:
+        """Let the others take rows of some tensors of this rank; every rank does, once a call.
+
+        Args:
+            rows: contiguous tensors (rows, ...), on all ranks as many and alike but for the number of rows; none if
+                nobody takes any.
+        """
+        ...
+
+    def mark(self) -> torch.Event:
+        """What the current stream has been asked for so far."""
+        ...
+
+    def pull(self, pulls: Sequence[Pull], targets: Sequence[Tensor], what: str, free: torch.Event) -> Ticket:
+        """Take rows from their owners' tensors, and return without waiting.
+
+        It can be asked for behind the work that it runs beside, so that a GPU does not wait for the host.
+
+        Args:
+            pulls: which rows.
+            targets: for each published tensor the one that they fill.
+            what: is taken and when, for errors.
+            free: when nobody read any more what is filled.
+        """
+        ...
+
+    def release(self) -> None:
+        """Nothing more is taken in this call; every rank says so, behind all that it takes."""
+        ...
+
+
 class Transport(Protocol):
     """Moves rows between the ranks of a group."""
-
-    @property
-    def sends_early(self) -> bool:
-        """Whether what is sent can leave while the current stream is still at something else, see `transfer`."""
-        ...
-
-    def mark(self) -> torch.Event | None:
-        """What the current stream has been asked for so far; None where no stream can wait for it."""
-        ...
 
     def transfer(
         self,
         sends: Sequence[tuple[int, Tensor]],
         receives: Sequence[tuple[int, Tensor]],
         what: str,
-        ready: torch.Event | None = None,
+        first: bool = False,
     ) -> Ticket:
         """Ask for all transfers of a stage at once and return without waiting.
 
@@ -43,7 +70,11 @@ class Transport(Protocol):
             receives: (source rank in the group, contiguous tensor to fill). Between two ranks, tensors are matched in
                 the order given.
             what: is transferred and when, for errors.
-            ready: from `mark`, when what is sent was there; None if it is only now. What is sent may then leave while
-                the current stream is still at something earlier, and no rank waits for another's work.
+            first: what is sent leaves before the current stream goes on, where it might have to wait for that.
         """
+        ...
+
+    @property
+    def shelf(self) -> Shelf | None:
+        """Where ranks can take rows from their owners themselves; None if they have to be sent."""
         ...

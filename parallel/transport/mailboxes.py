@@ -4,15 +4,14 @@ Each rank has a mailbox for every reader: a few chunks of memory, and two flags 
 and raises its `filled` flag at the reader; the reader, whose stream waits for that, takes the bytes and raises the
 `emptied` flag at the writer, who may then fill the chunk again. A message is as many chunks as it needs, so the memory
 does not depend on it. Copies, flags and waits are asked for in the order of streams and carried out by the copy
-engines: no SM and no host takes part.
+engines and what feeds them: no SM and no host takes part.
 
 Flags count the times that a chunk was used, in a circle. A chunk's two flags are raised in turn, so waiting for the one
 number that comes next is enough.
 
 Ranks ask for the chunks of a transfer level by level: the first of every message to write, the first of every message
 to read, the second of each, and so on. What waits in one level depends on earlier ones alone, or on what is written in
-the same; so there is no deadlock even where all streams share one queue (CUDA_DEVICE_MAX_CONNECTIONS=1). What one lane
-writes may be there before what another was asked for earlier: the chunks differ, or the later one waits for the chunk.
+the same; so there is no deadlock even where all streams share one queue (CUDA_DEVICE_MAX_CONNECTIONS=1).
 """
 
 from __future__ import annotations
@@ -21,6 +20,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
+
+from ringflash.parallel.transport.driver import Driver
 
 CHUNKS = 3
 """In each mailbox: one is filled, one is read, and one is on its way to be emptied."""
@@ -111,13 +112,10 @@ class Mailboxes:
         rank: of this process.
         bases: for each rank where its memory is, as this process sees it: `bytes_of(ranks, room)`, zeros at first.
         room: bytes of a chunk.
-        numbers: address of a table of the numbers 0 to CIRCLE, 4 bytes each.
-        progress: address of memory that the host reads: for each of `places` the number of the last transfer that is
-            over.
-        lanes: of each lane (to, from) for each rank: the streams in whose order writing and reading is carried out.
-            Transfers in one lane do not wait for those in another.
-        copy: (target, source, nbytes, stream), as in `driver`.
-        wait: (address, number, stream), likewise.
+        progress: address of memory that the host reads: two places of 4 bytes for each rank, with the number of the
+            last message from it and to it that is over.
+        streams: (to, from) for each rank, in whose order writing and reading is carried out.
+        driver: copies, waits and writes.
     """
 
     def __init__(
@@ -125,52 +123,56 @@ class Mailboxes:
         rank: int,
         bases: Sequence[int],
         room: int,
-        numbers: int,
         progress: int,
-        lanes: Sequence[Sequence[tuple[int, int]]],
-        copy: Callable[[int, int, int, int], None],
-        wait: Callable[[int, int, int], None],
+        streams: Sequence[tuple[int, int]],
+        driver: Driver,
     ) -> None:
-        self._room, self._numbers, self._progress = room, numbers, progress
-        self._copy, self._wait, self._lanes = copy, wait, lanes
+        self._room, self._progress, self._streams = room, progress, streams
+        self._copy, self._wait, self._write = driver.copy, driver.wait, driver.write
         ranks = range(len(bases))
-        self._asked = [0] * (2 * len(lanes) * len(bases))
+        self._asked = [0] * (2 * len(bases))
         self.to = [Way(*_addresses(bases, rank, peer, room)) for peer in ranks]
         self.from_ = [Way(*_addresses(bases, peer, rank, room)) for peer in ranks]
 
     def transfer(
-        self, sends: dict[int, list[Block]], receives: dict[int, list[Block]], lane: int
+        self,
+        sends: dict[int, list[Block]],
+        receives: dict[int, list[Block]],
+        under_way: Callable[[], None] | None = None,
     ) -> list[tuple[int, int]]:
         """Ask for one message to, and one from, each of some ranks.
 
-        Between two ranks messages are matched in the order in which they are asked for, whatever their lanes.
+        Between two ranks messages are matched in the order in which they are asked for.
 
         Args:
             sends: by the reader's rank the blocks of its message.
             receives: by the writer's rank the blocks that take its message, as many bytes together.
-            lane: which streams carry it out.
+            under_way: called when all chunks to write are asked for that need not wait for a reader of this transfer.
 
         Returns:
             Of each message, first those received, the place in the memory of progress, and what is there when it is
             over.
         """
-        streams = self._lanes[lane]
+        streams = self._streams
         outgoing = [(self.to[p], streams[p][0], blocks, self._chunks(blocks)) for p, blocks in sends.items()]
         incoming = [(self.from_[p], streams[p][1], blocks, self._chunks(blocks)) for p, blocks in receives.items()]
-        for level in range(max([len(found) for *_, found in outgoing + incoming], default=0)):
+        levels = max([len(found) for *_, found in outgoing + incoming], default=0)
+        for level in range(levels):
             for way, stream, blocks, found in outgoing:
                 if level < len(found):
                     self._fill(way, stream, blocks, found[level])
+            if under_way is not None and level == min(levels, CHUNKS) - 1:
+                under_way()
             for way, stream, blocks, found in incoming:
                 if level < len(found):
                     self._empty(way, stream, blocks, found[level])
         ends = []
         for which, peers in enumerate((receives, sends)):
             for peer in peers:
-                place = 2 * (lane * len(self.to) + peer) + which
+                place = 2 * peer + which
                 self._asked[place] += 1
                 ends.append((place, number_of(self._asked[place])))
-                self._raise(self._progress + 4 * place, ends[-1][1], streams[peer][1 - which])
+                self._write(streams[peer][1 - which], self._progress + 4 * place, ends[-1][1])
         return ends
 
     def _chunks(self, blocks: list[Block]) -> tuple[tuple[Piece, ...], ...]:
@@ -179,22 +181,17 @@ class Mailboxes:
     def _fill(self, way: Way, stream: int, blocks: list[Block], chunk: tuple[Piece, ...]) -> None:
         number, times = way.turn()
         if times:
-            self._wait(way.emptied[number], number_of(times - 1), stream)
-        for piece in chunk:
-            source = blocks[piece.block][0] + piece.offset
-            self._copy(way.boxes[number] + piece.place, source, piece.nbytes, stream)
-        self._raise(way.filled[number], number_of(times), stream)
+            self._wait(stream, way.emptied[number], number_of(times - 1))
+        box = way.boxes[number]
+        self._copy([(box + x.place, blocks[x.block][0] + x.offset, x.nbytes) for x in chunk], stream)
+        self._write(stream, way.filled[number], number_of(times))
 
     def _empty(self, way: Way, stream: int, blocks: list[Block], chunk: tuple[Piece, ...]) -> None:
         number, times = way.turn()
-        self._wait(way.filled[number], number_of(times), stream)
-        for piece in chunk:
-            target = blocks[piece.block][0] + piece.offset
-            self._copy(target, way.boxes[number] + piece.place, piece.nbytes, stream)
-        self._raise(way.emptied[number], number_of(times), stream)
-
-    def _raise(self, flag: int, number: int, stream: int) -> None:
-        self._copy(flag, self._numbers + 4 * number, 4, stream)
+        self._wait(stream, way.filled[number], number_of(times))
+        box = way.boxes[number]
+        self._copy([(blocks[x.block][0] + x.offset, box + x.place, x.nbytes) for x in chunk], stream)
+        self._write(stream, way.emptied[number], number_of(times))
 
 
 def _addresses(

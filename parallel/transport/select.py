@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import socket
 import warnings
 import weakref
 from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -18,7 +16,8 @@ from torch import Tensor
 from ringflash.errors import ArgumentError, UnsupportedError
 from ringflash.kernels.kept import build_to_keep, capturing
 from ringflash.kernels.torch_private import default_store, without_transforms
-from ringflash.parallel.transport.base import Ticket, Transport
+from ringflash.parallel.host import host
+from ringflash.parallel.transport.base import Shelf, Ticket, Transport
 from ringflash.parallel.transport.send_recv import SendRecv
 from ringflash.parallel.transport.symmetric_memory import SymmetricMemory, UnavailableError, allocate
 
@@ -47,8 +46,13 @@ class GroupTransport:
         self.why = "not chosen yet: that is done in the first call"
         """The transport's name, and why it is that one."""
 
-    def open(self, device: torch.device) -> None:
-        """Before the transfers of each call; all ranks are at the same call, and in their first one they choose."""
+    def open(self, device: torch.device, nbytes: int | None = None) -> None:
+        """Before the transfers of each call; all ranks are at the same call, and in their first one they choose.
+
+        Args:
+            device: of the tensors.
+            nbytes: the most that a rank publishes; None if such a call was made before.
+        """
         chosen = self._by_device.get(device)
         if chosen is None:
             if capturing(device):
@@ -59,28 +63,29 @@ class GroupTransport:
             assert group is not None  # the caller holds it
             chosen, self.why = build_to_keep(lambda: choose(group, device), device)
             self._by_device[device] = chosen
-        if capturing(device) and chosen.sends_early:
-            chosen = self._plain  # a graph would repeat the numbers of flags
+        if isinstance(chosen, SymmetricMemory):
+            if capturing(device):
+                chosen = self._plain  # a graph would repeat the numbers of flags
+            elif nbytes is not None and nbytes > chosen.published_bytes:
+                group = self._group()
+                assert group is not None
+                lease(chosen, nbytes, group)
         self._now = chosen
 
     @property
-    def sends_early(self) -> bool:
-        """See `Transport`; of the last call's."""
-        return self._now.sends_early
-
-    def mark(self) -> torch.Event | None:
-        """See `Transport`."""
-        return self._now.mark()
+    def shelf(self) -> Shelf | None:
+        """See `Transport`; of the call at hand, which ranks have begun."""
+        return self._now.shelf
 
     def transfer(
         self,
         sends: Sequence[tuple[int, Tensor]],
         receives: Sequence[tuple[int, Tensor]],
         what: str,
-        ready: torch.Event | None = None,
+        first: bool = False,
     ) -> Ticket:
         """See `Transport`."""
-        return self._now.transfer(sends, receives, what, ready)
+        return self._now.transfer(sends, receives, what, first)
 
 
 def choose(group: dist.ProcessGroup, device: torch.device) -> tuple[Transport, str]:
@@ -93,11 +98,11 @@ def choose(group: dist.ProcessGroup, device: torch.device) -> tuple[Transport, s
         return SendRecv(group), f"send_recv: tensors are on {device.type}"
     wanted = os.environ.get(VARIABLE, NAMES[0])
     memory, why = _memory(wanted, group, device)
-    said = _of_all_ranks((wanted, _host(), why, _made.count), group)
+    said = _of_all_ranks((wanted, host(), why, _made.count), group)
     for rank, (name, *_) in enumerate(said):
         if name not in NAMES:
             raise ArgumentError(f"{VARIABLE}={name} on rank {rank}; allowed are {' and '.join(NAMES)}")
-    hosts = len({host for _, host, *_ in said})
+    hosts = len({where for _, where, *_ in said})
     reason = f"the ranks are on {hosts} hosts" if hosts > 1 else _first([why for _, _, why, _ in said])
     if not reason and len({made for *_, made in said}) > 1:
         # torch numbers what is joined in each process, and would wait for a number that another has not come to.
@@ -116,6 +121,29 @@ def choose(group: dist.ProcessGroup, device: torch.device) -> tuple[Transport, s
     if hosts == 1 and torch.version.hip is None and wanted == NAMES[0] and group.rank() == 0:
         warnings.warn(f"ranks of one host transfer by send and receive, not by copy engines: {reason}", stacklevel=2)
     return SendRecv(_own_communicator(group)), f"send_recv: {reason}"
+
+
+def lease(transport: SymmetricMemory, nbytes: int, group: dist.ProcessGroup) -> None:
+    """Memory for what each rank publishes; all ranks of the group call it together.
+
+    Raises:
+        RuntimeError: a rank has no such memory, or it cannot be shared; on all ranks.
+    """
+    memory, why = None, ""
+    try:
+        memory = transport.new_shelf(nbytes)
+    except UnavailableError as error:
+        why = str(error)
+    said = _of_all_ranks((why, _made.count), group)
+    reason = _first([why for why, _ in said])
+    if not reason and len({made for _, made in said}) > 1:
+        reason = "some ranks have joined memory in other groups since; make the call with the most keys before"
+    if reason:
+        raise RuntimeError(f"{nbytes} bytes for keys that other GPUs read: {reason}")
+    assert memory is not None
+    _made.count += 1
+    transport.use_shelf(memory, group)
+    _of_all_ranks("", group)  # none publishes before all can read
 
 
 def _memory(wanted: str, group: dist.ProcessGroup, device: torch.device) -> tuple[Tensor | None, str]:
@@ -142,11 +170,6 @@ def _of_all_ranks(value: Said, group: dist.ProcessGroup) -> list[Said]:
 def _first(reasons: list[str]) -> str:
     """The first rank's that has one; empty if none has."""
     return next((f"rank {rank}: {why}" for rank, why in enumerate(reasons) if why), "")
-
-
-def _host() -> str:
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else ''}"
 
 
 def _own_communicator(group: dist.ProcessGroup) -> dist.ProcessGroup:

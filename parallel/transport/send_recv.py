@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -34,21 +33,18 @@ class SendRecv:
         group: the process group.
     """
 
-    sends_early = False
+    shelf = None
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = weakref.ref(group)  # a transport lives as long as its group, which must not live for it
         self._global_rank = [dist.get_global_rank(group, rank) for rank in range(group.size())]
-
-    def mark(self) -> None:
-        """See `Transport`; transfers of torch.distributed wait for all of the current stream."""
 
     def transfer(
         self,
         sends: Sequence[tuple[int, Tensor]],
         receives: Sequence[tuple[int, Tensor]],
         what: str,
-        ready: torch.Event | None = None,
+        first: bool = False,
     ) -> Ticket:
         """See `Transport`."""
         operations = [self._operation(dist.irecv, rank, tensor) for rank, tensor in receives if tensor.numel()]

@@ -7,6 +7,7 @@ by a copy engine (`planning/machine.py`).
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -14,27 +15,35 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from triton.runtime import driver as triton_driver
 
 from ringflash.kernels.torch_private import symmetric_memory
-from ringflash.parallel.transport import driver
-from ringflash.parallel.transport.mailboxes import CIRCLE, Block, Mailboxes, bytes_of
+from ringflash.parallel.planning.pulls import Pull
+from ringflash.parallel.transport.driver import Copy, driver
+from ringflash.parallel.transport.mailboxes import APART, Block, Mailboxes, bytes_of, number_of
+from ringflash.parallel.transport.shelves import Shelves, flag_bytes
 
-MOST_ROOM, LEAST_ROOM, ROOMS = 16 << 20, 4 << 20, 64 << 20
+MOST_ROOM, LEAST_ROOM, ROOMS = 24 << 20, 4 << 20, 96 << 20
 """Bytes of a chunk, and of a chunk for each rank. Of more, a message would wait longer for its first; of fewer, the
-host has more to ask for than the copy engines to do."""
+host has more to ask for than the copy engines to do, and less of a message leaves at once."""
 
 READERS = 2
-"""Streams of a lane that read; a transfer from several ranks at once uses them in turn."""
+"""Streams that read; what comes from several ranks at once uses them in turn."""
 
-LANES = 2
+LEAST_SHELF, LARGE_SHELF, PAGE = 16 << 20, 512 << 20, 2 << 20
+"""Bytes to publish in: at least, from where on hardly more than needed, and multiples of."""
+
+ALIGNED = 256
+"""Bytes at whose multiples each published tensor begins."""
 
 LOOKS_EVERY = 0.5
 """Seconds."""
@@ -44,7 +53,7 @@ GRACE = 5.0
 
 
 def room_of(ranks: int) -> int:
-    """Bytes of a chunk in a group of so many ranks; three for each rank are taken on every GPU, 192 MiB."""
+    """Bytes of a chunk in a group of so many ranks; three for each rank are taken on every GPU, 288 MiB of 4 ranks."""
     return max(LEAST_ROOM, min(MOST_ROOM, ROOMS // ranks))
 
 
@@ -55,19 +64,18 @@ class UnavailableError(RuntimeError):
 class Posted:
     """A transfer by copy engines."""
 
-    def __init__(self, events: Sequence[torch.Event], tensors: tuple) -> None:
-        self._events, self._tensors = events, tensors
+    def __init__(self, current: Callable[[], torch.cuda.Stream], events: Sequence[torch.Event], tensors: tuple) -> None:
+        self._current, self._events, self._tensors = current, events, tensors
 
     def __del__(self) -> None:
         self.wait()  # nobody may have, where a call fails; the memory is not to serve again before
 
     def wait(self) -> None:
-        """Return when the current stream waits for it."""
-        if not self._events:
-            return
-        stream = torch.cuda.current_stream()
-        for event in self._events:
-            stream.wait_event(event)
+        """See `Ticket`."""
+        if self._events:
+            stream = self._current()
+            for event in self._events:
+                stream.wait_event(event)
         self._events, self._tensors = (), ()
 
 
@@ -88,59 +96,159 @@ class SymmetricMemory:
         self._rank, ranks, self._device, self._memory = group.rank(), group.size(), memory.device, memory
         device = memory.device
         self._peers = _of_all_ranks(memory, group)
-        self._numbers = torch.arange(CIRCLE + 1, dtype=torch.int32, device=device)
-        self._progress = torch.zeros(2 * LANES * ranks, dtype=torch.int32, device="cpu", pin_memory=True)
-        self._lanes = [[torch.cuda.Stream(device, priority=-1) for _ in range(1 + READERS)] for _ in range(LANES)]
-        """A writer and readers for what was there earlier, and for what has just been made; see `Transport`."""
-        torch.cuda.synchronize(device)  # numbers and zeros are there
-        self._mailboxes = Mailboxes(
-            self._rank,
-            [x.data_ptr() for x in self._peers],
-            room_of(ranks),
-            self._numbers.data_ptr(),
-            self._progress.data_ptr(),
-            [
-                [(lane[0].cuda_stream, lane[1 + peer % READERS].cuda_stream) for peer in range(ranks)]
-                for lane in self._lanes
-            ],
-            driver.copy,
-            driver.wait,
-        )
+        self._shelf, self._shelves = memory.new_empty(0), [memory.new_empty(0)] * ranks
+        self._streams: dict[int, torch.cuda.Stream] = {}
+        self._progress = torch.zeros(3 * ranks, dtype=torch.int32, device="cpu", pin_memory=True)
+        self._asked = [0] * ranks
+        streams = [torch.cuda.Stream(device, priority=-1) for _ in range(1 + 2 * READERS)]
+        self._writer, self._takers, self._pullers = streams[0], streams[1 : 1 + READERS], streams[1 + READERS :]
+        """Of messages to and from others, and of what is published, which must not wait behind those."""
+        with torch.cuda.device(device):
+            for peer in self._peers:
+                driver().write(self._writer.cuda_stream, peer.data_ptr(), 0)  # what is there already
+        torch.cuda.synchronize(device)
+        bases = [x.data_ptr() for x in self._peers]
+        both = [(self._writer.cuda_stream, self._taker(peer).cuda_stream) for peer in range(ranks)]
+        pullers = [self._puller(peer).cuda_stream for peer in range(ranks)]
+        self._mailboxes = Mailboxes(self._rank, bases, room_of(ranks), self._progress.data_ptr(), both, driver())
+        flags = [base + bytes_of(ranks, room_of(ranks)) for base in bases]
+        self._published = Shelves(self._rank, flags, pullers, driver())
         self._watch = _Watch(self._rank, self._progress, timeout)
         weakref.finalize(self, self._watch.over.set)
 
-    sends_early = True
+    def _taker(self, peer: int) -> torch.cuda.Stream:
+        return self._takers[peer % READERS]
+
+    def _puller(self, peer: int) -> torch.cuda.Stream:
+        return self._pullers[peer % READERS]
+
+    def _current(self) -> torch.cuda.Stream:
+        """The current stream; torch's own function takes longer than to record an event in it."""
+        raw = triton_driver.active.get_current_stream(self._device.index)  # pyrefly: ignore[missing-attribute]  # stub
+        found = self._streams.get(raw)
+        if found is None:
+            found = self._streams[raw] = torch.cuda.current_stream(self._device)
+        return found
 
     def mark(self) -> torch.Event:
-        """See `Transport`."""
-        return torch.cuda.current_stream(self._device).record_event()
+        """See `Shelf`."""
+        return self._current().record_event()
+
+    # Messages
 
     def transfer(
         self,
         sends: Sequence[tuple[int, Tensor]],
         receives: Sequence[tuple[int, Tensor]],
         what: str,
-        ready: torch.Event | None = None,
+        first: bool = False,
     ) -> Posted:
         """See `Transport`."""
         outgoing, incoming = _blocks(sends), _blocks(receives)
         if not outgoing and not incoming:
-            return Posted([], ())
-        lane = int(ready is None)
-        writer, *readers = self._lanes[lane]
-        readers = [readers[i] for i in dict.fromkeys(peer % READERS for peer in incoming)]
+            return Posted(self._current, (), ())
+        streams = [self._writer] * bool(outgoing) + list(dict.fromkeys(map(self._taker, incoming)))
         with torch.cuda.device(self._device):
-            now = self.mark() if incoming or ready is None else ready
-            if outgoing:
-                writer.wait_event(now if ready is None else ready)
-            for stream in readers:
-                stream.wait_event(now)  # nobody reads any more what is filled
-            ends = self._mailboxes.transfer(outgoing, incoming, lane)
-            events = [stream.record_event() for stream in ([writer] * bool(outgoing) + readers)]
+            now = self.mark()
+            for stream in streams:
+                stream.wait_event(now)  # what is sent is there, and nobody reads what is filled
+            ends = self._mailboxes.transfer(outgoing, incoming, self._let_leave if first and outgoing else None)
+            events = [stream.record_event() for stream in streams]
         words = [f"{what} from rank {peer}" for peer in incoming] + [f"rank {peer} to take {what}" for peer in outgoing]
         for (place, number), word in zip(ends, words, strict=True):
             self._watch.expect(place, number, word)
-        return Posted(events, (sends, receives))
+        return Posted(self._current, events, (sends, receives))
+
+    def _let_leave(self) -> None:
+        """The current stream waits for the writer, whose copies within a GPU no persistent kernel may come before."""
+        self._current().wait_event(self._writer.record_event())
+
+    # What is laid out
+
+    @property
+    def shelf(self) -> SymmetricMemory:
+        """See `Transport`."""
+        return self
+
+    @property
+    def published_bytes(self) -> int:
+        """How much a rank can publish."""
+        return self._shelf.nbytes
+
+    def new_shelf(self, nbytes: int) -> Tensor:
+        """Memory to publish more, of this rank alone; what lay there before is not read any more.
+
+        Raises:
+            UnavailableError: there is none.
+        """
+        torch.cuda.synchronize(self._device)
+        self._shelf, self._shelves = self._memory.new_empty(0), []
+        try:
+            return symmetric_memory().empty(shelf_size(nbytes), dtype=torch.uint8, device=self._device)
+        except RuntimeError as error:
+            raise UnavailableError(f"torch's symmetric memory: {_first_line(error)}") from error
+
+    def use_shelf(self, memory: Tensor, group: dist.ProcessGroup) -> None:
+        """Publish there from now on; all ranks of the group do."""
+        self._shelves = _of_all_ranks(memory, group)
+        self._shelf = memory
+
+    def publish(self, rows: Sequence[Tensor]) -> None:
+        """See `Shelf`."""
+        stream = self._current().cuda_stream
+        self._published.clear(stream)
+        keys = len(rows[0]) if rows else 0
+        for x, place in zip(rows, _places(keys, rows), strict=True):
+            self._shelf[place : place + x.nbytes].view(x.dtype).view(x.shape).copy_(x)
+        self._published.publish(stream)
+
+    def pull(self, pulls: Sequence[Pull], targets: Sequence[Tensor], what: str, free: torch.Event) -> Posted:
+        """See `Shelf`."""
+        streams = list(dict.fromkeys(self._puller(pull.owner) for pull in pulls))
+        with torch.cuda.device(self._device):
+            for stream in streams:
+                stream.wait_event(free)
+            for pull in pulls:
+                self._published.take(pull.owner, list(self._copies(pull, targets)))
+                self._asked[pull.owner] += 1
+                place, number = 2 * len(self._peers) + pull.owner, number_of(self._asked[pull.owner])
+                driver().write(self._puller(pull.owner).cuda_stream, self._progress.data_ptr() + 4 * place, number)
+                self._watch.expect(place, number, f"{what} from rank {pull.owner}")
+            events = [stream.record_event() for stream in streams]
+        return Posted(self._current, events, (targets,))
+
+    def _copies(self, pull: Pull, targets: Sequence[Tensor]) -> Iterator[Copy]:
+        shelf = self._shelves[pull.owner].data_ptr()
+        for target, place in zip(targets, _places(pull.keys, targets), strict=True):
+            row, to = row_bytes(target), target.data_ptr()
+            for source, filled, count in pull.runs:
+                yield to + filled * row, shelf + place + source * row, count * row
+
+    def release(self) -> None:
+        """See `Shelf`."""
+        self._published.release()
+
+
+def shelf_size(nbytes: int) -> int:
+    """Bytes of a shelf for so many; somewhat more, because the next packed sequence may take more."""
+    generous = 2 * nbytes if nbytes < LARGE_SHELF // 2 else max(LARGE_SHELF, nbytes + nbytes // 16)
+    return -(-max(LEAST_SHELF, generous) // PAGE) * PAGE
+
+
+def row_bytes(x: Tensor) -> int:
+    """Bytes of a row of a contiguous tensor."""
+    return math.prod(x.shape[1:]) * x.element_size()
+
+
+def bytes_to_publish(rows: Sequence[Tensor]) -> int:
+    """What tensors take on a shelf."""
+    return sum(-(-x.nbytes // ALIGNED) * ALIGNED for x in rows)
+
+
+def _places(keys: int, like: Sequence[Tensor]) -> list[int]:
+    """Where each tensor of so many rows lies on a shelf."""
+    sizes = [-(-keys * row_bytes(x) // ALIGNED) * ALIGNED for x in like]
+    return list(accumulate(sizes, initial=0))[:-1]
 
 
 def allocate(ranks: int, device: torch.device) -> Tensor:
@@ -150,10 +258,15 @@ def allocate(ranks: int, device: torch.device) -> Tensor:
         UnavailableError: there is none, and why.
     """
     try:
-        memory = symmetric_memory().empty(bytes_of(ranks, room_of(ranks)), dtype=torch.uint8, device=device)
+        size = bytes_of(ranks, room_of(ranks)) + flag_bytes(ranks)
+        memory = symmetric_memory().empty(size, dtype=torch.uint8, device=device)
         memory.zero_()
+        torch.cuda.synchronize(device)
         with torch.cuda.device(device):
-            driver.wait(memory.data_ptr(), 0, torch.cuda.current_stream().cuda_stream)  # a device may not be able to
+            stream, address = torch.cuda.Stream().cuda_stream, memory.data_ptr()
+            driver().copy([(address + APART, address, 4)], stream)  # a machine may not be able to
+            driver().write(stream, address, 0)
+            driver().wait(stream, address, 0)
         torch.cuda.synchronize(device)
     except (RuntimeError, ImportError, OSError, AttributeError) as error:
         raise UnavailableError(f"torch's symmetric memory: {_first_line(error)}") from error

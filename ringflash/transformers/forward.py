@@ -52,7 +52,7 @@ class _Call:
     sharded: bool = False
     last_position: Tensor | None = None
     targets: Tensor | None = None
-    items: Tensor | None = None
+    items: Tensor | float | None = None
     loss: Tensor | None = None
     losses: Tensor | None = None
     probe: Tensor | None = None
@@ -224,8 +224,10 @@ def _fused_head(forward: Forward, head: nn.Linear, logits_of: Callable[[Tensor],
         total = call.losses.sum()
     else:
         total = cross_entropy_sum(x.flatten(0, 1), *rest)
-    items = (call.targets != IGNORED_LABEL).sum() if call.items is None else torch.as_tensor(call.items)
-    call.loss = total / items.to(total.device)
+    items = (call.targets != IGNORED_LABEL).sum() if call.items is None else call.items
+    call.loss = total / (
+        items.to(total.device) if isinstance(items, Tensor) else items
+    )  # copied, it would be waited for
     with torch.no_grad():
         call.probe = logits_of(x[:, :PROBED])
     return _After.apply(call.probe, call.loss)

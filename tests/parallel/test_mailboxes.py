@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ringflash.parallel.transport.driver import Driver
 from ringflash.parallel.transport.mailboxes import (
     CHUNKS,
     CIRCLE,
@@ -66,15 +67,26 @@ class Host:
             else:
                 time.sleep(1e-5)
 
-    def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
+    def copy(self, copies: list[tuple[int, int, int]], stream: int) -> None:
         def run() -> bool:
-            self.memory[target : target + nbytes] = self.memory[source : source + nbytes]
+            for target, source, nbytes in copies:
+                self.memory[target : target + nbytes] = self.memory[source : source + nbytes]
             return True
 
         self.queues[stream].append(run)
 
-    def wait(self, address: int, number: int, stream: int) -> None:
+    def wait(self, stream: int, address: int, number: int) -> None:
         self.queues[stream].append(lambda: self.number(address) == number)
+
+    def wait_from(self, stream: int, address: int, number: int) -> None:
+        self.queues[stream].append(lambda: (self.number(address) - number) % 2**32 < 2**31)
+
+    def raise_flag(self, stream: int, address: int, number: int) -> None:
+        def run() -> bool:
+            self.write(address, number.to_bytes(4, "little"))
+            return True
+
+        self.queues[stream].append(run)
 
     def number(self, address: int) -> int:
         return int.from_bytes(self.memory[address : address + 4], "little")
@@ -87,17 +99,18 @@ class Host:
 
 
 def _ranks(host: Host, ranks: int, room: int, shared_queue: bool) -> list[Mailboxes]:
-    numbers = host.allocate(4 * (CIRCLE + 1))
-    host.write(numbers, b"".join(i.to_bytes(4, "little") for i in range(CIRCLE + 1)))
     bases = [host.allocate(bytes_of(ranks, room)) for _ in range(ranks)]
     found = []
     for rank in range(ranks):
         out = host.stream()
         inward = [out if shared_queue else host.stream() for _ in range(2)]
-        other = host.stream() if not shared_queue else out
-        lanes = [[(out, inward[peer % 2]) for peer in range(ranks)], [(other, other) for _ in range(ranks)]]
+        streams = [(out, inward[peer % 2]) for peer in range(ranks)]
         progress = host.allocate(16 * ranks)
-        found.append(Mailboxes(rank, bases, room, numbers, progress, lanes, host.copy, host.wait))
+        found.append(
+            Mailboxes(
+                rank, bases, room, progress, streams, Driver(host.copy, host.wait, host.wait_from, host.raise_flag)
+            )
+        )
         found[-1].progress_at = progress
     return found
 
@@ -132,7 +145,9 @@ def test_messages_of_any_sizes_arrive_in_order_without_deadlock(problem, room, s
     over = {}
     for number, (sends, receives) in enumerate(prepared):
         for rank in range(ranks):
-            ends = boxes[rank].transfer(sends[rank], receives[rank], (rank + number) % 2)
+            under_way = []
+            ends = boxes[rank].transfer(sends[rank], receives[rank], lambda said=under_way: said.append(1))
+            assert len(under_way) == bool(sends[rank] or receives[rank])
             assert len(ends) == len(sends[rank]) + len(receives[rank])
             over |= {boxes[rank].progress_at + 4 * place: number for place, number in ends}
     deadline = time.monotonic() + PATIENCE
@@ -157,7 +172,7 @@ def test_flags_count_in_a_circle():
 @pytest.mark.parametrize("ranks", [2, 8])
 def test_addresses_of_two_ranks_mailboxes_do_not_meet(ranks):
     bases, room = [ALIGNED * 10_000 * rank for rank in range(ranks)], ALIGNED
-    boxes = [Mailboxes(rank, bases, room, 0, 0, [[(0, 0)] * ranks], None, None) for rank in range(ranks)]
+    boxes = [Mailboxes(rank, bases, room, 0, [(0, 0)] * ranks, Driver(None, None, None, None)) for rank in range(ranks)]
     used = set()
     for rank in range(ranks):
         for peer in range(ranks):

@@ -1,0 +1,83 @@
+"""Keys and values on their way from rank to rank, stage by stage."""
+
+from __future__ import annotations
+
+import torch
+
+from ringflash.parallel.execution.rows import Rows, rows_beside, rows_of
+from ringflash.parallel.planning.program import Program, picked
+from ringflash.parallel.transport.base import Shelf, Ticket, Transport
+
+
+class TravellingKeys:
+    """This rank's keys, and those that come for the stage at hand.
+
+    Where transports can, ranks take keys from their owners themselves. That is asked for behind a stage's first launch,
+    so that the GPU does not wait for the host. Otherwise keys are sent, as the plan says, and asked for ahead of it.
+
+    All memory that travelling takes is taken when this is made, before the ranks begin.
+
+    Args:
+        own: this rank's keys, values and, if any, which keys are visible.
+        program: what it does.
+    """
+
+    def __init__(self, own: Rows, program: Program) -> None:
+        self.own, self._program = own, program
+        self.arrived: Rows = ()
+        """What came for the stage at hand."""
+        self._transport: Transport | None = None
+        self._shelf: Shelf | None = None
+        self._ticket: Ticket | None = None
+        self._free: torch.Event | None = None
+        self._coming: Rows = ()
+        self._index = self._filled = 0
+        self._sent = tuple([x.contiguous() for x in own])
+        needed = min(2, sum([bool(stage.receives) for stage in program.stages]))
+        self._buffers = [rows_beside(own, program.buffers.arrivals) for _ in range(needed)]
+
+    def start(self, transport: Transport) -> None:
+        """Ranks begin, and own keys are there."""
+        self._transport, self._shelf = transport, transport.shelf
+        if self._shelf is not None:
+            self._shelf.publish(self._sent if self._program.gives else ())
+
+    def begin(self, index: int) -> None:
+        """A stage begins."""
+        self._index, self._coming, stage = index, (), self._program.stages[index]
+        transport = self._transport
+        if transport is None:
+            return
+        if stage.receives:
+            self._coming = self._buffers[self._filled % 2]
+            self._filled += 1
+        if self._shelf is not None:
+            self._free = self._shelf.mark() if stage.receives else None
+        elif stage.sends or stage.receives:
+            sends = [pair for s in stage.sends for pair in rows_of(s, self.arrived if s.relayed else self._sent)]
+            receives = [pair for s in stage.receives for pair in rows_of(s, self._coming)]
+            self._ticket = transport.transfer(sends, receives, self._what)
+
+    def work_begun(self) -> None:
+        """The first launch of the stage was asked for, if it has one."""
+        if self._shelf is not None and self._free is not None:
+            pulls = self._program.pulls[self._index]
+            self._ticket, self._free = self._shelf.pull(pulls, self._coming, self._what, self._free), None
+
+    @property
+    def _what(self) -> str:
+        return f"keys and values for stage {self._index + 1}"
+
+    def end(self) -> None:
+        """What comes for the next stage is there when the current stream has come here."""
+        if self._ticket is not None:
+            self._ticket.wait()
+            self._ticket = None
+        received = self._program.stages[self._index].received
+        self.arrived = tuple([picked(x, received) for x in self._coming])
+
+    def close(self) -> None:
+        """Nothing more comes."""
+        if self._shelf is not None:
+            self._shelf.release()
+        self._buffers, self._coming, self.arrived = [], (), ()
