@@ -76,6 +76,10 @@ def test_saved_tokenizer_is_the_same(bpe, kind, tmp_path):
     loaded = load(tmp_path)
     assert (loaded.vocab_size, loaded.separator) == (tokenizer.vocab_size, tokenizer.separator)
     assert np.array_equal(loaded.encode([SAMPLE])[0], tokenizer.encode([SAMPLE])[0])
+    for damage in ("{", "[]", "{}"):
+        (tmp_path / "ringflash_tokenizer.json").write_text(damage)
+        with pytest.raises(DataError, match=r"cannot read .*ringflash_tokenizer\.json: .*; copy the folder anew"):
+            load(tmp_path)
 
 
 def write_huggingface(folder, config=None):

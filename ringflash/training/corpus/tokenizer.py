@@ -216,7 +216,10 @@ class HuggingFaceTokenizer:
 
 def load(folder: Path) -> Tokenizer:
     """The tokenizer that `save` wrote into a folder."""
-    kind = json.loads((folder / KIND_FILE).read_text())["kind"]
+    try:
+        kind = json.loads((folder / KIND_FILE).read_bytes())["kind"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"data.tokenizer: cannot read {folder / KIND_FILE}: {error!r}; copy the folder anew") from error
     if kind == "bytes":
         return ByteTokenizer()
     if kind == "bpe":
