@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import recipe
 import torch
@@ -75,3 +77,27 @@ def test_a_hugging_face_folder_in_bf16_follows_its_run_in_fp32_on_the_cpu(tmp_pa
             curve.append([float(x) for x in engine.train_step([shard], recipe.OPTIMIZER.lr)[:2]])
         curves.append([*curve, [float(engine.evaluate(shard).sum()) / 400, 0.0]])
     torch.testing.assert_close(torch.tensor(curves[1]), torch.tensor(curves[0]), rtol=0.04, atol=0.04)
+
+
+def test_moments_in_8_bits_come_back_as_they_were_on_gpus():
+    pytest.importorskip("bitsandbytes")
+    from ringflash.training.engines import eight_bit
+    from ringflash.training.engines.optimizer import optimizers
+
+    def made():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(100, 130), torch.nn.Linear(130, 90)).cuda()
+        return model, optimizers(model, dataclasses.replace(recipe.OPTIMIZER, name="adamw_8bit"))
+
+    (model, (first, _)), (fresh, (second, _)) = made(), made()
+    for step in range(3):
+        model(torch.randn(64, 100, device="cuda")).square().sum().backward()
+        first.step()
+        first.zero_grad()
+        for weight, other in zip(model.parameters(), fresh.parameters(), strict=True):
+            if weight.dim() == 2:
+                kept = {name: kept.cpu() for name, kept in eight_bit.exported(first.state[weight]).items()}
+                eight_bit.restore(second.state[other], kept, step + 1)
+                for name in ("step", "state1", "state2", "absmax1", "absmax2"):
+                    before, after = (torch.as_tensor(o.state[w][name]) for o, w in ((first, weight), (second, other)))
+                    assert torch.equal(before, after), name
