@@ -9,14 +9,22 @@ Flags count calls, so a wait is for a number that is reached, in a circle of 2^3
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 
+from torch import Tensor
+
+from ringflash.parallel.planning.pulls import Pull
 from ringflash.parallel.transport.driver import Driver
 
 APART = 64
 """Bytes from flag to flag."""
 
 CIRCLE = 1 << 32
+
+ALIGNED = 256
+"""Bytes at whose multiples each tensor begins."""
 
 
 def flag_bytes(ranks: int) -> int:
@@ -72,3 +80,41 @@ class Shelves:
     def _taken(self, at: int, by: int) -> int:
         """Of the flag that says that another has taken all."""
         return self._flags[at] + (2 * by + 1) * APART
+
+
+# What lies where
+
+
+def bytes_to_publish(rows: Sequence[Tensor]) -> int:
+    """What tensors take on a shelf."""
+    return _places(len(rows[0]), rows)[-1] if rows else 0
+
+
+def lay_out(rows: Sequence[Tensor], shelf: Tensor) -> None:
+    """Copy tensors (rows, ...) into bytes of memory."""
+    places = _places(len(rows[0]), rows) if rows else []
+    for x, place in zip(rows, places, strict=False):
+        shelf[place : place + x.nbytes].view(x.dtype).view(x.shape).copy_(x)
+
+
+def copies(pull: Pull, shelf: int, targets: Sequence[Tensor]) -> Iterator[tuple[int, int, int]]:
+    """Target, source and bytes of what brings rows from an owner's shelf.
+
+    Args:
+        pull: which rows.
+        shelf: address of the owner's.
+        targets: contiguous tensors, like those that lie there but for the number of rows.
+    """
+    for target, place in zip(targets, _places(pull.keys, targets), strict=False):
+        row, to = _row_bytes(target), target.data_ptr()
+        for source, filled, count in pull.runs:
+            yield to + filled * row, shelf + place + source * row, count * row
+
+
+def _places(count: int, like: Sequence[Tensor]) -> list[int]:
+    """Where each tensor of so many rows lies, and where the last one ends."""
+    return list(accumulate((-(-count * _row_bytes(x) // ALIGNED) * ALIGNED for x in like), initial=0))
+
+
+def _row_bytes(x: Tensor) -> int:
+    return math.prod(x.shape[1:]) * x.element_size()

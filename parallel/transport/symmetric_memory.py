@@ -7,7 +7,6 @@ by a copy engine (`planning/machine.py`).
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import sys
@@ -15,10 +14,9 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -30,7 +28,7 @@ from ringflash.kernels.torch_private import symmetric_memory
 from ringflash.parallel.planning.pulls import Pull
 from ringflash.parallel.transport.driver import driver
 from ringflash.parallel.transport.mailboxes import APART, Block, Mailboxes, bytes_of, number_of
-from ringflash.parallel.transport.shelves import Shelves, flag_bytes
+from ringflash.parallel.transport.shelves import Shelves, copies, flag_bytes, lay_out
 
 MOST_ROOM, LEAST_ROOM, ROOMS = 24 << 20, 4 << 20, 96 << 20
 """Bytes of a chunk, and of a chunk for each rank. Of more, a message would wait longer for its first; of fewer, the
@@ -38,9 +36,6 @@ host has more to ask for than the copy engines to do, and less of a message leav
 
 LEAST_SHELF, LARGE_SHELF, PAGE = 16 << 20, 512 << 20, 2 << 20
 """Bytes to publish in: at least, from where on hardly more than needed, and multiples of."""
-
-ALIGNED = 256
-"""Bytes at whose multiples each published tensor begins."""
 
 LOOKS_EVERY = 0.5
 """Seconds."""
@@ -187,9 +182,7 @@ class SymmetricMemory:
         """See `Shelf`."""
         stream = self._current().cuda_stream
         self._published.clear(stream)
-        keys = len(rows[0]) if rows else 0
-        for x, place in zip(rows, _places(keys, rows), strict=True):
-            self._shelf[place : place + x.nbytes].view(x.dtype).view(x.shape).copy_(x)
+        lay_out(rows, self._shelf)
         self._published.publish(stream)
 
     def pull(self, pulls: Sequence[Pull], targets: Sequence[Tensor], what: str, free: torch.Event) -> Posted:
@@ -198,20 +191,13 @@ class SymmetricMemory:
         with torch.cuda.device(self._device):
             self._puller.wait_event(free)
             for pull in pulls:
-                self._published.take(pull.owner, self._copies(pull, targets))
+                self._published.take(pull.owner, copies(pull, self._shelves[pull.owner].data_ptr(), targets))
                 self._asked[pull.owner] += 1
                 place, number = 2 * len(self._peers) + pull.owner, number_of(self._asked[pull.owner])
                 driver().write(stream, self._progress.data_ptr() + 4 * place, number)
                 self._watch.expect(place, number, f"{what} from rank {pull.owner}")
             event = self._puller.record_event()
         return Posted(self._current, [event], (targets,))
-
-    def _copies(self, pull: Pull, targets: Sequence[Tensor]) -> Iterator[tuple[int, int, int]]:
-        shelf = self._shelves[pull.owner].data_ptr()
-        for target, place in zip(targets, _places(pull.keys, targets), strict=True):
-            row, to = row_bytes(target), target.data_ptr()
-            for source, filled, count in pull.runs:
-                yield to + filled * row, shelf + place + source * row, count * row
 
     def release(self) -> None:
         """See `Shelf`."""
@@ -222,22 +208,6 @@ def shelf_size(nbytes: int) -> int:
     """Bytes of a shelf for so many; somewhat more, because the next packed sequence may take more."""
     generous = 2 * nbytes if nbytes < LARGE_SHELF // 2 else max(LARGE_SHELF, nbytes + nbytes // 16)
     return -(-max(LEAST_SHELF, generous) // PAGE) * PAGE
-
-
-def row_bytes(x: Tensor) -> int:
-    """Bytes of a row of a contiguous tensor."""
-    return math.prod(x.shape[1:]) * x.element_size()
-
-
-def bytes_to_publish(rows: Sequence[Tensor]) -> int:
-    """What tensors take on a shelf."""
-    return sum(-(-x.nbytes // ALIGNED) * ALIGNED for x in rows)
-
-
-def _places(keys: int, like: Sequence[Tensor]) -> list[int]:
-    """Where each tensor of so many rows lies on a shelf."""
-    sizes = [-(-keys * row_bytes(x) // ALIGNED) * ALIGNED for x in like]
-    return list(accumulate(sizes, initial=0))[:-1]
 
 
 def allocate(ranks: int, device: torch.device) -> Tensor:
