@@ -24,6 +24,16 @@ def _bounded(default: Any, **bounds: Any) -> Any:
 
 FORMATS = ("text", "chat")
 
+ROPE = {
+    "default": ((), ()),
+    "linear": (("factor",), ("original_max_position_embeddings",)),
+    "dynamic": (("factor",), ("original_max_position_embeddings",)),
+    "yarn": (("factor",), ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow")),
+    "longrope": (("short_factor", "long_factor"), ("factor", "original_max_position_embeddings", "attention_factor")),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
+}
+"""Types of rotary embeddings, each with the keys that it needs and those that it takes beside these and rope_theta."""
+
 SCHEDULES = (
     "warmup_cosine",
     "linear",
@@ -57,7 +67,7 @@ class RopeScalingConfig:
 class RopeParametersConfig:
     """Transformers' `rope_parameters`, under its names; null leaves what the folder's config.json says."""
 
-    rope_type: str | None = None
+    rope_type: str | None = _bounded(None, choices=tuple(ROPE))
     """"default", "linear", "dynamic", "yarn", "longrope" or "llama3"."""
     rope_theta: float | None = _bounded(None, positive=True)
     """Base of the frequencies."""
@@ -224,8 +234,9 @@ class OptimizerConfig:
     """Of matrices; norms are not decayed."""
     clip: float = _bounded(1.0, at_least=0)
     """Highest gradient norm; 0: no clipping."""
-    name: str = _bounded("adamw", choices=("adamw", "muon"))
-    """"adamw", or "muon" (engine=ddp): torch's Muon for matrices between embedding and head, AdamW for all else."""
+    name: str = _bounded("adamw", choices=("adamw", "adamw_8bit", "muon"))
+    """"adamw", or with engine=ddp, for matrices between embedding and head, AdamW for all else: "adamw_8bit",
+    bitsandbytes' AdamW with moments of 8 bits, or "muon", torch's Muon."""
     momentum: float = _bounded(0.95, share=True)
     """Of Muon."""
     schedule: str = _bounded("warmup_cosine", choices=SCHEDULES)

@@ -9,12 +9,16 @@ fp32, and no GPU.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import re
+import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ringflash.configs.schema import LoraConfig, ModelConfig, RopeParametersConfig, RopeScalingConfig
@@ -59,10 +63,13 @@ def export(run: Path, out: Path, shard_size: str = "5GB") -> float:
         shard_size: largest file of weights.
 
     Raises:
-        ArgumentError: a folder that is not empty, or a model that Transformers has no name for.
+        ArgumentError: a folder that is not empty or cannot be written, a size that is none, or a model that
+            Transformers has no name for.
         CheckpointError: no checkpoint, a damaged one, or logits that differ.
     """
     require("ringflash.export", "transformers", "accelerate")
+    if not re.fullmatch(r"\d*[1-9]\d* ?[KMGT]B", shard_size, re.IGNORECASE):
+        raise ArgumentError(f"--shard-size={shard_size}; allowed are numbers with KB, MB, GB or TB, as 5GB")
     path = found_at(run)
     if path is None:
         raise CheckpointError(f"{run}: no complete checkpoint in it, nor is it one")
@@ -75,10 +82,28 @@ def export(run: Path, out: Path, shard_size: str = "5GB") -> float:
     expected = reference(ids)
     if tokenizer.bos_token_id is not None and model.config.bos_token_id is None:
         model.config.bos_token_id = tokenizer.bos_token_id
-    model.to(torch.bfloat16).save_pretrained(out, max_shard_size=shard_size)
-    tokenizer.save_pretrained(out)
-    del model, reference
-    return _check(out, ids, expected)
+    with _written(out) as partial:
+        model.to(torch.bfloat16).save_pretrained(partial, max_shard_size=shard_size)
+        tokenizer.save_pretrained(partial)
+        del model, reference
+        return _check(partial, ids, expected)
+
+
+@contextlib.contextmanager
+def _written(out: Path) -> Generator[Path]:
+    """A folder to write into, which gets its name once all is written and found good, and is removed otherwise."""
+    partial = out.with_name(f"{out.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+        partial.mkdir(parents=True)
+        yield partial
+        if out.is_dir():
+            out.rmdir()  # it is empty
+        partial.rename(out)
+    except (OSError, SafetensorError) as error:  # of a full disk either
+        raise ArgumentError(f"{out}: cannot write there: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _models(checkpoint: Checkpoint) -> tuple[Any, Any]:
@@ -105,7 +130,7 @@ def _of_folder(checkpoint: Checkpoint, about: dict[str, Any]) -> tuple[Any, Any]
     if about["lora"] is None:
         materialise(model, CPU, lambda name, weight: weight.copy_(_rounded(checkpoint, PREFIX + name)))
     else:
-        _merge(checkpoint, model, about["lora"], logits)
+        _merge(checkpoint, model, Path(about["folder"]), about["lora"], logits)
     for name, values in about["buffers"].items():
         buffer = model.get_buffer(name)
         buffer.copy_(torch.tensor(values, dtype=buffer.dtype))
@@ -115,13 +140,18 @@ def _of_folder(checkpoint: Checkpoint, about: dict[str, Any]) -> tuple[Any, Any]
 
 
 @torch.no_grad()
-def _merge(checkpoint: Checkpoint, model: Any, lora: dict[str, Any], logits: Callable[[Tensor], Tensor]) -> None:
+def _merge(
+    checkpoint: Checkpoint, model: Any, folder: Path, lora: dict[str, Any], logits: Callable[[Tensor], Tensor]
+) -> None:
     """Fill a model with the weights of the folder that adapters were trained on, and with what they add to these."""
     from ringflash.training.model.adapters import BASE, add_adapters, is_adapter, merge_adapters
     from ringflash.training.model.folder import FolderWeights
     from ringflash.training.model.pretrained import PREFIX
 
-    folder = Path(checkpoint.state["config"]["model"]["path"]).expanduser()
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{checkpoint.path}: the weights that its adapters were trained on are no longer in {folder}"
+        )
     weights = FolderWeights(folder, model)
     if weights.digest != lora["weights"]:
         raise CheckpointError(f"{checkpoint.path}: its adapters were trained on other weights than are in {folder} now")

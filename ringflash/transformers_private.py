@@ -7,6 +7,7 @@ that an upgrade shows which one went.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -58,6 +59,12 @@ def sources(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, Source]:
         for target in converter.target_patterns[1:]:
             found[name.replace(converter.target_patterns[0], target)] = source
     return found
+
+
+def ignored(model: PreTrainedModel, key: str) -> bool:
+    """Whether a tensor of a file is known to have no place in a model, as frequencies that older versions wrote."""
+    known: Any = model._keys_to_ignore_on_load_unexpected or ()
+    return key.endswith("rotary_emb.inv_freq") or any(re.search(pattern, key) for pattern in known)
 
 
 def converted(model: PreTrainedModel, name: str, source: Source, read: Callable[[str], Tensor]) -> Tensor:

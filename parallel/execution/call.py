@@ -29,7 +29,7 @@ from ringflash.parallel.planning.program import Program, StageProgram, document_
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.transport.head_exchange import HeadExchange, Kind, Sections
 from ringflash.parallel.transport.select import GroupTransport
-from ringflash.parallel.transport.symmetric_memory import bytes_to_publish
+from ringflash.parallel.transport.shelves import bytes_to_publish
 
 
 class Settings(NamedTuple):

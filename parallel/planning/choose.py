@@ -10,7 +10,7 @@ Every rank chooses for itself and must find the same, so nothing is looked at bu
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 from ringflash.parallel.planning.cost import Prediction, Shape, predict
 from ringflash.parallel.planning.generators import in_words, plan_named
@@ -93,7 +93,22 @@ def choose(
         memory: see `MEMORY`.
         token_work: see `cost.predict`.
     """
-    keys, machine, shape = keys or queries, machine or _known(queries.ranks, hosts), shape or Shape()
+    machine, shape = machine or _known(queries.ranks, hosts), shape or Shape()
+    return _choose(mask, queries, keys or queries, hosts, machine, shape, memory, token_work)
+
+
+@lru_cache(maxsize=32)
+def _choose(
+    mask: Mask,
+    queries: Partition,
+    keys: Partition,
+    hosts: int,
+    machine: Machine,
+    shape: Shape,
+    memory: int,
+    token_work: int,
+) -> Choice:
+    """`choose`, once for steps whose sequences lie alike: it takes some milliseconds."""
     if queries.ranks > MOST_RANKS:
         return Choice("ring", {}, machine, shape, f"among more than {MOST_RANKS} ranks nothing else is taken unasked")
     found = loads(mask, queries, keys, needed_keys(mask, queries.segments, keys.length))

@@ -194,9 +194,12 @@ class _Model:
     @cached_property
     def _moves(self) -> list[_Moves]:
         """By stage the keys that arrive for it."""
-        of_bytes = self.carried * self.shape.key_bytes
+        rank, owner = np.ogrid[: self.ranks, : self.ranks]
+        ahead = np.where(self.host[rank] != self.host[owner], self._link(1).ahead, self._link(0).ahead)
+        of_bytes = np.where(ahead, self._foreign, self.carried) * self.shape.key_bytes
+        sources = np.where(ahead, owner, self.outline.source)
         rank, owner = np.nonzero(of_bytes)
-        source = self.outline.source[rank, owner]
+        source = sources[rank, owner]
         return self._timed(self.outline.stage[rank, owner], rank, source, of_bytes[rank, owner], source == owner)
 
     @cached_property

@@ -32,7 +32,7 @@ class Link:
         seconds: what a transfer of as many takes.
         hidden: share of a transfer that goes on while the rank computes. NCCL's sends need processors that a launch
             of attention holds until it ends.
-        ahead: own keys leave when a pass begins, whatever their owner is at when they are fetched.
+        ahead: keys are taken from their owners, who lay them out when a pass begins, whatever those are at.
     """
 
     sizes: tuple[float, ...]

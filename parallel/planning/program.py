@@ -172,8 +172,9 @@ class Program:
 
     @cached_property
     def pulls(self) -> tuple[tuple[Pull, ...], ...]:
-        """For each stage, where what comes while it is worked on is to be found at its owners."""
-        return tuple(pulls(self.shares, stage.coming) for stage in self.stages)
+        """For each stage, where what the next one attends to is to be found at its owners."""
+        following = [*(stage.key_segments for stage in self.stages[1:]), ()]
+        return tuple(pulls(self.shares, x.coming, y) for x, y in zip(self.stages, following, strict=True))
 
     @cached_property
     def gives(self) -> bool:

@@ -114,7 +114,8 @@ class Mailboxes:
         room: bytes of a chunk.
         progress: address of memory that the host reads: two places of 4 bytes for each rank, with the number of the
             last message from it and to it that is over.
-        streams: (to, from) for each rank, in whose order writing and reading is carried out.
+        writer: stream in whose order messages are written.
+        reader: stream in whose order they are read.
         driver: copies, waits and writes.
     """
 
@@ -124,10 +125,11 @@ class Mailboxes:
         bases: Sequence[int],
         room: int,
         progress: int,
-        streams: Sequence[tuple[int, int]],
+        writer: int,
+        reader: int,
         driver: Driver,
     ) -> None:
-        self._room, self._progress, self._streams = room, progress, streams
+        self._room, self._progress, self._writer, self._reader = room, progress, writer, reader
         self._copy, self._wait, self._write = driver.copy, driver.wait, driver.write
         ranks = range(len(bases))
         self._asked = [0] * (2 * len(bases))
@@ -153,44 +155,45 @@ class Mailboxes:
             Of each message, first those received, the place in the memory of progress, and what is there when it is
             over.
         """
-        streams = self._streams
-        outgoing = [(self.to[p], streams[p][0], blocks, self._chunks(blocks)) for p, blocks in sends.items()]
-        incoming = [(self.from_[p], streams[p][1], blocks, self._chunks(blocks)) for p, blocks in receives.items()]
+        outgoing = [(self.to[p], blocks, self._chunks(blocks)) for p, blocks in sends.items()]
+        incoming = [(self.from_[p], blocks, self._chunks(blocks)) for p, blocks in receives.items()]
         levels = max([len(found) for *_, found in outgoing + incoming], default=0)
         for level in range(levels):
-            for way, stream, blocks, found in outgoing:
+            for way, blocks, found in outgoing:
                 if level < len(found):
-                    self._fill(way, stream, blocks, found[level])
+                    self._fill(way, blocks, found[level])
             if under_way is not None and level == min(levels, CHUNKS) - 1:
                 under_way()
-            for way, stream, blocks, found in incoming:
+            for way, blocks, found in incoming:
                 if level < len(found):
-                    self._empty(way, stream, blocks, found[level])
+                    self._empty(way, blocks, found[level])
         ends = []
-        for which, peers in enumerate((receives, sends)):
+        for which, (peers, stream) in enumerate(((receives, self._reader), (sends, self._writer))):
             for peer in peers:
                 place = 2 * peer + which
                 self._asked[place] += 1
                 ends.append((place, number_of(self._asked[place])))
-                self._write(streams[peer][1 - which], self._progress + 4 * place, ends[-1][1])
+                self._write(stream, self._progress + 4 * place, ends[-1][1])
         return ends
 
     def _chunks(self, blocks: list[Block]) -> tuple[tuple[Piece, ...], ...]:
         return chunks(tuple([nbytes for _, nbytes in blocks]), self._room)
 
-    def _fill(self, way: Way, stream: int, blocks: list[Block], chunk: tuple[Piece, ...]) -> None:
+    def _fill(self, way: Way, blocks: list[Block], chunk: tuple[Piece, ...]) -> None:
+        stream = self._writer
         number, times = way.turn()
         if times:
             self._wait(stream, way.emptied[number], number_of(times - 1))
-        box = way.boxes[number]
-        self._copy([(box + x.place, blocks[x.block][0] + x.offset, x.nbytes) for x in chunk], stream)
+        for x in chunk:
+            self._copy(way.boxes[number] + x.place, blocks[x.block][0] + x.offset, x.nbytes, stream)
         self._write(stream, way.filled[number], number_of(times))
 
-    def _empty(self, way: Way, stream: int, blocks: list[Block], chunk: tuple[Piece, ...]) -> None:
+    def _empty(self, way: Way, blocks: list[Block], chunk: tuple[Piece, ...]) -> None:
+        stream = self._reader
         number, times = way.turn()
         self._wait(stream, way.filled[number], number_of(times))
-        box = way.boxes[number]
-        self._copy([(blocks[x.block][0] + x.offset, box + x.place, x.nbytes) for x in chunk], stream)
+        for x in chunk:
+            self._copy(blocks[x.block][0] + x.offset, way.boxes[number] + x.place, x.nbytes, stream)
         self._write(stream, way.emptied[number], number_of(times))
 
 

@@ -9,14 +9,22 @@ Flags count calls, so a wait is for a number that is reached, in a circle of 2^3
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 
-from ringflash.parallel.transport.driver import Copy, Driver
+from torch import Tensor
+
+from ringflash.parallel.planning.pulls import Pull
+from ringflash.parallel.transport.driver import Driver
 
 APART = 64
 """Bytes from flag to flag."""
 
 CIRCLE = 1 << 32
+
+ALIGNED = 256
+"""Bytes at whose multiples each tensor begins."""
 
 
 def flag_bytes(ranks: int) -> int:
@@ -30,12 +38,12 @@ class Shelves:
     Args:
         rank: of this process.
         flags: for each rank where its flags are, as this process sees it: `flag_bytes(ranks)`, zeros at first.
-        streams: for each rank in which order of what is taken from it.
+        stream: in whose order something is taken from others.
         driver: copies, waits and writes.
     """
 
-    def __init__(self, rank: int, flags: Sequence[int], streams: Sequence[int], driver: Driver) -> None:
-        self._rank, self._flags, self._streams, self._driver = rank, flags, streams, driver
+    def __init__(self, rank: int, flags: Sequence[int], stream: int, driver: Driver) -> None:
+        self._rank, self._flags, self._stream, self._driver = rank, flags, stream, driver
         self._peers = [peer for peer in range(len(flags)) if peer != rank]
         self._calls = 0
         self._seen: set[int] = set()
@@ -52,18 +60,18 @@ class Shelves:
         for peer in self._peers:
             self._driver.write(stream, self._there(peer, self._rank), self._calls % CIRCLE)
 
-    def take(self, owner: int, copies: Sequence[Copy]) -> None:
-        """Take something from a rank's shelf."""
-        stream = self._streams[owner]
+    def take(self, owner: int, copies: Iterable[tuple[int, int, int]]) -> None:
+        """Take something from a rank's shelf: (target, source, nbytes) of each copy."""
         if owner not in self._seen:
             self._seen.add(owner)
-            self._driver.wait_from(stream, self._there(self._rank, owner), self._calls % CIRCLE)
-        self._driver.copy(copies, stream)
+            self._driver.wait_from(self._stream, self._there(self._rank, owner), self._calls % CIRCLE)
+        for target, source, nbytes in copies:
+            self._driver.copy(target, source, nbytes, self._stream)
 
     def release(self) -> None:
         """Nothing more is taken in this call."""
         for peer in self._peers:
-            self._driver.write(self._streams[peer], self._taken(peer, self._rank), self._calls % CIRCLE)
+            self._driver.write(self._stream, self._taken(peer, self._rank), self._calls % CIRCLE)
 
     def _there(self, at: int, of: int) -> int:
         """Address of the flag at a rank that says what another has laid out."""
@@ -72,3 +80,41 @@ class Shelves:
     def _taken(self, at: int, by: int) -> int:
         """Of the flag that says that another has taken all."""
         return self._flags[at] + (2 * by + 1) * APART
+
+
+# What lies where
+
+
+def bytes_to_publish(rows: Sequence[Tensor]) -> int:
+    """What tensors take on a shelf."""
+    return _places(len(rows[0]), rows)[-1] if rows else 0
+
+
+def lay_out(rows: Sequence[Tensor], shelf: Tensor) -> None:
+    """Copy tensors (rows, ...) into bytes of memory."""
+    places = _places(len(rows[0]), rows) if rows else []
+    for x, place in zip(rows, places, strict=False):
+        shelf[place : place + x.nbytes].view(x.dtype).view(x.shape).copy_(x)
+
+
+def copies(pull: Pull, shelf: int, targets: Sequence[Tensor]) -> Iterator[tuple[int, int, int]]:
+    """Target, source and bytes of what brings rows from an owner's shelf.
+
+    Args:
+        pull: which rows.
+        shelf: address of the owner's.
+        targets: contiguous tensors, like those that lie there but for the number of rows.
+    """
+    for target, place in zip(targets, _places(pull.keys, targets), strict=False):
+        row, to = _row_bytes(target), target.data_ptr()
+        for source, filled, count in pull.runs:
+            yield to + filled * row, shelf + place + source * row, count * row
+
+
+def _places(count: int, like: Sequence[Tensor]) -> list[int]:
+    """Where each tensor of so many rows lies, and where the last one ends."""
+    return list(accumulate((-(-count * _row_bytes(x) // ALIGNED) * ALIGNED for x in like), initial=0))
+
+
+def _row_bytes(x: Tensor) -> int:
+    return math.prod(x.shape[1:]) * x.element_size()

@@ -7,7 +7,6 @@ by a copy engine (`planning/machine.py`).
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import sys
@@ -15,10 +14,9 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -28,22 +26,16 @@ from triton.runtime import driver as triton_driver
 
 from ringflash.kernels.torch_private import symmetric_memory
 from ringflash.parallel.planning.pulls import Pull
-from ringflash.parallel.transport.driver import Copy, driver
+from ringflash.parallel.transport.driver import driver
 from ringflash.parallel.transport.mailboxes import APART, Block, Mailboxes, bytes_of, number_of
-from ringflash.parallel.transport.shelves import Shelves, flag_bytes
+from ringflash.parallel.transport.shelves import Shelves, copies, flag_bytes, lay_out
 
 MOST_ROOM, LEAST_ROOM, ROOMS = 24 << 20, 4 << 20, 96 << 20
 """Bytes of a chunk, and of a chunk for each rank. Of more, a message would wait longer for its first; of fewer, the
 host has more to ask for than the copy engines to do, and less of a message leaves at once."""
 
-READERS = 2
-"""Streams that read; what comes from several ranks at once uses them in turn."""
-
 LEAST_SHELF, LARGE_SHELF, PAGE = 16 << 20, 512 << 20, 2 << 20
 """Bytes to publish in: at least, from where on hardly more than needed, and multiples of."""
-
-ALIGNED = 256
-"""Bytes at whose multiples each published tensor begins."""
 
 LOOKS_EVERY = 0.5
 """Seconds."""
@@ -100,27 +92,20 @@ class SymmetricMemory:
         self._streams: dict[int, torch.cuda.Stream] = {}
         self._progress = torch.zeros(3 * ranks, dtype=torch.int32, device="cpu", pin_memory=True)
         self._asked = [0] * ranks
-        streams = [torch.cuda.Stream(device, priority=-1) for _ in range(1 + 2 * READERS)]
-        self._writer, self._takers, self._pullers = streams[0], streams[1 : 1 + READERS], streams[1 + READERS :]
+        # No more: a GPU has eight queues for streams by default, and streams that share one wait for each other.
+        self._writer, self._taker, self._puller = (torch.cuda.Stream(device, priority=-1) for _ in range(3))
         """Of messages to and from others, and of what is published, which must not wait behind those."""
         with torch.cuda.device(device):
             for peer in self._peers:
                 driver().write(self._writer.cuda_stream, peer.data_ptr(), 0)  # what is there already
         torch.cuda.synchronize(device)
         bases = [x.data_ptr() for x in self._peers]
-        both = [(self._writer.cuda_stream, self._taker(peer).cuda_stream) for peer in range(ranks)]
-        pullers = [self._puller(peer).cuda_stream for peer in range(ranks)]
-        self._mailboxes = Mailboxes(self._rank, bases, room_of(ranks), self._progress.data_ptr(), both, driver())
+        both = self._writer.cuda_stream, self._taker.cuda_stream
+        self._mailboxes = Mailboxes(self._rank, bases, room_of(ranks), self._progress.data_ptr(), *both, driver())
         flags = [base + bytes_of(ranks, room_of(ranks)) for base in bases]
-        self._published = Shelves(self._rank, flags, pullers, driver())
+        self._published = Shelves(self._rank, flags, self._puller.cuda_stream, driver())
         self._watch = _Watch(self._rank, self._progress, timeout)
         weakref.finalize(self, self._watch.over.set)
-
-    def _taker(self, peer: int) -> torch.cuda.Stream:
-        return self._takers[peer % READERS]
-
-    def _puller(self, peer: int) -> torch.cuda.Stream:
-        return self._pullers[peer % READERS]
 
     def _current(self) -> torch.cuda.Stream:
         """The current stream; torch's own function takes longer than to record an event in it."""
@@ -144,10 +129,10 @@ class SymmetricMemory:
         first: bool = False,
     ) -> Posted:
         """See `Transport`."""
-        outgoing, incoming = _blocks(sends), _blocks(receives)
+        outgoing, incoming = blocks(sends), blocks(receives)
         if not outgoing and not incoming:
             return Posted(self._current, (), ())
-        streams = [self._writer] * bool(outgoing) + list(dict.fromkeys(map(self._taker, incoming)))
+        streams = [self._writer] * bool(outgoing) + [self._taker] * bool(incoming)
         with torch.cuda.device(self._device):
             now = self.mark()
             for stream in streams:
@@ -197,32 +182,22 @@ class SymmetricMemory:
         """See `Shelf`."""
         stream = self._current().cuda_stream
         self._published.clear(stream)
-        keys = len(rows[0]) if rows else 0
-        for x, place in zip(rows, _places(keys, rows), strict=True):
-            self._shelf[place : place + x.nbytes].view(x.dtype).view(x.shape).copy_(x)
+        lay_out(rows, self._shelf)
         self._published.publish(stream)
 
     def pull(self, pulls: Sequence[Pull], targets: Sequence[Tensor], what: str, free: torch.Event) -> Posted:
         """See `Shelf`."""
-        streams = list(dict.fromkeys(self._puller(pull.owner) for pull in pulls))
+        stream = self._puller.cuda_stream
         with torch.cuda.device(self._device):
-            for stream in streams:
-                stream.wait_event(free)
+            self._puller.wait_event(free)
             for pull in pulls:
-                self._published.take(pull.owner, list(self._copies(pull, targets)))
+                self._published.take(pull.owner, copies(pull, self._shelves[pull.owner].data_ptr(), targets))
                 self._asked[pull.owner] += 1
                 place, number = 2 * len(self._peers) + pull.owner, number_of(self._asked[pull.owner])
-                driver().write(self._puller(pull.owner).cuda_stream, self._progress.data_ptr() + 4 * place, number)
+                driver().write(stream, self._progress.data_ptr() + 4 * place, number)
                 self._watch.expect(place, number, f"{what} from rank {pull.owner}")
-            events = [stream.record_event() for stream in streams]
-        return Posted(self._current, events, (targets,))
-
-    def _copies(self, pull: Pull, targets: Sequence[Tensor]) -> Iterator[Copy]:
-        shelf = self._shelves[pull.owner].data_ptr()
-        for target, place in zip(targets, _places(pull.keys, targets), strict=True):
-            row, to = row_bytes(target), target.data_ptr()
-            for source, filled, count in pull.runs:
-                yield to + filled * row, shelf + place + source * row, count * row
+            event = self._puller.record_event()
+        return Posted(self._current, [event], (targets,))
 
     def release(self) -> None:
         """See `Shelf`."""
@@ -233,22 +208,6 @@ def shelf_size(nbytes: int) -> int:
     """Bytes of a shelf for so many; somewhat more, because the next packed sequence may take more."""
     generous = 2 * nbytes if nbytes < LARGE_SHELF // 2 else max(LARGE_SHELF, nbytes + nbytes // 16)
     return -(-max(LEAST_SHELF, generous) // PAGE) * PAGE
-
-
-def row_bytes(x: Tensor) -> int:
-    """Bytes of a row of a contiguous tensor."""
-    return math.prod(x.shape[1:]) * x.element_size()
-
-
-def bytes_to_publish(rows: Sequence[Tensor]) -> int:
-    """What tensors take on a shelf."""
-    return sum(-(-x.nbytes // ALIGNED) * ALIGNED for x in rows)
-
-
-def _places(keys: int, like: Sequence[Tensor]) -> list[int]:
-    """Where each tensor of so many rows lies on a shelf."""
-    sizes = [-(-keys * row_bytes(x) // ALIGNED) * ALIGNED for x in like]
-    return list(accumulate(sizes, initial=0))[:-1]
 
 
 def allocate(ranks: int, device: torch.device) -> Tensor:
@@ -264,7 +223,7 @@ def allocate(ranks: int, device: torch.device) -> Tensor:
         torch.cuda.synchronize(device)
         with torch.cuda.device(device):
             stream, address = torch.cuda.Stream().cuda_stream, memory.data_ptr()
-            driver().copy([(address + APART, address, 4)], stream)  # a machine may not be able to
+            driver().copy(address + APART, address, 4, stream)  # a machine may not be able to
             driver().write(stream, address, 0)
             driver().wait(stream, address, 0)
         torch.cuda.synchronize(device)
@@ -302,18 +261,23 @@ def _without_multicast() -> Generator[None]:
             os.environ[name] = before
 
 
-def _blocks(pairs: Sequence[tuple[int, Tensor]]) -> dict[int, list[Block]]:
-    """By rank the memory of its tensors; those that lie one behind another are one block."""
+def blocks(pairs: Sequence[tuple[int, Tensor]]) -> dict[int, list[Block]]:
+    """By rank the memory of its tensors; parts of one allocation that lie one behind another are one block.
+
+    Two allocations may lie so too, and the driver refuses a copy that goes on from one to the other.
+    """
     found: dict[int, list[Block]] = {}
+    last: dict[int, int] = {}
     for peer, x in pairs:
         address, nbytes = x.data_ptr(), x.numel() * x.element_size()
         if not nbytes:
             continue
-        blocks = found.setdefault(peer, [])
-        if blocks and sum(blocks[-1]) == address:
-            blocks[-1] = blocks[-1][0], blocks[-1][1] + nbytes
+        of_rank, storage = found.setdefault(peer, []), x.untyped_storage().data_ptr()
+        if of_rank and sum(of_rank[-1]) == address and last[peer] == storage:
+            of_rank[-1] = of_rank[-1][0], of_rank[-1][1] + nbytes
         else:
-            blocks.append((address, nbytes))
+            of_rank.append((address, nbytes))
+        last[peer] = storage
     return found
 
 

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +29,10 @@ BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def sizes_of(batch: Mapping[str, Any]) -> tuple[int, int]:
-    """B and S."""
+    """B and S, of a batch of tensors; only boundaries of documents may be lists."""
+    for name, x in batch.items():
+        if name not in DOCUMENT_KEYS and isinstance(x, list | tuple | np.ndarray):
+            raise ArgumentError(f"{name} is {type(x).__name__}; allowed is a tensor (batch, seqlen), as collators make")
     for name, dims in (("input_ids", 2), ("inputs_embeds", 3)):
         x = batch.get(name)
         if x is not None:

@@ -97,6 +97,10 @@ def _edges(batch: Mapping[str, object], size: int, seqlen: int, seen: Tensor | N
         numbers, step = batch.get("position_ids"), 1
     if isinstance(numbers, Tensor) and numbers.dim() == 3 and numbers.shape[0] == 4:
         numbers = numbers[0]  # multimodal RoPE: Transformers reads documents from the first of four, that of text
+    if isinstance(numbers, Tensor) and numbers.dim() < 2:
+        raise ArgumentError(
+            f"{'position_ids' if step else 'seq_idx'} is {tuple(numbers.shape)}; allowed is {(size, seqlen)}"
+        )
     if not isinstance(numbers, Tensor) or numbers.dim() != 2:
         return None
     numbers = numbers.cpu().expand(size, -1)
@@ -117,11 +121,21 @@ def _edges(batch: Mapping[str, object], size: int, seqlen: int, seen: Tensor | N
     return pad(restarts, (1, 0), value=True).flatten().nonzero().flatten()
 
 
+def _boundaries(name: str, given: object) -> Tensor:
+    try:
+        edges = torch.as_tensor(given).cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(f"{name} is {type(given).__name__}: {error}; allowed are integers") from error
+    if edges.is_floating_point() or edges.is_complex() or edges.dtype == torch.bool:
+        raise ArgumentError(f"{name} is {edges.dtype}; allowed are integers")
+    return edges.long()
+
+
 def _given_boundaries(batch: Mapping[str, object], tokens: int) -> Tensor | None:
     given = {name: batch[name] for name in BOUNDARIES if batch.get(name) is not None}
     if not given:
         return None
-    edges = {name: torch.as_tensor(x).cpu().long() for name, x in given.items()}
+    edges = {name: _boundaries(name, x) for name, x in given.items()}
     name, first = next(iter(edges.items()))
     for other, x in edges.items():
         if not torch.equal(x, first):

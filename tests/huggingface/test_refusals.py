@@ -242,6 +242,14 @@ def _shard(how):
         batch["cu_seq_lens_k"] = batch["cu_seq_lens_k"][[0, 2, 3, 4]]
     elif how == "no tokens":
         del batch["input_ids"]
+    elif how in ("list of labels", "list of position_ids", "list of seq_idx"):
+        batch[how.split()[-1]] = batch["input_ids"].tolist()
+    elif how == "array of seq_idx":
+        batch["seq_idx"] = batch["input_ids"].numpy()
+    elif how == "row of position_ids":
+        batch["position_ids"] = torch.arange(length)
+    elif how in ("text of cu_seq_lens_q", "halves of cu_seq_lens_q"):
+        batch["cu_seq_lens_q"] = "all" if how.startswith("text") else [0.0, length + 0.5, 2.0 * length]
     SequenceParallel(build("llama", "ring")).shard(batch)
 
 
@@ -256,6 +264,13 @@ BATCHES = {
     "labels at padding": "labels",
     "cu_seq_lens": "cu_seq_lens",
     "no tokens": "input_ids",
+    "list of labels": "labels is list",
+    "list of position_ids": "position_ids is list",
+    "list of seq_idx": "seq_idx is list",
+    "array of seq_idx": "seq_idx is ndarray",
+    "row of position_ids": "position_ids is (",
+    "text of cu_seq_lens_q": "cu_seq_lens_q is str",
+    "halves of cu_seq_lens_q": "cu_seq_lens_q is torch.float32; allowed are integers",
 }
 
 

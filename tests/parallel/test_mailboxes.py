@@ -6,7 +6,9 @@ import threading
 import time
 from collections import deque
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +21,7 @@ from ringflash.parallel.transport.mailboxes import (
     chunks,
     number_of,
 )
+from ringflash.parallel.transport.symmetric_memory import blocks
 
 PATIENCE = 5.0
 ALIGNED = 256
@@ -67,10 +70,9 @@ class Host:
             else:
                 time.sleep(1e-5)
 
-    def copy(self, copies: list[tuple[int, int, int]], stream: int) -> None:
+    def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
         def run() -> bool:
-            for target, source, nbytes in copies:
-                self.memory[target : target + nbytes] = self.memory[source : source + nbytes]
+            self.memory[target : target + nbytes] = self.memory[source : source + nbytes]
             return True
 
         self.queues[stream].append(run)
@@ -103,12 +105,11 @@ def _ranks(host: Host, ranks: int, room: int, shared_queue: bool) -> list[Mailbo
     found = []
     for rank in range(ranks):
         out = host.stream()
-        inward = [out if shared_queue else host.stream() for _ in range(2)]
-        streams = [(out, inward[peer % 2]) for peer in range(ranks)]
+        inward = out if shared_queue else host.stream()
         progress = host.allocate(16 * ranks)
         found.append(
             Mailboxes(
-                rank, bases, room, progress, streams, Driver(host.copy, host.wait, host.wait_from, host.raise_flag)
+                rank, bases, room, progress, out, inward, Driver(host.copy, host.wait, host.wait_from, host.raise_flag)
             )
         )
         found[-1].progress_at = progress
@@ -172,7 +173,7 @@ def test_flags_count_in_a_circle():
 @pytest.mark.parametrize("ranks", [2, 8])
 def test_addresses_of_two_ranks_mailboxes_do_not_meet(ranks):
     bases, room = [ALIGNED * 10_000 * rank for rank in range(ranks)], ALIGNED
-    boxes = [Mailboxes(rank, bases, room, 0, [(0, 0)] * ranks, Driver(None, None, None, None)) for rank in range(ranks)]
+    boxes = [Mailboxes(rank, bases, room, 0, 0, 0, Driver(None, None, None, None)) for rank in range(ranks)]
     used = set()
     for rank in range(ranks):
         for peer in range(ranks):
@@ -184,3 +185,22 @@ def test_addresses_of_two_ranks_mailboxes_do_not_meet(ranks):
                 used.update(span)
             assert len(mine.boxes) == CHUNKS
     assert max(used) < bases[-1] + bytes_of(ranks, room)
+
+
+def test_blocks_never_go_on_from_one_allocation_to_another():
+    both = torch.empty(20)
+    first, second, other = both[:7], both[7:19], torch.empty(3)
+    bytes_of_7, bytes_of_12 = 28, 48
+    address = first.data_ptr()
+    assert blocks([(1, first), (2, other), (1, second)]) == {
+        1: [(address, bytes_of_7 + bytes_of_12)],
+        2: [(other.data_ptr(), 12)],
+    }
+    assert blocks([(1, second), (1, first)])[1] == [(address + bytes_of_7, bytes_of_12), (address, bytes_of_7)]
+    for _ in range(50):  # small allocations of a CPU often lie one behind another
+        x, y = (torch.empty(16) for _ in range(2))
+        assert len(blocks([(0, x), (0, y)])[0]) == 2
+    page = np.zeros(64, dtype=np.uint8)  # so that it is certain
+    x, y = torch.from_numpy(page[:32]), torch.from_numpy(page[32:])
+    assert x.data_ptr() + 32 == y.data_ptr()
+    assert blocks([(0, x), (0, y)])[0] == [(x.data_ptr(), 32), (y.data_ptr(), 32)]

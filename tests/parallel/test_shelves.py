@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 import time
 
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_mailboxes import PATIENCE, Host
 
+from ringflash.parallel.planning.pulls import pulls
+from ringflash.parallel.positions.segments import count, normalize
 from ringflash.parallel.transport.driver import Driver
-from ringflash.parallel.transport.shelves import Shelves, flag_bytes
+from ringflash.parallel.transport.shelves import Shelves, bytes_to_publish, copies, flag_bytes, lay_out
 
 BYTES = 64
 
@@ -27,7 +31,7 @@ def test_ranks_take_what_was_laid_out_in_the_same_call_whoever_takes_what_and_wh
     flags = [host.allocate(flag_bytes(ranks)) for _ in range(ranks)]
     shelves = [host.allocate(BYTES) for _ in range(ranks)]
     main = [host.stream() for _ in range(ranks)]
-    streams = [[main[rank] if shared_queue else host.stream() for _ in range(ranks)] for rank in range(ranks)]
+    streams = [main[rank] if shared_queue else host.stream() for rank in range(ranks)]
     parts = [Shelves(rank, flags, streams[rank], driver) for rank in range(ranks)]
     expected = []
 
@@ -35,7 +39,7 @@ def test_ranks_take_what_was_laid_out_in_the_same_call_whoever_takes_what_and_wh
         laid_out = host.allocate(BYTES)
         host.write(laid_out, _text(rank, call))
         parts[rank].clear(main[rank])
-        host.copy([(shelves[rank], laid_out, BYTES)], main[rank])
+        host.copy(shelves[rank], laid_out, BYTES, main[rank])
         parts[rank].publish(main[rank])
         for owner in range(ranks):
             for _ in range(0 if owner == rank else pace.choice((0, 1, 2))):
@@ -60,3 +64,32 @@ def test_ranks_take_what_was_laid_out_in_the_same_call_whoever_takes_what_and_wh
     assert done
     for target, text in expected:
         assert bytes(host.memory[target : target + len(text)]) == text
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), ranks=st.integers(1, 4), length=st.integers(1, 60), with_visible=st.booleans())
+def test_copies_bring_the_rows_that_a_stage_reads_from_wherever_they_lie(data, ranks, length, with_visible):
+    owner_of = data.draw(st.lists(st.integers(0, ranks - 1), min_size=length, max_size=length))
+    shares = [(rank, normalize((i, i + 1) for i in range(length) if owner_of[i] == rank)) for rank in range(ranks)]
+    generator = torch.Generator().manual_seed(length)
+    whole = [torch.randn(length, 2, 3, generator=generator), torch.randn(length, 2, 5, generator=generator).bfloat16()]
+    whole += [torch.randint(2, (length,), dtype=torch.uint8, generator=generator)] if with_visible else []
+    own = [[x[[i for i in range(length) if owner_of[i] == rank]] for x in whole] for rank in range(ranks)]
+    room = max(map(bytes_to_publish, own))
+    shelves = [torch.zeros(room, dtype=torch.uint8) for _ in range(ranks)]
+    for rows, shelf in zip(own, shelves, strict=True):
+        lay_out(rows, shelf)
+    wanted = data.draw(st.lists(st.booleans(), min_size=length, max_size=length))
+    by_move = [normalize((i, i + 1) for i in range(length) if wanted[i] and i % 2 == odd) for odd in (1, 0)]
+    coming = tuple(segment for segments in by_move for segment in segments)
+    read = [data.draw(st.booleans()) for _ in range(length)]
+    targets = [x.new_zeros(count(coming), *x.shape[1:]) for x in whole]
+    for pull in pulls(shares, coming, normalize((i, i + 1) for i in range(length) if read[i])):
+        assert pull.keys == len(own[pull.owner][0])
+        for target, source, nbytes in copies(pull, shelves[pull.owner].data_ptr(), targets):
+            ctypes.memmove(target, source, nbytes)
+    positions = [i for start, stop in coming for i in range(start, stop)]
+    for x, target in zip(whole, targets, strict=True):
+        here = torch.tensor([read[i] for i in positions], dtype=torch.bool)
+        assert torch.equal(target[here], x[positions][here])
+        assert not target[~here].any()

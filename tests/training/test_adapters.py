@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import re
+
 import peft
 import pytest
 import torch
@@ -75,6 +79,14 @@ def test_all_linear_modules_but_the_head_get_adapters_unless_some_are_named(tmp_
     assert all(map(is_adapter, learned))
 
 
+def test_linear_modules_that_give_more_than_a_product_get_none(tmp_path):
+    path = write_folder(tmp_path, model_type="llama4_text", head_dim=8, num_local_experts=4, intermediate_size_mlp=48)
+    model = Pretrained(ModelConfig(path=str(path)), lora=LoraConfig(rank=2))
+    adapted = [name for name, _ in model.named_parameters() if ".lora_" in name]
+    assert any("q_proj" in name for name in adapted)
+    assert not any("router" in name for name in adapted)
+
+
 @pytest.fixture(scope="module")
 def tuned(pool, folder):
     pool(2).run(_tune, folder, "lora", "lora.rank=4", "engine=zero2", "checkpoint.every=3", "optimizer.lr=2e-2")
@@ -98,6 +110,46 @@ def test_a_checkpoint_holds_adapters_alone_and_an_export_what_they_add(tuned, tm
         torch.testing.assert_close(found.get_parameter(name), expected.bfloat16(), rtol=1e-2, atol=1e-4)
 
 
+def _tune_there(folder, name):
+    with contextlib.chdir(folder):
+        _tune(folder, name, "model.path=model", "lora.rank=4", "train.steps=1", "checkpoint.every=1")
+
+
+def test_adapters_are_exported_from_anywhere_as_long_as_their_folder_is_where_it_was(pool, folder, tmp_path):
+    pool(1).run(_tune_there, folder, "lora-there")
+    export(folder / "lora-there", tmp_path / "out")
+    state = folder / "lora-there" / "checkpoints" / "step-00000001" / "state.json"
+    assert json.loads(state.read_text())["model"]["folder"] == str(folder / "model")
+    (folder / "model").rename(folder / "moved")
+    try:
+        with pytest.raises(CheckpointError, match=rf"are no longer in {folder / 'model'}"):
+            export(folder / "lora-there", tmp_path / "again")
+    finally:
+        (folder / "moved").rename(folder / "model")
+
+
+def test_adapters_of_experts_and_their_router_are_exported_too(pool, folder, tmp_path):
+    shape = {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 16,
+    }
+    shape |= {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    shape |= {"first_k_dense_replace": 1, "n_shared_experts": 1, "num_key_value_heads": 4}
+    model = write_folder(tmp_path / "model", model_type="deepseek_v3", **shape)
+    job = (f"model.path={model}", "lora.rank=4", "train.steps=1", "optimizer.warmup_steps=0", "optimizer.lr=2e-2")
+    pool(2).run(_tune, folder, "lora-experts", *job)
+    export(folder / "lora-experts", tmp_path / "out")  # compares logits before and after
+    before, after = (load_file(path / "model.safetensors") for path in (model, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    assert not torch.equal(
+        before["model.layers.1.mlp.experts.0.up_proj.weight"].bfloat16(),
+        after["model.layers.1.mlp.experts.0.up_proj.weight"],
+    )
+
+
 def test_adapters_go_on_bit_for_bit_but_not_upon_other_weights_or_otherwise_scaled(pool, tuned, tmp_path):
     middle = f"checkpoint.resume={tuned / 'lora' / 'checkpoints' / 'step-00000003'}"
     job = (middle, "lora.rank=4", "engine=zero2", "optimizer.lr=2e-2")
@@ -109,6 +161,8 @@ def test_adapters_go_on_bit_for_bit_but_not_upon_other_weights_or_otherwise_scal
     for outcome in pool(2).outcomes(_tune, tuned, "lora-scaled", *job, "lora.alpha=3"):
         assert isinstance(outcome.error, CheckpointError)
         assert "its adapters had other lora.alpha: None, here 3.0" in str(outcome.error)
+    for outcome in pool(2).outcomes(_tune, tuned, "lora-whole", middle):
+        assert "holds adapters alone, for lora.rank=4; `python -m ringflash.export` makes a fol" in str(outcome.error)
     other = write_folder(tmp_path / "other", tie_word_embeddings=True)
     weights = load_file(other / "model.safetensors")
     weights["model.norm.weight"] += 1
@@ -122,6 +176,9 @@ def test_adapters_that_cannot_be_are_refused_by_name(tmp_path, monkeypatch):
     with pytest.raises(ArgumentError, match=r"lora\.rank=4 is for a model of a folder; give model\.path"):
         check(load(["lora.rank=4"]), 1)
     path = write_folder(tmp_path)
+    for key in ("lora.alpha=4.0", "lora.target_modules=['q_proj']"):  # would train all weights without a word
+        with pytest.raises(ArgumentError, match=re.escape(f"{key} without adapters; give lora.rank too")):
+            check(load([key]), 1)
     with pytest.raises(ArgumentError, match=r"lora\.target_modules=\['nowhere'\]: "):
         Pretrained(ModelConfig(path=str(path)), lora=LoraConfig(rank=4, target_modules=["nowhere"]))
     monkeypatch.setattr("ringflash.training.extras.find_spec", lambda name: None)

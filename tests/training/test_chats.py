@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import math
 from collections import Counter
 
 import numpy as np
@@ -130,26 +131,45 @@ def _config(folder, tokenizer, path, **others):
 
 # Reading
 
-ROWS = [
-    {"messages": [turn("user", "grüße"), turn("assistant", "hi")], "id": 1},
-    {"messages": None},
-    {"messages": [turn("user", "x"), {**turn("assistant", "y"), "name": "z"}]},
-    {"messages": []},
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+TAUGHT = [
+    [turn("user", "grüße"), turn("assistant", "hi")],
+    [turn("system", ""), turn("user", "x"), {**turn("assistant", "y"), "name": "z"}],
+    [turn("user", "x"), CALL, turn("tool", "1"), turn("assistant", "one")],
+]
+SILENT = [
+    None,
+    [],
+    [turn("user", None), turn("assistant", "hi")],
+    [turn("user", "x"), turn("assistant", None)],
+    [turn("user", "x"), turn("assistant", "")],
+    [turn("user", "x"), {"role": "assistant"}],
 ]
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "ndjson", "json", "parquet", "jsonl.gz", "JSONL"])
-def test_chats_are_read_alike_from_every_kind_of_file(tmp_path, suffix):
+@pytest.mark.parametrize("taught", [TAUGHT, []], ids=["some", "silent"])
+def test_chats_are_read_alike_from_every_kind_of_file(tmp_path, suffix, taught):
     file = tmp_path / f"chats.{suffix}"
-    text = json.dumps(ROWS) if suffix == "json" else "\n".join(map(json.dumps, ROWS))
+    rows = [{"messages": messages, "id": number} for number, messages in enumerate([*SILENT, *taught])]
+    text = json.dumps(rows) if suffix == "json" else "\n".join(map(json.dumps, rows))
     if suffix == "parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), file)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
     else:
         file.write_bytes(gzip.compress(text.encode()) if suffix.endswith("gz") else text.encode())
     passed_over = PassedOver()
     found = [json.loads(chat) for chat in read_documents(file, None, passed_over)]
-    assert found == [{"messages": ROWS[0]["messages"]}, {"messages": ROWS[2]["messages"]}]
-    assert passed_over.counts[WITHOUT_TEXT][0] == 2
+    call = {name: value for name, value in CALL.items() if value is not None}
+    assert found == [{"messages": [call if each is CALL else each for each in messages]} for messages in taught]
+    assert passed_over.counts[WITHOUT_TEXT][0] == len(SILENT)
+
+
+@pytest.mark.parametrize("parts", [[{"type": "text", "text": "a "}, {"type": "text", "text": "b"}], ["a ", "b"]])
+def test_parts_of_text_are_one_text_whatever_the_template_does_with_lists(tmp_path, parts):
+    rows = [{"messages": [turn("user", parts), turn("assistant", "c")]}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (found,) = read_documents(tmp_path / "a.jsonl", None, PassedOver())
+    assert json.loads(found) == {"messages": [turn("user", "a b"), turn("assistant", "c")]}
 
 
 @pytest.mark.parametrize(
@@ -158,6 +178,11 @@ def test_chats_are_read_alike_from_every_kind_of_file(tmp_path, suffix):
         ([{"text": "x"}], "no row of .* has messages, or prompt and completion; its fields are text"),
         ([{"messages": "hello"}], "line 1: messages is no list"),
         ([{"messages": [{"from": "human"}]}], "line 1: messages, message 1, has no role"),
+        ([{"messages": [turn("user", 3)]}], "line 1: messages, message 1, has content that is a number"),
+        ([{"messages": [turn("user", math.nan)]}], "line 1: messages, message 1, has content that is a number"),
+        ([{"messages": [turn("user", {"a": "b"})]}], "line 1: messages, message 1, has content that is an object"),
+        ([{"messages": [turn("user", [{"type": "image"}])]}], "line 1: messages, message 1, has parts of image"),
+        ([{"messages": [turn("user", [3])]}], "line 1: messages, message 1, has parts of a number"),
         ([{"conversations": []}], "line 1 has conversations; name it messages"),
         ([{"prompt": "a", "completion": [turn("assistant", "b")]}], "line 1: prompt and completion must both be text"),
         ([[1]], "line 1 is no object"),

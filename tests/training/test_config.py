@@ -28,6 +28,7 @@ def test_every_file_of_every_group_composes_to_values_that_pass(file, tmp_path):
     (tmp_path / "config.json").touch()
     others = {
         "pretrained": [f"model.path={tmp_path}"],
+        "finetune_long": [f"model.path={tmp_path}"],
         "chat": [f"data.path={tmp_path}", f"data.tokenizer={tmp_path}"],
     }
     config = load([f"{file.parent.name}={file.stem}", *others.get(file.stem, [])])
@@ -77,6 +78,10 @@ def test_a_key_that_does_not_exist_is_refused_by_its_name_and_never_advised_to_b
         ("train.steps.x=1", "train.steps.x is no configuration key; train.steps is a value"),
         ("model@x=tiny", "x is no configuration key; allowed here are attention"),
         ("=3", "=3 names no key; allowed are key=value and group=file"),
+        (
+            "data.mixture=[{path: x, weigth: 1}]",
+            "data.mixture[...].weigth is no configuration key; allowed here are format",
+        ),
     ],
 )
 def test_what_names_neither_a_key_nor_a_groups_file_is_refused_in_our_words(override, said):

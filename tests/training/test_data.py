@@ -113,6 +113,15 @@ def test_so_many_validation_sequences_are_the_same_predictions_whatever_batch_an
     assert sum(num_bytes for part in parts for _, num_bytes in part) == expected_bytes
 
 
+def test_so_many_validation_sequences_of_a_mixture_are_some_of_each_source():
+    parts = [pack for lengths in ([40], [9], [30]) for pack in whole(documents(lengths), 8)]
+    found = ValidationBatches(parts, 1, sequences=5)
+    firsts = [counted.batch["input_ids"].tolist() for counted in found]
+    expected = [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1)]
+    assert firsts == [[parts[part][index].input_ids.tolist()] for part, index in expected]
+    assert sum(counted.num_bytes for counted in ValidationBatches(parts, 1)) == 40 + 9 + 30
+
+
 @given(lengths=some_lengths, seqlen=st.integers(2, 20), seed=st.integers(0, 3))
 def test_an_epoch_predicts_every_token_at_most_once_and_drops_only_the_tail(lengths, seqlen, seed):
     docs = documents(lengths)
@@ -450,3 +459,10 @@ def test_what_is_named_to_validate_on_is_all_that_is_held_out(text_folder, tmp_p
     assert sum(packing[i].num_bytes for i in range(len(packing))) == len(decoded)
     assert found.corpus.tokenizer.vocab_size == found.tokenizer.vocab_size
     assert found.identity != split.identity
+    data.validation = str(tmp_path / "absent")
+    with pytest.raises(DataError, match=r"^data\.validation=.*absent: no such file or folder"):
+        read_data(config)
+    (tmp_path / "bad.jsonl").write_text('{"text": 3}')
+    data.validation = str(tmp_path / "bad.jsonl")
+    with pytest.raises(DataError, match=r"^data\.validation: .*bad\.jsonl, line 1: data\.text_field=text is a number"):
+        read_data(config)

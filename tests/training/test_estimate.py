@@ -42,22 +42,24 @@ def _live_bytes():
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def _lasting_bytes(name):
+def _lasting_bytes(name, optimizer):
     before = _live_bytes()
     shape = ModelConfig(128, 256, 4, 4, 2, head_dim=32)
     model = recipe.build(dist.group.WORLD, model=shape, device="meta", dtype=torch.bfloat16)
-    engine = create_engine(model, CPU, EngineConfig(name), recipe.OPTIMIZER)
+    engine = create_engine(model, CPU, EngineConfig(name), dataclasses.replace(recipe.OPTIMIZER, name=optimizer))
     if name == "ddp":  # its gradients and its optimizer's state come with the first step
         engine.train_step([model.shard(recipe.batches(0)[1])], 1e-3)
     return sum(weight.numel() for weight in model.parameters()), _live_bytes() - before
 
 
-@pytest.mark.parametrize("name", ["ddp", "zero1", "zero3"])
-def test_weights_gradients_and_optimizer_take_what_is_said(pool, name):
+@pytest.mark.parametrize(
+    ("name", "optimizer"), [("ddp", "adamw"), ("ddp", "muon"), ("zero1", "adamw"), ("zero3", "adamw")]
+)
+def test_weights_gradients_and_optimizer_take_what_is_said(pool, name, optimizer):
     sizes = _sized([f"engine={name}", "engine.precision=bf16"], 2)
-    for weights, found in pool(2).run(_lasting_bytes, name):
+    for weights, found in pool(2).run(_lasting_bytes, name, optimizer):
         same = dataclasses.replace(sizes, weights=weights)
-        said = _fixed(name, same, 2)
+        said = _fixed(name, same, 2, optimizer)
         lasting = said["parameters"] + said["gradients"] + said["optimizer"]
         lasting += 2 * BUCKET if name == "zero3" else 0
         assert found == pytest.approx(lasting, rel=0.02)

@@ -87,12 +87,18 @@ def test_logits_that_differ_from_the_runs_are_an_error(runs, tmp_path, monkeypat
     monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", spoilt)
     with pytest.raises(CheckpointError, match=r"its logits differ by .* of the largest from those of the run"):
         exporting.export(runs / "bpe", tmp_path / "out")
+    assert not list(tmp_path.iterdir())  # nothing that looks like a model is left
 
 
 def test_what_cannot_be_exported_is_refused_by_name(pool, runs, tmp_path, capsys):
     (tmp_path / "there").write_text("")
     with pytest.raises(ArgumentError, match=r"there is there already; give a new folder"):
         exporting.export(runs / "bpe", tmp_path / "there")
+    for size in ("abc", "0GB", "5", "-1GB"):
+        with pytest.raises(ArgumentError, match=rf"--shard-size={size}; allowed are numbers with KB"):
+            exporting.export(runs / "bpe", tmp_path / "out", size)
+    with pytest.raises(ArgumentError, match=r"there/out: cannot write there: "):
+        exporting.export(runs / "bpe", tmp_path / "there" / "out")
     with pytest.raises(CheckpointError, match=r"no complete checkpoint in it, nor is it one"):
         exporting.export(tmp_path, tmp_path / "out")
     pool(1).run(_train, tmp_path, "window", "attention=sliding_window", "train.steps=1", "data.max_bytes=60000")

@@ -58,11 +58,12 @@ def settings(folder, run, *overrides):
 
 
 def _tune(folder, run, *overrides):
-    streaming.BLOCK_SEQUENCES = 5  # so that streams of few chats have several blocks
     config = settings(folder, run, *overrides)
     check(config, torch.distributed.get_world_size())
     agree(config)
-    train(config, torch.device("cpu"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streaming, "BLOCK_SEQUENCES", 5)  # so that streams of few chats have several blocks
+        train(config, torch.device("cpu"))
     return losses(folder / run)
 
 

@@ -197,6 +197,16 @@ def test_speed_counts_training_and_neither_validations_nor_checkpoints(pool, fol
     [
         (["checkpoint.resume=never"], ArgumentError, "already holds step-00000006; give another run_dir"),
         (["model.hidden_size=32"], CheckpointError, "is of another model: embed_tokens.weight"),
+        (
+            ["model.rope_theta=5e5"],
+            CheckpointError,
+            "model: rope_theta is 10000.0 there and 500000.0 here; checkpoint.w",
+        ),
+        (
+            ["attention=sliding_window"],
+            CheckpointError,
+            "model: attention.mask is causal there and sliding_window here",
+        ),
         (["data.max_bytes=300000"], CheckpointError, "documents"),
         (["train.seqlen=256"], CheckpointError, "seqlen=512, here it is 256"),
     ],

@@ -7,12 +7,15 @@ import dataclasses
 import pytest
 import recipe
 import torch
-from test_continuing import _weights
+from safetensors.torch import load_file
+from test_finetuning import STEPS, _tune
+from test_finetuning import folder as folder
 from test_loop import _train
 from transformers import get_scheduler
 
 from ringflash.configs.schema import SCHEDULES, OptimizerConfig
 from ringflash.errors import ArgumentError, CheckpointError
+from ringflash.training.checkpoint.files import OPTIMIZER, WEIGHTS
 from ringflash.training.config.checks import check
 from ringflash.training.config.composing import load
 from ringflash.training.config.derived import steps_of
@@ -109,25 +112,77 @@ def test_two_ranks_train_by_muon_as_one_device_does(pool):
                 torch.testing.assert_close(state[name], tensor, rtol=0, atol=atol, msg=lambda m, n=name: n + m)
 
 
-def test_a_run_by_muon_goes_on_bit_for_bit_and_not_by_another_optimizer(pool, tmp_path):
-    job = ("optimizer.name=muon", "data.max_bytes=60000")
+def _goes_on(pool, tmp_path, name):
+    """Go on from the middle of a run over two ranks, bit for bit; returns its losses and the middle's checkpoint."""
+    job = (f"optimizer.name={name}", "data.max_bytes=60000")
     whole = pool(2).run(_train, tmp_path, "whole", "checkpoint.every=3", *job)[0]
-    middle = f"checkpoint.resume={tmp_path / 'whole' / 'checkpoints' / 'step-00000003'}"
-    rest = pool(2).run(_train, tmp_path, "rest", middle, *job)[0]
+    middle = tmp_path / "whole" / "checkpoints" / "step-00000003"
+    rest = pool(2).run(_train, tmp_path, "rest", f"checkpoint.resume={middle}", *job)[0]
     assert rest == {step: loss for step, loss in whole.items() if step > 3}
-    first, second = (_weights(tmp_path / run) for run in ("whole", "rest"))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    for outcome in pool(2).outcomes(_train, tmp_path, "other", middle, "data.max_bytes=60000"):
+    for file in (WEIGHTS, OPTIMIZER):
+        first, second = (
+            load_file(tmp_path / run / "checkpoints" / "step-00000006" / file) for run in ("whole", "rest")
+        )
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first)
+    return whole, middle
+
+
+def test_a_run_by_muon_goes_on_bit_for_bit_and_not_by_another_optimizer(pool, tmp_path):
+    _, middle = _goes_on(pool, tmp_path, "muon")
+    for outcome in pool(2).outcomes(_train, tmp_path, "other", f"checkpoint.resume={middle}", "data.max_bytes=60000"):
         assert isinstance(outcome.error, CheckpointError)
         assert "holds what optimizer.name=muon keeps, here it is adamw" in str(outcome.error)
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw_8bit"])
+def test_optimizers_of_matrices_train_adapters_which_are_nothing_else(pool, folder, name):
+    if name == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
+    job = (f"optimizer.name={name}", "lora.rank=4", "optimizer.lr=2e-2")
+    curve = pool(2).run(_tune, folder, f"adapters-{name}", *job)[0]
+    assert curve[STEPS] < curve[1] - 0.1
+
+
+# 8 bits
+
+
+def test_moments_in_8_bits_learn_nearly_what_others_do_and_go_on_bit_for_bit_on_any_ranks(pool, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    found, middle = _goes_on(pool, tmp_path, "adamw_8bit")
+    expected = pool(2).run(_train, tmp_path, "adamw", "checkpoint.every=3", "data.max_bytes=60000")[0]
+    first = {1: expected[1], 2: expected[2]}  # moments are rounded only behind the first step
+    assert {1: found[1], 2: found[2]} == pytest.approx(first, rel=1e-5)
+    assert found == pytest.approx(expected, rel=0.01)
+    kept, others = (load_file(tmp_path / run / "checkpoints" / middle.name / OPTIMIZER) for run in ("whole", "adamw"))
+    coarse = {key.removeprefix("exp_avg_largest/") for key in kept if key.startswith("exp_avg_largest/")}
+    assert "layers.1.mlp.up_proj.weight" in coarse
+    assert "embed_tokens.weight" not in coarse
+    for name in coarse:
+        moment, largest = kept[f"exp_avg/{name}"], kept[f"exp_avg_largest/{name}"]
+        assert len((moment.flatten()[:256] / largest[0]).unique()) < 256  # 8 bits
+        assert (moment - others[f"exp_avg/{name}"]).norm() < 0.1 * moment.norm(), name
+    job = (f"checkpoint.resume={middle}", "optimizer.name=adamw_8bit", "data.max_bytes=60000")
+    assert pool(4).run(_train, tmp_path, "four", *job)[0] == pytest.approx(
+        {4: found[4], 5: found[5], 6: found[6]}, rel=1e-3
+    )
 
 
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
         (["optimizer.name=muon", "engine=zero2"], "optimizer.name=muon with engine.name=zero2, which cuts matrices"),
+        (["optimizer.name=adamw_8bit", "engine=zero3"], "optimizer.name=adamw_8bit with engine.name=zero3, which cuts"),
         (["optimizer.schedule=reduce_lr_on_plateau"], "optimizer.schedule='reduce_lr_on_plateau'; allowed are warmup_"),
         (["train.epochs=0"], "train.epochs=0.0; it must be positive"),
+        (
+            ["optimizer.decay_steps=5"],
+            "optimizer.decay_steps=5 is for optimizer.schedule=warmup_stable_decay, here it is",
+        ),
+        (
+            ["optimizer.schedule=warmup_stable_decay", "optimizer.decay_steps=95", "train.steps=100"],
+            "optimizer.decay_steps=95 and optimizer.warmup_steps=10 are more than train.steps=100",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(overrides, said):
@@ -136,7 +191,15 @@ def test_what_cannot_work_is_refused_by_name(overrides, said):
     assert said in str(refused.value)
 
 
-def test_schedules_of_transformers_need_it(monkeypatch):
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("optimizer.schedule=linear", "optimizer.schedule=linear needs transformers: pip install 'ringflash"),
+        ("optimizer.name=adamw_8bit", "optimizer.name=adamw_8bit needs bitsandbytes: pip install 'ringflash"),
+    ],
+)
+def test_optional_libraries_are_named(monkeypatch, override, said):
     monkeypatch.setattr("ringflash.training.extras.find_spec", lambda name: None)
-    with pytest.raises(ArgumentError, match=r"optimizer\.schedule=linear needs transformers: pip install"):
-        check(load(["optimizer.schedule=linear"]), 1)
+    with pytest.raises(ArgumentError) as refused:
+        check(load([override]), 1)
+    assert str(refused.value).startswith(said)

@@ -14,6 +14,7 @@ import recipe
 import torch
 import torch.distributed as dist
 from folders import write_folder
+from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -290,6 +291,47 @@ def test_rope_parameters_are_those_of_transformers(folder, rope):
     assert not torch.equal(ours.inv_freq, empty_model(read_config(folder), "").model.rotary_emb.inv_freq)
 
 
+@pytest.mark.parametrize(
+    ("rope", "said"),
+    [
+        ({"rope_type": "yarn"}, "rope_type=yarn needs model.rope_parameters.factor"),
+        ({"rope_type": "llama3", "factor": 2.0}, "rope_type=llama3 needs model.rope_parameters.low_freq_factor"),
+        ({"factor": 2.0}, "factor=2.0 means nothing to rope_type=default, which takes rope_theta"),
+        ({"rope_type": "linear", "factor": 2.0, "beta_fast": 3.0}, "beta_fast=3.0 means nothing to rope_type=linear"),
+        (
+            {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0] * 4},
+            "short_factor has 1 numbers; allow",
+        ),
+    ],
+)
+def test_numbers_of_a_rotary_embedding_that_would_be_missed_or_ignored_are_refused(folder, rope, said):
+    with pytest.raises(ArgumentError) as refused:
+        changed(read_config(folder), ModelConfig(rope_parameters=RopeParametersConfig(**rope)), 1024)
+    assert str(refused.value).startswith(f"model.rope_parameters.{said}")
+
+
+def test_a_rotary_embedding_that_the_models_own_class_reads_as_another_is_refused(tmp_path):
+    write_folder(tmp_path, model_type="phi3", pad_token_id=0)
+    rope = RopeParametersConfig(rope_type="yarn", factor=4.0)
+    with pytest.raises(ArgumentError, match=r"model\.rope_parameters\.rope_type=yarn: Phi3Config refuses it"):
+        changed(read_config(tmp_path), ModelConfig(rope_parameters=rope), 1024)
+
+
+def test_a_width_of_heads_that_config_json_leaves_open_is_worked_out_for_another_rotary_embedding(tmp_path):
+    write_folder(tmp_path, model_type="mixtral", head_dim=None)
+    rope = RopeParametersConfig(rope_type="yarn", factor=4.0)
+    found = empty_model(changed(read_config(tmp_path), ModelConfig(rope_parameters=rope), 1024), "")
+    assert found.model.rotary_emb.inv_freq.shape == (4,)
+
+
+def test_another_type_of_rotary_embedding_rotates_the_same_part_of_a_head(tmp_path):
+    write_folder(tmp_path, model_type="stablelm", partial_rotary_factor=0.5)
+    rope = RopeParametersConfig(rope_type="linear", factor=4.0)
+    before, after = (read_config(tmp_path), changed(read_config(tmp_path), ModelConfig(rope_parameters=rope), 128))
+    slow, fast = (empty_model(each, "").model.rotary_emb.inv_freq for each in (after, before))
+    torch.testing.assert_close(slow, fast / 4)
+
+
 # Refusals
 
 
@@ -303,12 +345,18 @@ def test_rope_parameters_are_those_of_transformers(folder, rope):
         (["model.path={folder}", "model.rope_scaling.factor=2"], "model.rope_scaling.factor=2.0 beside model.path="),
         (["model.rope_parameters.factor=2"], "model.rope_parameters.factor=2.0 is for model.path"),
         (["model=pretrained"], "model.hidden_size=0; allowed are 1 and more, or a folder in model.path"),
+        (["model.path={folder}", "data.tokenizer=bytes"], "data.tokenizer=bytes beside model.path="),
+        (["model.path={folder}", "train.seqlen=7"], "train.seqlen=7 is less than two tokens for each of the 4 ranks"),
+        (
+            ["model.path={folder}", "model.rope_parameters.rope_type=su"],
+            "rope_type='su'; allowed are default, linear, dyn",
+        ),
     ],
 )
 def test_keys_that_a_folder_does_not_go_with_are_refused_by_name(folder, overrides, said):
     config = load([override.format(folder=folder) for override in overrides])
     with pytest.raises(ArgumentError) as refused:
-        check(config, 1)
+        check(config, 4)
     assert said in str(refused.value)
 
 
@@ -323,8 +371,6 @@ def _break_file(folder):
 
 
 def _leave_one_out(folder):
-    from safetensors.torch import load_file, save_file
-
     weights = load_file(folder / "model.safetensors")
     del weights["model.norm.weight"]
     save_file(weights, folder / "model.safetensors")
@@ -343,10 +389,45 @@ def _change_config(**change):
     return write
 
 
+def _damage(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
 def _load(path):
     model = Pretrained(ModelConfig(path=str(path)))
     for name, weight in model.named_parameters():
         model.initialise(name, torch.empty_like(weight, device="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "shape", "said"),
+    [
+        ("mamba", {}, "is of type linear_attention"),
+        ("minimax", {"num_local_experts": 2}, "is of type linear_attention"),
+        ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2}, "computes attention itself"),
+        ("falcon", {}, "a falcon computes attention itself"),
+    ],
+)
+def test_models_whose_packed_documents_would_see_each_other_are_refused_on_one_rank_too(
+    tmp_path, model_type, shape, said
+):
+    write_folder(tmp_path, model_type=model_type, **shape)
+    with pytest.raises(ArgumentError, match=rf"model\.path=.*{said}"):
+        Pretrained(ModelConfig(path=str(tmp_path)))
+
+
+def test_tensors_that_a_model_has_no_place_for_are_counted(tmp_path, folder):
+    assert not Pretrained(ModelConfig(path=str(folder))).passed_over()
+    shutil.copytree(folder, tmp_path / "copy")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)  # as older versions wrote
+    save_file(weights, tmp_path / "copy" / "model.safetensors", metadata={"format": "pt"})
+    assert not Pretrained(ModelConfig(path=str(tmp_path / "copy"))).passed_over()
+    _change_config(num_hidden_layers=1)(tmp_path / "copy")
+    said = Pretrained(ModelConfig(path=str(tmp_path / "copy"))).passed_over()
+    assert said.startswith(
+        "passed over: tensors of model.path that the model has no place for (9, the first is model.la"
+    )
 
 
 def test_code_in_a_folder_is_never_run(tmp_path, folder):
@@ -374,8 +455,15 @@ def test_code_in_a_folder_is_never_run(tmp_path, folder):
         (_change_config(attention_dropout=0.1), ArgumentError, "attention has dropout"),
         (_change_config(model_type="xyz"), DataError, "cannot read its config.json"),
         (_change_config(model_type="t5"), ArgumentError, "model.path="),
+        (_change_config(num_attention_heads=3), DataError, "cannot read its config.json: Class validation error"),
+        (_change_config(hidden_size=-4), ArgumentError, "its config.json gives no model: "),
+        (_change_config(hidden_size="32"), DataError, "expected int, got str"),
+        (_change_config(hidden_act="what"), ArgumentError, "its config.json gives no model: KeyError: 'what'"),
+        (_damage("model.safetensors.index.json", '{"weight_map": {"a": 3}}'), DataError, "index.json: TypeError("),
+        (_damage("generation_config.json", "[]"), DataError, "generation_config.json holds no object; copy it anew"),
+        (_damage("generation_config.json", "{"), DataError, "generation_config.json: Expecting property name"),
     ],
-    ids=["file", "absent", "parameter", "index", "shape", "quantized", "dropout", "unknown", "encoder"],
+    ids=lambda value: None if callable(value) or isinstance(value, type) else value[:20],
 )
 def test_a_folder_that_cannot_be_trained_is_refused_with_what_is_wrong(tmp_path, folder, damage, error, said):
     shutil.copytree(folder, tmp_path / "copy")

@@ -127,6 +127,24 @@ def test_files_that_were_joined_keep_no_marks_and_no_borders(tmp_path):
     assert read(tmp_path / "a.txt.zst") == (["abcabc"], {})
 
 
+@pytest.mark.parametrize("name", ["a.jsonlines", "part-00000", "a.jsonl.1", "a.jl", "a.jsonl.gzip", "a.gz"])
+def test_rows_by_another_name_are_no_text_unless_it_says_so(tmp_path, name):
+    rows = json_lines([{"text": "x"}, {"text": "y"}])
+    content = gzip.compress(rows.encode()) if "gz" in name else rows.encode()
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(
+        DataError, match=rf"{name} holds rows of JSON with data.text_field=text; name it .jsonl, or .txt"
+    ):
+        read(tmp_path / name, "text")
+    (tmp_path / name).rename(tmp_path / "a.txt")
+    assert read(tmp_path / "a.txt", "text") == ([rows], {})
+    (tmp_path / "log").write_text('{"level": "info"}\n')  # rows of something else are text as any other
+    assert read(tmp_path / "log", "text")[0] == ['{"level": "info"}\n']
+    (tmp_path / "part-1").write_text(json.dumps({"messages": []}))
+    with pytest.raises(DataError, match="part-1 holds chats"):
+        read(tmp_path / "part-1", "text")
+
+
 # One rule for all kinds of rows
 
 rows_of = st.lists(st.one_of(st.just("absent"), st.none(), st.just(""), st.sampled_from(["x", "é\n"])), max_size=6)
@@ -500,6 +518,7 @@ DAMAGED = [
     ("tokenizer_config.json", b"\xff\xfe{", r"tokenizer_config\.json cannot be read as JSON"),
     ("tokenizer_config.json", b"[" * 100_000, r"tokenizer_config\.json cannot be read as JSON"),
     ("tokenizer_config.json", b"[1]", r"tokenizer_config\.json holds a list, not an object; copy it anew"),
+    ("special_tokens_map.json", b"{", r"special_tokens_map\.json cannot be read as JSON: .*; copy it anew"),
 ]
 
 

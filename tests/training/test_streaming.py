@@ -20,7 +20,7 @@ from ringflash.training.config.checks import check
 from ringflash.training.config.composing import load
 from ringflash.training.corpus import streaming
 from ringflash.training.corpus.batching import PackedBatches
-from ringflash.training.corpus.passed_over import EMPTY, NOTHING_LEARNED, WITHOUT_TEXT
+from ringflash.training.corpus.passed_over import CUT, EMPTY, NOTHING_LEARNED, WITHOUT_TEXT
 from ringflash.training.corpus.samples import EpochSamples, MixedSamples
 from ringflash.training.corpus.training_data import read_data
 
@@ -149,8 +149,22 @@ def test_a_stream_of_chats_learns_what_a_corpus_of_them_learns(folder):
     streamed, samples = learned(chat_config(folder))
     config = chat_config(folder)
     config.data.streaming = False
-    assert streamed == learned(config)[0]
+    expected, whole = learned(config)
+    assert streamed == expected
     assert samples.passed_over.counts[NOTHING_LEARNED][0] >= 1
+    assert samples.passed_over.counts[CUT][0] >= whole.cut > 0  # it has begun a second epoch
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_where_no_chat_can_be_learned_from_it_is_said_why(folder, tmp_path, streaming):
+    turns = [{"role": "human", "content": "x"}, {"role": "gpt", "content": "y"}]
+    (tmp_path / "a.jsonl").write_text("\n".join([json.dumps({"messages": turns})] * 5))
+    config = chat_config(folder, path=str(tmp_path / "a.jsonl"))
+    config.data.streaming = streaming
+    with pytest.raises(
+        DataError, match=r"nothing in it can be learned; passed over: chats in which nothing is learned"
+    ):
+        read_data(config).samples.draw(True)
 
 
 @given(weights=st.lists(st.floats(0.1, 10), min_size=1, max_size=4), draws=st.integers(1, 200))
@@ -228,6 +242,24 @@ def test_a_name_that_is_no_path_here_is_asked_of_the_hub_with_all_that_names_it(
     assert first + second == expected
     assert asked[0] == (("owner/name", "en"), {"split": "train", "revision": "abc", "streaming": True})
     assert np.array(expected).max() == SEPARATOR
+
+
+def test_rows_of_the_hub_may_lack_the_field_and_keep_their_numbers_wherever_a_run_goes_on(folder, monkeypatch):
+    def load_dataset(*arguments, **named):
+        from datasets import IterableDataset
+
+        return IterableDataset.from_generator(lambda: iter(rows))
+
+    monkeypatch.setattr(streaming, "load_dataset", load_dataset)
+    rows = [{"meta": {"text": f"of the hub {n}"}} if n % 6 == 0 else {"other": n} for n in range(48)]
+    config = text_config(folder, path="owner/name")
+    expected, _ = drawn(config, 1, 1, 12)
+    for middle in range(1, 12):
+        _, state = drawn(config, 1, 1, middle)
+        assert drawn(config, 1, 1, 12 - middle, state=state)[0] == expected[middle:]
+    rows[40] = {"meta": {"text": 3}}
+    with pytest.raises(DataError, match=r"owner/name, row 41: data\.text_field=meta\.text is a number"):
+        drawn(config, 1, 1, 12, state=drawn(config, 1, 1, 5)[1])
 
 
 def test_a_name_that_the_hub_does_not_have_is_refused_as_such(folder, monkeypatch):

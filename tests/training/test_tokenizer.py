@@ -76,6 +76,10 @@ def test_saved_tokenizer_is_the_same(bpe, kind, tmp_path):
     loaded = load(tmp_path)
     assert (loaded.vocab_size, loaded.separator) == (tokenizer.vocab_size, tokenizer.separator)
     assert np.array_equal(loaded.encode([SAMPLE])[0], tokenizer.encode([SAMPLE])[0])
+    for damage in ("{", "[]", "{}"):
+        (tmp_path / "ringflash_tokenizer.json").write_text(damage)
+        with pytest.raises(DataError, match=r"cannot read .*ringflash_tokenizer\.json: .*; copy the folder anew"):
+            load(tmp_path)
 
 
 def write_huggingface(folder, config=None):
@@ -120,6 +124,8 @@ def test_huggingface_without_named_separator_gets_one_behind_the_vocabulary(tmp_
     tokenizer = HuggingFaceTokenizer(tmp_path)
     assert tokenizer.separator == 6
     assert tokenizer.vocab_size == 7
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": {"content": "<eos>"}}')  # as older versions wrote
+    assert HuggingFaceTokenizer(tmp_path).separator == 1
 
 
 def test_huggingface_refuses_what_is_not_utf8(huggingface):

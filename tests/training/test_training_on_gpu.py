@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import recipe
 import torch
@@ -114,3 +116,27 @@ def test_parts_in_tiles_are_as_exact_as_torchs_own(dtype, monkeypatch):
     exact, torchs, found = results
     for a, b, c in zip(exact, torchs, found, strict=True):
         assert (c - a).norm() <= 2 * (b - a).norm() + 1e-6 * a.norm()
+
+
+def test_moments_in_8_bits_come_back_as_they_were_on_gpus():
+    pytest.importorskip("bitsandbytes")
+    from ringflash.training.engines import eight_bit
+    from ringflash.training.engines.optimizer import optimizers
+
+    def made():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(100, 130), torch.nn.Linear(130, 90)).cuda()
+        return model, optimizers(model, dataclasses.replace(recipe.OPTIMIZER, name="adamw_8bit"))
+
+    (model, (first, _)), (fresh, (second, _)) = made(), made()
+    for step in range(3):
+        model(torch.randn(64, 100, device="cuda")).square().sum().backward()
+        first.step()
+        first.zero_grad()
+        for weight, other in zip(model.parameters(), fresh.parameters(), strict=True):
+            if weight.dim() == 2:
+                kept = {name: kept.cpu() for name, kept in eight_bit.exported(first.state[weight]).items()}
+                eight_bit.restore(second.state[other], kept, step + 1)
+                for name in ("step", "state1", "state2", "absmax1", "absmax2"):
+                    before, after = (torch.as_tensor(o.state[w][name]) for o, w in ((first, weight), (second, other)))
+                    assert torch.equal(before, after), name

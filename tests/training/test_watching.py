@@ -130,9 +130,11 @@ def test_each_haystack_holds_the_sentence_at_its_depth_and_asks_for_the_number_a
         assert hay.batch["cu_seqlens"] == [0, hay.length]
 
 
-def test_a_sequence_too_short_for_a_needle_is_refused():
-    with pytest.raises(DataError, match=r"need more than train\.seqlen=64 tokens"):
-        list(haystacks([np.zeros(9, np.uint16)], ByteTokenizer(), 64))
+def test_a_sequence_too_short_for_a_needle_is_refused_before_training(pool, tmp_path):
+    for outcome in pool(2).outcomes(_train, tmp_path, "short", "logging.needle=true", "data=bytes", "train.seqlen=64"):
+        assert isinstance(outcome.error, DataError)
+        assert "need more than train.seqlen=64 tokens" in str(outcome.error)
+    assert not (tmp_path / "short" / "checkpoints").exists()
 
 
 def test_any_ranks_find_needles_as_surely_as_one(pool, tmp_path):

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,8 @@ from ringflash.training.checkpoint.files import (
 from ringflash.training.engines.optimizer import MOMENTS
 from ringflash.training.ranks import from_rank_0
 
-Moments = Callable[[str], tuple[str, ...]]
-"""What the optimizer keeps for a parameter, by its name."""
+Moments = Callable[[str], Mapping[str, tuple[int, ...]]]
+"""Shape of each thing that the optimizer keeps for a parameter, by the parameter's name."""
 
 
 def save(
@@ -43,7 +43,7 @@ def save(
     shapes: Shapes,
     state: dict[str, Any],
     keep: int,
-    moments: Moments = lambda name: MOMENTS,
+    moments: Moments | None = None,
 ) -> Path:
     """Write a checkpoint; every rank calls this, rank 0 writes.
 
@@ -54,12 +54,13 @@ def save(
         shapes: the parameters.
         state: what else is needed to continue; must fit into JSON.
         keep: newest checkpoints to keep.
-        moments: what the optimizer keeps for a parameter.
+        moments: what the optimizer keeps for a parameter; None: AdamW's moments, of its shape.
 
     Raises:
         CheckpointError: on every rank, if it could not be written; earlier checkpoints are untouched.
     """
     final = root / f"step-{step:08d}"
+    moments = moments or (lambda name: dict.fromkeys(MOMENTS, shapes[name]))
     writer = _Writer(final, shapes, moments) if dist.get_rank() == 0 else None
     for name, tensor in tensors:  # gathered from all ranks, so all go on if the disk of rank 0 is full
         if writer is not None:
@@ -120,8 +121,8 @@ class _Writer:
             _remove(self.final)
         self.partial.mkdir(parents=True)
         entries = {WEIGHTS: [], OPTIMIZER: []}
-        for name, shape in shapes.items():
-            for kind in ("weight", *moments(name)):
+        for name, whole in shapes.items():
+            for kind, shape in {"weight": whole, **moments(name)}.items():
                 file, key = place(f"{kind}/{name}")
                 entries[file].append((key, shape))
         for file, contents in entries.items():

@@ -16,6 +16,7 @@ from ringflash.errors import ArgumentError
 from ringflash.kernels.select import select
 from ringflash.training.checkpoint.files import MANIFEST, found_at, is_complete
 from ringflash.training.config.derived import compute_dtype, device_type, sequence_degree, sources, tokenizer_of
+from ringflash.training.corpus.tokenizer import CONFIG_FILE, TOKENIZER_FILE
 from ringflash.training.extras import require
 from ringflash.training.model.shape import check_shape, head_dim
 
@@ -120,6 +121,9 @@ def _check_data(config: Config) -> None:
 
 def _check_lora(config: Config) -> None:
     if not config.lora.rank:
+        for key, value in (("alpha", config.lora.alpha), ("target_modules", config.lora.target_modules)):
+            if value:
+                raise ArgumentError(f"lora.{key}={value} without adapters; give lora.rank too")
         return
     require(f"lora.rank={config.lora.rank}", "peft")
     if config.model.path is None:
@@ -127,13 +131,27 @@ def _check_lora(config: Config) -> None:
 
 
 def _check_optimizer(config: Config) -> None:
-    optimizer = config.optimizer
+    optimizer, steps = config.optimizer, config.train.steps
+    if optimizer.decay_steps is not None:
+        if optimizer.schedule != "warmup_stable_decay":
+            raise ArgumentError(
+                f"optimizer.decay_steps={optimizer.decay_steps} is for optimizer.schedule=warmup_stable_decay, here it "
+                f"is {optimizer.schedule}"
+            )
+        if config.train.epochs is None and optimizer.warmup_steps + optimizer.decay_steps > steps:
+            raise ArgumentError(
+                f"optimizer.decay_steps={optimizer.decay_steps} and optimizer.warmup_steps={optimizer.warmup_steps} "
+                f"are more than train.steps={steps}"
+            )
     if optimizer.schedule != "warmup_cosine":
         require(f"optimizer.schedule={optimizer.schedule}", "transformers")
-    if optimizer.name == "muon" and config.engine.name != "ddp":
+    if optimizer.name != "adamw" and config.engine.name != "ddp":
         raise ArgumentError(
-            f"optimizer.name=muon with engine.name={config.engine.name}, which cuts matrices into parts; allowed is ddp"
+            f"optimizer.name={optimizer.name} with engine.name={config.engine.name}, which cuts matrices into parts; "
+            "allowed is ddp"
         )
+    if optimizer.name == "adamw_8bit":
+        require("optimizer.name=adamw_8bit", "bitsandbytes", extra="8bit")
 
 
 def _check_logging(config: Config) -> None:
@@ -163,6 +181,13 @@ def _check_pretrained(config: Config) -> None:
     if not (folder / "config.json").is_file():
         state = "no config.json in it" if folder.is_dir() else "no such folder"
         raise ArgumentError(f"model.path={path}: {state}; `hf download NAME --local-dir FOLDER` makes one")
+    if config.data.tokenizer in ("bpe", "bytes") and any(
+        (folder / name).is_file() for name in (TOKENIZER_FILE, CONFIG_FILE)
+    ):
+        raise ArgumentError(
+            f"data.tokenizer={config.data.tokenizer} beside model.path={path}, which knows the tokens of its own "
+            "tokenizer; leave it out"
+        )
     of_folder = {f"model.{key}": value for key, value, _ in entries(default.model) if not key.startswith("rope_par")}
     of_layers = {f"attention.{name}": getattr(default.attention, name) for name in OF_LAYERS}
     for key, value, _ in entries(config):
@@ -218,6 +243,11 @@ def _check_ranks(config: Config, world_size: int) -> None:
         raise ArgumentError(
             "attention.partition=balanced levels the work of one packed sequence, so "
             f"train.micro_batch={train.micro_batch} must be 1 (train.global_batch may be more)"
+        )
+    if config.model.path is not None and train.seqlen < 2 * degree:
+        raise ArgumentError(
+            f"train.seqlen={train.seqlen} is less than two tokens for each of the {degree} ranks that share it, "
+            "and a model of Transformers needs some on each"
         )
     if train.seqlen < degree:
         raise ArgumentError(f"train.seqlen={train.seqlen} is shorter than the {degree} ranks that share a sequence")

@@ -28,7 +28,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigKeyError
 
-from ringflash.configs.schema import Config, register
+from ringflash.configs.schema import Config, SourceConfig, register
 from ringflash.errors import ArgumentError
 
 COMPUTED = {"hydra.overrides", "hydra.runtime", "hydra.job.override_dirname"}
@@ -173,6 +173,11 @@ def _refuse_unknown_overrides(
 def _refuse_unknown_key_of_a_file(error: HydraException, groups: Collection[str]) -> None:
     """Raise ArgumentError if Hydra's error is about a key that the schema lacks; an override has none by now."""
     cause = error.__cause__ or error.__context__
+    if (
+        isinstance(cause, ConfigKeyError) and cause.object_type is SourceConfig
+    ):  # an element of a list, whose place is lost
+        known = {entry.name for entry in dataclasses.fields(SourceConfig)}
+        raise _unknown(f"data.mixture[...].{cause.full_key}", known) from error
     if isinstance(cause, ConfigKeyError) and cause.full_key:
         if cause.full_key in groups:
             first = "begin its file with '# @package _global_'"

@@ -97,7 +97,8 @@ class ValidationBatches:
     ) -> None:
         _check(batch, data_rank, data_ranks)
         self.batch, self.data_rank, self.data_ranks = batch, data_rank, data_ranks
-        places = [(packing, index) for packing in packings for index in range(len(packing))]
+        longest = max(map(len, packings))  # of each source the first ones first, so that a part of all has some of each
+        places = [(packing, index) for index in range(longest) for packing in packings if index < len(packing)]
         self._places, self._first = places[:sequences], packings[0]
 
     def __len__(self) -> int:

@@ -1,9 +1,9 @@
 """Chats: what a row says, and its tokens with those that an assistant says.
 
-A row holds `messages`, or `prompt` and `completion`, each a text or messages; beside messages it may hold `tools`. The
-tokenizer's own chat template writes messages. Learned is what the template marks as generated, by {% generation %}; if
-it marks nothing, the last turn of the assistant, with the tokens that end it. Of a completion all is learned, and of a
-prompt nothing.
+A row holds `messages`, or `prompt` and `completion`, each a text or messages; beside messages it may hold `tools`. What
+a message says is text, or a list of parts of text. The tokenizer's own chat template writes messages. Learned is what
+the template marks as generated, by {% generation %}; if it marks nothing, the last turn of the assistant, with the
+tokens that end it. Of a completion all is learned, and of a prompt nothing.
 """
 
 from __future__ import annotations
@@ -16,18 +16,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ringflash.errors import DataError
-from ringflash.training.corpus.rows import NAMED_FIELDS, Row
+from ringflash.training.corpus.rows import NAMED_FIELDS, Row, kind_of
 from ringflash.training.corpus.tokenizer import write_kind
 
 FIELDS = ("messages", "prompt", "completion", "tools", "conversations")
 """Fields of a row that are looked at."""
+
+OF_MESSAGES = ("role", "content")
+"""Fields of a message that are looked at."""
 
 GENERATION = "generation %}"
 """In a template that says what is generated."""
 
 
 def chat_of(record: Any, place: str) -> Row:
-    """The chat of a JSON record, as JSON of its own; none where its fields are null or empty.
+    """The chat of a JSON record, as JSON of its own; none where fields are null or empty, or a message says nothing.
 
     Args:
         record: what JSON says.
@@ -38,23 +41,22 @@ def chat_of(record: Any, place: str) -> Row:
     """
     if not isinstance(record, dict):
         raise DataError(f"data.path: {place} is no object; allowed are objects with messages, or prompt and completion")
-    record = _without_nulls(record)
+    fields, record = tuple(record), _without_nulls(record)
     if "messages" in record:
         chat = {"messages": _messages(record["messages"], f"{place}: messages")}
-        if not chat["messages"]:
+        if not chat["messages"] or _says_nothing(chat["messages"]):
             return Row(place, None)
     elif "prompt" in record and "completion" in record:
-        chat = {name: record[name] for name in ("prompt", "completion")}
-        _check_pair(chat, place)
-        if not chat["completion"]:
+        chat = _pair(record["prompt"], record["completion"], place)
+        if not chat["completion"] or any(_says_nothing(part) for part in chat.values()):
             return Row(place, None)
     elif "conversations" in record:
         raise DataError(
             f"data.path: {place} has conversations; name it messages, a list of objects with role and content"
         )
     else:
-        there = any(name in record for name in ("messages", "prompt", "completion"))
-        return Row(place, None, None if there else tuple(record))
+        there = any(name in fields for name in ("messages", "prompt", "completion"))
+        return Row(place, None, None if there else fields)
     if record.get("tools"):
         chat["tools"] = record["tools"]
     try:
@@ -69,25 +71,53 @@ def no_chat(file: object, others: Collection[str]) -> DataError:
     return DataError(f"data.path: no row of {file} has messages, or prompt and completion; its fields are {named}")
 
 
-def _check_pair(chat: dict[str, Any], place: str) -> None:
-    if all(isinstance(value, str) for value in chat.values()):
-        return
-    if all(isinstance(value, list) for value in chat.values()):
-        for name, value in chat.items():
-            _messages(value, f"{place}: {name}")
-        return
+def _pair(prompt: Any, completion: Any, place: str) -> dict[str, Any]:
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return {"prompt": prompt, "completion": completion}
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return {
+            "prompt": _messages(prompt, f"{place}: prompt"),
+            "completion": _messages(completion, f"{place}: completion"),
+        }
     raise DataError(f"data.path: {place}: prompt and completion must both be text, or both lists of messages")
 
 
 def _messages(value: Any, place: str) -> list[dict[str, Any]]:
     if not isinstance(value, list):
         raise DataError(f"data.path: {place} is no list; allowed are lists of objects with role and content")
-    for number, message in enumerate(value, 1):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+    return [_message(message, f"{place}, message {number},") for number, message in enumerate(value, 1)]
+
+
+def _message(message: Any, place: str) -> dict[str, Any]:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise DataError(f"data.path: {place} has no role; allowed are objects with role and content")
+    content = message.get("content", "")
+    if isinstance(content, list):
+        parts = [part if isinstance(part, dict) else {"text": part} for part in content]
+        if not all(part.get("type", "text") == "text" and isinstance(part.get("text"), str) for part in parts):
+            kinds = sorted({str(part.get("type", kind_of(part.get("text")))) for part in parts} - {"text"})
             raise DataError(
-                f"data.path: {place}, message {number}, has no role; allowed are objects with role and content"
+                f"data.path: {place} has parts of {' and '.join(kinds) or 'no text'}; allowed are parts of text"
             )
-    return value
+        return message | {
+            "content": "".join(part["text"] for part in parts)
+        }  # templates differ in what they do with lists
+    if not isinstance(content, str):
+        raise DataError(
+            f"data.path: {place} has content that is {kind_of(content)}; allowed are text and lists of parts"
+        )
+    return message
+
+
+def _says_nothing(messages: str | list[dict[str, Any]]) -> bool:
+    """Whether a message has no content, and no call of a tool or the like; one of the assistant must not be empty."""
+
+    def silent(message: dict[str, Any]) -> bool:
+        if message["role"] == "assistant":
+            return not any(value for name, value in message.items() if name != "role")
+        return message.keys() == {"role"}
+
+    return not isinstance(messages, str) and any(map(silent, messages))
 
 
 def _without_nulls(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a corpus leaves out, counted by kind, so that nothing is lost without a word."""
+"""What of a corpus, or of a model's files, is left out, counted by kind, so that nothing is lost without a word."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ READ_ALREADY = "links to files and folders that are read already"
 SPECIAL = "pipes, sockets and devices"
 EMPTY = "empty files"
 WITHOUT_TEXT = "rows without text"
+UNPLACED = "tensors of model.path that the model has no place for"
+CUT = "the whole of chats longer than a sequence, which are cut"
 NOTHING_LEARNED = "chats in which nothing is learned"
 
 

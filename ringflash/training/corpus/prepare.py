@@ -41,7 +41,7 @@ from ringflash.training.corpus.reading import read_rows
 from ringflash.training.corpus.sources import source_files, status
 from ringflash.training.corpus.tokenizer import BPETokenizer, Tokenizer
 
-FORMAT = 3
+FORMAT = 4
 """Raise it when the cached files or their meaning change."""
 
 OF_STREAMS = ("streaming", "subset", "split", "revision")

@@ -21,7 +21,7 @@ import pyarrow.compute
 import pyarrow.parquet
 
 from ringflash.errors import DataError
-from ringflash.training.corpus.chats import FIELDS, chat_of, no_chat
+from ringflash.training.corpus.chats import FIELDS, OF_MESSAGES, chat_of, no_chat
 from ringflash.training.corpus.passed_over import EMPTY, WITHOUT_TEXT, PassedOver
 from ringflash.training.corpus.rows import CHATS, Row, no_field, parse, refuse_chat, text_of
 from ringflash.training.corpus.streams import UNREADABLE, as_utf8, decompressed, inner_name, lines
@@ -40,8 +40,8 @@ class Wanted(NamedTuple):
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """Fields that are looked at."""
-        return FIELDS if self.text_field is None else (self.text_field,)
+        """Fields that must not be there twice."""
+        return (*FIELDS, *OF_MESSAGES) if self.text_field is None else (self.text_field,)
 
     def of(self, record: Any, place: str) -> Row:
         """The text or the chat of a record."""
@@ -79,7 +79,7 @@ def read_rows(file: Path, text_field: str | None, passed_over: PassedOver) -> It
             if suffix not in READERS:
                 if text_field is None:
                     raise DataError(f"data.path: {file} holds no rows; data=chat reads {', '.join(READERS)}")
-                yield from _text(stream, file, passed_over)
+                yield from _text(stream, file, suffix, text_field, passed_over)
                 return
             others, rows = None, 0
             for rows, row in enumerate(READERS[suffix](stream, file, wanted), 1):
@@ -98,7 +98,7 @@ def read_rows(file: Path, text_field: str | None, passed_over: PassedOver) -> It
         raise DataError(f"data.path: cannot read {file}{behind}: {reason}; write it anew, or leave it out") from error
 
 
-def _text(stream: BinaryIO, file: Path, passed_over: PassedOver) -> Iterator[Row]:
+def _text(stream: BinaryIO, file: Path, suffix: str, text_field: str, passed_over: PassedOver) -> Iterator[Row]:
     try:
         text = as_utf8(stream.read(), file)
     except DataError as error:
@@ -108,10 +108,28 @@ def _text(stream: BinaryIO, file: Path, passed_over: PassedOver) -> Iterator[Row
             f"data.path: {file} is no text: it holds a zero byte at {text.index(0)}, as binary files do, and UTF-16 "
             f"without a byte order mark; allowed are {ALLOWED}"
         )
+    if suffix != ".txt" and _holds_rows(text, text_field, file):
+        raise DataError(
+            f"data.path: {file} holds rows of JSON with data.text_field={text_field}; name it .jsonl, or .txt to learn "
+            "it as it is written"
+        )
     if text:
         yield Row(str(file), text)
     else:
         passed_over.add(EMPTY, file)
+
+
+def _holds_rows(text: bytes, text_field: str, file: Path) -> bool:
+    """Whether the first line of a text is an object with the field; DataError if it is a chat."""
+    first = text[: text.find(b"\n") + 1 or len(text)]
+    if not first.lstrip().startswith(b"{") or not _is_object(first):
+        return False
+    record = json.loads(first)
+    refuse_chat(record, file)
+    try:
+        return text_of(record, text_field, str(file)).others is None
+    except DataError:
+        return False
 
 
 def _json_lines(stream: BinaryIO, file: Path, wanted: Wanted) -> Iterator[Row]:

@@ -78,15 +78,15 @@ def text_of(record: Any, field: str, place: str) -> Row:
         DataError: it is no object, it is a chat, or its field holds something else than text.
     """
     if not isinstance(record, dict):
-        raise DataError(f"data.path: {place} is {_kind(record)}; allowed are objects with a field of text")
+        raise DataError(f"data.path: {place} is {kind_of(record)}; allowed are objects with a field of text")
     value, reached = record, []
     for part in [field] if field in record else field.split("."):
         if value is None:
             break
         if not isinstance(value, dict):
             raise DataError(
-                f"data.path: {place}: data.text_field={field}, but {'.'.join(reached)} is {_kind(value)}, which has no "
-                f"field {part}"
+                f"data.path: {place}: data.text_field={field}, but {'.'.join(reached)} is {kind_of(value)}, which has "
+                f"no field {part}"
             )
         if part not in value:
             refuse_chat(record, place)
@@ -98,7 +98,7 @@ def text_of(record: Any, field: str, place: str) -> Row:
     if not isinstance(value, str):
         if any(field in names for names in CHATS):
             refuse_chat(record, place)
-        raise DataError(f"data.path: {place}: data.text_field={field} is {_kind(value)}; name a field of text")
+        raise DataError(f"data.path: {place}: data.text_field={field} is {kind_of(value)}; name a field of text")
     try:
         return Row(place, value.encode() or None)
     except UnicodeEncodeError as error:
@@ -143,7 +143,7 @@ def _names(record: dict[str, Any], prefix: str = "") -> Iterator[str]:
                 yield prefix + name
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     """What a JSON value is, in JSON's words."""
     names = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
     return names.get(type(value), "null")

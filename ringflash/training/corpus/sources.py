@@ -39,7 +39,8 @@ def source_files(path: str | None, passed_over: PassedOver) -> list[Path]:
     if root.is_file():
         return [root]
     if not root.is_dir():
-        what = "it is neither a file nor a folder" if root.exists() else "no such file or folder"
+        absent = "no such file or folder; data.streaming=true reads data sets of the Hugging Face hub"
+        what = "it is neither a file nor a folder" if root.exists() else absent
         raise DataError(f"data.path={path}: {what}")
     files = _walk(root, passed_over)
     if not files:

@@ -26,7 +26,7 @@ from ringflash.training.corpus.building import wanted_field
 from ringflash.training.corpus.chats import Encoded
 from ringflash.training.corpus.documents import Documents
 from ringflash.training.corpus.packing import Packed, Packing
-from ringflash.training.corpus.passed_over import NOTHING_LEARNED, WITHOUT_TEXT, PassedOver
+from ringflash.training.corpus.passed_over import CUT, NOTHING_LEARNED, WITHOUT_TEXT, PassedOver
 from ringflash.training.corpus.reading import Wanted, read_rows
 from ringflash.training.corpus.rows import Row
 from ringflash.training.corpus.samples import Samples, check_same, shuffled
@@ -87,7 +87,8 @@ class StreamedSamples(Samples):
         self._begin(state["epoch"])
         self._block, self._index, self._from = state["block"], state["index"], state["stream"]
         if self._from is not None:
-            self._rows_there.load_state_dict(self._from)
+            self._row = self._from["row"]
+            self._rows_there.load_state_dict(self._from["datasets"])
             self._documents = self._read()
 
     @property
@@ -96,7 +97,7 @@ class StreamedSamples(Samples):
         return float(self._epoch)
 
     def _begin(self, epoch: int) -> None:
-        self._epoch, self._block, self._index = epoch, 0, 0
+        self._epoch, self._block, self._index, self._row = epoch, 0, 0, 0
         self._from: dict[str, Any] | None = None
         self._then: dict[str, Any] | None = None
         self._packed: tuple[Packing, np.ndarray] | None = None
@@ -141,7 +142,7 @@ class StreamedSamples(Samples):
             tokens += len(document.ids)
             if tokens > BLOCK_SEQUENCES * (self.seqlen - 1):
                 break
-        self._then = self._rows_there.state_dict()
+        self._then = {"row": self._row, "datasets": self._rows_there.state_dict()}
         if not there:
             return None
         documents = Documents(
@@ -158,17 +159,20 @@ class StreamedSamples(Samples):
     def _read(self) -> Iterator[Encoded]:
         """Tokens of the documents from where the stream stands."""
         try:
-            for number, item in enumerate(self._rows_there, 1):
-                row = self._row(item, number)
+            for item in self._rows_there:
+                self._row += 1
+                row = self._row_of(item)
                 if row is None:
                     continue
                 if row.text is None:
-                    if row.others is not None and number == 1:
+                    if row.others is not None and self._row == 1:
                         raise self._wanted.absent(Path(str(self._config.path)), row.others)
                     self.passed_over.add(WITHOUT_TEXT, row.place)
                     continue
                 found = self._encode(row.text, row.place)
                 if found.learned[1:].any():
+                    if self._wanted.text_field is None and len(found.ids) > self.seqlen:
+                        self.passed_over.add(CUT, row.place)
                     yield found
                 else:
                     self.passed_over.add(NOTHING_LEARNED, row.place)
@@ -179,9 +183,9 @@ class StreamedSamples(Samples):
                 f"data.path={self._config.path}: cannot read it: {type(error).__name__}: {error}"
             ) from error
 
-    def _row(self, item: dict[str, Any], number: int) -> Row | None:
+    def _row_of(self, item: dict[str, Any]) -> Row | None:
         if self._files is None:
-            return self._wanted.of(item, f"{self._config.path}, row {number}")
+            return self._wanted.of(item, f"{self._config.path}, row {self._row}")
         if item["left_out"] is not None:
             self.passed_over.merge(json.loads(item["left_out"]))
             return None

@@ -33,7 +33,8 @@ PATTERN = r"\s*\n[ \t]*|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\
 KIND_FILE = "ringflash_tokenizer.json"
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
-KEPT = ("token*", KIND_FILE, "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
+SPECIAL_FILE = "special_tokens_map.json"
+KEPT = ("token*", KIND_FILE, SPECIAL_FILE, "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
 """Files of a Hugging Face folder that its tokenizer, and its chat template, may consist of."""
 
 
@@ -215,7 +216,10 @@ class HuggingFaceTokenizer:
 
 def load(folder: Path) -> Tokenizer:
     """The tokenizer that `save` wrote into a folder."""
-    kind = json.loads((folder / KIND_FILE).read_text())["kind"]
+    try:
+        kind = json.loads((folder / KIND_FILE).read_bytes())["kind"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"data.tokenizer: cannot read {folder / KIND_FILE}: {error!r}; copy the folder anew") from error
     if kind == "bytes":
         return ByteTokenizer()
     if kind == "bpe":
@@ -271,15 +275,17 @@ def _made_by_transformers(folder: Path) -> tokenizers.Tokenizer:
 
 
 def _separator(folder: Path, vocabulary: dict[str, int]) -> int:
-    config = folder / CONFIG_FILE
-    named = {}
-    if config.exists():
+    named: dict[str, Any] = {}
+    for config in (folder / SPECIAL_FILE, folder / CONFIG_FILE):  # the second one holds what older versions wrote apart
+        if not config.exists():
+            continue
         try:
-            named = json.loads(config.read_bytes())
+            found = json.loads(config.read_bytes())
         except (OSError, ValueError, RecursionError) as error:
             raise DataError(f"data.tokenizer: {config} cannot be read as JSON: {error}; copy it anew") from error
-    if not isinstance(named, dict):
-        raise DataError(f"data.tokenizer: {config} holds a {type(named).__name__}, not an object; copy it anew")
+        if not isinstance(found, dict):
+            raise DataError(f"data.tokenizer: {config} holds a {type(found).__name__}, not an object; copy it anew")
+        named |= found
     for key in ("bos_token", "eos_token"):
         token = named.get(key)
         token = token.get("content") if isinstance(token, dict) else token

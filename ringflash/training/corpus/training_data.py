@@ -90,13 +90,18 @@ def _read(data: DataConfig, config: Config) -> TrainingData:
         identity, passed_over, num_tokens, cut, corpus = stream.identity, stream.passed_over, None, 0, None
     else:
         corpus = prepare(data)
+        if not len(corpus.train):
+            raise DataError(f"data.path={data.path}: nothing in it can be learned; {corpus.passed_over}")
         samples = EpochSamples(corpus.train, seqlen, config.seed)
         tokenizer, passed_over, identity = corpus.tokenizer, corpus.passed_over, corpus.train.identity
         num_tokens, cut = corpus.train.num_tokens, samples.cut
     held_out, left = (None, []) if corpus is None else (corpus.validation, [])
     if data.validation is not None:
         other = dataclasses.replace(data, path=data.validation, validation=None, max_bytes=None)
-        beside = prepare(other, tokenizer)
+        try:
+            beside = prepare(other, tokenizer)
+        except DataError as error:
+            raise DataError(str(error).replace("data.path", "data.validation", 1)) from error
         held_out, left = beside.validation, [beside.passed_over]
         identity += f" {held_out.identity}"
         corpus = None if corpus is None else dataclasses.replace(corpus, validation=held_out)

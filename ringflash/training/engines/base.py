@@ -80,9 +80,9 @@ class Engine(ABC):
     def update(self, lr: float) -> Tensor:
         """Clip, step, clear the gradients; returns their norm before clipping."""
 
-    def moments(self, name: str) -> tuple[str, ...]:
-        """What the optimizer keeps for a parameter, in the order of `tensors`."""
-        return MOMENTS
+    def moments(self, name: str) -> dict[str, tuple[int, ...]]:
+        """What the optimizer keeps for a parameter, by name its shape, in the order of `tensors`."""
+        return dict.fromkeys(MOMENTS, self.shapes[name])
 
     @abstractmethod
     def tensors(self) -> Iterator[tuple[str, Tensor]]:

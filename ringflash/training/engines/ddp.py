@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ringflash.configs.schema import OptimizerConfig
+from ringflash.training.engines import eight_bit
 from ringflash.training.engines.base import Engine, Read
 from ringflash.training.engines.optimizer import (
     MOMENTS,
@@ -30,7 +32,9 @@ class DdpEngine(Engine):
         # Without device_ids, which would move the host's document boundaries to the GPU on every step.
         self._wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
         self.optimizers = optimizers(model, config)
-        self._by_muon = matrices_between(model).keys() if config.name == "muon" else set()
+        between = matrices_between(model).keys()
+        self._by_muon = between if config.name == "muon" else set()
+        self._in_8_bits = between if config.name == "adamw_8bit" else set()
 
     @property
     def wrapped(self) -> nn.Module:
@@ -54,24 +58,34 @@ class DdpEngine(Engine):
             optimizer.zero_grad()
         return norm
 
-    def moments(self, name: str) -> tuple[str, ...]:
+    def moments(self, name: str) -> dict[str, tuple[int, ...]]:
         """See Engine."""
-        return MUON_MOMENTS if name in self._by_muon else MOMENTS
+        if name in self._in_8_bits:
+            return eight_bit.shapes(self._state(name))
+        return dict.fromkeys(MUON_MOMENTS if name in self._by_muon else MOMENTS, self.shapes[name])
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """See Engine."""
         for name, weight in trained(self.model):
             yield f"weight/{name}", weight.detach()
+            state = self._state(name)
+            kept = eight_bit.exported(state) if name in self._in_8_bits else state
             for moment in self.moments(name):
-                yield f"{moment}/{name}", self._optimizer(name).state[weight][moment]
+                yield f"{moment}/{name}", kept[moment]
 
     def load(self, state: Read, step: int) -> None:
         """See Engine."""
         for name, weight in trained(self.model):
             kept = {moment: state(f"{moment}/{name}").to(weight.device) for moment in self.moments(name)}
-            if name not in self._by_muon:
-                kept = adam_state(weight.detach(), step) | kept
-            self._optimizer(name).state[weight] = kept
+            if name in self._in_8_bits:
+                eight_bit.restore(self._state(name), kept, step)
+            elif name in self._by_muon:
+                self._optimizer(name).state[weight] = kept
+            else:
+                self._optimizer(name).state[weight] = adam_state(weight.detach(), step) | kept
 
     def _optimizer(self, name: str) -> Optimizer:
-        return self.optimizers[0 if name in self._by_muon else -1]
+        return self.optimizers[0 if name in self._by_muon or name in self._in_8_bits else -1]
+
+    def _state(self, name: str) -> dict[str, Any]:
+        return self._optimizer(name).state[self.model.get_parameter(name)]

@@ -1,8 +1,9 @@
-"""AdamW and Muon over fp32 weights."""
+"""AdamW, also with moments of 8 bits, and Muon over fp32 weights."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,18 +28,44 @@ def optimizers(module: nn.Module, config: OptimizerConfig) -> list[torch.optim.O
     if config.name == "adamw":
         return [adamw(module, config)]
     between = matrices_between(module)
-    muon = torch.optim.Muon(
-        list(between.values()),
+    made = [_of_matrices(list(between.values()), config)] if between else []
+    others = any(name not in between for name, _ in trained(module))  # adapters are nothing but matrices
+    return [*made, adamw(module, config, set(between))] if others else made
+
+
+def _of_matrices(matrices: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    if config.name == "adamw_8bit":
+        return _adamw_8bit(matrices, config)
+    return torch.optim.Muon(
+        matrices,
         lr=config.lr,
         weight_decay=config.weight_decay,
         momentum=config.momentum,
         adjust_lr_fn="match_rms_adamw",  # so that both take the same learning rate
     )
-    return [muon, adamw(module, config, set(between))]
+
+
+def _adamw_8bit(matrices: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """With its state, which bitsandbytes keeps in fp32 for matrices of fewer than 4,096 weights."""
+    import bitsandbytes  # pyrefly: ignore[missing-import]  # an optional library
+
+    made: Any = bitsandbytes.optim.AdamW8bit(
+        matrices,
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+    )
+    for index, weight in enumerate(matrices):
+        made.init_state(made.param_groups[0], weight, 0, index)
+    return made
 
 
 def matrices_between(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Matrices that are neither embedding nor head, which Muon is for (Jordan et al., 2024)."""
+    """Matrices that are neither embedding nor head.
+
+    Muon is for these (Jordan et al., 2024), and those two learn less steadily from moments of 8 bits.
+    """
     rows = {part.num_embeddings for part in module.modules() if isinstance(part, nn.Embedding)}
     return {name: weight for name, weight in trained(module) if weight.dim() == 2 and weight.shape[0] not in rows}
 

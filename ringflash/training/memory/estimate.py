@@ -139,7 +139,7 @@ def estimate(config: Config, hardware: Hardware, vocab_size: int | None = None) 
         ArgumentError: a model of a folder, whose insides are not known here; or nobody knows the vocabulary.
     """
     sizes = _Sizes.of(config, hardware.gpus, vocab_size)
-    fixed = _fixed(config.engine.name, sizes, hardware.gpus)
+    fixed = _fixed(config.engine.name, sizes, hardware.gpus, config.optimizer.name)
     attention = _attention(config, sizes, hardware)
     transient = sizes.transient(attention.memory)
     free = (1 - SPARE) * (hardware.card.memory - STARTED) - sum(fixed.values()) - transient
@@ -304,12 +304,18 @@ class _Sizes:
         return streams + (FP32 + self.element) * self.head + 3 * FP32 * logits
 
 
-def _fixed(engine: str, sizes: _Sizes, ranks: int) -> dict[str, float]:
+MOMENTS = {"adamw": 2 * FP32, "adamw_8bit": 2, "muon": FP32}
+"""Bytes that an optimizer keeps of each weight between embedding and head; of others all keep AdamW's."""
+
+
+def _fixed(engine: str, sizes: _Sizes, ranks: int, optimizer: str = "adamw") -> dict[str, float]:
     """Bytes of weights, gradients and optimizer, whatever the length."""
     weights, own = sizes.weights, sizes.weights / ranks
     if engine == "ddp":
         cast = 0 if sizes.element == FP32 else sizes.element * (sizes.block + sizes.head)
-        found = (FP32 * weights, FP32 * weights, 2 * FP32 * weights, cast)
+        between = sizes.block * sizes.blocks  # matrices, but for norms
+        moments = MOMENTS[optimizer] * between + MOMENTS["adamw"] * (weights - between)
+        found = (FP32 * weights, FP32 * weights, moments, cast)
     elif engine == "zero1":
         found = (sizes.weight * weights, FP32 * weights, 3 * FP32 * own, sizes.weight * BUCKET)
     elif engine == "zero2":

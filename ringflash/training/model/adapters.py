@@ -32,19 +32,22 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig) -> None:
     import peft  # an optional library
 
     try:
-        peft.inject_adapter_in_model(peft_config(lora), model, low_cpu_mem_usage=True)
+        peft.inject_adapter_in_model(_peft_config(lora, model), model, low_cpu_mem_usage=True)
     except ValueError as error:
         raise ArgumentError(f"lora.target_modules={lora.target_modules}: {error}") from error
 
 
-def peft_config(lora: LoraConfig) -> PeftConfig:
+def _peft_config(lora: LoraConfig, model: nn.Module) -> PeftConfig:
     """The same in peft's words."""
     import peft
 
+    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    routers = [name for name, module in linear if type(module).forward is not nn.Linear.forward]
     return peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha or 2 * lora.rank,  # pyrefly: ignore[bad-argument-type]  # it divides by the rank
         target_modules=lora.target_modules or "all-linear",
+        exclude_modules=routers or None,  # which give more than their product, as Llama 4's
     )
 
 
@@ -67,7 +70,7 @@ def merge_adapters(model: nn.Module) -> None:
     """Add what adapters add to the weights for good, and take them out."""
     from peft.tuners.lora import LoraLayer
 
-    for name, module in list(model.named_modules()):
+    for name, module in reversed(list(model.named_modules())):  # experts have one adapter around another
         if isinstance(module, LoraLayer):
             module.merge(safe_merge=True)  # pyrefly: ignore[not-callable]  # each of its layers has it
             parent, _, own = name.rpartition(".")

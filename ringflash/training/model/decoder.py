@@ -63,6 +63,10 @@ class Decoder(nn.Module, ABC):
         """What tells the files that the model is read from apart from others; of a model without files, nothing."""
         return ""
 
+    def passed_over(self) -> str:
+        """What of the files is not read, in a line; of a model without files, nothing."""
+        return ""
+
     @abstractmethod
     def description(self) -> dict[str, Any]:
         """What the model is, for checkpoints and `ringflash.export`; fits into JSON."""

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ringflash.errors import DataError
-from ringflash.transformers_private import converted, sources
+from ringflash.training.corpus.passed_over import UNPLACED, PassedOver
+from ringflash.transformers_private import converted, ignored, sources
 
 SAMPLE, SAMPLES = 1 << 16, 64
 """Bytes that are read at each of so many places of a file, to know it again."""
@@ -29,6 +30,9 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 class FolderWeights:
     """Reads a folder's safetensors for a model that may be on the meta device.
 
+    Attributes:
+        passed_over: counts the tensors of the files that the model has no place for.
+
     Raises:
         DataError: the folder has no safetensors, or none for a parameter; names the file and the parameter.
     """
@@ -38,6 +42,10 @@ class FolderWeights:
         self._files = {name: _opened(folder / name) for name in _names(folder)}
         self._place = {key: name for name, file in self._files.items() for key in file.keys()}  # noqa: SIM118
         self._sources = sources(model, self._place)
+        self.passed_over = PassedOver()
+        for key in sorted(self._place.keys() - {key for source in self._sources.values() for key, _ in source.keys}):
+            if not ignored(model, key):
+                self.passed_over.add(UNPLACED, key)
         self._same = _tied(model)
         self._shapes = {name: weight.shape for name, weight in model.named_parameters()}
         absent = [names[0] for names in self._same.values() if not any(name in self._sources for name in names)]
@@ -92,13 +100,16 @@ def _names(folder: Path) -> list[str]:
     if (folder / INDEX).is_file():
         try:
             names = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, OSError) as error:
+            absent = [name for name in names if not (folder / name).is_file()]
+        except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
             raise DataError(f"model.path: cannot read {folder / INDEX}: {error!r}; copy it anew") from error
-        if absent := [name for name in names if not (folder / name).is_file()]:
+        if absent:
             raise DataError(f"model.path={folder}: {INDEX} names {absent[0]}, which is not there; copy it anew")
         return names
     if (folder / SINGLE).is_file():
         return [SINGLE]
+    if not folder.is_dir():
+        raise DataError(f"model.path={folder}: no such folder")
     raise DataError(
         f"model.path={folder}: no {SINGLE} and no {INDEX} in it; other formats are turned into these by "
         "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"

@@ -22,7 +22,7 @@ from torch.distributed import ProcessGroup
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ringflash.configs.schema import LoraConfig, ModelConfig, entries
+from ringflash.configs.schema import ROPE, LoraConfig, ModelConfig, entries
 from ringflash.errors import ArgumentError, DataError
 from ringflash.parallel.mesh import ONE_DEVICE
 from ringflash.training.memory.blocks import BlockMemory
@@ -33,6 +33,7 @@ from ringflash.training.model.decoder import Decoder
 from ringflash.training.model.folder import FolderWeights
 from ringflash.training.model.transformer import generator_of
 from ringflash.transformers import SequenceParallel
+from ringflash.transformers.models import check_shardable
 from ringflash.transformers_private import run_layers_by
 
 PREFIX = "model."
@@ -68,7 +69,7 @@ class Pretrained(Decoder):
     ) -> None:
         super().__init__()
         assert config.path is not None
-        folder = Path(config.path).expanduser()
+        folder = self._folder = Path(config.path).expanduser()
         self.config = changed(read_config(folder), config, seqlen)
         self.dtype, self.vocab_size = dtype, self.config.get_text_config().vocab_size
         self._generation = _generation(folder)
@@ -81,6 +82,7 @@ class Pretrained(Decoder):
         self._tiled: list[nn.Module] = []
         self.memory = BlockMemory(self.config.get_text_config().num_hidden_layers)
         try:
+            check_shardable(self.model)  # on one rank too: where a state is carried, packed documents see each other
             self._sequence = SequenceParallel(self.model, ONE_DEVICE if group is None else group, partition)
             self._sequence.fuse_loss()  # logits of a long sequence need more memory than anything else
         except ArgumentError as error:
@@ -134,15 +136,20 @@ class Pretrained(Decoder):
         """See Decoder."""
         return self._weights.digest
 
+    def passed_over(self) -> str:
+        """See Decoder."""
+        return str(self._weights.passed_over)
+
     def description(self) -> dict[str, Any]:
         """See Decoder."""
         kept = self.model.state_dict().keys() - dict(self.model.named_parameters(remove_duplicate=False)).keys()
         lora = None if self._lora is None else vars(self._lora) | {"weights": self.source()}
         return {
+            "folder": str(self._folder.absolute()),
             "lora": lora,
             "huggingface": json.loads(self.config.to_json_string(use_diff=False)),
             "generation": self._generation,
-            "buffers": {name: self.model.get_buffer(name).tolist() for name in sorted(kept)},
+            "buffers": {name.replace(BASE, ""): self.model.get_buffer(name).tolist() for name in sorted(kept)},
         }
 
     @torch.no_grad()
@@ -173,8 +180,8 @@ def read_config(folder: Path) -> PreTrainedConfig:
     """The config.json of a folder."""
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"model.path={folder}: cannot read its config.json: {error}") from error
+    except Exception as error:  # of damaged files it raises anything
+        raise DataError(f"model.path={folder}: cannot read its config.json: {_said(error)}") from error
     if getattr(config, "quantization_config", None) is not None:
         raise DataError(
             f"model.path={folder}: its weights are quantized; load them with "
@@ -187,23 +194,68 @@ def changed(config: PreTrainedConfig, wanted: ModelConfig, seqlen: int) -> PreTr
     """A configuration with `model.rope_parameters` in the place of its own, for sequences of `seqlen` tokens."""
     text = config.get_text_config()
     rope = {key: value for key, value, _ in entries(wanted.rope_parameters) if value is not None}
-    kept = getattr(text, "rope_parameters", None)
     if rope:
-        if not isinstance(kept, dict) or any(isinstance(value, dict) for value in kept.values()):
-            raise ArgumentError(
-                f"model.rope_parameters: {type(text).__name__} has {kept}; allowed are models with one rotary embedding"
-            )
-        if rope.get("rope_type", kept.get("rope_type")) != "default":
-            rope.setdefault(
-                "original_max_position_embeddings",
-                kept.get("original_max_position_embeddings", text.max_position_embeddings),
-            )
-        if "rope_type" in rope and rope["rope_type"] != kept.get("rope_type"):
-            kept = {"rope_theta": kept.get("rope_theta")}  # a scaling's numbers mean nothing to another
-        text.rope_parameters = kept | rope
-    if getattr(text, "max_position_embeddings", seqlen) < seqlen and (kept or rope):
+        text.rope_parameters = _changed_rope(rope, text)
+        if getattr(text, "head_dim", 0) is None:  # which Transformers' formulas do not expect
+            text.head_dim = text.hidden_size // text.num_attention_heads
+    if getattr(text, "max_position_embeddings", seqlen) < seqlen and getattr(text, "rope_parameters", None):
         text.max_position_embeddings = seqlen
+    if rope:
+        _check_kept(config, text.rope_parameters["rope_type"])
     return config
+
+
+def _changed_rope(rope: dict[str, Any], text: Any) -> dict[str, Any]:
+    kept = getattr(text, "rope_parameters", None)
+    if not isinstance(kept, dict) or any(isinstance(value, dict) for value in kept.values()):
+        raise ArgumentError(
+            f"model.rope_parameters: {type(text).__name__} has {kept}; allowed are models with one rotary embedding"
+        )
+    there = kept.get("rope_type", "default")
+    kind = rope.get("rope_type", there)
+    original = kept.get("original_max_position_embeddings", text.max_position_embeddings)
+    if kind != there:  # a scaling's numbers mean nothing to another
+        kept = {key: value for key, value in kept.items() if key in ("rope_theta", "partial_rotary_factor")}
+    _check_rope(rope, kind, kept, text)
+    first = {} if kind == "default" else {"original_max_position_embeddings": original}
+    return {"rope_type": kind} | kept | first | rope
+
+
+def _check_kept(config: PreTrainedConfig, kind: str) -> None:
+    """Raise ArgumentError if the model's own class reads another type of rotary embedding than was written."""
+    settings = config.to_dict()
+    try:
+        read = AutoConfig.for_model(settings.pop("model_type"), **settings).get_text_config().rope_parameters
+    except (KeyError, ValueError) as error:
+        raise ArgumentError(
+            f"model.rope_parameters.rope_type={kind}: {type(config).__name__} refuses it: {error}"
+        ) from error
+    if read["rope_type"] != kind:
+        raise ArgumentError(
+            f"model.rope_parameters.rope_type={kind}: {type(config).__name__} makes {read['rope_type']} of it"
+        )
+
+
+def _check_rope(rope: dict[str, Any], kind: str, kept: dict[str, Any], text: Any) -> None:
+    """Raise ArgumentError for keys that mean nothing to this type of rotary embedding, are missing, or too long."""
+    if kind not in ROPE:  # one that only config.json can ask for
+        return
+    needed, others = ROPE[kind]
+    for key, value in rope.items():
+        if key not in ("rope_type", "rope_theta", *needed, *others):
+            takes = ", ".join(("rope_theta", *needed, *others))
+            raise ArgumentError(
+                f"model.rope_parameters.{key}={value} means nothing to rope_type={kind}, which takes {takes}"
+            )
+        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        frequencies = int(size * kept.get("partial_rotary_factor", 1.0)) // 2
+        if isinstance(value, list) and len(value) != frequencies:
+            raise ArgumentError(
+                f"model.rope_parameters.{key} has {len(value)} numbers; allowed are {frequencies}, one a frequency"
+            )
+    for key in needed:
+        if key not in kept | rope:
+            raise ArgumentError(f"model.rope_parameters.rope_type={kind} needs model.rope_parameters.{key}")
 
 
 def empty_model(config: PreTrainedConfig, said: str) -> PreTrainedModel:
@@ -218,10 +270,18 @@ def empty_model(config: PreTrainedConfig, said: str) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_config(
                 config, attn_implementation="ring", dtype=torch.float32, trust_remote_code=False
             )
-    except (ValueError, KeyError) as error:
-        raise ArgumentError(f"{said}: {error}") from error
+    except Exception as error:  # of numbers that do not go together it raises anything
+        if isinstance(error, KeyError) and error.args == ("ring",):  # a table of its own attention modules has none
+            raise ArgumentError(f"{said}: a {config.model_type} computes attention itself") from error
+        raise ArgumentError(f"{said}: its config.json gives no model: {_said(error)}") from error
     model.tie_weights()
     return model
+
+
+def _said(error: Exception) -> str:
+    """One line of what a library says, by its kind where that is a bare word."""
+    said = " ".join(str(error).split())
+    return said if " " in said else f"{type(error).__name__}: {said}"
 
 
 def positions_in_documents(cu_seqlens: Any, size: int, seqlen: int) -> Tensor:
@@ -235,9 +295,12 @@ def _generation(folder: Path) -> dict[str, Any] | None:
     """How the model of a folder is to generate, if the folder says so."""
     path = folder / "generation_config.json"
     try:
-        return json.loads(path.read_bytes()) if path.is_file() else None
+        found = json.loads(path.read_bytes()) if path.is_file() else None
     except (OSError, ValueError) as error:
         raise DataError(f"model.path: cannot read {path}: {error}; copy it anew") from error
+    if not isinstance(found, dict | None):
+        raise DataError(f"model.path: {path} holds no object; copy it anew")
+    return found
 
 
 def _refuse_dropout(model: nn.Module, folder: Path) -> None:

@@ -52,6 +52,20 @@ class Haystack(NamedTuple):
     batch: dict[str, Any]
 
 
+def needle_lengths(tokenizer: Tokenizer, seqlen: int) -> list[int]:
+    """Lengths of contexts that the sentence and its question go into.
+
+    Raises:
+        DataError: there is none up to seqlen.
+    """
+    needle = sum(map(len, tokenizer.encode([SENTENCE, NUMBER])))
+    lengths = sorted({seqlen >> halving for halving in range(HALVINGS)})
+    lengths = [length for length in lengths if length > 2 * (1 + 2 * needle)]
+    if not lengths:
+        raise DataError(f"logging.needle=true: a sentence and its question need more than train.seqlen={seqlen} tokens")
+    return lengths
+
+
 def haystacks(text: Sequence[np.ndarray], tokenizer: Tokenizer, seqlen: int) -> Iterator[Haystack]:
     """Contexts of all lengths and depths, each a batch of one sequence of `seqlen` tokens, labels at the number alone.
 
@@ -59,20 +73,13 @@ def haystacks(text: Sequence[np.ndarray], tokenizer: Tokenizer, seqlen: int) -> 
         text: tokens of documents; they are repeated if they are few.
         tokenizer: theirs.
         seqlen: the longest length.
-
-    Raises:
-        DataError: the sentence and the question are longer than that.
     """
     sentence, number = (tokens.tolist() for tokens in tokenizer.encode([SENTENCE, NUMBER]))
     needle, asked = [*sentence, *number], [*sentence, *number]
     head = [tokenizer.separator]
-    lengths = sorted({seqlen >> halving for halving in range(HALVINGS)})
-    lengths = [length for length in lengths if length > 2 * (len(head) + len(needle) + len(asked))]
-    if not lengths:
-        raise DataError(f"logging.needle=true: a sentence and its question need more than train.seqlen={seqlen} tokens")
     endless = itertools.chain.from_iterable(itertools.cycle(text))
     hay = [int(token) for token in itertools.islice(endless, seqlen)]
-    for length, depth in itertools.product(lengths, DEPTHS):
+    for length, depth in itertools.product(needle_lengths(tokenizer, seqlen), DEPTHS):
         around = hay[: length - len(head) - len(needle) - len(asked)]
         place = round(depth * len(around))
         ids = [*head, *around[:place], *needle, *around[place:], *asked]

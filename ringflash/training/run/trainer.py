@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import json
 import math
 import os
 from collections.abc import Callable
@@ -20,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from ringflash.configs.schema import Config, EngineConfig
+from ringflash.configs.schema import AttentionConfig, Config, EngineConfig
 from ringflash.errors import ArgumentError, CheckpointError, RankMismatchError, RingflashError
 from ringflash.training.checkpoint import writing
 from ringflash.training.checkpoint.files import found_at, newest, step_of
@@ -39,10 +40,13 @@ from ringflash.training.model.decoder import Decoder
 from ringflash.training.ranks import from_all, from_rank_0
 from ringflash.training.run.interruption import Answer
 from ringflash.training.run.loader import ShardedBatches
-from ringflash.training.run.needle import Needle, haystacks
+from ringflash.training.run.needle import Needle, haystacks, needle_lengths
 from ringflash.training.run.position_loss import PositionBin, PositionLoss
 
 Made = TypeVar("Made")
+
+BESIDE = {"path", "transformers_version", "dtype", "use_cache"}
+"""What a model's description holds beside how it computes."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,8 @@ class Trainer:
         self.data: TrainingData = _alike(
             lambda: read_data(config), lambda data: data.identity, f"text from data.path={config.data.path}"
         )
+        if config.logging.needle:
+            needle_lengths(self.data.tokenizer, config.train.seqlen)
         self._passed_over = [str(passed_over) for passed_over in self.data.passed_over]
         self.accumulation = accumulation(config, world)
         batches = PackedBatches(self.data.samples, config.train.micro_batch, self.data_rank, self.data_ranks)
@@ -91,9 +97,9 @@ class Trainer:
         self.steps = steps_of(config, self.data.samples.samples_per_epoch)
         self._rate = schedule(config.optimizer, self.steps)
         if self.resumed is not None:
-            self.resumed.check_shapes(parameter_shapes(self.model))
+            _check_same_model(self.resumed, self.model)
+            _check_same_settings(self.resumed, self.model, config.attention)
             _check_same_optimizer(self.resumed, config.optimizer.name)
-            _check_same_base(self.resumed, self.model.description())
             state = self.resumed.state
             self.step = state["step"]
             batches.load_state_dict(state["data"])
@@ -212,7 +218,7 @@ class Trainer:
             f"{train.global_batch} x {train.seqlen} tokens a step\n"
             f"{self._read()}; {start}; writing to {self.folder}{self._estimate()}"
             + "".join(f"\nset aside: {problem}" for problem in self.set_aside)
-            + "".join(f"\n{passed_over}" for passed_over in self._passed_over if passed_over)
+            + "".join(f"\n{said}" for said in (*self._passed_over, self.model.passed_over()) if said)
         )
 
     def _estimate(self) -> str:
@@ -301,8 +307,7 @@ class Trainer:
         if path is None:
             return None
         found = Checkpoint(path)
-        found.check_shapes(parameter_shapes(self.model))
-        _check_same_base(found, self.model.description())
+        _check_same_model(found, self.model)
         if found.state.get("tokenizer") not in (None, fingerprint(self.data.tokenizer)):
             raise CheckpointError(
                 f"checkpoint.weights={weights} was trained with other tokens; leave data.tokenizer out, or give the "
@@ -320,13 +325,44 @@ def _check_same_optimizer(checkpoint: Checkpoint, here: str) -> None:
         )
 
 
-def _check_same_base(checkpoint: Checkpoint, here: dict[str, Any]) -> None:
-    """Raise CheckpointError if adapters would go on upon other weights, or otherwise scaled."""
-    there = checkpoint.state["model"].get("lora") or {}
-    for name, value in (here.get("lora") or {}).items():
-        if there.get(name) != value:
+def _check_same_model(checkpoint: Checkpoint, model: Decoder) -> None:
+    """Raise CheckpointError for other parameters, and for adapters upon other weights, or otherwise scaled."""
+    there, here = (about.get("lora") or {} for about in (checkpoint.state["model"], model.description()))
+    if bool(there) != bool(here):
+        state = (
+            f"adapters alone, for lora.rank={there['rank']}" if there else f"no adapters for lora.rank={here['rank']}"
+        )
+        raise CheckpointError(
+            f"{checkpoint.path} holds {state}; `python -m ringflash.export` makes a folder of it, for model.path"
+        )
+    for name, value in here.items():
+        if there[name] != value:
             what = "weights of model.path" if name == "weights" else f"lora.{name}"
-            raise CheckpointError(f"{checkpoint.path}: its adapters had other {what}: {there.get(name)}, here {value}")
+            raise CheckpointError(f"{checkpoint.path}: its adapters had other {what}: {there[name]}, here {value}")
+    checkpoint.check_shapes(parameter_shapes(model))
+
+
+def _check_same_settings(checkpoint: Checkpoint, model: Decoder, attention: AttentionConfig) -> None:
+    """Raise CheckpointError if the same weights would go on in a model that computes something else with them."""
+    there = _settings(checkpoint.state["model"]) | _mask(checkpoint.state["config"]["attention"])
+    here = _settings(model.description()) | _mask(vars(attention))
+    for name in there.keys() & here.keys():
+        if there[name] != here[name]:
+            raise CheckpointError(
+                f"{checkpoint.path} is of another model: {name} is {there[name]} there and {here[name]} here; "
+                "checkpoint.weights=PATH starts a new run from its weights alone"
+            )
+
+
+def _settings(about: dict[str, Any]) -> dict[str, Any]:
+    """What a description says of how a model computes, as it is in a checkpoint."""
+    about = json.loads(json.dumps(about))
+    return {name: value for name, value in about.get("huggingface", about).items() if name not in BESIDE}
+
+
+def _mask(attention: dict[str, Any]) -> dict[str, Any]:
+    names = {"causal": (), "sliding_window": ("window", "sink"), "chunked": ("chunk",)}[attention["mask"]]
+    return {f"attention.{name}": attention[name] for name in ("mask", *names)}
 
 
 def _alike(make: Callable[[], Made], identity: Callable[[Made], str], what: str) -> Made:
