@@ -378,21 +378,26 @@ def _seconds(
 
 
 def _touched(sizes: _Sizes) -> float:
-    """Bytes that a token's forward and backward pass of a block reads and writes beside products and attention."""
+    """Bytes that a token's forward and backward pass of a block reads and writes beside products and attention.
+
+    SwiGLU's product has two operands and a result, and in the backward pass three of each; gradients of norms read
+    two tensors and write one; two sums of the stream have gradients that are added too.
+    """
     wide, stream = sizes.element * sizes.model.intermediate_size, sizes.element * sizes.model.hidden_size
-    return _touched_again(sizes) + 5 * wide + 14 * wide + 6 * stream + 2 * _norm(sizes) + _norm(sizes) + _rotary(sizes)
+    return _touched_again(sizes) + 9 * wide + 2 * (_norm(sizes) + stream) + _rotary(sizes) + 3 * 3 * stream
 
 
 def _touched_again(sizes: _Sizes) -> float:
-    """The same of what is computed again: both norms, the rotary embedding, one addition to the stream."""
+    """The same of what is computed again: both norms, the rotary embedding, one sum of the stream."""
     return 2 * _norm(sizes) + _rotary(sizes) + 3 * sizes.element * sizes.model.hidden_size
 
 
 def _norm(sizes: _Sizes) -> float:
-    """A norm: to fp32, over its root mean square, back."""
-    return sizes.model.hidden_size * (2 * sizes.element + 4 * FP32)
+    """A norm: read and written; where weights are in another dtype by way of fp32, which is written and read twice."""
+    aside = 0 if sizes.weight == sizes.element else 4 * FP32
+    return sizes.model.hidden_size * (2 * sizes.element + aside)
 
 
 def _rotary(sizes: _Sizes) -> float:
-    """Queries and keys: to fp32, four products, two sums, joined, back."""
-    return (sizes.query + sizes.key) * (2 * sizes.element + 10 * FP32)
+    """Queries and keys, read and written."""
+    return 2 * sizes.element * (sizes.query + sizes.key)
