@@ -4,9 +4,9 @@
     python launch/warm.py head_dims=64,192/128 heads=16/4,8 dtypes=bfloat16,float32 processes=16
     python launch/warm.py head_dims=128 heads=32/8 dropout=0.1 alibi=true
 
-Every option is also taken as --key value. Any mask, window, documents and length launch the same kernels; only sink tokens,
-softcap, ALiBi slopes, dropout and key padding have their own. Run it on a GPU of the kind that the job will have, with the
-same torch, triton and ringflash, and the same cache: TRITON_CACHE_DIR, or else ~/.triton/cache.
+Every option is also taken as --key value. Any mask, window, documents and length launch the same kernels; only sink
+tokens, softcap, ALiBi slopes, dropout and key padding have their own. Run it on a GPU of the kind that the job will
+have, with the same torch, triton and ringflash, and the same cache: TRITON_CACHE_DIR, or else ~/.triton/cache.
 """
 
 from __future__ import annotations
@@ -217,12 +217,19 @@ def _modifiers(form: Form, device: torch.device) -> Modifiers | None:
 
 
 def _pairs(text: str) -> list[tuple[int, int]]:
-    """ "64,192/128" as [(64, 64), (192, 128)]."""
-    pairs = [tuple(map(int, word.split("/"))) for word in text.split(",")]
-    return [(pair[0], pair[-1]) for pair in pairs]
+    """The pairs (64, 64) and (192, 128) of "64,192/128", and so on."""
+    pairs = []
+    for word in text.split(","):
+        first, _, second = word.partition("/")
+        if not all(x.isdecimal() and int(x) for x in (first, second or first)):
+            raise argparse.ArgumentTypeError(f"{word!r}; allowed are positive whole numbers, two of them as 192/128")
+        pairs.append((int(first), int(second or first)))
+    return pairs
 
 
 def _dtypes(text: str) -> list[torch.dtype]:
+    if missing := [word for word in text.split(",") if word not in DTYPES]:
+        raise argparse.ArgumentTypeError(f"{missing[0]!r}; allowed are {', '.join(DTYPES)}")
     return [DTYPES[word] for word in text.split(",")]
 
 
@@ -231,7 +238,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--head-dims", type=_pairs, required=True, help="64,128 or query's/value's: 192/128")
     parser.add_argument("--heads", type=_pairs, required=True, help="query's/key's: 32/8; of one rank, if split")
     parser.add_argument("--dtypes", type=_dtypes, default=[torch.bfloat16], help=f"{', '.join(DTYPES)} (bfloat16)")
-    parser.add_argument("--one-gpu", action="store_true", help="nothing for rings: a third of the work")
+    parser.add_argument("--one-gpu", action="store_true", help="nothing for several ranks")
     parser.add_argument("--sink-tokens", action="store_true", help="first tokens stay visible behind a window")
     parser.add_argument("--softcap", type=float, default=0.0, help="bound of the scores (none)")
     parser.add_argument("--alibi", action="store_true", help="with ALiBi slopes")

@@ -20,7 +20,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -50,7 +50,8 @@ def compiled_once(kernel: Any) -> Any:
     """
     if not isinstance(kernel, JITFunction):  # the interpreter compiles nothing
         return kernel
-    prepare_device = kernel.device_caches.default_factory
+    caches: Any = kernel.device_caches  # by device; what is not there yet, its factory prepares
+    prepare_device = caches.default_factory
 
     def prepare() -> object:
         """What Triton prepares for a device, among it the function that compiles the kernel."""
@@ -58,7 +59,7 @@ def compiled_once(kernel: Any) -> Any:
         kernel.compile = functools.partial(compile_once, kernel.compile)
         return prepared
 
-    kernel.device_caches.default_factory = prepare
+    caches.default_factory = prepare
     return kernel
 
 
@@ -106,7 +107,7 @@ def is_compiled(folder: CacheManager, source: Any) -> bool:
 
 
 @contextmanager
-def locked(path: str | None) -> Iterator[None]:
+def locked(path: str | None) -> Generator[None]:
     """Hold the lock of a file if that can be had in `LONGEST_WAIT`; no process has it where files cannot be locked."""
     try:
         file = None if path is None else os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -134,7 +135,7 @@ def locked(path: str | None) -> Iterator[None]:
 
 
 @contextmanager
-def told_of(source: Any) -> Iterator[None]:
+def told_of(source: Any) -> Generator[None]:
     """Log what is compiled if that takes longer than `QUIET`.
 
     A warning, so that Python shows it on standard error where logging is not set up, while it lasts.

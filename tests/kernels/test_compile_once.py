@@ -187,9 +187,7 @@ def test_a_lock_is_free_when_its_holder_dies(holder: tuple[str, multiprocessing.
     waiting.join()
 
 
-def test_nobody_waits_for_good(
-    holder: tuple[str, multiprocessing.Process], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nobody_waits_for_good(holder: tuple[str, multiprocessing.Process], monkeypatch: pytest.MonkeyPatch) -> None:
     path, _ = holder
     monkeypatch.setattr(compile_once, "LONGEST_WAIT", 0.1)
     begin = time.monotonic()
@@ -228,10 +226,9 @@ def test_a_cache_that_is_not_of_files_has_no_lock() -> None:
 
 
 def test_an_error_of_the_compiler_frees_the_lock(cache: Path) -> None:
-    with stand_in():
-        with mock.patch("triton.compiler.compiler.CompiledKernel", side_effect=RuntimeError("no")):
-            with pytest.raises(RuntimeError, match="no"):
-                delta()
+    broken = mock.patch("triton.compiler.compiler.CompiledKernel", side_effect=RuntimeError("no"))
+    with stand_in(), broken, pytest.raises(RuntimeError, match="no"):
+        delta()
     assert [x.name for x in cache.glob("*/lock")] == ["lock"]
     with stand_in(), noted() as found:
         delta()
@@ -259,7 +256,6 @@ def test_short_compilations_and_silenced_ones_are_not_told_of(
     with compile_once.told_of(SOURCE):
         pass
     monkeypatch.setattr(compile_once, "QUIET", 0.0)
-    with caplog.at_level(logging.ERROR, logger="ringflash.kernels"):
-        with compile_once.told_of(SOURCE):
-            time.sleep(0.1)
+    with caplog.at_level(logging.ERROR, logger="ringflash.kernels"), compile_once.told_of(SOURCE):
+        time.sleep(0.1)
     assert caplog.records == []
