@@ -65,7 +65,7 @@ def _pairs(mask: Mask, queries: Partition, keys: Partition) -> np.ndarray:
     pairs = np.zeros((queries.ranks, keys.ranks))
     for layer in mask.layers:
         start, stop, sink_start, sink_stop = position_bounds(layer, boundaries, torch.from_numpy(samples), own)
-        for first, last in ((start, stop), (sink_start, sink_stop)) if mask.sink else ((start, stop),):
+        for first, last in ((start, stop), (sink_start, sink_stop)) if mask.two_intervals else ((start, stop),):
             bounds = torch.stack([first, last], dim=1).clamp_(max=keys.length).numpy()
             pairs += _overlaps(ranks, bounds, weights, keys)
     return pairs

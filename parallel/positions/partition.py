@@ -265,6 +265,10 @@ def _check_sizes(length: int, ranks: int) -> None:
 
 def _same_for_each_row(partition: str, mask: Mask, length: int, batch: int) -> Mask:
     _check_self_attention(partition, mask)
+    if mask.spans is not None or mask.branches is not None:
+        raise ArgumentError(
+            f"partition={partition!r} with spans or a shared prefix takes one packed sequence, not a batch of {batch}"
+        )
     rows = {i * length for i in range(batch + 1)}
     if mask.boundaries is not None and set(mask.boundaries) != rows:
         raise ArgumentError(f"partition={partition!r} with documents takes one packed sequence, not a batch of {batch}")
