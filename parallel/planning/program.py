@@ -299,8 +299,8 @@ def document_table(
 ) -> Tensor:
     """All that one rank's program owes to boundaries that the host must not read, (R, T rounded up) int32.
 
-    Rows are start, stop and, with two intervals, sink_start and sink_stop of each layer of the mask, then, where queries
-    have boundaries of their own, each query's place among the keys.
+    Rows are start, stop and, with two intervals, sink_start and sink_stop of each layer of the mask, then, where
+    queries have boundaries of their own, each query's place among the keys.
     """
     table = torch.zeros(table_shape(mask, query_boundaries is not None, queries), dtype=torch.int32, device=device)
     query = torch.arange(queries, device=device)

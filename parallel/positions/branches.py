@@ -1,7 +1,7 @@
 """Several continuations of one prompt, laid end to end behind it, and groups of them packed one after another.
 
-A group is a prompt and its branches. A token of the prompt sees the prompt; one of a branch sees its branch and, in front
-of it, the prompt, but no other branch. Both are intervals of keys whose ends never step back over a packed sequence.
+A group is a prompt and its branches. A token of the prompt sees the prompt; one of a branch sees its branch and, in
+front of it, the prompt, but no other branch. Both are intervals of keys whose ends never step back over a sequence.
 
     Branches(((4, 2, 3),))      # tokens 0 to 3 are a prompt, 4 and 5 its first branch, 6 to 8 its second one
 """
@@ -45,7 +45,8 @@ class Branches:
         for group in groups:
             if min(group) < 0:
                 raise ArgumentError(
-                    f"shared_prefix: a prompt of {group[0]} with branches of {list(group[1:])}; allowed are lengths from 0"
+                    f"shared_prefix: a prompt of {group[0]} with branches of {list(group[1:])}; allowed are lengths "
+                    "from 0"
                 )
         return Branches(groups)
 

@@ -1,9 +1,9 @@
 """Which keys a query may see, as a function of global token positions.
 
 Every mask here but one gives a query at position p one key interval [start(p), stop(p)), both ends never decreasing in
-p, and, where sink tokens or prompts that several branches share are asked for, one interval in front of it. The one is
-`Mask.blocks`: it is a union of such masks, its `layers`. Masks compose by intersection (`&`). A mask knows nothing of ranks or devices:
-partitions, plans and kernels ask it about positions.
+p, and, where sink tokens are asked for or several branches share a prompt, one interval in front of it. The one is
+`Mask.blocks`: it is a union of such masks, its `layers`. Masks compose by intersection (`&`). A mask knows nothing of
+ranks or devices: partitions, plans and kernels ask it about positions.
 
     mask = Mask.causal() & Mask.documents([0, 700, 4096]) & Mask.sliding_window(left=511)
     mask.key_interval(800)                                  # (700, 801)
@@ -82,12 +82,12 @@ class Mask:
             self._check_beside_branches()
 
     def _check_beside_branches(self) -> None:
-        bounds = (("sliding_window", self.left), ("sliding_window", self.sink_left), ("chunked", self.chunks or None))
-        for name, value in bounds:
-            if value is not None:
+        left = self.sink_left if self.left is None else self.left
+        for name, size in (("sliding_window: left", left), ("chunked: size", min(self.chunks, default=None))):
+            if size is not None:
                 raise ArgumentError(
-                    f"cannot intersect shared_prefix with {name} (of {value} tokens): a token's distance from its prompt "
-                    "begins anew in each branch. Give each branch a prompt of its own, or show blocks by Mask.blocks"
+                    f"cannot intersect shared_prefix with {name}={size}: the distance from the prompt begins anew in "
+                    "each branch. Lay the prompt in front of each branch instead, as documents, or show blocks"
                 )
 
     def __hash__(self) -> int:
@@ -113,10 +113,10 @@ class Mask:
         """A query at p sees the keys up to and including p, and all of the span that holds it.
 
         Args:
-            spans: (start, stop) of stretches whose tokens see each other both ways, as those of each image do in Gemma 3
-                (where its `token_type_ids` are 1); positions over the tokens laid end to end, as in `documents`,
-                ascending and apart. What hides a pair, as documents and windows do, hides it within a span too. A
-                window beside spans is `Mask.sliding_window(left, None)`: its bound to the right would hide them.
+            spans: (start, stop) of stretches whose tokens see each other both ways, as those of each image do in Gemma
+                3, where its `token_type_ids` are 1; positions over the tokens laid end to end, as in `documents`,
+                ascending and apart. What hides a pair elsewhere, as documents and windows do, hides it in a span too.
+                A window beside spans is `Mask.sliding_window(left, None)`: a bound to the right would hide them.
 
         Example:
             >>> mask = Mask.causal(spans=[(2, 5)])  # one image of three tokens
@@ -231,7 +231,7 @@ class Mask:
         if self.branches and other.branches and self.branches != other.branches:
             raise ArgumentError("cannot intersect shared prefixes of differing lengths")
         spans = self.spans if other.spans is None else other.spans
-        if self.spans and other.spans:
+        if self.spans is not None and other.spans is not None:
             spans = intersect(self.spans, other.spans)
         boundaries, query_boundaries = refine(
             (self.boundaries, self.query_boundaries), (other.boundaries, other.query_boundaries)

@@ -73,8 +73,7 @@ def position_bounds(
         start, sink_start = torch.maximum(start, least), torch.maximum(sink_start, least)
         stop = torch.minimum(stop, begin + last[block])
         sink_end = torch.minimum(sink_end, stop)
-    if mask.branches is None:
-        sink_start = sink_stop = start
+    sink_start = sink_stop = start if mask.branches is None else sink_start
     if mask.sink_left is not None:
         start = torch.maximum(start, positions - mask.sink_left)
     if mask.two_intervals:
