@@ -63,7 +63,7 @@ class Sharding:
         partition: "zigzag", "contiguous", "balanced" (equally long for the masks, documents kept whole where they fit),
             or a `Partition` of one sequence; also "stripe" (token by token), "zigzag_per_document" and
             "contiguous_per_document", as other libraries have them. None is "balanced" for one sequence of several
-            packed documents, and "zigzag" for all else.
+            packed documents or of a shared prefix, and "zigzag" for all else.
         head_ranks: how many ranks that follow each other exchange heads for tokens inside of attention (Ulysses, arXiv
             2309.14509): each of them has all of their tokens for its part of the heads, and the plan is one of such
             ranks (arXiv 2405.07719). It divides the number of ranks; 1 is the plan alone, all ranks no plan at all.

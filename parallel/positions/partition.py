@@ -194,7 +194,7 @@ def check_name(partition: str | Partition) -> None:
 
 
 def default_partition(mask: Mask, length: int, batch: int = 1) -> str:
-    """What is taken where no partition was named: "balanced" for packed documents, "zigzag" for all else.
+    """What is taken where no partition was named: "balanced" for packed documents and branches, "zigzag" for all else.
 
     Args:
         mask: with its documents, over the `batch` sequences laid end to end.
@@ -203,7 +203,7 @@ def default_partition(mask: Mask, length: int, batch: int = 1) -> str:
     """
     if batch > 1 or mask.boundaries is None or mask.query_boundaries is not None or mask.boundaries[-1] > length:
         return "zigzag"
-    return "balanced" if len(set(mask.boundaries)) > 2 else "zigzag"
+    return "balanced" if len(set(mask.boundaries)) > 2 or mask.branches is not None else "zigzag"
 
 
 def resolve(
