@@ -66,7 +66,7 @@ def _pairs(mask: Mask, queries: Partition, keys: Partition) -> np.ndarray:
     for layer in mask.layers:
         start, stop, sink_start, sink_stop = position_bounds(layer, boundaries, torch.from_numpy(samples), own)
         for first, last in ((start, stop), (sink_start, sink_stop)) if mask.two_intervals else ((start, stop),):
-            bounds = torch.stack([first, last], dim=1).clamp_(max=keys.length).numpy()
+            bounds = torch.stack([first, torch.maximum(first, last)], dim=1).clamp_(max=keys.length).numpy()
             pairs += _overlaps(ranks, bounds, weights, keys)
     return pairs
 

@@ -57,13 +57,16 @@ class Branches:
 
     @cached_property
     def pieces(self) -> tuple[tuple[int, ...], ...]:
-        """Start and stop of each prompt and branch, and of the prompt in front of it, empty for a prompt itself.
+        """Start and stop of each prompt and branch, and of the prompt in front of it.
 
-        Behind the last one is an empty piece, for tokens that belong to none.
+        That of a prompt itself is empty: it starts with the prompt and stops with the one before. So a tile of queries
+        over the edge of two groups works on one prompt, from the first query's start to the last one's stop, and not on
+        the branches behind it too. Behind the last one is an empty piece, for tokens that belong to none.
         """
-        rows, begin = [], 0
+        rows, begin, before = [], 0, 0
         for prompt, *lengths in self.groups:
-            rows.append((begin, begin + prompt, begin, begin))
+            rows.append((begin, begin + prompt, begin, before))
+            before = begin + prompt
             edges = itertools.accumulate(lengths, initial=begin + prompt)
             rows += [(start, stop, begin, begin + prompt) for start, stop in itertools.pairwise(edges)]
             begin += prompt + sum(lengths)
@@ -88,7 +91,7 @@ class Branches:
         return positions - torch.maximum(starts, begins) + of_prompt.clamp_(min=0)
 
     def around(self, position: int) -> tuple[Interval, Interval]:
-        """The prompt in front of a position, empty in a prompt, and the prompt or branch that holds it."""
+        """The prompt in front of a position, stopping before its start in a prompt, and the prompt or branch that holds it."""
         starts, stops, prompt_starts, prompt_stops = self.pieces
         index = max(0, bisect_right(starts, position) - 1)
         return (prompt_starts[index], prompt_stops[index]), (starts[index], stops[index])

@@ -33,7 +33,8 @@ def position_bounds(
         query_boundaries: (documents + 1,) int64, the queries' own where they differ from the keys' `boundaries`.
 
     Returns:
-        start, stop, sink_start, sink_stop: (T,) int64 global positions.
+        start, stop, sink_start, sink_stop: (T,) int64 global positions. Where sink_stop lies before sink_start, as in
+        a prompt that branches share, a query has no second interval.
     """
     if boundaries is None:
         index = after = torch.zeros_like(queries)
@@ -76,8 +77,9 @@ def position_bounds(
     sink_start = sink_stop = start if mask.branches is None else sink_start
     if mask.sink_left is not None:
         start = torch.maximum(start, positions - mask.sink_left)
-    if mask.two_intervals:
         sink_stop = torch.maximum(sink_start, torch.minimum(sink_end, start))
+    elif mask.branches is not None:
+        sink_stop = torch.minimum(sink_end, start)
     bounds = start, torch.maximum(start, stop), sink_start, sink_stop
     if boundaries is None:
         return bounds

@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ringflash import ArgumentError, Mask, Sharding, shard_batch
 from ringflash.functional import attention
+from ringflash.parallel.positions.visibility import key_intervals
 
 BLOCK = 8
 TREES = {
@@ -153,6 +154,20 @@ def test_positions_go_on_from_the_prompt_in_each_branch_and_labels_end_with_it(p
             assert labels[rows[len(rows) - own :]].tolist() == expected
         if tail:
             assert (labels[-tail:] == -100).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    groups=st.lists(st.tuples(st.integers(8, 30), st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=5),
+    tile=st.integers(1, 8),
+)
+def test_a_tile_over_the_edge_of_two_groups_works_on_no_more_than_a_prompt_beside_its_own_branches(groups, tile):
+    mask = _shared_prefix(groups)
+    positions = torch.arange(mask.boundaries[-1])
+    intervals = key_intervals(mask, torch.tensor(mask.boundaries), positions, positions)
+    first = positions[::tile]
+    last = (first + tile - 1).clamp(max=len(positions) - 1)
+    assert (intervals.sink_stop[last] - intervals.sink_start[first]).max() <= max(prompt for prompt, *_ in groups)
 
 
 def test_documents_within_a_group_count_their_own_tokens_only():
