@@ -91,7 +91,7 @@ class Branches:
         return positions - torch.maximum(starts, begins) + of_prompt.clamp_(min=0)
 
     def around(self, position: int) -> tuple[Interval, Interval]:
-        """The prompt in front of a position, stopping before its start in a prompt, and the prompt or branch that holds it."""
+        """The prompt in front of a position, empty in a prompt itself, and the prompt or branch that holds it."""
         starts, stops, prompt_starts, prompt_stops = self.pieces
         index = max(0, bisect_right(starts, position) - 1)
         return (prompt_starts[index], prompt_stops[index]), (starts[index], stops[index])

@@ -328,7 +328,10 @@ class Mask:
         return self._intervals(position)[1]
 
     def sink_interval(self, position: int) -> Interval:
-        """Sink keys, or the prompt, that the query at `position` sees in front of its key interval; often empty."""
+        """Sink keys, or the prompt, that the query at `position` sees in front of its key interval.
+
+        Often empty: (a, b) with b <= a.
+        """
         return self._intervals(position)[0]
 
     def sees(self, query: int, key: int) -> bool:
@@ -385,7 +388,9 @@ class Mask:
             sink_start = start
         if self.sink_left is not None:
             start = max(start, position - self.sink_left)
-        sink_stop = max(sink_start, min(sink_end, start))
+        sink_stop = min(sink_end, start)
+        if self.branches is None or self.query_boundaries is not None:  # places step back between documents
+            sink_stop = max(sink_start, sink_stop)
         return (sink_start, sink_stop), (start, max(start, stop))
 
     # Blocks

@@ -80,6 +80,8 @@ def position_bounds(
         sink_stop = torch.maximum(sink_start, torch.minimum(sink_end, start))
     elif mask.branches is not None:
         sink_stop = torch.minimum(sink_end, start)
+        if query_boundaries is not None:  # by which places step back from one document to the next
+            sink_stop = torch.maximum(sink_start, sink_stop)
     bounds = start, torch.maximum(start, stop), sink_start, sink_stop
     if boundaries is None:
         return bounds
