@@ -15,6 +15,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 
 from ringflash.kernels.select import NAMES as KERNELS
+from ringflash.training.memory.plan import POLICIES
 
 
 def _bounded(default: Any, **bounds: Any) -> Any:
@@ -253,8 +254,13 @@ class EngineConfig:
     """"ddp", or DeepSpeed's "zero1", "zero2", "zero3"."""
     precision: str = _bounded("auto", choices=("auto", "fp32", "bf16"))
     """"fp32", "bf16" (master weights and optimizer stay fp32), or "auto": bf16 on a GPU that has it, else fp32."""
-    activation_checkpointing: bool = False
-    """Recompute each block in the backward pass, except for its attention."""
+    memory: str = _bounded("auto", choices=POLICIES)
+    """What is kept of each block for the backward pass: all of it ("keep"), or its input and attention's results, from
+    which the rest is computed again, on the device ("recompute") or in host memory ("offload", and with the inputs of
+    every second block computed again too, "offload_pairs"); attention never runs again. "auto": as much as a GPU has
+    room for after the first step; "keep" on CPUs."""
+    host_gib: float | None = _bounded(None, at_least=0)
+    """Host memory that each rank may move blocks to; null: its part of 85% of what is free."""
 
 
 @dataclass

@@ -30,6 +30,7 @@ from ringflash.parallel.positions.integers import check_flag, check_number, inte
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import Partition
 from ringflash.parallel.sharding import Sharding, check_marks
+from ringflash.recomputed import here
 
 Boundaries = Sequence[int] | Tensor | None
 Numbers = tuple[int, ...]
@@ -171,7 +172,9 @@ def attention(
     except Exception as error:
         refuse(group if sharding is None else sharding.peers(group), error)
         raise
-    out, lse, _ = call_attention(*arguments)
+    region = None if torch.compiler.is_compiling() else here.region
+    called = call_attention(*arguments) if region is None else region.attention(call_attention, arguments)
+    out, lse = called[:2]
     (batch, tokens), heads = query.shape[:2], query.shape[2]
     return out.view(batch, tokens, heads, value.shape[3]), lse.view(heads, batch, tokens).transpose(0, 1)
 

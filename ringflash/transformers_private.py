@@ -88,3 +88,16 @@ def converted(model: PreTrainedModel, name: str, source: Source, read: Callable[
 
 def _natural(key: str) -> list[tuple[bool, int | str]]:
     return [(part.isdigit(), int(part) if part.isdigit() else part) for part in key.split(".")]
+
+
+def run_layers_by(model: PreTrainedModel, run: Callable[..., Any]) -> None:
+    """Have `run(layer, x, ...)` called for each of a model's layers while it trains.
+
+    Raises:
+        ValueError: the model knows of no checkpointing of activations.
+    """
+    older = model.gradient_checkpointing_enable  # before Transformers 5.16
+    getattr(model, "activation_checkpointing_enable", older)()
+    for module in model.modules():
+        if hasattr(module, "_gradient_checkpointing_func"):
+            module._gradient_checkpointing_func = run  # pyrefly: ignore[bad-argument-type]  # no module, nor tensor

@@ -65,6 +65,7 @@ def steps(
     tied=True,
     optimizer=OPTIMIZER,
     device="cpu",
+    memory="keep",
     **options,
 ):
     """Train from step `first` to `last` on all ranks of this worker's pool.
@@ -81,7 +82,8 @@ def steps(
         assert found.state == {"step": first}
     accumulation = SEQUENCES // (micro_batch * data_ranks)
     read = None if found is None else found.read
-    engine = create_engine(model, torch.device(device), EngineConfig(name), optimizer, accumulation, read, first)
+    settings = EngineConfig(name, memory=memory)
+    engine = create_engine(model, torch.device(device), settings, optimizer, accumulation, read, first)
     curve = []
     for step in range(first, last):
         mine = batches(step)[data_rank::data_ranks]

@@ -49,6 +49,14 @@ def test_two_ranks_train_adapters_as_peft_does_on_one_device(pool, tmp_path, nam
         _assert_same(result, expected)
 
 
+@pytest.mark.parametrize("name", ["ddp", "zero3"])
+def test_what_is_kept_of_layers_with_adapters_changes_no_bit(pool, tmp_path, name):
+    path = write_folder(tmp_path)
+    expected, found = (pool(2).run(_steps, path, name, 2, memory=each, lora=LORA)[0] for each in ("keep", "offload"))
+    assert found[0] == expected[0]
+    assert all(torch.equal(found[1][key], expected[1][key]) for key in expected[1])
+
+
 def test_bf16_adapters_keep_master_weights_in_fp32_and_the_others_in_bf16(pool, tmp_path):
     path = write_folder(tmp_path)
     expected, _, _ = _plain(path, adapt=_adapted)

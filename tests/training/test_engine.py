@@ -62,12 +62,11 @@ def test_no_clipping_means_none(pool, name):
         assert_same(result, expected)
 
 
+@pytest.mark.parametrize("memory", ["recompute", "offload", "offload_pairs"])
 @pytest.mark.parametrize("name", ENGINES)
-def test_activation_checkpointing_changes_nothing(pool, name):
+def test_what_is_kept_of_blocks_changes_no_bit(pool, name, memory):
     expected = pool(2).run(recipe.steps, name, degree=2)
-    for result, same in zip(
-        pool(2).run(recipe.steps, name, degree=2, activation_checkpointing=True), expected, strict=True
-    ):
+    for result, same in zip(pool(2).run(recipe.steps, name, degree=2, memory=memory), expected, strict=True):
         assert result[0] == same[0]
         assert all(torch.equal(result[1][key], same[1][key]) for key in same[1])
 

@@ -161,7 +161,7 @@ def test_two_ranks_learn_what_transformers_trainer_learns_on_one_device(folder, 
     [
         ["engine=zero3", "train.sequence_degree=1"],
         ["engine=zero2", "train.micro_batch=2", "attention.partition=contiguous"],
-        ["attention.partition=balanced", "engine.activation_checkpointing=true"],
+        ["attention.partition=balanced", "engine.memory=offload"],
     ],
     ids=["data_zero3", "micro_batches_zero2", "balanced"],
 )

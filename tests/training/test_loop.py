@@ -64,7 +64,7 @@ def curve(pool, folder):
 USES = {
     "data": ["train.sequence_degree=1"],
     "larger_batches": ["train.micro_batch=2"],
-    "contiguous": ["attention.partition=contiguous", "engine.activation_checkpointing=true"],
+    "contiguous": ["attention.partition=contiguous", "engine.memory=offload"],
     "zero1": ["train.sequence_degree=1", "engine=zero1"],
 }
 
@@ -87,7 +87,7 @@ def _validated(run):
 
 @pytest.mark.parametrize("engine", ["ddp", "zero3"])
 def test_ranks_without_tokens_train_validate_save_and_go_on_as_one_device_does(pool, folder, engine):
-    shape = ("train.seqlen=5", "train.global_batch=4", "train.validate_every=2", "engine.activation_checkpointing=true")
+    shape = ("train.seqlen=5", "train.global_batch=4", "train.validate_every=2", "engine.memory=offload")
     few = ("data.max_bytes=20000", "data=bytes", "train.validation_sequences=7", *shape)
     expected = pool(1).run(_train, folder, f"few-alone-{engine}", f"engine={engine}", *few)[0]
     pool(4).run(_train, folder, f"few-{engine}", f"engine={engine}", *few, "train.steps=3")

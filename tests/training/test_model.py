@@ -1,4 +1,4 @@
-"""The model against Transformers' Llama, its published sizes, its loss against torch's, and what is recomputed."""
+"""The model against Transformers' Llama, its published sizes, and its loss against torch's."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from hypothesis import strategies as st
 
 from ringflash import ArgumentError, loss, shard_batch
 from ringflash.configs.schema import AttentionConfig, ModelConfig, RopeScalingConfig
-from ringflash.kernels.cpu import blockwise
-from ringflash.parallel.transport.send_recv import SendRecv
 from ringflash.training.config.composing import load
 from ringflash.training.model.transformer import Transformer, attention_mask
 
@@ -95,47 +93,6 @@ def test_sharded_losses_sum_to_those_of_one_device(pool, name):
 def test_masks_differ():
     sums = {_sharded_losses(MASKS[name]).sum().item() for name in ("causal", "window", "chunked")}
     assert len(sums) == 3
-
-
-class _Counted:
-    """Calls of the attention kernel and of the transport, while it is entered."""
-
-    def __enter__(self):
-        self.calls = {"attend": 0, "transfer": 0}
-        self._patch = pytest.MonkeyPatch()
-        for owner, name in ((blockwise, "attend"), (SendRecv, "transfer")):
-            self._patch.setattr(owner, name, self._counting(name, getattr(owner, name)))
-        return self.calls
-
-    def __exit__(self, *_):
-        self._patch.undo()
-
-    def _counting(self, name, function):
-        def counted(*args, **kwargs):
-            self.calls[name] += 1
-            return function(*args, **kwargs)
-
-        return counted
-
-
-def _count_calls(activation_checkpointing):
-    model = recipe.build(activation_checkpointing=activation_checkpointing)
-    shard = shard_batch(recipe.together(recipe.batches(0)))
-    products = []
-    for layer in model.layers:
-        layer.mlp.up_proj.register_forward_hook(lambda *_: products.append(1))
-    with _Counted() as calls:
-        model(**shard).backward()
-    return calls, len(products), [weight.grad for weight in model.parameters()]
-
-
-def test_checkpointed_blocks_run_their_products_twice_but_attention_and_its_transfers_once(pool):
-    for plain, saving in zip(pool(2).run(_count_calls, False), pool(2).run(_count_calls, True), strict=True):
-        assert plain[0] == saving[0]
-        assert plain[0]["attend"] >= 2
-        assert plain[0]["transfer"] >= 2
-        assert (plain[1], saving[1]) == (2, 4)
-        assert all(torch.equal(a, b) for a, b in zip(plain[2], saving[2], strict=True))
 
 
 @pytest.mark.parametrize(

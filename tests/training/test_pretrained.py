@@ -18,12 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ringflash.configs.schema import EngineConfig, ModelConfig, RopeParametersConfig
+from ringflash.configs.schema import EngineConfig, LoraConfig, ModelConfig, RopeParametersConfig
 from ringflash.errors import ArgumentError, DataError
 from ringflash.training.config.checks import check
 from ringflash.training.config.composing import load
 from ringflash.training.corpus.chats import ChatTokenizer
 from ringflash.training.engines.create import create_engine
+from ringflash.training.memory import rows
+from ringflash.training.model import pretrained
 from ringflash.training.model.folder import FolderWeights
 from ringflash.training.model.pretrained import Pretrained, changed, empty_model, positions_in_documents, read_config
 
@@ -78,16 +80,16 @@ def test_a_base_models_folder_and_weights_under_a_tied_name_are_read_too(tmp_pat
 # Training
 
 
-def _steps(
-    path, name, degree, micro_batch=recipe.SEQUENCES, dtype=torch.float32, checkpointing=False, last=2, lora=None
-):
+def _steps(path, name, degree, micro_batch=recipe.SEQUENCES, dtype=torch.float32, memory="keep", last=2, lora=None):
     """As recipe.steps: [(loss, gradient norm), ...] and the engine's state, of the same batches."""
     world = dist.get_world_size()
     mesh = init_device_mesh("cpu", (world // degree, degree), mesh_dim_names=("data", "sequence"))
     group, data_rank, data_ranks = mesh["sequence"].get_group(), mesh["data"].get_local_rank(), world // degree
-    model = Pretrained(ModelConfig(path=str(path)), group, "zigzag", dtype, recipe.SEQLEN, checkpointing, lora)
+    model = Pretrained(ModelConfig(path=str(path)), group, "zigzag", dtype, recipe.SEQLEN, lora)
     accumulation = recipe.SEQUENCES // (micro_batch * data_ranks)
-    engine = create_engine(model, torch.device("cpu"), EngineConfig(name), recipe.OPTIMIZER, accumulation)
+    engine = create_engine(
+        model, torch.device("cpu"), EngineConfig(name, memory=memory), recipe.OPTIMIZER, accumulation
+    )
     curve = []
     for step in range(last):
         mine = recipe.batches(step)[data_rank::data_ranks]
@@ -171,9 +173,48 @@ def test_two_ranks_learn_from_any_family_what_one_device_learns(pool, tmp_path, 
     assert losses == pytest.approx(expected_losses, rel=1e-3)
 
 
+@pytest.mark.parametrize("memory", ["recompute", "offload", "offload_pairs"])
 @pytest.mark.parametrize("name", ["ddp", "zero3"])
-def test_activation_checkpointing_changes_nothing(pool, folder, name):
-    (expected,), (found,) = (pool(1).run(_steps, folder, name, 1, checkpointing=on, last=1) for on in (False, True))
+def test_what_is_kept_of_blocks_changes_no_bit(pool, folder, name, memory):
+    (expected,), (found,) = (pool(1).run(_steps, folder, name, 1, memory=each, last=1) for each in ("keep", memory))
+    assert found[0] == expected[0]
+    assert all(torch.equal(found[1][key], expected[1][key]) for key in expected[1])
+
+
+def _steps_in_tiles(path, name, policy, lora=None):
+    calls, run = [], rows.tiled
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(rows.TILE_ELEMENTS, "cpu", 1 << (10 - dist.get_rank()))
+        patch.setattr(pretrained, "tiled", lambda *given: calls.append(1) or run(*given))
+        return (*_steps(path, name, 2, memory=policy, last=1, lora=lora), len(calls))
+
+
+@pytest.mark.parametrize("family", RELATIVE)
+def test_feed_forwards_of_any_family_learn_the_same_in_tiles(pool, tmp_path, family):
+    build(family, "eager").save_pretrained(tmp_path)
+    (expected, _), (found, _) = (pool(2).run(_steps_in_tiles, tmp_path, "ddp", each) for each in ("keep", "recompute"))
+    torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(expected[0]), rtol=1e-5, atol=1e-6)
+    assert expected[3] == 0
+    assert found[3] > 0 or not pretrained.feed_forwards(Pretrained(ModelConfig(path=str(tmp_path))).model)
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2, target_modules=["down_proj"])], ids=["all", "adapters"])
+@pytest.mark.parametrize("name", ENGINES)
+def test_ranks_with_different_numbers_of_tiles_learn_what_is_learned_without(pool, folder, name, lora):
+    expected, found = (pool(2).run(_steps_in_tiles, folder, name, each, lora)[0] for each in ("keep", "offload"))
+    torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(expected[0]), rtol=1e-5, atol=1e-6)
+    for key, tensor in found[1].items():
+        largest = expected[1][key].abs().max().item()
+        torch.testing.assert_close(tensor, expected[1][key], rtol=0, atol=2e-5 * largest)
+    assert found[3] > 0
+
+
+@pytest.mark.parametrize("family", RELATIVE)
+def test_blocks_of_any_family_are_moved_to_the_host_and_computed_again(pool, tmp_path, family):
+    build(family, "eager").save_pretrained(tmp_path)
+    (expected, _), (found, _) = (
+        pool(2).run(_steps, tmp_path, "ddp", 2, memory=each, last=1) for each in ("keep", "offload_pairs")
+    )
     assert found[0] == expected[0]
     assert all(torch.equal(found[1][key], expected[1][key]) for key in expected[1])
 

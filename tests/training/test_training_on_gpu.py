@@ -24,11 +24,12 @@ def _one_gpu():
 
 
 @pytest.mark.usefixtures("_one_gpu")
+@pytest.mark.parametrize("memory", ["offload", "auto"])
 @pytest.mark.parametrize("name", ["ddp", "zero1", "zero2", "zero3"])
-def test_bf16_follows_the_cpu_run_and_resumes(tmp_path, name):
+def test_bf16_follows_the_cpu_run_and_resumes(tmp_path, name, memory):
     if name != "ddp":
         pytest.importorskip("deepspeed")
-    options = {"degree": 1, "device": "cuda", "dtype": torch.bfloat16, "activation_checkpointing": True}
+    options = {"degree": 1, "device": "cuda", "dtype": torch.bfloat16, "memory": memory}
     expected, weights = recipe.plain(last=4)
     curve, state = recipe.steps(name, last=4, **options)
     torch.testing.assert_close(torch.tensor(curve), torch.tensor(expected), rtol=0.03, atol=0.03)
@@ -67,8 +68,10 @@ def test_a_hugging_face_folder_in_bf16_follows_its_run_in_fp32_on_the_cpu(tmp_pa
     path, curves = write_folder(tmp_path, tie_word_embeddings=True), []
     for device, engine_name, dtype in (("cpu", "ddp", torch.float32), ("cuda", name, torch.bfloat16)):
         adapters = LoraConfig(rank=lora)
-        model = Pretrained(ModelConfig(path=str(path)), dtype=dtype, activation_checkpointing=True, lora=adapters)
-        engine = create_engine(model, torch.device(device), EngineConfig(engine_name), recipe.OPTIMIZER)
+        model = Pretrained(ModelConfig(path=str(path)), dtype=dtype, lora=adapters)
+        engine = create_engine(
+            model, torch.device(device), EngineConfig(engine_name, memory="offload"), recipe.OPTIMIZER
+        )
         curve = []
         for step in range(4):
             shard = model.shard(recipe.together(recipe.batches(step)))
@@ -77,6 +80,42 @@ def test_a_hugging_face_folder_in_bf16_follows_its_run_in_fp32_on_the_cpu(tmp_pa
             curve.append([float(x) for x in engine.train_step([shard], recipe.OPTIMIZER.lr)[:2]])
         curves.append([*curve, [float(engine.evaluate(shard).sum()) / 400, 0.0]])
     torch.testing.assert_close(torch.tensor(curves[1]), torch.tensor(curves[0]), rtol=0.04, atol=0.04)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parts_in_tiles_are_as_exact_as_torchs_own(dtype, monkeypatch):
+    from ringflash.training.memory import rows
+
+    monkeypatch.setitem(rows.TILE_ELEMENTS, "cuda", 1 << 16)
+    torch.manual_seed(0)
+    x, scale, *weights = (torch.randn(*size) for size in ((1, 700, 64), (64,), (96, 64), (96, 64), (64, 96)))
+    angle = torch.randn(1, 700, 1, 8)
+
+    def run(x, scale, gate, up, down, cos, sin, parts):
+        norm, rotate, swiglu = parts
+        y = rotate(norm(x, scale).unflatten(2, (4, 16)), cos, sin).flatten(2)
+        return swiglu(y, gate, up, down)
+
+    def rotated(x, cos, sin):
+        first, second = x.chunk(2, -1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+
+    plain = (
+        lambda x, scale: torch.nn.functional.rms_norm(x, scale.shape, scale, 1e-5),
+        rotated,
+        lambda x, gate, up, down: (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T,
+    )
+    ours = (lambda x, scale: rows.rms_norm(x, scale, 1e-5), rows.rotate, rows.swiglu)
+    results = []
+    for device, kind, parts in (("cpu", torch.float64, plain), ("cuda", dtype, plain), ("cuda", dtype, ours)):
+        inputs = [each.to(dtype).to(device, kind).requires_grad_() for each in (x, scale, *weights)]
+        angles = [each.to(device, torch.promote_types(kind, torch.float32)) for each in (angle.cos(), angle.sin())]
+        out = run(*inputs, *angles, parts)
+        gradients = torch.autograd.grad(out, inputs, torch.linspace(-1, 1, out.numel()).view(out.shape).to(out))
+        results.append([each.detach().cpu().double() for each in (out, *gradients)])
+    exact, torchs, found = results
+    for a, b, c in zip(exact, torchs, found, strict=True):
+        assert (c - a).norm() <= 2 * (b - a).norm() + 1e-6 * a.norm()
 
 
 def test_moments_in_8_bits_come_back_as_they_were_on_gpus():

@@ -196,7 +196,13 @@ def _refuse_unknown_key(key: str) -> None:
         kind, prefix = get_type_hints(kind)[name], f"{prefix}{name}."
 
 
+RENAMED = {"engine.activation_checkpointing": "engine.memory=recompute recomputes blocks, engine.memory=auto as needed"}
+"""Keys that there were, and what stands for them now."""
+
+
 def _unknown(key: str, known: Collection[str]) -> ArgumentError:
+    if key in RENAMED:
+        return ArgumentError(f"{key} is no configuration key any more: {RENAMED[key]}")
     return ArgumentError(f"{key} is no configuration key; allowed here are {', '.join(sorted(known))}")
 
 

@@ -47,6 +47,7 @@ class Engine(ABC):
             scalars on the device.
         """
         self.model.train()
+        self.model.memory.begin_step()
         valid = torch.stack([valid_tokens(batch["labels"]) for batch in batches]).sum()
         dist.all_reduce(valid)
         # A step whose every token is masked has no gradient; without the clamp it would have NaN.
@@ -57,6 +58,7 @@ class Engine(ABC):
         norm = self.update(lr)
         sums = torch.stack([total, torch.full_like(total, float(stop()))])
         dist.all_reduce(sums)
+        self.model.memory.end_step()
         return sums[0] * share, norm, sums[1]
 
     @torch.no_grad()

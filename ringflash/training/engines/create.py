@@ -37,6 +37,7 @@ def create_engine(
         weights: reads another run's weights, to start anew from.
     """
     shapes = parameter_shapes(model)
+    model.keep(config.memory, device, None if config.host_gib is None else int(config.host_gib * 2**30))
 
     def fill(name: str, weight: Tensor) -> None:
         read = state or weights

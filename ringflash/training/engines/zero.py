@@ -41,6 +41,8 @@ class ZeroEngine(Engine):
 
         with redirect_stdout(StringIO()):  # it prints how much memory it uses
             if stage == 3:  # never whole on a rank, and in the dtype that the others are cast to
+                for block in model.whole_blocks():
+                    deepspeed.utils.set_z3_leaf_module(block, True)
                 materialise(model, device, fill, model.dtype, divide)
             else:
                 materialise(model, device, fill)
@@ -108,12 +110,15 @@ class ZeroEngine(Engine):
 
 
 def _deepspeed_config(model: Decoder, stage: int, config: OptimizerConfig, accumulation: int) -> dict:
+    blocks = [sum(weight.numel() for weight in block.parameters()) for block in model.whole_blocks()]
+    # A block is gathered while the one before it computes.
+    ahead = {"stage3_prefetch_bucket_size": max(blocks)} if stage == 3 and blocks else {}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.clip,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, **ahead},
         "bf16": {"enabled": model.dtype == torch.bfloat16},
         "data_types": {"grad_accum_dtype": "fp32"},
     }

@@ -20,30 +20,15 @@ def create_model(config: Config, tokens: int, group: ProcessGroup | None) -> Dec
         tokens: of the tokenizer.
         group: ranks that share a sequence.
     """
-    dtype, checkpointing = compute_dtype(config), config.engine.activation_checkpointing
+    dtype = compute_dtype(config)
     if config.model.path is None:
         with torch.device("meta"):
-            return Transformer(
-                config.model,
-                vocabulary(config.model, tokens),
-                config.attention,
-                group,
-                dtype,
-                checkpointing,
-                config.seed,
-            )
+            rows = vocabulary(config.model, tokens)
+            return Transformer(config.model, rows, config.attention, group, dtype, config.seed)
     from ringflash.training.model.pretrained import Pretrained  # an optional library
 
-    model = Pretrained(
-        config.model,
-        group,
-        config.attention.partition,
-        dtype,
-        config.train.seqlen,
-        checkpointing,
-        config.lora,
-        config.seed,
-    )
+    partition, seqlen = config.attention.partition, config.train.seqlen
+    model = Pretrained(config.model, group, partition, dtype, seqlen, config.lora, config.seed)
     if model.vocab_size < tokens:
         raise ArgumentError(
             f"data.tokenizer={config.data.tokenizer} has {tokens} tokens, model.path={config.model.path} an embedding "

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ringflash.training.memory.blocks import BlockMemory
+
 
 class Decoder(nn.Module, ABC):
     """A language model whose attention spans the ranks that share a sequence.
@@ -21,10 +23,24 @@ class Decoder(nn.Module, ABC):
     Attributes:
         dtype: of the activations.
         vocab_size: rows of the embedding.
+        memory: what is kept of its blocks for the backward pass.
     """
 
     dtype: torch.dtype
     vocab_size: int
+    memory: BlockMemory
+
+    def keep(self, policy: str, device: torch.device, host_bytes: int | None = None) -> None:
+        """Keep of the blocks what a policy says; arguments are those of `BlockMemory.start`.
+
+        Raises:
+            ArgumentError: the model cannot have its blocks computed again.
+        """
+        self.memory.start(policy, device, host_bytes)
+
+    def whole_blocks(self) -> list[nn.Module]:
+        """Modules that use all of their weights in one go: whoever divides weights gathers theirs together."""
+        return []
 
     @abstractmethod
     def initialise(self, name: str, weight: Tensor) -> None:

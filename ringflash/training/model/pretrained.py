@@ -8,7 +8,9 @@ Legend: B sequences, S tokens of one sequence over all ranks, T of them on this 
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +20,21 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ringflash.configs.schema import ROPE, LoraConfig, ModelConfig, entries
 from ringflash.errors import ArgumentError, DataError
 from ringflash.parallel.mesh import ONE_DEVICE
+from ringflash.training.memory.blocks import BlockMemory
+from ringflash.training.memory.plan import AUTO, KEEP
+from ringflash.training.memory.rows import tiled
 from ringflash.training.model.adapters import BASE, add_adapters, initialise_adapter, is_adapter
 from ringflash.training.model.decoder import Decoder
 from ringflash.training.model.folder import FolderWeights
-from ringflash.training.model.transformer import generator_of, keep_attention
+from ringflash.training.model.transformer import generator_of
 from ringflash.transformers import SequenceParallel
 from ringflash.transformers.models import check_shardable
+from ringflash.transformers_private import run_layers_by
 
 PREFIX = "model."
 """In front of the names that Transformers has for the parameters."""
@@ -42,7 +49,6 @@ class Pretrained(Decoder):
         partition: how a sequence lies on them, as in `SequenceParallel`.
         dtype: of the activations; weights are in it too, or in fp32 and computed with by autocast.
         seqlen: tokens of a sequence, for its config.json.
-        activation_checkpointing: recompute layers in the backward pass, except for their attention.
         lora: adapters, which alone are trained then.
         seed: of the adapters' initial weights.
 
@@ -58,7 +64,6 @@ class Pretrained(Decoder):
         partition: str | None = None,
         dtype: torch.dtype = torch.float32,
         seqlen: int = 0,
-        activation_checkpointing: bool = False,
         lora: LoraConfig | None = None,
         seed: int = 0,
     ) -> None:
@@ -74,8 +79,8 @@ class Pretrained(Decoder):
         if self._lora is not None:
             add_adapters(self.model, self._lora)
         _refuse_dropout(self.model, folder)
-        if activation_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": keep_attention})
+        self._tiled: list[nn.Module] = []
+        self.memory = BlockMemory(self.config.get_text_config().num_hidden_layers)
         try:
             check_shardable(self.model)  # on one rank too: where a state is carried, packed documents see each other
             self._sequence = SequenceParallel(self.model, ONE_DEVICE if group is None else group, partition)
@@ -91,7 +96,31 @@ class Pretrained(Decoder):
         with torch.autocast(weight.device.type, self.dtype, enabled=cast):
             if per_token:
                 return self._sequence.token_losses(shard)
-            return self.model(**shard, num_items_in_batch=1, use_cache=False).loss
+            self.memory.begin()
+            loss = self.model(**shard, num_items_in_batch=1, use_cache=False).loss
+            self.memory.end()
+            return loss
+
+    def keep(self, policy: str, device: torch.device, host_bytes: int | None = None) -> None:
+        """See Decoder."""
+        if policy == AUTO and not self.model.supports_gradient_checkpointing:
+            policy = KEEP
+        super().keep(policy, device, host_bytes)
+        if policy == KEEP:
+            return
+        try:
+            run_layers_by(self.model, self.memory.run)
+        except ValueError as error:
+            raise ArgumentError(f"engine.memory={policy}: {error}; allowed is {KEEP}") from error
+        self._tiled = feed_forwards(self.model)
+        for module in self._tiled:
+            module.forward = functools.partial(_in_tiles, module, module.forward)
+        if self._lora is not None:  # else nothing in front of the first adapter has a gradient, which engines wait for
+            self.model.enable_input_require_grads()
+
+    def whole_blocks(self) -> list[nn.Module]:
+        """See Decoder; what is in tiles calls its parts often, and ranks do so a different number of times."""
+        return self._tiled
 
     def shard(self, batch: dict[str, Any]) -> dict[str, Any]:
         """See Decoder."""
@@ -130,6 +159,21 @@ class Pretrained(Decoder):
             initialise_adapter(name, weight, generator_of(self._seed, name, weight.device))
         else:
             weight.copy_(self._weights.read(name.removeprefix(PREFIX).replace(BASE, "")))
+
+
+def feed_forwards(model: nn.Module) -> list[nn.Module]:
+    """Parts of a model's layers that look at one token at a time, by the name that Transformers gives to their classes.
+
+    Experts are none of them: they take the tokens that a router sends them.
+    """
+    layers = (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
+    parts = (part for layer in layers for part in layer.children() if type(part).__name__.endswith("MLP"))
+    return [part for part in parts if any(isinstance(each, nn.Linear) for each in part.modules())]
+
+
+def _in_tiles(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    width = max(each.out_features for each in module.modules() if isinstance(each, nn.Linear))
+    return tiled(forward, x, tuple(module.parameters()), width)
 
 
 def read_config(folder: Path) -> PreTrainedConfig:

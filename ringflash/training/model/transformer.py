@@ -16,6 +16,7 @@ Legend: B sequences, T this rank's tokens of a sequence, C hidden size, H query 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import math
 from collections.abc import Sequence
@@ -26,12 +27,13 @@ import torch.nn.functional as F  # noqa: N812 - torch's own habit
 from einops import rearrange
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ringflash import DistributedFlashAttention, Mask, Sharding, shard_batch
 from ringflash.configs.schema import AttentionConfig, ModelConfig, RopeScalingConfig
 from ringflash.loss import cross_entropy, cross_entropy_sum
 from ringflash.parallel.positions.balance import token_work
+from ringflash.training.memory.blocks import BlockMemory
+from ringflash.training.memory.rows import rms_norm, rotate, swiglu
 from ringflash.training.model.decoder import Decoder
 from ringflash.training.model.shape import check_shape, head_dim
 
@@ -58,7 +60,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) -> the same shape and dtype."""
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -95,14 +97,15 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        return self.down_proj(F.silu(self.gate_proj(x_BTC)) * self.up_proj(x_BTC))
+        return swiglu(x_BTC, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
 
 
 class Block(nn.Module):
     """Attention and feed-forward, each behind a norm and added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, attend: DistributedFlashAttention) -> None:
+    def __init__(self, config: ModelConfig, attend: DistributedFlashAttention, memory: BlockMemory) -> None:
         super().__init__()
+        self.memory = memory
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, attend)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -110,8 +113,13 @@ class Block(nn.Module):
 
     def forward(self, x_BTC: Tensor, rotation: tuple[Tensor, Tensor], attention_arguments: dict) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        x_BTC = x_BTC + self.self_attn(self.input_layernorm(x_BTC), rotation, attention_arguments)
-        return x_BTC + self.mlp(self.post_attention_layernorm(x_BTC))
+        given = {"rotation": rotation, "attention_arguments": attention_arguments}
+        function, module = (functools.partial(call, **given) for call in (self._run, self))
+        return self.memory.run(function, x_BTC, module=module)
+
+    def _run(self, x_BTC: Tensor, rotation: tuple[Tensor, Tensor], attention_arguments: dict) -> Tensor:
+        x_BTC = self.self_attn(self.input_layernorm(x_BTC), rotation, attention_arguments).add_(x_BTC)
+        return self.mlp(self.post_attention_layernorm(x_BTC)).add_(x_BTC)
 
 
 class Head(nn.Module):
@@ -144,7 +152,6 @@ class Transformer(Decoder):
         attention: AttentionConfig | None = None,
         group: ProcessGroup | None = None,
         dtype: torch.dtype = torch.float32,
-        activation_checkpointing: bool = False,
         seed: int = 0,
     ) -> None:
         """Build the decoder with its initial weights; on the meta device, without any (see `initialise`).
@@ -156,17 +163,12 @@ class Transformer(Decoder):
                 partition is named.
             group: ranks that share a sequence; None for the default group, or one device where there is none.
             dtype: of the activations; weights are cast to it where they are used.
-            activation_checkpointing: recompute blocks in the backward pass, except for their attention.
             seed: of the initial weights.
         """
         super().__init__()
         check_shape(config)
-        self.config, self.dtype, self.activation_checkpointing, self.seed = (
-            config,
-            dtype,
-            activation_checkpointing,
-            seed,
-        )
+        self.config, self.dtype, self.seed = config, dtype, seed
+        self.memory = BlockMemory(config.num_hidden_layers)
         self.vocab_size = vocab_size
         attention = attention or AttentionConfig()
         self._group, self._partition, self._mask = group, attention.partition, attention_mask(attention)
@@ -178,7 +180,7 @@ class Transformer(Decoder):
             deterministic=attention.deterministic,
         )
         self.embed_tokens = nn.Embedding(vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, attend) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config, attend, self.memory) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         tied = config.tie_word_embeddings
         self.lm_head = Head(
@@ -215,14 +217,15 @@ class Transformer(Decoder):
         attention_arguments = (
             {"cu_seqlens": cu_seqlens, "seqlen": seqlen} if sharding is None else {"sharding": sharding}
         )
+        self.memory.begin()
         for layer in self.layers:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x_BTC = checkpoint(
-                    layer, x_BTC, rotation, attention_arguments, use_reentrant=False, context_fn=keep_attention
-                )
-            else:
-                x_BTC = layer(x_BTC, rotation, attention_arguments)
+            x_BTC = layer(x_BTC, rotation, attention_arguments)
+        self.memory.end()
         return self.lm_head(self.norm(x_BTC), labels, per_token)
+
+    def whole_blocks(self) -> list[nn.Module]:
+        """See Decoder."""
+        return list(self.layers)
 
     def shard(self, batch: dict[str, Any]) -> dict[str, Any]:
         """See Decoder."""
@@ -286,20 +289,3 @@ def rotary(position_ids: Tensor, width: int, theta: float, scaling: RopeScalingC
     frequency = share * frequency + (1 - share) * frequency / scaling.factor
     angle = position_ids[..., None, None] * frequency
     return angle.cos().float(), angle.sin().float()
-
-
-def rotate(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (d, d + D/2) of a head by its position's angle, in fp32; same dtype out."""
-    first, second = x_BTHD.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BTHD.dtype)
-
-
-def keep_attention() -> tuple:
-    """Contexts of torch's `checkpoint` by which a block is recomputed, but for its attention."""
-    return create_selective_checkpoint_contexts(_policy)
-
-
-def _policy(_: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
-    # Attention is the only operator that communicates, and at long context nearly all of the time.
-    kept = op is torch.ops.ringflash.attention.default
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

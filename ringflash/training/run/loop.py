@@ -85,15 +85,21 @@ def _take_steps(
     """All steps that are left, with what is due between them, and a checkpoint of the last."""
     config, first = trainer.config, trainer.step
     train, steps = config.train, trainer.steps
+    measured = False
     clock, logged = time.monotonic(), first  # the clock stands still while something is saved or validated
     while trainer.step < steps:
         stopping = trainer.train_step(stop)
         profiler.step()
-        step = trainer.step
+        step, decision = trainer.step, trainer.decided()
+        if decision is not None:
+            progress.note(decision)
         if step % config.logging.every == 0 or step == steps:
             scalars, now = trainer.scalars(), time.monotonic()
             speed = (step - logged) * train.global_batch * train.seqlen / (now - clock)
             clock, logged = now, step
+            if "train/memory_gib" in scalars and not measured and step > first + 1:  # the first step takes longer
+                measured, seconds = True, train.global_batch * train.seqlen / speed
+                progress.note(f"measured: {scalars['train/memory_gib']:.1f} GiB of a GPU, {seconds:.2f} s a step")
             log.write(step, scalars | {"train/tokens_per_second": speed})
             progress.update(step, scalars["train/loss"], speed)
         if stopping:

@@ -10,6 +10,7 @@ import base64
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from ringflash.configs.schema import AttentionConfig, Config
+from ringflash.configs.schema import AttentionConfig, Config, EngineConfig
 from ringflash.errors import ArgumentError, CheckpointError, RankMismatchError, RingflashError
 from ringflash.training.checkpoint import writing
 from ringflash.training.checkpoint.files import found_at, newest, step_of
@@ -32,6 +33,8 @@ from ringflash.training.corpus.training_data import TrainingData, read_data
 from ringflash.training.engines.create import create_engine, parameter_shapes
 from ringflash.training.engines.optimizer import trained
 from ringflash.training.engines.schedule import schedule
+from ringflash.training.memory.estimate import GIB, Hardware, card_of, estimate, longest
+from ringflash.training.memory.host import available_bytes
 from ringflash.training.model.create import create_model
 from ringflash.training.model.decoder import Decoder
 from ringflash.training.ranks import from_all, from_rank_0
@@ -213,10 +216,36 @@ class Trainer:
             f"{self._size()}, {self.config.engine.name}, {compute_dtype(self.config)} on "
             f"{dist.get_world_size()} x {self.device.type}: {self.data_ranks} data x {self.degree} sequence ranks, "
             f"{train.global_batch} x {train.seqlen} tokens a step\n"
-            f"{self._read()}; {start}; writing to {self.folder}"
+            f"{self._read()}; {start}; writing to {self.folder}{self._estimate()}"
             + "".join(f"\nset aside: {problem}" for problem in self.set_aside)
             + "".join(f"\n{said}" for said in (*self._passed_over, self.model.passed_over()) if said)
         )
+
+    def _estimate(self) -> str:
+        if self.device.type != "cuda" or self.config.model.path is not None:
+            return ""
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        hardware = Hardware(dist.get_world_size(), card_of(self.device), available_bytes(), here)
+        asked = dataclasses.replace(self.config, engine=self._engine()), hardware, self.data.tokenizer.vocab_size
+        found = estimate(*asked)
+        line = (
+            f"\nestimated: {found.peak / GIB:.1f} GiB of each GPU, {found.seconds:.2f} s a step without its host's time"
+        )
+        if found.fits:
+            return line
+        less = "engine=zero3, engine.memory=auto, more ranks a sequence or a shorter train.seqlen"
+        return f"{line}; it may not fit: {less} need less, with these keys up to {longest(*asked):,} tokens fit"
+
+    def _engine(self) -> EngineConfig:
+        """With the precision that "auto" stands for here."""
+        precision = "bf16" if compute_dtype(self.config) == torch.bfloat16 else "fp32"
+        return dataclasses.replace(self.config.engine, precision=precision)
+
+    def decided(self) -> str | None:
+        """What was decided about memory in the latest step, if anything; once."""
+        memory = self.model.memory
+        decision, memory.decision = memory.decision, None
+        return decision
 
     def passed_over_since(self) -> list[str]:
         """What of the data is passed over, where that is more than at the beginning, as it is of streams."""

@@ -1,0 +1,200 @@
+"""Memory of the host, for what the backward pass does not need for a while.
+
+Tensors leave the device, and come back, on a stream of their own, in pages that are never given back to the system:
+page-locking takes longer than moving. Each step has other sizes, as ranks hold other numbers of tokens; pages fit all.
+On a CPU all of this is the same, in ordinary memory and without streams.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ringflash.errors import RingflashError
+
+PAGE = 1 << 22
+"""Bytes of a page: large enough for a transfer to be fast, small enough that a log-sum-exp wastes little."""
+
+SLAB = 64 * PAGE
+"""Bytes that are asked of the system, and page-locked, at a time."""
+
+
+class HostMemory:
+    """Pages of host memory, and the stream on which they are filled and emptied.
+
+    Attributes:
+        limit: bytes that may be used at most.
+        used: bytes in pages that hold something now.
+        moved: bytes that were moved to the host since the beginning.
+    """
+
+    def __init__(self, device: torch.device, limit: int) -> None:
+        self.device, self.limit, self.used, self.moved = device, limit, 0, 0
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._free: list[Tensor] = []
+        self._pages = 0
+        self._leaving: list[tuple[torch.Event, Tensor, int]] = []
+
+    def move(self, tensor: Tensor) -> Moved | None:
+        """Begin to move a tensor to the host; None where its pages are not to be had.
+
+        It stays on the device until `let_go`.
+        """
+        count = -(-tensor.nbytes // PAGE)
+        if not self._provide(count):
+            return None
+        pages = [self._free.pop() for _ in range(count)]
+        self.used += count * PAGE
+        self.moved += tensor.nbytes
+        source = tensor.detach().contiguous()
+        if self.stream is None:
+            _copy(_bytes(source), pages, to_pages=True)
+        else:
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self.stream):
+                _copy(_bytes(source), pages, to_pages=True)
+                self._leaving.append((self.stream.record_event(), source, source._version))
+        return Moved(self, source, pages)
+
+    def let_go(self) -> None:
+        """Free the device's memory of all that has begun to move; later work on the device waits until it has."""
+        for moved, source, version in self._leaving:
+            _check_unchanged(source, version)
+            torch.cuda.current_stream(self.device).wait_event(moved)
+        self._leaving.clear()
+
+    def take_back(self, pages: list[Tensor]) -> None:
+        """Have pages free again; whatever fills them next does so on the same stream that emptied them."""
+        self._free += pages
+        self.used -= len(pages) * PAGE
+
+    def _provide(self, count: int) -> bool:
+        """Whether that many pages are free, after asking the system for more if the limit allows."""
+        while len(self._free) < count:
+            size = min(SLAB, self.limit // PAGE * PAGE - self._pages * PAGE)
+            if size < PAGE:
+                return False
+            try:
+                slab = torch.empty(size, dtype=torch.uint8, pin_memory=self.stream is not None)
+            except RuntimeError:  # the system has less than it said
+                self.limit = self._pages * PAGE
+                return False
+            self._free += slab.split(PAGE)
+            self._pages += size // PAGE
+        return True
+
+
+class Moved:
+    """A tensor in host memory."""
+
+    def __init__(self, host: HostMemory, source: Tensor, pages: list[Tensor]) -> None:
+        self._host, self._pages = host, pages
+        self._shape, self._dtype, self.nbytes = source.shape, source.dtype, source.nbytes
+        self._there: Tensor | None = None
+        self._arrived: torch.Event | None = None
+
+    def fetch(self) -> None:
+        """Begin to bring it back."""
+        if self._there is not None:
+            return
+        host = self._host
+        self._there = torch.empty(self._shape, dtype=self._dtype, device=host.device)
+        if host.stream is None:
+            _copy(_bytes(self._there), self._pages, to_pages=False)
+        else:
+            host.stream.wait_stream(torch.cuda.current_stream(host.device))  # its memory was something else's
+            with torch.cuda.stream(host.stream):
+                _copy(_bytes(self._there), self._pages, to_pages=False)
+                self._arrived = host.stream.record_event()
+        self.release()
+
+    def get(self) -> Tensor:
+        """The tensor, on the device."""
+        self.fetch()
+        if self._arrived is not None:
+            torch.cuda.current_stream(self._host.device).wait_event(self._arrived)
+            self._arrived = None
+        assert self._there is not None
+        return self._there.detach()
+
+    def release(self) -> None:
+        """Give its pages back."""
+        self._host.take_back(self._pages)
+        self._pages = []
+
+    def __del__(self) -> None:
+        """Of a pass that ended before its backward pass, pages and what is under way are left."""
+        if self._arrived is not None:
+            torch.cuda.current_stream(self._host.device).wait_event(self._arrived)
+        self.release()
+
+
+class Kept:
+    """A tensor that stays on the device."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._version = tensor.detach(), tensor._version
+
+    def fetch(self) -> None:
+        """Nothing: it is there."""
+
+    def get(self) -> Tensor:
+        """The tensor."""
+        _check_unchanged(self._tensor, self._version)
+        return self._tensor.detach()
+
+
+def _check_unchanged(tensor: Tensor, version: int) -> None:
+    if tensor._version != version:
+        raise RingflashError(
+            "a model changes the input or the attention of its blocks in place, which its backward pass wants as they "
+            "were; engine.memory=keep allows that"
+        )
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _copy(tensor: Tensor, pages: list[Tensor], to_pages: bool) -> None:
+    for number, page in enumerate(pages):
+        part = tensor[number * PAGE : (number + 1) * PAGE]
+        source, target = (part, page[: len(part)]) if to_pages else (page[: len(part)], part)
+        target.copy_(source, non_blocking=True)
+
+
+def share_of_host() -> int:
+    """Bytes of host memory that this process may use: its part of most of what is free on this machine."""
+    return int(USED * available_bytes()) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # as torchrun sets it
+
+
+USED = 0.85
+"""Share of the free host memory that may be used; data, checkpoints and the ranks' own buffers are to have the rest."""
+
+
+def available_bytes() -> int:
+    """Host memory that this process and those beside it may still take: what the system has, or their group's limit."""
+    found = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        found = [int(lines["MemAvailable"].split()[0]) * 1024]  # counts caches that give way
+    except (OSError, KeyError, ValueError):
+        pass  # not Linux
+    for folder, limit, used, cached in GROUPS:
+        try:
+            statistics = dict(line.split() for line in Path(folder, "memory.stat").read_text().splitlines())
+            taken = int(Path(folder, used).read_text()) - int(statistics[cached])
+            found.append(int(Path(folder, limit).read_text()) - taken)
+        except (OSError, KeyError, ValueError):
+            continue  # no such file, or "max"
+    return max(0, min(found))
+
+
+GROUPS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+"""Where Linux says how much memory a container may have and has, and how much of that are caches that give way."""

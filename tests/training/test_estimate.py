@@ -1,0 +1,166 @@
+"""What a step is said to take, against what it takes, and against itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import subprocess
+import sys
+import types
+
+import pytest
+import recipe
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_memory import _peak
+
+from ringflash import ArgumentError
+from ringflash.configs.schema import EngineConfig, ModelConfig
+from ringflash.training.config.composing import load
+from ringflash.training.engines.create import create_engine
+from ringflash.training.memory.estimate import BUCKET, CARDS, GIB, Hardware, _fixed, _Sizes, estimate, longest
+from ringflash.training.memory.plan import KEEP, OFFLOAD, RECOMPUTE
+from ringflash.training.run import trainer as trainer_module
+from ringflash.training.run.trainer import Trainer
+
+CPU = torch.device("cpu")
+LONG = load(["experiment=llama3_8b_long"])
+FOUR = Hardware(4, CARDS["h100"], 500 * GIB)
+
+
+def _sized(overrides, ranks):
+    shape = ("hidden_size=128", "intermediate_size=256", "num_hidden_layers=4", "num_attention_heads=4")
+    keys = [f"model.{each}" for each in (*shape, "num_key_value_heads=2", "head_dim=32", "vocab_size=512")]
+    return _Sizes.of(load(["data=bytes", *keys, *overrides]), ranks)
+
+
+def _live_bytes():
+    gc.collect()
+    storages = [x.untyped_storage() for x in gc.get_objects() if isinstance(x, torch.Tensor) and not x.is_meta]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _lasting_bytes(name, optimizer):
+    before = _live_bytes()
+    shape = ModelConfig(128, 256, 4, 4, 2, head_dim=32)
+    model = recipe.build(dist.group.WORLD, model=shape, device="meta", dtype=torch.bfloat16)
+    engine = create_engine(model, CPU, EngineConfig(name), dataclasses.replace(recipe.OPTIMIZER, name=optimizer))
+    if name == "ddp":  # its gradients and its optimizer's state come with the first step
+        engine.train_step([model.shard(recipe.batches(0)[1])], 1e-3)
+    return sum(weight.numel() for weight in model.parameters()), _live_bytes() - before
+
+
+@pytest.mark.parametrize(
+    ("name", "optimizer"), [("ddp", "adamw"), ("ddp", "muon"), ("zero1", "adamw"), ("zero3", "adamw")]
+)
+def test_weights_gradients_and_optimizer_take_what_is_said(pool, name, optimizer):
+    sizes = _sized([f"engine={name}", "engine.precision=bf16"], 2)
+    for weights, found in pool(2).run(_lasting_bytes, name, optimizer):
+        same = dataclasses.replace(sizes, weights=weights)
+        said = _fixed(name, same, 2, optimizer)
+        lasting = said["parameters"] + said["gradients"] + said["optimizer"]
+        lasting += 2 * BUCKET if name == "zero3" else 0
+        assert found == pytest.approx(lasting, rel=0.02)
+
+
+@pytest.mark.parametrize("policy", [KEEP, RECOMPUTE])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_blocks_keep_what_is_said(policy, precision):
+    tokens, width, wide = 4096, 64, 256
+    shape = (f"hidden_size={width}", f"intermediate_size={wide}", "num_attention_heads=1", "num_key_value_heads=1")
+    keys = [f"model.{each}" for each in (*shape, "head_dim=16")]
+    sizes = _sized([f"engine.precision={precision}", f"train.seqlen={tokens}", *keys], 1)
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    less, more = (_peak(policy, tokens, blocks, width, wide, dtype=dtype)[0] for blocks in (2, 10))
+    assert more - less == pytest.approx(8 * (sizes.kept(False) + (sizes.again if policy == KEEP else 0)), rel=0.05)
+
+
+SMALL = load(["model=llama3_1b", "engine.precision=bf16"])
+
+
+@settings(max_examples=20)
+@given(
+    length=st.integers(4, 200),
+    gpus=st.sampled_from([1, 2, 4]),
+    policy=st.sampled_from(["auto", "keep", "recompute", "offload", "offload_pairs"]),
+    engine=st.sampled_from(["ddp", "zero1", "zero2", "zero3"]),
+)
+def test_more_tokens_take_more_and_more_gpus_take_less(length, gpus, policy, engine):
+    def of(seqlen, gpus):
+        train = dataclasses.replace(SMALL.train, seqlen=1024 * seqlen)
+        settings = dataclasses.replace(SMALL.engine, name=engine, memory=policy)
+        config = dataclasses.replace(SMALL, train=train, engine=settings)
+        return estimate(config, Hardware(gpus, CARDS["h100"], 1000 * GIB))
+
+    found, longer, shared = of(length, gpus), of(2 * length, gpus), of(length, 2 * gpus)
+    assert 0 < found.mfu < 1
+    assert found.seconds < longer.seconds
+    assert shared.seconds < found.seconds
+    if policy != "auto":  # which fills what there is
+        assert found.peak + found.host < longer.peak + longer.host
+        assert shared.peak <= found.peak
+    assert found.fits or not longer.fits
+    assert shared.fits or not found.fits
+
+
+def test_8b_on_four_gpus_is_kept_whole_at_first_and_moves_in_pairs_at_last():
+    def placements(seqlen):
+        found = estimate(dataclasses.replace(LONG, train=dataclasses.replace(LONG.train, seqlen=seqlen)), FOUR)
+        return found.placements, found.pairs, found.fits
+
+    assert placements(32768) == ([KEEP] * 32, False, True)
+    million, pairs, fits = placements(1 << 20)
+    assert million.count(OFFLOAD) > 24
+    assert pairs
+    assert fits
+    assert not placements(1 << 22)[2]
+
+
+@pytest.mark.parametrize("policy", ["auto", "recompute"])
+def test_the_longest_that_fits_does_and_a_little_more_does_not(policy):
+    config = dataclasses.replace(LONG, engine=dataclasses.replace(LONG.engine, memory=policy))
+    found = longest(config, FOUR)
+    for seqlen, fits in ((found, True), (found + found // 32, False)):
+        train = dataclasses.replace(config.train, seqlen=seqlen)
+        assert estimate(dataclasses.replace(config, train=train), FOUR).fits == fits
+
+
+def test_a_run_on_gpus_says_it_at_its_start(monkeypatch):
+    found = types.SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=CARDS["h100"].memory)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
+    monkeypatch.setattr(trainer_module, "available_bytes", lambda: 1000 * GIB)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    trainer = object.__new__(Trainer)
+    trainer.config, trainer.device = LONG, torch.device("cuda")
+    trainer.data = types.SimpleNamespace(tokenizer=types.SimpleNamespace(vocab_size=257))
+    config = dataclasses.replace(LONG, engine=dataclasses.replace(LONG.engine, precision="fp32"))  # without a GPU
+    said = estimate(config, Hardware(4, CARDS["h100"], 1000 * GIB))
+    assert trainer._estimate().startswith(f"\nestimated: {said.peak / GIB:.1f} GiB of each GPU, {said.seconds:.2f} s")
+    assert "may not fit" not in trainer._estimate()
+    long = dataclasses.replace(config, train=dataclasses.replace(config.train, seqlen=1 << 23))
+    trainer.config = long
+    assert f"up to {longest(long, Hardware(4, CARDS['h100'], 1000 * GIB)):,} tokens fit" in trainer._estimate()
+
+
+def test_a_model_of_a_folder_is_refused(tmp_path):
+    with pytest.raises(ArgumentError, match=r"model\.path=.*only the recipe's own"):
+        estimate(load([f"model.path={tmp_path}"]), FOUR)
+
+
+def test_the_command_prints_memory_time_and_the_longest(tmp_path):
+    words = ["experiment=llama3_8b_long", "train.seqlen=262144", "gpus=4", "host_gib=500"]
+    found = subprocess.run(
+        [sys.executable, "-m", "ringflash.launch.estimate", *words], capture_output=True, text=True, check=True
+    ).stdout
+    for said in ("262,144 tokens, zero3", "optimizer", "of its host, GiB", "tokens/s/GPU, MFU", "longest train.seqlen"):
+        assert said in found
+    wrong = subprocess.run(
+        [sys.executable, "-m", "ringflash.launch.estimate", "gpus=3", "train.sequence_degree=2"],
+        capture_output=True,
+        text=True,
+    )
+    assert wrong.returncode == 1
+    assert "train.sequence_degree=2 does not divide the 3 ranks" in wrong.stderr
