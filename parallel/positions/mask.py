@@ -288,7 +288,7 @@ class Mask:
 
     # Questions
 
-    @property
+    @cached_property
     def two_intervals(self) -> bool:
         """Whether a query of a layer may see a second interval of keys, in front of its own."""
         return self.sink > 0 or self.branches is not None
