@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 SPACE := $(subst ,, )
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-torch test-triton lint doctor clean
+.PHONY: help install train test test-torch test-triton lint doctor warm clean
 
 help:
 	@echo 'make train    train a small model on every GPU of this machine, or on two CPU processes'
@@ -21,6 +21,7 @@ help:
 	@echo 'make test-triton TRITON=3.6.0  compile the Hopper kernels with another version of triton'
 	@echo 'make lint     check formatting, style and types'
 	@echo 'make doctor   show what this machine has and what to change'
+	@echo 'make warm ARGS="head_dims=128 heads=32/8"   compile the kernels of a job on GPUs ahead of it'
 	@echo 'make install  make .venv and install, nothing else; PYTHON=python3.12 chooses the interpreter'
 	@echo 'make clean    remove .venv and all caches; runs/ stays'
 
@@ -57,6 +58,9 @@ lint: $(INSTALLED)
 
 doctor: $(INSTALLED)
 	@$(BIN)/python launch/doctor.py
+
+warm: $(INSTALLED)
+	@$(BIN)/python launch/warm.py $(ARGS)
 
 install: $(INSTALLED)
 

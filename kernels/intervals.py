@@ -7,6 +7,7 @@ From that monotony follow the bounds of any tile, by reading its first and last 
 device the rows live and without copying anything back.
 
 Sink tokens are a document's first tokens that every later query of it goes on seeing (Xiao et al., arXiv 2309.17453).
+A prompt that several continuations share is to each of them what sink tokens are, of any length, and is passed as such.
 Learned sink logits, which have no key, are something else: a factor of the result, which the kernels know nothing of.
 
 Legend: T query rows, S key rows.

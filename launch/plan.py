@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from ringflash.errors import ArgumentError
 from ringflash.launch.calibrate import calibrate, keep
+from ringflash.launch.flags import as_flags
 from ringflash.launch.plan_hosts import RANKS as SIMULATED
 from ringflash.launch.plan_hosts import as_table, simulate
 from ringflash.launch.plan_hosts import draw as draw_hosts
@@ -162,24 +163,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _as_flags(words: Sequence[str]) -> list[str]:
-    """key=value words as argparse takes them; key=true is a flag."""
-    flags = []
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals or key.startswith("-"):
-            flags.append(word)
-        elif value == "true":
-            flags.append(f"--{key.replace('_', '-')}")
-        elif value != "false":
-            flags.append(f"--{key.replace('_', '-')}={value}")
-    return flags
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the plan that the command line describes, and draw it if asked to."""
     parser = _parser()
-    options = parser.parse_args(_as_flags(sys.argv[1:] if arguments is None else arguments))
+    options = parser.parse_args(as_flags(sys.argv[1:] if arguments is None else arguments))
     try:
         if options.calibrate or options.measure:
             _with_group(options)

@@ -32,7 +32,7 @@ def visible_ranges(mask: Mask, queries: torch.Tensor) -> list[tuple[torch.Tensor
     ranges = []
     for layer in mask.layers:
         start, stop, sink_start, sink_stop = position_bounds(layer, boundaries, queries)
-        ranges += [*([(sink_start, sink_stop)] if mask.sink else []), (start, stop)]
+        ranges += [*([(sink_start, sink_stop)] if mask.two_intervals else []), (start, stop)]
     return ranges
 
 

@@ -137,6 +137,8 @@ class Placement:
             self.masks[0].query_boundaries,
         ):
             raise ArgumentError("masks have different documents; allowed are masks that differ in their rules only")
+        if self.masks and complete.branches != self.masks[0].branches:
+            raise ArgumentError("masks have different shared prefixes; allowed are masks that all have the same")
         if not self.masks:
             self.documents = given[0] if given[1] is None else given[1]
             known = self.documents if self.on_device is None else self.on_device[0]

@@ -63,7 +63,7 @@ class Sharding:
         partition: "zigzag", "contiguous", "balanced" (equally long for the masks, documents kept whole where they fit),
             or a `Partition` of one sequence; also "stripe" (token by token), "zigzag_per_document" and
             "contiguous_per_document", as other libraries have them. None is "balanced" for one sequence of several
-            packed documents, and "zigzag" for all else.
+            packed documents or of a shared prefix, and "zigzag" for all else.
         head_ranks: how many ranks that follow each other exchange heads for tokens inside of attention (Ulysses, arXiv
             2309.14509): each of them has all of their tokens for its part of the heads, and the plan is one of such
             ranks (arXiv 2405.07719). It divides the number of ranks; 1 is the plan alone, all ranks no plan at all.
@@ -265,12 +265,19 @@ class Sharding:
 
     @cached_property
     def position_ids(self) -> Tensor:
-        """Positions of this rank's tokens in their documents, (B, s) int64 on the CPU."""
-        whole = torch.arange(self.batch * self.seqlen) - self._document_starts
+        """Positions of this rank's tokens in their documents, (B, s) int64 on the CPU.
+
+        Of a shared prefix's branches: counted on from the prompt, as if each stood alone behind it.
+        """
+        whole, starts = torch.arange(self.batch * self.seqlen), self._document_starts
+        branches = self._placement.masks[0].branches
+        whole = whole - starts if branches is None else branches.tokens_before(whole, starts)
         return self.shard(whole.view(self.batch, self.seqlen), 1)
 
     def shifted_labels(self, ids: Tensor) -> Tensor:
         """The next token of the same document for each token of the whole batch, -100 where there is none.
+
+        Nor has a shared prefix's prompt a next token, behind which several branches go on, nor has a branch's last one.
 
         Args:
             ids: (B, S) labels of the whole batch, not shifted: input ids, or such with -100 where nothing is learned;
@@ -292,6 +299,8 @@ class Sharding:
         targets = flat.clone()
         targets[edges[:-1][edges.diff() > 0].to(flat.device)] = IGNORED_LABEL
         targets[int(edges[-1]) :] = IGNORED_LABEL
+        if (branches := self._placement.masks[0].branches) is not None:
+            targets[torch.tensor(branches.starts, dtype=torch.int64, device=flat.device)] = IGNORED_LABEL
         check_labels("labels", targets.view_as(ids))
         return torch.cat([targets[1:], targets.new_full((1,), IGNORED_LABEL)])[: len(targets)].view_as(ids)
 

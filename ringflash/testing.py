@@ -127,6 +127,8 @@ def grid_masks(tokens: int) -> dict[str, Mask]:
         "window, sinks": Mask.sliding_window(tokens // 5, sink=4),
         "documents": Mask.causal() & Mask.documents([0, 1, cut, cut, tokens]),
         "prefix": Mask.prefix_lm(cut),
+        "spans": Mask.causal([(1, cut), (cut, tokens - 1)]),
+        "shared prefix": Mask.shared_prefix([cut, 1], [[1, cut // 2], [tokens - 2 - cut - cut // 2]]),
         "chunked": Mask.causal() & Mask.chunked(tokens // 3),
     }
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from types import ModuleType
 
 import torch
@@ -391,16 +392,29 @@ def monotone_intervals(queries: int, keys: int, seed: int, sink: bool) -> KeyInt
 def mask_intervals(draw: st.DrawFn, longest: int, sink: bool | None = None) -> KeyIntervals:
     """A mask over global positions, seen by a rank that holds one or two segments of queries and of keys."""
     total = draw(st.integers(1, 2 * longest))
-    mask = Mask.causal() if draw(st.booleans()) else Mask.bidirectional()
+    edges = [0, *sorted(draw(st.lists(st.integers(0, total), max_size=12))), total]
+    kinds = ["causal", "bidirectional", "spans"] if sink is False else ["causal", "bidirectional", "spans", "branches"]
+    kind = draw(st.sampled_from(kinds))
+    if kind == "branches":
+        prompt, *branches = [stop - start for start, stop in pairwise(edges)]
+        return draw(_intervals_of(Mask.shared_prefix([prompt], [branches]), total, longest))
+    spans = [span for span in pairwise(edges) if span[0] < span[1]]
+    mask = Mask.causal(spans[::2]) if kind == "spans" else getattr(Mask, kind)()
     if draw(st.booleans()):
         mask &= Mask.documents([0, *sorted(draw(st.lists(st.integers(0, total), max_size=12))), total])
     sinks = draw(st.integers(1, 8)) if sink or (sink is None and draw(st.booleans())) else 0
     if sinks or draw(st.booleans()):
-        mask &= Mask.sliding_window(draw(st.integers(0, total)), draw(st.none() | st.integers(0, total)), sinks)
+        right = None if kind == "spans" else draw(st.none() | st.integers(0, total))
+        mask &= Mask.sliding_window(draw(st.integers(0, total)), right, sinks)
+    return draw(_intervals_of(mask, total, longest))
+
+
+@st.composite
+def _intervals_of(draw: st.DrawFn, mask: Mask, total: int, longest: int) -> KeyIntervals:
     queries, keys = (draw(_segments(total, longest)) for _ in range(2))
     bounds = torch.tensor([[*mask.key_interval(p), *mask.sink_interval(p)] for p in queries.tolist()]).T.contiguous()
     start, stop, sink_start, sink_stop = torch.searchsorted(keys, bounds).to(torch.int32)
-    return KeyIntervals(start, stop, len(keys), *((sink_start, sink_stop) if sinks else ()))
+    return KeyIntervals(start, stop, len(keys), *((sink_start, sink_stop) if mask.two_intervals else ()))
 
 
 @st.composite

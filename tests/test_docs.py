@@ -89,7 +89,7 @@ def test_overrides_are_keys_of_the_configuration(page: Path) -> None:
             compose("config", overrides=overrides)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/sagemaker.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/sagemaker.md", "docs/masks.md"])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_python_in_pages_runs_alone_and_on_two_ranks(page: str, ranks: int, tmp_path: Path) -> None:
     examples = blocks(CHECKOUT / page, "python")

@@ -373,6 +373,8 @@ def test_compiles_whole_with_boundaries_and_features(features: dict) -> None:
 CHANGING: dict[str, Callable[[int], dict]] = {
     "mask": lambda cut: {"mask": Mask.sliding_window(cut) & Mask.documents([0, cut, 60])},
     "list": lambda cut: {"cu_seqlens": [0, cut, 60]},
+    "spans": lambda cut: {"mask": Mask.causal([(3, cut), (cut, cut + 9)])},
+    "shared prefix": lambda cut: {"mask": Mask.shared_prefix([cut], [[9, 51 - cut]])},
     "mask and list": lambda cut: {"mask": Mask.documents([0, cut, 60]), "cu_seqlens": [0, cut + 5, 60]},
 }
 

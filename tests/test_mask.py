@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass
 from functools import reduce
+from itertools import accumulate, pairwise
 from operator import and_
 
 import pytest
@@ -40,7 +41,13 @@ class Rule:
     def allows(self, key: int, document: Document) -> bool:
         query, begin = document.query, document.begin
         if self.name == "causal":
-            return key <= query
+            (spans,) = self.arguments or ((),)
+            return key <= query or any(a <= query < key < b for a, b in spans)
+        if self.name == "shared_prefix":
+            prompts, branches, spans = self.arguments
+            mine, its = (piece_of(x, prompts, branches) for x in (query, key))
+            same = mine is not None and its is not None and mine[0] == its[0] and its[1] in (0, mine[1])
+            return same and Rule("causal", (spans,)).allows(key, document)
         if self.name == "sliding_window":
             left, right, sink = self.arguments
             near = left is None or key >= query - left or key < begin + sink
@@ -58,9 +65,20 @@ class Rule:
         return True  # bidirectional; documents are in `document`
 
 
+def piece_of(position: int, prompts: list[int], branches: list[list[int]]) -> tuple[int, int] | None:
+    """Number of the group that holds a position, and of its branch from 1 on, 0 for the prompt; None for no group."""
+    for group, lengths in enumerate([prompt, *rest] for prompt, rest in zip(prompts, branches, strict=True)):
+        for piece, tokens in enumerate(lengths):
+            if 0 <= position < tokens:
+                return group, piece
+            position -= tokens
+    return None
+
+
 def document_of(query: int, rules: list[Rule], total: int) -> Document:
     """The document of a query, cut by every `documents` rule; index counts in the only rule, if it is one."""
     index, begin, end, position, first = 0, 0, total, query, 0
+    alike = all(len(rule.arguments) == 1 for rule in rules if rule.name == "documents")
     for rule in rules:
         if rule.name == "documents":
             keys, queries = rule.arguments if len(rule.arguments) == 2 else rule.arguments * 2
@@ -68,6 +86,10 @@ def document_of(query: int, rules: list[Rule], total: int) -> Document:
             begin, end = max(begin, keys[index]), min(end, keys[index + 1])
             position = query - queries[index + 1] + keys[index + 1]
             first = max(first, queries[index])
+        if rule.name == "shared_prefix" and alike:  # each group is a document
+            edges = [0, *accumulate(p + sum(b) for p, b in zip(*rule.arguments[:2], strict=True))]
+            group = bisect_right(edges, query) - 1
+            begin, end, first = max(begin, edges[group]), min(end, edges[group + 1]), max(first, edges[group])
     return Document(index, begin, end, position, query - first)
 
 
@@ -89,27 +111,52 @@ def block_rules(draw: st.DrawFn, queries: int, keys: int) -> Rule:
     return Rule("blocks", (draw(st.lists(row, min_size=height, max_size=height)), tuple(sizes)))
 
 
+def any_spans(total: int) -> st.SearchStrategy[list[tuple[int, int]]]:
+    """Ascending, apart, some of them touching."""
+    edges = st.lists(st.integers(0, total), unique=True, max_size=8).map(sorted)
+    touching = edges.map(lambda x: list(pairwise(x)))
+    return touching | edges.map(lambda x: list(zip(x[:-1:2], x[1::2], strict=True)))
+
+
+@st.composite
+def shared_prefix_rules(draw: st.DrawFn, total: int) -> Rule:
+    """Any prompts and branches of so many tokens together."""
+    prompts, branches, left = [], [], total
+    for _ in range(draw(st.integers(0, 2))):
+        lengths = []
+        for _ in range(draw(st.integers(1, 4))):
+            lengths.append(draw(st.integers(0, left)))
+            left -= lengths[-1]
+        prompts.append(lengths[0])
+        branches.append(lengths[1:])
+    return Rule("shared_prefix", ([*prompts, 0], [*branches, [left]], draw(st.just([]) | any_spans(total))))
+
+
 @st.composite
 def rule_lists(draw: st.DrawFn, total: int, sinks: bool = True, layouts: int = 0) -> list[Rule]:
     """Any rules that compose: sinks of one size, and prefixes of one document each only with one cut into documents.
 
+    Beside spans there is no bound to the right, beside a shared prefix neither a window to the left nor chunks.
+
     With as many layouts of blocks as asked for.
     """
     near = st.integers(0, total)
-    rules = [Rule("causal", ())] if draw(st.booleans()) else [Rule("bidirectional", ())]
-    sink = draw(st.integers(0, 5)) if sinks else 0
+    spans = any_spans(total).map(lambda spans: Rule("causal", (spans,)))
+    plain = st.sampled_from([Rule("causal", ()), Rule("bidirectional", ())])
+    base = draw(plain | spans | shared_prefix_rules(total))
+    rules, of_base, sink = [base], base.mask(), draw(st.integers(0, 5)) if sinks else 0
+    lefts = st.none() if of_base.branches else st.none() | near
+    rights = st.none() if of_base.spans else st.none() | near
     for _ in range(draw(st.integers(0, 2))):
-        rules.append(
-            Rule("sliding_window", (draw(st.none() | near), draw(st.none() | near), draw(st.sampled_from([0, sink]))))
-        )
-    for _ in range(draw(st.integers(0, 2))):
+        rules.append(Rule("sliding_window", (draw(lefts), draw(rights), draw(st.sampled_from([0, sink])))))
+    for _ in range(0 if of_base.branches else draw(st.integers(0, 2))):
         rules.append(Rule("chunked", (draw(st.integers(1, total)),)))
     for _ in range(draw(st.integers(0, 2))):
         rules.append(Rule("prefix_lm", (draw(near),)))
     rules += [draw(block_rules(total, total)) for _ in range(layouts)]
     documents = [sorted([0, *draw(st.lists(near, max_size=5)), total]) for _ in range(draw(st.integers(0, 2)))]
     rules += [Rule("documents", (tuple(bounds),)) for bounds in documents]
-    if len(documents) == 1 and draw(st.booleans()):
+    if len(documents) == 1 and not of_base.branches and draw(st.booleans()):
         count = len(documents[0]) - 1
         rules.append(Rule("prefix_lm", (tuple(draw(st.lists(near, min_size=count, max_size=count))),)))
     return draw(st.permutations(rules))
@@ -135,7 +182,7 @@ def test_intervals_are_disjoint_and_never_step_back(data: st.DataObject, total: 
     before = (0, 0, 0, 0)
     for query in range(total):
         (sink_start, sink_stop), (start, stop) = mask.sink_interval(query), mask.key_interval(query)
-        assert sink_start <= sink_stop <= start <= query < stop
+        assert max(sink_start, sink_stop) <= start <= query < stop
         now = (sink_start, sink_stop, start, stop)
         assert all(x <= y for x, y in zip(before, now, strict=True))
         before = now
@@ -167,6 +214,30 @@ def test_queries_of_another_length_stand_at_the_end_of_their_document(
         assert list(edges) == sorted(edges)
 
 
+@settings(max_examples=200)
+@given(st.data(), st.integers(1, 6))
+def test_so_they_do_beside_spans_and_a_shared_prefix_of_the_keys(data: st.DataObject, count: int) -> None:
+    steps = st.lists(st.integers(0, 9), min_size=count, max_size=count)
+    keys, queries = (
+        (0, *(sum(lengths[: i + 1]) for i in range(count))) for lengths in (data.draw(steps), data.draw(steps))
+    )
+    documents = Rule("documents", (keys, queries))
+    rule = data.draw(shared_prefix_rules(keys[-1]) | any_spans(keys[-1]).map(lambda x: Rule("causal", (x,))))
+    mask = documents.mask() & rule.mask().without_documents()
+    for query in range(queries[-1]):
+        assert shown(mask, query, keys[-1]) == seen(query, [documents, rule], keys[-1])
+    assert_never_steps_back(mask, queries[-1])
+
+
+@settings(max_examples=200)
+@given(st.data(), st.integers(1, 40))
+def test_intersected_spans_show_what_both_show(data: st.DataObject, total: int) -> None:
+    rules = [Rule("causal", (data.draw(any_spans(total).filter(bool)),)) for _ in range(2)]
+    mask = composed(rules)
+    for query in range(total):
+        assert shown(mask, query, total) == seen(query, rules, total)
+
+
 def keys_of_layers(mask: Mask, query: int, total: int) -> list[int]:
     """The keys that any layer shows, as often as one does."""
     intervals = [x for layer in mask.layers for x in (layer.sink_interval(query), layer.key_interval(query))]
@@ -176,7 +247,8 @@ def keys_of_layers(mask: Mask, query: int, total: int) -> list[int]:
 def assert_never_steps_back(layer: Mask, queries: int) -> None:
     """The ends of both intervals, the sinks' before the other's, as kernels rely on them."""
     bounds = [(*layer.sink_interval(query), *layer.key_interval(query)) for query in range(queries)]
-    assert all(list(x) == sorted(x) for x in bounds)
+    for sink_start, sink_stop, start, stop in bounds:
+        assert max(sink_start, sink_stop) <= start <= stop
     for edges in zip(*bounds, strict=True):
         assert list(edges) == sorted(edges)
 
@@ -248,7 +320,7 @@ def test_keys_needed_hold_every_key_that_is_seen(data: st.DataObject, total: int
     assert all(start < end for start, end in needed)
     union = set().union(*(seen(query, rules, total) for query in range(first, stop)))
     assert union <= {key for interval in needed for key in range(*interval)}
-    if union and not mask.sink and not mask.layout:
+    if union and not mask.two_intervals and not mask.layout:
         assert (flat[0], flat[-1]) == (min(union), max(union) + 1)
 
 
@@ -312,6 +384,30 @@ def test_no_queries_need_no_keys() -> None:
         (lambda: Mask.prefix_lm([1, 2]) & Mask.prefix_lm([1, 2, 3]), "2 and 3 documents"),
         (lambda: Mask.sliding_window(9, sink=1) & Mask.sliding_window(9, sink=2), "different sinks: 1 and 2"),
         (lambda: Mask.documents([0, 4]) & Mask.documents([0, 5]), "end at 4 and at 5"),
+        (lambda: Mask.causal([(3, 2)]), r"spans=\[\(3, 2\)\]; allowed are pairs"),
+        (lambda: Mask.causal([(0, 2, 3)]), r"spans=\[\(0, 2, 3\)\]"),
+        (lambda: Mask.causal([(-1, 2)]), r"spans=\[\(-1, 2\)\]"),
+        (lambda: Mask.causal([(4, 7), (0, 2)]), r"spans=.*ascending order"),
+        (lambda: Mask.causal([(0, 2), (1, 4)]), r"spans=.*apart"),
+        (lambda: Mask.causal([(0, 2.5)]), r"spans=\(0, 2\.5\); allowed are integers"),
+        (lambda: Mask.causal([(0, 2)]) & Mask.causal(), "cannot intersect spans with a bound right=0"),
+        (lambda: Mask.sliding_window(9) & Mask.causal([(0, 2)]), "cannot intersect spans with a bound right=0"),
+        (lambda: Mask.shared_prefix([1, 2], [[3]]), "2 prompts and the branches of 1"),
+        (lambda: Mask.shared_prefix([], []), "0 prompts"),
+        (lambda: Mask.shared_prefix([2], [[3, -1]]), r"prompt of 2 with branches of \[3, -1\]"),
+        (lambda: Mask.shared_prefix([2.5], [[3]]), r"prompts=\[2\.5\]; allowed are integers"),
+        (lambda: Mask.shared_prefix([2], [[1.5]]), r"branches\[0\]=\[1\.5\]; allowed are integers"),
+        (
+            lambda: Mask.shared_prefix([2], [[3, 4]]) & Mask.sliding_window(3),
+            "shared_prefix with sliding_window: left=3",
+        ),
+        (
+            lambda: Mask.sliding_window(3, sink=1) & Mask.shared_prefix([2], [[3, 4]]),
+            "shared_prefix with sliding_window",
+        ),
+        (lambda: Mask.chunked(3) & Mask.shared_prefix([2], [[3, 4]]), "shared_prefix with chunked: size=3"),
+        (lambda: Mask.shared_prefix([2], [[3]]) & Mask.shared_prefix([1], [[4]]), "shared prefixes of differing"),
+        (lambda: Mask.shared_prefix([2], [[3]], [(0, 2)]) & Mask.causal(), "cannot intersect spans"),
         (lambda: Mask.documents([0, 4]).key_interval(-1), "position -1 lies before"),
         (lambda: Mask.blocks([[True]], 0), "block_size=0"),
         (lambda: Mask.blocks([[True]], (4, -1)), r"block_size=\(4, -1\)"),

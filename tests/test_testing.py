@@ -65,7 +65,7 @@ def small_grid(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_command_passes_right_kernels(capsys: pytest.CaptureFixture) -> None:
     assert testing.main() == 0
     rows = capsys.readouterr().out.splitlines()
-    assert len(rows) == 2 + 7 * 3 * 2 + 1
+    assert len(rows) == 2 + 9 * 3 * 2 + 1
     assert "All within the rule" in rows[-1]
 
 

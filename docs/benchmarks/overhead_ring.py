@@ -75,7 +75,7 @@ class NoTransport:
     def release(self) -> None:
         """Nobody waits for that."""
 
-    def transfer(self, sends: list, receives: list, what: str) -> Ticket:
+    def transfer(self, sends: list, receives: list, what: str, first: bool = False) -> Ticket:
         return Ticket([], [], what)
 
 

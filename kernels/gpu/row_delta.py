@@ -11,11 +11,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ringflash.kernels.gpu.chips import chip_of
+from ringflash.kernels.gpu.compile_once import compiled_once
 from ringflash.kernels.gpu.launcher import Launcher, aligned
 from ringflash.kernels.gpu.row_blocks import load_block, padded
 from ringflash.kernels.kept import Kept, metadata
 
 
+@compiled_once
 @triton.jit(do_not_specialize=["row_count"])
 def delta_kernel(
     dout, out, dlse, delta, row_count, heads, do_row, do_head, o_row, o_head, dl_head, dl_row,

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ringflash.kernels.gpu.compile_once import compiled_once
 from ringflash.kernels.gpu.launcher import Launcher, aligned
 from ringflash.kernels.hopper.backward_kernel import attend_backward_kernel
 from ringflash.kernels.hopper.backward_wide_kernel import attend_backward_wide_kernel
@@ -243,6 +244,7 @@ def prepare_rows(prepared: PreparedBackward, lse: Tensor, delta: Tensor) -> tupl
     return scaled_lse, minus_delta
 
 
+@compiled_once
 @triton.jit(do_not_specialize=["rows", "padded_rows", "row_blocks"])
 def prepare_rows_kernel(lse_ptr, delta_ptr, scaled_lse_ptr, minus_delta_ptr, rows, padded_rows, row_blocks):
     """See `prepare_rows`. Program = (head, 1,024 rows)."""

@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ringflash.kernels.gpu.compile_once import compiled_once
 from ringflash.kernels.hopper.backward_work import Inputs, Sums, allocate_buffers, find_work, produce, unseen_zero
 from ringflash.kernels.hopper.compat import async_add, async_store, meet, release, store_wait
 from ringflash.kernels.hopper.dquery_accumulate import HALF, add_earlier, corner, lay_down
@@ -30,6 +31,7 @@ from ringflash.kernels.hopper.dquery_in_turn import (
 from ringflash.kernels.hopper.schedule import stage_and_parity
 
 
+@compiled_once
 @gluon.jit(
     do_not_specialize=[
         "query_rows", "padded_rows", "key_rows", "key_heads", "section",

@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ringflash.kernels.gpu.compile_once import compiled_once
 from ringflash.kernels.hopper.compat import (
     WARPGROUP,
     async_store,
@@ -58,6 +59,7 @@ LOWEST = gl.constexpr(-1e30)
 """Row maximum before any key: finite, so that a hidden score (-inf) less the maximum is -inf and not nan."""
 
 
+@compiled_once
 @gluon.jit(
     do_not_specialize=[
         "query_rows", "tiles", "heads", "section", "query_head_stride", "key_head_stride", "value_head_stride",

@@ -243,7 +243,7 @@ def prepare(inputs: Inputs, settings: Settings, table: Tensor, which: str) -> Re
     problem = query.device, query.dtype, query.shape[-1], value.shape[-1], settings.kernel, modified
     if inputs.handle is None and inputs.on_device():
         mask, program = _program_on_device(inputs, settings, table)
-        return Ready(inputs, settings, program, None, select(*problem, bool(mask.sink)), modified, None)
+        return Ready(inputs, settings, program, None, select(*problem, mask.two_intervals), modified, None)
     handle: Any = inputs.handle  # None only beside a request
     placement, index = _requested(inputs, settings) if settings.request else placement_of(handle)
     mask, device = placement.masks[index], inputs.query.device
@@ -253,10 +253,10 @@ def prepare(inputs: Inputs, settings: Settings, table: Tensor, which: str) -> Re
         if any(surplus):
             raise _surplus(placement, surplus)
         program = placement.program(index, device)
-        return Ready(inputs, settings, program, placement, select(*problem, bool(mask.sink)), modified, None)
+        return Ready(inputs, settings, program, placement, select(*problem, mask.two_intervals), modified, None)
     form = _form(inputs, settings, surplus, which)
     try:
-        program, kernels = placement.program(index, device), select(*problem, bool(mask.sink))
+        program, kernels = placement.program(index, device), select(*problem, mask.two_intervals)
         exchange = placement.exchange(device)
     except Exception as error:  # which only this rank's machine may raise
         agreement(placement.group).refuse(error, placement.call_digest(index, form))

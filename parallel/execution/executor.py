@@ -60,7 +60,8 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]
     except Exception as error:
         ready.refuse(error)
         raise
-    begin(ready, crossing)
+    if ready.transport is not None:
+        begin(ready, crossing)
     at, failure, found = ready.inputs, walk.run(), []
     try:
         if carry is None:
@@ -141,7 +142,8 @@ def backward(
     except Exception as error:
         ready.refuse(error)
         raise
-    begin(ready, crossing)
+    if ready.transport is not None:
+        begin(ready, crossing)
     failure, found = walk.run(), []
     try:
         if needs & NEEDS["query"]:
@@ -181,9 +183,8 @@ def cross(
 
 
 def begin(ready: Ready, crossing: Crossing | None) -> None:
-    """From here on all ranks, if there are others, make this call, and wait for each other."""
-    if ready.transport is not None:
-        ready.begin()
+    """From here on all ranks make this call, and wait for each other."""
+    ready.begin()
     if crossing is not None:
         crossing.go()
 

@@ -20,13 +20,13 @@ class TravellingKeys:
     Args:
         own: this rank's keys, values and, if any, which keys are visible.
         program: what it does.
+        transport: between ranks.
     """
 
-    def __init__(self, own: Rows, program: Program) -> None:
-        self.own, self._program = own, program
+    def __init__(self, own: Rows, program: Program, transport: Transport) -> None:
+        self._program, self._transport = program, transport
         self.arrived: Rows = ()
         """What came for the stage at hand."""
-        self._transport: Transport | None = None
         self._shelf: Shelf | None = None
         self._ticket: Ticket | None = None
         self._free: torch.Event | None = None
@@ -36,18 +36,15 @@ class TravellingKeys:
         needed = min(2, sum([bool(stage.receives) for stage in program.stages]))
         self._buffers = [rows_beside(own, program.buffers.arrivals) for _ in range(needed)]
 
-    def start(self, transport: Transport) -> None:
+    def start(self) -> None:
         """Ranks begin, and own keys are there."""
-        self._transport, self._shelf = transport, transport.shelf
+        self._shelf = self._transport.shelf  # known since they begin
         if self._shelf is not None:
             self._shelf.publish(self._sent if self._program.gives else ())
 
     def begin(self, index: int) -> None:
         """A stage begins."""
         self._index, self._coming, stage = index, (), self._program.stages[index]
-        transport = self._transport
-        if transport is None:
-            return
         if stage.receives:
             self._coming = self._buffers[self._filled % 2]
             self._filled += 1
@@ -56,7 +53,7 @@ class TravellingKeys:
         elif stage.sends or stage.receives:
             sends = [pair for s in stage.sends for pair in rows_of(s, self.arrived if s.relayed else self._sent)]
             receives = [pair for s in stage.receives for pair in rows_of(s, self._coming)]
-            self._ticket = transport.transfer(sends, receives, self._what)
+            self._ticket = self._transport.transfer(sends, receives, self._what)
 
     def work_begun(self) -> None:
         """The first launch of the stage was asked for, if it has one."""

@@ -21,9 +21,6 @@ class Walk:
         ready: what to walk with.
         body: the work of a stage, or of a piece of it, on the rows that it attends to.
         settle: what follows the work of each piece of a stage, in the backward pass.
-
-    Attributes:
-        keys: on their way.
     """
 
     def __init__(
@@ -32,37 +29,40 @@ class Walk:
         body: Callable[[StageProgram, Rows], None],
         settle: Callable[[StageProgram], None] | None = None,
     ) -> None:
-        program = ready.program
+        program, own = ready.program, ready.inputs.keys()
         self._stages = [(stage,) for stage in program.stages] if settle is None else program.backward_stages
-        self._transport, self._body, self._settle = ready.transport, body, settle
-        self.keys = TravellingKeys(ready.inputs.keys(), program)
+        self._own, self._body, self._settle = own, body, settle
+        self._keys = None if ready.transport is None else TravellingKeys(own, program, ready.transport)
         self._failure: Exception | None = None
 
     def run(self) -> Exception | None:
         """Go all the way; what failed on this rank of several. Ranks have begun."""
-        keys = self.keys
-        if self._transport is not None:
-            keys.start(self._transport)
+        if self._keys is not None:
+            self._among_ranks(self._keys)
+            return self._failure
+        for pieces in self._stages:
+            for piece in pieces:
+                if piece.launches:
+                    self._body(piece, piece.at_hand(self._own, ()))
+                if self._settle is not None:
+                    self._settle(piece)
+        return None
+
+    def _among_ranks(self, keys: TravellingKeys) -> None:
+        keys.start()
         for index, pieces in enumerate(self._stages):
             keys.begin(index)
             for piece in pieces:
-                if self._failure is None:
-                    self._guarded(self._work, piece)
+                try:
+                    if piece.launches and self._failure is None:
+                        self._body(piece, piece.at_hand(self._own, keys.arrived))
+                except Exception as error:
+                    self._failure = error
                 keys.work_begun()
-                if self._settle is not None:
-                    self._guarded(self._settle, piece)
+                try:
+                    if self._settle is not None:
+                        self._settle(piece)
+                except Exception as error:
+                    self._failure = self._failure or error
             keys.end()
         keys.close()
-        return self._failure
-
-    def _work(self, piece: StageProgram) -> None:
-        if piece.launches:
-            self._body(piece, piece.at_hand(self.keys.own, self.keys.arrived))
-
-    def _guarded(self, function: Callable[[StageProgram], None], piece: StageProgram) -> None:
-        try:
-            function(piece)
-        except Exception as error:
-            if self._transport is None:
-                raise
-            self._failure = self._failure or error

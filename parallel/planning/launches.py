@@ -78,7 +78,7 @@ def launches(
     if len(layers) > 1:
         pieces = _pieces(layers, boundaries, queries, keys, query_boundaries)
         layers = [layer for layer, piece in zip(layers, pieces, strict=True) if piece.rows.size] or layers[:1]
-        packed = [] if mask.sink else _packed(pieces, len(queries))
+        packed = [] if mask.two_intervals else _packed(pieces, len(queries))
     if packed and len(packed) * PACKING_GAIN <= len(layers):
         bounds = ((torch.from_numpy(x).to(queries.device) for x in piece) for piece in packed)
         return tuple(Launch(KeyIntervals(start, stop, len(keys)), rows) for rows, start, stop in bounds)

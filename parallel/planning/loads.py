@@ -65,8 +65,8 @@ def _pairs(mask: Mask, queries: Partition, keys: Partition) -> np.ndarray:
     pairs = np.zeros((queries.ranks, keys.ranks))
     for layer in mask.layers:
         start, stop, sink_start, sink_stop = position_bounds(layer, boundaries, torch.from_numpy(samples), own)
-        for first, last in ((start, stop), (sink_start, sink_stop)) if mask.sink else ((start, stop),):
-            bounds = torch.stack([first, last], dim=1).clamp_(max=keys.length).numpy()
+        for first, last in ((start, stop), (sink_start, sink_stop)) if mask.two_intervals else ((start, stop),):
+            bounds = torch.stack([first, torch.maximum(first, last)], dim=1).clamp_(max=keys.length).numpy()
             pairs += _overlaps(ranks, bounds, weights, keys)
     return pairs
 

@@ -300,14 +300,14 @@ def document_table(
 ) -> Tensor:
     """All that one rank's program owes to boundaries that the host must not read, (R, T rounded up) int32.
 
-    Rows are start, stop and, with sink tokens, sink_start and sink_stop of each layer of the mask, then, where queries
-    have boundaries of their own, each query's place among the keys.
+    Rows are start, stop and, with two intervals, sink_start and sink_stop of each layer of the mask, then, where
+    queries have boundaries of their own, each query's place among the keys.
     """
     table = torch.zeros(table_shape(mask, query_boundaries is not None, queries), dtype=torch.int32, device=device)
     query = torch.arange(queries, device=device)
     bounds = []
     for layer in mask.layers:
-        bounds += position_bounds(layer, boundaries, query, query_boundaries)[: 4 if mask.sink else 2]
+        bounds += position_bounds(layer, boundaries, query, query_boundaries)[: 4 if mask.two_intervals else 2]
     table[: len(bounds), :queries] = torch.stack(bounds).clamp_(0, keys)
     if query_boundaries is not None:
         table[-1, :queries] = places(boundaries, query, query_boundaries)
@@ -316,13 +316,13 @@ def document_table(
 
 def table_shape(mask: Mask, with_places: bool, queries: int) -> tuple[int, int]:
     """Shape of `document_table`."""
-    return len(mask.layers) * (4 if mask.sink else 2) + with_places, _aligned(queries)
+    return len(mask.layers) * (4 if mask.two_intervals else 2) + with_places, _aligned(queries)
 
 
 def table_program(mask: Mask, table: Tensor, queries: int, keys: int) -> Program:
     """The program of a `document_table`."""
     rows = table[:, :queries].unbind()
-    columns = 4 if mask.sink else 2
+    columns = 4 if mask.two_intervals else 2
     work = [
         Launch(KeyIntervals(rows[i], rows[i + 1], keys, *rows[i + 2 : i + columns]))
         for i in range(0, len(mask.layers) * columns, columns)
@@ -436,7 +436,7 @@ def _interval_launches(
     device: torch.device,
 ) -> list[tuple[Launch, ...]]:
     """One launch for each stage with work, all of their intervals in one table that is copied to the device once."""
-    columns = 4 if layer.sink else 2
+    columns = 4 if layer.two_intervals else 2
     bounds = position_bounds(layer, boundaries, queries, query_boundaries)[:columns]
     bounds = [bound.int().numpy() for bound in bounds]
     working = [index for index, stage in enumerate(plan.stages) if stage.work and len(queries)]

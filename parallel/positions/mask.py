@@ -1,9 +1,9 @@
 """Which keys a query may see, as a function of global token positions.
 
 Every mask here but one gives a query at position p one key interval [start(p), stop(p)), both ends never decreasing in
-p, and, where sink tokens are asked for, one prefix of p's document in front of it. The one is `Mask.blocks`: it is a
-union of such masks, its `layers`. Masks compose by intersection (`&`). A mask knows nothing of ranks or devices:
-partitions, plans and kernels ask it about positions.
+p, and, where sink tokens are asked for or several branches share a prompt, one interval in front of it. The one is
+`Mask.blocks`: it is a union of such masks, its `layers`. Masks compose by intersection (`&`). A mask knows nothing of
+ranks or devices: partitions, plans and kernels ask it about positions.
 
     mask = Mask.causal() & Mask.documents([0, 700, 4096]) & Mask.sliding_window(left=511)
     mask.key_interval(800)                                  # (700, 801)
@@ -21,9 +21,11 @@ from typing import Any
 
 from ringflash.errors import ArgumentError
 from ringflash.parallel.positions.blocks import BlockLayout
+from ringflash.parallel.positions.branches import Branches
 from ringflash.parallel.positions.documents import boundaries_of, document_at, longest, refine
 from ringflash.parallel.positions.integers import integers
 from ringflash.parallel.positions.segments import Interval, Segments, intersect, normalize
+from ringflash.parallel.positions.spans import spans_of, stop_of
 
 UNBOUNDED = 2**31 - 1
 """Position behind every token; positions are 32-bit in the kernels."""
@@ -46,6 +48,8 @@ class Mask:
             longer than the queries). Document i of the queries sees document i of the keys, aligned at their ends: the
             last query stands at the position of the last key.
         layout: blocks of keys that each block of queries sees, counted from each document's start.
+        spans: a query sees no key behind itself but those of the span that holds it; without a bound `right`.
+        branches: a query sees its own branch or prompt, and the prompt in front of its branch.
     """
 
     left: int | None = None
@@ -57,6 +61,8 @@ class Mask:
     boundaries: tuple[int, ...] | None = None
     query_boundaries: tuple[int, ...] | None = None
     layout: BlockLayout | None = None
+    spans: Segments | None = None
+    branches: Branches | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.prefix, tuple) and self.boundaries and len(self.prefix) != len(self.boundaries) - 1:
@@ -67,6 +73,22 @@ class Mask:
         if self.layout is not None and self.boundaries is not None:
             self.layout.check_reach("queries", longest(self.query_boundaries or self.boundaries))
             self.layout.check_reach("keys", longest(self.boundaries))
+        if self.spans is not None and self.right is not None:
+            raise ArgumentError(
+                f"cannot intersect spans with a bound right={self.right}, as of causal() and sliding_window(left): it "
+                "hides what they show. A mask with spans is causal already; a window beside it has right=None"
+            )
+        if self.branches is not None:
+            self._check_beside_branches()
+
+    def _check_beside_branches(self) -> None:
+        left = self.sink_left if self.left is None else self.left
+        for name, size in (("sliding_window: left", left), ("chunked: size", min(self.chunks, default=None))):
+            if size is not None:
+                raise ArgumentError(
+                    f"cannot intersect shared_prefix with {name}={size}: the distance from the prompt begins anew in "
+                    "each branch. Lay the prompt in front of each branch instead, as documents, or show blocks"
+                )
 
     def __hash__(self) -> int:
         return self._hash  # of thousands of boundaries: once is enough
@@ -87,9 +109,21 @@ class Mask:
         return Mask()
 
     @staticmethod
-    def causal() -> Mask:
-        """A query at p sees the keys up to and including p."""
-        return Mask(right=0)
+    def causal(spans: Sequence[Sequence[int]] = ()) -> Mask:
+        """A query at p sees the keys up to and including p, and all of the span that holds it.
+
+        Args:
+            spans: (start, stop) of stretches whose tokens see each other both ways, as those of each image do in Gemma
+                3, where its `token_type_ids` are 1; positions over the tokens laid end to end, as in `documents`,
+                ascending and apart. What hides a pair elsewhere, as documents and windows do, hides it in a span too.
+                A window beside spans is `Mask.sliding_window(left, None)`: a bound to the right would hide them.
+
+        Example:
+            >>> mask = Mask.causal(spans=[(2, 5)])  # one image of three tokens
+            >>> [mask.key_interval(position) for position in (1, 2, 4, 5)]
+            [(0, 2), (0, 5), (0, 5), (0, 6)]
+        """
+        return Mask(spans=spans_of(spans)) if len(spans) else Mask(right=0)
 
     @staticmethod
     def sliding_window(left: int | None, right: int | None = 0, sink: int = 0) -> Mask:
@@ -139,6 +173,32 @@ class Mask:
         return Mask(prefix=lengths)
 
     @staticmethod
+    def shared_prefix(
+        prompts: Sequence[int], branches: Sequence[Sequence[int]], spans: Sequence[Sequence[int]] = ()
+    ) -> Mask:
+        """Several continuations of one prompt, which is there once, as in reinforcement learning; causal.
+
+        A group is a prompt with its branches laid end to end behind it, and groups follow each other. A token sees what
+        it would see if its branch stood alone behind the prompt: the prompt up to itself or whole, then its own branch
+        up to itself. Each group is a document. `Sharding` and `shard_batch` count `position_ids` on from the prompt in
+        each branch, and give no label to the prompt's last token, behind which every branch goes on, nor to the last
+        one of a branch: to learn a branch's first token, begin the branch with the prompt's last one. Windows and
+        chunks are refused beside it.
+
+        Args:
+            prompts: tokens of each group's prompt.
+            branches: for each group the tokens of each of its branches.
+            spans: as in `causal`; a span ends with the prompt or branch that it began in.
+
+        Example:
+            >>> mask = Mask.shared_prefix(prompts=[8192], branches=[[4096] * 8])  # 40,960 tokens in place of 98,304
+            >>> mask.sink_interval(20000), mask.key_interval(20000)  # the prompt, and the third branch so far
+            ((0, 8192), (16384, 20001))
+        """
+        lengths = Branches.of_lengths(prompts, branches)
+        return Mask(boundaries=lengths.boundaries, branches=lengths) & Mask.causal(spans)
+
+    @staticmethod
     def blocks(layout: Sequence[Sequence[bool]], block_size: int | tuple[int, int]) -> Mask:
         """Any pattern of blocks: a query in block i sees the keys in block j where layout[i][j] is True.
 
@@ -168,6 +228,11 @@ class Mask:
         """Pairs that both masks allow."""
         if self.sink and other.sink and self.sink != other.sink:
             raise ArgumentError(f"cannot intersect windows with different sinks: {self.sink} and {other.sink}")
+        if self.branches and other.branches and self.branches != other.branches:
+            raise ArgumentError("cannot intersect shared prefixes of differing lengths")
+        spans = self.spans if other.spans is None else other.spans
+        if self.spans is not None and other.spans is not None:
+            spans = intersect(self.spans, other.spans)
         boundaries, query_boundaries = refine(
             (self.boundaries, self.query_boundaries), (other.boundaries, other.query_boundaries)
         )
@@ -181,6 +246,8 @@ class Mask:
             boundaries=boundaries,
             query_boundaries=query_boundaries,
             layout=self.layout & other.layout if self.layout and other.layout else self.layout or other.layout,
+            spans=spans,
+            branches=self.branches or other.branches,
         )
 
     # Text form
@@ -196,10 +263,13 @@ class Mask:
             "sink_left": self.sink_left,
             "boundaries": self.boundaries if documents else None,
             "query_boundaries": self.query_boundaries if documents else None,
+            "spans": None if self.spans is None else tuple([edge for span in self.spans for edge in span]),
         }
         # JSON written by hand, because torch.compile traces this and cannot trace the json module.
         texts = [f'"{name}": {_constant(value)}' for name, value in rules.items() if value is not None]
         texts += [] if self.layout is None else [f'"layout": {self.layout.text}']
+        if self.branches is not None:
+            texts.append(f'"branches": {[_constant(group) for group in self.branches.groups]}')
         return "{" + ", ".join(texts) + "}"
 
     @staticmethod
@@ -207,11 +277,21 @@ class Mask:
     def from_spec(spec: str) -> Mask:
         """The mask that `spec` wrote."""
         rules = json.loads(spec)
-        layout = rules.pop("layout", None)
+        layout, spans, branches = (rules.pop(name, None) for name in ("layout", "spans", "branches"))
         rules: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in rules.items()}
-        return Mask(**rules, layout=None if layout is None else BlockLayout.from_json(layout))
+        return Mask(
+            **rules,
+            layout=None if layout is None else BlockLayout.from_json(layout),
+            spans=None if spans is None else tuple(zip(spans[::2], spans[1::2], strict=True)),
+            branches=None if branches is None else Branches(tuple(map(tuple, branches))),
+        )
 
     # Questions
+
+    @cached_property
+    def two_intervals(self) -> bool:
+        """Whether a query of a layer may see a second interval of keys, in front of its own."""
+        return self.sink > 0 or self.branches is not None
 
     @property
     def layers(self) -> tuple[Mask, ...]:
@@ -244,11 +324,14 @@ class Mask:
         return document_at(query, bounds)
 
     def key_interval(self, position: int) -> Interval:
-        """Keys that the query at `position` sees, without the sink prefix; of a mask of several layers, ask each."""
+        """Keys that the query at `position` sees, without `sink_interval`; of a mask of several layers, ask each."""
         return self._intervals(position)[1]
 
     def sink_interval(self, position: int) -> Interval:
-        """Sink keys that the query at `position` sees in front of its key interval; often empty."""
+        """Sink keys, or the prompt, that the query at `position` sees in front of its key interval.
+
+        Often empty: (a, b) with b <= a.
+        """
         return self._intervals(position)[0]
 
     def sees(self, query: int, key: int) -> bool:
@@ -279,9 +362,14 @@ class Mask:
             return nothing, nothing
         begin, end = (0, UNBOUNDED) if self.boundaries is None else self.boundaries[index : index + 2]
         position = query if self.query_boundaries is None else query - self.query_boundaries[index + 1] + end
-        start, stop = begin, end
+        start, stop, sink_start, sink_end = begin, end, begin, begin + self.sink
+        if self.branches is not None:
+            (sink_start, sink_end), (own_start, own_stop) = self.branches.around(position)
+            start, stop, sink_start = max(start, own_start), min(stop, own_stop), max(begin, sink_start)
         if self.right is not None:
             stop = min(stop, position + self.right + 1)
+        if self.spans is not None:
+            stop = min(stop, stop_of(position, self.spans))
         if self.prefix is not None:
             prefix = self.prefix if isinstance(self.prefix, int) else self.prefix[index]
             stop = min(stop, max(position + 1, begin + prefix))
@@ -290,17 +378,19 @@ class Mask:
             start, stop = max(start, chunk), min(stop, chunk + size)
         if self.left is not None:
             start = max(start, position - self.left)
-        sink_end = begin + self.sink
         if self.layout is not None:
             row = self.layout.row_of(query - self._origins(query)[0])
             first, last = (begin + bounds[row] for bounds in self.layout.bounds)
             # The layout may reach beyond the document; the next one must not start before this one does.
             start, stop = max(start, min(first, end)), min(stop, last)
-            sink_end = min(sink_end, stop)
-        sink_start = start
+            sink_start, sink_end = max(sink_start, min(first, end)), min(sink_end, stop)
+        if self.branches is None:
+            sink_start = start
         if self.sink_left is not None:
             start = max(start, position - self.sink_left)
-        sink_stop = max(sink_start, min(sink_end, start))
+        sink_stop = min(sink_end, start)
+        if self.branches is None or self.query_boundaries is not None:  # places step back between documents
+            sink_stop = max(sink_start, sink_stop)
         return (sink_start, sink_stop), (start, max(start, stop))
 
     # Blocks

@@ -194,7 +194,7 @@ def check_name(partition: str | Partition) -> None:
 
 
 def default_partition(mask: Mask, length: int, batch: int = 1) -> str:
-    """What is taken where no partition was named: "balanced" for packed documents, "zigzag" for all else.
+    """What is taken where no partition was named: "balanced" for packed documents and branches, "zigzag" for all else.
 
     Args:
         mask: with its documents, over the `batch` sequences laid end to end.
@@ -203,7 +203,7 @@ def default_partition(mask: Mask, length: int, batch: int = 1) -> str:
     """
     if batch > 1 or mask.boundaries is None or mask.query_boundaries is not None or mask.boundaries[-1] > length:
         return "zigzag"
-    return "balanced" if len(set(mask.boundaries)) > 2 else "zigzag"
+    return "balanced" if len(set(mask.boundaries)) > 2 or mask.branches is not None else "zigzag"
 
 
 def resolve(
@@ -265,6 +265,10 @@ def _check_sizes(length: int, ranks: int) -> None:
 
 def _same_for_each_row(partition: str, mask: Mask, length: int, batch: int) -> Mask:
     _check_self_attention(partition, mask)
+    if mask.spans is not None or mask.branches is not None:
+        raise ArgumentError(
+            f"partition={partition!r} with spans or a shared prefix takes one packed sequence, not a batch of {batch}"
+        )
     rows = {i * length for i in range(batch + 1)}
     if mask.boundaries is not None and set(mask.boundaries) != rows:
         raise ArgumentError(f"partition={partition!r} with documents takes one packed sequence, not a batch of {batch}")

@@ -15,8 +15,10 @@ from torch import Tensor
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.kept import Kept, build_to_keep, hold_if_captured
 from ringflash.parallel.positions.blocks import BlockLayout
+from ringflash.parallel.positions.branches import Branches
 from ringflash.parallel.positions.mask import UNBOUNDED, Mask
 from ringflash.parallel.positions.segments import Segments, intersect, normalize
+from ringflash.parallel.positions.spans import tables
 
 
 def position_bounds(
@@ -31,7 +33,8 @@ def position_bounds(
         query_boundaries: (documents + 1,) int64, the queries' own where they differ from the keys' `boundaries`.
 
     Returns:
-        start, stop, sink_start, sink_stop: (T,) int64 global positions.
+        start, stop, sink_start, sink_stop: (T,) int64 global positions. Where sink_stop lies before sink_start, as in
+        a prompt that branches share, a query has no second interval.
     """
     if boundaries is None:
         index = after = torch.zeros_like(queries)
@@ -43,9 +46,15 @@ def position_bounds(
         index = after - 1
         begin, end = boundaries[index], boundaries[after]
     positions = queries if query_boundaries is None else queries - query_boundaries[after] + end
-    start, stop = begin, end
+    start, stop, sink_start, sink_end = begin, end, begin, begin + mask.sink
+    if mask.branches is not None:
+        own_start, own_stop, sink_start, sink_end = _pieces(mask.branches, positions)
+        start, stop = torch.maximum(start, own_start), torch.minimum(stop, own_stop)
+        sink_start = torch.maximum(begin, sink_start)
     if mask.right is not None:
         stop = torch.minimum(stop, positions + (mask.right + 1))
+    if mask.spans is not None:
+        stop = torch.minimum(stop, _stops_of_spans(mask.spans, positions))
     if mask.prefix is not None:
         prefix = mask.prefix
         if isinstance(prefix, tuple):
@@ -56,21 +65,23 @@ def position_bounds(
         start, stop = torch.maximum(start, chunk), torch.minimum(stop, chunk + size)
     if mask.left is not None:
         start = torch.maximum(start, positions - mask.left)
-    sink_end = begin + mask.sink
     if mask.layout is not None:
         document = 0 if boundaries is None else (boundaries if query_boundaries is None else query_boundaries)[index]
         first, last = _layout_bounds(mask.layout, queries.device)
         block = ((queries - document) // mask.layout.size).clamp(max=len(first) - 1)
         # The layout may reach beyond the document; the next one must not start before this one does.
-        start, stop = (
-            torch.maximum(start, torch.minimum(begin + first[block], end)),
-            torch.minimum(stop, begin + last[block]),
-        )
+        least = torch.minimum(begin + first[block], end)
+        start, sink_start = torch.maximum(start, least), torch.maximum(sink_start, least)
+        stop = torch.minimum(stop, begin + last[block])
         sink_end = torch.minimum(sink_end, stop)
-    sink_start = sink_stop = start
+    sink_start = sink_stop = start if mask.branches is None else sink_start
     if mask.sink_left is not None:
         start = torch.maximum(start, positions - mask.sink_left)
         sink_stop = torch.maximum(sink_start, torch.minimum(sink_end, start))
+    elif mask.branches is not None:
+        sink_stop = torch.minimum(sink_end, start)
+        if query_boundaries is not None:  # by which places step back from one document to the next
+            sink_stop = torch.maximum(sink_start, sink_stop)
     bounds = start, torch.maximum(start, stop), sink_start, sink_stop
     if boundaries is None:
         return bounds
@@ -95,15 +106,31 @@ _tensors = Kept(128 * 2**20, size=lambda tensors: sum(x.nbytes for x in tensors)
 """What masks say in numbers, on devices, as many bytes of it."""
 
 
-def _layout_bounds(layout: BlockLayout, device: torch.device) -> tuple[Tensor, ...]:
-    """`layout.bounds` as tensors."""
-    found = _tensors.get((layout, device)) or _tensors.add((layout, device), _on_device(layout.bounds, device))
+def _pieces(branches: Branches, positions: Tensor) -> list[Tensor]:
+    """`branches.pieces` of the prompt or branch that holds each position."""
+    found = _kept((branches, positions.device), branches.pieces, positions.device)
+    index = (torch.searchsorted(found[0], positions, right=True) - 1).clamp_(min=0)
+    return [edges[index] for edges in found]
+
+
+def _stops_of_spans(spans: Segments, positions: Tensor) -> Tensor:
+    """One behind the last token that each position sees: of its span, or itself."""
+    starts, stops = _kept((spans, positions.device), tables(spans), positions.device)
+    return torch.maximum(positions + 1, stops[torch.searchsorted(starts, positions, right=True)])
+
+
+def _kept(name: tuple, numbers: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, ...]:
+    found = _tensors.get(name) or _tensors.add(name, _on_device(numbers, device))
     return hold_if_captured(found, device)
 
 
+def _layout_bounds(layout: BlockLayout, device: torch.device) -> tuple[Tensor, ...]:
+    """`layout.bounds` as tensors."""
+    return _kept((layout, device), layout.bounds, device)
+
+
 def _prefix_on_device(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    found = _tensors.get((lengths, device)) or _tensors.add((lengths, device), _on_device([lengths], device))
-    return hold_if_captured(found, device)[0]
+    return _kept((lengths, device), [lengths], device)[0]
 
 
 def _on_device(numbers: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, ...]:
@@ -128,7 +155,7 @@ def key_intervals(
     """
     bounds = position_bounds(mask, boundaries, query_positions, query_boundaries)
     rows = [torch.searchsorted(key_positions, bound).to(torch.int32) for bound in bounds]
-    sink = rows[2:] if mask.sink else (None, None)
+    sink = rows[2:] if mask.two_intervals else (None, None)
     return KeyIntervals(rows[0], rows[1], key_positions.shape[0], *sink)
 
 
@@ -142,7 +169,7 @@ def needed_keys(mask: Mask, segments: Sequence[Segments], keys: int) -> list[Seg
     # Ends never decrease: the first query of a segment sees furthest back, the last one furthest ahead.
     start, _, *sinks = position_bounds(mask, boundaries, first, own)
     _, stop, *_ = position_bounds(mask, boundaries, behind - 1, own)
-    bounds = [[start, stop], *([sinks] if mask.sink else [])]
+    bounds = [[start, stop], *([sinks] if mask.two_intervals else [])]
     intervals = torch.stack([torch.stack(x, dim=1) for x in bounds], dim=1).clamp_(max=keys).tolist()
     rows = iter(intervals)
     return [normalize((a, b) for row in itertools.islice(rows, len(each)) for a, b in row) for each in segments]

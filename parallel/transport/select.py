@@ -43,6 +43,7 @@ class GroupTransport:
         self._by_device: dict[torch.device, Transport] = {}
         self._plain = SendRecv(group)
         self._now: Transport = self._plain
+        self._most_bytes = 0
         self.why = "not chosen yet: that is done in the first call"
         """The transport's name, and why it is that one."""
 
@@ -53,6 +54,7 @@ class GroupTransport:
             device: of the tensors.
             nbytes: the most that a rank publishes; None if such a call was made before.
         """
+        self._most_bytes = max(self._most_bytes, nbytes or 0)
         chosen = self._by_device.get(device)
         if chosen is None:
             if capturing(device):
@@ -66,10 +68,10 @@ class GroupTransport:
         if isinstance(chosen, SymmetricMemory):
             if capturing(device):
                 chosen = self._plain  # a graph would repeat the numbers of flags
-            elif nbytes is not None and nbytes > chosen.published_bytes:
+            elif self._most_bytes > chosen.published_bytes:  # also where memory was not to be had the last time
                 group = self._group()
                 assert group is not None
-                lease(chosen, nbytes, group)
+                lease(chosen, self._most_bytes, group)
         self._now = chosen
 
     @property

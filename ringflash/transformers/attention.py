@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ringflash.errors import ArgumentError
 from ringflash.functional import attention
 from ringflash.parallel.mesh import ONE_DEVICE
+from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.sharding import Sharding
 from ringflash.transformers.at_work import at_work
 from ringflash.transformers.encoder_decoder import sharding_of
@@ -58,7 +59,8 @@ def ring_attention(
         softcap: scores become softcap * tanh(score / softcap).
         s_aux: (H,) sink logits.
         is_causal: the module's attribute of that name if None.
-        sharding: how the batch lies on its ranks.
+        sharding: how the batch lies on its ranks; and where it was made for `Mask.shared_prefix`, which keys each
+            token sees.
         others: read are `cu_seq_lens_q`, `cu_seq_lens_k` and `position_ids`; `key_padding_mask`; and the further
             shardings of models with an encoder and a decoder, `encoder_sharding` and `cross_sharding`.
 
@@ -92,13 +94,21 @@ def ring_attention(
         query,
         key,
         value,
-        mask=visible.mask,
+        mask=_behind_shared_prompts(visible.mask, sharding),
         sharding=sharding,
         group=ONE_DEVICE if sharding.ranks == 1 else None,
         key_padding_mask=others.get("key_padding_mask"),
         **features,
     )
     return out, None
+
+
+def _behind_shared_prompts(rules: Mask, sharding: Sharding) -> Mask:
+    """What a layer sees of a batch whose answers share prompts: where they lie is the sharding's to say."""
+    first = sharding.masks[0]
+    if first.branches is None:
+        return rules
+    return first if rules == Mask.causal() else rules & first
 
 
 def _check_readable(module: nn.Module, others: dict[str, Any]) -> None:

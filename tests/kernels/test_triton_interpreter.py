@@ -40,6 +40,7 @@ from ringflash.kernels.triton.attend import backward, forward
 from ringflash.kernels.triton.attend.tile_sizes import Tiles
 from ringflash.parallel.planning.launches import attend, attend_backward, launches
 from ringflash.parallel.positions.mask import Mask
+from ringflash.parallel.positions.visibility import key_intervals
 
 if not triton.knobs.runtime.interpret:
 
@@ -84,6 +85,14 @@ else:
         problem = data.draw(problems(dtype))
         cuts = data.draw(st.lists(st.integers(0, problem.intervals.key_count), max_size=2))
         assert_accurate(run(kernels, problem, cuts, backwards=data.draw(st.booleans())), problem)
+
+    @pytest.mark.parametrize("cuts", [[], [40]], ids=["one-launch", "two-launches"])
+    def test_shared_prompts_and_spans_are_as_accurate_as_torch(tiles: Tiles, cuts: list[int]) -> None:
+        mask = Mask.shared_prefix([34, 3], [[5, 0, 9], [1, 8]], spans=[(2, 9), (30, 50), (51, 54)])
+        positions = torch.arange(60)
+        intervals = key_intervals(mask, torch.tensor(mask.boundaries), positions, positions)
+        problem = draw_problem(intervals, (2, 1), (24, 16), torch.float32)
+        assert_accurate(run(kernels, problem, cuts), problem)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
     @settings(max_examples=5)

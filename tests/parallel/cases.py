@@ -25,6 +25,11 @@ def masks(length: int) -> dict[str, Mask]:
     """One mask of every kind, and compositions, for a sequence of `length` tokens."""
     third = length // 3
     documents = Mask.documents(sorted([0, length // 7, third, third, min(third + 1, length), 4 * length // 5, length]))
+    spans = [(length // 9, length // 4), (length // 4, third), (length // 2, length - 1)]
+    eighth = length // 8
+    prompts, branches = [third, eighth // 2], [[eighth, 0, eighth + 1], [1]]
+    branches[1].append(length - sum(prompts) - sum(map(sum, branches)))
+    shared = Mask.shared_prefix(prompts, branches)
     return {
         "causal": Mask.causal(),
         "bidirectional": Mask.bidirectional(),
@@ -39,6 +44,11 @@ def masks(length: int) -> dict[str, Mask]:
         "prefix": Mask.prefix_lm(third),
         "prefix-each-document": Mask.prefix_lm([3, 0, 2, 1, 7, 1]) & documents,
         "prefix-window": Mask.prefix_lm(third) & Mask.sliding_window(length // 2, None),
+        "spans": Mask.causal(spans),
+        "spans-documents-window": Mask.causal(spans) & documents & Mask.sliding_window(length // 6, None),
+        "shared-prefix": shared,
+        "shared-prefix-spans": Mask.shared_prefix(prompts, branches, spans),
+        "shared-prefix-documents-blocks": shared & documents & blocks(length, length, 6, seed=5, share=0.6),
         "blocks": blocks(length, length, 7, seed=1),
         "blocks-small": blocks(length, length, 2, seed=4, share=0.12),
         "blocks-causal-documents": blocks(length, length, (3, 8), seed=2) & Mask.causal() & documents,
@@ -56,19 +66,50 @@ OTHERS = ("stripe", "contiguous_per_document", "zigzag_per_document")
 def any_mask(draw: st.DrawFn, length: int) -> Mask:
     """Any composition of rules for `length` tokens."""
     near = st.integers(0, max(1, length // 2))
-    mask = draw(st.sampled_from([Mask.bidirectional(), Mask.causal()]))
+    kinds = [st.sampled_from([Mask.bidirectional(), Mask.causal()]), any_spans(length), any_shared_prefix(length)]
+    mask = draw(draw(st.sampled_from([kinds[0], *kinds])))
     if draw(st.booleans()):
         cuts = draw(st.lists(st.integers(0, length), max_size=8))
         mask &= Mask.documents([0, *sorted(cuts), length])
     if draw(st.booleans()):
-        mask &= Mask.sliding_window(draw(st.none() | near), draw(st.none() | near), sink=draw(st.integers(0, 6)))
-    if draw(st.integers(0, 3)) == 0:
+        left = None if mask.branches else draw(st.none() | near)
+        right = None if mask.spans is not None else draw(st.none() | near)
+        mask &= Mask.sliding_window(left, right, sink=draw(st.integers(0, 6)))
+    if not mask.branches and draw(st.integers(0, 3)) == 0:
         mask &= Mask.chunked(draw(st.integers(1, length)))
     if draw(st.integers(0, 3)) == 0:
         mask &= Mask.prefix_lm(draw(near))
     if draw(st.integers(0, 3)) == 0:
         mask &= draw(any_blocks(length))
     return mask
+
+
+def span_lists(length: int) -> st.SearchStrategy[list[tuple[int, int]]]:
+    """Ascending spans apart from each other below `length`, of which some touch."""
+    edges = st.lists(st.integers(0, length), unique=True, max_size=8).map(sorted)
+    pieces = edges.flatmap(lambda x: st.tuples(st.just(list(pairwise(x))), st.lists(st.booleans(), min_size=len(x))))
+    return pieces.map(lambda x: [piece for piece, taken in zip(*x, strict=False) if taken])
+
+
+def any_spans(length: int) -> st.SearchStrategy[Mask]:
+    """A causal mask with any spans."""
+    return span_lists(length).map(Mask.causal)
+
+
+@st.composite
+def group_lists(draw: st.DrawFn, length: int) -> list[tuple[int, ...]]:
+    """The tokens of any prompts, each with those of its branches, `length` together."""
+    cuts = sorted(draw(st.lists(st.integers(0, length), max_size=9)))
+    pieces = [stop - start for start, stop in pairwise([0, *cuts, length])]
+    firsts = sorted({0, *draw(st.lists(st.integers(0, len(pieces) - 1), max_size=3))})
+    return [tuple(pieces[first:behind]) for first, behind in pairwise([*firsts, len(pieces)])]
+
+
+@st.composite
+def any_shared_prefix(draw: st.DrawFn, length: int) -> Mask:
+    """Any groups of `length` tokens, half of them with spans."""
+    prompts, branches = zip(*((prompt, lengths) for prompt, *lengths in draw(group_lists(length))), strict=True)
+    return Mask.shared_prefix(prompts, branches, draw(st.just([]) | span_lists(length)))
 
 
 @st.composite

@@ -206,6 +206,9 @@ def test_balanced_shares_take_equally_long_and_hold_no_more_tokens_than_allowed(
         pytest.param(packed([3000, *[16] * 68, 8]), id="packed-one-long"),
         pytest.param(Mask.documents([0, 2000, 3000]), id="tail-behind-documents"),
         pytest.param(Mask.causal() & blocks(4096, 4096, 64, seed=4, share=0.2), id="blocks"),
+        pytest.param(Mask.causal([(300, 900), (2000, 3500)]), id="spans"),
+        pytest.param(Mask.shared_prefix([1024], [[384] * 8]), id="shared-prefix"),
+        pytest.param(Mask.shared_prefix([700, 40, 300], [[100, 700, 20], [60] * 20, [1, 500, 535]]), id="groups"),
     ],
 )
 def test_so_they_do_for_every_kind_of_mask(mask):

@@ -9,6 +9,7 @@ Legend: M query rows, N key rows, D head dimension of keys, V of values.
 
 import triton
 import triton.language as tl
+from ringflash.kernels.gpu.compile_once import compiled_once
 from ringflash.kernels.gpu.row_blocks import LOG2_E, block_inside, block_offsets, load_block
 from ringflash.kernels.triton.attend.key_stretches import key_stretches, visible
 from ringflash.kernels.triton.attend.modify_scores import (
@@ -55,6 +56,7 @@ def dquery_stretch(
     return dq_MD
 
 
+@compiled_once
 @triton.jit(do_not_specialize=["query_count", "key_count", "tile_count"])
 def dquery_kernel(
     query, key, value, dout, lse, delta, dquery, carry, lse_and_delta, start, stop, sink_start, sink_stop, order,
@@ -162,6 +164,7 @@ def dkey_stretch(
     return dk_ND, dv_NV
 
 
+@compiled_once
 @triton.jit(do_not_specialize=["query_count", "key_count", "tile_count"])
 def dkey_kernel(
     query, key, value, dout, lse_and_delta, dkey, dvalue, start, stop, sink_start, sink_stop, rows, sink_token_rows,

@@ -15,6 +15,7 @@ from torch import Tensor
 import triton
 import triton.language as tl
 from ringflash.kernels.gpu.chips import chip_of
+from ringflash.kernels.gpu.compile_once import compiled_once
 from ringflash.kernels.gpu.launcher import aligned
 from ringflash.kernels.gpu.row_blocks import LN_2, LOG2_E, block_inside, block_offsets, load_block
 from ringflash.kernels.intervals import KeyIntervals
@@ -87,6 +88,7 @@ def attend_stretch(
     return acc_MV, maximum_M, sum_M
 
 
+@compiled_once
 @triton.jit(do_not_specialize=["query_count", "key_count", "tile_count"])
 def attend_kernel(
     query, key, value, out, lse, carry_out, carry_lse, start, stop, sink_start, sink_stop, order,

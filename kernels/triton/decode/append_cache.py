@@ -12,6 +12,7 @@ from torch import Tensor
 import triton
 import triton.language as tl
 from ringflash.kernels.decode import Cache, Rotary
+from ringflash.kernels.gpu.compile_once import compiled_once
 from ringflash.kernels.gpu.row_blocks import padded
 from ringflash.kernels.overrun import overrun_word, reason_code
 from ringflash.kernels.triton.decode.cache_access import (
@@ -25,6 +26,7 @@ from ringflash.kernels.triton.decode.cache_access import (
 )
 
 
+@compiled_once
 @triton.jit(do_not_specialize=["offset", "count", "capacity", "entries", "rotary_rows", "blocks"])
 def append_kernel(
     key, value, key_cache, value_cache, overrun, lengths, batch_index, block_table, cos, sin,

@@ -23,6 +23,7 @@ import triton.language as tl
 from ringflash.errors import ArgumentError
 from ringflash.kernels.decode import Cache, Rotary, Rules
 from ringflash.kernels.gpu.chips import DTYPES, chip_of, multiprocessors
+from ringflash.kernels.gpu.compile_once import compiled_once
 from ringflash.kernels.gpu.row_blocks import LN_2, LOG2_E, padded
 from ringflash.kernels.overrun import overrun_word, reason_code
 from ringflash.kernels.triton.decode.cache_access import (
@@ -62,6 +63,7 @@ def modified(scores_MN, distance_MN, slope_M, scale, softcap, CAPPED: tl.constex
     return x_MN
 
 
+@compiled_once
 @triton.jit(
     do_not_specialize=[
         "offset", "appended", "query_count", "capacity", "entries", "rotary_rows", "splits", "tiles", "left", "right",
