@@ -38,6 +38,11 @@ class HostMemory:
         self._pages = 0
         self._leaving: list[tuple[torch.Event, Tensor, int]] = []
 
+    @property
+    def taken(self) -> int:
+        """Bytes that were asked of the system."""
+        return self._pages * PAGE
+
     def move(self, tensor: Tensor) -> Moved | None:
         """Begin to move a tensor to the host; None where its pages are not to be had.
 

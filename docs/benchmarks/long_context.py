@@ -1,0 +1,107 @@
+"""Steps of full training at several lengths: seconds, tokens/s, MFU, memory of the GPU and of its host.
+
+    torchrun --nproc-per-node 4 docs/benchmarks/long_context.py 32768 131072 262144 --out long_context.json
+    torchrun --nproc-per-node 4 docs/benchmarks/long_context.py 524288 engine.memory=offload
+
+One document of random tokens a step, on random weights of `experiment=llama3_8b_long`, or of what overrides name. MFU
+counts the operations of causal attention and of products, without what is computed again, against 989 TFLOP/s of an
+H100 in bf16. Each length is a model of its own; one that does not fit ends the command, behind what was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ringflash.configs.schema import Config
+from ringflash.launch.benchmark_device import device_name
+from ringflash.launch.train import join
+from ringflash.training.config.composing import load
+from ringflash.training.engines.create import create_engine
+from ringflash.training.model.create import create_model
+
+PEAK = 989e12
+GIB = 2**30
+
+
+def operations(config: Config, weights: int, tokens: int) -> float:
+    """Of a step: 6 for each weight and token, and 3.5 times those of causal attention's forward pass."""
+    model = config.model
+    width = model.num_attention_heads * (model.head_dim or model.hidden_size // model.num_attention_heads)
+    return 6.0 * weights * tokens + 7.0 * model.num_hidden_layers * width * tokens**2
+
+
+def of_length(config: Config, device: torch.device, steps: int) -> list[dict]:
+    """What each step took, on the rank on which that was most."""
+    tokens, ranks = config.train.seqlen, dist.get_world_size()
+    model = create_model(config, 257, dist.group.WORLD)
+    weights = sum(x.numel() for name, x in model.named_parameters() if not name.startswith("embed"))
+    engine = create_engine(model, device, config.engine, config.optimizer, 1)
+    rows, on_gpu = [], device.type == "cuda"
+    for step in range(steps):
+        ids = torch.randint(config.model.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(step))
+        shard = model.shard({"input_ids": ids, "cu_seqlens": [0, tokens]})
+        shard["sharding"].prepare(device)
+        shard = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in shard.items()}
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize()
+        dist.barrier()
+        begin = time.monotonic()
+        loss, norm, _ = engine.train_step([shard], 1e-5)
+        loss = loss.item()
+        dist.barrier()
+        took = time.monotonic() - begin
+        host = model.memory.host
+        sizes = [torch.cuda.max_memory_allocated() if on_gpu else 0, 0 if host is None else host.taken]
+        most = torch.tensor([float(x) for x in sizes], device=device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        row = {
+            "tokens": tokens,
+            "step": step,
+            "seconds": took,
+            "tokens_per_second_per_gpu": tokens / took / ranks,
+            "mfu": operations(config, weights, tokens) / took / ranks / PEAK,
+            "gpu_gib": most[0].item() / GIB,
+            "host_gib_per_gpu": most[1].item() / GIB,
+            "loss": loss,
+            "gradient_norm": float(norm),
+            "memory": model.memory.decision,
+        }
+        rows.append(row)
+        if dist.get_rank() == 0:
+            print(row, flush=True)
+    return rows
+
+
+def main() -> None:
+    """Measure every length; rank 0 writes what there is after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="+", help="lengths, and overrides of the configuration")
+    parser.add_argument("--steps", type=int, default=3, help="of each length (3)")
+    parser.add_argument("--out", type=Path, help="where to write the figures")
+    options = parser.parse_args()
+    lengths = [int(word) for word in options.words if word.isdigit()]
+    overrides = ["experiment=llama3_8b_long", *(word for word in options.words if not word.isdigit())]
+    rows: list[dict] = []
+    device: torch.device | None = None
+    for length in lengths:
+        config = load([*overrides, f"train.seqlen={length}"])
+        device = join(config) if device is None else device
+        rows += of_length(config, device, options.steps)
+        if options.out is not None and dist.get_rank() == 0:
+            machine = {"device": device_name(), "gpus": dist.get_world_size(), "torch": torch.__version__}
+            options.out.write_text(json.dumps({"machine": machine, "overrides": overrides, "rows": rows}, indent=1))
+    gc.collect()
+    dist.barrier()  # nobody leaves while another is still at something
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
