@@ -24,10 +24,10 @@ VOCABULARY, SEQLEN, SEQUENCES = 65, 101, 4
 DOCUMENTS = ([0, 17, 101], [0, 101], [0, 50, 51, 101], [0, 99, 101])
 
 
-def build(group=None, model=MODEL, device="cpu", **options):
+def build(group=None, model=MODEL, device="cpu", attention=None, **options):
     """The same initial weights on every device; on the meta device what an engine takes."""
     with torch.device("meta" if device == "meta" else "cpu"):
-        built = Transformer(model, VOCABULARY, AttentionConfig(), group, **options).to(device)
+        built = Transformer(model, VOCABULARY, attention or AttentionConfig(), group, **options).to(device)
     draw = built.initialise
     built.initialise = lambda name, weight: weight.copy_(_on_cpu(draw, name, weight))
     return built

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import recipe
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -151,3 +152,21 @@ def test_initial_weights_depend_on_seed_and_name_only():
     twins = [weights[f"layers.{i}.mlp.up_proj.weight"] for i in range(2)] + [other.layers[0].mlp.up_proj.weight]
     assert all(0.015 < twin.std() < 0.025 for twin in twins)
     assert torch.corrcoef(torch.stack([twin.detach().flatten() for twin in twins])).triu(1).abs().max() < 0.1
+
+
+def _logits(head_ranks):
+    model = recipe.build(dist.group.WORLD, attention=AttentionConfig(head_ranks=head_ranks))
+    shard = model.shard(recipe.together(recipe.batches(0)[:1]))
+    del shard["labels"]
+    sharding = shard["sharding"]
+    return sharding._placement.head_ranks, sharding.unshard(model(**shard), 1).detach()
+
+
+@pytest.mark.parametrize("head_ranks", [1, 3])
+def test_ranks_that_exchange_heads_as_the_recipe_says_give_one_devices_logits(pool, head_ranks):
+    shard = shard_batch(recipe.together(recipe.batches(0)[:1]))
+    del shard["labels"]
+    expected = recipe.build()(**shard).detach()
+    for exchanging, found in pool(3).run(_logits, head_ranks):
+        assert exchanging == head_ranks
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)

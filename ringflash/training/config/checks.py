@@ -239,6 +239,13 @@ def _check_ranks(config: Config, world_size: int) -> None:
             f"train.global_batch={train.global_batch} is not divisible by train.micro_batch={train.micro_batch} x "
             f"{data_ranks} data-parallel groups ({world_size} ranks / sequence degree {degree})"
         )
+    exchanging, heads = config.attention.head_ranks or 1, config.model.num_attention_heads
+    if degree % exchanging:
+        raise ArgumentError(
+            f"attention.head_ranks={exchanging} does not divide the {degree} ranks that share a sequence"
+        )
+    if config.model.path is None and heads % exchanging:
+        raise ArgumentError(f"attention.head_ranks={exchanging} does not divide model.num_attention_heads={heads}")
     if config.attention.partition == "balanced" and train.micro_batch > 1:
         raise ArgumentError(
             "attention.partition=balanced levels the work of one packed sequence, so "

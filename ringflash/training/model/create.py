@@ -27,8 +27,9 @@ def create_model(config: Config, tokens: int, group: ProcessGroup | None) -> Dec
             return Transformer(config.model, rows, config.attention, group, dtype, config.seed)
     from ringflash.training.model.pretrained import Pretrained  # an optional library
 
-    partition, seqlen = config.attention.partition, config.train.seqlen
-    model = Pretrained(config.model, group, partition, dtype, seqlen, config.lora, config.seed)
+    seqlen, seed = config.train.seqlen, config.seed
+    partition, head_ranks = config.attention.partition, config.attention.head_ranks
+    model = Pretrained(config.model, group, partition, dtype, seqlen, config.lora, seed, head_ranks)
     if model.vocab_size < tokens:
         raise ArgumentError(
             f"data.tokenizer={config.data.tokenizer} has {tokens} tokens, model.path={config.model.path} an embedding "

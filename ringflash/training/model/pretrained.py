@@ -51,6 +51,7 @@ class Pretrained(Decoder):
         seqlen: tokens of a sequence, for its config.json.
         lora: adapters, which alone are trained then.
         seed: of the adapters' initial weights.
+        head_ranks: as in `SequenceParallel`.
 
     Raises:
         ArgumentError: a model that "ring" does not take, or whose loss is another one than cross entropy.
@@ -66,6 +67,7 @@ class Pretrained(Decoder):
         seqlen: int = 0,
         lora: LoraConfig | None = None,
         seed: int = 0,
+        head_ranks: int | None = None,
     ) -> None:
         super().__init__()
         assert config.path is not None
@@ -83,7 +85,7 @@ class Pretrained(Decoder):
         self.memory = BlockMemory(self.config.get_text_config().num_hidden_layers)
         try:
             check_shardable(self.model)  # on one rank too: where a state is carried, packed documents see each other
-            self._sequence = SequenceParallel(self.model, ONE_DEVICE if group is None else group, partition)
+            self._sequence = SequenceParallel(self.model, ONE_DEVICE if group is None else group, partition, head_ranks)
             self._sequence.fuse_loss()  # logits of a long sequence need more memory than anything else
         except ArgumentError as error:
             raise ArgumentError(f"model.path={folder}: {error}") from error

@@ -172,6 +172,7 @@ class Transformer(Decoder):
         self.vocab_size = vocab_size
         attention = attention or AttentionConfig()
         self._group, self._partition, self._mask = group, attention.partition, attention_mask(attention)
+        self._head_ranks = attention.head_ranks or 1
         attend = DistributedFlashAttention(
             mask=self._mask,
             group=group,
@@ -229,8 +230,8 @@ class Transformer(Decoder):
 
     def shard(self, batch: dict[str, Any]) -> dict[str, Any]:
         """See Decoder."""
-        work = token_work(self.config.hidden_size)
-        shard = shard_batch(batch, self._group, self._partition, self._mask, token_work=work)
+        how = {"head_ranks": self._head_ranks, "token_work": token_work(self.config.hidden_size)}
+        shard = shard_batch(batch, self._group, self._partition, self._mask, **how)
         return {name: shard[name] for name in ("input_ids", "labels", "position_ids", "sharding")}
 
     def description(self) -> dict[str, Any]:
