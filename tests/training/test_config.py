@@ -180,11 +180,7 @@ def test_no_file_names_code_to_run():
         (["train.sequence_degree=8"], 4, "train.sequence_degree=8 does not divide the 4 ranks"),
         (["attention.head_ranks=0"], 1, "attention.head_ranks=0"),
         (["attention.head_ranks=3"], 4, "attention.head_ranks=3 does not divide the 4 ranks that share a sequence"),
-        (
-            ["attention.head_ranks=2", "model.num_attention_heads=3", "model.num_key_value_heads=1"],
-            2,
-            "does not divide model.num_attention_heads=3",
-        ),
+        (["attention.head_ranks=16"], 16, "attention.head_ranks=16 does not divide model.num_attention_heads="),
         (["train.sequence_degree=1"], 4, "train.global_batch=1 is not divisible by train.micro_batch=1 x 4"),
         (["train.global_batch=6", "train.micro_batch=4"], 2, "train.global_batch=6 is not divisible"),
         (["attention=chunked", "train.global_batch=2", "train.micro_batch=2"], 1, "train.micro_batch=2 must be 1"),
