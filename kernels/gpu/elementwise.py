@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ringflash.kernels.gpu.compile_once import compiled_once
+
 BLOCK = 2048
 """Elements of a program."""
 
@@ -26,6 +28,7 @@ def supports(x: Tensor) -> bool:
     return x.device.type == "cuda" and known and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
+@compiled_once
 @triton.jit
 def silu_product_kernel(gate, up, out, count, BLOCK: tl.constexpr):
     """Program = block of elements."""
@@ -36,6 +39,7 @@ def silu_product_kernel(gate, up, out, count, BLOCK: tl.constexpr):
     tl.store(out + place, (gated * tl.sigmoid(gated) * raised).to(out.dtype.element_ty), mask=inside)
 
 
+@compiled_once
 @triton.jit
 def silu_product_backward_kernel(gate, up, dout, out, dgate, dup, count, BLOCK: tl.constexpr):
     """Program = block of elements."""
@@ -52,6 +56,7 @@ def silu_product_backward_kernel(gate, up, dout, out, dgate, dup, count, BLOCK: 
     tl.store(dup + place, (slope * silu).to(dup.dtype.element_ty), mask=inside)
 
 
+@compiled_once
 @triton.jit
 def rotate_kernel(
     x, cos, sin, out, count, heads, sign, M: tl.constexpr, HALF: tl.constexpr, PADDED_HALF: tl.constexpr

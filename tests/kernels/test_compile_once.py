@@ -106,6 +106,7 @@ def test_ranks_that_come_to_kernels_together_compile_each_once_and_one_of_them_s
 
 def test_every_kernel_that_is_launched_compiles_once() -> None:
     """Every one is known to Triton after its module was imported; those that others call are no launches."""
+    from ringflash.kernels.gpu import elementwise  # noqa: F401  # pyrefly: ignore[unused-import]
     from ringflash.kernels.triton import attend, decode  # noqa: F401  # pyrefly: ignore[unused-import]
 
     kernels = {
@@ -115,7 +116,7 @@ def test_every_kernel_that_is_launched_compiles_once() -> None:
         for name, x in vars(found).items()
         if name.endswith("_kernel") and isinstance(x, JITFunction)
     }
-    assert len({id(x) for x in kernels.values()}) >= 9
+    assert len({id(x) for x in kernels.values()}) >= 12
     with stand_in() as driver:
         for name, kernel in kernels.items():
             _ = kernel.device_caches[driver.device]
