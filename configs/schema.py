@@ -15,7 +15,6 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 
 from ringflash.kernels.select import NAMES as KERNELS
-from ringflash.training.memory.plan import POLICIES
 
 
 def _bounded(default: Any, **bounds: Any) -> Any:
@@ -257,7 +256,7 @@ class EngineConfig:
     """"ddp", or DeepSpeed's "zero1", "zero2", "zero3"."""
     precision: str = _bounded("auto", choices=("auto", "fp32", "bf16"))
     """"fp32", "bf16" (master weights and optimizer stay fp32), or "auto": bf16 on a GPU that has it, else fp32."""
-    memory: str = _bounded("auto", choices=POLICIES)
+    memory: str = _bounded("auto", choices=("auto", "keep", "recompute", "offload", "offload_pairs"))
     """What is kept of each block for the backward pass: all of it ("keep"), or its input and attention's results, from
     which the rest is computed again, on the device ("recompute") or in host memory ("offload", and with the inputs of
     every second block computed again too, "offload_pairs"); attention never runs again. "auto": as much as a GPU has

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from ringflash.configs.schema import Config
-from ringflash.launch.benchmark_device import device_name
+from ringflash.launch.benchmark_device import machine
 from ringflash.launch.train import join
 from ringflash.training.config.composing import load
 from ringflash.training.engines.create import create_engine
@@ -96,8 +96,8 @@ def main() -> None:
         device = join(config) if device is None else device
         rows += of_length(config, device, options.steps)
         if options.out is not None and dist.get_rank() == 0:
-            machine = {"device": device_name(), "gpus": dist.get_world_size(), "torch": torch.__version__}
-            options.out.write_text(json.dumps({"machine": machine, "overrides": overrides, "rows": rows}, indent=1))
+            found = {"machine": machine(), "ranks": dist.get_world_size(), "overrides": overrides, "rows": rows}
+            options.out.write_text(json.dumps(found, indent=1))
     gc.collect()
     dist.barrier()  # nobody leaves while another is still at something
     dist.destroy_process_group()

@@ -9,9 +9,11 @@ Every rank chooses for itself and must find the same, so nothing is looked at bu
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 
+from ringflash.kernels.kept import Kept
 from ringflash.parallel.planning.cost import Prediction, Shape, predict
 from ringflash.parallel.planning.generators import in_words, plan_named
 from ringflash.parallel.planning.loads import loads
@@ -93,11 +95,25 @@ def choose(
         memory: see `MEMORY`.
         token_work: see `cost.predict`.
     """
-    machine, shape = machine or _known(queries.ranks, hosts), shape or Shape()
-    return _choose(mask, queries, keys or queries, hosts, machine, shape, memory, token_work)
+    keys, machine, shape = keys or queries, machine or _known(queries.ranks, hosts), shape or Shape()
+    rules = hashlib.blake2b(mask.spec().encode(), digest_size=16).digest()
+    known = rules, queries.digest, keys.digest, hosts, machine, shape, memory, token_work
+    return _choices.get(known) or _choices.add(
+        known, _choose(mask, queries, keys, hosts, machine, shape, memory, token_work)
+    )
 
 
-@lru_cache(maxsize=32)
+def _nbytes(choice: Choice) -> int:
+    """Of what was predicted, and about as much as the rest takes."""
+    passes = [way for cost in choice.predicted.values() for way in (cost.forward, cost.backward)]
+    return 4096 + sum(x.nbytes for way in passes for x in (way.compute, way.wait, way.rest))
+
+
+_choices = Kept(32 * 2**20, size=_nbytes)
+"""By digests of what was asked for, so that neither masks nor partitions are kept. To choose takes milliseconds, and
+steps whose sequences lie alike ask for the same."""
+
+
 def _choose(
     mask: Mask,
     queries: Partition,
@@ -108,7 +124,6 @@ def _choose(
     memory: int,
     token_work: int,
 ) -> Choice:
-    """`choose`, once for steps whose sequences lie alike: it takes some milliseconds."""
     if queries.ranks > MOST_RANKS:
         return Choice("ring", {}, machine, shape, f"among more than {MOST_RANKS} ranks nothing else is taken unasked")
     found = loads(mask, queries, keys, needed_keys(mask, queries.segments, keys.length))

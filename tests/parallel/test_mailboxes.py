@@ -99,6 +99,17 @@ class Host:
     def is_done(self) -> bool:
         return not any(self.queues.values())
 
+    def finish(self) -> None:
+        """Carry out all that was asked for."""
+        deadline = time.monotonic() + PATIENCE
+        while not self.is_done() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        done = self.is_done()
+        self.over.set()
+        for thread in self.threads:
+            thread.join()
+        assert done
+
 
 def _ranks(host: Host, ranks: int, room: int, shared_queue: bool) -> list[Mailboxes]:
     bases = [host.allocate(bytes_of(ranks, room)) for _ in range(ranks)]
@@ -151,14 +162,7 @@ def test_messages_of_any_sizes_arrive_in_order_without_deadlock(problem, room, s
             assert len(under_way) == bool(sends[rank] or receives[rank])
             assert len(ends) == len(sends[rank]) + len(receives[rank])
             over |= {boxes[rank].progress_at + 4 * place: number for place, number in ends}
-    deadline = time.monotonic() + PATIENCE
-    while not host.is_done() and time.monotonic() < deadline:
-        time.sleep(0.001)
-    done = host.is_done()
-    host.over.set()
-    for thread in host.threads:
-        thread.join()
-    assert done
+    host.finish()
     for target, text in expected:
         assert bytes(host.memory[target : target + len(text)]) == text
     assert all(host.number(address) == number for address, number in over.items())

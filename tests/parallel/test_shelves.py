@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import random
-import time
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_mailboxes import PATIENCE, Host
+from test_mailboxes import Host
 
 from ringflash.parallel.planning.pulls import pulls
 from ringflash.parallel.positions.segments import count, normalize
@@ -54,14 +53,7 @@ def test_ranks_take_what_was_laid_out_in_the_same_call_whoever_takes_what_and_wh
         rank = pace.choice([rank for rank in range(ranks) if ahead[rank] < calls])
         make_call(rank, ahead[rank])
         ahead[rank] += 1
-    deadline = time.monotonic() + PATIENCE
-    while not host.is_done() and time.monotonic() < deadline:
-        time.sleep(0.001)
-    done = host.is_done()
-    host.over.set()
-    for thread in host.threads:
-        thread.join()
-    assert done
+    host.finish()
     for target, text in expected:
         assert bytes(host.memory[target : target + len(text)]) == text
 

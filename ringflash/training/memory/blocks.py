@@ -56,7 +56,7 @@ class BlockMemory:
         """Have a policy from now on.
 
         Args:
-            policy: one of `plan.POLICIES`.
+            policy: one that `plan` names.
             device: where the blocks run.
             host_bytes: of host memory, how many may be used at most; None: this process' part of most of it.
         """

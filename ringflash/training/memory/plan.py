@@ -23,8 +23,6 @@ PAIRS = "offload_pairs"
 AUTO = "auto"
 """One of these for each block, as memory allows."""
 
-POLICIES = (AUTO, KEEP, RECOMPUTE, OFFLOAD, PAIRS)
-
 SPARE = 0.05
 """Share of a device's memory that is left free: other steps have ranks with more tokens, and memory has gaps."""
 
