@@ -1,4 +1,4 @@
-"""What is asked of CUDA's driver itself: copies that no SM takes part in, and streams that wait for a number in memory.
+"""What is asked of CUDA's driver itself: copies between GPUs, and streams that wait for numbers.
 
 torch has neither. Its waits for a signal are kernels, which cannot start while a persistent kernel holds every SM. The
 functions are those of the CUDA Driver API ("Memory Management", "Stream Memory Operations"), called as they are: a call

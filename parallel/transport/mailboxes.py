@@ -3,8 +3,8 @@
 Each rank has a mailbox for every reader: a few chunks of memory, and two flags for each chunk. The writer fills a chunk
 and raises its `filled` flag at the reader; the reader, whose stream waits for that, takes the bytes and raises the
 `emptied` flag at the writer, who may then fill the chunk again. A message is as many chunks as it needs, so the memory
-does not depend on it. Copies, flags and waits are asked for in the order of streams and carried out by the copy
-engines and what feeds them: no SM and no host takes part.
+does not depend on it. Copies, flags and waits are asked for in the order of streams, and no host takes part. Readers'
+copies, between GPUs, are carried out by copy engines; writers', within a GPU, by kernels.
 
 Flags count the times that a chunk was used, in a circle. A chunk's two flags are raised in turn, so waiting for the one
 number that comes next is enough.

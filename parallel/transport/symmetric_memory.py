@@ -1,8 +1,8 @@
 """Transfers by the copy engines of one host's NVIDIA GPUs, through memory that each can read of the others.
 
 A kernel of torch.distributed's NCCL needs SMs, and a persistent attention kernel holds all of them: what is to travel
-beside it starts when it ends. Copy engines need none. 4 x H100, 16 MiB to a neighbour: 55 GB/s by send and receive, 252
-by a copy engine (`planning/machine.py`).
+beside it starts when it ends. Copy engines need none, but carry only what goes from one GPU to another (`driver`).
+4 x H100, 16 MiB to a neighbour: 55 GB/s by send and receive, 252 by a copy engine (`planning/machine.py`).
 """
 
 from __future__ import annotations
