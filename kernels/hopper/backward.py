@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ringflash.kernels.gpu.compile_once import compiled_once
 from ringflash.kernels.gpu.launcher import Launcher, aligned
+from ringflash.kernels.gpu.modifiers_given import modifiers_aligned, modifiers_metadata
 from ringflash.kernels.hopper.backward_kernel import attend_backward_kernel
 from ringflash.kernels.hopper.backward_wide_kernel import attend_backward_wide_kernel
 from ringflash.kernels.hopper.checks import check_operands
@@ -54,6 +55,14 @@ BACKWARD_TILES = {
 }
 """By head dimension; docs/benchmarks/kernels.md has the measurements behind them."""
 
+ALIBI_BACKWARD_TILES = {64: replace(BACKWARD_TILES[64], stages=(2, 1))}
+"""Where `BACKWARD_TILES` leave no shared memory for positions and slopes of queries."""
+
+
+def backward_tiles(dim: int, alibi: bool) -> BackwardTiles:
+    """Sizes for a head dimension, with or without ALiBi."""
+    return ALIBI_BACKWARD_TILES.get(dim, BACKWARD_TILES[dim]) if alibi else BACKWARD_TILES[dim]
+
 
 def attend_backward(
     dout: Tensor,
@@ -75,14 +84,14 @@ def attend_backward(
     dquery_dtype, dkey_dtype = dquery_dtype or query.dtype, dkey_dtype or key.dtype
     operands = (dout, query, key, value)
     numbers = (lse, delta, carry)
-    call = _call(operands, numbers, intervals, scale, dkey_dtype, deterministic)
-    prepared = prepared_calls.get(call) if modifiers is None else None
+    call = _call(operands, numbers, intervals, scale, modifiers, dkey_dtype, deterministic)
+    prepared = prepared_calls.get(call)
     if prepared is None:
         check_operands(query, key, value, intervals, scale, modifiers)
-        tiles = BACKWARD_TILES[query.shape[2]]
-        prepared = PreparedBackward(operands, numbers, scale, dkey_dtype, tiles, deterministic)
+        tiles = backward_tiles(query.shape[2], modifiers is not None and modifiers.slopes is not None)
+        prepared = PreparedBackward(operands, numbers, scale, dkey_dtype, tiles, deterministic, modifiers)
         prepared_calls.add(call, prepared)
-    return prepared(operands, numbers, intervals, dquery_dtype)
+    return prepared(operands, numbers, intervals, dquery_dtype, modifiers)
 
 
 prepared_calls = Kept()
@@ -99,6 +108,7 @@ def _call(
     numbers: Numbers,
     intervals: KeyIntervals,
     scale: float,
+    modifiers: Modifiers | None,
     dkey_dtype: torch.dtype,
     deterministic: bool,
 ) -> tuple:
@@ -106,7 +116,8 @@ def _call(
     return (
         *map(metadata, operands), *map(metadata, numbers), dkey_dtype,
         intervals.start.shape, intervals.key_count, intervals.has_sink_tokens, scale, deterministic,
-        aligned(*operands, *numbers) or tuple(map(aligned, (*operands, *numbers))),
+        modifiers_metadata(modifiers),
+        (aligned(*operands, *numbers) and modifiers_aligned(modifiers)) or tuple(map(aligned, (*operands, *numbers))),
     )  # fmt: skip
 
 
@@ -120,6 +131,7 @@ class PreparedBackward:
         dkey_dtype: see scale.
         tiles: sizes of the launch.
         deterministic: see scale.
+        modifiers: see scale.
     """
 
     def __init__(
@@ -130,6 +142,7 @@ class PreparedBackward:
         dkey_dtype: torch.dtype,
         tiles: BackwardTiles,
         deterministic: bool = False,
+        modifiers: Modifiers | None = None,
     ) -> None:
         _, query, key, _ = operands
         (query_rows, heads, dim), (key_rows, key_heads, _) = query.shape, key.shape
@@ -141,7 +154,7 @@ class PreparedBackward:
         self.empty = query_rows == 0 or key_rows == 0
         if self.empty:
             return
-        direct = aligned(*operands, *numbers)
+        direct = aligned(*operands, *numbers) and modifiers_aligned(modifiers)
         reachable = _reachable(operands)
         self.all_addressable = all(x is y for x, y in zip(operands, reachable, strict=True))
         blocks = (tiles.queries, tiles.queries, tiles.keys, tiles.keys)
@@ -164,12 +177,19 @@ class PreparedBackward:
         self.number_count = heads * padded_rows
         row_blocks = -(-padded_rows // 1024)
         self.launch_rows = Launcher(row_blocks * heads, (query_rows, padded_rows, row_blocks), {}, {}, direct)
+        self.alibi = modifiers is not None and modifiers.slopes is not None
+        if self.alibi:
+            self.slope_strides = modifiers.slopes.stride()
+            self.launch_slopes = Launcher(
+                row_blocks * heads, (query_rows, padded_rows, row_blocks, *self.slope_strides), {}, {}, direct
+            )
+        bend = scale / modifiers.softcap if modifiers is not None and modifiers.softcap else None
 
         section = head_section(query_rows * 2 * group, key_heads, 1, dim)
         self.shape = (query_rows, padded_rows, key_rows, key_heads, *(() if deterministic else (section,)))
         self.launch = Launcher(
             -(-key_rows // tiles.keys) * key_heads,
-            (*(x.stride(1) for x in (reachable[1], reachable[0], *reachable[2:])), float(scale)),
+            (*(x.stride(1) for x in (reachable[1], reachable[0], *reachable[2:])), float(scale), bend),
             dict(
                 GROUP=group, QUERY_STAGES=tiles.stages[0], DOUT_STAGES=tiles.stages[1],
                 FLOAT_OUT=self.float_out, ORDERED=deterministic,
@@ -180,7 +200,12 @@ class PreparedBackward:
         )  # fmt: skip
 
     def __call__(
-        self, operands: Operands, numbers: Numbers, intervals: KeyIntervals, dquery_dtype: torch.dtype
+        self,
+        operands: Operands,
+        numbers: Numbers,
+        intervals: KeyIntervals,
+        dquery_dtype: torch.dtype,
+        modifiers: Modifiers | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of query, key and value."""
         _, query, key, value = operands
@@ -207,17 +232,57 @@ class PreparedBackward:
             query_desc, dout_desc, key_desc, value_desc,
             descriptor_of(scaled_lse, self.number_description), descriptor_of(minus_delta, self.number_description),
             descriptor_of(dquery, self.dquery_description), *written,
-            intervals.key_tile_rows(1), intervals.key_tile_rows(self.tiles.keys), order, turns, turn_now,
+            *seeing_rows(intervals, modifiers, self.tiles.keys), order, turns, turn_now, *self._positions(modifiers),
             *self.shape, *section,
         )  # fmt: skip
         self.launch(attend_backward_wide_kernel if self.dim == 256 else attend_backward_kernel, tensors)
         return dquery.to(dquery_dtype), dkey.to(self.dkey_dtype), dvalue.to(self.dkey_dtype)
+
+    def _positions(self, modifiers: Modifiers | None) -> tuple:
+        """With ALiBi positions and slopes of query rows, as the numbers of `prepare_rows`, and positions of keys."""
+        if modifiers is None or not self.alibi:
+            return None, None, None
+        slopes = modifiers.slopes
+        positions, scaled_slopes = slopes.new_empty(self.number_count), slopes.new_empty(self.number_count)
+        rows = modifiers.query_positions.contiguous(), slopes
+        self.launch_slopes(prepare_slopes_kernel, (*rows, positions, scaled_slopes))
+        description = self.number_description
+        return (
+            descriptor_of(positions, description), descriptor_of(scaled_slopes, description),
+            modifiers.key_positions.contiguous(),
+        )  # fmt: skip
 
 
 def _reachable(operands: Operands) -> Operands:
     """The operands as the tensor memory engine takes them, dout of query's dtype."""
     dout, query, key, value = operands
     return tuple(map(addressable, (dout.to(query.dtype), query, key, value)))
+
+
+def seeing_rows(intervals: KeyIntervals, modifiers: Modifiers | None, block: int) -> tuple[Tensor, Tensor]:
+    """`KeyIntervals.key_tile_rows` of single keys and of tiles of `block` keys, such that no row sees padding."""
+    of_keys, of_tiles = intervals.key_tile_rows(1), intervals.key_tile_rows(block)
+    if modifiers is None or modifiers.key_visible is None:
+        return of_keys, of_tiles
+    shown = torch.empty_like(of_keys), torch.empty_like(of_tiles)
+    visible = modifiers.key_visible.contiguous()
+    hide_padding_kernel[(len(of_tiles),)](visible, of_keys, of_tiles, *shown, len(of_keys), block)
+    return shown
+
+
+@compiled_once
+@triton.jit(do_not_specialize=["key_rows"])
+def hide_padding_kernel(visible, of_keys, of_tiles, shown_keys, shown_tiles, key_rows, N: tl.constexpr):
+    """See `seeing_rows`. Program = N keys. A tile with padding has no rows that see all of it, so all are masked."""
+    key = tl.program_id(0) * N + tl.arange(0, N)
+    shown = tl.load(visible + key, mask=key < key_rows, other=1) != 0
+    column = tl.arange(0, 4)
+    places = key[:, None] * 4 + column[None, :]
+    seeing = tl.load(of_keys + places, mask=key[:, None] < key_rows, other=0)
+    tl.store(shown_keys + places, tl.where(shown[:, None], seeing, 0), mask=key[:, None] < key_rows)
+    seeing = tl.load(of_tiles + tl.program_id(0) * 4 + column)
+    masked = (tl.min(shown.to(tl.int32), 0) == 0) & (column == 2)
+    tl.store(shown_tiles + tl.program_id(0) * 4 + column, tl.where(masked, 0, seeing))
 
 
 def adding_turns(
@@ -255,3 +320,19 @@ def prepare_rows_kernel(lse_ptr, delta_ptr, scaled_lse_ptr, minus_delta_ptr, row
     scaled = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
     tl.store(scaled_lse_ptr + head * padded_rows + row, scaled, mask=row < padded_rows)
     tl.store(minus_delta_ptr + head * padded_rows + row, -delta, mask=row < padded_rows)
+
+
+@compiled_once
+@triton.jit(do_not_specialize=["rows", "padded_rows", "row_blocks", "slopes_row", "slopes_head"])
+def prepare_slopes_kernel(
+    position_ptr, slope_ptr, prepared_position_ptr, prepared_slope_ptr, rows, padded_rows, row_blocks,
+    slopes_row, slopes_head,
+):  # fmt: skip
+    """Positions, and slopes times log2 e, as `prepare_rows_kernel` lays its numbers. Program = (head, 1,024 rows)."""
+    row = tl.program_id(0) % row_blocks * 1024 + tl.arange(0, 1024)
+    head = tl.program_id(0) // row_blocks
+    position = tl.load(position_ptr + row, mask=row < rows, other=0).to(tl.float32)
+    offset = row.to(tl.int64) * slopes_row + head.to(tl.int64) * slopes_head
+    slope = tl.load(slope_ptr + offset, mask=row < rows, other=0.0) * 1.4426950408889634
+    tl.store(prepared_position_ptr + head * padded_rows + row, position, mask=row < padded_rows)
+    tl.store(prepared_slope_ptr + head * padded_rows + row, slope, mask=row < padded_rows)

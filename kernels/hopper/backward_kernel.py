@@ -36,6 +36,7 @@ from ringflash.kernels.hopper.dquery_in_turn import (
     next_block_and_member,
 )
 from ringflash.kernels.hopper.schedule import stage_and_parity
+from ringflash.kernels.hopper.score_changes import bent_weights, hidden_score
 
 
 @compiled_once
@@ -48,15 +49,16 @@ from ringflash.kernels.hopper.schedule import stage_and_parity
 def attend_backward_kernel(
     query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc,
     dquery_desc, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, rows_of_key_ptr, rows_of_tile_ptr,
-    tile_order_ptr, turn_of_tile_ptr, turn_now_ptr, query_rows, padded_rows, key_rows, key_heads, section,
-    query_head_stride, dout_head_stride, key_head_stride, value_head_stride, scale,
+    tile_order_ptr, turn_of_tile_ptr, turn_now_ptr, query_positions_desc, query_slopes_desc, key_positions_ptr,
+    query_rows, padded_rows, key_rows, key_heads, section,
+    query_head_stride, dout_head_stride, key_head_stride, value_head_stride, scale, bend,
     GROUP: gl.constexpr, QUERY_STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr,
     FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """See `backward.PreparedBackward` for the arguments."""
     inputs = Inputs(
-        query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc,
+        query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc, query_positions_desc, query_slopes_desc,
         query_head_stride, dout_head_stride, key_head_stride, value_head_stride,
     )  # fmt: skip
     buffers = allocate_buffers(inputs, QUERY_STAGES, DOUT_STAGES)
@@ -74,30 +76,34 @@ def attend_backward_kernel(
     if ORDERED:
         gl.warp_specialize(
             [
-                (consume, (work, sums, buffers, dscores, dquery, rows_of_key_ptr, scale, 0, GROUP, FLOAT_OUT, ORDERED)),
-                (consume, (work, sums, buffers, dscores, dquery, rows_of_key_ptr, scale, 1, GROUP, FLOAT_OUT, ORDERED)),
+                (consume, (work, sums, buffers, dscores, dquery, rows_of_key_ptr, key_positions_ptr, scale, bend,
+                           0, GROUP, FLOAT_OUT, ORDERED)),
+                (consume, (work, sums, buffers, dscores, dquery, rows_of_key_ptr, key_positions_ptr, scale, bend,
+                           1, GROUP, FLOAT_OUT, ORDERED)),
                 (produce, (inputs, work, buffers, GROUP, ORDERED)),
                 (add_in_turn, (work.turns, work.rows, dquery_desc, dquery, buffers.queries, 0, GROUP)),
                 (add_in_turn, (work.turns, work.rows, dquery_desc, dquery, buffers.queries, 1, GROUP)),
             ],
             [4, 1, 1, 1],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
-        )
+        )  # fmt: skip
     else:
         gl.warp_specialize(
             [
-                (consume, (work, sums, buffers, dscores, dquery, rows_of_key_ptr, scale, 0, GROUP, FLOAT_OUT, ORDERED)),
-                (consume, (work, sums, buffers, dscores, dquery, rows_of_key_ptr, scale, 1, GROUP, FLOAT_OUT, ORDERED)),
+                (consume, (work, sums, buffers, dscores, dquery, rows_of_key_ptr, key_positions_ptr, scale, bend,
+                           0, GROUP, FLOAT_OUT, ORDERED)),
+                (consume, (work, sums, buffers, dscores, dquery, rows_of_key_ptr, key_positions_ptr, scale, bend,
+                           1, GROUP, FLOAT_OUT, ORDERED)),
                 (produce, (inputs, work, buffers, GROUP, ORDERED)),
             ],
             [4, 1],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-        )
+        )  # fmt: skip
 
 
 @gluon.jit
 def consume(
-    work, sums, buffers, dscores, dquery, rows_of_key_ptr, scale,
+    work, sums, buffers, dscores, dquery, rows_of_key_ptr, key_positions_ptr, scale, bend,
     PART: gl.constexpr, GROUP: gl.constexpr, FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup: key rows PART * 64 to PART * 64 + 64 of the tile."""
@@ -127,6 +133,11 @@ def consume(
     no_scores = gl.zeros([HALF, M], gl.float32, SCORES)
     no_dquery = gl.zeros([HALF, HALF], gl.float32, DQUERY)
     scale_log2 = scale * 1.4426950408889634
+    if bend is not None:
+        scale_log2 = scale_log2 / bend
+    key_position = first_seeing  # stands for none
+    if key_positions_ptr is not None:
+        key_position = gl.load(key_positions_ptr + key_index, mask=key_index < sums.key_rows, other=0).to(gl.float32)
 
     mbarrier.wait(buffers.loaded.index(0), 0)
     mbarrier.wait(buffers.loaded.index(1), 0)
@@ -153,10 +164,14 @@ def consume(
         dweights_token = warpgroup_mma(own_value, dout.permute((1, 0)), initial, is_async=True)
         if not EARLY:
             lse = queries.numbers.index(stage).load(COLUMNS)
-        weights = weigh(scores, lse, rows, row, first_seeing, last_seeing, scale_log2)
+        positions, slopes = buffers.query_positions.index(stage), buffers.query_slopes.index(stage)
+        weights, sloping = weigh(
+            scores, lse, rows, row, first_seeing, last_seeing, scale_log2, bend, positions, slopes, key_position,
+            key_positions_ptr is not None,
+        )  # fmt: skip
         dvalue_token = warpgroup_mma(gl.convert_layout(weights.to(dtype), FACTOR), dout, dvalue, is_async=True)
         dweights = warpgroup_mma_wait(1, deps=[dweights_token])
-        rounded = (weights * dweights).to(dtype)
+        rounded = (sloping * dweights).to(dtype)
         dscores_factor = gl.convert_layout(rounded, FACTOR)
         # Two buffers: whoever writes one again has passed the barrier of the step between, and so has the other
         # warpgroup, whose dQ of the step before it is then done.
@@ -222,17 +237,31 @@ def start_dquery(dscores, key, no_dquery, PART: gl.constexpr):
 
 
 @gluon.jit
-def weigh(scores, lse, rows, row, first_seeing, last_seeing, scale_log2):
-    """Weights of the query rows from `row` on; none where a row does not see a key.
+def weigh(
+    scores, lse, rows, row, first_seeing, last_seeing, scale_log2, bend, positions, slopes, key_position,
+    ALIBI: gl.constexpr,
+):  # fmt: skip
+    """Weights of the query rows from `row` on, none where a row does not see a key; and what scores' gradients take.
 
-    A key is seen by the rows first_seeing to last_seeing, without the latter. lse has factor log2 e.
+    The latter are weights, times the slope of the softcap at each score. A key is seen by the rows first_seeing to
+    last_seeing, without the latter. lse has factor log2 e, as slopes have.
     """
     M: gl.constexpr = scores.shape[1]
     COLUMNS: gl.constexpr = gl.SliceLayout(0, scores.type.layout)
+    NONE: gl.constexpr = hidden_score(bend is not None)
     if (row < rows.full_begin) | (row + M > rows.full_end):
         index = (row + gl.arange(0, M, COLUMNS))[None, :]
-        scores = gl.where((index >= first_seeing[:, None]) & (index < last_seeing[:, None]), scores, float("-inf"))
-    return gl.exp2(scores * scale_log2 - lse[None, :])
+        scores = gl.where((index >= first_seeing[:, None]) & (index < last_seeing[:, None]), scores, NONE)
+    offset = lse[None, :]
+    if ALIBI:
+        distance = gl.abs(positions.load(COLUMNS)[None, :] - key_position[:, None])
+        offset = offset + slopes.load(COLUMNS)[None, :] * distance
+    if bend is None:
+        weights = gl.exp2(scores * scale_log2 - offset)
+        sloping = weights
+    else:
+        weights, sloping = bent_weights(scores, offset, bend, scale_log2)
+    return weights, sloping
 
 
 @gluon.jit

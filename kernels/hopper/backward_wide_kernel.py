@@ -29,6 +29,7 @@ from ringflash.kernels.hopper.dquery_in_turn import (
     next_block_and_member,
 )
 from ringflash.kernels.hopper.schedule import stage_and_parity
+from ringflash.kernels.hopper.score_changes import bent_weights, hidden_score
 
 
 @compiled_once
@@ -41,15 +42,16 @@ from ringflash.kernels.hopper.schedule import stage_and_parity
 def attend_backward_wide_kernel(
     query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc,
     dquery_desc, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, rows_of_key_ptr, rows_of_tile_ptr,
-    tile_order_ptr, turn_of_tile_ptr, turn_now_ptr, query_rows, padded_rows, key_rows, key_heads, section,
-    query_head_stride, dout_head_stride, key_head_stride, value_head_stride, scale,
+    tile_order_ptr, turn_of_tile_ptr, turn_now_ptr, query_positions_desc, query_slopes_desc, key_positions_ptr,
+    query_rows, padded_rows, key_rows, key_heads, section,
+    query_head_stride, dout_head_stride, key_head_stride, value_head_stride, scale, bend,
     GROUP: gl.constexpr, QUERY_STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr,
     FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """See `backward.PreparedBackward` for the arguments."""
     inputs = Inputs(
-        query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc,
+        query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc, query_positions_desc, query_slopes_desc,
         query_head_stride, dout_head_stride, key_head_stride, value_head_stride,
     )  # fmt: skip
     buffers = allocate_buffers(inputs, QUERY_STAGES, DOUT_STAGES)
@@ -69,10 +71,10 @@ def attend_backward_wide_kernel(
     if ORDERED:
         gl.warp_specialize(
             [
-                (consume_wide, (work, sums, buffers, weights, dscores, dquery, rows_of_key_ptr, scale,
-                                0, GROUP, FLOAT_OUT, ORDERED)),
-                (consume_wide, (work, sums, buffers, weights, dscores, dquery, rows_of_key_ptr, scale,
-                                1, GROUP, FLOAT_OUT, ORDERED)),
+                (consume_wide, (work, sums, buffers, weights, dscores, dquery, rows_of_key_ptr, key_positions_ptr,
+                                scale, bend, 0, GROUP, FLOAT_OUT, ORDERED)),
+                (consume_wide, (work, sums, buffers, weights, dscores, dquery, rows_of_key_ptr, key_positions_ptr,
+                                scale, bend, 1, GROUP, FLOAT_OUT, ORDERED)),
                 (produce, (inputs, work, buffers, GROUP, ORDERED)),
                 (add_in_turn, (work.turns, work.rows, dquery_desc, dquery, buffers.queries, 0, GROUP)),
                 (add_in_turn, (work.turns, work.rows, dquery_desc, dquery, buffers.queries, 1, GROUP)),
@@ -83,10 +85,10 @@ def attend_backward_wide_kernel(
     else:
         gl.warp_specialize(
             [
-                (consume_wide, (work, sums, buffers, weights, dscores, dquery, rows_of_key_ptr, scale,
-                                0, GROUP, FLOAT_OUT, ORDERED)),
-                (consume_wide, (work, sums, buffers, weights, dscores, dquery, rows_of_key_ptr, scale,
-                                1, GROUP, FLOAT_OUT, ORDERED)),
+                (consume_wide, (work, sums, buffers, weights, dscores, dquery, rows_of_key_ptr, key_positions_ptr,
+                                scale, bend, 0, GROUP, FLOAT_OUT, ORDERED)),
+                (consume_wide, (work, sums, buffers, weights, dscores, dquery, rows_of_key_ptr, key_positions_ptr,
+                                scale, bend, 1, GROUP, FLOAT_OUT, ORDERED)),
                 (produce, (inputs, work, buffers, GROUP, ORDERED)),
             ],
             [4, 1],
@@ -96,7 +98,7 @@ def attend_backward_wide_kernel(
 
 @gluon.jit
 def consume_wide(
-    work, sums, buffers, weights_buffers, dscores_buffers, dquery, rows_of_key_ptr, scale,
+    work, sums, buffers, weights_buffers, dscores_buffers, dquery, rows_of_key_ptr, key_positions_ptr, scale, bend,
     PART: gl.constexpr, GROUP: gl.constexpr, FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup: half of the tile's keys, then half of the columns."""
@@ -118,6 +120,8 @@ def consume_wide(
     no_scores = gl.zeros([M, N // 2], gl.float32, SCORES)
     no_dquery = gl.zeros([HALF, HALF], gl.float32, DQUERY)
     scale_log2 = scale * 1.4426950408889634
+    if bend is not None:
+        scale_log2 = scale_log2 / bend
     mbarrier.wait(buffers.loaded.index(0), 0)
     mbarrier.wait(buffers.loaded.index(1), 0)
 
@@ -138,21 +142,32 @@ def consume_wide(
         mbarrier.wait(douts.full.index(0), step & 1)
         dweights_token = warpgroup_mma(dout, own_value.permute((1, 0)), no_scores, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(1, deps=[scores_token])
+        NONE: gl.constexpr = hidden_score(bend is not None)
         if (row < rows.full_begin) | (row + M > rows.full_end):
             index = (row + gl.arange(0, M, ROWS))[:, None]
             inside = key_index < sums.key_rows
             seeing = rows_of_key_ptr + (key_index + unseen_zero(row)) * 4
             after_first = index >= gl.load(seeing, mask=inside, other=0)[None, :]
             before_last = index < gl.load(seeing + 3, mask=inside, other=0)[None, :]
-            scores = gl.where(after_first & before_last, scores, float("-inf"))
-        weights = gl.exp2(scores * scale_log2 - queries.numbers.index(stage).load(ROWS)[:, None])
+            scores = gl.where(after_first & before_last, scores, NONE)
+        offset = queries.numbers.index(stage).load(ROWS)[:, None]
+        if key_positions_ptr is not None:
+            inside = key_index < sums.key_rows
+            key_position = gl.load(key_positions_ptr + (key_index + unseen_zero(row)), mask=inside, other=0)
+            distance = buffers.query_positions.index(stage).load(ROWS)[:, None] - key_position.to(gl.float32)[None, :]
+            offset = offset + buffers.query_slopes.index(stage).load(ROWS)[:, None] * gl.abs(distance)
+        if bend is None:
+            weights = gl.exp2(scores * scale_log2 - offset)
+            sloping = weights
+        else:
+            weights, sloping = bent_weights(scores, offset, bend, scale_log2)
         # Two buffers of each, as in backward_kernel.
         all_weights = weights_buffers.index(step & 1)
         all_dscores = dscores_buffers.index(step & 1)
         all_weights.slice(PART * (N // 2), N // 2, 1).store(weights.to(dtype))
         minus_delta = douts.numbers.index(0).load(ROWS)[:, None]
         dweights = warpgroup_mma_wait(0, deps=[dweights_token]) + minus_delta
-        all_dscores.slice(PART * (N // 2), N // 2, 1).store((weights * dweights).to(dtype))
+        all_dscores.slice(PART * (N // 2), N // 2, 1).store((sloping * dweights).to(dtype))
         fence_async_shared()
         meet("8")
 

@@ -25,6 +25,8 @@ class Inputs(NamedTuple):
     value_desc: gl.tensor
     lse_desc: gl.tensor
     delta_desc: gl.tensor
+    query_positions_desc: gl.tensor
+    query_slopes_desc: gl.tensor
     query_head_stride: gl.tensor
     dout_head_stride: gl.tensor
     key_head_stride: gl.tensor
@@ -41,9 +43,14 @@ class Stream(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """Where it is loaded to: streams of queries and of out's gradient, the tile's keys and values with two barriers."""
+    """Where it is loaded to: streams of queries and of out's gradient, the tile's keys and values with two barriers.
+
+    query_positions and query_slopes, with ALiBi, have the stages and barriers of the queries.
+    """
 
     queries: Stream
+    query_positions: gl.shared_memory_descriptor
+    query_slopes: gl.shared_memory_descriptor
     douts: Stream
     key: gl.shared_memory_descriptor
     value: gl.shared_memory_descriptor
@@ -99,7 +106,12 @@ def allocate_buffers(inputs, QUERY_STAGES: gl.constexpr, DOUT_STAGES: gl.constex
     loaded = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
         mbarrier.init(loaded.index(i), count=1)
-    return Buffers(queries, douts, key, value, loaded)
+    positions, slopes = queries.numbers, queries.numbers  # stand for none
+    if inputs.query_slopes_desc is not None:
+        M: gl.constexpr = inputs.query_desc.block_type.shape[0]
+        positions = gl.allocate_shared_memory(gl.float32, [QUERY_STAGES, M], inputs.query_positions_desc.layout)
+        slopes = gl.allocate_shared_memory(gl.float32, [QUERY_STAGES, M], inputs.query_slopes_desc.layout)
+    return Buffers(queries, positions, slopes, douts, key, value, loaded)
 
 
 @gluon.jit
@@ -197,11 +209,28 @@ def produce(inputs, work, buffers, GROUP: gl.constexpr, ORDERED: gl.constexpr):
             number = head * rows.padded_rows + row
             stage, parity = stage_and_parity(step, QUERY_STAGES)
             column = head * inputs.query_head_stride
-            fill(queries, inputs.query_desc, inputs.lse_desc, row, column, number, stage, parity)
+            fill_queries(inputs, buffers, row, column, number, stage, parity)
             stage, parity = stage_and_parity(step, DOUT_STAGES)
             column = head * inputs.dout_head_stride
             fill(douts, inputs.dout_desc, inputs.delta_desc, row, column, number, stage, parity)
             step += 1
+
+
+@gluon.jit
+def fill_queries(inputs, buffers, row, column, number, stage, parity):
+    """As `fill`, and with ALiBi the rows' positions and slopes."""
+    queries = buffers.queries
+    if inputs.query_slopes_desc is None:
+        fill(queries, inputs.query_desc, inputs.lse_desc, row, column, number, stage, parity)
+    else:
+        full = queries.full.index(stage)
+        NUMBERS: gl.constexpr = inputs.lse_desc.block_type.nbytes
+        mbarrier.wait(queries.empty.index(stage), parity ^ 1)
+        mbarrier.expect(full, inputs.query_desc.block_type.nbytes + 3 * NUMBERS)
+        async_load(inputs.query_desc, [row, column], full, queries.blocks.index(stage))
+        async_load(inputs.lse_desc, [number], full, queries.numbers.index(stage))
+        async_load(inputs.query_positions_desc, [number], full, buffers.query_positions.index(stage))
+        async_load(inputs.query_slopes_desc, [number], full, buffers.query_slopes.index(stage))
 
 
 @gluon.jit

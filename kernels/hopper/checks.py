@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ringflash.errors import ArgumentError
+from ringflash.kernels.gpu.modifiers_given import check_modifiers
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.modifiers import Modifiers
 
@@ -40,8 +41,8 @@ def check_operands(
     query: Tensor, key: Tensor, value: Tensor, intervals: KeyIntervals, scale: float, modifiers: Modifiers | None
 ) -> None:
     """Raise ArgumentError for what the kernels cannot compute."""
-    if modifiers is not None:
-        raise ArgumentError(f"modifiers={modifiers}; the Hopper kernels apply none, triton and blockwise apply all")
+    if modifiers is not None and modifiers.dropout:
+        raise ArgumentError(f"dropout={modifiers.dropout}; the Hopper kernels apply none, triton and blockwise do")
     if intervals.has_sink_tokens:
         raise ArgumentError("intervals have sink tokens; the Hopper kernels take none, triton and blockwise do")
     if key.dtype != query.dtype or value.dtype != query.dtype:
@@ -60,3 +61,5 @@ def check_operands(
         )
     if not 0.0 < scale < float("inf"):
         raise ArgumentError(f"scale={scale}; allowed are positive finite numbers")
+    if modifiers is not None:
+        check_modifiers(modifiers, query, key)

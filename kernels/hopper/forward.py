@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,16 +11,19 @@ from triton.runtime import driver
 
 from ringflash.kernels.gpu.chips import multiprocessors
 from ringflash.kernels.gpu.launcher import Launcher, aligned
+from ringflash.kernels.gpu.modifiers_given import modifiers_aligned, modifiers_metadata
 from ringflash.kernels.hopper.checks import check_operands
 from ringflash.kernels.hopper.descriptors import (
     addressable,
     description_of,
     descriptor,
     descriptor_of,
+    list_descriptor,
     without_memory,
 )
 from ringflash.kernels.hopper.forward_kernel import LOG2_E, ROWS, attend_kernel
 from ringflash.kernels.hopper.schedule import head_section
+from ringflash.kernels.hopper.score_changes import key_numbers
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.kept import Kept, metadata
 from ringflash.kernels.modifiers import Modifiers
@@ -53,6 +56,14 @@ FORWARD_TILES = {
 }
 """By head dimension; docs/benchmarks/kernels.md has the measurements behind them."""
 
+MODIFIED_FORWARD_TILES = {64: replace(FORWARD_TILES[64], consumers=2, registers=(240, 24))}
+"""Where modifiers want more registers than `FORWARD_TILES` leave."""
+
+
+def forward_tiles(dim: int, modified: bool) -> ForwardTiles:
+    """Sizes for a head dimension, with or without modifiers."""
+    return MODIFIED_FORWARD_TILES.get(dim, FORWARD_TILES[dim]) if modified else FORWARD_TILES[dim]
+
 
 def attend(
     query: Tensor,
@@ -68,14 +79,14 @@ def attend(
     """See ringflash.kernels.reference.attend. A carry is overwritten where its tensors can hold the result."""
     out_dtype = out_dtype or query.dtype
     carry = carry and (addressable_carry(carry[0]), carry[1].contiguous())
-    call = _call(query, key, value, intervals, scale, carry, out_dtype)
-    prepared = prepared_calls.get(call) if modifiers is None else None
+    call = _call(query, key, value, intervals, scale, modifiers, carry, out_dtype)
+    prepared = prepared_calls.get(call)
     if prepared is None:
         check_operands(query, key, value, intervals, scale, modifiers)
-        tiles = FORWARD_TILES[query.shape[2]]
-        prepared = PreparedForward(query, key, value, intervals, scale, carry, out_dtype, tiles)
+        tiles = forward_tiles(query.shape[2], modifiers is not None)
+        prepared = PreparedForward(query, key, value, intervals, scale, carry, out_dtype, tiles, modifiers)
         prepared_calls.add(call, prepared)
-    return prepared(query, key, value, intervals, carry)
+    return prepared(query, key, value, intervals, carry, modifiers)
 
 
 def addressable_carry(carry_out: Tensor) -> Tensor:
@@ -94,6 +105,7 @@ def _call(
     value: Tensor,
     intervals: KeyIntervals,
     scale: float,
+    modifiers: Modifiers | None,
     carry: Carry | None,
     out_dtype: torch.dtype,
 ) -> tuple:
@@ -101,9 +113,11 @@ def _call(
     carry_out, carry_lse = carry or (None, None)
     return (
         *map(metadata, (query, key, value, carry_out, carry_lse)), out_dtype,
-        intervals.start.shape, intervals.key_count, intervals.has_sink_tokens, scale,
-        aligned(query, key, value, carry_out, carry_lse, intervals.start, intervals.stop)
-        or tuple(map(aligned, (query, key, value))),
+        intervals.start.shape, intervals.key_count, intervals.has_sink_tokens, scale, modifiers_metadata(modifiers),
+        (
+            aligned(query, key, value, carry_out, carry_lse, intervals.start, intervals.stop)
+            and modifiers_aligned(modifiers)
+        ) or tuple(map(aligned, (query, key, value))),
     )  # fmt: skip
 
 
@@ -119,6 +133,7 @@ class PreparedForward:
         carry: see query.
         out_dtype: see query.
         tiles: sizes of the launch.
+        modifiers: see query.
     """
 
     def __init__(
@@ -131,6 +146,7 @@ class PreparedForward:
         carry: Carry | None,
         out_dtype: torch.dtype,
         tiles: ForwardTiles,
+        modifiers: Modifiers | None = None,
     ) -> None:
         (query_rows, heads, dim), (key_rows, key_heads, _) = query.shape, key.shape
         self.out_shape, self.lse_shape = (query_rows, heads, dim), (heads, query_rows)
@@ -140,6 +156,7 @@ class PreparedForward:
         if self.empty:
             return
         direct = aligned(query, key, value, *(carry or ()), intervals.start, intervals.stop)
+        direct &= modifiers_aligned(modifiers)
         given = (query, key, value)
         query, key, value = map(addressable, given)
         self.all_addressable = all(x is y for x, y in zip(given, (query, key, value), strict=True))
@@ -159,15 +176,27 @@ class PreparedForward:
         tile_count = -(-query_rows // (tiles.consumers * rows))
         programs = min(tile_count * heads, multiprocessors(query.device))
         group = heads // key_heads
+        unit, bend, slopes_row, slopes_head = scale, None, None, None
+        self.key_numbers_description = None
+        if modifiers is not None:
+            if modifiers.softcap:
+                unit, bend = modifiers.softcap, scale / modifiers.softcap
+            if modifiers.slopes is not None:
+                slopes_row, slopes_head = modifiers.slopes.stride()
+            if modifiers.slopes is not None or modifiers.key_visible is not None:
+                numbers = without_memory((key_rows,), torch.float32)
+                self.key_numbers_description = description_of(list_descriptor(numbers, tiles.keys))
         self.launch = Launcher(
             programs,
             (
                 query_rows, tile_count, heads, head_section(key_rows, key_heads, group, dim),
-                query.stride(1), key.stride(1), value.stride(1), scale * LOG2_E.value,
+                query.stride(1), key.stride(1), value.stride(1), unit * LOG2_E.value,
+                bend, slopes_row, slopes_head, None if slopes_row is None else 1 / unit,
             ),
             dict(
                 GROUP=group, CONSUMERS=tiles.consumers, STAGES=tiles.stages,
-                HAS_CARRY=carry is not None, DIRECT_OUT=direct_out, OWN_STAGING=tiles.own_staging,
+                HAS_CARRY=carry is not None, HIDES_KEYS=modifiers is not None and modifiers.key_visible is not None,
+                DIRECT_OUT=direct_out, OWN_STAGING=tiles.own_staging,
                 CONSUMER_REGISTERS=tiles.registers[0], PRODUCER_REGISTERS=tiles.registers[1],
             ),
             {"num_warps": 4},
@@ -175,7 +204,13 @@ class PreparedForward:
         )  # fmt: skip
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, intervals: KeyIntervals, carry: Carry | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        intervals: KeyIntervals,
+        carry: Carry | None,
+        modifiers: Modifiers | None = None,
     ) -> Carry:
         """Result and lse."""
         carry_out, carry_lse = carry or (None, None)
@@ -194,10 +229,19 @@ class PreparedForward:
             *((None, out) if self.out_description is None else (descriptor_of(out, self.out_description), None)), lse,
             None if self.carry_description is None else descriptor_of(carry_out, self.carry_description),
             carry_out, carry_lse,
-            intervals.start, intervals.stop, first_ticket(query.device),
+            intervals.start, intervals.stop, first_ticket(query.device), *self._modifying(modifiers),
         )  # fmt: skip
         self.launch(attend_kernel, tensors)
         return out.to(self.out_dtype), lse
+
+    def _modifying(self, modifiers: Modifiers | None) -> tuple:
+        """Positions and slopes of query rows, and a number for each key row; None for what there is not."""
+        if modifiers is None:
+            return None, None, None
+        numbers = key_numbers(modifiers)
+        positions = None if modifiers.slopes is None else modifiers.query_positions.contiguous()
+        description = self.key_numbers_description
+        return positions, modifiers.slopes, None if numbers is None else descriptor_of(numbers, description)
 
 
 def first_ticket(device: torch.device) -> Tensor:

@@ -36,9 +36,11 @@ from ringflash.kernels.hopper.forward_work import (
     Memory,
     Problem,
     Result,
+    allocate_key_numbers,
     allocate_ring,
     allocate_staging,
     produce,
+    tile_span,
 )
 from ringflash.kernels.hopper.fp32_rows import load_rows, store_rows
 from ringflash.kernels.hopper.schedule import (
@@ -51,6 +53,7 @@ from ringflash.kernels.hopper.schedule import (
     stage_and_parity,
     tile_and_head,
 )
+from ringflash.kernels.hopper.score_changes import ScoreChanges, change_scores, rows_of_changes
 from ringflash.kernels.hopper.softmax import ROWS, hide, own_sums, rescale_if_needed, softmax_step
 
 LN_2 = gl.constexpr(0.6931471805599453)
@@ -63,14 +66,16 @@ LOWEST = gl.constexpr(-1e30)
 @gluon.jit(
     do_not_specialize=[
         "query_rows", "tiles", "heads", "section", "query_head_stride", "key_head_stride", "value_head_stride",
+        "slopes_row", "slopes_head",
     ]
 )  # fmt: skip
 def attend_kernel(
     query_desc, key_desc, value_desc, out_desc, out_ptr, lse_ptr, carry_desc, carry_out_ptr, carry_lse_ptr,
-    start_ptr, stop_ptr, counter_ptr, query_rows, tiles, heads, section,
-    query_head_stride, key_head_stride, value_head_stride, scale_log2,
+    start_ptr, stop_ptr, counter_ptr, query_positions_ptr, slopes_ptr, key_numbers_desc,
+    query_rows, tiles, heads, section, query_head_stride, key_head_stride, value_head_stride, scale_log2,
+    bend, slopes_row, slopes_head, inverse_unit,
     GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, HAS_CARRY: gl.constexpr,
-    OWN_STAGING: gl.constexpr, DIRECT_OUT: gl.constexpr,
+    HIDES_KEYS: gl.constexpr, OWN_STAGING: gl.constexpr, DIRECT_OUT: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """See `forward.PreparedForward` for the arguments."""
@@ -81,18 +86,21 @@ def attend_kernel(
     values = allocate_ring(value_desc, STAGES, CONSUMERS)
     tickets = allocate_tickets(counter_ptr, CONSUMERS)
     carries, staging = allocate_staging(queries, result, CONSUMERS, HAS_CARRY, OWN_STAGING)
-    memory = Memory(queries, keys, values, carries, staging)
+    changes = ScoreChanges(
+        bend, query_positions_ptr, slopes_ptr, slopes_row, slopes_head, inverse_unit, key_numbers_desc
+    )
+    memory = Memory(queries, keys, allocate_key_numbers(keys, changes), values, carries, staging)
     begun = gl.allocate_shared_memory(gl.int64, [CONSUMERS - 1, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(CONSUMERS - 1):
         mbarrier.init(begun.index(i), count=WARPGROUP)
     fence_async_shared()
-    problem = Problem(start_ptr, stop_ptr, query_rows, Schedule(tiles, heads, section), tickets, begun)
+    problem = Problem(start_ptr, stop_ptr, query_rows, Schedule(tiles, heads, section), tickets, begun, changes)
     gl.static_assert(CONSUMERS == 2 or CONSUMERS == 3)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (consume, (problem, result, memory, scale_log2, 0, HAS_CARRY, OWN_STAGING, DIRECT_OUT)),
-                (consume, (problem, result, memory, scale_log2, 1, HAS_CARRY, OWN_STAGING, DIRECT_OUT)),
+                (consume, (problem, result, memory, scale_log2, 0, HAS_CARRY, HIDES_KEYS, OWN_STAGING, DIRECT_OUT)),
+                (consume, (problem, result, memory, scale_log2, 1, HAS_CARRY, HIDES_KEYS, OWN_STAGING, DIRECT_OUT)),
                 (produce, (problem, inputs, result, memory, GROUP, HAS_CARRY, OWN_STAGING)),
             ],
             [4, 1],
@@ -101,9 +109,9 @@ def attend_kernel(
     else:
         gl.warp_specialize(
             [
-                (consume, (problem, result, memory, scale_log2, 0, HAS_CARRY, OWN_STAGING, DIRECT_OUT)),
-                (consume, (problem, result, memory, scale_log2, 1, HAS_CARRY, OWN_STAGING, DIRECT_OUT)),
-                (consume, (problem, result, memory, scale_log2, 2, HAS_CARRY, OWN_STAGING, DIRECT_OUT)),
+                (consume, (problem, result, memory, scale_log2, 0, HAS_CARRY, HIDES_KEYS, OWN_STAGING, DIRECT_OUT)),
+                (consume, (problem, result, memory, scale_log2, 1, HAS_CARRY, HIDES_KEYS, OWN_STAGING, DIRECT_OUT)),
+                (consume, (problem, result, memory, scale_log2, 2, HAS_CARRY, HIDES_KEYS, OWN_STAGING, DIRECT_OUT)),
                 (produce, (problem, inputs, result, memory, GROUP, HAS_CARRY, OWN_STAGING)),
             ],
             [4, 4, 1],
@@ -114,7 +122,8 @@ def attend_kernel(
 @gluon.jit
 def consume(
     problem, result, memory, scale_log2,
-    PART: gl.constexpr, HAS_CARRY: gl.constexpr, OWN_STAGING: gl.constexpr, DIRECT_OUT: gl.constexpr,
+    PART: gl.constexpr, HAS_CARRY: gl.constexpr, HIDES_KEYS: gl.constexpr, OWN_STAGING: gl.constexpr,
+    DIRECT_OUT: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup: rows PART * 64 to PART * 64 + 64 of each tile."""
     M: gl.constexpr = memory.query.blocks.shape[0] * ROWS
@@ -125,11 +134,11 @@ def consume(
     while ticket < problem.schedule.tiles * problem.schedule.heads:
         tile, head = tile_and_head(problem.schedule, ticket)
         first_row = tile * M
-        span = key_span(problem.start_ptr, problem.stop_ptr, first_row, problem.query_rows, M)
+        span = tile_span(problem, first_row, M)
         blocks = block_count(span, N)
         attend_tile(
             problem, result, memory, span, blocks, first_row + PART * ROWS, head, step, tiles_done, scale_log2,
-            PART, HAS_CARRY, OWN_STAGING, DIRECT_OUT,
+            PART, HAS_CARRY, HIDES_KEYS, OWN_STAGING, DIRECT_OUT,
         )  # fmt: skip
         step += blocks
         ticket = read(problem.tickets, tiles_done)
@@ -141,7 +150,8 @@ def consume(
 @gluon.jit
 def attend_tile(
     problem, result, memory, span, blocks, first_row, head, step, tiles_done, scale_log2,
-    PART: gl.constexpr, HAS_CARRY: gl.constexpr, OWN_STAGING: gl.constexpr, DIRECT_OUT: gl.constexpr,
+    PART: gl.constexpr, HAS_CARRY: gl.constexpr, HIDES_KEYS: gl.constexpr, OWN_STAGING: gl.constexpr,
+    DIRECT_OUT: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup's 64 rows over the tile's key blocks that they see, from the initial state to the stored result."""
     queries, keys, values, carries = memory.query, memory.key, memory.value, memory.carry
@@ -159,6 +169,8 @@ def attend_tile(
     row_start = gl.load(problem.start_ptr + rows, mask=inside, other=0)
     row_stop = gl.load(problem.stop_ptr + rows, mask=inside, other=0)
     no_scores = gl.zeros([ROWS, N], gl.float32, SCORES)
+    changes = problem.changes
+    position, slope = rows_of_changes(changes, rows, inside, head, no_scores)
     out = gl.zeros([ROWS, D], gl.float32, OUT)
     maximum = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
     total = own_sums(no_scores)
@@ -179,6 +191,7 @@ def attend_tile(
         query, keys.blocks.index(stage).permute((1, 0)), no_scores, use_acc=False, is_async=True
     )
     scores = warpgroup_mma_wait(0, deps=[scores_token])
+    scores = change_scores(scores, changes, memory.key_numbers.index(stage), position, slope, HIDES_KEYS)
     release(keys.empty.index(stage))
     if CARRY_LANDS and queries.blocks.shape[0] > PART + 1:
         release(problem.begun.index(PART))
@@ -200,6 +213,7 @@ def attend_tile(
         )
         out_token = warpgroup_mma(weights, values.blocks.index(earlier), out, is_async=True)
         scores = warpgroup_mma_wait(1, deps=[scores_token])
+        scores = change_scores(scores, changes, memory.key_numbers.index(stage), position, slope, HIDES_KEYS)
         release(keys.empty.index(stage))
         scores = hide(scores, own, row_start, row_stop, span.begin + block * N, N, SCORES)
         weights, rescale, maximum, total = softmax_step(scores, maximum, total, scale_log2)

@@ -15,6 +15,7 @@ from ringflash.kernels.hopper.compat import WARPGROUP, async_load
 from ringflash.kernels.hopper.fp32_rows import prefetch_rows
 from ringflash.kernels.hopper.schedule import (
     Schedule,
+    Span,
     Tickets,
     block_count,
     draw,
@@ -22,6 +23,7 @@ from ringflash.kernels.hopper.schedule import (
     stage_and_parity,
     tile_and_head,
 )
+from ringflash.kernels.hopper.score_changes import ScoreChanges
 from ringflash.kernels.hopper.softmax import ROWS
 
 CARRY_AHEAD = gl.constexpr(8)
@@ -37,6 +39,7 @@ class Problem(NamedTuple):
     schedule: Schedule
     tickets: Tickets
     begun: gl.shared_memory_descriptor
+    changes: ScoreChanges
 
 
 class Inputs(NamedTuple):
@@ -70,10 +73,14 @@ class Ring(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Where it is loaded to; and `staging`, through which a warpgroup's result leaves."""
+    """Where it is loaded to; and `staging`, through which a warpgroup's result leaves.
+
+    key_numbers: of each stage of keys, whose barriers are theirs as well; see score_changes.
+    """
 
     query: Ring
     key: Ring
+    key_numbers: gl.shared_memory_descriptor
     value: Ring
     carry: Ring
     staging: gl.shared_memory_descriptor
@@ -91,6 +98,17 @@ def allocate_ring(desc, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=CONSUMERS * WARPGROUP)
     return Ring(blocks, full, empty)
+
+
+@gluon.jit
+def allocate_key_numbers(keys, changes):
+    """Room for the numbers of all stages of keys."""
+    numbers = keys.full  # stands for none
+    if changes.key_numbers_desc is not None:
+        numbers = gl.allocate_shared_memory(
+            gl.float32, [keys.blocks.shape[0], keys.blocks.shape[1]], changes.key_numbers_desc.layout
+        )
+    return numbers
 
 
 @gluon.jit
@@ -123,6 +141,27 @@ def fill(ring, desc, row, column, stage, parity):
 
 
 @gluon.jit
+def fill_keys(keys, desc, row, column, key_numbers, numbers_desc, stage, parity):
+    """Load a block of keys, and with it their numbers if there are any."""
+    if numbers_desc is None:
+        fill(keys, desc, row, column, stage, parity)
+    else:
+        mbarrier.wait(keys.empty.index(stage), parity ^ 1)
+        mbarrier.expect(keys.full.index(stage), desc.block_type.nbytes + numbers_desc.block_type.nbytes)
+        async_load(desc, [row, column], keys.full.index(stage), keys.blocks.index(stage))
+        async_load(numbers_desc, [row], keys.full.index(stage), key_numbers.index(stage))
+
+
+@gluon.jit
+def tile_span(problem, first_row, M: gl.constexpr):
+    """Keys that a tile's rows see. Where numbers are loaded with them, blocks begin at whole 16 bytes of numbers."""
+    span = key_span(problem.start_ptr, problem.stop_ptr, first_row, problem.query_rows, M)
+    if problem.changes.key_numbers_desc is not None:
+        span = Span(span.begin & -4, span.end, span.full_begin, span.full_end)
+    return span
+
+
+@gluon.jit
 def produce(
     problem, inputs, result, memory, GROUP: gl.constexpr, HAS_CARRY: gl.constexpr, OWN_STAGING: gl.constexpr
 ):  # fmt: skip
@@ -139,7 +178,7 @@ def produce(
     while ticket < problem.schedule.tiles * problem.schedule.heads:
         tile, head = tile_and_head(problem.schedule, ticket)
         first_row = tile * M
-        span = key_span(problem.start_ptr, problem.stop_ptr, first_row, problem.query_rows, M)
+        span = tile_span(problem, first_row, M)
         key_column = head // GROUP * inputs.key_head_stride
         value_column = head // GROUP * inputs.value_head_stride
         for part in gl.static_range(CONSUMERS):
@@ -150,7 +189,10 @@ def produce(
         blocks = block_count(span, N)
         for block in range(blocks):
             stage, parity = stage_and_parity(step, STAGES)
-            fill(keys, inputs.key_desc, span.begin + block * N, key_column, stage, parity)
+            fill_keys(
+                keys, inputs.key_desc, span.begin + block * N, key_column, memory.key_numbers,
+                problem.changes.key_numbers_desc, stage, parity,
+            )  # fmt: skip
             fill(values, inputs.value_desc, span.begin + block * N, value_column, stage, parity)
             step += 1
             # Late, as the second-level cache would not keep it for all of the tile; not before the first block is on

@@ -8,6 +8,7 @@ from torch import Tensor
 from ringflash.errors import ArgumentError
 from ringflash.kernels.gpu.chips import chip_of
 from ringflash.kernels.gpu.launcher import aligned
+from ringflash.kernels.gpu.modifiers_given import modifiers_aligned, modifiers_metadata
 from ringflash.kernels.gpu.row_blocks import LOG2_E
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.kept import Kept, metadata
@@ -18,8 +19,6 @@ from ringflash.kernels.triton.attend.descriptors import operand
 from ringflash.kernels.triton.attend.modify_scores import (
     ModifierOperands,
     modifier_operands,
-    modifiers_aligned,
-    modifiers_metadata,
 )
 from ringflash.kernels.triton.attend.prepared_kernel import PreparedKernel
 from ringflash.kernels.triton.attend.tile_sizes import Tiles, key_gradient_tiles, query_gradient_tiles

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from ringflash.errors import ArgumentError
 from ringflash.kernels.gpu.chips import DTYPES, chip_of
+from ringflash.kernels.gpu.modifiers_given import check_modifiers
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.modifiers import Modifiers
-from ringflash.kernels.triton.attend.modify_scores import check_modifiers
 from ringflash.kernels.triton.attend.tile_sizes import widest
 
 

@@ -17,6 +17,7 @@ import triton.language as tl
 from ringflash.kernels.gpu.chips import chip_of
 from ringflash.kernels.gpu.compile_once import compiled_once
 from ringflash.kernels.gpu.launcher import aligned
+from ringflash.kernels.gpu.modifiers_given import modifiers_aligned, modifiers_metadata
 from ringflash.kernels.gpu.row_blocks import LN_2, LOG2_E, block_inside, block_offsets, load_block
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.kept import Kept, metadata
@@ -32,8 +33,6 @@ from ringflash.kernels.triton.attend.modify_scores import (
     dropped,
     kept_pairs,
     modifier_operands,
-    modifiers_aligned,
-    modifiers_metadata,
     of_keys,
     of_rows,
 )

@@ -11,14 +11,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 import triton
 import triton.language as tl
-from ringflash.errors import ArgumentError
-from ringflash.kernels.gpu.launcher import aligned
-from ringflash.kernels.kept import metadata
 from ringflash.kernels.modifiers import Modifiers, dropout_threshold
 
 
@@ -69,53 +65,6 @@ def modifier_operands(modifiers: Modifiers | None, scale: float) -> ModifierOper
             query_positions=modifiers.query_positions.contiguous(), key_positions=modifiers.key_positions.contiguous()
         )
     return operands
-
-
-def modifiers_metadata(modifiers: Modifiers | None) -> tuple | None:
-    """All that a launch depends on, beside the tensors' addresses."""
-    if modifiers is None:
-        return None
-    return (modifiers.softcap, modifiers.dropout, modifiers.first_head, *map(metadata, _tensors(modifiers)))
-
-
-def modifiers_aligned(modifiers: Modifiers | None) -> bool:
-    """Whether the tensors are `aligned`."""
-    return modifiers is None or aligned(*_tensors(modifiers))
-
-
-def _tensors(modifiers: Modifiers) -> tuple[Tensor | None, ...]:
-    return (
-        modifiers.slopes,
-        modifiers.seed,
-        modifiers.query_positions,
-        modifiers.key_positions,
-        modifiers.key_visible,
-    )
-
-
-def check_modifiers(modifiers: Modifiers, query: Tensor, key: Tensor) -> None:
-    """Raise ArgumentError for what the kernels would misread."""
-    if not 0.0 <= modifiers.softcap < float("inf"):
-        raise ArgumentError(f"softcap={modifiers.softcap}; allowed are 0 for none and positive finite numbers")
-    if not 0.0 <= modifiers.dropout < 1.0:
-        raise ArgumentError(f"dropout={modifiers.dropout}; allowed is 0 up to, not including, 1")
-    placed = modifiers.slopes is not None or bool(modifiers.dropout)
-    rows, keys = (query.shape[0],), (key.shape[0],)
-    for name, needed, shape, dtype in (
-        ("slopes", False, query.shape[:2], torch.float32),
-        ("seed", bool(modifiers.dropout), (1,), torch.int64),
-        ("query_positions", placed, rows, torch.int32),
-        ("key_positions", placed, keys, torch.int32),
-        ("key_visible", False, keys, torch.uint8),
-    ):
-        x = getattr(modifiers, name)
-        if x is None and needed:
-            raise ArgumentError(f"{name}=None; slopes and dropout need positions, dropout needs a seed")
-        if x is not None and (x.shape != shape or x.dtype != dtype or x.device != query.device):
-            raise ArgumentError(
-                f"{name} is {x.dtype} {tuple(x.shape)} on {x.device}; "
-                f"allowed is {dtype} {tuple(shape)} on {query.device}"
-            )
 
 
 @triton.jit

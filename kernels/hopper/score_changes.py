@@ -1,0 +1,150 @@
+"""Modifiers of scores inside the kernels: softcap, ALiBi and padding, as ringflash.kernels.modifiers defines them.
+
+A field of `ScoreChanges` that is None takes its step out of the kernel when it is compiled, so that plain attention is
+what it would be without this file. What a key brings along is one number, loaded with its block: its position with
+ALiBi, infinite for padding; and without ALiBi 0, or -inf for padding, which is added.
+
+Scores are raw, as query . key, and multiplied by a unit where they are exponentiated: by the scale, or with a softcap
+by the softcap, as a bent score is tanh(scale / softcap * raw).
+
+Legend: M query rows, N key rows of a block, S key rows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from ringflash.kernels.gpu.compile_once import compiled_once
+from ringflash.kernels.modifiers import Modifiers
+
+
+class ScoreChanges(NamedTuple):
+    """What the kernel needs of modifiers.
+
+    key_numbers: of the block at hand in shared memory, or with another's descriptor of the same name. bend: scale over
+    softcap. slopes: (T, H) with strides, to be multiplied by inverse_unit.
+    """
+
+    bend: gl.tensor
+    query_positions: gl.tensor
+    slopes: gl.tensor
+    slopes_row: gl.tensor
+    slopes_head: gl.tensor
+    inverse_unit: gl.tensor
+    key_numbers_desc: gl.tensor
+
+
+@gluon.jit
+def rows_of_changes(changes, rows, inside, head, scores):
+    """(position, slope) of query rows as fp32, along a product's result; of no meaning where nobody needs them."""
+    LAYOUT: gl.constexpr = gl.SliceLayout(1, scores.type.layout)
+    position = gl.zeros([rows.shape[0]], gl.float32, LAYOUT)
+    slope = position
+    if changes.slopes is not None:
+        position = gl.load(changes.query_positions + rows, mask=inside, other=0).to(gl.float32)
+        offset = rows.to(gl.int64) * changes.slopes_row + head.to(gl.int64) * changes.slopes_head
+        slope = gl.load(changes.slopes + offset, mask=inside, other=0.0) * changes.inverse_unit
+    return position, slope
+
+
+@gluon.jit
+def change_scores(scores, changes, key_numbers, position, slope, HIDES: gl.constexpr):
+    """Raw scores of a block in the unit of the softmax, -inf for keys that are padding.
+
+    Args:
+        scores: (M, N).
+        changes: see `ScoreChanges`.
+        key_numbers: (N,) in shared memory.
+        position: (M,) of the query rows.
+        slope: (M,) of the query rows.
+        HIDES: whether some keys are padding.
+    """
+    if changes.bend is not None:
+        scores = tanh(scores * changes.bend)
+    if changes.key_numbers_desc is not None:
+        number = key_numbers.load(gl.SliceLayout(0, scores.type.layout))[None, :]
+        if changes.slopes is None:
+            scores = scores + number
+        else:
+            scores = scores - slope[:, None] * gl.abs(position[:, None] - number)
+            if HIDES:
+                scores = gl.where(number == float("inf"), float("-inf"), scores)
+    return scores
+
+
+@gluon.constexpr_function
+def hidden_score(softcap):
+    """Raw score of a hidden pair in the backward pass.
+
+    A softcap would bend -inf to a finite score. Were scores hidden behind it, registers would have to hold them twice
+    over the branch that does so, as the gradient needs what was bent.
+    """
+    return -3e38 if softcap else float("-inf")
+
+
+BENT_WEIGHTS = gl.constexpr(
+    "{ .reg .f32 bent, exponent, slope; mul.f32 bent, $2, $4; tanh.approx.f32 bent, bent;"
+    " neg.f32 exponent, $3; fma.rn.f32 exponent, bent, $5, exponent; fma.rn.f32 exponent, $2, 0f0DA24260, exponent;"
+    " ex2.approx.ftz.f32 $0, exponent; neg.f32 slope, bent; fma.rn.f32 slope, slope, bent, 0f3F800000;"
+    " mul.f32 $1, $0, slope; }"
+)
+"""A raw score times 1e-30 is nothing, but that of a hidden pair leaves no weight."""
+
+
+@gluon.jit
+def bent_weights(scores, offset, bend, unit_log2):
+    """exp2 of capped scores less an offset, and the same times the softcap's slope, for the backward pass.
+
+    In one piece, lest the compiler does each step for all scores before the next, for which registers are too few.
+    """
+    scores, offset = gl.broadcast(scores, offset)
+    bend = gl.full(scores.shape, bend, gl.float32, scores.type.layout)
+    unit_log2 = gl.full(scores.shape, unit_log2, gl.float32, scores.type.layout)
+    return gl.inline_asm_elementwise(
+        BENT_WEIGHTS, "=&f,=&f,f,f,f,f", [scores, offset, bend, unit_log2],
+        dtype=(gl.float32, gl.float32), is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def tanh(x):
+    """By the special function unit, within 2^-11 of the result; as accurate as scores in 16 bits would be."""
+    return gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+def key_numbers(modifiers: Modifiers) -> Tensor | None:
+    """A number for each key row as the kernel takes it, (S,) fp32; None where modifiers need none.
+
+    Positions are exact up to 2^24.
+    """
+    positions = None if modifiers.slopes is None else modifiers.key_positions
+    given = modifiers.key_visible if positions is None else positions
+    if given is None:
+        return None
+    count = given.shape[0]
+    numbers = given.new_empty(count, dtype=torch.float32)
+    if count:
+        key_numbers_kernel[(triton.cdiv(count, 1024),)](positions, modifiers.key_visible, numbers, count)
+    return numbers
+
+
+@compiled_once
+@triton.jit(do_not_specialize=["count"])
+def key_numbers_kernel(positions, visible, numbers, count):
+    """See `key_numbers`. Program = 1,024 keys."""
+    key = tl.program_id(0) * 1024 + tl.arange(0, 1024)
+    number = tl.zeros([1024], tl.float32)
+    hidden = float("-inf")
+    if positions is not None:
+        number = tl.load(positions + key, mask=key < count, other=0).to(tl.float32)
+        hidden = float("inf")
+    if visible is not None:
+        number = tl.where(tl.load(visible + key, mask=key < count, other=0) != 0, number, hidden)
+    tl.store(numbers + key, number, mask=key < count)
