@@ -35,6 +35,7 @@ def attend(
     modifiers: Modifiers | None = None,
     carry: Carry | None = None,
     out_dtype: torch.dtype | None = None,
+    sinks: Tensor | None = None,
 ) -> Carry:
     """Attention of every query row to the key rows it may see, merged into `carry`.
 
@@ -47,6 +48,7 @@ def attend(
         modifiers: softcap, ALiBi, dropout and padding, if any.
         carry: result over earlier keys, fp32; implementations may overwrite it.
         out_dtype: dtype of the returned out; the query's if None. Stages before the last ask for float32.
+        sinks: (H,) learned logits that join each row's sum without a value, in a row's last launch; floats or None.
 
     Returns:
         out (T, H, Dv) in out_dtype and lse (H, T) fp32, natural logarithm.
@@ -60,6 +62,9 @@ def attend(
         merged = torch.logaddexp(lse, earlier_lse)
         out = out * _share(lse, merged).T[..., None] + earlier_out * _share(earlier_lse, merged).T[..., None]
         lse = merged
+    if sinks is not None:
+        merged = torch.logaddexp(lse, sinks.double()[:, None])
+        out, lse = out * _share(lse, merged).T[..., None], merged
     return out.to(out_dtype or query.dtype), lse.float()
 
 
@@ -124,6 +129,18 @@ def row_delta(dout: Tensor, out: Tensor, dlse: Tensor | None = None) -> Tensor:
     """
     delta = (dout.double() * out.double()).sum(-1).T
     return (delta if dlse is None else delta - dlse).float().contiguous()
+
+
+def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """Gradient of learned sinks, (H,): their value is 0, so only the sum that they join depends on them.
+
+    Args:
+        sinks: (H,), as in `attend`.
+        lse: (H, T) fp32 of the final result, with the sinks.
+        delta: (H, T) fp32 from `row_delta`.
+    """
+    shares = _share(sinks.double()[:, None], lse.double())
+    return -(shares * delta.double()).sum(1).to(sinks.dtype)
 
 
 def _scores(

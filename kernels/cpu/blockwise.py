@@ -21,6 +21,9 @@ from ringflash.kernels.cpu.rectangles import rectangles
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.modifiers import Modifiers
 from ringflash.kernels.reference import Carry
+from ringflash.kernels.sinks import sink_gradient, with_sinks
+
+__all__ = ["attend", "attend_backward", "row_delta", "sink_gradient"]
 
 
 def attend(
@@ -33,6 +36,7 @@ def attend(
     modifiers: Modifiers | None = None,
     carry: Carry | None = None,
     out_dtype: torch.dtype | None = None,
+    sinks: Tensor | None = None,
 ) -> Carry:
     """Attention of every query row to the key rows it may see, merged into `carry`; see `reference.attend`."""
     out_dtype = out_dtype or query.dtype
@@ -49,6 +53,8 @@ def attend(
         rows, keys = rectangle.rows, rectangle.keys
         rectangle_out, rectangle_lse = math.forward(q[:, :, rows], k[:, :, keys], v[:, :, keys], rectangle, scoring)
         _merge(out_HGTD[:, :, rows], lse_HGT[:, :, rows], rectangle_out, rectangle_lse)
+    if sinks is not None:
+        out, lse = with_sinks(out, lse, sinks)
     return out.to(out_dtype), lse.float()
 
 

@@ -8,8 +8,9 @@ backward_kernel, backward_wide_kernel and backward; compat holds what differs be
 """
 
 from ringflash.kernels.gpu.row_delta import row_delta
+from ringflash.kernels.gpu.sink_gradient import sink_gradient
 from ringflash.kernels.hopper.backward import attend_backward
 from ringflash.kernels.hopper.checks import supports
 from ringflash.kernels.hopper.forward import attend
 
-__all__ = ["attend", "attend_backward", "row_delta", "supports"]
+__all__ = ["attend", "attend_backward", "row_delta", "sink_gradient", "supports"]

@@ -28,6 +28,7 @@ from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.kept import Kept, metadata
 from ringflash.kernels.modifiers import Modifiers
 from ringflash.kernels.reference import Carry
+from ringflash.kernels.sinks import with_sinks
 
 
 @dataclass(frozen=True)
@@ -75,18 +76,20 @@ def attend(
     modifiers: Modifiers | None = None,
     carry: Carry | None = None,
     out_dtype: torch.dtype | None = None,
+    sinks: Tensor | None = None,
 ) -> Carry:
     """See ringflash.kernels.reference.attend. A carry is overwritten where its tensors can hold the result."""
     out_dtype = out_dtype or query.dtype
     carry = carry and (addressable_carry(carry[0]), carry[1].contiguous())
-    call = _call(query, key, value, intervals, scale, modifiers, carry, out_dtype)
+    sinks = None if sinks is None else sinks.contiguous()
+    call = _call(query, key, value, intervals, scale, modifiers, carry, out_dtype, sinks)
     prepared = prepared_calls.get(call)
     if prepared is None:
         check_operands(query, key, value, intervals, scale, modifiers)
         tiles = forward_tiles(query.shape[2], modifiers is not None)
-        prepared = PreparedForward(query, key, value, intervals, scale, carry, out_dtype, tiles, modifiers)
+        prepared = PreparedForward(query, key, value, intervals, scale, carry, out_dtype, tiles, modifiers, sinks)
         prepared_calls.add(call, prepared)
-    return prepared(query, key, value, intervals, carry, modifiers)
+    return prepared(query, key, value, intervals, carry, modifiers, sinks)
 
 
 def addressable_carry(carry_out: Tensor) -> Tensor:
@@ -108,14 +111,15 @@ def _call(
     modifiers: Modifiers | None,
     carry: Carry | None,
     out_dtype: torch.dtype,
+    sinks: Tensor | None,
 ) -> tuple:
     """All that a `PreparedForward` depends on; a carry is contiguous."""
     carry_out, carry_lse = carry or (None, None)
     return (
-        *map(metadata, (query, key, value, carry_out, carry_lse)), out_dtype,
+        *map(metadata, (query, key, value, carry_out, carry_lse, sinks)), out_dtype,
         intervals.start.shape, intervals.key_count, intervals.has_sink_tokens, scale, modifiers_metadata(modifiers),
         (
-            aligned(query, key, value, carry_out, carry_lse, intervals.start, intervals.stop)
+            aligned(query, key, value, carry_out, carry_lse, sinks, intervals.start, intervals.stop)
             and modifiers_aligned(modifiers)
         ) or tuple(map(aligned, (query, key, value))),
     )  # fmt: skip
@@ -134,6 +138,7 @@ class PreparedForward:
         out_dtype: see query.
         tiles: sizes of the launch.
         modifiers: see query.
+        sinks: see query.
     """
 
     def __init__(
@@ -147,6 +152,7 @@ class PreparedForward:
         out_dtype: torch.dtype,
         tiles: ForwardTiles,
         modifiers: Modifiers | None = None,
+        sinks: Tensor | None = None,
     ) -> None:
         (query_rows, heads, dim), (key_rows, key_heads, _) = query.shape, key.shape
         self.out_shape, self.lse_shape = (query_rows, heads, dim), (heads, query_rows)
@@ -155,7 +161,7 @@ class PreparedForward:
         self.empty = key_rows == 0 or query_rows == 0
         if self.empty:
             return
-        direct = aligned(query, key, value, *(carry or ()), intervals.start, intervals.stop)
+        direct = aligned(query, key, value, *(carry or ()), sinks, intervals.start, intervals.stop)
         direct &= modifiers_aligned(modifiers)
         given = (query, key, value)
         query, key, value = map(addressable, given)
@@ -211,15 +217,16 @@ class PreparedForward:
         intervals: KeyIntervals,
         carry: Carry | None,
         modifiers: Modifiers | None = None,
+        sinks: Tensor | None = None,
     ) -> Carry:
         """Result and lse."""
         carry_out, carry_lse = carry or (None, None)
         out = carry_out if carry and self.float_out else query.new_empty(self.out_shape, dtype=self.stored_dtype)
         lse = carry_lse if carry else query.new_empty(self.lse_shape, dtype=torch.float32)
         if self.empty:
-            if carry:
-                return carry_out.to(self.out_dtype), lse
-            return out.zero_().to(self.out_dtype), lse.fill_(-torch.inf)
+            so_far = carry or (out.zero_(), lse.fill_(-torch.inf))
+            out, lse = so_far if sinks is None else with_sinks(*so_far, sinks)
+            return out.to(self.out_dtype), lse
         if not self.all_addressable:
             query, key, value = addressable(query), addressable(key), addressable(value)
         tensors = (
@@ -229,7 +236,7 @@ class PreparedForward:
             *((None, out) if self.out_description is None else (descriptor_of(out, self.out_description), None)), lse,
             None if self.carry_description is None else descriptor_of(carry_out, self.carry_description),
             carry_out, carry_lse,
-            intervals.start, intervals.stop, first_ticket(query.device), *self._modifying(modifiers),
+            intervals.start, intervals.stop, first_ticket(query.device), sinks, *self._modifying(modifiers),
         )  # fmt: skip
         self.launch(attend_kernel, tensors)
         return out.to(self.out_dtype), lse

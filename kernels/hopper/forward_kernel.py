@@ -71,7 +71,7 @@ LOWEST = gl.constexpr(-1e30)
 )  # fmt: skip
 def attend_kernel(
     query_desc, key_desc, value_desc, out_desc, out_ptr, lse_ptr, carry_desc, carry_out_ptr, carry_lse_ptr,
-    start_ptr, stop_ptr, counter_ptr, query_positions_ptr, slopes_ptr, key_numbers_desc,
+    start_ptr, stop_ptr, counter_ptr, sinks_ptr, query_positions_ptr, slopes_ptr, key_numbers_desc,
     query_rows, tiles, heads, section, query_head_stride, key_head_stride, value_head_stride, scale_log2,
     bend, slopes_row, slopes_head, inverse_unit,
     GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, HAS_CARRY: gl.constexpr,
@@ -80,7 +80,7 @@ def attend_kernel(
 ):  # fmt: skip
     """See `forward.PreparedForward` for the arguments."""
     inputs = Inputs(query_desc, key_desc, value_desc, query_head_stride, key_head_stride, value_head_stride)
-    result = Result(out_desc, out_ptr, lse_ptr, carry_desc, carry_out_ptr, carry_lse_ptr)
+    result = Result(out_desc, out_ptr, lse_ptr, carry_desc, carry_out_ptr, carry_lse_ptr, sinks_ptr)
     queries = allocate_ring(query_desc, CONSUMERS, 1)
     keys = allocate_ring(key_desc, STAGES, CONSUMERS)
     values = allocate_ring(value_desc, STAGES, CONSUMERS)
@@ -234,11 +234,19 @@ def attend_tile(
     total = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, SCORES), assert_trivial=True)
     if HAS_CARRY:
         maximum, total, own_weight, carry_weight = merge_sums(maximum, total, carried_lse)
+    if result.sinks_ptr is not None:
+        sink = gl.load(result.sinks_ptr + head).to(gl.float32)
+        sink = gl.full([ROWS], sink, gl.float32, gl.SliceLayout(1, SCORES))
+        maximum, total, earlier_weight, _ = merge_sums(maximum, total, sink)
+        if HAS_CARRY:
+            own_weight, carry_weight = own_weight * earlier_weight, carry_weight * earlier_weight
     keyless = total == 0.0  # not so a row of nan, whose lse is to be nan: -inf would say that it has seen no key
     total_or_one = gl.where(keyless, 1.0, total)
     lse = gl.where(keyless, float("-inf"), (maximum + gl.log2(total_or_one)) * LN_2)
     gl.store(result.lse_ptr + head * problem.query_rows + rows, lse, mask=inside)
     factor = 1.0 / total_or_one
+    if result.sinks_ptr is not None and not HAS_CARRY:
+        factor = factor * earlier_weight
     out = warpgroup_mma_wait(0, deps=[out_token])
     release(values.empty.index(stage))
     pass_over(keys, values, step + last, step + blocks, STAGES)
@@ -269,7 +277,10 @@ def pass_over(keys, values, step, end, STAGES: gl.constexpr):
 
 @gluon.jit
 def merge_sums(maximum, total, carried_lse):
-    """Row maximum and sum with a carry's weight; factors of the rows' own accumulator and of the carry's."""
+    """Row maximum and sum with a carry's weight; factors of the rows' own accumulator and of the carry's.
+
+    A learned sink is a carry of zeros.
+    """
     # A row without keys so far has no weight, one of nan a weight of nan.
     carried_maximum = gl.where(carried_lse == float("-inf"), LOWEST, carried_lse * LOG2_E)
     new_maximum = gl.maximum(maximum, carried_maximum)

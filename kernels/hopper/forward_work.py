@@ -54,7 +54,7 @@ class Inputs(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Where the consumers' results go, and where the carry comes from."""
+    """Where the consumers' results go, and where the carry and learned sinks come from."""
 
     out_desc: gl.tensor
     out_ptr: gl.tensor
@@ -62,6 +62,7 @@ class Result(NamedTuple):
     carry_desc: gl.tensor
     carry_out_ptr: gl.tensor
     carry_lse_ptr: gl.tensor
+    sinks_ptr: gl.tensor
 
 
 class Ring(NamedTuple):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ringflash.kernels.reference import Carry
+from ringflash.kernels.sinks import with_sinks
 from ringflash.parallel.execution.call import NEEDS, Inputs, Ready, Settings, prepare, table_of
 from ringflash.parallel.execution.crossing import Crossing
 from ringflash.parallel.execution.gradients import KeyGradients
@@ -33,13 +34,13 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]
     table = query.new_empty((0, 0), dtype=torch.int32) if inputs.handle is not None else table_of(inputs, settings)
     ready = prepare(inputs, settings, table, "forward")
     accumulator = torch.promote_types(query.dtype, torch.float32)
-    last = query.dtype if inputs.sinks is None else accumulator  # sinks are weighed in before anything is rounded
     carry: Carry | None = None
 
     def body(stage: StageProgram, at_hand: Rows) -> None:
         nonlocal carry
         modifiers = ready.modifiers(stage, at_hand)
         for launch in stage.launches:
+            last = stage.is_last and launch is stage.launches[-1]
             carry = attend(
                 ready.kernels,
                 launch,
@@ -48,7 +49,8 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]
                 scale=settings.scale,
                 modifiers=modifiers,
                 carry=carry,
-                out_dtype=last if stage.is_last and launch is stage.launches[-1] else accumulator,
+                out_dtype=query.dtype if last else accumulator,
+                sinks=ready.inputs.sinks if last else None,
             )
 
     crossing = None
@@ -65,9 +67,10 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]
     at, failure, found = ready.inputs, walk.run(), []
     try:
         if carry is None:
-            out = query.new_zeros(*at.query.shape[:-1], value.shape[-1], dtype=last)
+            out = query.new_zeros(*at.query.shape[:-1], value.shape[-1])
             carry = out, out.new_full(at.query.shape[1::-1], -torch.inf, dtype=torch.float32)
-        out, lse = carry if at.sinks is None else with_sinks(*carry, at.sinks)
+            carry = carry if at.sinks is None else with_sinks(*carry, at.sinks)
+        out, lse = carry
         found = [out.to(query.dtype), lse]
     except Exception as error:
         if ready.transport is None:
@@ -160,7 +163,9 @@ def backward(
         found[0] if needs & NEEDS["query"] else nothing,
         found[-1 - bool(needs_value)] if needs_key else nothing,
         found[-1] if needs_value else nothing,
-        nothing if inputs.sinks is None or not needs & NEEDS["sinks"] else sink_gradient(inputs.sinks, lse, delta),
+        ready.kernels.sink_gradient(inputs.sinks, lse, delta)
+        if inputs.sinks is not None and needs & NEEDS["sinks"]
+        else nothing,
     )
 
 
@@ -196,33 +201,3 @@ def end(ready: Ready, crossing: Crossing | None, found: list[Tensor], failure: E
         return found
     ready.close(crossing.cross_back(found, failure))
     return crossing.results()
-
-
-# Learned sinks: one more logit a head in the softmax, without a value (gpt-oss, arXiv 2508.10925)
-
-
-def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows shrink by their share of the sum, exp(lse - lse with sink); in place.
-
-    Args:
-        out: (T, H, Dv), fp32 or fp64.
-        lse: (H, T) fp32.
-        sinks: (H,).
-    """
-    sink = sinks.float()[:, None]
-    nothing = torch.isneginf(lse) & torch.isneginf(sink)
-    sink = sink.clamp(min=torch.finfo(torch.float32).min)  # finite: the difference of two infinities is nan
-    share = torch.sigmoid(lse - sink).T[..., None]
-    return out.mul_(share), torch.logaddexp(lse, sink).masked_fill_(nothing, -torch.inf)
-
-
-def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
-    """Gradient of the logits, (H,): a sink's value is 0, so only the sum that it joins depends on it.
-
-    Args:
-        sinks: (H,).
-        lse: (H, T) fp32, sinks among the sum.
-        delta: (H, T) fp32, from `row_delta`.
-    """
-    weights = torch.exp(sinks.float()[:, None] - lse).nan_to_num(nan=0.0)
-    return -(weights * delta).sum(1).to(sinks.dtype)

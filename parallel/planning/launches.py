@@ -23,6 +23,7 @@ from torch import Tensor
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.modifiers import Modifiers
 from ringflash.kernels.reference import Carry
+from ringflash.kernels.sinks import with_sinks
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.visibility import key_intervals
 
@@ -96,6 +97,7 @@ def attend(
     modifiers: Modifiers | None,
     carry: Carry | None,
     out_dtype: torch.dtype,
+    sinks: Tensor | None = None,
 ) -> Carry:
     """`kernels.attend` over the rows of a launch; the others keep their carry, or start one. May overwrite the carry.
 
@@ -109,12 +111,12 @@ def attend(
         modifiers: see there.
         carry: see there.
         out_dtype: see there.
+        sinks: see there; they join all rows.
     """
     rows, intervals = launch.rows, launch.intervals
     if rows is None:
-        return kernels.attend(
-            query, key, value, intervals, scale=scale, modifiers=modifiers, carry=carry, out_dtype=out_dtype
-        )
+        settings = {"scale": scale, "modifiers": modifiers, "carry": carry, "out_dtype": out_dtype, "sinks": sinks}
+        return kernels.attend(query, key, value, intervals, **settings)
     accumulator = torch.promote_types(query.dtype, torch.float32)
     if carry is None:
         out = query.new_zeros(*query.shape[:2], value.shape[2], dtype=accumulator)
@@ -130,7 +132,9 @@ def attend(
         carry=(out[rows], lse.index_select(1, rows)),
         out_dtype=accumulator,
     )
-    return out.index_copy_(0, rows, of_rows[0]).to(out_dtype), lse.index_copy_(1, rows, of_rows[1])
+    carry = out.index_copy_(0, rows, of_rows[0]), lse.index_copy_(1, rows, of_rows[1])
+    out, lse = carry if sinks is None else with_sinks(*carry, sinks)
+    return out.to(out_dtype), lse
 
 
 def attend_backward(

@@ -23,6 +23,7 @@ from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.kept import Kept, metadata
 from ringflash.kernels.modifiers import Modifiers
 from ringflash.kernels.reference import Carry
+from ringflash.kernels.sinks import with_sinks
 from ringflash.kernels.triton.attend.checks import check_operands
 from ringflash.kernels.triton.attend.descriptors import operand
 from ringflash.kernels.triton.attend.key_stretches import key_stretches, visible
@@ -162,9 +163,14 @@ def attend(
     modifiers: Modifiers | None = None,
     carry: Carry | None = None,
     out_dtype: torch.dtype | None = None,
+    sinks: Tensor | None = None,
 ) -> Carry:
     """See ringflash.kernels.reference.attend. A carry is overwritten where its tensors can hold the result."""
     out_dtype = out_dtype or query.dtype
+    if sinks is not None:  # weighed in before anything is rounded
+        settings = {"scale": scale, "modifiers": modifiers, "carry": carry, "out_dtype": torch.float32}
+        out, lse = with_sinks(*attend(query, key, value, intervals, **settings), sinks)
+        return out.to(out_dtype), lse
     carry = carry and (carry[0].contiguous(), carry[1].contiguous())
     carry_out, carry_lse = carry or (None, None)
     ranges = (intervals.start, intervals.stop, intervals.sink_start, intervals.sink_stop)
