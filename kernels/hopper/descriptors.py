@@ -25,17 +25,33 @@ def addressable(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)  # .contiguous() may be x itself, at its address
 
 
-def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Blocks of (rows, columns) of one head of an addressable (rows, heads, dim) tensor.
+def descriptor(x: Tensor, rows: int, columns: int, padded: bool = False) -> TensorDescriptor:
+    """Blocks of (rows, columns) of one head of an addressable (rows, heads, dim) tensor; see `blocks`.
 
-    Head h's columns are h * head stride onwards of one long row, so any strides are two dimensions. Rows behind the
-    last are read as zeros and not written.
+    Head h's columns are h * head stride onwards of one long row, so any strides are two dimensions. It has three,
+    (heads, rows, dim), where blocks reach beyond a head's columns, `padded`. Rows and columns behind the last are read
+    as zeros and not written.
     """
     row_count, heads, dim = x.shape
+    if padded:
+        layout = block_layout(rows, columns, x.dtype, heads=True)
+        strides = [x.stride(1), x.stride(0), 1]
+        return TensorDescriptor(x, [heads, row_count, dim], strides, [1, rows, columns], layout)
     width = (heads - 1) * x.stride(1) + dim
     return TensorDescriptor(
         x, [row_count, width], [x.stride(0), 1], [rows, columns], block_layout(rows, columns, x.dtype)
     )
+
+
+Description = dict[str, object]
+"""All that a descriptor holds but the tensor."""
+
+
+def part_descriptors(x: Tensor, rows: int, parts: tuple[int, ...]) -> list[Description | None]:
+    """Descriptions of blocks of all columns of a head: their first part and the rest, None if there is none."""
+    padded = sum(parts) > x.shape[2]
+    found: list[Description | None] = [description_of(descriptor(x, rows, part, padded)) for part in parts]
+    return [*found, None][:2]
 
 
 def list_descriptor(x: Tensor, block: int) -> TensorDescriptor:
@@ -44,20 +60,18 @@ def list_descriptor(x: Tensor, block: int) -> TensorDescriptor:
     return TensorDescriptor(x, [x.numel()], [1], [block], layout)
 
 
-Description = dict[str, object]
-"""All that a descriptor holds but the tensor."""
-
-
 def description_of(found: TensorDescriptor) -> Description:
     """What other tensors with the metadata of `found`'s are described with, see `descriptor_of`."""
     return {**vars(found), "base": None}
 
 
-def descriptor_of(x: Tensor, description: Description) -> TensorDescriptor:
-    """A tensor's descriptor, as `descriptor` makes it, from a description that has been checked.
+def descriptor_of(x: Tensor, description: Description | None) -> TensorDescriptor | None:
+    """A tensor's descriptor, as `descriptor` makes it, from a description that has been checked; None from None.
 
     A descriptor holds an address, so each call makes its own.
     """
+    if description is None:
+        return None
     found = object.__new__(TensorDescriptor)
     found.__dict__.update(description, base=x)
     return found
@@ -69,6 +83,6 @@ def without_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 @functools.cache
-def block_layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    """How a block lies in shared memory: swizzled as the tensor cores read it."""
-    return gl.NVMMASharedLayout.get_default_for([rows, columns], GLUON_DTYPES[dtype])
+def block_layout(rows: int, columns: int, dtype: torch.dtype, heads: bool = False) -> gl.NVMMASharedLayout:
+    """How a block lies in shared memory: swizzled as the tensor cores read it; with a dimension of heads if asked."""
+    return gl.NVMMASharedLayout.get_default_for([1] * heads + [rows, columns], GLUON_DTYPES[dtype])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,14 +17,15 @@ from ringflash.kernels.hopper.checks import check_operands
 from ringflash.kernels.hopper.descriptors import (
     addressable,
     description_of,
-    descriptor,
     descriptor_of,
     list_descriptor,
+    part_descriptors,
     without_memory,
 )
 from ringflash.kernels.hopper.forward_kernel import LOG2_E, ROWS, attend_kernel
 from ringflash.kernels.hopper.schedule import head_section
 from ringflash.kernels.hopper.score_changes import key_numbers
+from ringflash.kernels.hopper.widths import WIDTHS, width_of
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.kept import Kept, metadata
 from ringflash.kernels.modifiers import Modifiers
@@ -51,19 +53,16 @@ class ForwardTiles:
 
 
 FORWARD_TILES = {
-    64: ForwardTiles(consumers=3, keys=128, stages=4, own_staging=True, registers=(160, 24)),
-    128: ForwardTiles(consumers=2, keys=128, stages=2, own_staging=True),
-    256: ForwardTiles(consumers=2, keys=64, stages=2, own_staging=False),
+    "64": ForwardTiles(consumers=3, keys=128, stages=4, own_staging=True, registers=(160, 24)),
+    "128": ForwardTiles(consumers=2, keys=128, stages=2, own_staging=True),
+    "192/128": ForwardTiles(consumers=2, keys=128, stages=2, own_staging=False),
+    "192": ForwardTiles(consumers=2, keys=64, stages=2, own_staging=False),
+    "256": ForwardTiles(consumers=2, keys=64, stages=2, own_staging=False),
 }
-"""By head dimension; docs/benchmarks/kernels.md has the measurements behind them."""
+"""By `WIDTHS`; docs/benchmarks/kernels.md has the measurements behind them."""
 
-MODIFIED_FORWARD_TILES = {64: replace(FORWARD_TILES[64], consumers=2, registers=(240, 24))}
-"""Where modifiers want more registers than `FORWARD_TILES` leave."""
-
-
-def forward_tiles(dim: int, modified: bool) -> ForwardTiles:
-    """Sizes for a head dimension, with or without modifiers."""
-    return MODIFIED_FORWARD_TILES.get(dim, FORWARD_TILES[dim]) if modified else FORWARD_TILES[dim]
+MODIFIED_FORWARD_TILES = {**FORWARD_TILES, "64": replace(FORWARD_TILES["64"], consumers=2, registers=(240, 24))}
+"""With modifiers, which want more registers."""
 
 
 def attend(
@@ -86,7 +85,8 @@ def attend(
     prepared = prepared_calls.get(call)
     if prepared is None:
         check_operands(query, key, value, intervals, scale, modifiers)
-        tiles = forward_tiles(query.shape[2], modifiers is not None)
+        tiles = FORWARD_TILES if modifiers is None else MODIFIED_FORWARD_TILES
+        tiles = tiles[width_of(query.shape[2], value.shape[2])]
         prepared = PreparedForward(query, key, value, intervals, scale, carry, out_dtype, tiles, modifiers, sinks)
         prepared_calls.add(call, prepared)
     return prepared(query, key, value, intervals, carry, modifiers, sinks)
@@ -154,8 +154,8 @@ class PreparedForward:
         modifiers: Modifiers | None = None,
         sinks: Tensor | None = None,
     ) -> None:
-        (query_rows, heads, dim), (key_rows, key_heads, _) = query.shape, key.shape
-        self.out_shape, self.lse_shape = (query_rows, heads, dim), (heads, query_rows)
+        (query_rows, heads, dim), (key_rows, key_heads, value_dim) = query.shape, value.shape
+        self.out_shape, self.lse_shape = (query_rows, heads, value_dim), (heads, query_rows)
         self.out_dtype, self.float_out = out_dtype, out_dtype != query.dtype
         self.stored_dtype = torch.float32 if self.float_out else out_dtype
         self.empty = key_rows == 0 or query_rows == 0
@@ -166,19 +166,20 @@ class PreparedForward:
         given = (query, key, value)
         query, key, value = map(addressable, given)
         self.all_addressable = all(x is y for x, y in zip(given, (query, key, value), strict=True))
-        rows = ROWS.value
-        self.query_description = description_of(descriptor(query, rows, dim))
-        self.key_description, self.value_description = (
-            description_of(descriptor(x, tiles.keys, dim)) for x in (key, value)
+        rows, width = ROWS.value, WIDTHS[width_of(dim, value_dim)]
+        self.operand_descriptions = (
+            part_descriptors(query, rows, width.keys),
+            part_descriptors(key, tiles.keys, width.keys),
+            part_descriptors(value, tiles.keys, width.values),
         )
         # Without staging neither a carry nor a result in fp32 has room in shared memory.
         direct_out = self.float_out and not tiles.own_staging
-        self.carry_description = self.out_description = None
+        self.carry_description = self.out_descriptions = None
         if carry is not None and tiles.own_staging:
-            self.carry_description = description_of(descriptor(carry[0], rows, dim))
+            self.carry_description, _ = part_descriptors(carry[0], rows, width.values)
         if not direct_out:
             out = without_memory(self.out_shape, self.stored_dtype)
-            self.out_description = description_of(descriptor(out, rows, dim))
+            self.out_descriptions = part_descriptors(out, rows, width.values)
         tile_count = -(-query_rows // (tiles.consumers * rows))
         programs = min(tile_count * heads, multiprocessors(query.device))
         group = heads // key_heads
@@ -195,7 +196,7 @@ class PreparedForward:
         self.launch = Launcher(
             programs,
             (
-                query_rows, tile_count, heads, head_section(key_rows, key_heads, group, dim),
+                query_rows, tile_count, heads, head_section(key_rows, key_heads, group, (dim + value_dim) // 2),
                 query.stride(1), key.stride(1), value.stride(1), unit * LOG2_E.value,
                 bend, slopes_row, slopes_head, None if slopes_row is None else 1 / unit,
             ),
@@ -227,15 +228,19 @@ class PreparedForward:
             so_far = carry or (out.zero_(), lse.fill_(-torch.inf))
             out, lse = so_far if sinks is None else with_sinks(*so_far, sinks)
             return out.to(self.out_dtype), lse
-        if not self.all_addressable:
-            query, key, value = addressable(query), addressable(key), addressable(value)
+        operands = (query, key, value) if self.all_addressable else tuple(map(addressable, (query, key, value)))
+        first, rest = zip(
+            *(
+                map(partial(descriptor_of, x), both)
+                for x, both in zip(operands, self.operand_descriptions, strict=True)
+            ),
+            strict=True,
+        )
+        written = (None, None, out)
+        if self.out_descriptions is not None:
+            written = (*(descriptor_of(out, x) for x in self.out_descriptions), None)
         tensors = (
-            descriptor_of(query, self.query_description),
-            descriptor_of(key, self.key_description),
-            descriptor_of(value, self.value_description),
-            *((None, out) if self.out_description is None else (descriptor_of(out, self.out_description), None)), lse,
-            None if self.carry_description is None else descriptor_of(carry_out, self.carry_description),
-            carry_out, carry_lse,
+            *first, *rest, *written, lse, descriptor_of(carry_out, self.carry_description), carry_out, carry_lse,
             intervals.start, intervals.stop, first_ticket(query.device), sinks, *self._modifying(modifiers),
         )  # fmt: skip
         self.launch(attend_kernel, tensors)
@@ -245,10 +250,8 @@ class PreparedForward:
         """Positions and slopes of query rows, and a number for each key row; None for what there is not."""
         if modifiers is None:
             return None, None, None
-        numbers = key_numbers(modifiers)
         positions = None if modifiers.slopes is None else modifiers.query_positions.contiguous()
-        description = self.key_numbers_description
-        return positions, modifiers.slopes, None if numbers is None else descriptor_of(numbers, description)
+        return positions, modifiers.slopes, descriptor_of(key_numbers(modifiers), self.key_numbers_description)
 
 
 def first_ticket(device: torch.device) -> Tensor:

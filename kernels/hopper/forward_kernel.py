@@ -24,9 +24,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ringflash.kernels.gpu.compile_once import compiled_once
+from ringflash.kernels.hopper.blocks import flat_layout, head_place, store_block
 from ringflash.kernels.hopper.compat import (
     WARPGROUP,
-    async_store,
     reinterpret,
     release,
     store_wait,
@@ -37,6 +37,7 @@ from ringflash.kernels.hopper.forward_work import (
     Problem,
     Result,
     allocate_key_numbers,
+    allocate_rest,
     allocate_ring,
     allocate_staging,
     produce,
@@ -70,7 +71,8 @@ LOWEST = gl.constexpr(-1e30)
     ]
 )  # fmt: skip
 def attend_kernel(
-    query_desc, key_desc, value_desc, out_desc, out_ptr, lse_ptr, carry_desc, carry_out_ptr, carry_lse_ptr,
+    query_desc, key_desc, value_desc, query_rest_desc, key_rest_desc, value_rest_desc, out_desc, out_rest_desc,
+    out_ptr, lse_ptr, carry_desc, carry_out_ptr, carry_lse_ptr,
     start_ptr, stop_ptr, counter_ptr, sinks_ptr, query_positions_ptr, slopes_ptr, key_numbers_desc,
     query_rows, tiles, heads, section, query_head_stride, key_head_stride, value_head_stride, scale_log2,
     bend, slopes_row, slopes_head, inverse_unit,
@@ -79,8 +81,11 @@ def attend_kernel(
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """See `forward.PreparedForward` for the arguments."""
-    inputs = Inputs(query_desc, key_desc, value_desc, query_head_stride, key_head_stride, value_head_stride)
-    result = Result(out_desc, out_ptr, lse_ptr, carry_desc, carry_out_ptr, carry_lse_ptr, sinks_ptr)
+    inputs = Inputs(
+        query_desc, key_desc, value_desc, query_rest_desc, key_rest_desc, value_rest_desc,
+        query_head_stride, key_head_stride, value_head_stride,
+    )  # fmt: skip
+    result = Result(out_desc, out_rest_desc, out_ptr, lse_ptr, carry_desc, carry_out_ptr, carry_lse_ptr, sinks_ptr)
     queries = allocate_ring(query_desc, CONSUMERS, 1)
     keys = allocate_ring(key_desc, STAGES, CONSUMERS)
     values = allocate_ring(value_desc, STAGES, CONSUMERS)
@@ -89,41 +94,51 @@ def attend_kernel(
     changes = ScoreChanges(
         bend, query_positions_ptr, slopes_ptr, slopes_row, slopes_head, inverse_unit, key_numbers_desc
     )
-    memory = Memory(queries, keys, allocate_key_numbers(keys, changes), values, carries, staging)
+    query_rest, key_rest = allocate_rest(queries, query_rest_desc), allocate_rest(keys, key_rest_desc)
+    value_rest = allocate_rest(values, value_rest_desc)
+    numbers = allocate_key_numbers(keys, changes)
+    memory = Memory(queries, keys, query_rest, key_rest, value_rest, numbers, values, carries, staging)
     begun = gl.allocate_shared_memory(gl.int64, [CONSUMERS - 1, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(CONSUMERS - 1):
         mbarrier.init(begun.index(i), count=WARPGROUP)
     fence_async_shared()
     problem = Problem(start_ptr, stop_ptr, query_rows, Schedule(tiles, heads, section), tickets, begun, changes)
     gl.static_assert(CONSUMERS == 2 or CONSUMERS == 3)
+    KEY_REST: gl.constexpr = key_rest_desc is not None
+    VALUE_REST: gl.constexpr = value_rest_desc is not None
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (consume, (problem, result, memory, scale_log2, 0, HAS_CARRY, HIDES_KEYS, OWN_STAGING, DIRECT_OUT)),
-                (consume, (problem, result, memory, scale_log2, 1, HAS_CARRY, HIDES_KEYS, OWN_STAGING, DIRECT_OUT)),
+                (consume, (problem, result, memory, scale_log2, 0, HAS_CARRY, HIDES_KEYS, OWN_STAGING, DIRECT_OUT,
+                           KEY_REST, VALUE_REST)),
+                (consume, (problem, result, memory, scale_log2, 1, HAS_CARRY, HIDES_KEYS, OWN_STAGING, DIRECT_OUT,
+                           KEY_REST, VALUE_REST)),
                 (produce, (problem, inputs, result, memory, GROUP, HAS_CARRY, OWN_STAGING)),
             ],
             [4, 1],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-        )
+        )  # fmt: skip
     else:
         gl.warp_specialize(
             [
-                (consume, (problem, result, memory, scale_log2, 0, HAS_CARRY, HIDES_KEYS, OWN_STAGING, DIRECT_OUT)),
-                (consume, (problem, result, memory, scale_log2, 1, HAS_CARRY, HIDES_KEYS, OWN_STAGING, DIRECT_OUT)),
-                (consume, (problem, result, memory, scale_log2, 2, HAS_CARRY, HIDES_KEYS, OWN_STAGING, DIRECT_OUT)),
+                (consume, (problem, result, memory, scale_log2, 0, HAS_CARRY, HIDES_KEYS, OWN_STAGING, DIRECT_OUT,
+                           KEY_REST, VALUE_REST)),
+                (consume, (problem, result, memory, scale_log2, 1, HAS_CARRY, HIDES_KEYS, OWN_STAGING, DIRECT_OUT,
+                           KEY_REST, VALUE_REST)),
+                (consume, (problem, result, memory, scale_log2, 2, HAS_CARRY, HIDES_KEYS, OWN_STAGING, DIRECT_OUT,
+                           KEY_REST, VALUE_REST)),
                 (produce, (problem, inputs, result, memory, GROUP, HAS_CARRY, OWN_STAGING)),
             ],
             [4, 4, 1],
             [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-        )
+        )  # fmt: skip
 
 
 @gluon.jit
 def consume(
     problem, result, memory, scale_log2,
     PART: gl.constexpr, HAS_CARRY: gl.constexpr, HIDES_KEYS: gl.constexpr, OWN_STAGING: gl.constexpr,
-    DIRECT_OUT: gl.constexpr,
+    DIRECT_OUT: gl.constexpr, KEY_REST: gl.constexpr, VALUE_REST: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup: rows PART * 64 to PART * 64 + 64 of each tile."""
     M: gl.constexpr = memory.query.blocks.shape[0] * ROWS
@@ -138,7 +153,7 @@ def consume(
         blocks = block_count(span, N)
         attend_tile(
             problem, result, memory, span, blocks, first_row + PART * ROWS, head, step, tiles_done, scale_log2,
-            PART, HAS_CARRY, HIDES_KEYS, OWN_STAGING, DIRECT_OUT,
+            PART, HAS_CARRY, HIDES_KEYS, OWN_STAGING, DIRECT_OUT, KEY_REST, VALUE_REST,
         )  # fmt: skip
         step += blocks
         ticket = read(problem.tickets, tiles_done)
@@ -151,16 +166,19 @@ def consume(
 def attend_tile(
     problem, result, memory, span, blocks, first_row, head, step, tiles_done, scale_log2,
     PART: gl.constexpr, HAS_CARRY: gl.constexpr, HIDES_KEYS: gl.constexpr, OWN_STAGING: gl.constexpr,
-    DIRECT_OUT: gl.constexpr,
+    DIRECT_OUT: gl.constexpr, KEY_REST: gl.constexpr, VALUE_REST: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup's 64 rows over the tile's key blocks that they see, from the initial state to the stored result."""
     queries, keys, values, carries = memory.query, memory.key, memory.value, memory.carry
     STAGES: gl.constexpr = keys.blocks.shape[0]
     N: gl.constexpr = keys.blocks.shape[1]
-    D: gl.constexpr = keys.blocks.shape[2]
+    D: gl.constexpr = values.blocks.shape[2]
+    REST: gl.constexpr = memory.value_rest.shape[2]
+    WIDTH: gl.constexpr = D + REST if VALUE_REST else D
     dtype: gl.constexpr = keys.blocks.dtype
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    OUT_REST: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, REST, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2)
     CARRY_LANDS: gl.constexpr = HAS_CARRY and OWN_STAGING
 
@@ -172,6 +190,8 @@ def attend_tile(
     changes = problem.changes
     position, slope = rows_of_changes(changes, rows, inside, head, no_scores)
     out = gl.zeros([ROWS, D], gl.float32, OUT)
+    if VALUE_REST:
+        out_rest = gl.zeros([ROWS, REST], gl.float32, OUT_REST)
     maximum = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
     total = own_sums(no_scores)
     query = queries.blocks.index(PART)
@@ -187,9 +207,7 @@ def attend_tile(
     # One barrier does, as no warpgroup is a tile ahead of another: the producer loads queries for all at once.
     if CARRY_LANDS and PART > 0:
         mbarrier.wait(problem.begun.index(PART - 1), tiles_done & 1)
-    scores_token = warpgroup_mma(
-        query, keys.blocks.index(stage).permute((1, 0)), no_scores, use_acc=False, is_async=True
-    )
+    scores_token = start_scores(memory, query, stage, no_scores, PART, KEY_REST)
     scores = warpgroup_mma_wait(0, deps=[scores_token])
     scores = change_scores(scores, changes, memory.key_numbers.index(stage), position, slope, HIDES_KEYS)
     release(keys.empty.index(stage))
@@ -208,11 +226,11 @@ def attend_tile(
         earlier = stage
         stage, parity = stage_and_parity(step + block, STAGES)
         mbarrier.wait(keys.full.index(stage), parity)
-        scores_token = warpgroup_mma(
-            query, keys.blocks.index(stage).permute((1, 0)), no_scores, use_acc=False, is_async=True
-        )
+        scores_token = start_scores(memory, query, stage, no_scores, PART, KEY_REST)
         out_token = warpgroup_mma(weights, values.blocks.index(earlier), out, is_async=True)
-        scores = warpgroup_mma_wait(1, deps=[scores_token])
+        if VALUE_REST:
+            rest_token = start_rest(weights, memory.value_rest.index(earlier), out_rest, OUT_REST)
+        scores = warpgroup_mma_wait(2 if VALUE_REST else 1, deps=[scores_token])
         scores = change_scores(scores, changes, memory.key_numbers.index(stage), position, slope, HIDES_KEYS)
         release(keys.empty.index(stage))
         scores = hide(scores, own, row_start, row_stop, span.begin + block * N, N, SCORES)
@@ -221,14 +239,21 @@ def attend_tile(
         # This wait is for the next step, but stands here: a branch between the softmax and the wait for the tensor
         # cores keeps ptxas from moving that wait in front of the softmax.
         mbarrier.wait(values.full.index(stage), parity)
-        out = warpgroup_mma_wait(0, deps=[out_token])
+        if VALUE_REST:
+            out, out_rest = warpgroup_mma_wait(0, deps=[out_token, rest_token])
+        else:
+            out = warpgroup_mma_wait(0, deps=[out_token])
         release(values.empty.index(earlier))
         factor = gl.convert_layout(rescale, gl.SliceLayout(1, OUT))
         out = rescale_if_needed(out, factor, D)
+        if VALUE_REST:
+            out_rest = rescale_if_needed(out_rest, gl.convert_layout(rescale, gl.SliceLayout(1, OUT_REST)), REST)
 
     if OWN_STAGING or DIRECT_OUT:
         release(queries.empty.index(PART))
     out_token = warpgroup_mma(weights, values.blocks.index(stage), out, is_async=True)
+    if VALUE_REST:
+        rest_token = start_rest(weights, memory.value_rest.index(stage), out_rest, OUT_REST)
     if HAS_CARRY:
         carried_lse = gl.load(result.carry_lse_ptr + head * problem.query_rows + rows, mask=inside, other=float("-inf"))
     total = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, SCORES), assert_trivial=True)
@@ -247,21 +272,52 @@ def attend_tile(
     factor = 1.0 / total_or_one
     if result.sinks_ptr is not None and not HAS_CARRY:
         factor = factor * earlier_weight
-    out = warpgroup_mma_wait(0, deps=[out_token])
+    if VALUE_REST:
+        out, out_rest = warpgroup_mma_wait(0, deps=[out_token, rest_token])
+    else:
+        out = warpgroup_mma_wait(0, deps=[out_token])
     release(values.empty.index(stage))
     pass_over(keys, values, step + last, step + blocks, STAGES)
     if not HAS_CARRY:
         out = out * gl.convert_layout(factor, gl.SliceLayout(1, OUT))[:, None]
+        if VALUE_REST:
+            out_rest = out_rest * gl.convert_layout(factor, gl.SliceLayout(1, OUT_REST))[:, None]
     elif CARRY_LANDS:
         mbarrier.wait(carries.full.index(PART), tiles_done & 1)
         carried = carries.blocks.index(PART).load(OUT)
         out = weighted_sum(out, own_weight * factor, carried, carry_weight * factor)
     else:
-        out = merge_halves(problem, result, out, first_row, head, own_weight * factor, carry_weight * factor)
-    store_out(problem, result, memory.staging.index(PART), out, first_row, head, DIRECT_OUT)
+        weighs = (own_weight * factor, carry_weight * factor)
+        out = merge_halves(problem, result, out, first_row, 0, head, weighs[0], weighs[1], WIDTH)
+        if VALUE_REST:
+            out_rest = merge_halves(problem, result, out_rest, first_row, D, head, weighs[0], weighs[1], WIDTH)
+    if not DIRECT_OUT:
+        store_wait(0)  # the earlier tile's store has read the buffer
+    store_out(problem, result, result.out_desc, memory.staging.index(PART), out, first_row, 0, head, WIDTH, DIRECT_OUT)
+    if VALUE_REST:
+        place = memory.query_rest.index(PART)
+        store_out(problem, result, result.out_rest_desc, place, out_rest, first_row, D, head, WIDTH, DIRECT_OUT)
     if not (OWN_STAGING or DIRECT_OUT):
         store_wait(0)
         release(queries.empty.index(PART))
+
+
+@gluon.jit
+def start_scores(memory, query, stage, no_scores, PART: gl.constexpr, KEY_REST: gl.constexpr):
+    """The product for a block's scores."""
+    key = memory.key.blocks.index(stage).permute((1, 0))
+    token = warpgroup_mma(query, key, no_scores, use_acc=False, is_async=True)
+    if KEY_REST:
+        key = memory.key_rest.index(stage).permute((1, 0))
+        token = warpgroup_mma(memory.query_rest.index(PART), key, token, is_async=True)
+    return token
+
+
+@gluon.jit
+def start_rest(weights, value, out, LAYOUT: gl.constexpr):
+    """The product of weights and the rest of the values' columns."""
+    FACTOR: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=LAYOUT, k_width=2)
+    return warpgroup_mma(gl.convert_layout(weights, FACTOR, assert_trivial=True), value, out, is_async=True)
 
 
 @gluon.jit
@@ -290,14 +346,14 @@ def merge_sums(maximum, total, carried_lse):
 
 
 @gluon.jit
-def merge_halves(problem, result, out, first_row, head, own_weight, carry_weight):
+def merge_halves(problem, result, out, first_row, first_column, head, own_weight, carry_weight, WIDTH: gl.constexpr):
     """The weighted sum of an accumulator and the carry, of which registers hold no more than half beside it."""
     D: gl.constexpr = out.shape[1]
     first_half, second_half = gl.split(out.reshape([ROWS, 2, D // 2]).permute((0, 2, 1)))
     HALF: gl.constexpr = first_half.type.layout
-    carried = load_carried(problem, result, first_row, 0, head, D, D // 2, HALF)
+    carried = load_carried(problem, result, first_row, first_column, head, WIDTH, D // 2, HALF)
     first_half = weighted_sum(first_half, own_weight, carried, carry_weight)
-    carried = load_carried(problem, result, first_row, D // 2, head, D, D // 2, HALF)
+    carried = load_carried(problem, result, first_row, first_column + D // 2, head, WIDTH, D // 2, HALF)
     second_half = weighted_sum(second_half, own_weight, carried, carry_weight)
     whole = gl.join(first_half, second_half).permute((0, 2, 1)).reshape([ROWS, D])
     return gl.convert_layout(whole, out.type.layout, assert_trivial=True)
@@ -305,12 +361,12 @@ def merge_halves(problem, result, out, first_row, head, own_weight, carry_weight
 
 @gluon.jit
 def load_carried(
-    problem, result, first_row, first_column, head, D: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr
+    problem, result, first_row, first_column, head, WIDTH: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr
 ):
-    """COLUMNS columns of a warpgroup's rows of the carry."""
+    """COLUMNS columns of a warpgroup's rows of the carry, whose rows have WIDTH."""
     return load_rows(
-        result.carry_out_ptr, first_row, first_column, head, problem.query_rows, problem.schedule.heads, D, COLUMNS,
-        LAYOUT,
+        result.carry_out_ptr, first_row, first_column, head, problem.query_rows, problem.schedule.heads, WIDTH,
+        COLUMNS, LAYOUT,
     )  # fmt: skip
 
 
@@ -323,16 +379,19 @@ def weighted_sum(a, weight_of_a, b, weight_of_b):
 
 
 @gluon.jit
-def store_out(problem, result, staging, out, first_row, head, DIRECT_OUT: gl.constexpr):
+def store_out(
+    problem, result, out_desc, staging, out, first_row, first_column, head,
+    WIDTH: gl.constexpr, DIRECT_OUT: gl.constexpr,
+):  # fmt: skip
     """Write a warpgroup's rows: through shared memory or, in fp32, straight from registers (whole sectors)."""
     if DIRECT_OUT:
-        store_rows(result.out_ptr, out, first_row, head, problem.query_rows, problem.schedule.heads)
+        base, heads = result.out_ptr, problem.schedule.heads
+        store_rows(base, out, first_row, first_column, head, problem.query_rows, heads, WIDTH)
     else:
-        D: gl.constexpr = out.shape[1]
-        dtype: gl.constexpr = result.out_desc.dtype
-        store_wait(0)  # the earlier tile's store has read the buffer
+        dtype: gl.constexpr = out_desc.dtype
         if staging.dtype != dtype:  # a carry's place, which has room for twice as many rows in 16 bits
-            staging = reinterpret(staging, dtype, [2 * ROWS, D], result.out_desc.layout).slice(0, ROWS, 0)
+            D: gl.constexpr = out.shape[1]
+            staging = reinterpret(staging, dtype, [2 * ROWS, D], flat_layout(out_desc)).slice(0, ROWS, 0)
         staging.store(out.to(dtype))
         fence_async_shared()
-        async_store(result.out_desc, [first_row, head * D], staging)
+        store_block(out_desc, first_row, head_place(out_desc, head, WIDTH), first_column, staging)

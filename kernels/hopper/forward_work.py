@@ -11,6 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from ringflash.kernels.hopper.blocks import FIRST, block_columns, block_rows, flat_layout, head_place, load_block
 from ringflash.kernels.hopper.compat import WARPGROUP, async_load
 from ringflash.kernels.hopper.fp32_rows import prefetch_rows
 from ringflash.kernels.hopper.schedule import (
@@ -43,11 +44,14 @@ class Problem(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What is loaded, and from one head to the next how many columns; see `operands.descriptor`."""
+    """What is loaded, and from one head to the next how many columns; see `blocks`."""
 
     query_desc: gl.tensor
     key_desc: gl.tensor
     value_desc: gl.tensor
+    query_rest_desc: gl.tensor
+    key_rest_desc: gl.tensor
+    value_rest_desc: gl.tensor
     query_head_stride: gl.tensor
     key_head_stride: gl.tensor
     value_head_stride: gl.tensor
@@ -57,6 +61,7 @@ class Result(NamedTuple):
     """Where the consumers' results go, and where the carry and learned sinks come from."""
 
     out_desc: gl.tensor
+    out_rest_desc: gl.tensor
     out_ptr: gl.tensor
     lse_ptr: gl.tensor
     carry_desc: gl.tensor
@@ -76,11 +81,15 @@ class Ring(NamedTuple):
 class Memory(NamedTuple):
     """Where it is loaded to; and `staging`, through which a warpgroup's result leaves.
 
-    key_numbers: of each stage of keys, whose barriers are theirs as well; see score_changes.
+    query_rest, key_rest and value_rest: of the same stages, with the same barriers; see blocks. key_numbers: likewise;
+    see score_changes.
     """
 
     query: Ring
     key: Ring
+    query_rest: gl.shared_memory_descriptor
+    key_rest: gl.shared_memory_descriptor
+    value_rest: gl.shared_memory_descriptor
     key_numbers: gl.shared_memory_descriptor
     value: Ring
     carry: Ring
@@ -90,15 +99,24 @@ class Memory(NamedTuple):
 @gluon.jit
 def allocate_ring(desc, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
     """Room for STAGES tiles of a descriptor, each given back by so many warpgroups."""
-    blocks = gl.allocate_shared_memory(
-        desc.dtype, [STAGES, desc.block_type.shape[0], desc.block_type.shape[1]], desc.layout
-    )
+    blocks = gl.allocate_shared_memory(desc.dtype, [STAGES, block_rows(desc), block_columns(desc)], flat_layout(desc))
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=CONSUMERS * WARPGROUP)
     return Ring(blocks, full, empty)
+
+
+@gluon.jit
+def allocate_rest(ring, desc):
+    """Room for the rest of the columns of all stages of a ring, if there is one."""
+    rest = ring.blocks  # stands for none
+    if desc is not None:
+        rest = gl.allocate_shared_memory(
+            desc.dtype, [ring.blocks.shape[0], block_rows(desc), block_columns(desc)], flat_layout(desc)
+        )
+    return rest
 
 
 @gluon.jit
@@ -128,29 +146,42 @@ def allocate_staging(queries, result, CONSUMERS: gl.constexpr, HAS_CARRY: gl.con
         else:
             out_desc = result.out_desc
             staging = gl.allocate_shared_memory(
-                out_desc.dtype, [CONSUMERS, ROWS, out_desc.block_type.shape[1]], out_desc.layout
+                out_desc.dtype, [CONSUMERS, ROWS, block_columns(out_desc)], flat_layout(out_desc)
             )
     return carries, staging
 
 
 @gluon.jit
-def fill(ring, desc, row, column, stage, parity):
-    """Load the tile at (row, column) into a stage as soon as its consumers have given it back."""
+def fill(ring, desc, row, place, stage, parity, MORE_BYTES: gl.constexpr = 0):
+    """Load the rows from `row` on of the head at `place` into a stage as soon as its consumers have given it back.
+
+    What the caller loads behind that with the same barrier is of MORE_BYTES.
+    """
     mbarrier.wait(ring.empty.index(stage), parity ^ 1)
-    mbarrier.expect(ring.full.index(stage), desc.block_type.nbytes)
-    async_load(desc, [row, column], ring.full.index(stage), ring.blocks.index(stage))
+    mbarrier.expect(ring.full.index(stage), desc.block_type.nbytes + MORE_BYTES)
+    load_block(desc, row, place, ring.full.index(stage), ring.blocks.index(stage))
 
 
 @gluon.jit
-def fill_keys(keys, desc, row, column, key_numbers, numbers_desc, stage, parity):
-    """Load a block of keys, and with it their numbers if there are any."""
-    if numbers_desc is None:
-        fill(keys, desc, row, column, stage, parity)
+def fill_with_rest(ring, desc, rest, rest_desc, row, place, stage, parity, MORE_BYTES: gl.constexpr = 0):
+    """As `fill`, and the rest of the columns if there is one."""
+    if rest_desc is None:
+        fill(ring, desc, row, place, stage, parity, MORE_BYTES)
     else:
-        mbarrier.wait(keys.empty.index(stage), parity ^ 1)
-        mbarrier.expect(keys.full.index(stage), desc.block_type.nbytes + numbers_desc.block_type.nbytes)
-        async_load(desc, [row, column], keys.full.index(stage), keys.blocks.index(stage))
-        async_load(numbers_desc, [row], keys.full.index(stage), key_numbers.index(stage))
+        fill(ring, desc, row, place, stage, parity, MORE_BYTES + rest_desc.block_type.nbytes)
+        load_block(rest_desc, row, place, ring.full.index(stage), rest.index(stage), FIRST)
+
+
+@gluon.jit
+def fill_keys(memory, inputs, numbers_desc, row, place, stage, parity):
+    """Load a block of keys, and with it their numbers if there are any."""
+    NUMBERS: gl.constexpr = 0 if numbers_desc is None else numbers_desc.block_type.nbytes
+    keys = memory.key
+    fill_with_rest(
+        keys, inputs.key_desc, memory.key_rest, inputs.key_rest_desc, row, place, stage, parity, NUMBERS
+    )  # fmt: skip
+    if numbers_desc is not None:
+        async_load(numbers_desc, [row], keys.full.index(stage), memory.key_numbers.index(stage))
 
 
 @gluon.jit
@@ -172,7 +203,8 @@ def produce(
     STAGES: gl.constexpr = keys.blocks.shape[0]
     M: gl.constexpr = CONSUMERS * ROWS
     N: gl.constexpr = keys.blocks.shape[1]
-    D: gl.constexpr = queries.blocks.shape[2]
+    REST: gl.constexpr = 0 if inputs.value_rest_desc is None else memory.value_rest.shape[2]
+    WIDTH: gl.constexpr = values.blocks.shape[2] + REST
     step = 0
     tiles_done = 0
     ticket = gl.program_id(0)
@@ -180,33 +212,36 @@ def produce(
         tile, head = tile_and_head(problem.schedule, ticket)
         first_row = tile * M
         span = tile_span(problem, first_row, M)
-        key_column = head // GROUP * inputs.key_head_stride
-        value_column = head // GROUP * inputs.value_head_stride
+        key_place = head_place(inputs.key_desc, head // GROUP, inputs.key_head_stride)
+        value_place = head_place(inputs.value_desc, head // GROUP, inputs.value_head_stride)
+        query_place = head_place(inputs.query_desc, head, inputs.query_head_stride)
         for part in gl.static_range(CONSUMERS):
-            fill(
-                queries, inputs.query_desc, first_row + part * ROWS, head * inputs.query_head_stride, part,
-                tiles_done & 1,
+            fill_with_rest(
+                queries, inputs.query_desc, memory.query_rest, inputs.query_rest_desc, first_row + part * ROWS,
+                query_place, part, tiles_done & 1,
             )  # fmt: skip
         blocks = block_count(span, N)
         for block in range(blocks):
             stage, parity = stage_and_parity(step, STAGES)
-            fill_keys(
-                keys, inputs.key_desc, span.begin + block * N, key_column, memory.key_numbers,
-                problem.changes.key_numbers_desc, stage, parity,
+            row = span.begin + block * N
+            fill_keys(memory, inputs, problem.changes.key_numbers_desc, row, key_place, stage, parity)
+            fill_with_rest(
+                values, inputs.value_desc, memory.value_rest, inputs.value_rest_desc, row, value_place, stage,
+                parity,
             )  # fmt: skip
-            fill(values, inputs.value_desc, span.begin + block * N, value_column, stage, parity)
             step += 1
             # Late, as the second-level cache would not keep it for all of the tile; not before the first block is on
             # its way, for which the consumers wait.
             if HAS_CARRY and block == gl.maximum(blocks - CARRY_AHEAD, 0):
                 prefetch_rows(
                     result.carry_out_ptr, result.carry_lse_ptr, first_row, head, problem.query_rows,
-                    problem.schedule.heads, M, D,
+                    problem.schedule.heads, M, WIDTH,
                 )  # fmt: skip
         # Behind all blocks: the consumers give the carry's place back in the midst of them, and a wait for that must
         # not keep a block from them.
         if HAS_CARRY and OWN_STAGING:
+            carry_place = head_place(result.carry_desc, head, WIDTH)
             for part in gl.static_range(CONSUMERS):
-                fill(carries, result.carry_desc, first_row + part * ROWS, head * D, part, tiles_done & 1)
+                fill(carries, result.carry_desc, first_row + part * ROWS, carry_place, part, tiles_done & 1)
         ticket = draw(problem.tickets, tiles_done)
         tiles_done += 1

@@ -82,11 +82,11 @@ def load_rows(
 
 
 @gluon.jit
-def store_rows(base, rows, first_row, head, query_rows, heads):
-    """Store 64 rows of a product's result; none behind the last row."""
+def store_rows(base, rows, first_row, first_column, head, query_rows, heads, WIDTH: gl.constexpr):
+    """Store a product's result from first_column on in 64 rows of WIDTH columns; none behind the last row."""
     D: gl.constexpr = rows.shape[1]
     row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, rows.type.layout))
-    addresses = gl.where(row < query_rows, row_addresses(base, row, head, heads, D), 0)
+    addresses = gl.where(row < query_rows, row_addresses(base, row, head, heads, WIDTH) + first_column * 4, 0)
     rows, addresses = gl.broadcast(rows, addresses[:, None])
     gl.inline_asm_elementwise(
         store_assembly(D // 2), store_operands(D // 2), [rows, addresses],

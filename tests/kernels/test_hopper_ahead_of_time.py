@@ -62,7 +62,7 @@ def softmax_before_wait(blocks: dict[str, list[str]]) -> int:
 # Shapes that docs/benchmarks/hopper.py compares with those in use; they must go on compiling as well.
 FORWARD_SHAPES = [
     *forward.FORWARD_TILES.items(),
-    (64, replace(forward.FORWARD_TILES[64], consumers=2, registers=(240, 24))),
+    ("64", replace(forward.FORWARD_TILES["64"], consumers=2, registers=(240, 24))),
 ]
 
 
