@@ -26,7 +26,6 @@ from ringflash.kernels.hopper.descriptors import (
 )
 from ringflash.kernels.hopper.dquery_accumulate import HALF
 from ringflash.kernels.hopper.dquery_in_turn import PARTS, heads_in_turn, turns_of_tiles
-from ringflash.kernels.hopper.schedule import head_section
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.kept import Kept, metadata
 from ringflash.kernels.modifiers import Modifiers
@@ -167,7 +166,6 @@ class PreparedBackward:
         row_blocks = -(-padded_rows // 1024)
         self.launch_rows = Launcher(row_blocks * heads, (query_rows, padded_rows, row_blocks), {}, {}, direct)
 
-        self.section = head_section(query_rows * 2 * group, key_heads, 1, dim)
         self.shape = (query_rows, padded_rows, key_rows, key_heads)
         self.launch = Launcher(
             -(-key_rows // tiles.keys) * key_heads,
@@ -201,7 +199,7 @@ class PreparedBackward:
         if self.deterministic:
             turns, turn_now, section = adding_turns(intervals, self.heads, self.dim, self.tiles)
         else:
-            order = programs_in_order(intervals, self.tiles.keys, self.heads[1], self.section)
+            order = programs_in_order(intervals, self.tiles.keys, self.heads[1])
         if not self.all_addressable:
             operands = _reachable(operands)
         dout_desc, query_desc, key_desc, value_desc = map(descriptor_of, operands, self.descriptions)
@@ -222,14 +220,13 @@ def _reachable(operands: Operands) -> Operands:
     return tuple(map(addressable, (dout.to(query.dtype), query, key, value)))
 
 
-def programs_in_order(intervals: KeyIntervals, block: int, key_heads: int, section: int) -> Tensor:
+def programs_in_order(intervals: KeyIntervals, block: int, key_heads: int) -> Tensor:
     """See `order_of_programs`, made once for the intervals."""
 
     def build() -> Tensor:
-        processors = multiprocessors(intervals.start.device)
-        return order_of_programs(intervals.key_tile_rows(block), key_heads, section, processors)
+        return order_of_programs(intervals.key_tile_rows(block), key_heads, multiprocessors(intervals.start.device))
 
-    return intervals.kept(("programs", block, key_heads, section), build)
+    return intervals.kept(("programs", block, key_heads), build)
 
 
 def adding_turns(
