@@ -27,6 +27,7 @@ from ringflash.kernels.hopper.descriptors import (
 )
 from ringflash.kernels.hopper.dquery_accumulate import HALF
 from ringflash.kernels.hopper.dquery_in_turn import PARTS, heads_in_turn, turns_of_tiles
+from ringflash.kernels.hopper.widths import WIDTHS, width_of
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.kept import Kept, metadata
 from ringflash.kernels.modifiers import Modifiers
@@ -50,19 +51,14 @@ class BackwardTiles:
 
 
 BACKWARD_TILES = {
-    64: BackwardTiles(keys=128, queries=128, stages=(2, 2)),
-    128: BackwardTiles(keys=128, queries=64, stages=(2, 2)),
-    256: BackwardTiles(keys=64, queries=64, stages=(2, 1)),
+    "64": BackwardTiles(keys=128, queries=128, stages=(2, 2)),
+    "128": BackwardTiles(keys=128, queries=64, stages=(2, 2)),
+    "256": BackwardTiles(keys=64, queries=64, stages=(2, 1)),
 }
-"""By head dimension; docs/benchmarks/kernels.md has the measurements behind them."""
+"""By `WIDTHS`; docs/benchmarks/kernels.md has the measurements behind them."""
 
-ALIBI_BACKWARD_TILES = {64: replace(BACKWARD_TILES[64], stages=(2, 1))}
-"""Where `BACKWARD_TILES` leave no shared memory for positions and slopes of queries."""
-
-
-def backward_tiles(dim: int, alibi: bool) -> BackwardTiles:
-    """Sizes for a head dimension, with or without ALiBi."""
-    return ALIBI_BACKWARD_TILES.get(dim, BACKWARD_TILES[dim]) if alibi else BACKWARD_TILES[dim]
+ALIBI_BACKWARD_TILES = {**BACKWARD_TILES, "64": replace(BACKWARD_TILES["64"], stages=(2, 1))}
+"""With positions and slopes of queries, which take shared memory as well."""
 
 
 def attend_backward(
@@ -89,7 +85,8 @@ def attend_backward(
     prepared = prepared_calls.get(call)
     if prepared is None:
         check_operands(query, key, value, intervals, scale, modifiers)
-        tiles = backward_tiles(query.shape[2], modifiers is not None and modifiers.slopes is not None)
+        tiles = BACKWARD_TILES if modifiers is None or modifiers.slopes is None else ALIBI_BACKWARD_TILES
+        tiles = tiles[width_of(query.shape[2], value.shape[2])]
         prepared = PreparedBackward(operands, numbers, scale, dkey_dtype, tiles, deterministic, modifiers)
         prepared_calls.add(call, prepared)
     return prepared(operands, numbers, intervals, dquery_dtype, modifiers)
@@ -145,11 +142,11 @@ class PreparedBackward:
         deterministic: bool = False,
         modifiers: Modifiers | None = None,
     ) -> None:
-        _, query, key, _ = operands
-        (query_rows, heads, dim), (key_rows, key_heads, _) = query.shape, key.shape
+        _, query, key, value = operands
+        (query_rows, heads, dim), (key_rows, key_heads, value_dim) = query.shape, value.shape
         group = heads // key_heads
         self.tiles, self.deterministic = tiles, deterministic
-        self.heads, self.dim = (heads, key_heads), dim
+        self.heads, self.width = (heads, key_heads), width_of(dim, value_dim)
         self.dkey_dtype, self.float_out = dkey_dtype, dkey_dtype != key.dtype
         self.stored_dtype = torch.float32 if self.float_out else dkey_dtype
         self.empty = query_rows == 0 or key_rows == 0
@@ -158,16 +155,21 @@ class PreparedBackward:
         direct = aligned(*operands, *numbers) and modifiers_aligned(modifiers)
         reachable = _reachable(operands)
         self.all_addressable = all(x is y for x, y in zip(operands, reachable, strict=True))
-        blocks = (tiles.queries, tiles.queries, tiles.keys, tiles.keys)
+        keys, values = (sum(parts) for parts in vars(WIDTHS[self.width]).values())
+        blocks = ((tiles.queries, values), (tiles.queries, keys), (tiles.keys, keys), (tiles.keys, values))
         self.descriptions = tuple(
-            description_of(descriptor(x, rows, dim)) for x, rows in zip(reachable, blocks, strict=True)
+            description_of(descriptor(x, *block, padded=block[1] > x.shape[2]))
+            for x, block in zip(reachable, blocks, strict=True)
         )
         dquery = without_memory(query.shape, torch.float32) if numbers[2] is None else numbers[2].contiguous()
-        self.dquery_description = description_of(descriptor(dquery, HALF.value, HALF.value))
-        self.dkey_description = None
+        self.dquery_description = description_of(descriptor(dquery, HALF.value, HALF.value, padded=keys > dim))
+        self.dkey_descriptions = (None, None)
         if not self.float_out:
-            self.dkey_description = description_of(
-                descriptor(without_memory(key.shape, dkey_dtype), HALF.value, min(dim, 128))
+            self.dkey_descriptions = tuple(
+                description_of(
+                    descriptor(without_memory(x.shape, dkey_dtype), HALF.value, min(columns, 128), columns > x.shape[2])
+                )
+                for x, columns in ((key, keys), (value, values))
             )
 
         # A block may reach as many rows behind the last.
@@ -192,7 +194,7 @@ class PreparedBackward:
             (*(x.stride(1) for x in (reachable[1], reachable[0], *reachable[2:])), float(scale), bend),
             dict(
                 GROUP=group, QUERY_STAGES=tiles.stages[0], DOUT_STAGES=tiles.stages[1],
-                FLOAT_OUT=self.float_out, ORDERED=deterministic,
+                FLOAT_OUT=self.float_out, ORDERED=deterministic, DIMS=(dim, value_dim),
                 CONSUMER_REGISTERS=tiles.registers[0], PRODUCER_REGISTERS=tiles.registers[1],
             ),
             {"num_warps": 4},
@@ -219,10 +221,10 @@ class PreparedBackward:
         if self.float_out:
             written = (None, None, dkey, dvalue)
         else:
-            written = (*(descriptor_of(x, self.dkey_description) for x in (dkey, dvalue)), None, None)
+            written = (*map(descriptor_of, (dkey, dvalue), self.dkey_descriptions), None, None)
         order, turns, turn_now, section = None, None, None, None
         if self.deterministic:
-            turns, turn_now, section = adding_turns(intervals, self.heads, self.dim, self.tiles)
+            turns, turn_now, section = adding_turns(intervals, self.heads, query.shape[2], self.tiles)
         else:
             order = programs_in_order(intervals, self.tiles.keys, self.heads[1])
         if not self.all_addressable:
@@ -235,7 +237,7 @@ class PreparedBackward:
             *seeing_rows(intervals, modifiers, self.tiles.keys), order, turns, turn_now, section,
             *self._positions(modifiers), *self.shape,
         )  # fmt: skip
-        self.launch(attend_backward_wide_kernel if self.dim == 256 else attend_backward_kernel, tensors)
+        self.launch(attend_backward_wide_kernel if self.width == "256" else attend_backward_kernel, tensors)
         return dquery.to(dquery_dtype), dkey.to(self.dkey_dtype), dvalue.to(self.dkey_dtype)
 
     def _positions(self, modifiers: Modifiers | None) -> tuple:

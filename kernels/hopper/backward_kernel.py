@@ -27,7 +27,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ringflash.kernels.gpu.compile_once import compiled_once
 from ringflash.kernels.hopper.backward_work import Inputs, Sums, allocate_buffers, find_work, produce, unseen_zero
-from ringflash.kernels.hopper.compat import async_store, meet, release, store_wait
+from ringflash.kernels.hopper.blocks import block_rows, flat_layout, head_place, store_block
+from ringflash.kernels.hopper.compat import meet, release, store_wait
 from ringflash.kernels.hopper.dquery_accumulate import HALF, add_earlier, lay_down
 from ringflash.kernels.hopper.dquery_in_turn import (
     add_in_turn,
@@ -53,7 +54,7 @@ def attend_backward_kernel(
     query_rows, padded_rows, key_rows, key_heads,
     query_head_stride, dout_head_stride, key_head_stride, value_head_stride, scale, bend,
     GROUP: gl.constexpr, QUERY_STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr,
-    FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr,
+    FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr, DIMS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """See `backward.PreparedBackward` for the arguments."""
@@ -62,11 +63,11 @@ def attend_backward_kernel(
         query_head_stride, dout_head_stride, key_head_stride, value_head_stride,
     )  # fmt: skip
     buffers = allocate_buffers(inputs, QUERY_STAGES, DOUT_STAGES)
-    M: gl.constexpr = query_desc.block_type.shape[0]
-    N: gl.constexpr = key_desc.block_type.shape[0]
+    M: gl.constexpr = block_rows(query_desc)
+    N: gl.constexpr = block_rows(key_desc)
     DSCORES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, M], query_desc.dtype)
     dscores = gl.allocate_shared_memory(query_desc.dtype, [2, N, M], DSCORES)
-    dquery = gl.allocate_shared_memory(gl.float32, [2 if ORDERED else 4, HALF, HALF], dquery_desc.layout)
+    dquery = gl.allocate_shared_memory(gl.float32, [2 if ORDERED else 4, HALF, HALF], flat_layout(dquery_desc))
     work = find_work(
         buffers, rows_of_tile_ptr, order_ptr, turn_of_tile_ptr, turn_now_ptr, section_ptr, query_rows, padded_rows,
         key_rows, key_heads, GROUP, ORDERED,
@@ -77,9 +78,9 @@ def attend_backward_kernel(
         gl.warp_specialize(
             [
                 (consume, (work, sums, buffers, dscores, dquery, rows_of_key_ptr, key_positions_ptr, scale, bend,
-                           0, GROUP, FLOAT_OUT, ORDERED)),
+                           0, GROUP, FLOAT_OUT, ORDERED, DIMS)),
                 (consume, (work, sums, buffers, dscores, dquery, rows_of_key_ptr, key_positions_ptr, scale, bend,
-                           1, GROUP, FLOAT_OUT, ORDERED)),
+                           1, GROUP, FLOAT_OUT, ORDERED, DIMS)),
                 (produce, (inputs, work, buffers, GROUP, ORDERED)),
                 (add_in_turn, (work.turns, work.rows, dquery_desc, dquery, buffers.queries, 0, GROUP)),
                 (add_in_turn, (work.turns, work.rows, dquery_desc, dquery, buffers.queries, 1, GROUP)),
@@ -91,9 +92,9 @@ def attend_backward_kernel(
         gl.warp_specialize(
             [
                 (consume, (work, sums, buffers, dscores, dquery, rows_of_key_ptr, key_positions_ptr, scale, bend,
-                           0, GROUP, FLOAT_OUT, ORDERED)),
+                           0, GROUP, FLOAT_OUT, ORDERED, DIMS)),
                 (consume, (work, sums, buffers, dscores, dquery, rows_of_key_ptr, key_positions_ptr, scale, bend,
-                           1, GROUP, FLOAT_OUT, ORDERED)),
+                           1, GROUP, FLOAT_OUT, ORDERED, DIMS)),
                 (produce, (inputs, work, buffers, GROUP, ORDERED)),
             ],
             [4, 1],
@@ -104,7 +105,7 @@ def attend_backward_kernel(
 @gluon.jit
 def consume(
     work, sums, buffers, dscores, dquery, rows_of_key_ptr, key_positions_ptr, scale, bend,
-    PART: gl.constexpr, GROUP: gl.constexpr, FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr,
+    PART: gl.constexpr, GROUP: gl.constexpr, FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr, DIMS: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup: key rows PART * 64 to PART * 64 + 64 of the tile."""
     rows, turns = work.rows, work.turns
@@ -217,9 +218,9 @@ def consume(
     if not ORDERED:
         staging = dquery.index(PART * 2 + (steps & 1 ^ 1))
         add_earlier(sums.dquery_desc, staging, rows, steps, block, member, M, D, PART)
-    first_row = work.first_key + PART * HALF
-    store_sum(sums, sums.dvalue_desc, sums.dvalue_ptr, dvalue, own_value, first_row, work.key_head, FLOAT_OUT, SUMS)
-    store_sum(sums, sums.dkey_desc, sums.dkey_ptr, dkey * scale, own_key, first_row, work.key_head, FLOAT_OUT, SUMS)
+    first_row, head = work.first_key + PART * HALF, work.key_head
+    store_sum(sums, sums.dvalue_desc, sums.dvalue_ptr, dvalue, own_value, first_row, head, DIMS[1], FLOAT_OUT, SUMS)
+    store_sum(sums, sums.dkey_desc, sums.dkey_ptr, dkey * scale, own_key, first_row, head, DIMS[0], FLOAT_OUT, SUMS)
     store_wait(0)
 
 
@@ -265,16 +266,19 @@ def weigh(
 
 
 @gluon.jit
-def store_sum(sums, desc, ptr, total, staging, first_row, key_head, FLOAT_OUT: gl.constexpr, SUMS: gl.constexpr):
+def store_sum(
+    sums, desc, ptr, total, staging, first_row, key_head,
+    DIM: gl.constexpr, FLOAT_OUT: gl.constexpr, SUMS: gl.constexpr,
+):  # fmt: skip
     """Write 64 key rows' gradient: straight from registers in fp32, through the rows' own place in 16 bits."""
     D: gl.constexpr = staging.shape[1]
     if FLOAT_OUT:
         row = gl.arange(0, HALF, gl.SliceLayout(1, SUMS))[:, None]
         column = gl.arange(0, D, gl.SliceLayout(0, SUMS))[None, :]
-        base = ptr + (first_row.to(gl.int64) * sums.key_heads + key_head) * D
-        inside = (first_row + row < sums.key_rows) & (column < D)
-        gl.store(base + row * (sums.key_heads * D) + column, total, mask=inside)
+        base = ptr + (first_row.to(gl.int64) * sums.key_heads + key_head) * DIM
+        inside = (first_row + row < sums.key_rows) & (column < DIM)
+        gl.store(base + row * (sums.key_heads * DIM) + column, total, mask=inside)
     else:
         staging.store(total.to(staging.dtype))
         fence_async_shared()
-        async_store(desc, [first_row, key_head * D], staging)
+        store_block(desc, first_row, head_place(desc, key_head, DIM), 0, staging)

@@ -20,8 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ringflash.kernels.gpu.compile_once import compiled_once
 from ringflash.kernels.hopper.backward_work import Inputs, Sums, allocate_buffers, find_work, produce, unseen_zero
-from ringflash.kernels.hopper.compat import async_add, async_store, meet, release, store_wait
-from ringflash.kernels.hopper.dquery_accumulate import HALF, add_earlier, corner, lay_down
+from ringflash.kernels.hopper.compat import async_store, meet, release, store_wait
+from ringflash.kernels.hopper.dquery_accumulate import HALF, add_earlier, add_part, lay_down
 from ringflash.kernels.hopper.dquery_in_turn import (
     add_in_turn,
     first_block_and_member,
@@ -46,7 +46,7 @@ def attend_backward_wide_kernel(
     query_rows, padded_rows, key_rows, key_heads,
     query_head_stride, dout_head_stride, key_head_stride, value_head_stride, scale, bend,
     GROUP: gl.constexpr, QUERY_STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr,
-    FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr,
+    FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr, DIMS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """See `backward.PreparedBackward` for the arguments."""
@@ -194,8 +194,7 @@ def consume_wide(
             store_wait(0)
             lay_down(dquery.index(PART), first)
             fence_async_shared()
-            first_row, column = corner(row, head, D, PART, 0)
-            async_add(sums.dquery_desc, [first_row, column], dquery.index(PART))
+            add_part(sums.dquery_desc, dquery.index(PART), row, head, D, PART, 0)
         dkey = warpgroup_mma_wait(1, deps=[dkey_token])
         release(queries.empty.index(stage))
         second = warpgroup_mma_wait(0, deps=[second_token]) * scale

@@ -11,13 +11,14 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from ringflash.kernels.hopper.blocks import block_columns, block_rows, flat_layout, head_place, load_block
 from ringflash.kernels.hopper.compat import WARPGROUP, async_load
 from ringflash.kernels.hopper.dquery_in_turn import Turns, allocate_turns
 from ringflash.kernels.hopper.schedule import stage_and_parity
 
 
 class Inputs(NamedTuple):
-    """What is loaded, and from one head to the next how many columns; see `operands.descriptor`."""
+    """What is loaded, and from one head to the next how many columns; see `blocks`."""
 
     query_desc: gl.tensor
     dout_desc: gl.tensor
@@ -99,16 +100,15 @@ def allocate_buffers(inputs, QUERY_STAGES: gl.constexpr, DOUT_STAGES: gl.constex
     queries = allocate_stream(inputs.query_desc, inputs.lse_desc, QUERY_STAGES)
     douts = allocate_stream(inputs.dout_desc, inputs.delta_desc, DOUT_STAGES)
     key_desc, value_desc = inputs.key_desc, inputs.value_desc
-    N: gl.constexpr = key_desc.block_type.shape[0]
-    D: gl.constexpr = key_desc.block_type.shape[1]
-    key = gl.allocate_shared_memory(key_desc.dtype, [1, N, D], key_desc.layout)
-    value = gl.allocate_shared_memory(value_desc.dtype, [1, N, D], value_desc.layout)
+    N: gl.constexpr = block_rows(key_desc)
+    key = gl.allocate_shared_memory(key_desc.dtype, [1, N, block_columns(key_desc)], flat_layout(key_desc))
+    value = gl.allocate_shared_memory(value_desc.dtype, [1, N, block_columns(value_desc)], flat_layout(value_desc))
     loaded = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
         mbarrier.init(loaded.index(i), count=1)
     positions, slopes = queries.numbers, queries.numbers  # stand for none
     if inputs.query_slopes_desc is not None:
-        M: gl.constexpr = inputs.query_desc.block_type.shape[0]
+        M: gl.constexpr = block_rows(inputs.query_desc)
         positions = gl.allocate_shared_memory(gl.float32, [QUERY_STAGES, M], inputs.query_positions_desc.layout)
         slopes = gl.allocate_shared_memory(gl.float32, [QUERY_STAGES, M], inputs.query_slopes_desc.layout)
     return Buffers(queries, positions, slopes, douts, key, value, loaded)
@@ -117,10 +117,8 @@ def allocate_buffers(inputs, QUERY_STAGES: gl.constexpr, DOUT_STAGES: gl.constex
 @gluon.jit
 def allocate_stream(desc, numbers_desc, STAGES: gl.constexpr):
     """Room for STAGES blocks of a descriptor, each given back by both warpgroups."""
-    blocks = gl.allocate_shared_memory(
-        desc.dtype, [STAGES, desc.block_type.shape[0], desc.block_type.shape[1]], desc.layout
-    )
-    numbers = gl.allocate_shared_memory(gl.float32, [STAGES, desc.block_type.shape[0]], numbers_desc.layout)
+    blocks = gl.allocate_shared_memory(desc.dtype, [STAGES, block_rows(desc), block_columns(desc)], flat_layout(desc))
+    numbers = gl.allocate_shared_memory(gl.float32, [STAGES, block_rows(desc)], numbers_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -183,11 +181,11 @@ def produce(inputs, work, buffers, GROUP: gl.constexpr, ORDERED: gl.constexpr):
     QUERY_STAGES: gl.constexpr = queries.blocks.shape[0]
     DOUT_STAGES: gl.constexpr = douts.blocks.shape[0]
     mbarrier.expect(loaded.index(0), inputs.key_desc.block_type.nbytes)
-    key_column = work.key_head * inputs.key_head_stride
-    async_load(inputs.key_desc, [work.first_key, key_column], loaded.index(0), buffers.key.index(0))
+    place = head_place(inputs.key_desc, work.key_head, inputs.key_head_stride)
+    load_block(inputs.key_desc, work.first_key, place, loaded.index(0), buffers.key.index(0))
     mbarrier.expect(loaded.index(1), inputs.value_desc.block_type.nbytes)
-    value_column = work.key_head * inputs.value_head_stride
-    async_load(inputs.value_desc, [work.first_key, value_column], loaded.index(1), buffers.value.index(0))
+    place = head_place(inputs.value_desc, work.key_head, inputs.value_head_stride)
+    load_block(inputs.value_desc, work.first_key, place, loaded.index(1), buffers.value.index(0))
     step = 0
     for outer in range(rows.blocks if ORDERED else GROUP):
         for inner in range(GROUP if ORDERED else rows.blocks):
@@ -198,37 +196,37 @@ def produce(inputs, work, buffers, GROUP: gl.constexpr, ORDERED: gl.constexpr):
             row = rows.begin + block * M
             number = head * rows.padded_rows + row
             stage, parity = stage_and_parity(step, QUERY_STAGES)
-            column = head * inputs.query_head_stride
-            fill_queries(inputs, buffers, row, column, number, stage, parity)
+            place = head_place(inputs.query_desc, head, inputs.query_head_stride)
+            fill_queries(inputs, buffers, row, place, number, stage, parity)
             stage, parity = stage_and_parity(step, DOUT_STAGES)
-            column = head * inputs.dout_head_stride
-            fill(douts, inputs.dout_desc, inputs.delta_desc, row, column, number, stage, parity)
+            place = head_place(inputs.dout_desc, head, inputs.dout_head_stride)
+            fill(douts, inputs.dout_desc, inputs.delta_desc, row, place, number, stage, parity)
             step += 1
 
 
 @gluon.jit
-def fill_queries(inputs, buffers, row, column, number, stage, parity):
+def fill_queries(inputs, buffers, row, place, number, stage, parity):
     """As `fill`, and with ALiBi the rows' positions and slopes."""
     queries = buffers.queries
     if inputs.query_slopes_desc is None:
-        fill(queries, inputs.query_desc, inputs.lse_desc, row, column, number, stage, parity)
+        fill(queries, inputs.query_desc, inputs.lse_desc, row, place, number, stage, parity)
     else:
         full = queries.full.index(stage)
         NUMBERS: gl.constexpr = inputs.lse_desc.block_type.nbytes
         mbarrier.wait(queries.empty.index(stage), parity ^ 1)
         mbarrier.expect(full, inputs.query_desc.block_type.nbytes + 3 * NUMBERS)
-        async_load(inputs.query_desc, [row, column], full, queries.blocks.index(stage))
+        load_block(inputs.query_desc, row, place, full, queries.blocks.index(stage))
         async_load(inputs.lse_desc, [number], full, queries.numbers.index(stage))
         async_load(inputs.query_positions_desc, [number], full, buffers.query_positions.index(stage))
         async_load(inputs.query_slopes_desc, [number], full, buffers.query_slopes.index(stage))
 
 
 @gluon.jit
-def fill(stream, desc, numbers_desc, row, column, number, stage, parity):
-    """Load the block at (row, column) and its rows' numbers into a stage once both warpgroups have given it back."""
+def fill(stream, desc, numbers_desc, row, place, number, stage, parity):
+    """Load a head's block from `row` on and its rows' numbers into a stage once both warpgroups have given it back."""
     mbarrier.wait(stream.empty.index(stage), parity ^ 1)
     mbarrier.expect(stream.full.index(stage), desc.block_type.nbytes + numbers_desc.block_type.nbytes)
-    async_load(desc, [row, column], stream.full.index(stage), stream.blocks.index(stage))
+    load_block(desc, row, place, stream.full.index(stage), stream.blocks.index(stage))
     async_load(numbers_desc, [number], stream.full.index(stage), stream.numbers.index(stage))
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from ringflash.kernels.hopper.compat import async_add, reinterpret
+from ringflash.kernels.hopper.blocks import add_block, head_place
+from ringflash.kernels.hopper.compat import reinterpret
 
 HALF = gl.constexpr(64)
 """Rows and columns of a part; also key rows of a warpgroup."""
@@ -22,13 +23,15 @@ def parts_in_step(dim):
 
 
 @gluon.jit
-def corner(row, head, D: gl.constexpr, PART: gl.constexpr, PIECE: gl.constexpr):
-    """Where in dQ a warpgroup's part of a block begins: of head dimension 64 half of the rows, else of the columns."""
+def add_part(
+    dquery_desc, staging, row, head, D: gl.constexpr, PART: gl.constexpr, PIECE: gl.constexpr
+):  # fmt: skip
+    """Add what a warpgroup has laid down of a block of dQ: of head dimension 64 half of the rows, else of the columns."""
+    place = head_place(dquery_desc, head, D)
     if D == 64:
-        first_row, column = row + PART * 64, head * D
+        add_block(dquery_desc, row + PART * 64, place, 0, staging)
     else:
-        first_row, column = row, head * D + PART * (D // 2) + PIECE * 64
-    return first_row, column
+        add_block(dquery_desc, row, place, PART * (D // 2) + PIECE * 64, staging)
 
 
 @gluon.jit
@@ -44,8 +47,7 @@ def add_earlier(
         first = block == 0
         row = rows.begin + gl.where(first, rows.blocks - 1, block - 1) * M
         head = rows.first_head + gl.where(first, member - 1, member)
-        first_row, column = corner(row, head, D, PART, parts_in_step(D) - 1)
-        async_add(dquery_desc, [first_row, column], staging)
+        add_part(dquery_desc, staging, row, head, D, PART, parts_in_step(D) - 1)
 
 
 # In the layout of a product's result, eight threads with the same columns have eight rows, of which the swizzle of

@@ -21,8 +21,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from ringflash.kernels.hopper.compat import async_add, store_wait
-from ringflash.kernels.hopper.dquery_accumulate import corner, lay_down, parts_in_step
+from ringflash.kernels.hopper.compat import store_wait
+from ringflash.kernels.hopper.dquery_accumulate import add_part, lay_down, parts_in_step
 
 PARTS = gl.constexpr(2)
 """Parts of a block of dQ, one for each consumer warpgroup, that are added in turns of their own."""
@@ -130,8 +130,7 @@ def add_in_turn(turns, rows, dquery_desc, parts, queries, PART: gl.constexpr, GR
             if turns.own >= 0:
                 if piece == 0:
                     wait_for_turn(now_ptr, turns.own)
-                first_row, column = corner(row, head, D, PART, piece)
-                async_add(dquery_desc, [first_row, column], part)
+                add_part(dquery_desc, part, row, head, D, PART, piece)
             store_wait(0)
             mbarrier.arrive(turns.free.index(PART), count=1)
         if turns.own >= 0:
