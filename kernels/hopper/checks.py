@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ringflash.errors import ArgumentError
 from ringflash.kernels.gpu.modifiers_given import check_modifiers
+from ringflash.kernels.hopper.widths import width_of
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.modifiers import Modifiers
 
@@ -22,7 +23,17 @@ def supports(
         >>> supports("cpu", torch.bfloat16, 128)
         'device is cpu; it takes NVIDIA GPUs of compute capability 9.0'
     """
-    device = torch.device(device)
+    missing = _missing(torch.device(device), dtype)
+    if missing is not None:
+        return missing
+    if head_dim not in HEAD_DIMS:
+        return f"head_dim={head_dim}; it takes {', '.join(map(str, HEAD_DIMS))}"
+    if value_head_dim not in (None, head_dim):
+        return f"value_head_dim={value_head_dim}; it takes that of query and key, {head_dim}"
+    return None
+
+
+def _missing(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda" or torch.version.hip:
         return f"device is {device}; it takes NVIDIA GPUs of compute capability 9.0"
     capability = torch.cuda.get_device_capability(device)
@@ -30,10 +41,6 @@ def supports(
         return f"device has compute capability {capability[0]}.{capability[1]}; it takes 9.0"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"query is {dtype}; it takes float16 and bfloat16"
-    if head_dim not in HEAD_DIMS:
-        return f"head_dim={head_dim}; it takes {', '.join(map(str, HEAD_DIMS))}"
-    if value_head_dim not in (None, head_dim):
-        return f"value_head_dim={value_head_dim}; it takes that of query and key, {head_dim}"
     return None
 
 
@@ -50,10 +57,12 @@ def check_operands(
     if query.shape[1] % key.shape[1] or value.shape[:2] != key.shape[:2] or key.shape[2] != query.shape[2]:
         raise ArgumentError(
             f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}; allowed are "
-            "(T, H, D), (S, Hk, D), (S, Hk, D) with H a multiple of Hk"
+            "(T, H, D), (S, Hk, D), (S, Hk, Dv) with H a multiple of Hk"
         )
-    if missing := supports(query.device, query.dtype, query.shape[2], value.shape[2]):
+    if missing := _missing(query.device, query.dtype):
         raise ArgumentError(f"kernel='hopper' cannot run: {missing}")
+    if width_of(query.shape[2], value.shape[2]) is None:
+        raise ArgumentError(f"head dimensions {query.shape[2]} and {value.shape[2]}; allowed are those of `WIDTHS`")
     if intervals.query_count != query.shape[0] or intervals.key_count != key.shape[0]:
         raise ArgumentError(
             f"intervals are for {intervals.query_count} query and {intervals.key_count} key rows; "
