@@ -53,9 +53,14 @@ class BackwardTiles:
 BACKWARD_TILES = {
     "64": BackwardTiles(keys=128, queries=128, stages=(2, 2)),
     "128": BackwardTiles(keys=128, queries=64, stages=(2, 2)),
+    "192/128": BackwardTiles(keys=64, queries=64, stages=(2, 1)),
+    "192": BackwardTiles(keys=64, queries=64, stages=(2, 1)),
     "256": BackwardTiles(keys=64, queries=64, stages=(2, 1)),
 }
 """By `WIDTHS`; docs/benchmarks/kernels.md has the measurements behind them."""
+
+BACKWARD_WIDTHS = {**WIDTHS, "192/128": WIDTHS["256"], "192": WIDTHS["256"]}
+"""Blocks of the backward kernels have one part."""
 
 ALIBI_BACKWARD_TILES = {**BACKWARD_TILES, "64": replace(BACKWARD_TILES["64"], stages=(2, 1))}
 """With positions and slopes of queries, which take shared memory as well."""
@@ -155,7 +160,7 @@ class PreparedBackward:
         direct = aligned(*operands, *numbers) and modifiers_aligned(modifiers)
         reachable = _reachable(operands)
         self.all_addressable = all(x is y for x, y in zip(operands, reachable, strict=True))
-        keys, values = (sum(parts) for parts in vars(WIDTHS[self.width]).values())
+        keys, values = (sum(parts) for parts in vars(BACKWARD_WIDTHS[self.width]).values())
         blocks = ((tiles.queries, values), (tiles.queries, keys), (tiles.keys, keys), (tiles.keys, values))
         self.descriptions = tuple(
             description_of(descriptor(x, *block, padded=block[1] > x.shape[2]))
@@ -237,7 +242,10 @@ class PreparedBackward:
             *seeing_rows(intervals, modifiers, self.tiles.keys), order, turns, turn_now, section,
             *self._positions(modifiers), *self.shape,
         )  # fmt: skip
-        self.launch(attend_backward_wide_kernel if self.width == "256" else attend_backward_kernel, tensors)
+        self.launch(
+            attend_backward_wide_kernel if BACKWARD_WIDTHS[self.width] == WIDTHS["256"] else attend_backward_kernel,
+            tensors,
+        )
         return dquery.to(dquery_dtype), dkey.to(self.dkey_dtype), dvalue.to(self.dkey_dtype)
 
     def _positions(self, modifiers: Modifiers | None) -> tuple:

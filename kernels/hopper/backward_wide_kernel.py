@@ -20,7 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ringflash.kernels.gpu.compile_once import compiled_once
 from ringflash.kernels.hopper.backward_work import Inputs, Sums, allocate_buffers, find_work, produce, unseen_zero
-from ringflash.kernels.hopper.compat import async_store, meet, release, store_wait
+from ringflash.kernels.hopper.blocks import block_rows, flat_layout, head_place, store_block
+from ringflash.kernels.hopper.compat import meet, release, store_wait
 from ringflash.kernels.hopper.dquery_accumulate import HALF, add_earlier, add_part, lay_down
 from ringflash.kernels.hopper.dquery_in_turn import (
     add_in_turn,
@@ -55,13 +56,13 @@ def attend_backward_wide_kernel(
         query_head_stride, dout_head_stride, key_head_stride, value_head_stride,
     )  # fmt: skip
     buffers = allocate_buffers(inputs, QUERY_STAGES, DOUT_STAGES)
-    M: gl.constexpr = query_desc.block_type.shape[0]
-    N: gl.constexpr = key_desc.block_type.shape[0]
+    M: gl.constexpr = block_rows(query_desc)
+    N: gl.constexpr = block_rows(key_desc)
     # Swizzled over half a row, so that each warpgroup's half is a block of its own.
     SQUARE: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
     weights = gl.allocate_shared_memory(query_desc.dtype, [2, M, N], SQUARE)
     dscores = gl.allocate_shared_memory(query_desc.dtype, [2, M, N], SQUARE)
-    dquery = gl.allocate_shared_memory(gl.float32, [2, HALF, HALF], dquery_desc.layout)
+    dquery = gl.allocate_shared_memory(gl.float32, [2, HALF, HALF], flat_layout(dquery_desc))
     work = find_work(
         buffers, rows_of_tile_ptr, order_ptr, turn_of_tile_ptr, turn_now_ptr, section_ptr, query_rows, padded_rows,
         key_rows, key_heads, GROUP, ORDERED,
@@ -72,9 +73,9 @@ def attend_backward_wide_kernel(
         gl.warp_specialize(
             [
                 (consume_wide, (work, sums, buffers, weights, dscores, dquery, rows_of_key_ptr, key_positions_ptr,
-                                scale, bend, 0, GROUP, FLOAT_OUT, ORDERED)),
+                                scale, bend, 0, GROUP, FLOAT_OUT, ORDERED, DIMS)),
                 (consume_wide, (work, sums, buffers, weights, dscores, dquery, rows_of_key_ptr, key_positions_ptr,
-                                scale, bend, 1, GROUP, FLOAT_OUT, ORDERED)),
+                                scale, bend, 1, GROUP, FLOAT_OUT, ORDERED, DIMS)),
                 (produce, (inputs, work, buffers, GROUP, ORDERED)),
                 (add_in_turn, (work.turns, work.rows, dquery_desc, dquery, buffers.queries, 0, GROUP)),
                 (add_in_turn, (work.turns, work.rows, dquery_desc, dquery, buffers.queries, 1, GROUP)),
@@ -86,9 +87,9 @@ def attend_backward_wide_kernel(
         gl.warp_specialize(
             [
                 (consume_wide, (work, sums, buffers, weights, dscores, dquery, rows_of_key_ptr, key_positions_ptr,
-                                scale, bend, 0, GROUP, FLOAT_OUT, ORDERED)),
+                                scale, bend, 0, GROUP, FLOAT_OUT, ORDERED, DIMS)),
                 (consume_wide, (work, sums, buffers, weights, dscores, dquery, rows_of_key_ptr, key_positions_ptr,
-                                scale, bend, 1, GROUP, FLOAT_OUT, ORDERED)),
+                                scale, bend, 1, GROUP, FLOAT_OUT, ORDERED, DIMS)),
                 (produce, (inputs, work, buffers, GROUP, ORDERED)),
             ],
             [4, 1],
@@ -99,7 +100,7 @@ def attend_backward_wide_kernel(
 @gluon.jit
 def consume_wide(
     work, sums, buffers, weights_buffers, dscores_buffers, dquery, rows_of_key_ptr, key_positions_ptr, scale, bend,
-    PART: gl.constexpr, GROUP: gl.constexpr, FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr,
+    PART: gl.constexpr, GROUP: gl.constexpr, FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr, DIMS: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup: half of the tile's keys, then half of the columns."""
     rows, turns = work.rows, work.turns
@@ -212,18 +213,20 @@ def consume_wide(
         add_earlier(sums.dquery_desc, dquery.index(PART), rows, steps, block, member, M, D, PART)
     first_key, key_head = work.first_key, work.key_head
     store_columns(
-        sums, sums.dvalue_desc, sums.dvalue_ptr, dvalue, value.index(0), first_key, key_head, PART, FLOAT_OUT, SUMS
-    )
+        sums, sums.dvalue_desc, sums.dvalue_ptr, dvalue, value.index(0), first_key, key_head,
+        PART, DIMS[1], FLOAT_OUT, SUMS,
+    )  # fmt: skip
     store_columns(
-        sums, sums.dkey_desc, sums.dkey_ptr, dkey * scale, key.index(0), first_key, key_head, PART, FLOAT_OUT, SUMS
-    )
+        sums, sums.dkey_desc, sums.dkey_ptr, dkey * scale, key.index(0), first_key, key_head,
+        PART, DIMS[0], FLOAT_OUT, SUMS,
+    )  # fmt: skip
     store_wait(0)
 
 
 @gluon.jit
 def store_columns(
     sums, desc, ptr, total, staging, first_row, key_head,
-    PART: gl.constexpr, FLOAT_OUT: gl.constexpr, SUMS: gl.constexpr,
+    PART: gl.constexpr, DIM: gl.constexpr, FLOAT_OUT: gl.constexpr, SUMS: gl.constexpr,
 ):  # fmt: skip
     """Write half of the columns of the key rows' gradient, in fp32 or through the rows' own place in 16 bits."""
     N: gl.constexpr = staging.shape[0]
@@ -231,11 +234,11 @@ def store_columns(
     if FLOAT_OUT:
         row = gl.arange(0, N, gl.SliceLayout(1, SUMS))[:, None]
         column = PART * (D // 2) + gl.arange(0, D // 2, gl.SliceLayout(0, SUMS))[None, :]
-        base = ptr + (first_row.to(gl.int64) * sums.key_heads + key_head) * D
-        inside = (first_row + row < sums.key_rows) & (column < D)
-        gl.store(base + row * (sums.key_heads * D) + column, total, mask=inside)
+        base = ptr + (first_row.to(gl.int64) * sums.key_heads + key_head) * DIM
+        inside = (first_row + row < sums.key_rows) & (column < DIM)
+        gl.store(base + row * (sums.key_heads * DIM) + column, total, mask=inside)
     else:
         half = staging.slice(PART * (D // 2), D // 2, 1)
         half.store(total.to(staging.dtype))
         fence_async_shared()
-        async_store(desc, [first_row, key_head * D + PART * (D // 2)], half)
+        store_block(desc, first_row, head_place(desc, key_head, DIM), PART * (D // 2), half)

@@ -26,7 +26,7 @@ def parts_in_step(dim):
 def add_part(
     dquery_desc, staging, row, head, D: gl.constexpr, PART: gl.constexpr, PIECE: gl.constexpr
 ):  # fmt: skip
-    """Add what a warpgroup has laid down of a block of dQ: of head dimension 64 half of the rows, else of the columns."""
+    """Add what a warpgroup has laid down of a block of dQ: at 64 columns half of the rows, else of the columns."""
     place = head_place(dquery_desc, head, D)
     if D == 64:
         add_block(dquery_desc, row + PART * 64, place, 0, staging)
