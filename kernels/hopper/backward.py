@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import triton
@@ -15,6 +16,7 @@ from ringflash.kernels.gpu.launcher import Launcher, aligned
 from ringflash.kernels.gpu.modifiers_given import modifiers_aligned, modifiers_metadata
 from ringflash.kernels.hopper.backward_kernel import attend_backward_kernel
 from ringflash.kernels.hopper.backward_order import order_of_programs
+from ringflash.kernels.hopper.backward_split_kernel import attend_backward_split_kernel
 from ringflash.kernels.hopper.backward_wide_kernel import attend_backward_wide_kernel
 from ringflash.kernels.hopper.checks import check_operands
 from ringflash.kernels.hopper.descriptors import (
@@ -23,6 +25,7 @@ from ringflash.kernels.hopper.descriptors import (
     descriptor,
     descriptor_of,
     list_descriptor,
+    part_descriptors,
     without_memory,
 )
 from ringflash.kernels.hopper.dquery_accumulate import HALF
@@ -53,14 +56,26 @@ class BackwardTiles:
 BACKWARD_TILES = {
     "64": BackwardTiles(keys=128, queries=128, stages=(2, 2)),
     "128": BackwardTiles(keys=128, queries=64, stages=(2, 2)),
-    "192/128": BackwardTiles(keys=64, queries=64, stages=(2, 1)),
-    "192": BackwardTiles(keys=64, queries=64, stages=(2, 1)),
+    "192/128": BackwardTiles(keys=128, queries=64, stages=(2, 2)),
     "256": BackwardTiles(keys=64, queries=64, stages=(2, 1)),
 }
 """By `WIDTHS`; docs/benchmarks/kernels.md has the measurements behind them."""
 
-BACKWARD_WIDTHS = {**WIDTHS, "192/128": WIDTHS["256"], "192": WIDTHS["256"]}
-"""Blocks of the backward kernels have one part."""
+BACKWARD_WIDTHS = {name: WIDTHS[name] for name in ("64", "128", "192/128", "256")}
+"""Columns that the kernels' blocks have."""
+
+
+def backward_width(head_dim: int, value_head_dim: int, deterministic: bool) -> str:
+    """The name in `BACKWARD_WIDTHS` of blocks for these head dimensions, which those of 256 columns take as well."""
+    width = width_of(head_dim, value_head_dim)
+    assert width is not None  # as is checked before
+    return width if width in BACKWARD_WIDTHS and not (deterministic and width == "192/128") else "256"
+
+
+def stored_parts(parts: tuple[int, ...]) -> tuple[int, ...]:
+    """Columns that a warpgroup stores at a time of a gradient."""
+    return (128,) if parts == (256,) else parts
+
 
 ALIBI_BACKWARD_TILES = {**BACKWARD_TILES, "64": replace(BACKWARD_TILES["64"], stages=(2, 1))}
 """With positions and slopes of queries, which take shared memory as well."""
@@ -91,7 +106,7 @@ def attend_backward(
     if prepared is None:
         check_operands(query, key, value, intervals, scale, modifiers)
         tiles = BACKWARD_TILES if modifiers is None or modifiers.slopes is None else ALIBI_BACKWARD_TILES
-        tiles = tiles[width_of(query.shape[2], value.shape[2])]
+        tiles = tiles[backward_width(query.shape[2], value.shape[2], deterministic)]
         prepared = PreparedBackward(operands, numbers, scale, dkey_dtype, tiles, deterministic, modifiers)
         prepared_calls.add(call, prepared)
     return prepared(operands, numbers, intervals, dquery_dtype, modifiers)
@@ -151,7 +166,7 @@ class PreparedBackward:
         (query_rows, heads, dim), (key_rows, key_heads, value_dim) = query.shape, value.shape
         group = heads // key_heads
         self.tiles, self.deterministic = tiles, deterministic
-        self.heads, self.width = (heads, key_heads), width_of(dim, value_dim)
+        self.heads, self.width = (heads, key_heads), backward_width(dim, value_dim, deterministic)
         self.dkey_dtype, self.float_out = dkey_dtype, dkey_dtype != key.dtype
         self.stored_dtype = torch.float32 if self.float_out else dkey_dtype
         self.empty = query_rows == 0 or key_rows == 0
@@ -160,22 +175,25 @@ class PreparedBackward:
         direct = aligned(*operands, *numbers) and modifiers_aligned(modifiers)
         reachable = _reachable(operands)
         self.all_addressable = all(x is y for x, y in zip(operands, reachable, strict=True))
-        keys, values = (sum(parts) for parts in vars(BACKWARD_WIDTHS[self.width]).values())
-        blocks = ((tiles.queries, values), (tiles.queries, keys), (tiles.keys, keys), (tiles.keys, values))
-        self.descriptions = tuple(
-            description_of(descriptor(x, *block, padded=block[1] > x.shape[2]))
-            for x, block in zip(reachable, blocks, strict=True)
-        )
-        dquery = without_memory(query.shape, torch.float32) if numbers[2] is None else numbers[2].contiguous()
-        self.dquery_description = description_of(descriptor(dquery, HALF.value, HALF.value, padded=keys > dim))
-        self.dkey_descriptions = (None, None)
-        if not self.float_out:
-            self.dkey_descriptions = tuple(
-                description_of(
-                    descriptor(without_memory(x.shape, dkey_dtype), HALF.value, min(columns, 128), columns > x.shape[2])
-                )
-                for x, columns in ((key, keys), (value, values))
+        width = BACKWARD_WIDTHS[self.width]
+        self.operand_descriptions = [
+            part_descriptors(x, rows, parts)
+            for x, rows, parts in zip(
+                reachable,
+                (tiles.queries, tiles.queries, tiles.keys, tiles.keys),
+                (width.values, width.keys, width.keys, width.values),
+                strict=True,
             )
+        ]
+        dquery = without_memory(query.shape, torch.float32) if numbers[2] is None else numbers[2].contiguous()
+        padded = sum(width.keys) > dim
+        self.dquery_description = description_of(descriptor(dquery, HALF.value, HALF.value, padded))
+        self.dkey_descriptions = [[None, None], [None, None]]
+        if not self.float_out:
+            self.dkey_descriptions = [
+                part_descriptors(without_memory(x.shape, dkey_dtype), HALF.value, stored_parts(parts))
+                for x, parts in ((key, width.keys), (value, width.values))
+            ]
 
         # A block may reach as many rows behind the last.
         padded_rows = -(-(query_rows + tiles.queries) // 128) * 128
@@ -199,7 +217,8 @@ class PreparedBackward:
             (*(x.stride(1) for x in (reachable[1], reachable[0], *reachable[2:])), float(scale), bend),
             dict(
                 GROUP=group, QUERY_STAGES=tiles.stages[0], DOUT_STAGES=tiles.stages[1],
-                FLOAT_OUT=self.float_out, ORDERED=deterministic, DIMS=(dim, value_dim),
+                FLOAT_OUT=self.float_out, **({} if self.width == "192/128" else {"ORDERED": deterministic}),
+                DIMS=(dim, value_dim),
                 CONSUMER_REGISTERS=tiles.registers[0], PRODUCER_REGISTERS=tiles.registers[1],
             ),
             {"num_warps": 4},
@@ -223,10 +242,6 @@ class PreparedBackward:
             return dquery.to(dquery_dtype), dkey.zero_().to(self.dkey_dtype), dvalue.zero_().to(self.dkey_dtype)
 
         scaled_lse, minus_delta = prepare_rows(self, lse, delta)
-        if self.float_out:
-            written = (None, None, dkey, dvalue)
-        else:
-            written = (*map(descriptor_of, (dkey, dvalue), self.dkey_descriptions), None, None)
         order, turns, turn_now, section = None, None, None, None
         if self.deterministic:
             turns, turn_now, section = adding_turns(intervals, self.heads, query.shape[2], self.tiles)
@@ -234,18 +249,28 @@ class PreparedBackward:
             order = programs_in_order(intervals, self.tiles.keys, self.heads[1])
         if not self.all_addressable:
             operands = _reachable(operands)
-        dout_desc, query_desc, key_desc, value_desc = map(descriptor_of, operands, self.descriptions)
-        tensors = (
-            query_desc, dout_desc, key_desc, value_desc,
-            descriptor_of(scaled_lse, self.number_description), descriptor_of(minus_delta, self.number_description),
-            descriptor_of(dquery, self.dquery_description), *written,
-            *seeing_rows(intervals, modifiers, self.tiles.keys), order, turns, turn_now, section,
-            *self._positions(modifiers), *self.shape,
-        )  # fmt: skip
-        self.launch(
-            attend_backward_wide_kernel if BACKWARD_WIDTHS[self.width] == WIDTHS["256"] else attend_backward_kernel,
-            tensors,
+        parts = zip(operands, self.operand_descriptions, strict=True)
+        (dout, _), (query, query_rest), (key, key_rest), (value, _) = (
+            map(partial(descriptor_of, x), y) for x, y in parts
         )
+        written = zip((dkey, dvalue), self.dkey_descriptions, strict=True)
+        (dkey_desc, dkey_rest), (dvalue_desc, _) = (map(partial(descriptor_of, x), y) for x, y in written)
+        pointers = (dkey, dvalue) if self.float_out else (None, None)
+        rows = (descriptor_of(x, self.number_description) for x in (scaled_lse, minus_delta))
+        dquery_desc = descriptor_of(dquery, self.dquery_description)
+        seeing, positions = seeing_rows(intervals, modifiers, self.tiles.keys), self._positions(modifiers)
+        if self.width == "192/128":
+            tensors = (
+                query, dout, key, value, query_rest, key_rest, *rows, dquery_desc, dkey_desc, dkey_rest, dvalue_desc,
+                *pointers, *seeing, order, *positions, *self.shape,
+            )  # fmt: skip
+            self.launch(attend_backward_split_kernel, tensors)
+        else:
+            tensors = (
+                query, dout, key, value, *rows, dquery_desc, dkey_desc, dvalue_desc,
+                *pointers, *seeing, order, turns, turn_now, section, *positions, *self.shape,
+            )  # fmt: skip
+            self.launch(attend_backward_wide_kernel if self.width == "256" else attend_backward_kernel, tensors)
         return dquery.to(dquery_dtype), dkey.to(self.dkey_dtype), dvalue.to(self.dkey_dtype)
 
     def _positions(self, modifiers: Modifiers | None) -> tuple:

@@ -60,7 +60,7 @@ def attend_backward_kernel(
     """See `backward.PreparedBackward` for the arguments."""
     inputs = Inputs(
         query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc, query_positions_desc, query_slopes_desc,
-        query_head_stride, dout_head_stride, key_head_stride, value_head_stride,
+        None, None, query_head_stride, dout_head_stride, key_head_stride, value_head_stride,
     )  # fmt: skip
     buffers = allocate_buffers(inputs, QUERY_STAGES, DOUT_STAGES)
     M: gl.constexpr = block_rows(query_desc)
@@ -268,17 +268,19 @@ def weigh(
 @gluon.jit
 def store_sum(
     sums, desc, ptr, total, staging, first_row, key_head,
-    DIM: gl.constexpr, FLOAT_OUT: gl.constexpr, SUMS: gl.constexpr,
+    DIM: gl.constexpr, FLOAT_OUT: gl.constexpr, SUMS: gl.constexpr, COLUMN: gl.constexpr = 0,
 ):  # fmt: skip
-    """Write 64 key rows' gradient: straight from registers in fp32, through the rows' own place in 16 bits."""
+    """Write columns from COLUMN on of 64 key rows' gradient: straight from registers in fp32, through the rows' own
+    place in 16 bits.
+    """
     D: gl.constexpr = staging.shape[1]
     if FLOAT_OUT:
         row = gl.arange(0, HALF, gl.SliceLayout(1, SUMS))[:, None]
-        column = gl.arange(0, D, gl.SliceLayout(0, SUMS))[None, :]
+        column = COLUMN + gl.arange(0, D, gl.SliceLayout(0, SUMS))[None, :]
         base = ptr + (first_row.to(gl.int64) * sums.key_heads + key_head) * DIM
         inside = (first_row + row < sums.key_rows) & (column < DIM)
         gl.store(base + row * (sums.key_heads * DIM) + column, total, mask=inside)
     else:
         staging.store(total.to(staging.dtype))
         fence_async_shared()
-        store_block(desc, first_row, head_place(desc, key_head, DIM), 0, staging)
+        store_block(desc, first_row, head_place(desc, key_head, DIM), COLUMN, staging)

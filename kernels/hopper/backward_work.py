@@ -11,7 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from ringflash.kernels.hopper.blocks import block_columns, block_rows, flat_layout, head_place, load_block
+from ringflash.kernels.hopper.blocks import FIRST, block_columns, block_rows, flat_layout, head_place, load_block
 from ringflash.kernels.hopper.compat import WARPGROUP, async_load
 from ringflash.kernels.hopper.dquery_in_turn import Turns, allocate_turns
 from ringflash.kernels.hopper.schedule import stage_and_parity
@@ -28,6 +28,8 @@ class Inputs(NamedTuple):
     delta_desc: gl.tensor
     query_positions_desc: gl.tensor
     query_slopes_desc: gl.tensor
+    query_rest_desc: gl.tensor
+    key_rest_desc: gl.tensor
     query_head_stride: gl.tensor
     dout_head_stride: gl.tensor
     key_head_stride: gl.tensor
@@ -46,12 +48,15 @@ class Stream(NamedTuple):
 class Buffers(NamedTuple):
     """Where it is loaded to: streams of queries and of out's gradient, the tile's keys and values with two barriers.
 
-    query_positions and query_slopes, with ALiBi, have the stages and barriers of the queries.
+    query_positions and query_slopes, with ALiBi, have the stages and barriers of the queries. query_rest and key_rest are
+    of the queries and the keys, see blocks.
     """
 
     queries: Stream
     query_positions: gl.shared_memory_descriptor
     query_slopes: gl.shared_memory_descriptor
+    query_rest: gl.shared_memory_descriptor
+    key_rest: gl.shared_memory_descriptor
     douts: Stream
     key: gl.shared_memory_descriptor
     value: gl.shared_memory_descriptor
@@ -111,7 +116,15 @@ def allocate_buffers(inputs, QUERY_STAGES: gl.constexpr, DOUT_STAGES: gl.constex
         M: gl.constexpr = block_rows(inputs.query_desc)
         positions = gl.allocate_shared_memory(gl.float32, [QUERY_STAGES, M], inputs.query_positions_desc.layout)
         slopes = gl.allocate_shared_memory(gl.float32, [QUERY_STAGES, M], inputs.query_slopes_desc.layout)
-    return Buffers(queries, positions, slopes, douts, key, value, loaded)
+    query_rest, key_rest = queries.blocks, key  # stand for none
+    if inputs.key_rest_desc is not None:
+        query_rest_desc, key_rest_desc = inputs.query_rest_desc, inputs.key_rest_desc
+        REST: gl.constexpr = block_columns(key_rest_desc)
+        query_rest = gl.allocate_shared_memory(
+            key.dtype, [QUERY_STAGES, block_rows(query_rest_desc), REST], flat_layout(query_rest_desc)
+        )
+        key_rest = gl.allocate_shared_memory(key.dtype, [1, N, REST], flat_layout(key_rest_desc))
+    return Buffers(queries, positions, slopes, query_rest, key_rest, douts, key, value, loaded)
 
 
 @gluon.jit
@@ -180,9 +193,12 @@ def produce(inputs, work, buffers, GROUP: gl.constexpr, ORDERED: gl.constexpr):
     M: gl.constexpr = queries.blocks.shape[1]
     QUERY_STAGES: gl.constexpr = queries.blocks.shape[0]
     DOUT_STAGES: gl.constexpr = douts.blocks.shape[0]
-    mbarrier.expect(loaded.index(0), inputs.key_desc.block_type.nbytes)
+    REST_BYTES: gl.constexpr = 0 if inputs.key_rest_desc is None else inputs.key_rest_desc.block_type.nbytes
+    mbarrier.expect(loaded.index(0), inputs.key_desc.block_type.nbytes + REST_BYTES)
     place = head_place(inputs.key_desc, work.key_head, inputs.key_head_stride)
     load_block(inputs.key_desc, work.first_key, place, loaded.index(0), buffers.key.index(0))
+    if inputs.key_rest_desc is not None:
+        load_block(inputs.key_rest_desc, work.first_key, place, loaded.index(0), buffers.key_rest.index(0), FIRST)
     mbarrier.expect(loaded.index(1), inputs.value_desc.block_type.nbytes)
     place = head_place(inputs.value_desc, work.key_head, inputs.value_head_stride)
     load_block(inputs.value_desc, work.first_key, place, loaded.index(1), buffers.value.index(0))
@@ -206,26 +222,29 @@ def produce(inputs, work, buffers, GROUP: gl.constexpr, ORDERED: gl.constexpr):
 
 @gluon.jit
 def fill_queries(inputs, buffers, row, place, number, stage, parity):
-    """As `fill`, and with ALiBi the rows' positions and slopes."""
+    """As `fill`, and with ALiBi the rows' positions and slopes; and the rest of their columns if there is one."""
+    ALIBI: gl.constexpr = inputs.query_slopes_desc is not None
+    REST: gl.constexpr = inputs.query_rest_desc is not None
+    NUMBERS: gl.constexpr = 2 * inputs.lse_desc.block_type.nbytes if ALIBI else 0
+    REST_BYTES: gl.constexpr = inputs.query_rest_desc.block_type.nbytes if REST else 0
     queries = buffers.queries
-    if inputs.query_slopes_desc is None:
-        fill(queries, inputs.query_desc, inputs.lse_desc, row, place, number, stage, parity)
-    else:
-        full = queries.full.index(stage)
-        NUMBERS: gl.constexpr = inputs.lse_desc.block_type.nbytes
-        mbarrier.wait(queries.empty.index(stage), parity ^ 1)
-        mbarrier.expect(full, inputs.query_desc.block_type.nbytes + 3 * NUMBERS)
-        load_block(inputs.query_desc, row, place, full, queries.blocks.index(stage))
-        async_load(inputs.lse_desc, [number], full, queries.numbers.index(stage))
+    fill(queries, inputs.query_desc, inputs.lse_desc, row, place, number, stage, parity, NUMBERS + REST_BYTES)
+    full = queries.full.index(stage)
+    if ALIBI:
         async_load(inputs.query_positions_desc, [number], full, buffers.query_positions.index(stage))
         async_load(inputs.query_slopes_desc, [number], full, buffers.query_slopes.index(stage))
+    if REST:
+        load_block(inputs.query_rest_desc, row, place, full, buffers.query_rest.index(stage), FIRST)
 
 
 @gluon.jit
-def fill(stream, desc, numbers_desc, row, place, number, stage, parity):
-    """Load a head's block from `row` on and its rows' numbers into a stage once both warpgroups have given it back."""
+def fill(stream, desc, numbers_desc, row, place, number, stage, parity, MORE_BYTES: gl.constexpr = 0):
+    """Load a head's block from `row` on and its rows' numbers into a stage once both warpgroups have given it back.
+
+    What the caller loads behind that with the same barrier is of MORE_BYTES.
+    """
     mbarrier.wait(stream.empty.index(stage), parity ^ 1)
-    mbarrier.expect(stream.full.index(stage), desc.block_type.nbytes + numbers_desc.block_type.nbytes)
+    mbarrier.expect(stream.full.index(stage), desc.block_type.nbytes + numbers_desc.block_type.nbytes + MORE_BYTES)
     load_block(desc, row, place, stream.full.index(stage), stream.blocks.index(stage))
     async_load(numbers_desc, [number], stream.full.index(stage), stream.numbers.index(stage))
 

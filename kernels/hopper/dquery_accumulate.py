@@ -44,10 +44,17 @@ def add_earlier(
     taken the part: by the time that the next step's dscores are fenced off, as they have to be, it has.
     """
     if step > 0:
-        first = block == 0
-        row = rows.begin + gl.where(first, rows.blocks - 1, block - 1) * M
-        head = rows.first_head + gl.where(first, member - 1, member)
+        row, head = earlier_block(rows, block, member, M)
         add_part(dquery_desc, staging, row, head, D, PART, parts_in_step(D) - 1)
+
+
+@gluon.jit
+def earlier_block(rows, block, member, M: gl.constexpr):
+    """First row and head of the block before the one at `block` and `member`, where not ORDERED."""
+    first = block == 0
+    row = rows.begin + gl.where(first, rows.blocks - 1, block - 1) * M
+    head = rows.first_head + gl.where(first, member - 1, member)
+    return row, head
 
 
 # In the layout of a product's result, eight threads with the same columns have eight rows, of which the swizzle of
