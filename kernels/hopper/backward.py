@@ -72,9 +72,11 @@ def backward_width(head_dim: int, value_head_dim: int, deterministic: bool) -> s
     return width if width in BACKWARD_WIDTHS and not (deterministic and width == "192/128") else "256"
 
 
-def stored_parts(parts: tuple[int, ...]) -> tuple[int, ...]:
-    """Columns that a warpgroup stores at a time of a gradient."""
-    return (128,) if parts == (256,) else parts
+def stored_parts(parts: tuple[int, ...], dim: int) -> tuple[int, ...]:
+    """Columns that a warpgroup stores at a time of a gradient, whose rows are some of a larger block's; see `blocks`."""
+    if parts == (256,):
+        return (128,)  # of all rows
+    return parts if sum(parts) == dim else (64,) * len(parts)
 
 
 ALIBI_BACKWARD_TILES = {**BACKWARD_TILES, "64": replace(BACKWARD_TILES["64"], stages=(2, 1))}
@@ -191,7 +193,9 @@ class PreparedBackward:
         self.dkey_descriptions = [[None, None], [None, None]]
         if not self.float_out:
             self.dkey_descriptions = [
-                part_descriptors(without_memory(x.shape, dkey_dtype), HALF.value, stored_parts(parts))
+                part_descriptors(
+                    without_memory(x.shape, dkey_dtype), HALF.value, parts, stored_parts(parts, x.shape[2])
+                )
                 for x, parts in ((key, width.keys), (value, width.values))
             ]
 

@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ringflash.kernels.gpu.compile_once import compiled_once
 from ringflash.kernels.hopper.backward_work import Inputs, Sums, allocate_buffers, find_work, produce, unseen_zero
-from ringflash.kernels.hopper.blocks import block_rows, flat_layout, head_place, store_block
+from ringflash.kernels.hopper.blocks import block_columns, block_rows, flat_layout, head_place, store_block
 from ringflash.kernels.hopper.compat import meet, release, store_wait
 from ringflash.kernels.hopper.dquery_accumulate import HALF, add_earlier, lay_down
 from ringflash.kernels.hopper.dquery_in_turn import (
@@ -270,8 +270,9 @@ def store_sum(
     sums, desc, ptr, total, staging, first_row, key_head,
     DIM: gl.constexpr, FLOAT_OUT: gl.constexpr, SUMS: gl.constexpr, COLUMN: gl.constexpr = 0,
 ):  # fmt: skip
-    """Write columns from COLUMN on of 64 key rows' gradient: straight from registers in fp32, through the rows' own
-    place in 16 bits.
+    """Write columns from COLUMN on of 64 key rows' gradient.
+
+    In fp32 straight from registers, in 16 bits through the rows' own place: whole, or by the columns of desc's blocks.
     """
     D: gl.constexpr = staging.shape[1]
     if FLOAT_OUT:
@@ -281,6 +282,12 @@ def store_sum(
         inside = (first_row + row < sums.key_rows) & (column < DIM)
         gl.store(base + row * (sums.key_heads * DIM) + column, total, mask=inside)
     else:
+        BLOCK: gl.constexpr = block_columns(desc)
         staging.store(total.to(staging.dtype))
         fence_async_shared()
-        store_block(desc, first_row, head_place(desc, key_head, DIM), COLUMN, staging)
+        place = head_place(desc, key_head, DIM)
+        if BLOCK == D:
+            store_block(desc, first_row, place, COLUMN, staging)
+        else:
+            for column in gl.static_range(0, D, BLOCK):
+                store_block(desc, first_row, place, COLUMN + column, staging.slice(column, BLOCK, 1))

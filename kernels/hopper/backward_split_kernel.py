@@ -135,46 +135,41 @@ def consume_split(
             scores, lse, rows, row, first_seeing, last_seeing, scale_log2, bend, positions, slopes, key_position,
             key_positions_ptr is not None,
         )  # fmt: skip
-        weights = weights.to(dtype)
+        weights = settle_rounded(weights.to(dtype))
         sloping = weights if bend is None else sloping.to(dtype)
         mbarrier.wait(douts.full.index(dout_stage), parity)
-        initial, _ = gl.broadcast(douts.numbers.index(dout_stage).load(COLUMNS)[None, :], no_scores)
-        dweights_token = warpgroup_mma(own_value, dout.permute((1, 0)), initial, is_async=True)
+        dweights_token = warpgroup_mma(own_value, dout.permute((1, 0)), no_scores, use_acc=False, is_async=True)
         dvalue_token = warpgroup_mma(gl.convert_layout(weights, FACTOR), dout, dvalue, is_async=True)
-        dweights = warpgroup_mma_wait(1, deps=[dweights_token])
+        dvalue, dweights = warpgroup_mma_wait(0, deps=[dvalue_token, dweights_token])
+        dweights = dweights + douts.numbers.index(dout_stage).load(COLUMNS)[None, :]
         rounded = (sloping.to(gl.float32) * dweights).to(dtype)
         # Two buffers, as in backward_kernel.
         shared = dscores.index(step & 1)
         shared.slice(PART * HALF, HALF, 0).store(rounded)
         fence_async_shared()
         meet("8")
-        dvalue = warpgroup_mma_wait(0, deps=[dvalue_token])
         release(douts.empty.index(dout_stage))
 
         first_token = warpgroup_mma(
             shared.permute((1, 0)), keys_now.slice(PART * HALF, HALF, 1), no_dquery, use_acc=False, is_async=True
         )
-        dkey_token = warpgroup_mma(gl.convert_layout(rounded, FACTOR), query, dkey, is_async=True)
-        dkey_rest_token = warpgroup_mma(
-            gl.convert_layout(rounded, FACTOR_REST, assert_trivial=False), query_rest, dkey_rest, is_async=True
-        )
         staging = dquery.index(PART)
         if step > 0:
             earlier_row, earlier_head = earlier_block(rows, block, member, M)
             add_columns(sums.dquery_desc, staging, earlier_row, earlier_head, DIMS[0], FIRST)
-        first = warpgroup_mma_wait(2, deps=[first_token]) * scale
         store_wait(0)
-        lay_down(staging, first)
-        fence_async_shared()
-        add_columns(sums.dquery_desc, staging, row, head, DIMS[0], PART * HALF)
+        lay_down(staging, warpgroup_mma_wait(0, deps=[first_token]) * scale)
         rest_token = warpgroup_mma(
             shared.slice(PART * HALF, HALF, 0).permute((1, 0)), own_rest, no_dquery, use_acc=False, is_async=True
         )
-        dkey, dkey_rest = warpgroup_mma_wait(1, deps=[dkey_token, dkey_rest_token])
+        dkey_token = warpgroup_mma(gl.convert_layout(rounded, FACTOR), query, dkey, is_async=True)
+        dkey_rest_token = warpgroup_mma(gl.convert_layout(rounded, FACTOR_REST), query_rest, dkey_rest, is_async=True)
+        fence_async_shared()
+        add_columns(sums.dquery_desc, staging, row, head, DIMS[0], PART * HALF)
+        rest, dkey, dkey_rest = warpgroup_mma_wait(0, deps=[rest_token, dkey_token, dkey_rest_token])
         release(queries.empty.index(stage))
-        rest = warpgroup_mma_wait(0, deps=[rest_token]) * scale
         store_wait(0)
-        lay_down(staging, rest)
+        lay_down(staging, rest * scale)
         last = block + 1 == rows.blocks
         member = gl.where(last, member + 1, member)
         block = gl.where(last, 0, block + 1)
@@ -194,6 +189,36 @@ def consume_split(
         SUMS_REST, FIRST,
     )  # fmt: skip
     store_wait(0)
+
+
+@gluon.constexpr_function
+def settle_assembly(count):
+    """PTX of `settle_rounded` for `count` registers of two numbers each."""
+    joined = " ".join(f"or.b32 all, all, ${i};" for i in range(count + 1, 2 * count))
+    moved = " ".join(f"mov.b32 ${i}, ${count + i};" for i in range(1, count))
+    return (
+        f"{{ .reg .pred odd; .reg .b32 all; mov.b32 all, ${count}; {joined} and.b32 all, all, 0x80008000;"
+        f" setp.ne.u32 odd, all, 0; vote.sync.any.pred odd, odd, 0xffffffff;"
+        f" selp.b32 $0, 0x7FFF7FFF, ${count}, odd; {moved} }}"
+    )
+
+
+@gluon.constexpr_function
+def settle_operands(count):
+    """Constraints of `settle_assembly`."""
+    return ",".join(["=&r"] * count + ["r"] * count)
+
+
+@gluon.jit
+def settle_rounded(weights):
+    """`weights`, which are never negative, known before any branch or wait that follows; see `softmax.settle`.
+
+    ptxas would otherwise start the next product while scores and their exponentials still have registers.
+    """
+    COUNT: gl.constexpr = weights.shape[1] // 4
+    return gl.inline_asm_elementwise(
+        settle_assembly(COUNT), settle_operands(COUNT), [weights], dtype=weights.dtype, is_pure=False, pack=2 * COUNT
+    )
 
 
 @gluon.jit

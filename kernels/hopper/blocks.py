@@ -48,7 +48,8 @@ def flat_layout(desc):
 
 @gluon.jit
 def with_head(desc, block):
-    """A block of rows and columns as the engine wants it."""
+    """A block of rows and columns as the engine wants it. If it is some rows of a larger block, then of one swizzle's
+    columns: those next to it lie as far as the larger block has rows."""
     if has_head_dimension(desc):
         block = reinterpret(block, desc.dtype, desc.block_type.shape, desc.layout)
     return block

@@ -47,10 +47,19 @@ Description = dict[str, object]
 """All that a descriptor holds but the tensor."""
 
 
-def part_descriptors(x: Tensor, rows: int, parts: tuple[int, ...]) -> list[Description | None]:
-    """Descriptions of blocks of all columns of a head: their first part and the rest, None if there is none."""
+def part_descriptors(
+    x: Tensor, rows: int, parts: tuple[int, ...], stored: tuple[int, ...] | None = None
+) -> list[Description | None]:
+    """Descriptions of blocks of a head's columns: their first part and the rest, None if there is none.
+
+    Args:
+        x: as in `descriptor`.
+        rows: of a block.
+        parts: columns, which together are all of a head's or more.
+        stored: columns that are moved at a time of each part; all if None.
+    """
     padded = sum(parts) > x.shape[2]
-    found: list[Description | None] = [description_of(descriptor(x, rows, part, padded)) for part in parts]
+    found: list[Description | None] = [description_of(descriptor(x, rows, part, padded)) for part in stored or parts]
     return [*found, None][:2]
 
 

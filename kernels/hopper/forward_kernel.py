@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ringflash.kernels.gpu.compile_once import compiled_once
-from ringflash.kernels.hopper.blocks import flat_layout, head_place, store_block
+from ringflash.kernels.hopper.blocks import flat_layout, has_head_dimension, head_place, store_block
 from ringflash.kernels.hopper.compat import (
     WARPGROUP,
     reinterpret,
@@ -391,7 +391,10 @@ def store_out(
         dtype: gl.constexpr = out_desc.dtype
         if staging.dtype != dtype:  # a carry's place, which has room for twice as many rows in 16 bits
             D: gl.constexpr = out.shape[1]
-            staging = reinterpret(staging, dtype, [2 * ROWS, D], flat_layout(out_desc)).slice(0, ROWS, 0)
+            if has_head_dimension(out_desc):
+                staging = reinterpret(staging, dtype, [2, ROWS, D], flat_layout(out_desc)).index(0)
+            else:
+                staging = reinterpret(staging, dtype, [2 * ROWS, D], flat_layout(out_desc)).slice(0, ROWS, 0)
         staging.store(out.to(dtype))
         fence_async_shared()
         store_block(out_desc, first_row, head_place(out_desc, head, WIDTH), first_column, staging)

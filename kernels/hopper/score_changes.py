@@ -12,6 +12,7 @@ Legend: M query rows, N key rows of a block, S key rows.
 
 from __future__ import annotations
 
+import struct
 from typing import NamedTuple
 
 import torch
@@ -67,7 +68,7 @@ def change_scores(scores, changes, key_numbers, position, slope, HIDES: gl.const
         HIDES: whether some keys are padding.
     """
     if changes.bend is not None:
-        scores = tanh(scores * changes.bend)
+        scores = bent_scores(scores, changes.bend)
     if changes.key_numbers_desc is not None:
         number = key_numbers.load(gl.SliceLayout(0, scores.type.layout))[None, :]
         if changes.slopes is None:
@@ -113,10 +114,66 @@ def bent_weights(scores, offset, bend, unit_log2):
     )  # fmt: skip
 
 
+def _float_bits(*numbers: float) -> tuple[str, ...]:
+    """Numbers as PTX writes them."""
+    return tuple(f"0f{struct.pack('>f', x).hex().upper()}" for x in numbers)
+
+
+BEND_TERMS = gl.constexpr(
+    _float_bits(0.75, -0.33328044785462324, 0.13253358396168197, -0.04986595498996735, 0.012750472859742599)
+)
+"""Up to the first number, tanh(x) is x + x^3 (a + b x^2 + ...) within 3e-7; the others are a, b and so on."""
+
+
+@gluon.constexpr_function
+def bend_assembly(count, terms):
+    """PTX that bends a thread's `count` scores; the operand behind them is scale over softcap.
+
+    Multiply-adds alone, unless a warp has a score beyond their limit: exponentials and reciprocals, two for each score,
+    would keep the special function unit, which has the softmax's as well, busier than the tensor cores.
+    """
+    bend, limit, terms = f"${2 * count}", terms[0], terms[1:]
+    degree = len(terms)
+    scores = [f"${i}" for i in range(count)]
+    factors = [f"mul.f32 square, {bend}, {bend}; mul.f32 power, {bend}, square;"]
+    factors += [f"mul.f32 k{i}, power, {x}; mul.f32 power, power, square;" for i, x in enumerate(terms)]
+    most = " ".join(f"abs.f32 size, {x}; max.f32 most, most, size;" for x in scores)
+    near, far = [], []
+    for x in scores:
+        steps = " ".join(f"fma.rn.f32 sum, sum, square, k{i};" for i in reversed(range(degree - 1)))
+        near.append(
+            f"mul.f32 square, {x}, {x}; mov.f32 sum, k{degree - 1}; {steps}"
+            f" fma.rn.f32 sum, sum, square, {bend}; mul.f32 {x}, {x}, sum;"
+        )
+        far.append(
+            f"mul.f32 {x}, {x}, {bend}; mul.f32 {x}, {x}, 0f4038AA3B;"
+            f" ex2.approx.ftz.f32 {x}, {x}; add.f32 {x}, {x}, 0f3F800000; rcp.approx.ftz.f32 {x}, {x};"
+            f" fma.rn.f32 {x}, {x}, 0fC0000000, 0f3F800000;"
+        )
+    declared = " ".join(f".reg .f32 k{i};" for i in range(degree))
+    return (
+        f"{{ .reg .pred beyond; .reg .f32 most, size, square, power, sum; {declared} mov.f32 most, 0f00000000; {most}"
+        f" mul.f32 most, most, {bend}; setp.gt.f32 beyond, most, {limit};"
+        f" vote.sync.any.pred beyond, beyond, 0xffffffff; @beyond bra.uni FAR; {' '.join(factors)} {' '.join(near)}"
+        f" bra.uni DONE; FAR: {' '.join(far)} DONE: }}"
+    )
+
+
+@gluon.constexpr_function
+def bend_operands(count):
+    """Constraints of `bend_assembly`."""
+    return ",".join(["=f"] * count + [str(i) for i in range(count)] + ["f"] * count)
+
+
 @gluon.jit
-def tanh(x):
-    """By the special function unit, within 2^-11 of the result; as accurate as scores in 16 bits would be."""
-    return gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+def bent_scores(scores, bend):
+    """tanh(bend * scores), within 3e-7."""
+    COUNT: gl.constexpr = scores.shape[0] * scores.shape[1] // 128
+    bend = gl.full(scores.shape, bend, gl.float32, scores.type.layout)
+    return gl.inline_asm_elementwise(
+        bend_assembly(COUNT, BEND_TERMS), bend_operands(COUNT), [scores, bend],
+        dtype=gl.float32, is_pure=False, pack=COUNT,
+    )  # fmt: skip
 
 
 def key_numbers(modifiers: Modifiers) -> Tensor | None:
