@@ -150,7 +150,7 @@ def _quiet() -> None:
 def compile_part(part: Part, device: torch.device) -> list[Compiled]:
     """Launch a part, and say what kernels it took; none where attention is torch's operators."""
     form = part.form
-    kernels = select(device, form.dtype, *form.head_dims, "auto", form.modified, form.sink_tokens)
+    kernels = select(device, form.dtype, *form.head_dims, "auto", bool(form.dropout), form.sink_tokens)
     if "triton" not in sys.modules:
         return []
     from triton import knobs

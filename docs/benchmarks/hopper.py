@@ -199,7 +199,7 @@ def pairs(intervals: KeyIntervals) -> int:
 
 def forward_variants(dim: int) -> dict[str, forward.ForwardTiles]:
     """Launch shapes to compare with the one in use."""
-    tiles = {"in use": forward.FORWARD_TILES[dim]}
+    tiles = {"in use": forward.FORWARD_TILES[str(dim)]}
     if dim == 64:
         tiles["2 consumers"] = dataclasses.replace(tiles["in use"], consumers=2, registers=(240, 24))
     return tiles
@@ -207,7 +207,7 @@ def forward_variants(dim: int) -> dict[str, forward.ForwardTiles]:
 
 def backward_variants(dim: int) -> dict[str, dict]:
     """Arguments of prepared_backward to compare with those in use."""
-    tiles = backward.BACKWARD_TILES[dim]
+    tiles = backward.BACKWARD_TILES[str(dim)]
     return {"in use": {"tiles": tiles}, "in turn": {"tiles": tiles, "deterministic": True}}
 
 
@@ -327,7 +327,7 @@ def main() -> None:
     if arguments.backward != "all":
         chosen = {name: chosen[name] for name in map(str.strip, arguments.backward.split(";"))}
     if arguments.action == "check":
-        forward.FORWARD_TILES[arguments.dim] = forward_variants(arguments.dim)[arguments.forward]
+        forward.FORWARD_TILES[str(arguments.dim)] = forward_variants(arguments.dim)[arguments.forward]
         check_backwards = partial(check_backward, variants=chosen)
         checks = [{"forward": check_forward, "backward": check_backwards}[x] for x in arguments.passes.split(",")]
         dtypes = [getattr(torch, name) for name in arguments.dtypes.split(",")]
@@ -335,8 +335,8 @@ def main() -> None:
         sys.exit(0 if all(fine) else 1)
     tune = arguments.action == "tune"
     dim = arguments.dim
-    forwards = forward_variants(dim) if tune else {"ringflash": forward.FORWARD_TILES[dim]}
-    backwards = chosen if tune else {"ringflash": {"tiles": backward.BACKWARD_TILES[dim]}}
+    forwards = forward_variants(dim) if tune else {"ringflash": forward.FORWARD_TILES[str(dim)]}
+    backwards = chosen if tune else {"ringflash": {"tiles": backward.BACKWARD_TILES[str(dim)]}}
     times = {"forward": lambda: time_forward(dim, forwards, LENGTHS)}
     times["backward"] = lambda: time_backward(dim, backwards, LENGTHS, arguments.group)
     rows = []

@@ -73,7 +73,7 @@ def backward_width(head_dim: int, value_head_dim: int, deterministic: bool) -> s
 
 
 def stored_parts(parts: tuple[int, ...], dim: int) -> tuple[int, ...]:
-    """Columns that a warpgroup stores at a time of a gradient, whose rows are some of a larger block's; see `blocks`."""
+    """Columns of a gradient that a warpgroup stores at a time: its rows are some of a larger block's, see `blocks`."""
     if parts == (256,):
         return (128,)  # of all rows
     return parts if sum(parts) == dim else (64,) * len(parts)

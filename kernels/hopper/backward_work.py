@@ -48,8 +48,8 @@ class Stream(NamedTuple):
 class Buffers(NamedTuple):
     """Where it is loaded to: streams of queries and of out's gradient, the tile's keys and values with two barriers.
 
-    query_positions and query_slopes, with ALiBi, have the stages and barriers of the queries. query_rest and key_rest are
-    of the queries and the keys, see blocks.
+    query_positions and query_slopes, with ALiBi, have the stages and barriers of the queries. query_rest and key_rest
+    are of the queries and the keys, see blocks.
     """
 
     queries: Stream

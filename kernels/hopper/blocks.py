@@ -48,8 +48,10 @@ def flat_layout(desc):
 
 @gluon.jit
 def with_head(desc, block):
-    """A block of rows and columns as the engine wants it. If it is some rows of a larger block, then of one swizzle's
-    columns: those next to it lie as far as the larger block has rows."""
+    """A block of rows and columns as the engine wants it.
+
+    If it is some rows of a larger block, then of 64 columns: those next to them lie as far as the larger one has rows.
+    """
     if has_head_dimension(desc):
         block = reinterpret(block, desc.dtype, desc.block_type.shape, desc.layout)
     return block

@@ -11,7 +11,7 @@ from ringflash.kernels.hopper.widths import width_of
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.modifiers import Modifiers
 
-HEAD_DIMS = (64, 128, 256)
+HEAD_DIMS = "multiples of 8 up to 128, up to 192 with values of 128 or 192, and up to 256 with values of 256"
 
 
 def supports(
@@ -26,10 +26,9 @@ def supports(
     missing = _missing(torch.device(device), dtype)
     if missing is not None:
         return missing
-    if head_dim not in HEAD_DIMS:
-        return f"head_dim={head_dim}; it takes {', '.join(map(str, HEAD_DIMS))}"
-    if value_head_dim not in (None, head_dim):
-        return f"value_head_dim={value_head_dim}; it takes that of query and key, {head_dim}"
+    value_head_dim = value_head_dim or head_dim
+    if width_of(head_dim, value_head_dim) is None:
+        return f"head_dim={head_dim}, value_head_dim={value_head_dim}; it takes {HEAD_DIMS}"
     return None
 
 
@@ -62,7 +61,7 @@ def check_operands(
     if missing := _missing(query.device, query.dtype):
         raise ArgumentError(f"kernel='hopper' cannot run: {missing}")
     if width_of(query.shape[2], value.shape[2]) is None:
-        raise ArgumentError(f"head dimensions {query.shape[2]} and {value.shape[2]}; allowed are those of `WIDTHS`")
+        raise ArgumentError(f"head dimensions {query.shape[2]} and {value.shape[2]}; allowed are {HEAD_DIMS}")
     if intervals.query_count != query.shape[0] or intervals.key_count != key.shape[0]:
         raise ArgumentError(
             f"intervals are for {intervals.query_count} query and {intervals.key_count} key rows; "

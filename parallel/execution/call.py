@@ -240,7 +240,8 @@ def prepare(inputs: Inputs, settings: Settings, table: Tensor, which: str) -> Re
         which: "forward" or "backward".
     """
     query, value, modified = inputs.query, inputs.value, inputs.modified(settings)
-    problem = query.device, query.dtype, query.shape[-1], value.shape[-1], settings.kernel, modified
+    dims = query.shape[-1], value.shape[-1]
+    problem = query.device, query.dtype, *dims, settings.kernel, bool(settings.dropout)
     if inputs.handle is None and inputs.on_device():
         mask, program = _program_on_device(inputs, settings, table)
         return Ready(inputs, settings, program, None, select(*problem, mask.two_intervals), modified, None)

@@ -12,41 +12,90 @@ pytest.importorskip("triton")
 from hopper_aot import Compiled, catch, compile_call
 
 from ringflash.kernels.hopper import backward, forward
+from ringflash.kernels.hopper.widths import WIDTHS, width_of
 from ringflash.kernels.intervals import causal_intervals
+from ringflash.kernels.modifiers import Modifiers
 
 SHARED_LIMIT = 232448
 
 
+QUERIES, KEYS, HEADS, KEY_HEADS = 1000, 1200, 8, 2
+
+
+def on_paper(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def modifiers_named(names: str) -> Modifiers | None:
+    """Modifiers of the named kinds, such as "softcap, slopes"; None for no name."""
+    positions = {"query_positions": on_paper(QUERIES, dtype=torch.int32)}
+    positions["key_positions"] = on_paper(KEYS, dtype=torch.int32)
+    kinds = {
+        "softcap": {"softcap": 50.0},
+        "slopes": {"slopes": on_paper(QUERIES, HEADS), **positions},
+        "padding": {"key_visible": on_paper(KEYS, dtype=torch.uint8)},
+    }
+    found = {name: x for kind in filter(None, names.split(", ")) for name, x in kinds[kind].items()}
+    return Modifiers(**found) if found else None
+
+
 def compile_forward(
-    dim: int, tiles: forward.ForwardTiles, dtype: torch.dtype, carry: bool, out_dtype: torch.dtype
+    dims: tuple[int, int],
+    tiles: forward.ForwardTiles,
+    dtype: torch.dtype,
+    carry: bool,
+    out_dtype: torch.dtype,
+    modifiers: Modifiers | None = None,
+    sinks: bool = False,
 ) -> Compiled:
-    query = torch.empty(1000, 8, dim, dtype=dtype, device="meta")
-    key = torch.empty(1200, 2, dim, dtype=dtype, device="meta")
-    state = (torch.empty(1000, 8, dim, device="meta"), torch.empty(8, 1000, device="meta")) if carry else None
+    query, key = on_paper(QUERIES, HEADS, dims[0], dtype=dtype), on_paper(KEYS, KEY_HEADS, dims[0], dtype=dtype)
+    value = on_paper(KEYS, KEY_HEADS, dims[1], dtype=dtype)
+    state = (on_paper(QUERIES, HEADS, dims[1]), on_paper(HEADS, QUERIES)) if carry else None
+    logits = on_paper(HEADS, dtype=dtype) if sinks else None
+
+    def numbers(modifiers: Modifiers) -> torch.Tensor | None:
+        return None if modifiers.slopes is None and modifiers.key_visible is None else on_paper(KEYS)
 
     def launch():
-        intervals = causal_intervals(1000, 1200, "meta")
-        prepared = forward.PreparedForward(query, key, key, intervals, 0.1, state, out_dtype, tiles)
-        prepared(query, key, key, intervals, state)
+        intervals = causal_intervals(QUERIES, KEYS, "meta")
+        operands = (query, key, value, intervals)
+        prepared = forward.PreparedForward(*operands, 0.1, state, out_dtype, tiles, modifiers, logits)
+        prepared(*operands, state, modifiers, logits)
 
-    with mock.patch.object(forward, "multiprocessors", return_value=132):
+    with (
+        mock.patch.object(forward, "multiprocessors", return_value=132),
+        mock.patch.object(forward, "key_numbers", numbers),
+    ):
         return compile_call(catch(forward, "attend_kernel", launch))
 
 
 def compile_backward(
-    dim: int, tiles: backward.BackwardTiles, dtype: torch.dtype, dkey_dtype: torch.dtype, deterministic: bool
+    dims: tuple[int, int],
+    tiles: backward.BackwardTiles,
+    dtype: torch.dtype,
+    dkey_dtype: torch.dtype,
+    deterministic: bool,
+    modifiers: Modifiers | None = None,
 ) -> Compiled:
-    query = torch.empty(1000, 8, dim, dtype=dtype, device="meta")
-    key = torch.empty(1200, 2, dim, dtype=dtype, device="meta")
-    numbers = torch.empty(8, 1000, device="meta")
+    query, key = on_paper(QUERIES, HEADS, dims[0], dtype=dtype), on_paper(KEYS, KEY_HEADS, dims[0], dtype=dtype)
+    dout, value = on_paper(QUERIES, HEADS, dims[1], dtype=dtype), on_paper(KEYS, KEY_HEADS, dims[1], dtype=dtype)
+    numbers = on_paper(HEADS, QUERIES)
 
     def launch():
-        operands, sums = (query, query, key, key), (numbers, numbers, None)
-        prepared = backward.PreparedBackward(operands, sums, 0.1, dkey_dtype, tiles, deterministic)
-        prepared(operands, sums, causal_intervals(1000, 1200, "meta"), dtype)
+        operands, sums = (dout, query, key, value), (numbers, numbers, None)
+        prepared = backward.PreparedBackward(operands, sums, 0.1, dkey_dtype, tiles, deterministic, modifiers)
+        prepared.launch_slopes = lambda *arguments: None
+        prepared(operands, sums, causal_intervals(QUERIES, KEYS, "meta"), dtype, modifiers)
 
-    name = "attend_backward_wide_kernel" if dim == 256 else "attend_backward_kernel"
-    with mock.patch.object(backward, "prepare_rows", return_value=(numbers, numbers)):
+    kernels = {"256": "attend_backward_wide_kernel", "192/128": "attend_backward_split_kernel"}
+    name = kernels.get(backward.backward_width(*dims, deterministic), "attend_backward_kernel")
+    plain = replace(modifiers, key_visible=None) if modifiers else None  # padding is in the tables of rows
+    seeing = backward.seeing_rows
+    with (
+        mock.patch.object(backward, "prepare_rows", return_value=(numbers, numbers)),
+        mock.patch.object(backward, "multiprocessors", return_value=132),
+        mock.patch.object(backward, "seeing_rows", lambda intervals, _, block: seeing(intervals, plain, block)),
+    ):
         return compile_call(catch(backward, name, launch))
 
 
@@ -59,6 +108,11 @@ def softmax_before_wait(blocks: dict[str, list[str]]) -> int:
     return found
 
 
+def dims_of(width: str) -> tuple[int, int]:
+    """Head dimensions that fill a width's blocks."""
+    return tuple(map(sum, vars(WIDTHS[width]).values()))
+
+
 # Shapes that docs/benchmarks/hopper.py compares with those in use; they must go on compiling as well.
 FORWARD_SHAPES = [
     *forward.FORWARD_TILES.items(),
@@ -66,30 +120,88 @@ FORWARD_SHAPES = [
 ]
 
 
+def assert_forward_fits(compiled: Compiled, tiles: forward.ForwardTiles, spilled: int = 64) -> None:
+    assert compiled.warnings == []
+    assert compiled.spilled <= spilled
+    assert compiled.shared < SHARED_LIMIT
+    assert softmax_before_wait(compiled.blocks) == tiles.consumers, "one loop in each warpgroup"
+
+
 # Bytes a thread may spill: next to none, once a tile.
-@pytest.mark.parametrize(("dim", "tiles"), FORWARD_SHAPES, ids=str)
+@pytest.mark.parametrize(("width", "tiles"), FORWARD_SHAPES, ids=str)
 @pytest.mark.parametrize(
     ("carry", "out_dtype"),
     [(False, torch.bfloat16), (False, torch.float32), (True, torch.float32), (True, torch.bfloat16)],
     ids=["plain", "first carry", "carry", "last carry"],
 )
-def test_forward_fits_and_keeps_the_softmax_before_the_wait(dim, tiles, carry, out_dtype):
-    compiled = compile_forward(dim, tiles, torch.bfloat16, carry, out_dtype)
-    assert compiled.warnings == []
-    assert compiled.spilled <= 64
-    assert compiled.shared < SHARED_LIMIT
-    assert softmax_before_wait(compiled.blocks) == tiles.consumers, "one loop in each warpgroup"
+def test_forward_fits_and_keeps_the_softmax_before_the_wait(width, tiles, carry, out_dtype):
+    assert_forward_fits(compile_forward(dims_of(width), tiles, torch.bfloat16, carry, out_dtype), tiles)
+
+
+@pytest.mark.parametrize("dims", [(96, 96), (72, 40), (176, 128)], ids=str)
+@pytest.mark.parametrize("carry", [False, True], ids=["plain", "last carry"])
+def test_forward_fits_with_blocks_wider_than_heads(dims, carry):
+    tiles = forward.FORWARD_TILES[width_of(*dims)]
+    assert_forward_fits(compile_forward(dims, tiles, torch.bfloat16, carry, torch.bfloat16), tiles)
+
+
+# At 256, whose accumulators leave no registers for a block's positions, some are read again in each step.
+@pytest.mark.parametrize(("width", "tiles"), forward.MODIFIED_FORWARD_TILES.items(), ids=str)
+@pytest.mark.parametrize("names", ["softcap", "slopes", "padding", "slopes, padding"])
+def test_forward_fits_with_modifiers(width, tiles, names):
+    compiled = compile_forward(
+        dims_of(width), tiles, torch.bfloat16, True, torch.bfloat16, modifiers_named(names), sinks=True
+    )
+    assert_forward_fits(compiled, tiles, spilled=176 if width == "256" else 64)
 
 
 # Two accumulators for keys and values fill most of the registers; what spills is read once a step or less.
-@pytest.mark.parametrize(("dim", "tiles"), backward.BACKWARD_TILES.items(), ids=str)
+SPILLED = {"64": 64, "128": 80, "192/128": 96, "256": 192}
+
+
+@pytest.mark.parametrize(("width", "tiles"), backward.BACKWARD_TILES.items(), ids=str)
 @pytest.mark.parametrize(
     ("dkey_dtype", "deterministic"),
     [(torch.bfloat16, False), (torch.float32, False), (torch.bfloat16, True)],
     ids=["plain", "float32", "deterministic"],
 )
-def test_backward_fits(dim, tiles, dkey_dtype, deterministic):
-    compiled = compile_backward(dim, tiles, torch.bfloat16, dkey_dtype, deterministic)
+def test_backward_fits(width, tiles, dkey_dtype, deterministic):
+    if deterministic and width == "192/128":
+        pytest.skip("repeats bit for bit in blocks of 256 columns")
+    compiled = compile_backward(dims_of(width), tiles, torch.bfloat16, dkey_dtype, deterministic)
     assert compiled.warnings == []
-    assert compiled.spilled <= {64: 64, 128: 80, 256: 192}[dim]
+    assert compiled.spilled <= SPILLED[width]
     assert compiled.shared < SHARED_LIMIT
+
+
+@pytest.mark.parametrize(
+    ("dims", "deterministic"), [((96, 96), False), ((72, 40), True), ((192, 192), False), ((192, 128), True)], ids=str
+)
+def test_backward_fits_with_blocks_wider_than_heads(dims, deterministic):
+    width = backward.backward_width(*dims, deterministic)
+    compiled = compile_backward(dims, backward.BACKWARD_TILES[width], torch.bfloat16, torch.bfloat16, deterministic)
+    assert compiled.warnings == []
+    assert compiled.spilled <= SPILLED[width]
+    assert compiled.shared < SHARED_LIMIT
+
+
+@pytest.mark.parametrize("width", backward.BACKWARD_TILES)
+@pytest.mark.parametrize(("names", "more"), [("softcap", 80), ("slopes", 80), ("softcap, slopes", 320)])
+def test_backward_fits_with_modifiers(width, names, more):
+    tiles = (backward.ALIBI_BACKWARD_TILES if "slopes" in names else backward.BACKWARD_TILES)[width]
+    compiled = compile_backward(dims_of(width), tiles, torch.bfloat16, torch.bfloat16, False, modifiers_named(names))
+    assert compiled.warnings == []
+    assert compiled.spilled <= SPILLED[width] + more
+    assert compiled.shared < SHARED_LIMIT
+
+
+def test_what_plain_attention_does_not_need_is_not_in_its_machine_code():
+    """No softcap's hyperbolic tangent, no numbers of keys: a plain forward kernel has as much shared memory without."""
+    tiles = forward.FORWARD_TILES["128"]
+    plain, padded = (
+        compile_forward((128, 128), tiles, torch.bfloat16, False, torch.bfloat16, modifiers_named(names))
+        for names in ("", "padding")
+    )
+    assert padded.shared - plain.shared >= 2 * tiles.keys * 4
+    loops = [sum(map(len, x.blocks.values())) for x in (plain, padded)]
+    assert loops[0] < loops[1]

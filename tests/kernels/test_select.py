@@ -75,7 +75,7 @@ def test_gpu_tensors_go_to_triton_where_it_takes_them() -> None:
 
 
 @pytest.mark.usefixtures("on_a_gpu")
-def test_modified_scores_go_to_triton_also_where_hopper_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_goes_to_triton_also_where_hopper_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     hopper = pytest.importorskip("ringflash.kernels.hopper")
     monkeypatch.setattr(hopper, "supports", lambda *problem: None)
     assert chosen("cuda", torch.bfloat16, 128, 128, "auto", False) == "hopper"
@@ -143,8 +143,8 @@ def test_slow_kernels_on_a_gpu_are_warned_of_once_with_reason_and_cure(
         assert chosen("cuda", dtype, *dims) == "blockwise"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for modified in (False, True):
-            assert chosen("cuda:0", dtype, *dims, "auto", modified) == "blockwise"
+        for dropout in (False, True):
+            assert chosen("cuda:0", dtype, *dims, "auto", dropout) == "blockwise"
 
 
 @pytest.mark.usefixtures("on_a_gpu")
@@ -233,10 +233,12 @@ def test_without_triton_caches_on_gpus_are_read_by_torch_operators_with_a_warnin
         assert decoding(CUDA, torch.bfloat16, 128, 128) == "cpu.decode"
 
 
-def test_forced_hopper_says_that_it_modifies_no_scores() -> None:
+def test_forced_hopper_says_that_it_drops_no_pairs() -> None:
     pytest.importorskip("ringflash.kernels.hopper")
-    with pytest.raises(ArgumentError, match=r"kernel='hopper' cannot run: .* no softcap.*; triton and blockwise do"):
-        select("cuda", torch.bfloat16, 128, kernel="hopper", modifiers=True)
+    with pytest.raises(
+        ArgumentError, match=r"kernel='hopper' cannot run: it applies no dropout; triton and blockwise do"
+    ):
+        select("cuda", torch.bfloat16, 128, kernel="hopper", dropout=True)
 
 
 def test_unknown_kernels_and_dtypes_are_refused_with_what_is_allowed() -> None:
