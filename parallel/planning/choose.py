@@ -26,7 +26,8 @@ from ringflash.parallel.positions.partition import Partition
 from ringflash.parallel.positions.visibility import needed_keys
 
 CLEARLY = 0.9
-"""Where keys are passed on, a plan is taken instead of the ring if it is predicted to take at most so much of its time."""
+"""Where keys are passed on, a plan is taken instead of the ring if it is predicted to take at most this share of its
+time."""
 
 LEAST = 5e-3
 """Seconds of attention by the ring from which on anything else is taken there. Of less, the time of hosts decides, some
