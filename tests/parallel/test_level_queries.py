@@ -1,4 +1,4 @@
-"""Queries that cross to level shares inside of attention give what they give where they stay, for all masks and features."""
+"""Queries that cross to level shares inside of attention give what they give where they stay, whatever the mask."""
 
 from __future__ import annotations
 
