@@ -54,7 +54,7 @@ def create_engine(
         engine = Fsdp2Engine(model, device, fill, config, optimizer)
     else:
         stage = int(config.name.removeprefix("zero"))
-        engine = ZeroEngine(model, device, fill, stage, optimizer, accumulation)
+        engine = ZeroEngine(model, device, fill, stage, optimizer, accumulation, config.deepspeed)
     engine.shapes = shapes
     if state is not None:
         engine.load(state, step)
