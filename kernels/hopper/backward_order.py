@@ -25,7 +25,7 @@ def order_of_programs(tile_rows: Tensor, key_heads: int, processors: int) -> Ten
         processors: programs that run at a time.
 
     Example:
-        >>> rows = torch.tensor([[0, 0, 2, 2], [2, 2, 8, 8], [4, 4, 8, 8], [6, 6, 8, 8]])  # documents of 2 and of 6 rows
+        >>> rows = torch.tensor([[0, 0, 2, 2], [2, 2, 8, 8], [4, 4, 8, 8], [6, 6, 8, 8]])  # documents of 2 and 6
         >>> order = order_of_programs(rows, key_heads=2, processors=4)
         >>> order // 2, order % 2
         (tensor([1, 2, 3, 1, 2, 3, 0, 0], dtype=torch.int32), tensor([0, 0, 0, 1, 1, 1, 0, 1], dtype=torch.int32))

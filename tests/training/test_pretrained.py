@@ -16,6 +16,7 @@ import torch.distributed as dist
 from folders import write_folder
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ringflash.configs.schema import EngineConfig, LoraConfig, ModelConfig, RopeParametersConfig
@@ -35,7 +36,7 @@ import itertools
 
 from families import FAMILIES, build
 
-ENGINES = ("ddp", "zero1", "zero2", "zero3")
+ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,17 @@ def test_a_base_models_folder_and_weights_under_a_tied_name_are_read_too(tmp_pat
 # Training
 
 
-def _steps(path, name, degree, micro_batch=recipe.SEQUENCES, dtype=torch.float32, memory="keep", last=2, lora=None):
+def _steps(
+    path,
+    name,
+    degree,
+    micro_batch=recipe.SEQUENCES,
+    dtype=torch.float32,
+    memory="keep",
+    last=2,
+    lora=None,
+    settings=None,
+):
     """As recipe.steps: [(loss, gradient norm), ...] and the engine's state, of the same batches."""
     world = dist.get_world_size()
     mesh = init_device_mesh("cpu", (world // degree, degree), mesh_dim_names=("data", "sequence"))
@@ -88,7 +99,11 @@ def _steps(path, name, degree, micro_batch=recipe.SEQUENCES, dtype=torch.float32
     model = Pretrained(ModelConfig(path=str(path)), group, "zigzag", dtype, recipe.SEQLEN, lora)
     accumulation = recipe.SEQUENCES // (micro_batch * data_ranks)
     engine = create_engine(
-        model, torch.device("cpu"), EngineConfig(name, memory=memory), recipe.OPTIMIZER, accumulation
+        model,
+        torch.device("cpu"),
+        EngineConfig(name, memory=memory, **(settings or {})),
+        recipe.OPTIMIZER,
+        accumulation,
     )
     curve = []
     for step in range(last):
@@ -153,7 +168,7 @@ def test_two_ranks_train_and_evaluate_a_folder_as_transformers_does_on_one_devic
         _assert_same(result, expected)
 
 
-@pytest.mark.parametrize("name", ["ddp", "zero3"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero3"])
 def test_data_and_sequence_ranks_train_a_mixture_of_experts_as_one_device_does(pool, experts, name):
     expected = _plain(experts)
     for result in pool(4).run(_steps, experts, name, degree=2, micro_batch=1):
@@ -174,7 +189,7 @@ def test_two_ranks_learn_from_any_family_what_one_device_learns(pool, tmp_path, 
 
 
 @pytest.mark.parametrize("memory", ["recompute", "offload", "offload_pairs"])
-@pytest.mark.parametrize("name", ["ddp", "zero3"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero3"])
 def test_what_is_kept_of_blocks_changes_no_bit(pool, folder, name, memory):
     (expected,), (found,) = (pool(1).run(_steps, folder, name, 1, memory=each, last=1) for each in ("keep", memory))
     assert found[0] == expected[0]
@@ -217,9 +232,13 @@ def test_blocks_of_any_family_are_moved_to_the_host_and_computed_again(pool, tmp
     )
     assert found[0] == expected[0]
     assert all(torch.equal(found[1][key], expected[1][key]) for key in expected[1])
+    divided, _ = pool(2).run(_steps, tmp_path, "fsdp2", 2, memory="offload_pairs", last=1)
+    torch.testing.assert_close(torch.tensor(divided[0]), torch.tensor(expected[0]), rtol=1e-5, atol=1e-6)
+    for key, tensor in expected[1].items():
+        torch.testing.assert_close(divided[1][key], tensor, rtol=0, atol=2e-5 * tensor.abs().max().item() + 1e-9)
 
 
-@pytest.mark.parametrize("name", ["ddp", "zero1", "zero3"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero1", "zero3"])
 def test_bf16_keeps_master_weights_in_fp32_and_rotates_by_frequencies_in_fp32(pool, folder, name):
     curve, state, _ = pool(2).run(_steps, folder, name, degree=2, dtype=torch.bfloat16)[0]
     expected, _, _ = _plain(folder)
@@ -229,7 +248,11 @@ def test_bf16_keeps_master_weights_in_fp32_and_rotates_by_frequencies_in_fp32(po
 
 
 def _live_bytes():
-    storages = [x.untyped_storage() for x in gc.get_objects() if isinstance(x, torch.Tensor) and not x.is_meta]
+    storages = [
+        x.untyped_storage()
+        for x in gc.get_objects()
+        if isinstance(x, torch.Tensor) and not x.is_meta and type(x) is not DTensor
+    ]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
@@ -253,7 +276,7 @@ def _most_bytes_while_loaded(path, name, share):
     return 0.9 * share * whole, most, share * whole + 3 * largest
 
 
-@pytest.mark.parametrize(("name", "share"), [("ddp", 1), ("zero3", 0.5)])
+@pytest.mark.parametrize(("name", "share"), [("ddp", 1), ("fsdp2", 0.5), ("zero3", 0.5)])
 def test_zero3_holds_one_parameter_and_its_share_of_the_others_while_a_folder_is_loaded(pool, tmp_path, name, share):
     write_folder(tmp_path, num_hidden_layers=10, tie_word_embeddings=True)
     for at_least, most, at_most in pool(2).run(_most_bytes_while_loaded, tmp_path, name, share):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import recipe
@@ -27,11 +28,32 @@ def _one_gpu():
 
 @pytest.mark.usefixtures("_one_gpu")
 @pytest.mark.parametrize("memory", ["offload", "auto"])
-@pytest.mark.parametrize("name", ["ddp", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
 def test_bf16_follows_the_cpu_run_and_resumes(tmp_path, name, memory):
-    if name != "ddp":
+    _follows_and_resumes(tmp_path, name, memory)
+
+
+@pytest.mark.usefixtures("_one_gpu")
+@pytest.mark.parametrize("settings", [{"offload": True}, {"reduce": "bf16"}, {"compile": True}], ids=str)
+def test_fsdp2_on_the_host_in_bf16_or_compiled_follows_the_cpu_run_and_resumes(tmp_path, settings):
+    _follows_and_resumes(tmp_path, "fsdp2", "offload", settings)
+
+
+@pytest.mark.usefixtures("_one_gpu")
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3"])
+def test_zero_on_the_host_follows_the_cpu_run_and_resumes(tmp_path, name):
+    on_host = {"offload_optimizer": {"device": "cpu"}}
+    if name == "zero3":
+        on_host["offload_param"] = {"device": "cpu"}
+    path = tmp_path / "deepspeed.json"
+    path.write_text(json.dumps({"zero_optimization": on_host}))
+    _follows_and_resumes(tmp_path, name, "offload", {"deepspeed": str(path)})
+
+
+def _follows_and_resumes(tmp_path, name, memory, settings=None):
+    if name.startswith("zero"):
         pytest.importorskip("deepspeed")
-    options = {"degree": 1, "device": "cuda", "dtype": torch.bfloat16, "memory": memory}
+    options = {"degree": 1, "device": "cuda", "dtype": torch.bfloat16, "memory": memory, "settings": settings}
     expected, weights = recipe.plain(last=4)
     curve, state = recipe.steps(name, last=4, **options)
     torch.testing.assert_close(torch.tensor(curve), torch.tensor(expected), rtol=0.03, atol=0.03)
@@ -58,7 +80,7 @@ def test_fp32_gradients_are_those_of_the_cpu():
 
 @pytest.mark.usefixtures("_one_gpu")
 @pytest.mark.parametrize("lora", [0, 4], ids=["whole", "adapters"])
-@pytest.mark.parametrize("name", ["ddp", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
 def test_a_hugging_face_folder_in_bf16_follows_its_run_in_fp32_on_the_cpu(tmp_path, name, lora):
     pytest.importorskip("transformers")
     from folders import write_folder

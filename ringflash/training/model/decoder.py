@@ -43,6 +43,14 @@ class Decoder(nn.Module, ABC):
         return []
 
     @abstractmethod
+    def compile_blocks(self) -> None:
+        """Have torch.compile compile what its blocks compute beside attention and tiles; comes before `keep`."""
+
+    def parts(self) -> list[nn.Module]:
+        """Modules in the order in which they run, whose weights are wanted only while each is called."""
+        return []
+
+    @abstractmethod
     def initialise(self, name: str, weight: Tensor) -> None:
         """Fill an fp32 tensor with the initial values of the parameter of that name, the same on every rank."""
 
