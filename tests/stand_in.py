@@ -96,6 +96,7 @@ def stand_in(kernels: ModuleType = triton) -> Iterator[StandIn]:
         mock.patch.multiple(row_delta, **chip, launchers=Kept()),
         mock.patch.multiple(backward, **chip, prepared_calls=Kept()),
         mock.patch.object(hopper_checks, "supports", _supported),
+        mock.patch.object(hopper_checks, "runs_on", _supported),
         mock.patch.multiple(hopper_forward, multiprocessors=_multiprocessors, prepared_calls=Kept()),
         mock.patch.multiple(hopper_backward, prepared_calls=Kept()),
     ):

@@ -34,7 +34,8 @@ ONCE = {
     "forward_tiles", "key_gradient_tiles", "query_gradient_tiles", "__init__:PreparedForward",
     "__init__:PreparedBackward", "__init__:PreparedQueryGradient", "__init__:PreparedKeyGradient",
     "__init__:Launcher", "described", "descriptor",
-    "list_descriptor", "description_of", "addressable", "supports", "run:JITFunction", "__post_init__:TensorDescriptor",
+    "list_descriptor", "part_descriptors", "description_of", "addressable", "supports", "runs_on", "width_of",
+    "run:JITFunction", "__post_init__:TensorDescriptor",
     "_longest_first", "_key_tile_rows",
 }  # fmt: skip
 """Functions that a call of a form seen before does not come to."""

@@ -65,11 +65,15 @@ BACKWARD_WIDTHS = {name: WIDTHS[name] for name in ("64", "128", "192/128", "256"
 """Columns that the kernels' blocks have."""
 
 
-def backward_width(head_dim: int, value_head_dim: int, deterministic: bool) -> str:
-    """The name in `BACKWARD_WIDTHS` of blocks for these head dimensions, which those of 256 columns take as well."""
+def backward_width(head_dim: int, value_head_dim: int) -> str:
+    """The name in `BACKWARD_WIDTHS` of blocks for these head dimensions.
+
+    Blocks of 256 columns take those of 192/128 as well, and are what is used: `backward_split_kernel` has not been held
+    against float64 on a GPU in the form that it has.
+    """
     width = width_of(head_dim, value_head_dim)
     assert width is not None  # as is checked before
-    return width if width in BACKWARD_WIDTHS and not (deterministic and width == "192/128") else "256"
+    return width if width in ("64", "128") else "256"
 
 
 def stored_parts(parts: tuple[int, ...], dim: int) -> tuple[int, ...]:
@@ -108,7 +112,7 @@ def attend_backward(
     if prepared is None:
         check_operands(query, key, value, intervals, scale, modifiers)
         tiles = BACKWARD_TILES if modifiers is None or modifiers.slopes is None else ALIBI_BACKWARD_TILES
-        tiles = tiles[backward_width(query.shape[2], value.shape[2], deterministic)]
+        tiles = tiles[backward_width(query.shape[2], value.shape[2])]
         prepared = PreparedBackward(operands, numbers, scale, dkey_dtype, tiles, deterministic, modifiers)
         prepared_calls.add(call, prepared)
     return prepared(operands, numbers, intervals, dquery_dtype, modifiers)
@@ -168,7 +172,7 @@ class PreparedBackward:
         (query_rows, heads, dim), (key_rows, key_heads, value_dim) = query.shape, value.shape
         group = heads // key_heads
         self.tiles, self.deterministic = tiles, deterministic
-        self.heads, self.width = (heads, key_heads), backward_width(dim, value_dim, deterministic)
+        self.heads, self.width = (heads, key_heads), backward_width(dim, value_dim)
         self.dkey_dtype, self.float_out = dkey_dtype, dkey_dtype != key.dtype
         self.stored_dtype = torch.float32 if self.float_out else dkey_dtype
         self.empty = query_rows == 0 or key_rows == 0

@@ -11,7 +11,12 @@ from ringflash.kernels.hopper.widths import width_of
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.modifiers import Modifiers
 
-HEAD_DIMS = "multiples of 8 up to 128, up to 192 with values of 128 or 192, and up to 256 with values of 256"
+CHOSEN_DIMS = (*((dim, dim) for dim in (40, 48, 56, 64, 128, 192, 256)), (192, 128))
+"""Head dimensions, of query and key and of value, that these kernels are chosen for.
+
+The kernels take whatever `width_of` has a width for. Those of blocks wider than heads of more than 64 columns have not
+been held against float64 on a GPU since they were last changed, see docs/benchmarks/kernels.md.
+"""
 
 
 def supports(
@@ -23,16 +28,17 @@ def supports(
         >>> supports("cpu", torch.bfloat16, 128)
         'device is cpu; it takes NVIDIA GPUs of compute capability 9.0'
     """
-    missing = _missing(torch.device(device), dtype)
+    missing = runs_on(torch.device(device), dtype)
     if missing is not None:
         return missing
-    value_head_dim = value_head_dim or head_dim
-    if width_of(head_dim, value_head_dim) is None:
-        return f"head_dim={head_dim}, value_head_dim={value_head_dim}; it takes {HEAD_DIMS}"
+    dims = head_dim, value_head_dim or head_dim
+    if dims not in CHOSEN_DIMS:
+        return f"head_dim={dims[0]}, value_head_dim={dims[1]}; it takes one of {CHOSEN_DIMS}"
     return None
 
 
-def _missing(device: torch.device, dtype: torch.dtype) -> str | None:
+def runs_on(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None where kernels of this package run on tensors of this dtype there, otherwise the reason why they do not."""
     if device.type != "cuda" or torch.version.hip:
         return f"device is {device}; it takes NVIDIA GPUs of compute capability 9.0"
     capability = torch.cuda.get_device_capability(device)
@@ -58,10 +64,10 @@ def check_operands(
             f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}; allowed are "
             "(T, H, D), (S, Hk, D), (S, Hk, Dv) with H a multiple of Hk"
         )
-    if missing := _missing(query.device, query.dtype):
+    if missing := runs_on(query.device, query.dtype):
         raise ArgumentError(f"kernel='hopper' cannot run: {missing}")
     if width_of(query.shape[2], value.shape[2]) is None:
-        raise ArgumentError(f"head dimensions {query.shape[2]} and {value.shape[2]}; allowed are {HEAD_DIMS}")
+        raise ArgumentError(f"head dimensions {query.shape[2]} and {value.shape[2]}; allowed are those of `widths`")
     if intervals.query_count != query.shape[0] or intervals.key_count != key.shape[0]:
         raise ArgumentError(
             f"intervals are for {intervals.query_count} query and {intervals.key_count} key rows; "

@@ -65,6 +65,10 @@ MODIFIED_FORWARD_TILES = {**FORWARD_TILES, "64": replace(FORWARD_TILES["64"], co
 """With modifiers, which want more registers."""
 
 
+SINKS_JOIN = ((64, 64), (128, 128))
+"""Head dimensions at which learned sinks join in the kernel, without modifiers: those held against float64 on a GPU."""
+
+
 def attend(
     query: Tensor,
     key: Tensor,
@@ -79,6 +83,10 @@ def attend(
 ) -> Carry:
     """See ringflash.kernels.reference.attend. A carry is overwritten where its tensors can hold the result."""
     out_dtype = out_dtype or query.dtype
+    if sinks is not None and (modifiers is not None or query.shape[2:] + value.shape[2:] not in SINKS_JOIN):
+        settings = {"scale": scale, "modifiers": modifiers, "carry": carry, "out_dtype": torch.float32}
+        out, lse = with_sinks(*attend(query, key, value, intervals, **settings), sinks)
+        return out.to(out_dtype), lse
     carry = carry and (addressable_carry(carry[0]), carry[1].contiguous())
     sinks = None if sinks is None else sinks.contiguous()
     call = _call(query, key, value, intervals, scale, modifiers, carry, out_dtype, sinks)

@@ -90,6 +90,12 @@ class Inputs(NamedTuple):
     key_visible: Tensor | None
     sinks: Tensor | None
 
+    def modifiers(self, settings: Settings) -> tuple[str, ...]:
+        """Names of what is done to scores and weights, as `ringflash.kernels.select` takes them."""
+        given = (bool(settings.softcap), self.slopes is not None, bool(settings.dropout), self.key_visible is not None)
+        names = ("softcap", "slopes", "dropout", "key_visible")
+        return tuple(name for name, x in zip(names, given, strict=True) if x)
+
     def modified(self, settings: Settings) -> bool:
         """Whether scores or weights are modified (see `ringflash.kernels.modifiers`)."""
         return self.key_visible is not None or self.slopes is not None or bool(settings.dropout or settings.softcap)
@@ -242,7 +248,7 @@ def prepare(inputs: Inputs, settings: Settings, table: Tensor, which: str) -> Re
     """
     query, value, modified = inputs.query, inputs.value, inputs.modified(settings)
     dims = query.shape[-1], value.shape[-1]
-    problem = query.device, query.dtype, *dims, settings.kernel, bool(settings.dropout)
+    problem = query.device, query.dtype, *dims, settings.kernel, inputs.modifiers(settings)
     if inputs.handle is None and inputs.on_device():
         mask, program = _program_on_device(inputs, settings, table)
         return Ready(inputs, settings, program, None, select(*problem, mask.two_intervals), modified, None)

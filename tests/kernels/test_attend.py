@@ -5,6 +5,7 @@ The Triton kernels run here on GPUs only; test_triton_*.py runs them in the inte
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from dataclasses import replace
 from types import ModuleType
@@ -151,10 +152,6 @@ GPU_CASES = {
     "bf16-d192-v128": (torch.bfloat16, (2, 2), (192, 128), False, 0),
     "bf16-d192-v128-ring": (torch.bfloat16, (4, 2), (192, 128), False, 1),
     "bf16-d192": (torch.bfloat16, (4, 1), (192, 192), False, 1),
-    "bf16-d96-ring": (torch.bfloat16, (4, 2), (96, 96), False, 1),
-    "bf16-d80": (torch.bfloat16, (2, 1), (80, 80), False, 0),
-    "bf16-d120-v128": (torch.bfloat16, (2, 2), (120, 128), False, 1),
-    "bf16-d176-v128": (torch.bfloat16, (2, 2), (176, 128), False, 1),
     "fp16-d128": (torch.float16, (2, 1), (128, 128), False, 0),
     "fp16-d40-v72-ring": (torch.float16, (3, 3), (40, 72), False, 1),
     "fp32-d64": (torch.float32, (2, 1), (64, 64), False, 0),
@@ -164,29 +161,51 @@ GPU_CASES = {
 GPU_MODIFIED_CASES = {
     "bf16-d128-all-ring": (torch.bfloat16, (4, 2), (128, 128), False, 1, (3.0, "of each row", 0.3, True)),
     "bf16-d128-dropout-sink": (torch.bfloat16, (2, 2), (128, 128), True, 0, (0.0, None, 0.6, False)),
-    "bf16-d64-softcap-ring": (torch.bfloat16, (4, 2), (64, 64), False, 1, (3.0, None, 0.0, False)),
     "bf16-d64-slopes": (torch.bfloat16, (4, 2), (64, 64), False, 1, (0.0, "of each row", 0.0, False)),
-    "bf16-d96-softcap-slopes-padding": (torch.bfloat16, (4, 2), (96, 96), False, 1, (3.0, "of all rows", 0.0, True)),
-    "bf16-d128-padding-ring": (torch.bfloat16, (4, 1), (128, 128), False, 1, (0.0, None, 0.0, True)),
-    "bf16-d192-v128-softcap-slopes": (torch.bfloat16, (2, 2), (192, 128), False, 0, (3.0, "heads first", 0.0, False)),
-    "bf16-d256-slopes-padding": (torch.bfloat16, (2, 1), (256, 256), False, 1, (0.0, "of each row", 0.0, True)),
+    "bf16-d128-slopes-ring": (torch.bfloat16, (4, 1), (128, 128), False, 1, (0.0, "of each row", 0.0, False)),
+    "bf16-d256-slopes": (torch.bfloat16, (2, 1), (256, 256), False, 1, (0.0, "of all rows", 0.0, False)),
     "bf16-d256-softcap": (torch.bfloat16, (2, 1), (256, 256), False, 0, (3.0, None, 0.0, False)),
     "fp16-d64-all": (torch.float16, (3, 3), (64, 64), False, 0, (3.0, "heads first", 0.3, True)),
     "fp16-d128-slopes-padding": (torch.float16, (4, 1), (128, 128), False, 0, (0.0, "of all rows", 0.0, True)),
     "fp16-d40-v72-dropout-padding-ring": (torch.float16, (2, 1), (40, 72), False, 1, (0.0, None, 0.1, True)),
     "fp32-d64-all": (torch.float32, (2, 1), (64, 64), False, 0, (3.0, "of each row", 0.3, True)),
 }
+# What the Hopper kernels take and are not chosen for, see kernels/hopper/checks.py; modifiers as above, or None.
+HOPPER_NOT_CHOSEN_CASES = {
+    "bf16-d96-ring": (torch.bfloat16, (4, 2), (96, 96), 1, None),
+    "bf16-d80": (torch.bfloat16, (2, 1), (80, 80), 0, None),
+    "bf16-d112-ring": (torch.bfloat16, (2, 2), (112, 112), 1, None),
+    "bf16-d72-v40": (torch.bfloat16, (2, 1), (72, 40), 1, None),
+    "bf16-d24": (torch.bfloat16, (2, 1), (24, 24), 1, None),
+    "bf16-d120-v128": (torch.bfloat16, (2, 2), (120, 128), 1, None),
+    "bf16-d176-v128": (torch.bfloat16, (2, 2), (176, 128), 1, None),
+    "bf16-d64-padding": (torch.bfloat16, (4, 2), (64, 64), 1, (0.0, None, 0.0, True)),
+    "bf16-d128-padding": (torch.bfloat16, (4, 1), (128, 128), 1, (0.0, None, 0.0, True)),
+    "bf16-d256-slopes-padding": (torch.bfloat16, (2, 1), (256, 256), 1, (0.0, "of each row", 0.0, True)),
+    "bf16-d64-softcap": (torch.bfloat16, (4, 2), (64, 64), 1, (3.0, None, 0.0, False)),
+    "bf16-d128-softcap": (torch.bfloat16, (4, 2), (128, 128), 1, (3.0, None, 0.0, False)),
+    "bf16-d256-softcap": (torch.bfloat16, (4, 2), (256, 256), 0, (3.0, None, 0.0, False)),
+    "fp16-d128-softcap": (torch.float16, (4, 2), (128, 128), 0, (50.0, None, 0.0, False)),
+    "bf16-d96-all-but-dropout": (torch.bfloat16, (4, 2), (96, 96), 1, (3.0, "of all rows", 0.0, True)),
+    "bf16-d192-v128-softcap-slopes": (torch.bfloat16, (2, 2), (192, 128), 0, (3.0, "heads first", 0.0, False)),
+}
 on_gpu_kernels = pytest.mark.parametrize("name", [x for x in NAMES if x not in ("auto", "reference", "blockwise")])
 
 
 def kernels_for(
-    name: str, dtype: torch.dtype, dims: tuple[int, int], dropout: bool = False, sink_tokens: bool = False
+    name: str, dtype: torch.dtype, dims: tuple[int, int], modifiers: tuple[str, ...] = (), sink_tokens: bool = False
 ) -> ModuleType:
     """The named kernels, if they run on this."""
     try:
-        return select("cuda", dtype, *dims, name, dropout, sink_tokens)
+        return select("cuda", dtype, *dims, name, modifiers, sink_tokens)
     except ArgumentError as reason:
         pytest.skip(str(reason))
+
+
+def named_modifiers(kinds: tuple) -> tuple[str, ...]:
+    """Names of the modifiers that are asked for, as `select` takes them."""
+    names = ("softcap", "slopes", "dropout", "key_visible")
+    return tuple(name for name, kind in zip(names, kinds, strict=True) if kind)
 
 
 @pytest.mark.gpu
@@ -210,12 +229,80 @@ def test_gpu_kernels_are_as_accurate_as_torch(name: str, case: tuple, data: st.D
 @given(st.data())
 def test_gpu_kernels_with_modifiers_are_as_accurate_as_torch(name: str, case: tuple, data: st.DataObject) -> None:
     dtype, heads, dims, sink, cut_count, kinds = case
-    kernels = kernels_for(name, dtype, dims, dropout=bool(kinds[2]), sink_tokens=sink)
+    kernels = kernels_for(name, dtype, dims, named_modifiers(kinds), sink)
     intervals, seed = to_device(data.draw(any_intervals(1000, sink)), "cuda"), data.draw(st.integers(0, 2**63 - 1))
     modifiers = draw_modifiers(intervals, heads[0], seed, *kinds)
     problem = draw_problem(intervals, heads, dims, dtype, seed=seed, modifiers=modifiers)
     cuts = [data.draw(st.integers(0, intervals.key_count)) for _ in range(cut_count)]
     assert_accurate(run(kernels, problem, cuts, backwards=data.draw(st.booleans())), problem)
+
+
+def hopper_itself() -> ModuleType:
+    """The Hopper kernels also for what they are not chosen for."""
+    kernels_for("hopper", torch.bfloat16, (128, 128))
+    return importlib.import_module("ringflash.kernels.hopper")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", HOPPER_NOT_CHOSEN_CASES.values(), ids=HOPPER_NOT_CHOSEN_CASES)
+@settings(max_examples=15)
+@given(st.data())
+def test_hopper_kernels_are_as_accurate_as_torch_where_they_are_not_chosen_yet(
+    case: tuple, data: st.DataObject
+) -> None:
+    dtype, heads, dims, cut_count, kinds = case
+    intervals, seed = to_device(data.draw(any_intervals(1000, False)), "cuda"), data.draw(st.integers(0, 2**63 - 1))
+    modifiers = None if kinds is None else draw_modifiers(intervals, heads[0], seed, *kinds)
+    problem = draw_problem(intervals, heads, dims, dtype, seed=seed, modifiers=modifiers)
+    cuts = [data.draw(st.integers(0, intervals.key_count)) for _ in range(cut_count)]
+    deterministic = data.draw(st.booleans())
+    results = run(hopper_itself(), problem, cuts, backwards=data.draw(st.booleans()), deterministic=deterministic)
+    assert_accurate(results, problem)
+
+
+@pytest.mark.gpu
+@settings(max_examples=15)
+@given(st.data())
+def test_the_backward_kernel_of_192_and_128_columns_is_as_accurate_as_torch(data: st.DataObject) -> None:
+    """It is not in use yet, see `backward.backward_width`."""
+    kernels = hopper_itself()
+    from ringflash.kernels.hopper import backward  # needs triton
+
+    intervals = to_device(data.draw(any_intervals(1000, False)), "cuda")
+    problem = draw_problem(intervals, (4, 2), (192, 128), torch.bfloat16, seed=data.draw(st.integers(0, 2**32 - 1)))
+    cuts = data.draw(st.lists(st.integers(0, intervals.key_count), max_size=1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backward, "backward_width", lambda *dims: "192/128")
+        patch.setattr(backward, "prepared_calls", Kept())
+        assert_accurate(run(kernels, problem, cuts), problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dims", [(96, 96), (192, 128), (192, 192), (256, 256)], ids=str)
+@pytest.mark.parametrize("carried", [False, True])
+def test_learned_sinks_join_where_they_are_weighed_in_behind_so_far(dims: tuple[int, int], carried: bool) -> None:
+    """As `forward.SINKS_JOIN` does not have them yet."""
+    kernels = hopper_itself()
+    from ringflash.kernels.hopper import forward  # needs triton
+
+    problem = draw_problem(causal_intervals(500, 700, "cuda"), (4, 2), dims, torch.bfloat16)
+    sinks, cut = torch.randn(4, device="cuda"), 300 if carried else 0
+    settings, carry = {"scale": problem.scale}, None
+    keys = problem.key, problem.value
+    if carried:
+        first = between(problem.intervals, 0, cut)
+        carry = kernels.attend(
+            problem.query, *(x[:cut] for x in keys), first, **settings, carry=None, out_dtype=torch.float32
+        )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forward, "SINKS_JOIN", (dims,))
+        last = between(problem.intervals, cut, 700)
+        out, lse = kernels.attend(problem.query, *(x[cut:] for x in keys), last, **settings, carry=carry, sinks=sinks)
+    operands = (problem.query.double(), problem.key.double(), problem.value.double())
+    right, right_lse = reference.attend(*operands, problem.intervals, **settings, sinks=sinks)
+    theirs = errors(torch_own(problem), exact(problem))
+    assert (out.double() - right).abs().max() <= 2 * theirs["out"] + 1e-5
+    assert (lse - right_lse).abs().max() <= 2 * theirs["lse"] + 1e-5
 
 
 @pytest.mark.gpu
@@ -304,7 +391,7 @@ def test_nan_reaches_out_and_lse_through_later_launches_on_gpus(name: str) -> No
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("cut_count", [0, 1])
-@pytest.mark.parametrize("dims", [(64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)], ids=str)
+@pytest.mark.parametrize("dims", [(40, 40), (64, 64), (128, 128), (192, 128), (192, 192), (256, 256)], ids=str)
 @on_gpu_kernels
 @settings(max_examples=10)
 @given(st.data())
@@ -365,7 +452,7 @@ def test_deterministic_gradients_repeat_bit_for_bit_on_gpus(name: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("dim", [64, 128, 192, 256])
 @on_gpu_kernels
 @settings(max_examples=20)
 @given(st.data())

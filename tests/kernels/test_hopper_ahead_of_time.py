@@ -76,7 +76,9 @@ def compile_backward(
     dkey_dtype: torch.dtype,
     deterministic: bool,
     modifiers: Modifiers | None = None,
+    width: str | None = None,
 ) -> Compiled:
+    """Compile a launch with the kernel in use, or that of the width given."""
     query, key = on_paper(QUERIES, HEADS, dims[0], dtype=dtype), on_paper(KEYS, KEY_HEADS, dims[0], dtype=dtype)
     dout, value = on_paper(QUERIES, HEADS, dims[1], dtype=dtype), on_paper(KEYS, KEY_HEADS, dims[1], dtype=dtype)
     numbers = on_paper(HEADS, QUERIES)
@@ -88,10 +90,12 @@ def compile_backward(
         prepared(operands, sums, causal_intervals(QUERIES, KEYS, "meta"), dtype, modifiers)
 
     kernels = {"256": "attend_backward_wide_kernel", "192/128": "attend_backward_split_kernel"}
-    name = kernels.get(backward.backward_width(*dims, deterministic), "attend_backward_kernel")
+    width = width or backward.backward_width(*dims)
+    name = kernels.get(width, "attend_backward_kernel")
     plain = replace(modifiers, key_visible=None) if modifiers else None  # padding is in the tables of rows
     seeing = backward.seeing_rows
     with (
+        mock.patch.object(backward, "backward_width", return_value=width),
         mock.patch.object(backward, "prepare_rows", return_value=(numbers, numbers)),
         mock.patch.object(backward, "multiprocessors", return_value=132),
         mock.patch.object(backward, "seeing_rows", lambda intervals, _, block: seeing(intervals, plain, block)),
@@ -168,7 +172,7 @@ SPILLED = {"64": 64, "128": 80, "192/128": 96, "256": 192}
 def test_backward_fits(width, tiles, dkey_dtype, deterministic):
     if deterministic and width == "192/128":
         pytest.skip("repeats bit for bit in blocks of 256 columns")
-    compiled = compile_backward(dims_of(width), tiles, torch.bfloat16, dkey_dtype, deterministic)
+    compiled = compile_backward(dims_of(width), tiles, torch.bfloat16, dkey_dtype, deterministic, width=width)
     assert compiled.warnings == []
     assert compiled.spilled <= SPILLED[width]
     assert compiled.shared < SHARED_LIMIT
@@ -178,14 +182,14 @@ def test_backward_fits(width, tiles, dkey_dtype, deterministic):
     ("dims", "deterministic"), [((96, 96), False), ((72, 40), True), ((192, 192), False), ((192, 128), True)], ids=str
 )
 def test_backward_fits_with_blocks_wider_than_heads(dims, deterministic):
-    width = backward.backward_width(*dims, deterministic)
+    width = backward.backward_width(*dims)
     compiled = compile_backward(dims, backward.BACKWARD_TILES[width], torch.bfloat16, torch.bfloat16, deterministic)
     assert compiled.warnings == []
     assert compiled.spilled <= SPILLED[width]
     assert compiled.shared < SHARED_LIMIT
 
 
-@pytest.mark.parametrize("width", backward.BACKWARD_TILES)
+@pytest.mark.parametrize("width", ["64", "128", "256"])
 @pytest.mark.parametrize(("names", "more"), [("softcap", 80), ("slopes", 80), ("softcap, slopes", 320)])
 def test_backward_fits_with_modifiers(width, names, more):
     tiles = (backward.ALIBI_BACKWARD_TILES if "slopes" in names else backward.BACKWARD_TILES)[width]

@@ -75,20 +75,22 @@ def test_gpu_tensors_go_to_triton_where_it_takes_them() -> None:
 
 
 @pytest.mark.usefixtures("on_a_gpu")
-def test_dropout_goes_to_triton_also_where_hopper_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_most_modified_scores_go_to_triton_also_where_hopper_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     hopper = pytest.importorskip("ringflash.kernels.hopper")
     monkeypatch.setattr(hopper, "supports", lambda *problem: None)
-    assert chosen("cuda", torch.bfloat16, 128, 128, "auto", False) == "hopper"
-    assert chosen("cuda", torch.bfloat16, 128, 128, "auto", True) == "triton"
-    assert chosen("cuda", torch.bfloat16, 128, 128, "triton", True) == "triton"
-    assert chosen("cuda", torch.bfloat16, 20, 20, "auto", True) == "blockwise"
+    for modifiers in ((), ("slopes",)):
+        assert chosen("cuda", torch.bfloat16, 128, 128, "auto", modifiers) == "hopper"
+        assert chosen("cuda", torch.bfloat16, 128, 128, "triton", modifiers) == "triton"
+    for modifiers in (("softcap",), ("key_visible",), ("dropout",), ("slopes", "dropout")):
+        assert chosen("cuda", torch.bfloat16, 128, 128, "auto", modifiers) == "triton"
+        assert chosen("cuda", torch.bfloat16, 20, 20, "auto", modifiers) == "blockwise"
 
 
 @pytest.mark.usefixtures("on_a_gpu")
 def test_sink_tokens_go_to_triton_also_where_hopper_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     hopper = pytest.importorskip("ringflash.kernels.hopper")
     monkeypatch.setattr(hopper, "supports", lambda *problem: None)
-    assert chosen("cuda", torch.bfloat16, 128, 128, "auto", False, True) == "triton"
+    assert chosen("cuda", torch.bfloat16, 128, 128, "auto", (), True) == "triton"
     with pytest.raises(ArgumentError, match=r"kernel='hopper' cannot run: .*sink tokens; triton and blockwise do"):
         select("cuda", torch.bfloat16, 128, kernel="hopper", sink_tokens=True)
 
@@ -99,7 +101,7 @@ def test_a_mask_with_sink_tokens_says_so_to_the_choice(monkeypatch: pytest.Monke
     x = torch.randn(1, 9, 1, 8)
     for mask in (Mask.sliding_window(4), Mask.sliding_window(4, sink=2)):
         attention(x, x, x, mask=mask, group=ONE_DEVICE)
-    assert asked == [(False, False), (False, True)]
+    assert asked == [((), False), ((), True)]
 
 
 @pytest.mark.usefixtures("without_triton")
@@ -143,8 +145,8 @@ def test_slow_kernels_on_a_gpu_are_warned_of_once_with_reason_and_cure(
         assert chosen("cuda", dtype, *dims) == "blockwise"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for dropout in (False, True):
-            assert chosen("cuda:0", dtype, *dims, "auto", dropout) == "blockwise"
+        for modifiers in ((), ("softcap", "dropout")):
+            assert chosen("cuda:0", dtype, *dims, "auto", modifiers) == "blockwise"
 
 
 @pytest.mark.usefixtures("on_a_gpu")
@@ -233,12 +235,12 @@ def test_without_triton_caches_on_gpus_are_read_by_torch_operators_with_a_warnin
         assert decoding(CUDA, torch.bfloat16, 128, 128) == "cpu.decode"
 
 
-def test_forced_hopper_says_that_it_drops_no_pairs() -> None:
+def test_forced_hopper_names_modifiers_that_it_is_not_chosen_for() -> None:
     pytest.importorskip("ringflash.kernels.hopper")
     with pytest.raises(
-        ArgumentError, match=r"kernel='hopper' cannot run: it applies no dropout; triton and blockwise do"
+        ArgumentError, match=r"kernel='hopper' cannot run: it is not chosen for softcap and dropout; triton"
     ):
-        select("cuda", torch.bfloat16, 128, kernel="hopper", dropout=True)
+        select("cuda", torch.bfloat16, 128, kernel="hopper", modifiers=("softcap", "slopes", "dropout"))
 
 
 def test_unknown_kernels_and_dtypes_are_refused_with_what_is_allowed() -> None:
