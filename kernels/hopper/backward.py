@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 import triton
@@ -182,19 +181,14 @@ class PreparedBackward:
         reachable = _reachable(operands)
         self.all_addressable = all(x is y for x, y in zip(operands, reachable, strict=True))
         width = BACKWARD_WIDTHS[self.width]
-        self.operand_descriptions = [
-            part_descriptors(x, rows, parts)
-            for x, rows, parts in zip(
-                reachable,
-                (tiles.queries, tiles.queries, tiles.keys, tiles.keys),
-                (width.values, width.keys, width.keys, width.values),
-                strict=True,
-            )
-        ]
+        blocks = (tiles.queries, tiles.queries, tiles.keys, tiles.keys)
+        parts = (width.values, width.keys, width.keys, width.values)
+        self.descriptions, rest = zip(*map(part_descriptors, reachable, blocks, parts), strict=True)
+        self.rest_descriptions = rest[1:3] if any(rest) else None
         dquery = without_memory(query.shape, torch.float32) if numbers[2] is None else numbers[2].contiguous()
         padded = sum(width.keys) > dim
         self.dquery_description = description_of(descriptor(dquery, HALF.value, HALF.value, padded))
-        self.dkey_descriptions = [[None, None], [None, None]]
+        self.dkey_descriptions = None
         if not self.float_out:
             self.dkey_descriptions = [
                 part_descriptors(
@@ -257,34 +251,33 @@ class PreparedBackward:
             order = programs_in_order(intervals, self.tiles.keys, self.heads[1])
         if not self.all_addressable:
             operands = _reachable(operands)
-        parts = zip(operands, self.operand_descriptions, strict=True)
-        (dout, _), (query, query_rest), (key, key_rest), (value, _) = (
-            map(partial(descriptor_of, x), y) for x, y in parts
-        )
-        written = zip((dkey, dvalue), self.dkey_descriptions, strict=True)
-        (dkey_desc, dkey_rest), (dvalue_desc, _) = (map(partial(descriptor_of, x), y) for x, y in written)
-        pointers = (dkey, dvalue) if self.float_out else (None, None)
-        rows = (descriptor_of(x, self.number_description) for x in (scaled_lse, minus_delta))
+        dout_desc, query_desc, key_desc, value_desc = map(descriptor_of, operands, self.descriptions)
+        pointers, dkey_desc, dkey_rest, dvalue_desc = (dkey, dvalue), None, None, None
+        if self.dkey_descriptions is not None:
+            (of_dkey, of_rest), (of_dvalue, _) = self.dkey_descriptions
+            dkey_desc, dvalue_desc = descriptor_of(dkey, of_dkey), descriptor_of(dvalue, of_dvalue)
+            pointers, dkey_rest = (None, None), of_rest and descriptor_of(dkey, of_rest)
+        rows = map(descriptor_of, (scaled_lse, minus_delta), (self.number_description,) * 2)
         dquery_desc = descriptor_of(dquery, self.dquery_description)
-        seeing, positions = seeing_rows(intervals, modifiers, self.tiles.keys), self._positions(modifiers)
+        seeing = seeing_rows(intervals, modifiers, self.tiles.keys)
+        positions = self._positions(modifiers) if self.alibi else (None, None, None)
         if self.width == "192/128":
             tensors = (
-                query, dout, key, value, query_rest, key_rest, *rows, dquery_desc, dkey_desc, dkey_rest, dvalue_desc,
+                query_desc, dout_desc, key_desc, value_desc, *map(descriptor_of, operands[1:3], self.rest_descriptions),
+                *rows, dquery_desc, dkey_desc, dkey_rest, dvalue_desc,
                 *pointers, *seeing, order, *positions, *self.shape,
             )  # fmt: skip
             self.launch(attend_backward_split_kernel, tensors)
         else:
             tensors = (
-                query, dout, key, value, *rows, dquery_desc, dkey_desc, dvalue_desc,
+                query_desc, dout_desc, key_desc, value_desc, *rows, dquery_desc, dkey_desc, dvalue_desc,
                 *pointers, *seeing, order, turns, turn_now, section, *positions, *self.shape,
             )  # fmt: skip
             self.launch(attend_backward_wide_kernel if self.width == "256" else attend_backward_kernel, tensors)
         return dquery.to(dquery_dtype), dkey.to(self.dkey_dtype), dvalue.to(self.dkey_dtype)
 
-    def _positions(self, modifiers: Modifiers | None) -> tuple:
+    def _positions(self, modifiers: Modifiers) -> tuple:
         """With ALiBi positions and slopes of query rows, as the numbers of `prepare_rows`, and positions of keys."""
-        if modifiers is None or not self.alibi:
-            return None, None, None
         slopes = modifiers.slopes
         positions, scaled_slopes = slopes.new_empty(self.number_count), slopes.new_empty(self.number_count)
         rows = modifiers.query_positions.contiguous(), slopes

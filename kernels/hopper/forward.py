@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -175,11 +174,13 @@ class PreparedForward:
         query, key, value = map(addressable, given)
         self.all_addressable = all(x is y for x, y in zip(given, (query, key, value), strict=True))
         rows, width = ROWS.value, WIDTHS[width_of(dim, value_dim)]
-        self.operand_descriptions = (
+        self.descriptions, rest = zip(
             part_descriptors(query, rows, width.keys),
             part_descriptors(key, tiles.keys, width.keys),
             part_descriptors(value, tiles.keys, width.values),
+            strict=True,
         )
+        self.rest_descriptions = rest if any(rest) else None
         # Without staging neither a carry nor a result in fp32 has room in shared memory.
         direct_out = self.float_out and not tiles.own_staging
         self.carry_description = self.out_descriptions = None
@@ -237,27 +238,24 @@ class PreparedForward:
             out, lse = so_far if sinks is None else with_sinks(*so_far, sinks)
             return out.to(self.out_dtype), lse
         operands = (query, key, value) if self.all_addressable else tuple(map(addressable, (query, key, value)))
-        first, rest = zip(
-            *(
-                map(partial(descriptor_of, x), both)
-                for x, both in zip(operands, self.operand_descriptions, strict=True)
-            ),
-            strict=True,
-        )
+        first, rest = map(descriptor_of, operands, self.descriptions), (None, None, None)
+        if self.rest_descriptions is not None:
+            rest = map(descriptor_of, operands, self.rest_descriptions)
         written = (None, None, out)
         if self.out_descriptions is not None:
-            written = (*(descriptor_of(out, x) for x in self.out_descriptions), None)
+            out_description, out_rest = self.out_descriptions
+            written = (descriptor_of(out, out_description), out_rest and descriptor_of(out, out_rest), None)
+        carried = self.carry_description and descriptor_of(carry_out, self.carry_description)
+        modifying = (None, None, None) if modifiers is None else self._modifying(modifiers)
         tensors = (
-            *first, *rest, *written, lse, descriptor_of(carry_out, self.carry_description), carry_out, carry_lse,
-            intervals.start, intervals.stop, first_ticket(query.device), sinks, *self._modifying(modifiers),
+            *first, *rest, *written, lse, carried, carry_out, carry_lse,
+            intervals.start, intervals.stop, first_ticket(query.device), sinks, *modifying,
         )  # fmt: skip
         self.launch(attend_kernel, tensors)
         return out.to(self.out_dtype), lse
 
-    def _modifying(self, modifiers: Modifiers | None) -> tuple:
+    def _modifying(self, modifiers: Modifiers) -> tuple:
         """Positions and slopes of query rows, and a number for each key row; None for what there is not."""
-        if modifiers is None:
-            return None, None, None
         positions = None if modifiers.slopes is None else modifiers.query_positions.contiguous()
         return positions, modifiers.slopes, descriptor_of(key_numbers(modifiers), self.key_numbers_description)
 

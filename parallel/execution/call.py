@@ -92,13 +92,12 @@ class Inputs(NamedTuple):
 
     def modifiers(self, settings: Settings) -> tuple[str, ...]:
         """Names of what is done to scores and weights, as `ringflash.kernels.select` takes them."""
-        given = (bool(settings.softcap), self.slopes is not None, bool(settings.dropout), self.key_visible is not None)
-        names = ("softcap", "slopes", "dropout", "key_visible")
-        return tuple(name for name, x in zip(names, given, strict=True) if x)
-
-    def modified(self, settings: Settings) -> bool:
-        """Whether scores or weights are modified (see `ringflash.kernels.modifiers`)."""
-        return self.key_visible is not None or self.slopes is not None or bool(settings.dropout or settings.softcap)
+        return (
+            ("softcap",) * bool(settings.softcap)
+            + ("slopes",) * (self.slopes is not None)
+            + ("dropout",) * bool(settings.dropout)
+            + ("key_visible",) * (self.key_visible is not None)
+        )
 
     def on_device(self) -> bool:
         """Whether there are boundaries that the host must not read."""
@@ -246,9 +245,9 @@ def prepare(inputs: Inputs, settings: Settings, table: Tensor, which: str) -> Re
         table: from `table_of`.
         which: "forward" or "backward".
     """
-    query, value, modified = inputs.query, inputs.value, inputs.modified(settings)
-    dims = query.shape[-1], value.shape[-1]
-    problem = query.device, query.dtype, *dims, settings.kernel, inputs.modifiers(settings)
+    query, value, modifiers = inputs.query, inputs.value, inputs.modifiers(settings)
+    problem = query.device, query.dtype, query.shape[-1], value.shape[-1], settings.kernel, modifiers
+    modified = bool(modifiers)
     if inputs.handle is None and inputs.on_device():
         mask, program = _program_on_device(inputs, settings, table)
         return Ready(inputs, settings, program, None, select(*problem, mask.two_intervals), modified, None)
