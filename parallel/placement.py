@@ -192,9 +192,7 @@ class Placement:
             raise ArgumentError("pairs: cu_seqlens are on a device, where the host must not read them")
         queries, weights = self.partition.repeat(self.batch).positions(self.rank), self._partition["weights"]
         keys = self.batch * self.key_seqlen
-        found = (
-            weight * visible_pairs(mask, queries, keys) for mask, weight in zip(self.masks, weights, strict=False)
-        )
+        found = (weight * visible_pairs(mask, queries, keys) for mask, weight in zip(self.masks, weights, strict=False))
         return sum(found) / sum(weights)
 
     def bind(self, group: dist.ProcessGroup | None) -> None:

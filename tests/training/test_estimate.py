@@ -6,7 +6,6 @@ import dataclasses
 import gc
 import subprocess
 import sys
-import types
 
 import pytest
 import recipe
@@ -16,14 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_memory import _peak
 
-from ringflash import ArgumentError
+from ringflash import ArgumentError, loss
 from ringflash.configs.schema import EngineConfig, ModelConfig
 from ringflash.training.config.composing import load
 from ringflash.training.engines.create import create_engine
-from ringflash.training.memory.estimate import BUCKET, CARDS, GIB, Hardware, _fixed, _Sizes, estimate, longest
+from ringflash.training.estimate.hardware import CARDS, GIB, Hardware
+from ringflash.training.estimate.lasting import BUCKET, lasting
+from ringflash.training.estimate.sizes import Sizes
+from ringflash.training.estimate.step import estimate, longest
+from ringflash.training.memory import rows
 from ringflash.training.memory.plan import KEEP, OFFLOAD, RECOMPUTE
-from ringflash.training.run import trainer as trainer_module
-from ringflash.training.run.trainer import Trainer
 
 CPU = torch.device("cpu")
 LONG = load(["experiment=llama3_8b_long"])
@@ -33,7 +34,7 @@ FOUR = Hardware(4, CARDS["h100"], 500 * GIB)
 def _sized(overrides, ranks):
     shape = ("hidden_size=128", "intermediate_size=256", "num_hidden_layers=4", "num_attention_heads=4")
     keys = [f"model.{each}" for each in (*shape, "num_key_value_heads=2", "head_dim=32", "vocab_size=512")]
-    return _Sizes.of(load(["data=bytes", *keys, *overrides]), ranks)
+    return Sizes.of(load(["data=bytes", *keys, *overrides]), ranks)
 
 
 def _live_bytes():
@@ -59,10 +60,10 @@ def test_weights_gradients_and_optimizer_take_what_is_said(pool, name, optimizer
     sizes = _sized([f"engine={name}", "engine.precision=bf16"], 2)
     for weights, found in pool(2).run(_lasting_bytes, name, optimizer):
         same = dataclasses.replace(sizes, weights=weights)
-        said = _fixed(name, same, 2, optimizer)
-        lasting = said["parameters"] + said["gradients"] + said["optimizer"]
-        lasting += 2 * BUCKET if name == "zero3" else 0
-        assert found == pytest.approx(lasting, rel=0.02)
+        said = lasting(name, same, 2, optimizer)
+        expected = said["parameters"] + said["gradients"] + said["optimizer"]
+        expected += 2 * BUCKET if name == "zero3" else 0
+        assert found == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize("policy", [KEEP, RECOMPUTE])
@@ -75,6 +76,23 @@ def test_blocks_keep_what_is_said(policy, precision):
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     less, more = (_peak(policy, tokens, blocks, width, wide, dtype=dtype)[0] for blocks in (2, 10))
     assert more - less == pytest.approx(8 * (sizes.kept(False) + (sizes.again if policy == KEEP else 0)), rel=0.05)
+
+
+@pytest.mark.parametrize("policy", [KEEP, RECOMPUTE])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_pass_has_as_much_in_use_at_once_as_is_said(monkeypatch, policy, precision):
+    tokens, width, wide, blocks, tile = 4096, 256, 512, 2, 1 << 17
+    monkeypatch.setitem(rows.TILE_ELEMENTS, "cuda", tile)  # which estimates are of
+    for device in ("cpu", "cuda"):
+        monkeypatch.setitem(loss.CHUNK_ELEMENTS, device, tile)
+    shape = (f"hidden_size={width}", f"intermediate_size={wide}", "num_attention_heads=1", "num_key_value_heads=1")
+    keys = [f"model.{each}" for each in (*shape, f"num_hidden_layers={blocks}", "head_dim=16")]
+    sizes = _sized([f"engine.precision={precision}", f"train.seqlen={tokens}", *keys], 1)
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    found, _ = _peak(policy, tokens, blocks, width, wide, dtype=dtype)
+    at_work = sizes.transient_kept(0) if policy == KEEP else sizes.transient(0, moved=False)
+    kept = blocks * (sizes.kept(False) + (sizes.again if policy == KEEP else 0))
+    assert found == pytest.approx(kept + at_work, rel=0.1)
 
 
 SMALL = load(["model=llama3_1b", "engine.precision=bf16"])
@@ -127,24 +145,6 @@ def test_the_longest_that_fits_does_and_a_little_more_does_not(policy):
         assert estimate(dataclasses.replace(config, train=train), FOUR).fits == fits
 
 
-def test_a_run_on_gpus_says_it_at_its_start(monkeypatch):
-    found = types.SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=CARDS["h100"].memory)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
-    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
-    monkeypatch.setattr(trainer_module, "available_bytes", lambda: 1000 * GIB)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    trainer = object.__new__(Trainer)
-    trainer.config, trainer.device = LONG, torch.device("cuda")
-    trainer.data = types.SimpleNamespace(tokenizer=types.SimpleNamespace(vocab_size=257))
-    config = dataclasses.replace(LONG, engine=dataclasses.replace(LONG.engine, precision="fp32"))  # without a GPU
-    said = estimate(config, Hardware(4, CARDS["h100"], 1000 * GIB))
-    assert trainer._estimate().startswith(f"\nestimated: {said.peak / GIB:.1f} GiB of each GPU, {said.seconds:.2f} s")
-    assert "may not fit" not in trainer._estimate()
-    long = dataclasses.replace(config, train=dataclasses.replace(config.train, seqlen=1 << 23))
-    trainer.config = long
-    assert f"up to {longest(long, Hardware(4, CARDS['h100'], 1000 * GIB)):,} tokens fit" in trainer._estimate()
-
-
 def test_a_model_of_a_folder_is_refused(tmp_path):
     with pytest.raises(ArgumentError, match=r"model\.path=.*only the recipe's own"):
         estimate(load([f"model.path={tmp_path}"]), FOUR)
@@ -155,7 +155,13 @@ def test_the_command_prints_memory_time_and_the_longest(tmp_path):
     found = subprocess.run(
         [sys.executable, "-m", "ringflash.launch.estimate", *words], capture_output=True, text=True, check=True
     ).stdout
-    for said in ("262,144 tokens, zero3", "optimizer", "of its host, GiB", "tokens/s/GPU, MFU", "longest train.seqlen"):
+    for said in (
+        "262,144 tokens, zero3",
+        "optimizer",
+        "of its host, GiB for each GPU",
+        "tokens/s/GPU, MFU",
+        "longest train.seqlen",
+    ):
         assert said in found
     wrong = subprocess.run(
         [sys.executable, "-m", "ringflash.launch.estimate", "gpus=3", "train.sequence_degree=2"],

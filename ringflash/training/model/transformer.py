@@ -228,6 +228,10 @@ class Transformer(Decoder):
         """See Decoder."""
         return list(self.layers)
 
+    def attention_width(self) -> int:
+        """See Decoder."""
+        return 2 * len(self.layers) * self.config.num_attention_heads * head_dim(self.config)
+
     def shard(self, batch: dict[str, Any]) -> dict[str, Any]:
         """See Decoder."""
         how = {"head_ranks": self._head_ranks, "token_work": token_work(self.config.hidden_size)}
