@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import recipe
@@ -17,6 +19,7 @@ from test_memory import _peak
 
 from ringflash import ArgumentError, loss
 from ringflash.configs.schema import EngineConfig, ModelConfig
+from ringflash.training.config.checks import check
 from ringflash.training.config.composing import load
 from ringflash.training.engines.create import create_engine
 from ringflash.training.estimate.hardware import CARDS, GIB, Hardware
@@ -134,6 +137,20 @@ def test_8b_on_four_gpus_is_kept_whole_at_first_and_moves_in_pairs_at_last():
     assert pairs
     assert fits
     assert not placements(1 << 22)[2]
+
+
+def test_a_million_tokens_on_four_gpus_pass_every_check_and_take_what_the_page_says():
+    config = load(["experiment=llama3_8b_million", "engine.precision=bf16"])
+    check(config, 4)
+    assert config.train.seqlen == 1 << 20
+    assert config.model == LONG.model
+    found = estimate(config, Hardware(4, CARDS["h100"], 600 * GIB))
+    assert found.fits
+    page = " ".join((Path(__file__).parents[2] / "docs" / "training.md").read_text().split())
+    said = re.search(
+        r"by the estimate for four H100s (\d+) GiB of each GPU and (\d+) GiB of host memory for each", page
+    )
+    assert [int(x) for x in said.groups()] == [round(found.peak / GIB), round(found.host / GIB)]
 
 
 @pytest.mark.parametrize("policy", ["auto", "recompute"])
