@@ -62,7 +62,7 @@ def _lasting_bytes(name, optimizer):
 def test_weights_gradients_and_optimizer_take_what_is_said(pool, name, optimizer):
     sizes = _sized([f"engine={name}", "engine.precision=bf16"], 2)
     for weights, found in pool(2).run(_lasting_bytes, name, optimizer):
-        same = dataclasses.replace(sizes, weights=weights)
+        same = dataclasses.replace(sizes.weights, trained=weights)
         said = lasting(name, same, 2, optimizer)
         expected = said["parameters"] + said["gradients"] + said["optimizer"]
         expected += 2 * BUCKET if name == "zero3" else 0

@@ -8,18 +8,25 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from folders import write_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_loop import _train
 
 from ringflash import ArgumentError, Sharding
+from ringflash.configs.schema import LoraConfig, ModelConfig
 from ringflash.training.config.checks import check
 from ringflash.training.config.composing import load
-from ringflash.training.estimate.fitting import refuse_what_cannot_fit, remedies
+from ringflash.training.estimate.fitting import (
+    refuse_weights_that_cannot_fit,
+    refuse_what_cannot_fit,
+    remedies,
+)
 from ringflash.training.estimate.hardware import CARDS, GIB, Card, Hardware
-from ringflash.training.estimate.lasting import BUFFERS
+from ringflash.training.estimate.lasting import BUFFERS, Weights, lasting, weights_of
 from ringflash.training.estimate.sizes import Load
 from ringflash.training.estimate.step import estimate
+from ringflash.training.model.pretrained import Pretrained
 from ringflash.training.run import forecast
 from ringflash.training.run import trainer as trainer_module
 from ringflash.training.run.throughput import Speed
@@ -68,7 +75,7 @@ def test_refused_is_only_what_does_not_fit_and_every_remedy_does(thousands, gpus
         refuse_what_cannot_fit(config, hardware)
         return
     if found.least > memory:
-        with pytest.raises(ArgumentError, match=rf"train\.seqlen={train.seqlen} with engine={engine}"):
+        with pytest.raises(ArgumentError, match=rf"train\.seqlen={train.seqlen} with engine={engine},"):
             refuse_what_cannot_fit(config, hardware)
     for remedy in remedies(config, hardware):
         changed, more = _replaced(config, remedy)
@@ -98,7 +105,8 @@ def test_a_refusal_names_the_keys_and_what_takes_memory(overrides, cure):
     with pytest.raises(ArgumentError, match=cure) as refused:
         refuse_what_cannot_fit(config, FOUR)
     assert "parameters" in str(refused.value)
-    assert f"engine.memory={config.engine.memory} on 4 GPUs" in str(refused.value)
+    assert f"engine.memory={config.engine.memory}: a step takes about" in str(refused.value)
+    assert "of each of 4 GPUs" in str(refused.value)
 
 
 def test_more_gpus_come_with_the_keys_that_share_among_them_and_what_nothing_helps_is_said():
@@ -109,6 +117,30 @@ def test_more_gpus_come_with_the_keys_that_share_among_them_and_what_nothing_hel
     muon = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, name="muon"))
     with pytest.raises(ArgumentError, match="no key makes it fit"):
         refuse_what_cannot_fit(muon, tiny)
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+def test_a_folder_whose_weights_alone_cannot_fit_is_refused(tmp_path, lora):
+    path = write_folder(tmp_path, hidden_size=256, intermediate_size=512)
+    model = Pretrained(ModelConfig(path=str(path)), dtype=torch.bfloat16, lora=LoraConfig(rank=lora))
+    weights = weights_of(model)
+    assert weights.trained + weights.frozen == sum(weight.numel() for weight in model.parameters())
+    assert (weights.frozen > 0) == (lora > 0)
+    config = load([f"model.path={path}"])
+    held = lasting("ddp", weights, 2)
+    least = sum(held.values()) - held[BUFFERS]
+    assert least == 16 * weights.trained + 2 * weights.frozen
+    refuse_weights_that_cannot_fit(config, Hardware(2, Card(1.01 * least, math.nan), GIB), weights)
+    with pytest.raises(ArgumentError, match=r"engine=ddp, engine.memory=auto: the model alone takes"):
+        refuse_weights_that_cannot_fit(config, Hardware(2, Card(0.99 * least, math.nan), GIB), weights)
+
+
+def test_weights_that_cannot_fit_fit_where_ranks_share_them():
+    weights = Weights(trained=8 * 10**9, frozen=0, between=7 * 10**9, block=2 * 10**8, head=5 * 10**8, element=2)
+    with pytest.raises(ArgumentError, match="it fits with engine=zero3"):
+        refuse_weights_that_cannot_fit(SMALL, FOUR, weights)
+    with pytest.raises(ArgumentError, match=r"it fits with 2 such GPUs and engine=zero3"):
+        refuse_weights_that_cannot_fit(SMALL, dataclasses.replace(FOUR, gpus=1), weights)
 
 
 def _train_as_on_gpus(folder, memory, *overrides):

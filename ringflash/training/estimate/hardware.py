@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ringflash.training.memory.plan import SPARE
+
 GIB = 2**30
 
 STARTED = 2 * 10**9
@@ -78,6 +80,11 @@ class Hardware:
     def hosts(self) -> int:
         """How many."""
         return -(-self.gpus // self.gpus_per_host)
+
+    @property
+    def room(self) -> float:
+        """Bytes of a GPU that tensors may take."""
+        return (1 - SPARE) * (self.card.memory - STARTED)
 
     @property
     def host_share(self) -> float:

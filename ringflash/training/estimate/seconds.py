@@ -18,7 +18,8 @@ from ringflash.parallel.positions.partition import resolve
 from ringflash.parallel.positions.visibility import needed_keys
 from ringflash.training.config.derived import sequence_degree
 from ringflash.training.estimate.hardware import CARDS, Hardware
-from ringflash.training.estimate.sizes import FP32, Sizes
+from ringflash.training.estimate.lasting import FP32
+from ringflash.training.estimate.sizes import Sizes
 from ringflash.training.memory.plan import KEEP
 from ringflash.training.model.shape import head_dim
 from ringflash.training.model.transformer import attention_mask
@@ -63,12 +64,12 @@ def seconds(
     tokens = sizes.tokens * sizes.micro_batches
     again = sum(each != KEEP for each in placements)
     down = sizes.model.hidden_size * sizes.model.intermediate_size
-    products = 6 * (sizes.block * sizes.blocks + sizes.head) + 2 * again * (sizes.block - down)
-    products += again // 2 * 2 * sizes.block if pairs else 0
+    products = sizes.operations.token + 2 * again * (sizes.weights.block - down)
+    products += again // 2 * 2 * sizes.weights.block if pairs else 0
     of_pairs = attended.attention * sizes.blocks * sizes.micro_batches * config.train.micro_batch
     of_pairs *= sizes.load.pairs / sizes.whole_pairs
     moved = tokens * (sizes.blocks * _touched(sizes) + again * _touched_again(sizes)) / machine.memory
-    steps = (sizes.weights if config.engine.name == "ddp" else sizes.weights / gpus) * 10 * FP32 / machine.memory
+    steps = sizes.weights.trained / (1 if config.engine.name == "ddp" else gpus) * 10 * FP32 / machine.memory
     return products * tokens / machine.forward + of_pairs + moved + steps
 
 

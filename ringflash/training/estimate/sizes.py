@@ -20,13 +20,11 @@ from ringflash.parallel.positions.partition import resolve
 from ringflash.parallel.positions.visibility import needed_keys
 from ringflash.training.config.checks import SMALLEST_VOCABULARY
 from ringflash.training.config.derived import sequence_degree, vocabulary
+from ringflash.training.estimate.lasting import FP32, Weights, weights_of
 from ringflash.training.estimate.operations import Operations, operations_of
 from ringflash.training.memory.rows import TILE_ELEMENTS
 from ringflash.training.model.shape import head_dim
 from ringflash.training.model.transformer import Transformer, attention_mask
-
-FP32 = 4
-"""Bytes of master weights, moments, gradients that are summed, and what is computed in fp32."""
 
 AT_ONCE = 8
 """Tensors of a tile of the feed-forward that are there at once in its backward pass."""
@@ -51,12 +49,10 @@ class Sizes:
 
     Attributes:
         model: its shape.
-        weights: of all.
-        block: weights of a block.
-        head: weights of the output head.
+        weights: how many.
         blocks: how many.
         element: bytes of an activation.
-        weight: bytes of a weight that is computed with.
+        weight: bytes of a weight as the model holds it.
         load: of the batch.
         step_tokens: of a step, over all ranks.
         micro_batches: of a step on a rank.
@@ -65,9 +61,7 @@ class Sizes:
     """
 
     model: ModelConfig
-    weights: int
-    block: int
-    head: int
+    weights: Weights
     blocks: int
     element: int
     weight: int
@@ -94,19 +88,18 @@ class Sizes:
         if model.path is not None:
             raise ArgumentError(f"model.path={model.path}: only the recipe's own model can be estimated")
         rows = vocabulary(model, _tokens_of(config) if vocab_size is None else vocab_size)
+        dtype = torch.float32 if config.engine.precision == "fp32" else torch.bfloat16
         with torch.device("meta"):
-            built = Transformer(model, rows)
+            built = Transformer(model, rows, dtype=dtype)
         operations = operations_of(built)
         assert operations is not None
-        degree, element = sequence_degree(config, gpus), FP32 if config.engine.precision == "fp32" else 2
+        degree, element = sequence_degree(config, gpus), dtype.itemsize
         mask, whole = attention_mask(config.attention), resolve("zigzag", train.seqlen, 1, [])
         pairs = loads(mask, whole, whole, needed_keys(mask, whole.segments, train.seqlen)).pairs.sum()
         pairs = float(pairs) * train.global_batch
         return Sizes(
             model=model,
-            weights=sum(weight.numel() for weight in built.parameters()),
-            block=sum(weight.numel() for weight in built.layers[0].parameters()),
-            head=rows * model.hidden_size,
+            weights=weights_of(built),
             blocks=model.num_hidden_layers,
             element=element,
             weight=FP32 if config.engine.name == "ddp" else element,
@@ -185,8 +178,8 @@ class Sizes:
     def _loss(self) -> float:
         """Its forward pass: the last stream, its norm and its gradient, that of the head, and logits of a chunk."""
         streams = 3 * self.tokens * self.element * self.model.hidden_size
-        logits = min(CHUNK_ELEMENTS["cuda"], self.tokens * self.head // self.model.hidden_size)
-        return streams + (FP32 + self.element) * self.head + 3 * FP32 * logits
+        logits = min(CHUNK_ELEMENTS["cuda"], self.tokens * self.weights.head // self.model.hidden_size)
+        return streams + (FP32 + self.element) * self.weights.head + 3 * FP32 * logits
 
 
 def _tokens_of(config: Config) -> int:

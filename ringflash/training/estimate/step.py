@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from ringflash.configs.schema import Config
 from ringflash.training.config.derived import sequence_degree
-from ringflash.training.estimate.hardware import STARTED, Hardware
+from ringflash.training.estimate.hardware import Hardware
 from ringflash.training.estimate.lasting import BUFFERS, lasting
 from ringflash.training.estimate.seconds import attention, seconds
 from ringflash.training.estimate.sizes import Load, Sizes
 from ringflash.training.memory.host import USED
-from ringflash.training.memory.plan import AUTO, KEEP, OFFLOAD, PAIRS, RECOMPUTE, SPARE, Measured, placed
+from ringflash.training.memory.plan import AUTO, KEEP, OFFLOAD, PAIRS, RECOMPUTE, Measured, placed
 
 CERTAIN = 0.85
 """Share of what is estimated that a step surely takes: estimates are to be right within a tenth."""
@@ -67,13 +67,14 @@ def estimate(config: Config, hardware: Hardware, vocab_size: int | None = None, 
         ArgumentError: a model of a folder, whose insides are not known here; or nobody knows the vocabulary.
     """
     sizes = Sizes.of(config, hardware.gpus, vocab_size, load)
-    fixed = lasting(config.engine.name, sizes, hardware.gpus, config.optimizer.name)
+    fixed = lasting(config.engine.name, sizes.weights, hardware.gpus, config.optimizer.name)
     attended = attention(config, sizes, hardware)
-    room = (1 - SPARE) * (hardware.card.memory - STARTED)
     of_host = USED * hardware.host_share
     if config.engine.host_gib is not None:
         of_host = min(of_host, config.engine.host_gib * 2**30)
-    free = room - sum(fixed.values()) - sizes.transient(attended.memory, moved=True)  # as the first step finds it
+    free = (
+        hardware.room - sum(fixed.values()) - sizes.transient(attended.memory, moved=True)
+    )  # as the first step finds it
     placements, pairs = _placements(config.engine.memory, sizes, free, of_host)
     kept = sizes.kept(pairs)
     host = placements.count(OFFLOAD) * kept
@@ -92,7 +93,7 @@ def estimate(config: Config, hardware: Hardware, vocab_size: int | None = None, 
         seconds=took,
         tokens_per_second=sizes.step_tokens / took / hardware.gpus,
         mfu=sizes.useful / (took * hardware.gpus * hardware.card.peak),
-        fits=sum(device.values()) <= room,
+        fits=sum(device.values()) <= hardware.room,
     )
 
 

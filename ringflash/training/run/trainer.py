@@ -33,7 +33,13 @@ from ringflash.training.corpus.training_data import TrainingData, read_data
 from ringflash.training.engines.create import create_engine, parameter_shapes
 from ringflash.training.engines.optimizer import trained
 from ringflash.training.engines.schedule import schedule
-from ringflash.training.estimate.fitting import refuse_what_cannot_fit, remedies, shares
+from ringflash.training.estimate.fitting import (
+    refuse_weights_that_cannot_fit,
+    refuse_what_cannot_fit,
+    remedies,
+    shares,
+)
+from ringflash.training.estimate.lasting import weights_of
 from ringflash.training.estimate.operations import operations_of
 from ringflash.training.estimate.step import Estimate, estimate
 from ringflash.training.model.create import create_model
@@ -98,6 +104,8 @@ class Trainer:
             f"weights from model.path={config.model.path}",
         )
         self.parameters = sum(weight.numel() for weight in self.model.parameters())
+        if self._hardware is not None:
+            refuse_weights_that_cannot_fit(config, self._hardware, weights_of(self.model))
         peak = math.nan if self._hardware is None else self._hardware.card.peak
         self.throughput = Throughput(device, operations_of(self.model), peak)
         self.learned = sum(weight.numel() for _, weight in trained(self.model))
@@ -250,7 +258,7 @@ class Trainer:
             return line
         cures = remedies(self._computed(), hardware, self.data.tokenizer.vocab_size)
         less = f"; what is estimated to fit: {'; or '.join(cures)}" if cures else ""
-        return f"{line}\nWARNING: it may not fit ({shares(found)} GiB){less}"
+        return f"{line}\nWARNING: it may not fit ({shares(found.device)} GiB){less}"
 
     def _computed(self) -> Config:
         """The configuration with the precision that "auto" stands for here."""
