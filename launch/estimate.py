@@ -27,7 +27,7 @@ from ringflash.training.memory.plan import said
 def as_text(config: Config, hardware: Hardware, found: Estimate, fitting: int) -> str:
     """What is to be shown."""
     seqlen = config.train.seqlen
-    width = max(map(len, found.device))
+    width = max(map(len, (*found.device, *found.host)))
     lines = [
         f"{seqlen:,} tokens, {config.engine.name}, engine.memory={config.engine.memory}, {hardware.gpus} GPUs",
         said(found.placements, found.pairs),
@@ -35,7 +35,8 @@ def as_text(config: Config, hardware: Hardware, found: Estimate, fitting: int) -
         "of each GPU, GiB",
         *(f"  {name:<{width}}  {size / GIB:8.2f}" for name, size in found.device.items()),
         f"  {'together':<{width}}  {found.peak / GIB:8.2f} of {hardware.card.memory / GIB:.1f}",
-        f"of its host, GiB for each GPU  {found.host / GIB:.2f}",
+        "of its host, GiB for each GPU",
+        *(f"  {name:<{width}}  {size / GIB:8.2f}" for name, size in found.host.items()),
         "",
         f"{found.seconds:.2f} s a step, {found.tokens_per_second:,.0f} tokens/s/GPU, MFU {found.mfu:.1%}, "
         "by the device's work alone",

@@ -66,11 +66,13 @@ def steps(
     optimizer=OPTIMIZER,
     device="cpu",
     memory="keep",
+    settings=None,
     **options,
 ):
     """Train from step `first` to `last` on all ranks of this worker's pool.
 
     Returns [(loss, gradient norm), ...] and the engine's state; saves to `folder` at the end, starts from `resume`.
+    `settings` are further ones of the engine.
     """
     world = dist.get_world_size()
     mesh = init_device_mesh(device, (world // degree, degree), mesh_dim_names=("data", "sequence"))
@@ -82,8 +84,8 @@ def steps(
         assert found.state == {"step": first}
     accumulation = SEQUENCES // (micro_batch * data_ranks)
     read = None if found is None else found.read
-    settings = EngineConfig(name, memory=memory)
-    engine = create_engine(model, torch.device(device), settings, optimizer, accumulation, read, first)
+    config = EngineConfig(name, memory=memory, **(settings or {}))
+    engine = create_engine(model, torch.device(device), config, optimizer, accumulation, read, first)
     curve = []
     for step in range(first, last):
         mine = batches(step)[data_rank::data_ranks]

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import itertools
+import json
 import math
 import time
 
 import pytest
 import recipe
 import torch
+from torch.distributed.tensor import DTensor
 
 from ringflash.configs.schema import EngineConfig
 from ringflash.training.engines.create import create_engine
 from ringflash.training.engines.schedule import learning_rate
+from ringflash.training.memory import rows
 
-ENGINES = ("ddp", "zero1", "zero2", "zero3")
+ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 
 
 def assert_same(result, expected):
@@ -84,8 +88,8 @@ def test_bf16_keeps_master_weights_in_fp32(pool, name):
 def _initial_weights(name, tied):
     model = recipe.build(device="meta", model=dataclasses.replace(recipe.MODEL, tie_word_embeddings=tied))
     engine = create_engine(model, torch.device("cpu"), EngineConfig(name), recipe.OPTIMIZER)
-    if name == "ddp":  # the optimizer has no state yet
-        return {name: weight.detach() for name, weight in model.named_parameters()}
+    if name in ("ddp", "fsdp2"):  # the optimizer has no state yet
+        return {name: engine.whole(weight.detach()) for name, weight in model.named_parameters()}
     return {name.removeprefix("weight/"): x for name, x in engine.tensors() if name.startswith("weight/")}
 
 
@@ -129,11 +133,15 @@ def _live_bytes_soon(at_most, deadline):
 
 
 def _live_bytes():
-    storages = [x.untyped_storage() for x in gc.get_objects() if isinstance(x, torch.Tensor) and not x.is_meta]
+    storages = [
+        x.untyped_storage()
+        for x in gc.get_objects()
+        if isinstance(x, torch.Tensor) and not x.is_meta and type(x) is not DTensor
+    ]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-@pytest.mark.parametrize(("name", "share"), [("ddp", 1), ("zero3", 0.5)])
+@pytest.mark.parametrize(("name", "share"), [("ddp", 1), ("fsdp2", 0.5), ("zero3", 0.5)])
 def test_zero3_holds_one_parameter_and_its_share_of_the_others_while_the_model_is_built(pool, name, share):
     for at_least, most, at_most in pool(2).run(_most_bytes_while_built, name, share):
         assert at_least < most < at_most
@@ -161,3 +169,41 @@ def test_learning_rate_warms_up_then_falls_to_its_floor():
     assert rates[4] == 2.0
     assert math.isclose(rates[19], 0.5)
     assert learning_rate(config, 30, steps=20) == rates[19]
+
+
+def _in_tiles(rows_of_a_tile, name, **job):
+    with _again_and_again() as patch:
+        if rows_of_a_tile:
+            patch.setitem(rows.TILE_ELEMENTS, "cpu", rows_of_a_tile * recipe.MODEL.intermediate_size)
+        return recipe.steps(name, degree=2, micro_batch=2, last=20, optimizer=QUICK, **job)[0]
+
+
+QUICK = dataclasses.replace(recipe.OPTIMIZER, lr=1e-2, eps=1e-4)
+
+
+@contextlib.contextmanager
+def _again_and_again():
+    """The same batch in all steps: of others nothing is learned."""
+    with pytest.MonkeyPatch.context() as patch:
+        batches = recipe.batches
+        patch.setattr(recipe, "batches", lambda step: batches(0))
+        yield patch
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["in_place", "offload_and_tiles"])
+@pytest.mark.parametrize("name", ["ddp", "zero3", "fsdp2"])
+def test_twenty_steps_have_the_losses_of_one_device_whatever_the_engine_and_what_moves(pool, tmp_path, name, moved):
+    with _again_and_again():
+        expected = recipe.plain(last=20, optimizer=QUICK)[0]
+    assert expected[-1][0] < expected[0][0] - 1
+    settings = {}
+    if moved and name == "zero3":
+        path = tmp_path / "deepspeed.json"
+        on_host = {part: {"device": "cpu"} for part in ("offload_optimizer", "offload_param")}
+        path.write_text(json.dumps({"zero_optimization": on_host}))
+        settings = {"deepspeed": str(path)}
+    elif moved and name == "fsdp2":
+        settings = {"offload": True}
+    job = {"memory": "offload" if moved else "keep", "settings": settings}
+    for curve in pool(2).run(_in_tiles, 7 if moved else 0, name, **job):
+        assert [loss for loss, _ in curve] == pytest.approx([loss for loss, _ in expected], rel=2e-3)

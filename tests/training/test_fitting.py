@@ -25,7 +25,7 @@ from ringflash.training.estimate.fitting import (
 from ringflash.training.estimate.hardware import CARDS, GIB, Card, Hardware
 from ringflash.training.estimate.lasting import BUFFERS, Weights, lasting, weights_of
 from ringflash.training.estimate.sizes import Load
-from ringflash.training.estimate.step import estimate
+from ringflash.training.estimate.step import BLOCKS, estimate
 from ringflash.training.model.pretrained import Pretrained
 from ringflash.training.run import forecast
 from ringflash.training.run import trainer as trainer_module
@@ -52,7 +52,7 @@ def _replaced(config, remedy):
     thousands=st.integers(4, 4000),
     gpus=st.sampled_from([1, 2, 4]),
     policy=st.sampled_from(["auto", "keep", "recompute", "offload"]),
-    engine=st.sampled_from(["ddp", "zero1", "zero2", "zero3"]),
+    engine=st.sampled_from(["ddp", "fsdp2", "zero1", "zero2", "zero3"]),
     alone=st.booleans(),
     micro=st.sampled_from([1, 2]),
     memory=st.floats(10e9, 150e9),
@@ -136,7 +136,9 @@ def test_a_folder_whose_weights_alone_cannot_fit_is_refused(tmp_path, lora):
 
 
 def test_weights_that_cannot_fit_fit_where_ranks_share_them():
-    weights = Weights(trained=8 * 10**9, frozen=0, between=7 * 10**9, block=2 * 10**8, head=5 * 10**8, element=2)
+    weights = Weights(
+        trained=8 * 10**9, frozen=0, between=7 * 10**9, largest=10**8, block=2 * 10**8, head=5 * 10**8, element=2
+    )
     with pytest.raises(ArgumentError, match="it fits with engine=zero3"):
         refuse_weights_that_cannot_fit(SMALL, FOUR, weights)
     with pytest.raises(ArgumentError, match=r"it fits with 2 such GPUs and engine=zero3"):
@@ -204,7 +206,7 @@ def test_measured_and_estimated_are_lines_of_one_form():
     found = estimate(load(["experiment=llama3_8b_long"]), FOUR)
     before = forecast.estimated(found).removeprefix("estimated: ")
     speed = Speed(4, found.seconds, 4 * found.tokens_per_second, 0.0, found.mfu, found.peak)
-    after = forecast.measured(speed, found.host, found).removeprefix("measured: ")
+    after = forecast.measured(speed, found.host[BLOCKS], found).removeprefix("measured: ")
     assert after == f"{before}; beside the estimate memory +0%, time +0%"
     slower = Speed(4, 1.1 * found.seconds, 4.0, 0.0, None, 0.95 * found.peak)
     assert forecast.measured(slower, 0.0, found).endswith("memory -5%, time +10%")

@@ -10,7 +10,7 @@ from ringflash.configs.schema import Config
 from ringflash.errors import ArgumentError
 from ringflash.training.config.derived import sequence_degree
 from ringflash.training.estimate.hardware import GIB, Hardware
-from ringflash.training.estimate.lasting import BUFFERS, Weights, lasting
+from ringflash.training.estimate.lasting import BUFFERS, Weights, held
 from ringflash.training.estimate.step import estimate, longest
 from ringflash.training.memory.plan import AUTO
 
@@ -47,12 +47,14 @@ def refuse_weights_that_cannot_fit(config: Config, hardware: Hardware, weights: 
         weights: of the model.
     """
 
-    def held(config: Config, hardware: Hardware) -> dict[str, float]:
-        return lasting(config.engine.name, weights, hardware.gpus, config.optimizer.name)
+    def on_device(config: Config, hardware: Hardware) -> dict[str, float]:
+        return held(config.engine, weights, hardware.gpus, config.optimizer.name).device
 
-    found = held(config, hardware)
+    found = on_device(config, hardware)
     if sum(found.values()) - found[BUFFERS] > hardware.card.memory:
-        cures = _changes_that_fit(config, hardware, lambda config, more: sum(held(config, more).values()) <= more.room)
+        cures = _changes_that_fit(
+            config, hardware, lambda config, more: sum(on_device(config, more).values()) <= more.room
+        )
         raise _refusal(f"{_of_engine(config)}: the model alone takes", found, hardware, cures)
 
 

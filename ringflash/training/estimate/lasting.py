@@ -1,28 +1,26 @@
-"""Bytes of weights, gradients and optimizer that an engine holds on each rank, whatever the length."""
+"""Bytes of weights, gradients and optimizer that an engine holds for each rank, whatever the length."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import nn
 
+from ringflash.configs.schema import EngineConfig
+from ringflash.training.engines.deepspeed_json import read
 from ringflash.training.engines.optimizer import matrices_between, trained
+from ringflash.training.engines.room import bucket, gathered
 from ringflash.training.model.decoder import Decoder
 
 FP32 = 4
 """Bytes of master weights, moments, gradients that are summed, and what is computed in fp32."""
 
-BUCKET = 5 * 10**8
-"""Elements of DeepSpeed's `reduce_bucket_size`."""
-
-LIVE = 10**9
-"""Elements of DeepSpeed's `stage3_max_live_parameters`."""
-
 MOMENTS = {"adamw": 2 * FP32, "adamw_8bit": 2, "muon": FP32}
 """Bytes that an optimizer keeps of each weight between embedding and head; of others all keep AdamW's."""
 
-BUFFERS = "the engine's buffers"
+PARAMETERS, GRADIENTS, OPTIMIZER, BUFFERS = "parameters", "gradients", "optimizer", "the engine's buffers"
+"""What there is."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +31,7 @@ class Weights:
         trained: of all those that learn.
         frozen: of those that do not, as under adapters.
         between: of the former, in matrices between embedding and head.
+        largest: of the largest weight of a block.
         block: of a block, on average.
         head: of the output head.
         element: bytes of one that is computed with.
@@ -41,9 +40,15 @@ class Weights:
     trained: int
     frozen: int
     between: int
+    largest: int
     block: int
     head: int
     element: int
+
+    @property
+    def all(self) -> int:
+        """Trained or not."""
+        return self.trained + self.frozen
 
 
 def weights_of(model: Decoder) -> Weights:
@@ -51,17 +56,19 @@ def weights_of(model: Decoder) -> Weights:
     everything, learned = list(model.parameters()), [weight for _, weight in trained(model)]
     rows = {part.num_embeddings for part in model.modules() if isinstance(part, nn.Embedding)}
     outside = [weight for weight in everything if weight.dim() == 2 and weight.shape[0] in rows]
+    inside = set(everything).difference(outside)
     return Weights(
         trained=_count(learned),
         frozen=_count(everything) - _count(learned),
-        between=_count(list(matrices_between(model).values())),
-        block=(_count(everything) - _count(outside)) // len(model.memory.placements),
+        between=_count(matrices_between(model).values()),
+        largest=max(map(nn.Parameter.numel, inside), default=0),
+        block=_count(inside) // len(model.memory.placements),
         head=max(map(nn.Parameter.numel, outside), default=0),
         element=model.dtype.itemsize,
     )
 
 
-def _count(weights: Sequence[nn.Parameter]) -> int:
+def _count(weights: Collection[nn.Parameter]) -> int:
     return sum(weight.numel() for weight in weights)
 
 
@@ -75,7 +82,42 @@ def lasting(engine: str, weights: Weights, ranks: int, optimizer: str = "adamw")
         optimizer: its name.
     """
     found = _ENGINES[engine](weights, ranks, optimizer)
-    return dict(zip(("parameters", "gradients", "optimizer", BUFFERS), found, strict=True))
+    return dict(zip((PARAMETERS, GRADIENTS, OPTIMIZER, BUFFERS), found, strict=True))
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of a rank by what they are.
+
+    Attributes:
+        device: on its GPU.
+        host: in memory of its host.
+    """
+
+    device: dict[str, float]
+    host: dict[str, float]
+
+
+def held(engine: EngineConfig, weights: Weights, ranks: int, optimizer: str = "adamw") -> Held:
+    """What an engine holds, and where; arguments as in `lasting`."""
+    found, away = lasting(engine.name, weights, ranks, optimizer), _on_host(engine)
+    device, host = ({name: size for name, size in found.items() if (name in away) == on} for on in (False, True))
+    return Held(device, host)
+
+
+def _on_host(engine: EngineConfig) -> set[str]:
+    """What an engine has in memory of the host."""
+    if engine.name == "fsdp2" and engine.offload:
+        return {PARAMETERS, GRADIENTS, OPTIMIZER}
+    if engine.deepspeed is None:
+        return set()
+    said = read(engine.deepspeed).get("zero_optimization", {})
+    parts = {key for key in ("offload_optimizer", "offload_param") if said.get(key, {}).get("device") == "cpu"}
+    # Gradients go where the optimizer is, once ranks divide them.
+    of_optimizer = {OPTIMIZER} if engine.name == "zero1" else {GRADIENTS, OPTIMIZER}
+    return (of_optimizer if "offload_optimizer" in parts else set()) | (
+        {PARAMETERS} if "offload_param" in parts else set()
+    )
 
 
 Bytes = tuple[float, float, float, float]
@@ -89,28 +131,35 @@ def _ddp(weights: Weights, ranks: int, optimizer: str) -> Bytes:
 
 
 def _fsdp2(weights: Weights, ranks: int, optimizer: str) -> Bytes:
-    """Two blocks, or one and the head, are whole at once, and a block's gradients, again as they are summed."""
-    own = FP32 * weights.trained / ranks
-    gathered = weights.element * (weights.block + max(weights.block, weights.head))
-    summed = (weights.element + FP32) * weights.block
+    """A block's gradients are there whole, and once more in the dtype in which they are summed."""
+    own, summed = FP32 * weights.trained / ranks, (weights.element + FP32) * weights.block
     parameters = own + weights.element * weights.frozen / ranks
-    return parameters, own, _moments(weights, optimizer) / ranks, gathered + summed
+    return parameters, own, _moments(weights, optimizer) / ranks, _gathered(weights) + summed
 
 
 def _zero1(weights: Weights, ranks: int, optimizer: str) -> Bytes:
-    parameters = weights.element * (weights.trained + weights.frozen)
-    return parameters, FP32 * weights.trained, 3 * FP32 * weights.trained / ranks, weights.element * BUCKET
+    parameters = weights.element * weights.all
+    return parameters, FP32 * weights.trained, 3 * FP32 * weights.trained / ranks, _bucket(weights)
 
 
 def _zero2(weights: Weights, ranks: int, optimizer: str) -> Bytes:
-    parameters, own = weights.element * (weights.trained + weights.frozen), weights.trained / ranks
-    return parameters, FP32 * own, 3 * FP32 * own, weights.element * BUCKET
+    parameters, own = weights.element * weights.all, weights.trained / ranks
+    return parameters, FP32 * own, 3 * FP32 * own, _bucket(weights)
 
 
 def _zero3(weights: Weights, ranks: int, optimizer: str) -> Bytes:
-    everything, own = weights.trained + weights.frozen, weights.trained / ranks
-    gathered = weights.element * min(LIVE, everything)
-    return weights.element * everything / ranks, FP32 * own, 3 * FP32 * own, gathered + weights.element * BUCKET
+    parameters, own = weights.element * weights.all / ranks, weights.trained / ranks
+    return parameters, FP32 * own, 3 * FP32 * own, _gathered(weights) + _bucket(weights)
+
+
+def _bucket(weights: Weights) -> float:
+    """Gradients that are summed together."""
+    return weights.element * bucket(weights.largest, weights.all)
+
+
+def _gathered(weights: Weights) -> float:
+    """Weights that are whole on a rank at once."""
+    return weights.element * min(gathered(weights.block, weights.head), weights.all)
 
 
 def _moments(weights: Weights, optimizer: str) -> float:

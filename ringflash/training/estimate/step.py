@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from ringflash.configs.schema import Config
 from ringflash.training.config.derived import sequence_degree
 from ringflash.training.estimate.hardware import Hardware
-from ringflash.training.estimate.lasting import BUFFERS, lasting
+from ringflash.training.estimate.lasting import BUFFERS, held
 from ringflash.training.estimate.seconds import attention, seconds
 from ringflash.training.estimate.sizes import Load, Sizes
 from ringflash.training.memory.host import USED
 from ringflash.training.memory.plan import AUTO, KEEP, OFFLOAD, PAIRS, RECOMPUTE, Measured, placed
+
+BLOCKS = "moved blocks"
+"""What `engine.memory` has in memory of the host."""
 
 CERTAIN = 0.85
 """Share of what is estimated that a step surely takes: estimates are to be right within a tenth."""
@@ -21,11 +24,11 @@ CERTAIN = 0.85
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one rank: bytes on the device by what they are, bytes of its host, and a step's time.
+    """Of one rank: bytes on the device and of its host by what they are, and a step's time.
 
     Attributes:
         device: bytes by name; they are there at once.
-        host: bytes.
+        host: likewise, of its host.
         placements: of the blocks.
         pairs: see `memory.blocks.BlockMemory`.
         tokens_per_second: of each GPU; nan where the time is.
@@ -35,7 +38,7 @@ class Estimate:
     """
 
     device: dict[str, float]
-    host: float
+    host: dict[str, float]
     placements: list[str]
     pairs: bool
     seconds: float
@@ -67,33 +70,34 @@ def estimate(config: Config, hardware: Hardware, vocab_size: int | None = None, 
         ArgumentError: a model of a folder, whose insides are not known here; or nobody knows the vocabulary.
     """
     sizes = Sizes.of(config, hardware.gpus, vocab_size, load)
-    fixed = lasting(config.engine.name, sizes.weights, hardware.gpus, config.optimizer.name)
+    engine = held(config.engine, sizes.weights, hardware.gpus, config.optimizer.name)
     attended = attention(config, sizes, hardware)
     of_host = USED * hardware.host_share
     if config.engine.host_gib is not None:
         of_host = min(of_host, config.engine.host_gib * 2**30)
     free = (
-        hardware.room - sum(fixed.values()) - sizes.transient(attended.memory, moved=True)
+        hardware.room - sum(engine.device.values()) - sizes.transient(attended.memory, moved=True)
     )  # as the first step finds it
     placements, pairs = _placements(config.engine.memory, sizes, free, of_host)
     kept = sizes.kept(pairs)
-    host = placements.count(OFFLOAD) * kept
-    stays = max(0.0, host - of_host)  # what has no room there
+    moved = placements.count(OFFLOAD) * kept
+    stays = max(0.0, moved - of_host)  # what has no room there
     on_device = placements.count(RECOMPUTE) * kept + stays + placements.count(KEEP) * (kept + sizes.again)
     transient = sizes.transient(attended.memory, moved=OFFLOAD in placements)
     if all(each == KEEP for each in placements):
         transient = sizes.transient_kept(attended.memory)
-    device = {**fixed, "kept for the backward pass": on_device, "at work": transient}
+    device = {**engine.device, "kept for the backward pass": on_device, "at work": transient}
+    host = {**engine.host, BLOCKS: moved - stays}
     took = seconds(config, sizes, hardware, attended, placements, pairs)
     return Estimate(
         device=device,
-        host=min(host, of_host),
+        host=host,
         placements=placements,
         pairs=pairs,
         seconds=took,
         tokens_per_second=sizes.step_tokens / took / hardware.gpus,
         mfu=sizes.useful / (took * hardware.gpus * hardware.card.peak),
-        fits=sum(device.values()) <= hardware.room,
+        fits=sum(device.values()) <= hardware.room and sum(engine.host.values()) <= hardware.host_share,
     )
 
 

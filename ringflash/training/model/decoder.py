@@ -42,6 +42,10 @@ class Decoder(nn.Module, ABC):
         """Modules that use all of their weights in one go: whoever divides weights gathers theirs together."""
         return []
 
+    def parts(self) -> list[nn.Module]:
+        """Modules in the order in which they run, whose weights are wanted only while each is called."""
+        return []
+
     @abstractmethod
     def attention_width(self) -> int | None:
         """Elements of a token's queries and values, of all query heads and layers; None where that is not known."""

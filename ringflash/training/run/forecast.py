@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from ringflash.training.estimate.hardware import GIB, Card, Hardware, card_of
 from ringflash.training.estimate.sizes import Load
-from ringflash.training.estimate.step import Estimate
+from ringflash.training.estimate.step import BLOCKS, Estimate
 from ringflash.training.memory.host import available_bytes
 from ringflash.training.ranks import from_all
 from ringflash.training.run.throughput import Speed
@@ -42,7 +42,7 @@ def load_of_all(shard: dict[str, Any], micro_batches: int) -> Load:
 
 def estimated(found: Estimate) -> str:
     """A line about what a step is to take."""
-    return f"estimated: {_line(found.peak, found.host, found.seconds, found.tokens_per_second, found.mfu)}"
+    return f"estimated: {_line(found.peak, found.host[BLOCKS], found.seconds, found.tokens_per_second, found.mfu)}"
 
 
 def measured(speed: Speed, host: float, expected: Estimate | None) -> str:
@@ -50,7 +50,7 @@ def measured(speed: Speed, host: float, expected: Estimate | None) -> str:
 
     Args:
         speed: of steps on GPUs.
-        host: bytes of its host that a rank moves blocks to.
+        host: bytes of its host that a rank has moved blocks to.
         expected: what had been said, if anything was.
     """
     assert speed.memory is not None
@@ -64,7 +64,7 @@ def measured(speed: Speed, host: float, expected: Estimate | None) -> str:
 
 
 def _line(memory: float, host: float, seconds: float, tokens_per_second: float, mfu: float) -> str:
-    parts = [f"{memory / GIB:.1f} GiB of each GPU", f"{host / GIB:.1f} GiB of the host for each"]
+    parts = [f"{memory / GIB:.1f} GiB of each GPU", f"{host / GIB:.1f} GiB of blocks moved to the host"]
     if not math.isnan(seconds):
         parts.append(f"{seconds:.2f} s a step, {tokens_per_second:,.0f} tokens/s/GPU")
     if not math.isnan(mfu):
