@@ -98,6 +98,14 @@ def test_what_an_engine_has_on_the_host_is_counted_there(tmp_path, name, away, e
     assert before.device == after.device | after.host
 
 
+def test_weights_that_some_ranks_have_once_more_are_counted(tmp_path):
+    path = tmp_path / "deepspeed.json"
+    path.write_text(json.dumps({"zero_optimization": {"zero_hpz_partition_size": 2}}))
+    weights, once = _sized([], 4).weights, EngineConfig("zero3")
+    before, after = (held(each, weights, 4) for each in (once, dataclasses.replace(once, deepspeed=str(path))))
+    assert sum(after.device.values()) - sum(before.device.values()) == 2 * weights.all / 2
+
+
 @pytest.mark.parametrize("policy", [KEEP, RECOMPUTE])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_blocks_keep_what_is_said(policy, precision):

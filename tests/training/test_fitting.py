@@ -28,7 +28,6 @@ from ringflash.training.estimate.sizes import Load
 from ringflash.training.estimate.step import BLOCKS, estimate
 from ringflash.training.model.pretrained import Pretrained
 from ringflash.training.run import forecast
-from ringflash.training.run import trainer as trainer_module
 from ringflash.training.run.throughput import Speed
 
 FOUR = Hardware(4, CARDS["h100"], 1000 * GIB)
@@ -47,7 +46,7 @@ def _replaced(config, remedy):
     return config, gpus
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     thousands=st.integers(4, 4000),
     gpus=st.sampled_from([1, 2, 4]),
@@ -150,7 +149,7 @@ def _train_as_on_gpus(folder, memory, *overrides):
     said = []
     with pytest.MonkeyPatch.context() as patch:
         hardware = Hardware(dist.get_world_size(), Card(memory, CARDS["h100"].peak), GIB)
-        patch.setattr(trainer_module, "hardware_of_all", lambda _: hardware)
+        patch.setattr(forecast, "hardware_of_all", lambda _: hardware)
         patch.setattr("ringflash.training.run.progress.ProgressDisplay.note", lambda _, text: said.append(text))
         _train(folder, "forecast", "train.steps=2", "data=bytes", *overrides)
     return "\n".join(said)

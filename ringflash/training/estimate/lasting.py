@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -100,24 +101,25 @@ class Held:
 
 def held(engine: EngineConfig, weights: Weights, ranks: int, optimizer: str = "adamw") -> Held:
     """What an engine holds, and where; arguments as in `lasting`."""
-    found, away = lasting(engine.name, weights, ranks, optimizer), _on_host(engine)
+    of_zero = {} if engine.deepspeed is None else read(engine.deepspeed).get("zero_optimization", {})
+    found, away = lasting(engine.name, weights, ranks, optimizer), _on_host(engine, of_zero)
+    if (sharing := of_zero.get("zero_hpz_partition_size", 1)) > 1:  # ranks near each other have the weights once more
+        found[BUFFERS] += weights.element * weights.all / sharing
     device, host = ({name: size for name, size in found.items() if (name in away) == on} for on in (False, True))
     return Held(device, host)
 
 
-def _on_host(engine: EngineConfig) -> set[str]:
+def _on_host(engine: EngineConfig, of_zero: Mapping[str, Any]) -> set[str]:
     """What an engine has in memory of the host."""
     if engine.name == "fsdp2" and engine.offload:
         return {PARAMETERS, GRADIENTS, OPTIMIZER}
-    if engine.deepspeed is None:
-        return set()
-    said = read(engine.deepspeed).get("zero_optimization", {})
-    parts = {key for key in ("offload_optimizer", "offload_param") if said.get(key, {}).get("device") == "cpu"}
-    # Gradients go where the optimizer is, once ranks divide them.
-    of_optimizer = {OPTIMIZER} if engine.name == "zero1" else {GRADIENTS, OPTIMIZER}
-    return (of_optimizer if "offload_optimizer" in parts else set()) | (
-        {PARAMETERS} if "offload_param" in parts else set()
-    )
+    away = set()
+    if of_zero.get("offload_optimizer", {}).get("device") == "cpu":
+        # Gradients go where the optimizer is, once ranks divide them.
+        away |= {OPTIMIZER} if engine.name == "zero1" else {GRADIENTS, OPTIMIZER}
+    if of_zero.get("offload_param", {}).get("device") == "cpu":
+        away.add(PARAMETERS)
+    return away
 
 
 Bytes = tuple[float, float, float, float]

@@ -25,7 +25,6 @@ from ringflash.errors import ArgumentError, CheckpointError, RankMismatchError, 
 from ringflash.training.checkpoint import writing
 from ringflash.training.checkpoint.files import found_at, newest, step_of
 from ringflash.training.checkpoint.reading import Checkpoint, last_good
-from ringflash.training.config.checks import SMALLEST_VOCABULARY
 from ringflash.training.config.derived import accumulation, compute_dtype, sequence_degree, steps_of
 from ringflash.training.corpus.batching import PackedBatches, ValidationBatches
 from ringflash.training.corpus.tokenizer import fingerprint
@@ -33,19 +32,11 @@ from ringflash.training.corpus.training_data import TrainingData, read_data
 from ringflash.training.engines.create import create_engine, parameter_shapes
 from ringflash.training.engines.optimizer import trained
 from ringflash.training.engines.schedule import schedule
-from ringflash.training.estimate.fitting import (
-    refuse_weights_that_cannot_fit,
-    refuse_what_cannot_fit,
-    remedies,
-    shares,
-)
-from ringflash.training.estimate.lasting import weights_of
 from ringflash.training.estimate.operations import operations_of
-from ringflash.training.estimate.step import Estimate, estimate
 from ringflash.training.model.create import create_model
 from ringflash.training.model.decoder import Decoder
 from ringflash.training.ranks import from_all, from_rank_0
-from ringflash.training.run.forecast import estimated, hardware_of_all, load_of_all, measured
+from ringflash.training.run.forecast import Forecast
 from ringflash.training.run.interruption import Answer
 from ringflash.training.run.loader import ShardedBatches
 from ringflash.training.run.needle import Needle, haystacks, needle_lengths
@@ -75,7 +66,6 @@ class Trainer:
         steps: of the whole run.
         saved: step and path of the latest checkpoint; -1 and None before the first.
         throughput: how fast steps are.
-        estimate: what a step was expected to take; None where nobody knows.
     """
 
     def __init__(self, config: Config, device: torch.device, folder: Path) -> None:
@@ -86,9 +76,7 @@ class Trainer:
         mesh = init_device_mesh(device.type, (world // degree, degree), mesh_dim_names=("data", "sequence"))
         self.data_rank, self.data_ranks, self.degree = mesh["data"].get_local_rank(), world // degree, degree
         self.group = mesh["sequence"].get_group()
-        self._hardware = hardware_of_all(device)
-        if self._hardware is not None and config.model.path is None:  # before anything takes long
-            refuse_what_cannot_fit(self._computed(), self._hardware, SMALLEST_VOCABULARY)
+        self._forecast = Forecast(config, device)  # before anything takes long
         self.data: TrainingData = _alike(
             lambda: read_data(config), lambda data: data.identity, f"text from data.path={config.data.path}"
         )
@@ -104,10 +92,8 @@ class Trainer:
             f"weights from model.path={config.model.path}",
         )
         self.parameters = sum(weight.numel() for weight in self.model.parameters())
-        if self._hardware is not None:
-            refuse_weights_that_cannot_fit(config, self._hardware, weights_of(self.model))
-        peak = math.nan if self._hardware is None else self._hardware.card.peak
-        self.throughput = Throughput(device, operations_of(self.model), peak)
+        self._forecast.see_model(self.model)
+        self.throughput = Throughput(device, operations_of(self.model), self._forecast.peak)
         self.learned = sum(weight.numel() for _, weight in trained(self.model))
         self.resumed, self.set_aside = self._find_checkpoint()
         self.started_from = self._find_weights() if self.resumed is None else None
@@ -130,7 +116,7 @@ class Trainer:
         self.saved: tuple[int, Path | None] = (-1, None) if self.resumed is None else (self.step, self.resumed.path)
         self._first_batches: list[dict] | None = None
         self._answer = Answer()
-        self.estimate = self._estimate()
+        self._forecast.see_batches(self.batches, self.accumulation, self.data.tokenizer.vocab_size)
 
     def train_step(self, stop: Callable[[], bool]) -> bool:
         """One optimizer step; returns whether a rank wants to stop, and all ranks have to: see `interruption`.
@@ -236,39 +222,16 @@ class Trainer:
             f"{self._size()}, {self.config.engine.name}, {compute_dtype(self.config)} on "
             f"{dist.get_world_size()} x {self.device.type}: {self.data_ranks} data x {self.degree} sequence ranks, "
             f"{train.global_batch} x {train.seqlen} tokens a step\n"
-            f"{self._read()}; {start}; writing to {self.folder}{self._expected()}"
+            f"{self._read()}; {start}; writing to {self.folder}"
+            + "".join(f"\n{line}" for line in self._forecast.lines())
             + "".join(f"\nset aside: {problem}" for problem in self.set_aside)
             + "".join(f"\n{said}" for said in (*self._passed_over, self.model.passed_over()) if said)
         )
 
-    def _estimate(self) -> Estimate | None:
-        """What steps like the first one take; a collective."""
-        if self._hardware is None or self.config.model.path is not None:
-            return None
-        load = load_of_all(self.batches.peek(), self.accumulation)
-        return estimate(self._computed(), self._hardware, self.data.tokenizer.vocab_size, load)
-
-    def _expected(self) -> str:
-        """The same in a line, with a warning where it may not fit."""
-        found, hardware = self.estimate, self._hardware
-        if found is None or hardware is None:
-            return ""
-        line = f"\n{estimated(found)}"
-        if found.fits:
-            return line
-        cures = remedies(self._computed(), hardware, self.data.tokenizer.vocab_size)
-        less = f"; what is estimated to fit: {'; or '.join(cures)}" if cures else ""
-        return f"{line}\nWARNING: it may not fit ({shares(found.device)} GiB){less}"
-
-    def _computed(self) -> Config:
-        """The configuration with the precision that "auto" stands for here."""
-        precision = "bf16" if compute_dtype(self.config) == torch.bfloat16 else "fp32"
-        return dataclasses.replace(self.config, engine=dataclasses.replace(self.config.engine, precision=precision))
-
     def measured(self, speed: Speed) -> str:
-        """What steps took, beside what was expected of them, in a line."""
+        """What steps on GPUs took, beside what was expected of them, in a line."""
         host = self.model.memory.host
-        return measured(speed, 0 if host is None else host.taken, self.estimate)
+        return self._forecast.beside(speed, 0 if host is None else host.taken)
 
     def decided(self) -> str | None:
         """What was decided about memory in the latest step, if anything; once."""
