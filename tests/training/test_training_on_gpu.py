@@ -18,7 +18,9 @@ pytestmark = pytest.mark.gpu
 def _one_gpu():
     torch.cuda.set_device(0)
     device = torch.device("cuda", 0)
-    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=device)
+    # Runs on the CPU have the other half of the group.
+    backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device)
     yield
     dist.destroy_process_group()
 
