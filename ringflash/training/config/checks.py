@@ -172,6 +172,11 @@ def _check_engine(config: Config, world_size: int) -> None:
         value = getattr(engine, key)
         if value != getattr(default, key) and engine.name != "fsdp2":
             raise ArgumentError(f"engine.{key}={value} with engine.name={engine.name}; it is for fsdp2")
+    if engine.compile and engine.name not in ("ddp", "fsdp2"):
+        raise ArgumentError(
+            f"engine.compile=true with engine.name={engine.name}, whose weights torch.compile does not see; "
+            "allowed are ddp and fsdp2"
+        )
     if engine.offload and config.optimizer.name == "muon":
         raise ArgumentError(
             "engine.offload=true with optimizer.name=muon, which multiplies whole matrices of all ranks, and these do "

@@ -38,6 +38,8 @@ def create_engine(
         weights: reads another run's weights, to start anew from.
     """
     shapes = parameter_shapes(model)
+    if config.compile:
+        model.compile_blocks()
     model.keep(config.memory, device, None if config.host_gib is None else int(config.host_gib * 2**30))
 
     def fill(name: str, weight: Tensor) -> None:
