@@ -2,7 +2,8 @@
 
 `register()` hands them to Hydra under the name `schema`, on which `config.yaml` is built. The groups' YAML files only
 give values. Bounds stand in the fields' metadata, and ringflash.training.config.checks compares them: `choices`,
-`at_least`, `positive`, `share` (0 up to, not including, 1) and `bits` (of an unsigned integer). Numbers are finite.
+`at_least`, `positive`, `share` (0 up to, not including, 1), `bits` (of an unsigned integer) and `words` (allowed beside
+numbers). Numbers are finite.
 """
 
 from __future__ import annotations
@@ -293,8 +294,13 @@ class TrainConfig:
 class CheckpointConfig:
     """When to save and what to start from."""
 
-    every: int = _bounded(0, at_least=0)
-    """Steps between checkpoints; 0: only at the end."""
+    every: int | str = _bounded(0, at_least=0, words=("never",))
+    """Steps between checkpoints; 0: only at the end; "never": not even then, nor when a signal stops the run."""
+    only_weights: bool = False
+    """Save no optimizer state: a new run can start from such a checkpoint, and none go on from it."""
+    background: bool = True
+    """Copy what is saved between two steps to host memory, and write it while training goes on; false: training waits
+    for the disk, and no host memory is taken."""
     keep: int = _bounded(2, at_least=1)
     """Newest checkpoints that are kept."""
     resume: str = "auto"

@@ -75,7 +75,7 @@ def export(run: Path, out: Path, shard_size: str = "5GB") -> float:
         raise CheckpointError(f"{run}: no complete checkpoint in it, nor is it one")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ArgumentError(f"{out} is there already; give a new folder")
-    checkpoint = Checkpoint(path)
+    checkpoint = Checkpoint(path, weights_alone=True)
     tokenizer = _tokenizer(path.parent.parent / TOKENIZER)
     model, reference = _models(checkpoint)
     ids = _sample(model)

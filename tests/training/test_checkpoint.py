@@ -20,17 +20,24 @@ from test_engine import assert_same
 
 from ringflash.errors import CheckpointError
 from ringflash.training.checkpoint import writing
-from ringflash.training.checkpoint.files import MANIFEST, OPTIMIZER, STATE, WEIGHTS, newest
+from ringflash.training.checkpoint.files import MANIFEST, STATE, file_of, newest
+from ringflash.training.checkpoint.files import OPTIMIZER as MOMENTS_FILES
+from ringflash.training.checkpoint.files import WEIGHTS as WEIGHTS_FILES
 from ringflash.training.checkpoint.reading import Checkpoint
+from ringflash.training.checkpoint.saving import Saver
+from ringflash.training.engines.base import Piece
 from ringflash.training.engines.optimizer import MOMENTS
 
 SHAPES = {"embed.weight": (7, 3), "norm.weight": (3,)}
+SIZES = {f"{kind}/{name}": shape for name, shape in SHAPES.items() for kind in ("weight", *MOMENTS)}
+WEIGHTS, OPTIMIZER = (file_of(kind, 0) for kind in (WEIGHTS_FILES, MOMENTS_FILES))
 FILES = (WEIGHTS, OPTIMIZER, STATE)
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _alone():
-    """`save` is a collective; here of one rank."""
+    """Saving is a collective; here of one rank."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -38,19 +45,25 @@ def _alone():
 
 def tensors(step):
     generator = torch.Generator().manual_seed(step)
-    for name, shape in SHAPES.items():
-        for kind in ("weight", *MOMENTS):
-            yield f"{kind}/{name}", torch.randn(shape, generator=generator)
+    return {name: torch.randn(shape, generator=generator) for name, shape in SIZES.items()}
+
+
+def pieces(whole, start=lambda size: 0, stop=lambda size: size):
+    """The same share of each tensor."""
+    for name, tensor in whole.items():
+        first, last = start(tensor.numel()), stop(tensor.numel())
+        if first < last:
+            yield Piece(name, first, last - first, lambda t=tensor, a=first, b=last: t.flatten()[a:b])
 
 
 def save(root, step, keep=9):
-    return writing.save(root, step, tensors(step), SHAPES, {"step": step, "text": "ß"}, keep)
+    return Saver(root, CPU, keep).save(step, pieces(tensors(step)), SIZES, {"step": step, "text": "ß"})
 
 
 def assert_holds(path, step):
     found = Checkpoint(path)
     assert found.state == {"step": step, "text": "ß"}
-    for name, tensor in tensors(step):
+    for name, tensor in tensors(step).items():
         assert torch.equal(found.read(name), tensor)
 
 
@@ -59,7 +72,7 @@ def test_what_was_saved_is_read_back_and_is_plain_safetensors(tmp_path):
     assert_holds(path, 5)
     weights = load_file(path / WEIGHTS)
     assert weights.keys() == SHAPES.keys()
-    assert torch.equal(weights["norm.weight"], dict(tensors(5))["weight/norm.weight"])
+    assert torch.equal(weights["norm.weight"], tensors(5)["weight/norm.weight"])
     assert (tmp_path / "latest").read_text() == path.name
 
 
@@ -184,7 +197,7 @@ class _FailingWrites:
     def __init__(self, monkeypatch, passing):
         self.left = passing
         for owner, name in (
-            (writing._HashedFile, "write"),
+            (writing.HashedFile, "write"),
             (os, "fsync"),
             (os, "replace"),
             (Path, "rename"),
@@ -223,26 +236,27 @@ def test_a_disk_that_is_full_at_any_moment_leaves_a_good_checkpoint(tmp_path):
 
 
 def _save_beyond_the_limit(folder):
-    """The kernel itself refuses to let a file grow, halfway through rank 0's weights."""
+    """The kernel itself refuses to let a file of rank 1 grow, halfway through its weights."""
     recipe.steps("zero2", degree=2, last=1, folder=folder)
-    unlimited = writing.save
+    save = recipe.save
 
-    def limited(*args, **kwargs):
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    def limited(*args):
+        if dist.get_rank() == 1:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
         try:
-            return unlimited(*args, **kwargs)
+            return save(*args)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writing, "save", limited)
+        patch.setattr(recipe, "save", limited)
         with pytest.raises(CheckpointError) as caught:
             recipe.steps("zero2", degree=2, last=2, folder=folder)
     return str(caught.value)
 
 
-def test_every_rank_is_notified_that_rank_0_could_not_write(pool, tmp_path):
+def test_every_rank_is_notified_that_one_could_not_write(pool, tmp_path):
     said = pool(2).run(_save_beyond_the_limit, str(tmp_path))
     assert said[0] == said[1]
     assert "step-00000002: not saved: [Errno 27] File too large" in said[0]
@@ -272,7 +286,7 @@ def test_an_unknown_format_is_refused(tmp_path):
     path = save(tmp_path, 1)
     manifest = json.loads((path / MANIFEST).read_text())
     (path / MANIFEST).write_text(json.dumps({**manifest, "format": 99}))
-    with pytest.raises(CheckpointError, match="format 99; this version reads format 1"):
+    with pytest.raises(CheckpointError, match="format 99; this version reads formats 1 and 2"):
         Checkpoint(path)
 
 

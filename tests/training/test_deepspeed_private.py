@@ -66,7 +66,7 @@ def _masters(name, dtype, attribute):
     with torch.no_grad():
         for master in masters:
             master.fill_(0.25)
-    whole = {key.removeprefix("weight/"): x for key, x in engine.tensors() if key.startswith("weight/")}
+    whole = {key.removeprefix("weight/"): x for key, x in recipe.whole(engine).items() if key.startswith("weight/")}
     assert all((whole[parameter] == 0.25).all() for parameter in shapes)
     return sum(master.numel() for master in masters), sum(torch.Size(shape).numel() for shape in shapes.values())
 
@@ -90,7 +90,7 @@ def _state(name, dtype):
     assert len(state) == len(masters)
     for master in masters:
         state[master]["exp_avg"].fill_(0.5)
-    return all((x == 0.5).all() for key, x in engine.tensors() if key.startswith("exp_avg/"))
+    return all((x == 0.5).all() for key, x in recipe.whole(engine).items() if key.startswith("exp_avg/"))
 
 
 @pytest.mark.parametrize(("name", "dtype"), VARIANTS.values(), ids=VARIANTS)
@@ -103,7 +103,7 @@ def _found_before_the_first_step(name, dtype, link):
         if not link:
             patch.setattr(zero, "link_optimizer_state", lambda _: None)
         engine, shapes = _engine(name, dtype)
-    moments = [x for key, x in engine.tensors() if not key.startswith("weight/")]
+    moments = [x for key, x in recipe.whole(engine).items() if not key.startswith("weight/")]
     return len(moments) == len(MOMENTS) * len(shapes)
 
 

@@ -86,7 +86,7 @@ def _initial_weights(name, tied):
     engine = create_engine(model, torch.device("cpu"), EngineConfig(name), recipe.OPTIMIZER)
     if name == "ddp":  # the optimizer has no state yet
         return {name: weight.detach() for name, weight in model.named_parameters()}
-    return {name.removeprefix("weight/"): x for name, x in engine.tensors() if name.startswith("weight/")}
+    return {name.removeprefix("weight/"): x for name, x in recipe.whole(engine).items() if name.startswith("weight/")}
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -145,7 +145,7 @@ def _all_masked(name):
     ids = torch.zeros(1, 8, dtype=torch.int64)
     batch = {"input_ids": ids, "position_ids": ids, "labels": torch.full_like(ids, -100), "seqlen": 16}
     loss, norm, _ = engine.train_step([batch], 1e-3)
-    return loss.item(), norm.item(), all(torch.isfinite(weight).all() for _, weight in engine.tensors())
+    return loss.item(), norm.item(), all(torch.isfinite(weight).all() for weight in recipe.whole(engine).values())
 
 
 @pytest.mark.parametrize("name", ENGINES)

@@ -99,7 +99,7 @@ def _steps(path, name, degree, micro_batch=recipe.SEQUENCES, dtype=torch.float32
     losses = engine.evaluate(model.shard(recipe.batches(9)[0]))
     sums = losses.sum()[None]
     dist.all_reduce(sums)
-    state = {name.replace("/model.", "/"): x.detach().clone() for name, x in engine.tensors()}
+    state = {name.replace("/model.", "/"): x.detach().clone() for name, x in recipe.whole(engine).items()}
     return curve, state, sums.item() / world * degree
 
 

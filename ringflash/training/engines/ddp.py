@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ringflash.configs.schema import OptimizerConfig
 from ringflash.training.engines import eight_bit
-from ringflash.training.engines.base import Engine, Read
+from ringflash.training.engines.base import Engine, Piece, Read
 from ringflash.training.engines.optimizer import (
     MOMENTS,
     MUON_MOMENTS,
@@ -64,19 +67,30 @@ class DdpEngine(Engine):
             return eight_bit.shapes(self._state(name))
         return dict.fromkeys(MUON_MOMENTS if name in self._by_muon else MOMENTS, self.shapes[name])
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """See Engine."""
-        for name, weight in trained(self.model):
-            yield f"weight/{name}", weight.detach()
-            state = self._state(name)
-            kept = eight_bit.exported(state) if name in self._in_8_bits else state
-            for moment in self.moments(name):
-                yield f"{moment}/{name}", kept[moment]
+    def pieces(self) -> Iterator[Piece]:
+        """See Engine; all ranks hold everything, so each writes an equal part of each tensor."""
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        for name, shape in self.sizes().items():
+            size = math.prod(shape)
+            start, stop = size * rank // ranks, size * (rank + 1) // ranks
+            if start < stop:
+                yield Piece(name, start, stop - start, functools.partial(self._part, name, start, stop))
 
-    def load(self, state: Read, step: int) -> None:
-        """See Engine."""
+    def _part(self, name: str, start: int, stop: int) -> Tensor:
+        kind, _, parameter = name.partition("/")
+        if kind == "weight":
+            whole = self.model.get_parameter(parameter).detach()
+        else:
+            state = self._state(parameter)
+            whole = (eight_bit.exported(state) if parameter in self._in_8_bits else state)[kind]
+        return whole.flatten()[start:stop]
+
+    def load(self, read: Read, step: int, moments: bool) -> None:
+        """See Engine; everything is read whole."""
+        if not moments:
+            return
         for name, weight in trained(self.model):
-            kept = {moment: state(f"{moment}/{name}").to(weight.device) for moment in self.moments(name)}
+            kept = {moment: read(f"{moment}/{name}").to(weight.device) for moment in self.moments(name)}
             if name in self._in_8_bits:
                 eight_bit.restore(self._state(name), kept, step)
             elif name in self._by_muon:

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from ringflash.configs.schema import Config
-from ringflash.errors import ArgumentError, CheckpointError, RunStoppedError
-from ringflash.training.config.derived import TOKENIZER
+from ringflash.errors import ArgumentError, RingflashError, RunStoppedError
+from ringflash.training.config.derived import TOKENIZER, saved_every
 from ringflash.training.corpus.ngram import baselines
 from ringflash.training.ranks import from_rank_0
 from ringflash.training.run.interruption import StopSignals
@@ -51,6 +51,7 @@ def train(config: Config, device: torch.device) -> Path:
     with (
         ScalarLog(folder, rank, config.logging.tensorboard, trainer.step, trackers) as log,
         ProgressDisplay(trainer.steps, trainer.step, rank, config.logging.progress) as progress,
+        trainer.saver,
     ):
         progress.note(trainer.description())
         with StopSignals() as signals:
@@ -104,13 +105,12 @@ def _take_steps(
             progress.update(step, scalars["train/loss"], speed)
         if stopping:
             _stop(trainer, progress)
-        if _due(step, config.checkpoint.every) and step < steps:
+        if _due(step, saved_every(config)) and step < steps:
             paused = time.monotonic()
-            try:
-                trainer.save()
-            except CheckpointError as error:  # a disk can be freed; what was learned so far goes on
-                progress.note(f"WARNING: {error}; training goes on")
+            trainer.begin_save()
             clock += time.monotonic() - paused
+        for said in trainer.saver.news():
+            progress.note(said)
         if _due(step, train.validate_every) and step < steps:
             paused = time.monotonic()
             validation = trainer.validate(stop)
@@ -119,17 +119,23 @@ def _take_steps(
             log.write(step, _figures(validation))
             progress.note(f"step {step}: validation {_said(validation)}")
             clock += time.monotonic() - paused
-    if steps > first:
-        progress.note(f"saved {trainer.save()}")
+    if steps > first and config.checkpoint.every != "never":
+        path = trainer.save()
+        for said in (*trainer.saver.news(), f"saved {path}"):
+            progress.note(said)
 
 
 def _stop(trainer: Trainer, progress: ProgressDisplay) -> NoReturn:
     """Leave the run as a signal asked for, with a checkpoint of the latest step; all ranks do so together."""
-    step, path = trainer.saved
-    if step != trainer.step:
-        path = trainer.save()
+    stopped, checkpoint = f"stopped by a signal after step {trainer.step} of {trainer.steps}", trainer.config.checkpoint
+    if checkpoint.every == "never":
+        raise RingflashError(f"{stopped}; checkpoint.every=never: it is not saved")
+    trainer.saver.give_up(but=trainer.step)
+    path = trainer.save()
+    if checkpoint.only_weights:
+        raise RingflashError(f"{stopped}; {path} holds its weights alone, which checkpoint.weights starts anew from")
     progress.note(f"stopped by a signal: saved {path}; run_dir={trainer.folder} goes on from there")
-    raise RunStoppedError(f"stopped by a signal after step {trainer.step} of {trainer.steps}; it is saved")
+    raise RunStoppedError(f"{stopped}; it is saved")
 
 
 def _run_folder(config: Config) -> Path:
