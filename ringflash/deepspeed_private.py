@@ -70,7 +70,9 @@ def own_part(weight: Any, moment: str | None = None) -> tuple[int, Tensor] | Non
     """
     if not hasattr(weight, "ds_id"):
         mapping = weight._hp_mapping
-        return None if mapping is None else (mapping.lp_fragment_address.start, mapping.get_hp_fragment(moment).detach())
+        return (
+            None if mapping is None else (mapping.lp_fragment_address.start, mapping.get_hp_fragment(moment).detach())
+        )
     part, _ = weight._z3_optimizer._get_fp32_opt_state_partition(weight, False, moment)
     start = part_size(weight) * dist.get_rank()
     size = min(part_size(weight), weight.ds_numel - start)  # the rest of it is padding

@@ -103,6 +103,12 @@ def save(engine, folder, step):
     Saver(folder, torch.device("cpu"), keep=9).save(step, engine.pieces(), engine.sizes(), {"step": step})
 
 
+def stored(path):
+    """Every tensor of a checkpoint by its name."""
+    found = Checkpoint(Path(path))
+    return {name: found.read(name) for name in found.sizes}
+
+
 def whole(engine):
     """Whole tensors of an engine's state by name, from the pieces of all ranks."""
     mine = [(piece.name, piece.start, piece.take().detach().cpu().clone()) for piece in engine.pieces()]

@@ -216,6 +216,8 @@ def test_no_file_names_code_to_run():
             1,
             "checkpoint.resume=nowhere: no such folder; allowed are auto, last_good, nev",
         ),
+        (["checkpoint.every=off"], 1, "checkpoint.every=off; allowed are never, 0 and more"),
+        (["checkpoint.every=-1"], 1, "checkpoint.every=-1; allowed are 0 and more"),
         (["checkpoint.resume=/"], 1, "checkpoint.resume=/: no manifest.json in it; allowed are auto, last_good, nev"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, list) else None,
@@ -248,7 +250,7 @@ MEET_OTHER_VALUES = {
 
 def test_every_number_says_its_bounds_and_every_bound_is_one_that_is_checked():
     for key, value, bounds in entries(load()):
-        assert bounds.keys() <= {"choices", "at_least", "positive", "share", "bits"}, key
+        assert bounds.keys() <= {"choices", "at_least", "positive", "share", "bits", "words"}, key
         if isinstance(value, int | float) and not isinstance(value, bool):
             assert bounds or key in MEET_OTHER_VALUES, key
 

@@ -11,7 +11,7 @@ import torch
 from test_loop import _train
 
 from ringflash.errors import ArgumentError, CheckpointError
-from ringflash.training.checkpoint.files import OPTIMIZER, newest
+from ringflash.training.checkpoint.files import OPTIMIZER, WEIGHTS, file_of, newest
 from ringflash.training.checkpoint.reading import Checkpoint
 from ringflash.training.config.checks import check
 from ringflash.training.config.composing import load
@@ -83,7 +83,7 @@ def test_what_holds_no_weights_is_refused_by_name(tmp_path):
 
 
 def _damage(checkpoint):
-    with open(checkpoint / OPTIMIZER, "r+b") as file:
+    with open(checkpoint / file_of(OPTIMIZER, 0), "r+b") as file:
         file.seek(-3, 2)
         file.write(b"\xff")
 
@@ -98,7 +98,7 @@ def test_damaged_checkpoints_are_stepped_over_and_set_aside_in_the_same_run_dire
     job = ("train.steps=6", "checkpoint.every=2", "checkpoint.keep=3")
     expected = pool(2).run(_train, folder, "damaged", *job)[0]
     there = folder / "damaged" / "checkpoints"
-    whole = {step: (there / f"step-0000000{step}" / "weights.safetensors").read_bytes() for step in (4, 6)}
+    whole = {step: (there / f"step-0000000{step}" / file_of(WEIGHTS, 1)).read_bytes() for step in (4, 6)}
     for step in (4, 6):
         _damage(there / f"step-0000000{step}")
     for outcome in pool(2).outcomes(_train, folder, "damaged", *job):
@@ -110,7 +110,7 @@ def test_damaged_checkpoints_are_stepped_over_and_set_aside_in_the_same_run_dire
     names = [f"step-0000000{step}" for step in (2, 4, 6)]
     assert sorted(path.name for path in there.glob("step-*")) == sorted([*names, *(f"{n}.damaged" for n in names[1:])])
     for step, data in whole.items():
-        assert (there / f"step-0000000{step}" / "weights.safetensors").read_bytes() == data
+        assert (there / f"step-0000000{step}" / file_of(WEIGHTS, 1)).read_bytes() == data
     lines = [json.loads(line) for line in (folder / "damaged" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4, 5, 6, 3, 4, 5, 6]
 
@@ -121,4 +121,4 @@ def test_where_all_are_damaged_nothing_starts_anew_and_where_none_is_there_a_run
     for outcome in pool(2).outcomes(_train, folder, "all", "train.steps=1", "checkpoint.resume=last_good"):
         assert isinstance(outcome.error, CheckpointError)
         assert "holds no checkpoint that is not damaged: " in str(outcome.error)
-        assert f"{OPTIMIZER} is damaged" in str(outcome.error)
+        assert f"{file_of(OPTIMIZER, 0)} is damaged" in str(outcome.error)

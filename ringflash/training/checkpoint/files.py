@@ -27,7 +27,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 """Shape of each parameter by its name."""
 
 SHARDING, OFFSETS, WHOLE = "DCP_SHARDING_INFO", "saved_offsets", "whole"
-"""Where torch.distributed.checkpoint looks for where a piece begins, and ours beside it, the shape of the whole tensor."""
+"""Where torch.distributed.checkpoint looks for where a piece begins; beside it, ours, the shape of the whole tensor."""
 
 
 class Entry(NamedTuple):

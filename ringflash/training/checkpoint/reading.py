@@ -67,15 +67,10 @@ class Checkpoint:
 
     def read(self, name: str, start: int | None = None, stop: int | None = None) -> Tensor:
         """Elements of an fp32 tensor by the name an engine gave it, on the CPU; see `engines.base.Read`."""
-        parts, whole = self._parts[place(name)], self.sizes[name]
         if start is None or stop is None:
-            return self.read(name, 0, math.prod(whole)).view(whole)
-        wanted = torch.empty(stop - start, dtype=torch.float32)
-        for part in parts:
-            first, last = max(start, part.start), min(stop, part.start + part.size)
-            if first < last:
-                wanted[first - start : last - start] = part.read(first - part.start, last - part.start)
-        return wanted
+            whole = self.sizes[name]
+            return self._elements(name, 0, math.prod(whole)).view(whole)
+        return self._elements(name, start, stop)
 
     def check_shapes(self, shapes: Shapes) -> None:
         """Raise CheckpointError, naming a parameter, unless these are the parameters of the model."""
@@ -86,6 +81,14 @@ class Checkpoint:
                     f"{self.path} is of another model: {name} is {there.get(name, 'absent')} there and "
                     f"{shapes.get(name, 'absent')} here"
                 )
+
+    def _elements(self, name: str, start: int, stop: int) -> Tensor:
+        wanted = torch.empty(stop - start, dtype=torch.float32)
+        for part in self._parts[place(name)]:
+            first, last = max(start, part.start), min(stop, part.start + part.size)
+            if first < last:
+                wanted[first - start : last - start] = part.read(first - part.start, last - part.start)
+        return wanted
 
     def _index(self, name: str) -> None:
         """Note what a file holds."""

@@ -62,7 +62,7 @@ def _check_bounds(key: str, value: Any, bounds: Mapping[str, Any]) -> None:
     if "words" in bounds and isinstance(value, str):
         if value in bounds["words"]:
             return
-        raise ArgumentError(f"{key}={value}; allowed are {', '.join(bounds['words'])}, and numbers from {least} on")
+        raise ArgumentError(f"{key}={value}; allowed are {', '.join(bounds['words'])}, {least} and more")
     if isinstance(value, float) and not math.isfinite(value):
         raise ArgumentError(f"{key}={value}; allowed are finite numbers")
     if least is not None and value < least:

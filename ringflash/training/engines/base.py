@@ -5,7 +5,7 @@ All engines treat all ranks, data and sequence alike, as one data-parallel group
 gradient of the mean loss over all tokens of the step, whatever the sharding, the accumulation and the engine.
 
 An engine's state is fp32 tensors by parameter name. Each rank exports pieces of them, and imports what it holds by
-name and range, so a checkpoint of any engine on any number of ranks continues on any other, and none passes through one.
+name and range: a checkpoint of any engine on any number of ranks continues on any other, and never passes through one.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -20,7 +21,7 @@ from ringflash.configs.schema import Config
 from ringflash.errors import ArgumentError, RingflashError, RunStoppedError
 from ringflash.training.config.derived import TOKENIZER, saved_every
 from ringflash.training.corpus.ngram import baselines
-from ringflash.training.ranks import from_rank_0
+from ringflash.training.ranks import from_all, from_rank_0
 from ringflash.training.run.interruption import StopSignals
 from ringflash.training.run.needle import Needle, plot_needles
 from ringflash.training.run.plots import plot_run
@@ -148,7 +149,23 @@ def _run_folder(config: Config) -> Path:
         OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
 
     _by_rank_0(write, folder)
+    if config.checkpoint.every != "never":
+        _check_shared(folder)
     return folder
+
+
+def _check_shared(folder: Path) -> None:
+    """Raise ArgumentError on all ranks if one does not see what rank 0 writes: each writes its part of a checkpoint."""
+    mark = folder / from_rank_0(f".{uuid.uuid4().hex}")
+    _by_rank_0(mark.touch, folder)
+    seen = from_all(mark.exists())
+    if dist.get_rank() == 0:
+        mark.unlink()
+    if not all(seen):
+        raise ArgumentError(
+            f"run_dir={folder}: rank {seen.index(False)} does not see what rank 0 writes there; give a folder that all "
+            "machines share, or checkpoint.every=never"
+        )
 
 
 def _by_rank_0(write: Callable[[], None], folder: Path) -> None:
