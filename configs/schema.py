@@ -253,8 +253,8 @@ class OptimizerConfig:
 class EngineConfig:
     """How parameters, gradients and optimizer state live on the ranks."""
 
-    name: str = _bounded("ddp", choices=("ddp", "zero1", "zero2", "zero3"))
-    """"ddp", or DeepSpeed's "zero1", "zero2", "zero3"."""
+    name: str = _bounded("ddp", choices=("ddp", "fsdp2", "zero1", "zero2", "zero3"))
+    """torch's "ddp" and "fsdp2", or DeepSpeed's "zero1", "zero2", "zero3"."""
     precision: str = _bounded("auto", choices=("auto", "fp32", "bf16"))
     """"fp32", "bf16" (master weights and optimizer stay fp32), or "auto": bf16 on a GPU that has it, else fp32."""
     memory: str = _bounded("auto", choices=("auto", "keep", "recompute", "offload", "offload_pairs"))
@@ -264,6 +264,10 @@ class EngineConfig:
     room for after the first step; "keep" on CPUs."""
     host_gib: float | None = _bounded(None, at_least=0)
     """Host memory that each rank may move blocks to; null: its part of 85% of what is free."""
+    reduce: str = _bounded("fp32", choices=("fp32", "bf16"))
+    """Of fsdp2: dtype in which gradients are summed over the ranks."""
+    offload: bool = False
+    """Of fsdp2: weights, gradients and optimizer state are in host memory, and the optimizer steps there."""
 
 
 @dataclass

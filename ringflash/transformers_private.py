@@ -7,6 +7,7 @@ that an upgrade shows which one went.
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -91,7 +92,7 @@ def _natural(key: str) -> list[tuple[bool, int | str]]:
 
 
 def run_layers_by(model: PreTrainedModel, run: Callable[..., Any]) -> None:
-    """Have `run(layer, x, ...)` called for each of a model's layers while it trains.
+    """Have `run(layer, x, ..., module=layer with its hooks)` called for each of a model's layers while it trains.
 
     Raises:
         ValueError: the model knows of no checkpointing of activations.
@@ -100,4 +101,13 @@ def run_layers_by(model: PreTrainedModel, run: Callable[..., Any]) -> None:
     getattr(model, "activation_checkpointing_enable", older)()
     for module in model.modules():
         if hasattr(module, "_gradient_checkpointing_func"):
-            module._gradient_checkpointing_func = run  # pyrefly: ignore[bad-argument-type]  # no module, nor tensor
+            by = functools.partial(_run_layer, run)
+            module._gradient_checkpointing_func = by  # pyrefly: ignore[bad-argument-type]  # no module, nor tensor
+
+
+def _run_layer(run: Callable[..., Any], layer: Callable[..., Any], *inputs: Any) -> Any:
+    """Since Transformers 5.16 a layer's hooks, as FSDP2's, are outside of the function that it has run."""
+    module = layer
+    if isinstance(layer, functools.partial) and layer.args:
+        module = functools.partial(*layer.args, **layer.keywords)
+    return run(layer, *inputs, module=module)

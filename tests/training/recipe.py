@@ -67,11 +67,13 @@ def steps(
     optimizer=OPTIMIZER,
     device="cpu",
     memory="keep",
+    settings=None,
     **options,
 ):
     """Train from step `first` to `last` on all ranks of this worker's pool.
 
     Returns [(loss, gradient norm), ...] and the engine's state; saves to `folder` at the end, starts from `resume`.
+    `settings` are further ones of the engine.
     """
     world = dist.get_world_size()
     mesh = init_device_mesh(device, (world // degree, degree), mesh_dim_names=("data", "sequence"))
@@ -83,8 +85,8 @@ def steps(
         assert found.state == {"step": first}
     accumulation = SEQUENCES // (micro_batch * data_ranks)
     read = None if found is None else found.read
-    settings = EngineConfig(name, memory=memory)
-    engine = create_engine(model, torch.device(device), settings, optimizer, accumulation, read, first)
+    config = EngineConfig(name, memory=memory, **(settings or {}))
+    engine = create_engine(model, torch.device(device), config, optimizer, accumulation, read, first)
     curve = []
     for step in range(first, last):
         mine = batches(step)[data_rank::data_ranks]
@@ -109,12 +111,13 @@ def stored(path):
     return {name: found.read(name) for name in found.sizes}
 
 
-def whole(engine):
-    """Whole tensors of an engine's state by name, from the pieces of all ranks."""
-    mine = [(piece.name, piece.start, piece.take().detach().cpu().clone()) for piece in engine.pieces()]
+def whole(engine, kind=""):
+    """Whole tensors of an engine's state, of one kind or all, by name, from the pieces of all ranks."""
+    pieces = [piece for piece in engine.pieces() if piece.name.startswith(kind)]
+    mine = [(piece.name, piece.start, piece.take().detach().cpu().clone()) for piece in pieces]
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
-    sizes = engine.sizes()
+    sizes = {name: shape for name, shape in engine.sizes().items() if name.startswith(kind)}
     found = {name: torch.full((math.prod(shape),), math.nan) for name, shape in sizes.items()}
     for name, start, part in (piece for pieces in everyone for piece in pieces):
         assert found[name][start : start + len(part)].isnan().all(), f"{name} has elements that two ranks write"

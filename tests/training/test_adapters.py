@@ -49,7 +49,7 @@ def test_two_ranks_train_adapters_as_peft_does_on_one_device(pool, tmp_path, nam
         _assert_same(result, expected)
 
 
-@pytest.mark.parametrize("name", ["ddp", "zero3"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero3"])
 def test_what_is_kept_of_layers_with_adapters_changes_no_bit(pool, tmp_path, name):
     path = write_folder(tmp_path)
     expected, found = (pool(2).run(_steps, path, name, 2, memory=each, lora=LORA)[0] for each in ("keep", "offload"))
@@ -60,7 +60,7 @@ def test_what_is_kept_of_layers_with_adapters_changes_no_bit(pool, tmp_path, nam
 def test_bf16_adapters_keep_master_weights_in_fp32_and_the_others_in_bf16(pool, tmp_path):
     path = write_folder(tmp_path)
     expected, _, _ = _plain(path, adapt=_adapted)
-    for name in ("ddp", "zero3"):
+    for name in ("ddp", "fsdp2", "zero3"):
         curve, state, _ = pool(2).run(_steps, path, name, degree=2, lora=LORA, dtype=torch.bfloat16)[0]
         torch.testing.assert_close(torch.tensor(curve), torch.tensor(expected), rtol=0.03, atol=0.03)
         weight = state["weight/model.layers.0.mlp.down_proj.lora_A.default.weight"]

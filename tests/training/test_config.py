@@ -164,7 +164,7 @@ def test_no_file_names_code_to_run():
 @pytest.mark.parametrize(
     ("overrides", "ranks", "said"),
     [
-        (["engine.name=fsdp"], 1, "engine.name='fsdp'; allowed are ddp, zero1, zero2, zero3"),
+        (["engine.name=fsdp"], 1, "engine.name='fsdp'; allowed are ddp, fsdp2, zero1, zero2, zero3"),
         (["engine.precision=fp8"], 1, "engine.precision='fp8'"),
         (["device=tpu"], 1, "device='tpu'; allowed are auto, cuda, cpu"),
         (["attention.mask=none"], 1, "attention.mask='none'"),

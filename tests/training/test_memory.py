@@ -120,7 +120,7 @@ def _moved_under(engine, policy):
     return model.memory.host.moved
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero3"])
 def test_engines_whose_hooks_wrap_blocks_leave_them_in_pairs(pool, engine):
     for moving, pairs in zip(*(pool(2).run(_moved_under, engine, each) for each in (OFFLOAD, PAIRS)), strict=True):
         assert 0.7 < pairs / moving < 0.9

@@ -98,9 +98,10 @@ def _plain_muon():
     return state, {name: (x.detach() - before[name]).norm().item() for name, x in between.items()}
 
 
-def test_two_ranks_train_by_muon_as_one_device_does(pool):
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_two_ranks_train_by_muon_as_one_device_does(pool, engine):
     expected, moved = _plain_muon()
-    for _, state in pool(2).run(recipe.steps, "ddp", degree=2, optimizer=MUON, last=1):
+    for _, state in pool(2).run(recipe.steps, engine, degree=2, optimizer=MUON, last=1):
         assert {name for name in state if name.startswith("momentum")} == {n for n in expected if n.startswith("mom")}
         for name, tensor in expected.items():
             if (own := name.removeprefix("weight/")) in moved:  # in bfloat16 Muon enlarges what is almost nothing

@@ -25,11 +25,20 @@ def _one_gpu():
 
 @pytest.mark.usefixtures("_one_gpu")
 @pytest.mark.parametrize("memory", ["offload", "auto"])
-@pytest.mark.parametrize("name", ["ddp", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
 def test_bf16_follows_the_cpu_run_and_resumes(tmp_path, name, memory):
-    if name != "ddp":
+    _follows_and_resumes(tmp_path, name, memory)
+
+
+@pytest.mark.usefixtures("_one_gpu")
+def test_fsdp2_on_the_host_follows_the_cpu_run_and_resumes(tmp_path):
+    _follows_and_resumes(tmp_path, "fsdp2", "offload", {"offload": True})
+
+
+def _follows_and_resumes(tmp_path, name, memory, settings=None):
+    if name.startswith("zero"):
         pytest.importorskip("deepspeed")
-    options = {"degree": 1, "device": "cuda", "dtype": torch.bfloat16, "memory": memory}
+    options = {"degree": 1, "device": "cuda", "dtype": torch.bfloat16, "memory": memory, "settings": settings}
     expected, weights = recipe.plain(last=4)
     curve, state = recipe.steps(name, last=4, **options)
     torch.testing.assert_close(torch.tensor(curve), torch.tensor(expected), rtol=0.03, atol=0.03)
@@ -56,7 +65,7 @@ def test_fp32_gradients_are_those_of_the_cpu():
 
 @pytest.mark.usefixtures("_one_gpu")
 @pytest.mark.parametrize("lora", [0, 4], ids=["whole", "adapters"])
-@pytest.mark.parametrize("name", ["ddp", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
 def test_a_hugging_face_folder_in_bf16_follows_its_run_in_fp32_on_the_cpu(tmp_path, name, lora):
     pytest.importorskip("transformers")
     from folders import write_folder

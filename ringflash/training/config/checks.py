@@ -42,6 +42,7 @@ def check(config: Config, world_size: int) -> None:
     _check_data(config)
     _check_lora(config)
     _check_optimizer(config)
+    _check_engine(config)
     _check_logging(config)
     _check_vocabulary(config)
     if config.model.path is None:
@@ -149,13 +150,27 @@ def _check_optimizer(config: Config) -> None:
             )
     if optimizer.schedule != "warmup_cosine":
         require(f"optimizer.schedule={optimizer.schedule}", "transformers")
-    if optimizer.name != "adamw" and config.engine.name != "ddp":
+    allowed = {"muon": ("ddp", "fsdp2"), "adamw_8bit": ("ddp",)}.get(optimizer.name)
+    if allowed is not None and config.engine.name not in allowed:
         raise ArgumentError(
             f"optimizer.name={optimizer.name} with engine.name={config.engine.name}, which cuts matrices into parts; "
-            "allowed is ddp"
+            f"allowed is {' and '.join(allowed)}"
         )
     if optimizer.name == "adamw_8bit":
         require("optimizer.name=adamw_8bit", "bitsandbytes", extra="8bit")
+
+
+def _check_engine(config: Config) -> None:
+    engine, default = config.engine, Config().engine
+    for key in ("reduce", "offload"):
+        value = getattr(engine, key)
+        if value != getattr(default, key) and engine.name != "fsdp2":
+            raise ArgumentError(f"engine.{key}={value} with engine.name={engine.name}; it is for fsdp2")
+    if engine.offload and config.optimizer.name == "muon":
+        raise ArgumentError(
+            "engine.offload=true with optimizer.name=muon, which multiplies whole matrices of all ranks, and these do "
+            "not meet on the host; allowed is adamw"
+        )
 
 
 def _check_logging(config: Config) -> None:

@@ -8,12 +8,13 @@ from torch import Tensor, nn
 from ringflash.configs.schema import EngineConfig, OptimizerConfig
 from ringflash.training.engines.base import Engine, Read
 from ringflash.training.engines.ddp import DdpEngine
+from ringflash.training.engines.fsdp2 import Fsdp2Engine
 from ringflash.training.engines.materialise import materialise
 from ringflash.training.engines.optimizer import trained
 from ringflash.training.engines.zero import ZeroEngine
 from ringflash.training.model.decoder import Decoder
 
-DIVIDE_WEIGHTS = ("zero3",)
+DIVIDE_WEIGHTS = ("fsdp2", "zero3")
 """Engines under which no rank ever holds the whole model."""
 
 
@@ -54,7 +55,9 @@ def create_engine(
 
     if config.name == "ddp":
         materialise(model, device, fill, frozen=model.dtype)
-        engine = DdpEngine(model, optimizer)
+        engine: Engine = DdpEngine(model, optimizer)
+    elif config.name == "fsdp2":
+        engine = Fsdp2Engine(model, device, fill, config, optimizer)
     else:
         stage = int(config.name.removeprefix("zero"))
         engine = ZeroEngine(model, device, fill, stage, optimizer, accumulation)

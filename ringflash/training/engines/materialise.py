@@ -14,6 +14,9 @@ from torch import Tensor, nn
 Fill = Callable[[str, Tensor], object]
 """Fills a parameter, given its name, in place."""
 
+Part = Callable[[nn.Parameter, Tensor], Tensor]
+"""What a rank keeps of a parameter, given the one on the meta device, and its value."""
+
 
 @torch.no_grad()
 def materialise(
@@ -23,6 +26,7 @@ def materialise(
     dtype: torch.dtype = torch.float32,
     divide: Callable[[nn.Module], object] | None = None,
     frozen: torch.dtype | None = None,
+    part: Part = lambda weight, value: value,
 ) -> None:
     """Replace the parameters of a model on the meta device by real ones, and put its buffers beside them.
 
@@ -33,6 +37,7 @@ def materialise(
         dtype: parameters are cast to it once filled.
         frozen: the dtype of those that are not trained; None for the same.
         divide: called with each module that has parameters of its own, as soon as they are there.
+        part: what of a parameter stays.
     """
     names = {weight: name for name, weight in model.named_parameters()}
     made: dict[nn.Parameter, nn.Parameter] = {}
@@ -45,7 +50,7 @@ def materialise(
                 value = torch.empty(weight.shape, dtype=torch.float32, device=device)
                 fill(names[weight], value)
                 value = value.to(dtype if weight.requires_grad or frozen is None else frozen)
-                made[weight] = nn.Parameter(value, requires_grad=weight.requires_grad)
+                made[weight] = nn.Parameter(part(weight, value), requires_grad=weight.requires_grad)
             setattr(module, attribute, made[weight])
         if own and divide is not None:
             divide(module)

@@ -173,7 +173,7 @@ class _Sum:
     """The gradient of a weight, tile by tile; in fp32 at least if there are several tiles."""
 
     def __init__(self, weight: Tensor, rows: int) -> None:
-        self._dtype, self._rows = weight.dtype, rows
+        self._weight, self._rows = weight, rows
         self._whole: Tensor | None = None
 
     def add(self, left: Tensor, right: Tensor) -> None:
@@ -185,9 +185,9 @@ class _Sum:
         else:
             self._whole += product
 
-    def take(self) -> Tensor | None:
-        """The gradient, in the weight's dtype; None of no tokens."""
-        return None if self._whole is None else self._whole.to(self._dtype)
+    def take(self) -> Tensor:
+        """The gradient, in the weight's dtype; zeros of no tokens, as engines sum what all ranks have."""
+        return torch.zeros_like(self._weight) if self._whole is None else self._whole.to(self._weight.dtype)
 
 
 class _Call:

@@ -42,6 +42,10 @@ class Decoder(nn.Module, ABC):
         """Modules that use all of their weights in one go: whoever divides weights gathers theirs together."""
         return []
 
+    def parts(self) -> list[nn.Module]:
+        """Modules in the order in which they run, whose weights are wanted only while each is called."""
+        return []
+
     @abstractmethod
     def initialise(self, name: str, weight: Tensor) -> None:
         """Fill an fp32 tensor with the initial values of the parameter of that name, the same on every rank."""

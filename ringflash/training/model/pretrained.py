@@ -19,6 +19,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -94,7 +95,8 @@ class Pretrained(Decoder):
         """See Decoder."""
         shard["shift_labels"] = shard["labels"]
         weight = next(weight for weight in self.parameters() if weight.requires_grad)
-        cast = self.dtype != torch.float32 and weight.dtype == torch.float32
+        # FSDP2 casts what it gathers; a weight that it has divided is not gathered yet.
+        cast = self.dtype != torch.float32 and weight.dtype == torch.float32 and not isinstance(weight, DTensor)
         with torch.autocast(weight.device.type, self.dtype, enabled=cast):
             if per_token:
                 return self._sequence.token_losses(shard)
@@ -123,6 +125,14 @@ class Pretrained(Decoder):
     def whole_blocks(self) -> list[nn.Module]:
         """See Decoder; what is in tiles calls its parts often, and ranks do so a different number of times."""
         return self._tiled
+
+    def parts(self) -> list[nn.Module]:
+        """See Decoder."""
+        layers = [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        within = {part for layer in layers for part in layer.modules() if part is not layer}
+        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        tied = head is not None and head.weight is embedding.weight
+        return [*([] if tied else [embedding]), *(layer for layer in layers if layer not in within)]
 
     def shard(self, batch: dict[str, Any]) -> dict[str, Any]:
         """See Decoder."""

@@ -228,6 +228,12 @@ class Transformer(Decoder):
         """See Decoder."""
         return list(self.layers)
 
+    def parts(self) -> list[nn.Module]:
+        """See Decoder."""
+        if self.config.tie_word_embeddings:
+            return list(self.layers)
+        return [self.embed_tokens, *self.layers, self.lm_head]
+
     def shard(self, batch: dict[str, Any]) -> dict[str, Any]:
         """See Decoder."""
         how = {"head_ranks": self._head_ranks, "token_work": token_work(self.config.hidden_size)}
