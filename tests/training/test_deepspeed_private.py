@@ -114,6 +114,40 @@ def test_linking_lets_optimizer_state_be_found_before_the_first_step(pool, varia
         assert outcome.error is not None
 
 
+def _own_parts(name, dtype):
+    engine, _ = _engine(name, dtype)
+    import deepspeed
+
+    found = 0
+    for _, weight in engine.model.named_parameters():
+        for moment in (None, *MOMENTS):
+            held = private.own_part(weight, moment)
+            if held is not None:
+                held[1].fill_(dist.get_rank() + 1)  # of what DeepSpeed has, not of a copy
+                found += len(held[1])
+            if moment is None:
+                whole = deepspeed.utils.safe_get_full_fp32_param(weight).flatten()
+            else:
+                whole = deepspeed.utils.safe_get_full_optimizer_state(weight, moment).flatten()
+            if held is not None:
+                start, part = held
+                assert (whole[start : start + len(part)] == dist.get_rank() + 1).all()
+            assert (whole > 0).all()
+        if name == "zero3":
+            private.cast_own_part(weight)
+            with deepspeed.zero.GatheredParameters([weight]):
+                assert weight.dtype == dtype
+                assert (weight > 0).all()
+                assert weight.ds_secondary_tensor is None
+    return found, (1 + len(MOMENTS)) * sum(torch.Size(shape).numel() for shape in engine.shapes.values())
+
+
+@pytest.mark.parametrize(("name", "dtype"), [*VARIANTS.values(), ("zero3", torch.bfloat16)], ids=str)
+def test_own_parts_are_views_of_what_deepspeed_gathers_and_of_all_of_it_once(pool, name, dtype):
+    found = pool(3).run(_own_parts, name, dtype)
+    assert sum(mine for mine, _ in found) == found[0][1]
+
+
 def _parts():
     engine, shapes = _engine("zero3")
     ranks = dist.get_world_size()
