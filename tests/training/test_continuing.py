@@ -16,7 +16,7 @@ from ringflash.training.checkpoint.reading import Checkpoint
 from ringflash.training.config.checks import check
 from ringflash.training.config.composing import load
 
-OTHER = ["data.max_bytes=70000", "train.seqlen=256", "seed=7", "model.rope_scaling.factor=4", "train.steps=3"]
+OTHER = ["data.max_bytes=70000", "train.seqlen=1024", "seed=7", "model.rope_scaling.factor=4", "train.steps=3"]
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +32,18 @@ def _weights(run):
     return {name: checkpoint.read(f"weight/{name}") for name in ("embed_tokens.weight", "layers.1.mlp.up_proj.weight")}
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
-def test_a_run_starts_from_anothers_weights_with_other_data_length_rope_and_seed(pool, folder, engine):
-    still = [f"checkpoint.weights={folder / 'first'}", f"engine={engine}", "optimizer.lr=1e-30", *OTHER]
-    pool(2).run(_train, folder, f"still-{engine}", *still)
+@pytest.mark.parametrize(
+    ("engine", "scaling"), [("ddp", "linear"), ("fsdp2", "ntk"), ("zero2", "yarn"), ("zero3", "llama3")]
+)
+def test_a_run_starts_from_anothers_weights_with_other_data_length_rope_and_seed(pool, folder, engine, scaling):
+    other = [*OTHER, f"engine={engine}", f"model.rope_scaling.rope_type={scaling}", "model.rope_theta=2e4"]
+    pool(2).run(
+        _train, folder, f"still-{engine}", f"checkpoint.weights={folder / 'first'}", "optimizer.lr=1e-30", *other
+    )
     for name, weight in _weights(folder / f"still-{engine}").items():
         assert torch.equal(weight, _weights(folder / "first")[name]), name
-    fresh = pool(2).run(_train, folder, f"fresh-{engine}", *OTHER, f"engine={engine}", "data.vocab_size=511")[0]
-    found = pool(2).run(_train, folder, f"then-{engine}", f"checkpoint.weights={folder / 'first'}", *OTHER)[0]
+    fresh = pool(2).run(_train, folder, f"fresh-{engine}", *other, "data.vocab_size=511")[0]
+    found = pool(2).run(_train, folder, f"then-{engine}", f"checkpoint.weights={folder / 'first'}", *other)[0]
     assert sorted(found) == [1, 2, 3]
     assert found[1] < fresh[1] - 0.3  # it knows already what the first run has learned
     tokenizers = [(folder / run / "tokenizer" / "tokenizer.json").read_text() for run in ("first", f"then-{engine}")]

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from ringflash.configs.schema import AttentionConfig, Config, EngineConfig
+from ringflash.configs.schema import AttentionConfig, Config, EngineConfig, RopeScalingConfig
 from ringflash.errors import ArgumentError, CheckpointError, RankMismatchError, RingflashError
 from ringflash.training.checkpoint.files import found_at, newest, step_of
 from ringflash.training.checkpoint.reading import Checkpoint, last_good
@@ -384,6 +384,8 @@ def _check_same_settings(checkpoint: Checkpoint, model: Decoder, attention: Atte
 def _settings(about: dict[str, Any]) -> dict[str, Any]:
     """What a description says of how a model computes, as it is in a checkpoint."""
     about = json.loads(json.dumps(about))
+    if "rope_scaling" in about:  # an earlier version may not have known all of its keys
+        about["rope_scaling"] = vars(RopeScalingConfig(**about["rope_scaling"]))
     return {name: value for name, value in about.get("huggingface", about).items() if name not in BESIDE}
 
 
