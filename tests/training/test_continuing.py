@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 
@@ -15,6 +16,7 @@ from ringflash.training.checkpoint.files import OPTIMIZER, WEIGHTS, file_of, new
 from ringflash.training.checkpoint.reading import Checkpoint
 from ringflash.training.config.checks import check
 from ringflash.training.config.composing import load
+from ringflash.training.run.trainer import _settings
 
 OTHER = ["data.max_bytes=70000", "train.seqlen=1024", "seed=7", "model.rope_scaling.factor=4", "train.steps=3"]
 
@@ -48,6 +50,14 @@ def test_a_run_starts_from_anothers_weights_with_other_data_length_rope_and_seed
     assert found[1] < fresh[1] - 0.3  # it knows already what the first run has learned
     tokenizers = [(folder / run / "tokenizer" / "tokenizer.json").read_text() for run in ("first", f"then-{engine}")]
     assert tokenizers[0] == tokenizers[1]
+
+
+def test_what_an_earlier_version_said_of_a_model_that_is_the_same_does_not_differ():
+    now = dataclasses.asdict(load().model)
+    known = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    before = now | {"rope_scaling": {key: now["rope_scaling"][key] for key in known}}
+    assert _settings(before) == _settings(now)
+    assert _settings(before) != _settings(now | {"rope_scaling": now["rope_scaling"] | {"rope_type": "yarn"}})
 
 
 def test_such_a_run_goes_on_from_its_own_checkpoints_and_weights_may_be_any_checkpoint(pool, folder):
