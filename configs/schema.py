@@ -282,6 +282,11 @@ class EngineConfig:
     """Host memory that each rank may move blocks to; null: its part of 85% of what is free."""
     reduce: str = _bounded("fp32", choices=("fp32", "bf16"))
     """Of fsdp2: dtype in which gradients are summed over the ranks."""
+    compile: bool = False
+    """Of ddp and fsdp2: torch.compile compiles what blocks compute beside attention and tiles, and norms and
+    feed-forwards of layers of Transformers. Of the recipe's own blocks most of that has kernels on GPUs already."""
+    deepspeed: str | None = None
+    """Of zero1 to zero3: DeepSpeed JSON of settings that take the place of the recipe's own."""
     offload: bool = False
     """Of fsdp2: weights, gradients and optimizer state are in host memory, and the optimizer steps there."""
 

@@ -39,6 +39,18 @@ def averaged_ranks(groups: ModuleType) -> tuple[list[int], float]:
     return ranks, len(ranks) / sharing
 
 
+def copies_group(groups: ModuleType, size: int) -> dist.ProcessGroup:
+    """Stage 3 with `zero_hpz_partition_size`: ranks that hold all weights among them, made once in a process.
+
+    Args:
+        groups: `deepspeed.utils.groups`.
+        size: how many ranks do.
+    """
+    if groups._get_zero_param_intra_parallel_group() is None:
+        groups._create_zero_param_parallel_group(size)
+    return groups._get_zero_param_intra_parallel_group()
+
+
 def master_weights(zero: object) -> list[Tensor]:
     """This rank's flat fp32 weights, one tensor for each parameter group (stage 3: for each sub-group)."""
     for name in MASTERS:

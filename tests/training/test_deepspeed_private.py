@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import recipe
 import torch
@@ -56,6 +58,27 @@ def _averaged_ranks():
 
 def test_groups_tells_over_which_ranks_gradients_are_averaged(pool):
     assert pool(2).run(_averaged_ranks) == [(([0, 1], 2), ([rank], 0.5)) for rank in range(2)]
+
+
+def _holders_of_copies(path):
+    groups = import_deepspeed(CPU).utils.groups
+    assert groups._get_zero_param_intra_parallel_group() is None
+    model = recipe.build(device="meta")
+    try:
+        engine = create_engine(model, CPU, EngineConfig("zero3", deepspeed=path), recipe.OPTIMIZER)
+        group = private.copies_group(groups, 2)
+        assert all(weight.ds_zero_param_process_group is group for weight in model.parameters())
+        engine.wrapped(**recipe.shard_batch(recipe.batches(0)[0]))  # until the backward pass
+        copied = [weight for weight in model.parameters() if weight.ds_secondary_tensor is not None]
+        return dist.get_process_group_ranks(group), bool(copied)
+    finally:
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+
+
+def test_ranks_that_hold_all_weights_among_them_are_made_once_and_do(pool, tmp_path):
+    path = tmp_path / "deepspeed.json"
+    path.write_text(json.dumps({"zero_optimization": {"zero_hpz_partition_size": 2}}))
+    assert pool(4).run(_holders_of_copies, str(path)) == [([0, 1], True)] * 2 + [([2, 3], True)] * 2
 
 
 def _masters(name, dtype, attribute):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import itertools
+import json
 import math
 import time
 
@@ -16,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from ringflash.configs.schema import EngineConfig
 from ringflash.training.engines.create import create_engine
 from ringflash.training.engines.schedule import learning_rate
+from ringflash.training.memory import rows
 
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 
@@ -164,3 +167,41 @@ def test_learning_rate_warms_up_then_falls_to_its_floor():
     assert rates[4] == 2.0
     assert math.isclose(rates[19], 0.5)
     assert learning_rate(config, 30, steps=20) == rates[19]
+
+
+def _in_tiles(rows_of_a_tile, name, **job):
+    with _again_and_again() as patch:
+        if rows_of_a_tile:
+            patch.setitem(rows.TILE_ELEMENTS, "cpu", rows_of_a_tile * recipe.MODEL.intermediate_size)
+        return recipe.steps(name, degree=2, micro_batch=2, last=20, optimizer=QUICK, **job)[0]
+
+
+QUICK = dataclasses.replace(recipe.OPTIMIZER, lr=1e-2, eps=1e-4)
+
+
+@contextlib.contextmanager
+def _again_and_again():
+    """The same batch in all steps: of others nothing is learned."""
+    with pytest.MonkeyPatch.context() as patch:
+        batches = recipe.batches
+        patch.setattr(recipe, "batches", lambda step: batches(0))
+        yield patch
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["in_place", "offload_and_tiles"])
+@pytest.mark.parametrize("name", ["ddp", "zero3", "fsdp2"])
+def test_twenty_steps_have_the_losses_of_one_device_whatever_the_engine_and_what_moves(pool, tmp_path, name, moved):
+    with _again_and_again():
+        expected = recipe.plain(last=20, optimizer=QUICK)[0]
+    assert expected[-1][0] < expected[0][0] - 1
+    settings = {}
+    if moved and name == "zero3":
+        path = tmp_path / "deepspeed.json"
+        on_host = {part: {"device": "cpu"} for part in ("offload_optimizer", "offload_param")}
+        path.write_text(json.dumps({"zero_optimization": on_host}))
+        settings = {"deepspeed": str(path)}
+    elif moved and name == "fsdp2":
+        settings = {"offload": True}
+    job = {"memory": "offload" if moved else "keep", "settings": settings}
+    for curve in pool(2).run(_in_tiles, 7 if moved else 0, name, **job):
+        assert [loss for loss, _ in curve] == pytest.approx([loss for loss, _ in expected], rel=2e-3)

@@ -85,7 +85,7 @@ def _validated(run):
     return results["bits_per_byte"], [position["tokens"] for position in results["loss_by_context"]]
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero3"])
 def test_ranks_without_tokens_train_validate_save_and_go_on_as_one_device_does(pool, folder, engine):
     shape = ("train.seqlen=5", "train.global_batch=4", "train.validate_every=2", "engine.memory=offload")
     few = ("data.max_bytes=20000", "data=bytes", "train.validation_sequences=7", *shape)

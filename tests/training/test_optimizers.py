@@ -111,9 +111,9 @@ def test_two_ranks_train_by_muon_as_one_device_does(pool, engine):
                 torch.testing.assert_close(state[name], tensor, rtol=0, atol=atol, msg=lambda m, n=name: n + m)
 
 
-def _goes_on(pool, tmp_path, name):
+def _goes_on(pool, tmp_path, name, engine="ddp"):
     """Go on from the middle of a run over two ranks, bit for bit; returns its losses and the middle's checkpoint."""
-    job = (f"optimizer.name={name}", "data.max_bytes=60000")
+    job = (f"optimizer.name={name}", f"engine={engine}", "data.max_bytes=60000")
     whole = pool(2).run(_train, tmp_path, "whole", "checkpoint.every=3", *job)[0]
     middle = tmp_path / "whole" / "checkpoints" / "step-00000003"
     rest = pool(2).run(_train, tmp_path, "rest", f"checkpoint.resume={middle}", *job)[0]
@@ -124,8 +124,9 @@ def _goes_on(pool, tmp_path, name):
     return whole, middle
 
 
-def test_a_run_by_muon_goes_on_bit_for_bit_and_not_by_another_optimizer(pool, tmp_path):
-    _, middle = _goes_on(pool, tmp_path, "muon")
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_a_run_by_muon_goes_on_bit_for_bit_and_not_by_another_optimizer(pool, tmp_path, engine):
+    _, middle = _goes_on(pool, tmp_path, "muon", engine)
     for outcome in pool(2).outcomes(_train, tmp_path, "other", f"checkpoint.resume={middle}", "data.max_bytes=60000"):
         assert isinstance(outcome.error, CheckpointError)
         assert "holds what optimizer.name=muon keeps, here it is adamw" in str(outcome.error)

@@ -81,7 +81,17 @@ def test_a_base_models_folder_and_weights_under_a_tied_name_are_read_too(tmp_pat
 # Training
 
 
-def _steps(path, name, degree, micro_batch=recipe.SEQUENCES, dtype=torch.float32, memory="keep", last=2, lora=None):
+def _steps(
+    path,
+    name,
+    degree,
+    micro_batch=recipe.SEQUENCES,
+    dtype=torch.float32,
+    memory="keep",
+    last=2,
+    lora=None,
+    settings=None,
+):
     """As recipe.steps: [(loss, gradient norm), ...] and the engine's state, of the same batches."""
     world = dist.get_world_size()
     mesh = init_device_mesh("cpu", (world // degree, degree), mesh_dim_names=("data", "sequence"))
@@ -89,7 +99,11 @@ def _steps(path, name, degree, micro_batch=recipe.SEQUENCES, dtype=torch.float32
     model = Pretrained(ModelConfig(path=str(path)), group, "zigzag", dtype, recipe.SEQLEN, lora)
     accumulation = recipe.SEQUENCES // (micro_batch * data_ranks)
     engine = create_engine(
-        model, torch.device("cpu"), EngineConfig(name, memory=memory), recipe.OPTIMIZER, accumulation
+        model,
+        torch.device("cpu"),
+        EngineConfig(name, memory=memory, **(settings or {})),
+        recipe.OPTIMIZER,
+        accumulation,
     )
     curve = []
     for step in range(last):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import recipe
@@ -34,8 +35,20 @@ def test_bf16_follows_the_cpu_run_and_resumes(tmp_path, name, memory):
 
 
 @pytest.mark.usefixtures("_one_gpu")
-def test_fsdp2_on_the_host_follows_the_cpu_run_and_resumes(tmp_path):
-    _follows_and_resumes(tmp_path, "fsdp2", "offload", {"offload": True})
+@pytest.mark.parametrize("settings", [{"offload": True}, {"reduce": "bf16"}, {"compile": True}], ids=str)
+def test_fsdp2_on_the_host_in_bf16_or_compiled_follows_the_cpu_run_and_resumes(tmp_path, settings):
+    _follows_and_resumes(tmp_path, "fsdp2", "offload", settings)
+
+
+@pytest.mark.usefixtures("_one_gpu")
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3"])
+def test_zero_on_the_host_follows_the_cpu_run_and_resumes(tmp_path, name):
+    on_host = {"offload_optimizer": {"device": "cpu"}}
+    if name == "zero3":
+        on_host["offload_param"] = {"device": "cpu"}
+    path = tmp_path / "deepspeed.json"
+    path.write_text(json.dumps({"zero_optimization": on_host}))
+    _follows_and_resumes(tmp_path, name, "offload", {"deepspeed": str(path)})
 
 
 def _follows_and_resumes(tmp_path, name, memory, settings=None):

@@ -17,6 +17,7 @@ from ringflash.kernels.select import select
 from ringflash.training.checkpoint.files import MANIFEST, found_at, is_complete
 from ringflash.training.config.derived import compute_dtype, device_type, sequence_degree, sources, tokenizer_of
 from ringflash.training.corpus.tokenizer import CONFIG_FILE, TOKENIZER_FILE
+from ringflash.training.engines import deepspeed_json
 from ringflash.training.extras import require
 from ringflash.training.model.shape import check_shape, head_dim
 
@@ -42,7 +43,7 @@ def check(config: Config, world_size: int) -> None:
     _check_data(config)
     _check_lora(config)
     _check_optimizer(config)
-    _check_engine(config)
+    _check_engine(config, world_size)
     _check_logging(config)
     _check_vocabulary(config)
     if config.model.path is None:
@@ -160,12 +161,26 @@ def _check_optimizer(config: Config) -> None:
         require("optimizer.name=adamw_8bit", "bitsandbytes", extra="8bit")
 
 
-def _check_engine(config: Config) -> None:
+def _check_engine(config: Config, world_size: int) -> None:
     engine, default = config.engine, Config().engine
+    if engine.deepspeed is not None:
+        if not engine.name.startswith("zero"):
+            raise ArgumentError(
+                f"engine.deepspeed={engine.deepspeed} with engine.name={engine.name}; it is for zero1, zero2 and zero3"
+            )
+        # What "auto" stands for nobody asks a GPU yet: see _check_kernel.
+        known = engine.precision != "auto" or device_type(config) == "cpu"
+        precision = compute_dtype(config) if known else None
+        deepspeed_json.check(engine.deepspeed, int(engine.name.removeprefix("zero")), world_size, precision)
     for key in ("reduce", "offload"):
         value = getattr(engine, key)
         if value != getattr(default, key) and engine.name != "fsdp2":
             raise ArgumentError(f"engine.{key}={value} with engine.name={engine.name}; it is for fsdp2")
+    if engine.compile and engine.name not in ("ddp", "fsdp2"):
+        raise ArgumentError(
+            f"engine.compile=true with engine.name={engine.name}, whose weights torch.compile does not see; "
+            "allowed are ddp and fsdp2"
+        )
     if engine.offload and config.optimizer.name == "muon":
         raise ArgumentError(
             "engine.offload=true with optimizer.name=muon, which multiplies whole matrices of all ranks, and these do "

@@ -41,6 +41,8 @@ def create_engine(
         weights: reads another run's weights, to start anew from.
     """
     shapes = parameter_shapes(model)
+    if config.compile:
+        model.compile_blocks()
     model.keep(config.memory, device, None if config.host_gib is None else int(config.host_gib * 2**30))
 
     read = state or weights
@@ -60,7 +62,7 @@ def create_engine(
         engine = Fsdp2Engine(model, device, fill, config, optimizer)
     else:
         stage = int(config.name.removeprefix("zero"))
-        engine = ZeroEngine(model, device, fill, stage, optimizer, accumulation)
+        engine = ZeroEngine(model, device, fill, stage, optimizer, accumulation, config.deepspeed)
     engine.shapes = shapes
     if read is not None:
         engine.load(read, step, moments=state is not None)

@@ -29,6 +29,7 @@ from ringflash.parallel.positions.partition import resolve
 from ringflash.parallel.positions.visibility import needed_keys
 from ringflash.training.config.checks import SMALLEST_VOCABULARY
 from ringflash.training.config.derived import sequence_degree, vocabulary
+from ringflash.training.engines.room import bucket, gathered
 from ringflash.training.memory.host import USED
 from ringflash.training.memory.plan import AUTO, KEEP, OFFLOAD, PAIRS, RECOMPUTE, SPARE, Measured, placed
 from ringflash.training.memory.rows import TILE_ELEMENTS
@@ -39,12 +40,6 @@ GIB = 2**30
 
 FP32 = 4
 """Bytes of master weights, moments, gradients that are summed, and what is computed in fp32."""
-
-BUCKET = 5 * 10**8
-"""Elements of DeepSpeed's `reduce_bucket_size`."""
-
-LIVE = 10**9
-"""Elements of DeepSpeed's `stage3_max_live_parameters`."""
 
 STARTED = 2 * 10**9
 """Bytes that CUDA, NCCL and libraries take of a GPU beside tensors."""
@@ -289,6 +284,16 @@ class _Sizes:
         return self.tokens * (streams + (FP32 + self.element) * self._projected) + plan_memory
 
     @property
+    def bucket(self) -> float:
+        """Bytes of gradients that are summed together."""
+        return self.weight * bucket(self.model.hidden_size * self.model.intermediate_size, self.weights)
+
+    @property
+    def gathered(self) -> float:
+        """Bytes of weights that are whole on a rank at once, where ranks divide them."""
+        return self.weight * min(gathered(self.block, self.head), self.weights)
+
+    @property
     def _feed_forward(self) -> float:
         """Its backward pass: gradients of its output and input, a tile, and gradients of its weights."""
         model = self.model
@@ -317,12 +322,14 @@ def _fixed(engine: str, sizes: _Sizes, ranks: int, optimizer: str = "adamw") -> 
         moments = MOMENTS[optimizer] * between + MOMENTS["adamw"] * (weights - between)
         found = (FP32 * weights, FP32 * weights, moments, cast)
     elif engine == "zero1":
-        found = (sizes.weight * weights, FP32 * weights, 3 * FP32 * own, sizes.weight * BUCKET)
+        found = (sizes.weight * weights, FP32 * weights, 3 * FP32 * own, sizes.bucket)
     elif engine == "zero2":
-        found = (sizes.weight * weights, FP32 * own, 3 * FP32 * own, sizes.weight * BUCKET)
-    else:
-        gathered = sizes.weight * min(LIVE, weights)
-        found = (sizes.weight * own, FP32 * own, 3 * FP32 * own, gathered + sizes.weight * BUCKET)
+        found = (sizes.weight * weights, FP32 * own, 3 * FP32 * own, sizes.bucket)
+    elif engine == "zero3":
+        found = (sizes.weight * own, FP32 * own, 3 * FP32 * own, sizes.gathered + sizes.bucket)
+    else:  # a block's gradients are there whole, and once more in the dtype in which they are summed
+        summed = (sizes.weight + FP32) * sizes.block
+        found = (FP32 * own, FP32 * own, MOMENTS[optimizer] * own, sizes.gathered + summed)
     return dict(zip(("parameters", "gradients", "optimizer", "the engine's buffers"), found, strict=True))
 
 

@@ -44,6 +44,8 @@ def swiglu(x_BTC: Tensor, gate_FC: Tensor, up_FC: Tensor, down_CF: Tensor) -> Te
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Rows of x (..., C) over their root mean squares, in fp32, then scaled; same shape and dtype."""
+    if torch.compiler.is_compiling():  # what is in fp32 stays in registers
+        return _normed(x, weight.float(), eps)
     if x.device.type == "cuda" and x.dtype == weight.dtype:
         return F.rms_norm(x, weight.shape, weight, eps)  # one kernel, which has fp32 in its registers alone
     return _RMSNorm.apply(x, weight, eps)
@@ -57,7 +59,7 @@ def rotate(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos: (B, T, 1, D/2) fp32; no gradient.
         sin: likewise.
     """
-    return _Rotate.apply(x_BTHD, cos, sin)
+    return _turned(x_BTHD, cos, sin) if torch.compiler.is_compiling() else _Rotate.apply(x_BTHD, cos, sin)
 
 
 def tiled(function: Callable[[Tensor], Tensor], x: Tensor, weights: Sequence[Tensor], width: int) -> Tensor:
@@ -294,10 +296,13 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
         return fused.rotate(rows.contiguous(), cos.contiguous(), sin.contiguous(), sign).view(x.shape)
     out = torch.empty_like(rows, memory_format=torch.contiguous_format)
     for tile in tiles(len(rows), rows[:1].numel() or 1, x.device, FP32_SHARE):
-        first, second = rows[tile].float().chunk(2, dim=-1)
-        own_cos, own_sin = cos[tile], sign * sin[tile]
-        out[tile] = torch.cat((first * own_cos - second * own_sin, second * own_cos + first * own_sin), dim=-1)
+        out[tile] = _turned(rows[tile], cos[tile], sign * sin[tile])
     return out.view(x.shape)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 def _fused(x: Tensor) -> ModuleType | None:

@@ -42,6 +42,10 @@ class Decoder(nn.Module, ABC):
         """Modules that use all of their weights in one go: whoever divides weights gathers theirs together."""
         return []
 
+    @abstractmethod
+    def compile_blocks(self) -> None:
+        """Have torch.compile compile what its blocks compute beside attention and tiles; comes before `keep`."""
+
     def parts(self) -> list[nn.Module]:
         """Modules in the order in which they run, whose weights are wanted only while each is called."""
         return []

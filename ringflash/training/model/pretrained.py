@@ -126,6 +126,13 @@ class Pretrained(Decoder):
         """See Decoder; what is in tiles calls its parts often, and ranks do so a different number of times."""
         return self._tiled
 
+    def compile_blocks(self) -> None:
+        """See Decoder; of layers whose insides only Transformers knows, norms and feed-forwards."""
+        layers = [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        norms = {part for layer in layers for part in layer.modules() if type(part).__name__.endswith("Norm")}
+        for module in (*norms, *feed_forwards(self.model)):
+            module.forward = torch.compile(module.forward, fullgraph=True)
+
     def parts(self) -> list[nn.Module]:
         """See Decoder."""
         layers = [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]

@@ -77,13 +77,16 @@ class Attention(nn.Module):
         self.o_proj = Linear(query, config.hidden_size)
         self.attend = attend
 
-    def forward(self, x_BTC: Tensor, rotation: tuple[Tensor, Tensor], attention_arguments: dict) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
+    def heads(self, x_BTC: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, C) -> query (B, T, H, D), key and value (B, T, K, D)."""
         q_BTHD, k_BTKD, v_BTKD = (
             rearrange(project(x_BTC), "B T (H D) -> B T H D", D=self.head_dim)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out_BTHD = self.attend(rotate(q_BTHD, *rotation), rotate(k_BTKD, *rotation), v_BTKD, **attention_arguments)
+        return rotate(q_BTHD, *rotation), rotate(k_BTKD, *rotation), v_BTKD
+
+    def joined(self, out_BTHD: Tensor) -> Tensor:
+        """(B, T, H, D) -> (B, T, C)."""
         return self.o_proj(rearrange(out_BTHD, "B T H D -> B T (H D)"))
 
 
@@ -118,9 +121,26 @@ class Block(nn.Module):
         function, module = (functools.partial(call, **given) for call in (self._run, self))
         return self.memory.run(function, x_BTC, module=module)
 
+    def compile_parts(self) -> None:
+        """Compile what is before attention, and between it and the feed-forward.
+
+        Those two stay as they are: one communicates, the other works in tiles, and both tell what keeps the block in
+        memory what they would have kept. In between there is nothing that a compiler cannot see.
+        """
+        self._before = torch.compile(self._before, fullgraph=True)
+        self._between = torch.compile(self._between, fullgraph=True)
+
     def _run(self, x_BTC: Tensor, rotation: tuple[Tensor, Tensor], attention_arguments: dict) -> Tensor:
-        x_BTC = self.self_attn(self.input_layernorm(x_BTC), rotation, attention_arguments).add_(x_BTC)
-        return self.mlp(self.post_attention_layernorm(x_BTC)).add_(x_BTC)
+        out_BTHD = self.self_attn.attend(*self._before(x_BTC, rotation), **attention_arguments)
+        x_BTC, normed_BTC = self._between(x_BTC, out_BTHD)
+        return self.mlp(normed_BTC).add_(x_BTC)
+
+    def _before(self, x_BTC: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        return self.self_attn.heads(self.input_layernorm(x_BTC), rotation)
+
+    def _between(self, x_BTC: Tensor, out_BTHD: Tensor) -> tuple[Tensor, Tensor]:
+        x_BTC = self.self_attn.joined(out_BTHD).add_(x_BTC)
+        return x_BTC, self.post_attention_layernorm(x_BTC)
 
 
 class Head(nn.Module):
@@ -134,8 +154,8 @@ class Head(nn.Module):
         """Logits (B, T, vocabulary), or with labels their cross entropies in fp32: the sum, or each (B, T)."""
         if labels_BT is None:
             return F.linear(x_BTC, self.weight.to(x_BTC.dtype))
-        loss = cross_entropy if per_token else cross_entropy_sum
-        return loss(x_BTC.flatten(0, 1), self.weight, labels_BT.flatten()).view(labels_BT.shape if per_token else ())
+        rows = x_BTC.flatten(0, 1), self.weight, labels_BT.flatten()
+        return cross_entropy(*rows).view(labels_BT.shape) if per_token else cross_entropy_sum(*rows)
 
 
 class Transformer(Decoder):
@@ -228,6 +248,11 @@ class Transformer(Decoder):
     def whole_blocks(self) -> list[nn.Module]:
         """See Decoder."""
         return list(self.layers)
+
+    def compile_blocks(self) -> None:
+        """See Decoder."""
+        for block in self.layers:
+            block.compile_parts()  # pyrefly: ignore[not-callable]  # a Block
 
     def parts(self) -> list[nn.Module]:
         """See Decoder."""
