@@ -98,6 +98,15 @@ def test_what_an_engine_has_on_the_host_is_counted_there(tmp_path, name, away, e
     assert before.device == after.device | after.host
 
 
+def test_what_is_copied_to_be_saved_leaves_blocks_less_of_the_host():
+    keys = ["experiment=llama3_8b_million", "engine.precision=bf16"]
+    less, more = (estimate(load([*keys, *each]), FOUR) for each in ([], ["checkpoint.every=5"]))
+    copy = sum(more.host.values()) - more.host[BLOCKS]
+    assert copy == pytest.approx(12 * 8.03e9 / 4, rel=0.05)
+    assert more.host[BLOCKS] <= 0.85 * (500 * GIB / 4 - copy)
+    assert more.host[BLOCKS] < less.host[BLOCKS]
+
+
 def test_weights_that_some_ranks_have_once_more_are_counted(tmp_path):
     path = tmp_path / "deepspeed.json"
     path.write_text(json.dumps({"zero_optimization": {"zero_hpz_partition_size": 2}}))

@@ -11,6 +11,9 @@ import torch
 import torch.distributed as dist
 
 from ringflash import shard_batch
+from ringflash.training.checkpoint.reading import Checkpoint
+from ringflash.training.checkpoint.saving import Saver
+from ringflash.training.engines.base import Piece
 
 pytestmark = pytest.mark.gpu
 
@@ -62,6 +65,26 @@ def _follows_and_resumes(tmp_path, name, memory, settings=None):
     recipe.steps(name, last=2, folder=str(tmp_path), **options)
     resumed, _ = recipe.steps(name, first=2, last=4, resume=str(tmp_path / "step-00000002"), **options)
     torch.testing.assert_close(torch.tensor(resumed), torch.tensor(curve[2:]), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.usefixtures("_one_gpu")
+def test_what_is_written_beside_training_is_what_was_there_when_it_began(tmp_path):
+    device = torch.device("cuda", 0)
+    pieces, expected = [], {}
+    for number, size in enumerate((3, 1 << 27, 5)):  # the second one is longer than a slab of page-locked memory
+        tensor = torch.rand(size, device=device)
+        pieces.append(Piece(f"weight/{number}", 0, size, lambda tensor=tensor: tensor))
+        expected[f"weight/{number}"] = tensor.cpu()
+    sizes = {piece.name: (piece.size,) for piece in pieces}
+    with Saver(tmp_path, device, keep=1) as saver:
+        saver.reserve(4 * sum(piece.size for piece in pieces))
+        assert saver.news() == []
+        saver.begin(1, pieces, sizes, {})
+        for piece in pieces:
+            piece.take().zero_()
+    assert saver.news()[0].startswith(f"saved {tmp_path / 'step-00000001'}: training waited for ")
+    found = Checkpoint(tmp_path / "step-00000001")
+    assert all(torch.equal(found.read(name), tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.usefixtures("_one_gpu")

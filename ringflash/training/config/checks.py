@@ -61,6 +61,10 @@ def _check_bounds(key: str, value: Any, bounds: Mapping[str, Any]) -> None:
     choices, least = bounds.get("choices"), bounds.get("at_least")
     if choices is not None and value not in choices:
         raise ArgumentError(f"{key}={value!r}; allowed are {', '.join(choices)}")
+    if "words" in bounds and isinstance(value, str):
+        if value in bounds["words"]:
+            return
+        raise ArgumentError(f"{key}={value}; allowed are {', '.join(bounds['words'])}, {least} and more")
     if isinstance(value, float) and not math.isfinite(value):
         raise ArgumentError(f"{key}={value}; allowed are finite numbers")
     if least is not None and value < least:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ringflash.configs.schema import Config
 from ringflash.training.config.derived import sequence_degree
 from ringflash.training.estimate.hardware import Hardware
-from ringflash.training.estimate.lasting import BUFFERS, held
+from ringflash.training.estimate.lasting import BUFFERS, copied, held
 from ringflash.training.estimate.seconds import attention, seconds
 from ringflash.training.estimate.sizes import Load, Sizes
 from ringflash.training.memory.host import USED
@@ -72,7 +72,8 @@ def estimate(config: Config, hardware: Hardware, vocab_size: int | None = None, 
     sizes = Sizes.of(config, hardware.gpus, vocab_size, load)
     engine = held(config.engine, sizes.weights, hardware.gpus, config.optimizer.name)
     attended = attention(config, sizes, hardware)
-    of_host = USED * hardware.host_share
+    copy = copied(config, sizes.weights.trained, hardware.gpus)
+    of_host = USED * max(0.0, hardware.host_share - copy)
     if config.engine.host_gib is not None:
         of_host = min(of_host, config.engine.host_gib * 2**30)
     free = (
@@ -87,7 +88,8 @@ def estimate(config: Config, hardware: Hardware, vocab_size: int | None = None, 
     if all(each == KEEP for each in placements):
         transient = sizes.transient_kept(attended.memory)
     device = {**engine.device, "kept for the backward pass": on_device, "at work": transient}
-    host = {**engine.host, BLOCKS: moved - stays}
+    copies = {"what is being saved": copy} if copy else {}
+    host = {**engine.host, **copies, BLOCKS: moved - stays}
     took = seconds(config, sizes, hardware, attended, placements, pairs)
     return Estimate(
         device=device,
@@ -97,7 +99,7 @@ def estimate(config: Config, hardware: Hardware, vocab_size: int | None = None, 
         seconds=took,
         tokens_per_second=sizes.step_tokens / took / hardware.gpus,
         mfu=sizes.useful / (took * hardware.gpus * hardware.card.peak),
-        fits=sum(device.values()) <= hardware.room and sum(engine.host.values()) <= hardware.host_share,
+        fits=sum(device.values()) <= hardware.room and sum(engine.host.values()) + copy <= hardware.host_share,
     )
 
 

@@ -237,7 +237,9 @@ def changed(config: PreTrainedConfig, wanted: ModelConfig, seqlen: int) -> PreTr
         text.rope_parameters = _changed_rope(rope, text)
         if getattr(text, "head_dim", 0) is None:  # which Transformers' formulas do not expect
             text.head_dim = text.hidden_size // text.num_attention_heads
-    if getattr(text, "max_position_embeddings", seqlen) < seqlen and getattr(text, "rope_parameters", None):
+    kept = getattr(text, "rope_parameters", None)
+    # To "dynamic" it is the context that the model was trained with, beyond which frequencies change.
+    if kept and kept.get("rope_type") != "dynamic" and getattr(text, "max_position_embeddings", seqlen) < seqlen:
         text.max_position_embeddings = seqlen
     if rope:
         _check_kept(config, text.rope_parameters["rope_type"])
@@ -256,7 +258,7 @@ def _changed_rope(rope: dict[str, Any], text: Any) -> dict[str, Any]:
     if kind != there:  # a scaling's numbers mean nothing to another
         kept = {key: value for key, value in kept.items() if key in ("rope_theta", "partial_rotary_factor")}
     _check_rope(rope, kind, kept, text)
-    first = {} if kind == "default" else {"original_max_position_embeddings": original}
+    first = {} if kind in ("default", "dynamic") else {"original_max_position_embeddings": original}
     return {"rope_type": kind} | kept | first | rope
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -17,10 +18,10 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from ringflash.configs.schema import Config
-from ringflash.errors import ArgumentError, CheckpointError, RunStoppedError
-from ringflash.training.config.derived import TOKENIZER
+from ringflash.errors import ArgumentError, RingflashError, RunStoppedError
+from ringflash.training.config.derived import TOKENIZER, saved_every
 from ringflash.training.corpus.ngram import baselines
-from ringflash.training.ranks import from_rank_0
+from ringflash.training.ranks import from_all, from_rank_0
 from ringflash.training.run.interruption import StopSignals
 from ringflash.training.run.needle import Needle, plot_needles
 from ringflash.training.run.plots import plot_run
@@ -55,6 +56,7 @@ def train(config: Config, device: torch.device) -> Path:
     with (
         ScalarLog(folder, rank, logging.tensorboard, trainer.step, trackers) as log,
         ProgressDisplay(trainer.steps, trainer.step, rank, logging.progress) as progress,
+        trainer.saver,
     ):
         progress.note(trainer.description())
         with StopSignals() as signals:
@@ -108,12 +110,11 @@ def _take_steps(
             progress.update(step, scalars["train/loss"], speed)
         if stopping:
             _stop(trainer, progress)
-        if _due(step, config.checkpoint.every) and step < steps:
+        if _due(step, saved_every(config)) and step < steps:
             with throughput.paused():
-                try:
-                    trainer.save()
-                except CheckpointError as error:  # a disk can be freed; what was learned so far goes on
-                    progress.note(f"WARNING: {error}; training goes on")
+                trainer.begin_save()
+        for said in trainer.saver.news():
+            progress.note(said)
         if _due(step, train.validate_every) and step < steps:
             with throughput.paused():
                 validation = trainer.validate(stop)
@@ -121,17 +122,23 @@ def _take_steps(
                     _stop(trainer, progress)
                 log.write(step, _figures(validation))
                 progress.note(f"step {step}: validation {_said(validation)}")
-    if steps > first:
-        progress.note(f"saved {trainer.save()}")
+    if steps > first and config.checkpoint.every != "never":
+        path = trainer.save()
+        for said in (*trainer.saver.news(), f"saved {path}"):
+            progress.note(said)
 
 
 def _stop(trainer: Trainer, progress: ProgressDisplay) -> NoReturn:
     """Leave the run as a signal asked for, with a checkpoint of the latest step; all ranks do so together."""
-    step, path = trainer.saved
-    if step != trainer.step:
-        path = trainer.save()
+    stopped, checkpoint = f"stopped by a signal after step {trainer.step} of {trainer.steps}", trainer.config.checkpoint
+    if checkpoint.every == "never":
+        raise RingflashError(f"{stopped}; checkpoint.every=never: it is not saved")
+    trainer.saver.give_up(but=trainer.step)
+    path = trainer.save()
+    if checkpoint.only_weights:
+        raise RingflashError(f"{stopped}; {path} holds its weights alone, which checkpoint.weights starts anew from")
     progress.note(f"stopped by a signal: saved {path}; run_dir={trainer.folder} goes on from there")
-    raise RunStoppedError(f"stopped by a signal after step {trainer.step} of {trainer.steps}; it is saved")
+    raise RunStoppedError(f"{stopped}; it is saved")
 
 
 def _run_folder(config: Config) -> Path:
@@ -144,7 +151,23 @@ def _run_folder(config: Config) -> Path:
         OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
 
     _by_rank_0(write, folder)
+    if config.checkpoint.every != "never":
+        _check_shared(folder)
     return folder
+
+
+def _check_shared(folder: Path) -> None:
+    """Raise ArgumentError on all ranks if one does not see what rank 0 writes: each writes its part of a checkpoint."""
+    mark = folder / from_rank_0(f".{uuid.uuid4().hex}")
+    _by_rank_0(mark.touch, folder)
+    seen = from_all(mark.exists())
+    if dist.get_rank() == 0:
+        mark.unlink()
+    if not all(seen):
+        raise ArgumentError(
+            f"run_dir={folder}: rank {seen.index(False)} does not see what rank 0 writes there; give a folder that all "
+            "machines share, or checkpoint.every=never"
+        )
 
 
 def _by_rank_0(write: Callable[[], None], folder: Path) -> None:

@@ -10,7 +10,7 @@ import base64
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,18 +20,20 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from ringflash.configs.schema import AttentionConfig, Config
+from ringflash.configs.schema import AttentionConfig, Config, RopeScalingConfig
 from ringflash.errors import ArgumentError, CheckpointError, RankMismatchError, RingflashError
-from ringflash.training.checkpoint import writing
 from ringflash.training.checkpoint.files import found_at, newest, step_of
 from ringflash.training.checkpoint.reading import Checkpoint, last_good
+from ringflash.training.checkpoint.saving import Saver
 from ringflash.training.config.derived import accumulation, compute_dtype, sequence_degree, steps_of
 from ringflash.training.corpus.batching import PackedBatches, ValidationBatches
 from ringflash.training.corpus.tokenizer import fingerprint
 from ringflash.training.corpus.training_data import TrainingData, read_data
+from ringflash.training.engines.base import Piece
 from ringflash.training.engines.create import create_engine, parameter_shapes
 from ringflash.training.engines.optimizer import trained
 from ringflash.training.engines.schedule import schedule
+from ringflash.training.estimate.lasting import copied
 from ringflash.training.estimate.operations import operations_of
 from ringflash.training.model.create import create_model
 from ringflash.training.model.decoder import Decoder
@@ -64,8 +66,8 @@ class Trainer:
     Attributes:
         step: optimizer steps done.
         steps: of the whole run.
-        saved: step and path of the latest checkpoint; -1 and None before the first.
         throughput: how fast steps are.
+        saver: writes its checkpoints; to be entered while it trains.
     """
 
     def __init__(self, config: Config, device: torch.device, folder: Path) -> None:
@@ -100,6 +102,7 @@ class Trainer:
         self.step = 0
         self.steps = steps_of(config, self.data.samples.samples_per_epoch)
         self._rate = schedule(config.optimizer, self.steps)
+        self.saver = Saver(folder / "checkpoints", device, config.checkpoint.keep)
         if self.resumed is not None:
             _check_same_model(self.resumed, self.model)
             _check_same_settings(self.resumed, self.model, config.attention)
@@ -109,11 +112,14 @@ class Trainer:
             batches.load_state_dict(state["data"])
             torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["random"])), dtype=torch.uint8))
         self.batches = ShardedBatches(batches, self._shard_to_learn)
+        if copy := copied(config, self.learned, world):
+            self.saver.reserve(copy)  # ahead of the engine, which divides what is left of host memory
         read, weights = (None if found is None else found.read for found in (self.resumed, self.started_from))
         self.engine = create_engine(
             self.model, device, config.engine, config.optimizer, self.accumulation, read, self.step, weights
         )
-        self.saved: tuple[int, Path | None] = (-1, None) if self.resumed is None else (self.step, self.resumed.path)
+        if self.resumed is not None:
+            self.saver.saved = self.step, self.resumed.path
         self._first_batches: list[dict] | None = None
         self._answer = Answer()
         self._forecast.see_batches(self.batches, self.accumulation, self.data.tokenizer.vocab_size)
@@ -193,6 +199,14 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of this step; RingflashError instead if it would hold weights that are not finite."""
+        return self.saver.save(*self._saved())
+
+    def begin_save(self) -> None:
+        """The same while training goes on; what comes of it is news of the saver."""
+        self.saver.begin(*self._saved())
+
+    def _saved(self) -> tuple[int, Iterator[Piece], dict[str, tuple[int, ...]], dict[str, Any]]:
+        """What a saver is given."""
         self.scalars()
         state = {
             "step": self.step,
@@ -202,17 +216,12 @@ class Trainer:
             "tokenizer": fingerprint(self.data.tokenizer),
             "config": dataclasses.asdict(self.config),
         }
-        path = writing.save(
-            self.folder / "checkpoints",
-            self.step,
-            self.engine.tensors(),
-            self.engine.shapes,
-            state,
-            self.config.checkpoint.keep,
-            self.engine.moments,
-        )
-        self.saved = self.step, path
-        return path
+        sizes = {name: shape for name, shape in self.engine.sizes().items() if self._saves(name)}
+        pieces = (piece for piece in self.engine.pieces() if self._saves(piece.name))
+        return self.step, pieces, sizes, state
+
+    def _saves(self, name: str) -> bool:
+        return name.startswith("weight/") or not self.config.checkpoint.only_weights
 
     def description(self) -> str:
         """What is trained on what, in two lines, and what of the data is passed over, in one more."""
@@ -283,7 +292,8 @@ class Trainer:
         """The checkpoint to go on from, and what was wrong with newer ones that were set aside."""
         resume, root = self.config.checkpoint.resume, self.folder / "checkpoints"
         if resume == "last_good":
-            return last_good(root)
+            found, problems = last_good(root)
+            return _with_optimizer(found), problems
         there = from_rank_0(newest(root))
         path = {"auto": there, "never": None}.get(resume, Path(resume))
         try:
@@ -296,7 +306,7 @@ class Trainer:
                 f"checkpoint.resume={resume} starts at step {step}, but run_dir={self.folder} already holds "
                 f"{there.name}; give another run_dir"
             )
-        return found, []
+        return _with_optimizer(found), []
 
     def _find_weights(self) -> Checkpoint | None:
         """The checkpoint of another run that this one starts from, if it is of the same model and tokenizer."""
@@ -304,7 +314,7 @@ class Trainer:
         path = None if weights is None else from_rank_0(found_at(Path(weights)))
         if path is None:
             return None
-        found = Checkpoint(path)
+        found = Checkpoint(path, weights_alone=True)
         _check_same_model(found, self.model)
         if found.state.get("tokenizer") not in (None, fingerprint(self.data.tokenizer)):
             raise CheckpointError(
@@ -312,6 +322,16 @@ class Trainer:
                 "tokenizer of that run"
             )
         return found
+
+
+def _with_optimizer(checkpoint: Checkpoint | None) -> Checkpoint | None:
+    """A checkpoint that a run can go on from; CheckpointError if it cannot."""
+    if checkpoint is not None and checkpoint.only_weights:
+        raise CheckpointError(
+            f"{checkpoint.path} holds weights alone (checkpoint.only_weights=true), from which no run goes on; "
+            f"checkpoint.weights={checkpoint.path} starts a new one from them, in another run_dir"
+        )
+    return checkpoint
 
 
 def _check_same_optimizer(checkpoint: Checkpoint, here: str) -> None:
@@ -355,6 +375,8 @@ def _check_same_settings(checkpoint: Checkpoint, model: Decoder, attention: Atte
 def _settings(about: dict[str, Any]) -> dict[str, Any]:
     """What a description says of how a model computes, as it is in a checkpoint."""
     about = json.loads(json.dumps(about))
+    if "rope_scaling" in about:  # an earlier version may not have known all of its keys
+        about["rope_scaling"] = vars(RopeScalingConfig(**about["rope_scaling"]))
     return {name: value for name, value in about.get("huggingface", about).items() if name not in BESIDE}
 
 
