@@ -354,7 +354,9 @@ class LoggingConfig:
     trackio: bool = False
     """Log to Trackio; likewise."""
     profile_steps: int = _bounded(0, at_least=0)
-    """Steps behind the second one that torch's profiler records, of every rank; 0: none."""
+    """Steps that torch's profiler records, of every rank; 0: none."""
+    profile_from: int | None = _bounded(None, at_least=1)
+    """Number of the first of these steps; null: the third that is taken."""
     needle: bool = False
     """At the end, look for a sentence at five depths of contexts of up to train.seqlen tokens, and draw the result."""
 

@@ -3,7 +3,8 @@
 Run under torchrun. 32 query and 8 key heads, head dimension 128, bf16, one sequence, TFLOP/s a GPU. "one GPU" attends
 alone to as many pairs as each rank's share: what a ring that costs nothing would reach. "ringflash 2 x 2" is two ranks
 that exchange heads in a ring of two, "ringflash Ulysses" all of them without a ring. RINGFLASH_TRANSPORT chooses the
-transport.
+transport. Calls are timed in a row, as those of a model's layers are, whose host is ahead of its GPU; what a call costs
+the host is in docs/benchmarks/overhead.md.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 
 HEADS, KEY_HEADS, DIM = 32, 8, 128
 REPEATS = 20
+
+AT_LEAST, MOST_IN_A_ROW = 0.06, 16
+"""Seconds that calls in a row take together, and how many they are at most."""
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -153,11 +157,14 @@ class Entry:
 def measured(case: Case, entries: list[Entry], repeats: int) -> list[Row]:
     """Rows of all entries. They take turns, so that none has the cooler GPUs."""
     calls = [call for entry in entries for call in _calls(entry)]
+    for _ in range(2):
+        alone = [_slowest([_each(function, 1)]) for _, _, function, _ in calls]
+    in_a_row = [min(MOST_IN_A_ROW, math.ceil(AT_LEAST * 1e3 / milliseconds)) for milliseconds in alone]
     times: list[list[float]] = [[] for _ in calls]
-    for number in range(3 + repeats):
-        for (_, _, function, _), found in zip(calls, times, strict=True):
-            milliseconds = _once(function)
-            if number >= 3:
+    for number in range(1 + repeats):
+        for (_, _, function, _), count, found in zip(calls, in_a_row, times, strict=True):
+            milliseconds = _each(function, count)
+            if number:
                 found.append(milliseconds)
     rows = []
     for (name, direction, _, operations), found in zip(calls, times, strict=True):
@@ -275,16 +282,17 @@ def _share(tokens: int) -> list[Tensor]:
     ]
 
 
-def _once(function: Callable[[], None]) -> float:
-    """Milliseconds on this rank, of all that begin together."""
+def _each(function: Callable[[], None], count: int) -> float:
+    """Milliseconds on this rank of each of so many calls in a row, which all ranks begin together."""
     torch.cuda.synchronize()
     dist.barrier()
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
-    function()
+    for _ in range(count):
+        function()
     stop.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(stop)
+    return start.elapsed_time(stop) / count
 
 
 def _slowest(milliseconds: list[float]) -> float:

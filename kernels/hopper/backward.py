@@ -9,9 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ringflash.kernels.gpu.chips import multiprocessors
 from ringflash.kernels.gpu.compile_once import compiled_once
 from ringflash.kernels.gpu.launcher import Launcher, aligned
 from ringflash.kernels.hopper.backward_kernel import attend_backward_kernel
+from ringflash.kernels.hopper.backward_order import order_of_programs
 from ringflash.kernels.hopper.backward_wide_kernel import attend_backward_wide_kernel
 from ringflash.kernels.hopper.checks import check_operands
 from ringflash.kernels.hopper.descriptors import (
@@ -24,7 +26,6 @@ from ringflash.kernels.hopper.descriptors import (
 )
 from ringflash.kernels.hopper.dquery_accumulate import HALF
 from ringflash.kernels.hopper.dquery_in_turn import PARTS, heads_in_turn, turns_of_tiles
-from ringflash.kernels.hopper.schedule import head_section
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.kept import Kept, metadata
 from ringflash.kernels.modifiers import Modifiers
@@ -165,8 +166,7 @@ class PreparedBackward:
         row_blocks = -(-padded_rows // 1024)
         self.launch_rows = Launcher(row_blocks * heads, (query_rows, padded_rows, row_blocks), {}, {}, direct)
 
-        section = head_section(query_rows * 2 * group, key_heads, 1, dim)
-        self.shape = (query_rows, padded_rows, key_rows, key_heads, *(() if deterministic else (section,)))
+        self.shape = (query_rows, padded_rows, key_rows, key_heads)
         self.launch = Launcher(
             -(-key_rows // tiles.keys) * key_heads,
             (*(x.stride(1) for x in (reachable[1], reachable[0], *reachable[2:])), float(scale)),
@@ -195,11 +195,11 @@ class PreparedBackward:
             written = (None, None, dkey, dvalue)
         else:
             written = (*(descriptor_of(x, self.dkey_description) for x in (dkey, dvalue)), None, None)
-        order, turns, turn_now, section = None, None, None, ()
+        order, turns, turn_now, section = None, None, None, None
         if self.deterministic:
-            turns, turn_now, *section = adding_turns(intervals, self.heads, self.dim, self.tiles)
+            turns, turn_now, section = adding_turns(intervals, self.heads, self.dim, self.tiles)
         else:
-            order = intervals.key_order(self.tiles.keys)
+            order = programs_in_order(intervals, self.tiles.keys, self.heads[1])
         if not self.all_addressable:
             operands = _reachable(operands)
         dout_desc, query_desc, key_desc, value_desc = map(descriptor_of, operands, self.descriptions)
@@ -207,8 +207,8 @@ class PreparedBackward:
             query_desc, dout_desc, key_desc, value_desc,
             descriptor_of(scaled_lse, self.number_description), descriptor_of(minus_delta, self.number_description),
             descriptor_of(dquery, self.dquery_description), *written,
-            intervals.key_tile_rows(1), intervals.key_tile_rows(self.tiles.keys), order, turns, turn_now,
-            *self.shape, *section,
+            intervals.key_tile_rows(1), intervals.key_tile_rows(self.tiles.keys), order, turns, turn_now, section,
+            *self.shape,
         )  # fmt: skip
         self.launch(attend_backward_wide_kernel if self.dim == 256 else attend_backward_kernel, tensors)
         return dquery.to(dquery_dtype), dkey.to(self.dkey_dtype), dvalue.to(self.dkey_dtype)
@@ -218,6 +218,15 @@ def _reachable(operands: Operands) -> Operands:
     """The operands as the tensor memory engine takes them, dout of query's dtype."""
     dout, query, key, value = operands
     return tuple(map(addressable, (dout.to(query.dtype), query, key, value)))
+
+
+def programs_in_order(intervals: KeyIntervals, block: int, key_heads: int) -> Tensor:
+    """See `order_of_programs`, made once for the intervals."""
+
+    def build() -> Tensor:
+        return order_of_programs(intervals.key_tile_rows(block), key_heads, multiprocessors(intervals.start.device))
+
+    return intervals.kept(("programs", block, key_heads), build)
 
 
 def adding_turns(

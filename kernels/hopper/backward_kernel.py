@@ -41,14 +41,14 @@ from ringflash.kernels.hopper.schedule import stage_and_parity
 @compiled_once
 @gluon.jit(
     do_not_specialize=[
-        "query_rows", "padded_rows", "key_rows", "key_heads", "section",
+        "query_rows", "padded_rows", "key_rows", "key_heads",
         "query_head_stride", "dout_head_stride", "key_head_stride", "value_head_stride",
     ]
 )  # fmt: skip
 def attend_backward_kernel(
     query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc,
     dquery_desc, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, rows_of_key_ptr, rows_of_tile_ptr,
-    tile_order_ptr, turn_of_tile_ptr, turn_now_ptr, query_rows, padded_rows, key_rows, key_heads, section,
+    order_ptr, turn_of_tile_ptr, turn_now_ptr, section_ptr, query_rows, padded_rows, key_rows, key_heads,
     query_head_stride, dout_head_stride, key_head_stride, value_head_stride, scale,
     GROUP: gl.constexpr, QUERY_STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr,
     FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr,
@@ -66,8 +66,8 @@ def attend_backward_kernel(
     dscores = gl.allocate_shared_memory(query_desc.dtype, [2, N, M], DSCORES)
     dquery = gl.allocate_shared_memory(gl.float32, [2 if ORDERED else 4, HALF, HALF], dquery_desc.layout)
     work = find_work(
-        buffers, rows_of_tile_ptr, tile_order_ptr, turn_of_tile_ptr, turn_now_ptr, query_rows, padded_rows, key_rows,
-        section, GROUP, ORDERED,
+        buffers, rows_of_tile_ptr, order_ptr, turn_of_tile_ptr, turn_now_ptr, section_ptr, query_rows, padded_rows,
+        key_rows, key_heads, GROUP, ORDERED,
     )  # fmt: skip
     fence_async_shared()
     sums = Sums(dquery_desc, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, key_rows, key_heads)

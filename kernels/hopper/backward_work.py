@@ -119,39 +119,29 @@ def allocate_stream(desc, numbers_desc, STAGES: gl.constexpr):
 
 @gluon.jit
 def find_work(
-    buffers, rows_of_tile_ptr, tile_order_ptr, turn_of_tile_ptr, turn_now_ptr, query_rows, padded_rows, key_rows,
-    section, GROUP: gl.constexpr, ORDERED: gl.constexpr,
+    buffers, rows_of_tile_ptr, order_ptr, turn_of_tile_ptr, turn_now_ptr, section_ptr, query_rows, padded_rows,
+    key_rows, key_heads, GROUP: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
-    """This program's work. Where dQ is added in turn, section is a pointer and tile_order_ptr None; else turns are."""
+    """This program's work, by `backward_order`; where dQ is added in turn, tiles from the first, section by section.
+
+    Then order_ptr is None; else turns and section_ptr are.
+    """
     M: gl.constexpr = buffers.queries.blocks.shape[1]
     N: gl.constexpr = buffers.key.shape[1]
-    if ORDERED:
-        section = gl.load(section)
-    key_tile, key_head = key_tile_and_head(key_rows, section, tile_order_ptr, N, ORDERED)
     # What stands for none must not be None, which triton 3.6 cannot return.
-    turns = Turns(rows_of_tile_ptr, key_tile, buffers.loaded, buffers.loaded)
+    turns = Turns(rows_of_tile_ptr, 0, buffers.loaded, buffers.loaded)
     if ORDERED:
+        section = gl.load(section_ptr)
+        per_section = (key_rows + N - 1) // N * section
+        within = gl.program_id(0) % per_section
+        key_tile, key_head = within // section, gl.program_id(0) // per_section * section + within % section
         turns = allocate_turns(turn_now_ptr, gl.load(turn_of_tile_ptr + key_tile))
+    else:
+        place = gl.load(order_ptr + gl.program_id(0))
+        key_tile, key_head = place // key_heads, place % key_heads
     ALIGNED: gl.constexpr = M if ORDERED else 4
     rows = visiting_rows(rows_of_tile_ptr, key_tile, query_rows, padded_rows, key_rows, key_head * GROUP, M, N, ALIGNED)
     return Work(key_tile * N, key_head, rows, turns)
-
-
-@gluon.jit
-def key_tile_and_head(key_rows, section, order_ptr, N: gl.constexpr, ORDERED: gl.constexpr):
-    """This program's key tile and head, in the mirrored order of schedule.py: tiles from the first, section by section.
-
-    The last section's tiles go from the one that most rows see to the one that fewest see, over all documents, so that
-    no multiprocessor begins with a long one when most are done. Turns need them as they come.
-    """
-    tiles = (key_rows + N - 1) // N
-    per_section = tiles * section
-    within = gl.program_id(0) % per_section
-    tile = within // section
-    if not ORDERED:
-        last = gl.program_id(0) + per_section >= gl.num_programs(0)
-        tile = gl.load(order_ptr + tile, mask=last, other=tile)
-    return tile, gl.program_id(0) // per_section * section + within % section
 
 
 @gluon.jit

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ringflash.parallel.execution.rows import Rows, rows_beside
-from ringflash.parallel.planning.program import Program, Shipment, StageProgram, picked
-from ringflash.parallel.transport.base import Ticket, Transport
+from ringflash.parallel.execution.rows import rows_beside
+from ringflash.parallel.planning.program import Program, Rows, Shipment, StageProgram, part_of, picked, runs_of
+from ringflash.parallel.transport.base import Delivery
+from ringflash.parallel.transport.select import GroupTransport
 
 
 class KeyGradients:
@@ -27,7 +27,7 @@ class KeyGradients:
     """
 
     def __init__(
-        self, wanted: list[Tensor], program: Program, transport: Transport | None, partial: bool = False
+        self, wanted: list[Tensor], program: Program, transport: GroupTransport | None, partial: bool = False
     ) -> None:
         self._wanted, self._transport = wanted, transport
         dtype = wanted[0].dtype if wanted else torch.float32  # value's is key's
@@ -37,10 +37,11 @@ class KeyGradients:
         self.result_dtype = accumulator if partial else dtype
         """What `finish` gives."""
         self._sums: list[Tensor] | None = None
-        self._pending: deque[tuple[Ticket, list[tuple[Shipment, Rows]]]] = deque()
-        self._used, self._room = 0, 1
-        if transport is not None:
-            self._room, self._size = program.reduced_ahead, program.buffers.reduces
+        self._pending: deque[tuple[Delivery, tuple[Shipment, ...]]] = deque()
+        self._used, self._room, self._size = 0, 1, 0
+        if transport is not None and wanted:
+            self._room = program.reduced_ahead
+            self._size = program.buffers.reduces if transport.needs_room(wanted[0].device) else 0
             self._buffers = rows_beside(wanted, self._room * self._size, accumulator)
 
     def settle(self, stage: StageProgram, parts: list[Tensor] | None) -> None:
@@ -63,17 +64,18 @@ class KeyGradients:
         if failure is not None:
             raise failure
 
-    def _reduce(self, stage: StageProgram, parts: list[Tensor] | None, transport: Transport) -> None:
+    def _reduce(self, stage: StageProgram, parts: list[Tensor] | None, transport: GroupTransport) -> None:
+        senders = {s.peer for s in stage.reduces}
+        while any(not senders.isdisjoint(delivery.senders) for delivery, _ in self._pending):
+            self._collect()
         # pyrefly: ignore[not-iterable]  # there are parts where there are returns, and a missing one is to be an error
-        sends = [(s.peer, picked(part, s.rows)) for s in stage.returns for part in parts]
-        incoming, filled = [], self._used % self._room * self._size
+        leaving = [(s.peer, [runs_of(part, s) for part in parts]) for s in stage.returns]
+        first = self._used % self._room * self._size
         self._used += bool(stage.reduces)
-        for s in stage.reduces:
-            incoming.append((s, tuple([x[filled : filled + s.count] for x in self._buffers])))
-            filled += s.count
-        receives = [(s.peer, x) for s, rows in incoming for x in rows]
-        ticket = transport.transfer(sends, receives, f"gradients of stage {stage.index}", stage.returns_last)
-        self._pending.append((ticket, incoming))
+        room = [x[first : first + self._size] for x in self._buffers]
+        expected = [(s.peer, s.count) for s in stage.reduces]
+        delivery = transport.deliver(leaving, expected, room, f"gradients of stage {stage.index}")
+        self._pending.append((delivery, stage.reduces))
 
     def finish(self) -> list[Tensor]:
         """Wait for the last parts; the gradient of each of `wanted`, in `result_dtype`."""
@@ -83,29 +85,30 @@ class KeyGradients:
         return [total.to(self.result_dtype) for total in sums]
 
     def _keep(self, stage: StageProgram, parts: list[Tensor]) -> None:
+        own = parts if not stage.returns else [part[stage.kept] for part in parts]
         if self._sums is None and stage.everything:
-            self._sums = parts
+            self._sums = own
+        elif self._sums is None and isinstance(stage.own, slice):
+            self._sums = [torch.empty_like(x, dtype=self.dtype) for x in self._wanted]
+            for total, part in zip(self._sums, own, strict=True):
+                total[: stage.own.start], total[stage.own], total[stage.own.stop :] = 0, part, 0
         else:
-            self._add(stage.own, parts if not stage.returns else [part[stage.kept] for part in parts])
+            for index, part in enumerate(own):
+                self._add(index, stage.own, part)
 
     def _collect(self) -> None:
-        ticket, incoming = self._pending.popleft()
-        ticket.wait()
-        for shipment, rows in incoming:
-            self._add(shipment.rows, rows)
+        delivery, shipments = self._pending.popleft()
 
-    def _add(self, rows: slice | Tensor | None, parts: Sequence[Tensor]) -> None:
+        def add(which: int, index: int, first: int, rows: Tensor) -> None:
+            self._add(index, part_of(shipments[which].rows, first, first + len(rows)), rows)
+
+        delivery.collect(add)
+
+    def _add(self, index: int, rows: Rows | None, part: Tensor) -> None:
         if self._sums is None:
-            self._sums = [torch.empty_like(x, dtype=self.dtype) for x in self._wanted]
-            for total, part in zip(self._sums, parts, strict=True):
-                if isinstance(rows, slice):
-                    total[: rows.start], total[rows], total[rows.stop :] = 0, part, 0
-                else:
-                    total.zero_()
-            if isinstance(rows, slice):
-                return
-        for total, part in zip(self._sums, parts, strict=True):
-            if isinstance(rows, Tensor):
-                total.index_add_(0, rows, part.to(total.dtype))
-            else:
-                picked(total, rows).add_(part)
+            self._sums = [torch.zeros_like(x, dtype=self.dtype) for x in self._wanted]
+        total = self._sums[index]
+        if isinstance(rows, Tensor):
+            total.index_add_(0, rows, part.to(total.dtype))
+        else:
+            picked(total, rows).add_(part)

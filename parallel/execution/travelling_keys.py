@@ -27,6 +27,8 @@ class TravellingKeys:
         self._program, self._transport = program, transport
         self.arrived: Rows = ()
         """What came for the stage at hand."""
+        self.pulled = False
+        """Whether that is what this stage attends to alone, in ascending order of position."""
         self._shelf: Shelf | None = None
         self._ticket: Ticket | None = None
         self._free: torch.Event | None = None
@@ -39,6 +41,7 @@ class TravellingKeys:
     def start(self) -> None:
         """Ranks begin, and own keys are there."""
         self._shelf = self._transport.shelf  # known since they begin
+        self.pulled = self._shelf is not None
         if self._shelf is not None:
             self._shelf.publish(self._sent if self._program.gives else ())
 
@@ -70,7 +73,7 @@ class TravellingKeys:
         if self._ticket is not None:
             self._ticket.wait()
             self._ticket = None
-        received = self._program.stages[self._index].received
+        received = None if self.pulled else self._program.stages[self._index].received
         self.arrived = tuple([picked(x, received) for x in self._coming])
 
     def close(self) -> None:

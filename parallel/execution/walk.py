@@ -55,7 +55,7 @@ class Walk:
             for piece in pieces:
                 try:
                     if piece.launches and self._failure is None:
-                        self._body(piece, piece.at_hand(self._own, keys.arrived))
+                        self._body(piece, piece.at_hand(self._own, keys.arrived, keys.pulled))
                 except Exception as error:
                     self._failure = error
                 keys.work_begun()

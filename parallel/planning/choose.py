@@ -1,4 +1,7 @@
-"""Which plan: the fastest by prediction that does not take too much memory, and the ring unless one is clearly faster.
+"""Which plan: the fastest by prediction that does not take too much memory.
+
+Where keys are passed on from rank to rank, the ring unless another is clearly faster. Where ranks take them from their
+owners, plans differ in their launches alone, and fewer also ask less of the host.
 
     choice = choose(mask, queries, queries)
     choice.name                                   # "counter-ring"
@@ -23,10 +26,11 @@ from ringflash.parallel.positions.partition import Partition
 from ringflash.parallel.positions.visibility import needed_keys
 
 CLEARLY = 0.9
-"""A plan is taken instead of the ring if it is predicted to take at most so much of the ring's time."""
+"""Where keys are passed on, a plan is taken instead of the ring if it is predicted to take at most this share of its
+time."""
 
 LEAST = 5e-3
-"""Seconds of attention by the ring from which on anything else is taken. Of less, the time of hosts decides, some
+"""Seconds of attention by the ring from which on anything else is taken there. Of less, the time of hosts decides, some
 milliseconds a call, which the model does not know."""
 
 MEMORY = 2**30
@@ -138,10 +142,11 @@ def _choose(
     if fastest == "ring":
         because = f"the fastest by prediction of those that take no more than {allowed / 2**20:,.0f} MiB"
         return Choice("ring", predicted, machine, shape, because)
-    if predicted["ring"].attention < LEAST:
+    owners = machine.inside.ahead and hosts == 1
+    if not owners and predicted["ring"].attention < LEAST:
         because = f"attention takes it less than {LEAST * 1e3:g} ms, too little to predict what is faster"
         return Choice("ring", predicted, machine, shape, because)
-    if share > CLEARLY:
+    if not owners and share > CLEARLY:
         because = f"{fastest} is predicted to take {share:.2f} of its time, which is not clearly less"
         return Choice("ring", predicted, machine, shape, because)
     return Choice(fastest, predicted, machine, shape, f"predicted to take {share:.2f} of the ring's time")

@@ -32,6 +32,9 @@ LEAST_SPLIT = 4096
 """Own keys from which on the backward pass takes the first half of them last, while the last gradients travel. Of
 fewer, two launches take longer than one by more than what they hide."""
 
+MOST_RUNS = 4
+"""Runs of rows for one rank that leave as they lie; of more, the host has more to ask for than a GPU has to copy."""
+
 AHEAD = 65536
 """Keys whose gradient parts may have arrived without being added up, of plans that are not worked on in pieces."""
 
@@ -45,17 +48,24 @@ class Shipment:
         rows: of the tensor that they are taken from, or are put or added into; None for all of it.
         count: number of rows.
         relayed: rows to send lie among what arrived for the stage, not among this rank's own keys.
+        runs: the same rows, where they are a few runs: first and one behind the last of each.
     """
 
     peer: int
     rows: Rows | None
     count: int
     relayed: bool = False
+    runs: tuple[tuple[int, int], ...] = ()
 
 
 def picked(x: Tensor, rows: Rows | None) -> Tensor:
     """Rows of a tensor; contiguous if the tensor is."""
     return x if rows is None else x[rows]
+
+
+def runs_of(x: Tensor, shipment: Shipment) -> list[Tensor]:
+    """The rows of a shipment, one run behind another; in one piece where they are many."""
+    return [x[first:last] for first, last in shipment.runs] or [picked(x, shipment.rows)]
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,7 @@ class StageProgram:
         launches: calls of the kernels over the keys attended; none if the stage has no work here.
         own: rows of this rank's own keys that are attended to, or None.
         arrived: rows among what arrived for the stage that are attended to, in ascending order of position, or None.
+        pulled: the same where this rank takes them from their owners: those rows alone, in that order.
         order: puts the own rows with the arrived ones behind them into ascending order; None where they are already.
         key_segments: global positions of the keys attended to.
         is_last: no later stage has work here, so the result may leave in the model's dtype.
@@ -75,7 +86,6 @@ class StageProgram:
         coming: their positions, in the order in which they lie there.
         returns: gradient parts to send to the owners in the backward pass; rows of the attended keys.
         reduces: gradient parts that come from others; rows of this rank's own keys.
-        returns_last: no later gradient parts leave.
         kept: which of the attended rows are own, or None.
         everything: all own keys are attended to and nothing else, as they lie.
         index: which of the stages it is, or is a piece of.
@@ -85,6 +95,7 @@ class StageProgram:
     launches: tuple[Launch, ...] = ()
     own: Rows | None = None
     arrived: Rows | None = None
+    pulled: slice | None = None
     order: Rows | None = None
     key_segments: Segments = ()
     is_last: bool = True
@@ -94,7 +105,6 @@ class StageProgram:
     coming: Segments = ()
     returns: tuple[Shipment, ...] = ()
     reduces: tuple[Shipment, ...] = ()
-    returns_last: bool = False
     kept: Rows | None = None
     everything: bool = False
     index: int = 0
@@ -119,13 +129,14 @@ class StageProgram:
         there, keys = first < last, count(self.key_segments)
         return StageProgram(
             launches=tuple(launch.of_keys(first, last) for launch in self.launches) if there else (),
-            own=_part(self.own, first, last) if there and self.own is not None else None,
-            arrived=_part(self.arrived, first, last) if there and self.arrived is not None else None,
+            own=part_of(self.own, first, last) if there and self.own is not None else None,
+            arrived=part_of(self.arrived, first, last) if there and self.arrived is not None else None,
+            pulled=slice(first, last) if there and self.pulled is not None else None,
             key_segments=cut(self.key_segments, first, last),
             is_last=self.is_last and last == keys,
             returns=tuple(Shipment(s.peer, None, last - first) for s in self.returns) if there else (),
             reduces=tuple(
-                Shipment(s.peer, _part(s.rows, first, min(behind, s.count)), min(behind, s.count) - first)
+                Shipment(s.peer, part_of(s.rows, first, min(behind, s.count)), min(behind, s.count) - first)
                 for s in self.reduces
                 if first < s.count
             ),
@@ -134,15 +145,16 @@ class StageProgram:
             offset=first,
         )
 
-    def at_hand(self, own: tuple[Tensor, ...], arrived: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The rows attended to, of each tensor of this rank's own keys and of what arrived."""
+    def at_hand(self, own: tuple[Tensor, ...], arrived: tuple[Tensor, ...], pulled: bool = False) -> tuple[Tensor, ...]:
+        """The rows attended to, of each tensor of this rank's own keys and of what arrived, or was pulled."""
         if self.everything:
             return own
-        if self.arrived is None:
+        rows = self.pulled if pulled else self.arrived
+        if rows is None:
             return tuple([x[self.own] for x in own])
         if self.own is None:
-            return tuple([x[self.arrived] for x in arrived])
-        both = (torch.cat([x[self.own], y[self.arrived]]) for x, y in zip(own, arrived, strict=True))
+            return tuple([x[rows] for x in arrived])
+        both = (torch.cat([x[self.own], y[rows]]) for x, y in zip(own, arrived, strict=True))
         return tuple(x if self.order is None else x[self.order] for x in both)
 
 
@@ -172,9 +184,10 @@ class Program:
 
     @cached_property
     def pulls(self) -> tuple[tuple[Pull, ...], ...]:
-        """For each stage, where what the next one attends to is to be found at its owners."""
+        """For each stage, where what the next one attends to is to be found at its owners, in ascending order."""
         following = [*(stage.key_segments for stage in self.stages[1:]), ()]
-        return tuple(pulls(self.shares, x.coming, y) for x, y in zip(self.stages, following, strict=True))
+        wanted = (intersect(tuple(sorted(x.coming)), y) for x, y in zip(self.stages, following, strict=True))
+        return tuple(pulls(self.shares, x) for x in wanted)
 
     @cached_property
     def gives(self) -> bool:
@@ -210,8 +223,7 @@ class Program:
             pieces[0] = tuple(early)
             pieces[-1] = (*pieces[-1], *late)
             pieces = [tuple(replace(x, is_last=x is late[-1]) for x in stage) for stage in pieces]
-        last = next((x for stage in reversed(pieces) for x in reversed(stage) if x.returns), None)
-        return tuple(tuple(replace(x, returns_last=True) if x is last else x for x in stage) for stage in pieces)
+        return tuple(pieces)
 
     @cached_property
     def reduced_ahead(self) -> int:
@@ -407,6 +419,7 @@ def _stage(
         launches=work,
         own=_rows(own, mine, device) if mine or not stage.work else None,
         arrived=_rows(arrived, foreign, device) if foreign else None,
+        pulled=slice(0, count(foreign)) if foreign else None,
         order=None if isinstance(order, slice) else order,
         key_segments=stage.work,
         is_last=is_last,
@@ -424,7 +437,8 @@ def _stage(
 
 def _shipment(move: Move, held: Segments, device: torch.device) -> Shipment:
     rows = None if held == move.segments else _rows(held, move.segments, device)
-    return Shipment(move.peer, rows, count(move.segments), move.relayed)
+    runs = tuple(_runs(held, move.segments)) if isinstance(rows, Tensor) else ()
+    return Shipment(move.peer, rows, count(move.segments), move.relayed, runs if len(runs) <= MOST_RUNS else ())
 
 
 def _interval_launches(
@@ -504,7 +518,7 @@ def _runs(held: Segments, wanted: Segments) -> list[tuple[int, int]]:
     return runs
 
 
-def _part(rows: Rows | None, first: int, last: int) -> Rows:
+def part_of(rows: Rows | None, first: int, last: int) -> Rows:
     """Some of the rows that others are."""
     if rows is None:
         return slice(first, last)

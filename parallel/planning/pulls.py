@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ringflash.parallel.positions.segments import Segments, count, intersect
+from ringflash.parallel.positions.segments import Segments, count
 
 Share = tuple[int, Segments]
 """A rank of the group, and the positions of the keys that it holds."""
@@ -25,19 +25,14 @@ class Pull(NamedTuple):
     runs: tuple[tuple[int, int, int], ...]
 
 
-def pulls(shares: Sequence[Share], coming: Segments, wanted: Segments) -> tuple[Pull, ...]:
+def pulls(shares: Sequence[Share], wanted: Segments) -> tuple[Pull, ...]:
     """Where rows of a buffer are to be found.
 
     Args:
         shares: of all ranks that a position may belong to.
-        coming: positions of the rows, in the order in which they fill the buffer.
-        wanted: positions that are read there; others would only be passed on.
+        wanted: positions of the rows, ascending; they fill the buffer in this order.
     """
-    places = [
-        (start, stop, row + start - begin)
-        for begin, end, row in _places(coming)
-        for start, stop in intersect(wanted, ((begin, end),))
-    ]
+    places = _places(wanted)
     found = []
     for owner, held in shares:
         runs = _together(_places(held), places)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -16,6 +16,25 @@ class Ticket(Protocol):
 
     def wait(self) -> None:
         """Return when the transfers are done; on a GPU, when the current stream waits for them."""
+        ...
+
+
+Add = Callable[[int, int, int, Tensor], None]
+"""Of rows that came: which of the expected, which of the tensors, the number of their first row, and the rows."""
+
+
+class Delivery(Protocol):
+    """Parts of sums on their way between ranks; they stay alive until `collect`."""
+
+    senders: frozenset[int]
+    """Ranks whose next delivery cannot come whole before this one is collected."""
+
+    def collect(self, add: Add) -> None:
+        """Hand over all that came, in an order that is the same each time and by each transport.
+
+        Rows are to be read in the current stream, and are gone behind the call. Every rank collects its deliveries in
+        the order in which it asked for them.
+        """
         ...
 
 
@@ -57,11 +76,7 @@ class Transport(Protocol):
     """Moves rows between the ranks of a group."""
 
     def transfer(
-        self,
-        sends: Sequence[tuple[int, Tensor]],
-        receives: Sequence[tuple[int, Tensor]],
-        what: str,
-        first: bool = False,
+        self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]], what: str
     ) -> Ticket:
         """Ask for all transfers of a stage at once and return without waiting.
 
@@ -70,7 +85,26 @@ class Transport(Protocol):
             receives: (source rank in the group, contiguous tensor to fill). Between two ranks, tensors are matched in
                 the order given.
             what: is transferred and when, for errors.
-            first: what is sent leaves before the current stream goes on, where it might have to wait for that.
+        """
+        ...
+
+    def deliver(
+        self,
+        parts: Sequence[tuple[int, Sequence[Sequence[Tensor]]]],
+        expected: Sequence[tuple[int, int]],
+        room: Sequence[Tensor],
+        what: str,
+    ) -> Delivery:
+        """Send parts of sums to those who add them up, and return without waiting.
+
+        Between two ranks, parts are matched in the order given; each rank is among `parts`, and among `expected`, once.
+
+        Args:
+            parts: (rank in the group, for each tensor the contiguous rows that make it up, one behind another).
+            expected: (rank in the group, rows of each of its tensors).
+            room: contiguous tensors (rows, ...) like those that come, for all expected rows; used by nobody else before
+                they are collected. Without rows where a transport does not need them.
+            what: is sent and when, for errors.
         """
         ...
 

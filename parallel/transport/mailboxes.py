@@ -1,10 +1,10 @@
-"""Messages between the ranks of a host through memory that all of them can read: who may write and read what when.
+"""Messages between the ranks of a host through memory that all of them can write: who may write and read what when.
 
-Each rank has a mailbox for every reader: a few chunks of memory, and two flags for each chunk. The writer fills a chunk
-and raises its `filled` flag at the reader; the reader, whose stream waits for that, takes the bytes and raises the
+Each rank has a mailbox for every writer: a few chunks of memory, and two flags for each chunk. The writer fills a chunk
+and raises its `filled` flag at the reader; the reader, whose stream waits for that, uses the bytes and raises the
 `emptied` flag at the writer, who may then fill the chunk again. A message is as many chunks as it needs, so the memory
-does not depend on it. Copies, flags and waits are asked for in the order of streams, and no host takes part. Readers'
-copies, between GPUs, are carried out by copy engines; writers', within a GPU, by kernels.
+does not depend on it. Copies, flags and waits are asked for in the order of streams, and no host takes part. Writers'
+copies, between GPUs, are carried out by copy engines, whatever kernels are at; readers', within a GPU, are kernels.
 
 Flags count the times that a chunk was used, in a circle. A chunk's two flags are raised in turn, so waiting for the one
 number that comes next is enough.
@@ -16,7 +16,8 @@ the same; so there is no deadlock even where all streams share one queue (CUDA_D
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -31,6 +32,10 @@ APART = 64
 
 CIRCLE = 1 << 15
 """Numbers that flags go through."""
+
+MOST_ROOM, LEAST_ROOM, ROOMS = 24 << 20, 4 << 20, 96 << 20
+"""Bytes of a chunk, and of a chunk for each rank. Of more, a message would wait longer for its first; of fewer, the
+host has more to ask for than the copy engines to do, and less of a message leaves at once."""
 
 Block = tuple[int, int]
 """Address and bytes of some memory."""
@@ -50,6 +55,11 @@ class Piece(NamedTuple):
     offset: int
     nbytes: int
     place: int
+
+
+def room_of(ranks: int) -> int:
+    """Bytes of a chunk in a group of so many ranks; three for each rank are taken on every GPU, 288 MiB of 4 ranks."""
+    return max(LEAST_ROOM, min(MOST_ROOM, ROOMS // ranks))
 
 
 @lru_cache(maxsize=1024)
@@ -82,7 +92,7 @@ class Way:
     """From one rank to another.
 
     Attributes:
-        boxes: addresses of the chunks, at the writer.
+        boxes: addresses of the chunks, at the reader.
         filled: addresses of their flags, at the reader.
         emptied: addresses of their flags, at the writer.
         used: chunks that were asked for so far.
@@ -140,7 +150,6 @@ class Mailboxes:
         self,
         sends: dict[int, list[Block]],
         receives: dict[int, list[Block]],
-        under_way: Callable[[], None] | None = None,
     ) -> list[tuple[int, int]]:
         """Ask for one message to, and one from, each of some ranks.
 
@@ -149,7 +158,6 @@ class Mailboxes:
         Args:
             sends: by the reader's rank the blocks of its message.
             receives: by the writer's rank the blocks that take its message, as many bytes together.
-            under_way: called when all chunks to write are asked for that need not wait for a reader of this transfer.
 
         Returns:
             Of each message, first those received, the place in the memory of progress, and what is there when it is
@@ -161,40 +169,51 @@ class Mailboxes:
         for level in range(levels):
             for way, blocks, found in outgoing:
                 if level < len(found):
-                    self._fill(way, blocks, found[level])
-            if under_way is not None and level == min(levels, CHUNKS) - 1:
-                under_way()
+                    self.fill(way, blocks, found[level])
             for way, blocks, found in incoming:
                 if level < len(found):
                     self._empty(way, blocks, found[level])
-        ends = []
-        for which, (peers, stream) in enumerate(((receives, self._reader), (sends, self._writer))):
-            for peer in peers:
-                place = 2 * peer + which
-                self._asked[place] += 1
-                ends.append((place, number_of(self._asked[place])))
-                self._write(stream, self._progress + 4 * place, ends[-1][1])
-        return ends
+        ends = [self.received(peer, self._reader) for peer in receives]
+        return ends + [self.sent(peer) for peer in sends]
+
+    def received(self, peer: int, stream: int) -> tuple[int, int]:
+        """A message from a rank is over, behind this in a stream: its place among progress, and the number there."""
+        return self._over(2 * peer, stream)
+
+    def sent(self, peer: int) -> tuple[int, int]:
+        """The same of a message to a rank."""
+        return self._over(2 * peer + 1, self._writer)
+
+    def _over(self, place: int, stream: int) -> tuple[int, int]:
+        self._asked[place] += 1
+        number = number_of(self._asked[place])
+        self._write(stream, self._progress + 4 * place, number)
+        return place, number
 
     def _chunks(self, blocks: list[Block]) -> tuple[tuple[Piece, ...], ...]:
         return chunks(tuple([nbytes for _, nbytes in blocks]), self._room)
 
-    def _fill(self, way: Way, blocks: list[Block], chunk: tuple[Piece, ...]) -> None:
-        stream = self._writer
+    def fill(self, way: Way, blocks: list[Block], chunk: tuple[Piece, ...]) -> None:
+        """Write the next chunk of a message, in the order of the writer."""
         number, times = way.turn()
         if times:
-            self._wait(stream, way.emptied[number], number_of(times - 1))
+            self._wait(self._writer, way.emptied[number], number_of(times - 1))
         for x in chunk:
-            self._copy(way.boxes[number] + x.place, blocks[x.block][0] + x.offset, x.nbytes, stream)
-        self._write(stream, way.filled[number], number_of(times))
+            self._copy(way.boxes[number] + x.place, blocks[x.block][0] + x.offset, x.nbytes, self._writer)
+        self._write(self._writer, way.filled[number], number_of(times))
 
-    def _empty(self, way: Way, blocks: list[Block], chunk: tuple[Piece, ...]) -> None:
-        stream = self._reader
+    @contextmanager
+    def arrived(self, way: Way, stream: int) -> Generator[int]:
+        """Address of the next chunk of a message: it is there for what a stream is asked for meanwhile."""
         number, times = way.turn()
         self._wait(stream, way.filled[number], number_of(times))
-        for x in chunk:
-            self._copy(blocks[x.block][0] + x.offset, way.boxes[number] + x.place, x.nbytes, stream)
+        yield way.boxes[number]
         self._write(stream, way.emptied[number], number_of(times))
+
+    def _empty(self, way: Way, blocks: list[Block], chunk: tuple[Piece, ...]) -> None:
+        with self.arrived(way, self._reader) as box:
+            for x in chunk:
+                self._copy(blocks[x.block][0] + x.offset, box + x.place, x.nbytes, self._reader)
 
 
 def _addresses(
@@ -203,7 +222,7 @@ def _addresses(
     """Of the boxes and the two kinds of flags between two ranks."""
     flags = len(bases) * CHUNKS * room
     return (
-        tuple([bases[writer] + (reader * CHUNKS + i) * room for i in range(CHUNKS)]),
+        tuple([bases[reader] + (writer * CHUNKS + i) * room for i in range(CHUNKS)]),
         tuple([bases[reader] + flags + (2 * (writer * CHUNKS + i)) * APART for i in range(CHUNKS)]),
         tuple([bases[writer] + flags + (2 * (reader * CHUNKS + i) + 1) * APART for i in range(CHUNKS)]),
     )

@@ -17,7 +17,7 @@ from ringflash.errors import ArgumentError, UnsupportedError
 from ringflash.kernels.kept import build_to_keep, capturing
 from ringflash.kernels.torch_private import default_store, without_transforms
 from ringflash.parallel.host import host
-from ringflash.parallel.transport.base import Shelf, Ticket, Transport
+from ringflash.parallel.transport.base import Delivery, Shelf, Ticket, Transport
 from ringflash.parallel.transport.send_recv import SendRecv
 from ringflash.parallel.transport.symmetric_memory import SymmetricMemory, UnavailableError, allocate
 
@@ -79,15 +79,25 @@ class GroupTransport:
         """See `Transport`; of the call at hand, which ranks have begun."""
         return self._now.shelf
 
+    def needs_room(self, device: torch.device) -> bool:
+        """Whether `deliver` may need memory of the caller in the next call; ahead of the first one, it may."""
+        return not isinstance(self._by_device.get(device), SymmetricMemory) or capturing(device)
+
     def transfer(
-        self,
-        sends: Sequence[tuple[int, Tensor]],
-        receives: Sequence[tuple[int, Tensor]],
-        what: str,
-        first: bool = False,
+        self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]], what: str
     ) -> Ticket:
         """See `Transport`."""
-        return self._now.transfer(sends, receives, what, first)
+        return self._now.transfer(sends, receives, what)
+
+    def deliver(
+        self,
+        parts: Sequence[tuple[int, Sequence[Sequence[Tensor]]]],
+        expected: Sequence[tuple[int, int]],
+        room: Sequence[Tensor],
+        what: str,
+    ) -> Delivery:
+        """See `Transport`."""
+        return self._now.deliver(parts, expected, room, what)
 
 
 def choose(group: dist.ProcessGroup, device: torch.device) -> tuple[Transport, str]:

@@ -5,8 +5,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from ringflash.parallel.transport.base import Add
+from ringflash.parallel.transport.deliveries import levels
+from ringflash.parallel.transport.mailboxes import room_of
+from ringflash.parallel.transport.shelves import row_bytes
 
 
 class Ticket:
@@ -24,6 +30,24 @@ class Ticket:
             error.add_note(f"while ranks transferred {self._what}")
             raise
         self._works, self._tensors = [], []
+
+
+class Delivery:
+    """Parts under way; see `Delivery` in base.py."""
+
+    senders: frozenset[int] = frozenset()
+
+    def __init__(self, ticket: Ticket, arriving: list[Tensor], tensors: int, room: int) -> None:
+        self._ticket, self._arriving, self._tensors, self._room = ticket, arriving, tensors, room
+
+    def collect(self, add: Add) -> None:
+        """See base.py; in the order in which mailboxes have it, so that sums are the same bit for bit."""
+        self._ticket.wait()
+        sizes = tuple([(len(x), row_bytes(x)) for x in self._arriving])
+        for level in levels(sizes, self._room):
+            for message, first, rows in level:
+                add(*divmod(message, self._tensors), first, self._arriving[message][first : first + rows])
+        self._arriving = []
 
 
 class SendRecv:
@@ -44,7 +68,6 @@ class SendRecv:
         sends: Sequence[tuple[int, Tensor]],
         receives: Sequence[tuple[int, Tensor]],
         what: str,
-        first: bool = False,
     ) -> Ticket:
         """See `Transport`."""
         operations = [self._operation(dist.irecv, rank, tensor) for rank, tensor in receives if tensor.numel()]
@@ -52,6 +75,26 @@ class SendRecv:
         if not operations:
             return Ticket([], [], what)
         return Ticket(dist.batch_isend_irecv(operations), [operation.tensor for operation in operations], what)
+
+    def deliver(
+        self,
+        parts: Sequence[tuple[int, Sequence[Sequence[Tensor]]]],
+        expected: Sequence[tuple[int, int]],
+        room: Sequence[Tensor],
+        what: str,
+    ) -> Delivery:
+        """See `Transport`."""
+        sends = [
+            (owner, runs[0] if len(runs) == 1 else torch.cat(list(runs)))
+            for owner, tensors in parts
+            for runs in tensors
+        ]
+        receives, filled = [], 0
+        for sender, rows in expected:
+            receives += [(sender, x[filled : filled + rows]) for x in room]
+            filled += rows
+        ticket = self.transfer(sends, receives, what)
+        return Delivery(ticket, [x for _, x in receives], len(room), room_of(len(self._global_rank)))
 
     def _operation(self, function: Callable, rank: int, tensor: Tensor) -> dist.P2POp:
         return dist.P2POp(function, tensor, self._global_rank[rank], self._group())

@@ -106,15 +106,16 @@ def copies(pull: Pull, shelf: int, targets: Sequence[Tensor]) -> Iterator[tuple[
         targets: contiguous tensors, like those that lie there but for the number of rows.
     """
     for target, place in zip(targets, _places(pull.keys, targets), strict=False):
-        row, to = _row_bytes(target), target.data_ptr()
+        row, to = row_bytes(target), target.data_ptr()
         for source, filled, count in pull.runs:
             yield to + filled * row, shelf + place + source * row, count * row
 
 
 def _places(count: int, like: Sequence[Tensor]) -> list[int]:
     """Where each tensor of so many rows lies, and where the last one ends."""
-    return list(accumulate((-(-count * _row_bytes(x) // ALIGNED) * ALIGNED for x in like), initial=0))
+    return list(accumulate((-(-count * row_bytes(x) // ALIGNED) * ALIGNED for x in like), initial=0))
 
 
-def _row_bytes(x: Tensor) -> int:
+def row_bytes(x: Tensor) -> int:
+    """Of a tensor (rows, ...)."""
     return math.prod(x.shape[1:]) * x.element_size()

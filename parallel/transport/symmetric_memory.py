@@ -26,13 +26,11 @@ from triton.runtime import driver as triton_driver
 
 from ringflash.kernels.torch_private import symmetric_memory
 from ringflash.parallel.planning.pulls import Pull
+from ringflash.parallel.transport.base import Add
+from ringflash.parallel.transport.deliveries import PushedParts
 from ringflash.parallel.transport.driver import driver
-from ringflash.parallel.transport.mailboxes import APART, Block, Mailboxes, bytes_of, number_of
-from ringflash.parallel.transport.shelves import Shelves, copies, flag_bytes, lay_out
-
-MOST_ROOM, LEAST_ROOM, ROOMS = 24 << 20, 4 << 20, 96 << 20
-"""Bytes of a chunk, and of a chunk for each rank. Of more, a message would wait longer for its first; of fewer, the
-host has more to ask for than the copy engines to do, and less of a message leaves at once."""
+from ringflash.parallel.transport.mailboxes import APART, Block, Mailboxes, bytes_of, number_of, room_of
+from ringflash.parallel.transport.shelves import Shelves, copies, flag_bytes, lay_out, row_bytes
 
 LEAST_SHELF, LARGE_SHELF, PAGE = 16 << 20, 512 << 20, 2 << 20
 """Bytes to publish in: at least, from where on hardly more than needed, and multiples of."""
@@ -42,11 +40,6 @@ LOOKS_EVERY = 0.5
 
 GRACE = 5.0
 """Seconds beyond the limit: ranks that wait on the host, where they can raise an error, have the same limit."""
-
-
-def room_of(ranks: int) -> int:
-    """Bytes of a chunk in a group of so many ranks; three for each rank are taken on every GPU, 288 MiB of 4 ranks."""
-    return max(LEAST_ROOM, min(MOST_ROOM, ROOMS // ranks))
 
 
 class UnavailableError(RuntimeError):
@@ -69,6 +62,35 @@ class Posted:
             for event in self._events:
                 stream.wait_event(event)
         self._events, self._tensors = (), ()
+
+
+class _Pushed:
+    """A delivery by copy engines."""
+
+    def __init__(
+        self,
+        memory: SymmetricMemory,
+        pushed: PushedParts,
+        tensors: tuple[Sequence, Sequence[Tensor]],
+        senders: frozenset[int],
+        what: str,
+    ) -> None:
+        self.senders = senders
+        self._memory, self._what = memory, what
+        self._pushed: PushedParts | None = pushed
+        self._tensors = tensors
+
+    def __del__(self) -> None:
+        self.collect(
+            lambda *_: None
+        )  # nobody may have, where a call fails; others wait for what is still to be written
+
+    def collect(self, add: Add) -> None:
+        """See `Delivery`."""
+        if self._pushed is not None:
+            pushed, self._pushed = self._pushed, None
+            self._memory.collect(pushed, self._tensors[1], add, self._what)
+            self._tensors = (), ()
 
 
 class SymmetricMemory:
@@ -122,11 +144,7 @@ class SymmetricMemory:
     # Messages
 
     def transfer(
-        self,
-        sends: Sequence[tuple[int, Tensor]],
-        receives: Sequence[tuple[int, Tensor]],
-        what: str,
-        first: bool = False,
+        self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]], what: str
     ) -> Posted:
         """See `Transport`."""
         outgoing, incoming = blocks(sends), blocks(receives)
@@ -137,16 +155,45 @@ class SymmetricMemory:
             now = self.mark()
             for stream in streams:
                 stream.wait_event(now)  # what is sent is there, and nobody reads what is filled
-            ends = self._mailboxes.transfer(outgoing, incoming, self._let_leave if first and outgoing else None)
+            ends = self._mailboxes.transfer(outgoing, incoming)
             events = [stream.record_event() for stream in streams]
-        words = [f"{what} from rank {peer}" for peer in incoming] + [f"rank {peer} to take {what}" for peer in outgoing]
-        for (place, number), word in zip(ends, words, strict=True):
-            self._watch.expect(place, number, word)
+        senders = len(incoming)
+        for i, (peer, end) in enumerate(zip((*incoming, *outgoing), ends, strict=True)):
+            self._expect(peer, *end, i < senders, what)
         return Posted(self._current, events, (sends, receives))
 
-    def _let_leave(self) -> None:
-        """The current stream waits for the writer, whose copies within a GPU no persistent kernel may come before."""
-        self._current().wait_event(self._writer.record_event())
+    def _expect(self, peer: int, place: int, number: int, came: bool, what: str) -> None:
+        self._watch.expect(place, number, f"{what} from rank {peer}" if came else f"rank {peer} to take {what}")
+
+    def deliver(
+        self,
+        parts: Sequence[tuple[int, Sequence[Sequence[Tensor]]]],
+        expected: Sequence[tuple[int, int]],
+        room: Sequence[Tensor],
+        what: str,
+    ) -> _Pushed:
+        """See `Transport`; `room` says what rows are like, and is not used."""
+        sizes = [row_bytes(x) for x in room]
+        outgoing = [
+            (owner, [(x.data_ptr(), x.nbytes) for x in runs if x.nbytes], size)
+            for owner, tensors in parts
+            for runs, size in zip(tensors, sizes, strict=True)
+        ]
+        incoming = [(sender, rows, size) for sender, rows in expected for size in sizes]
+        with torch.cuda.device(self._device):
+            if outgoing:
+                self._writer.wait_event(self.mark())
+            pushed = PushedParts(self._mailboxes, room_of(len(self._peers)), outgoing, incoming)
+        return _Pushed(self, pushed, (parts, room), frozenset([sender for sender, _ in expected]), what)
+
+    def collect(self, pushed: PushedParts, like: Sequence[Tensor], add: Add, what: str) -> None:
+        """See `Delivery`."""
+        with torch.cuda.device(self._device):
+            stream = self._current()
+            ends = pushed.collect(add, self._peers[self._rank], like, stream.cuda_stream)
+            stream.wait_event(self._writer.record_event())  # the memory of parts may serve again
+        for end in ends:
+            self._expect(*end, what)
 
     # What is laid out
 

@@ -295,12 +295,13 @@ def test_nan_reaches_out_and_lse_through_later_launches_on_gpus(name: str) -> No
 def test_hopper_kernels_are_accurate_with_heads_in_sections(
     dim: int, section: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where the keys of all heads are too many for the second-level cache; the last section's tiles are in order."""
+    """As where the keys of all heads are too many for the second-level cache, or a document's tiles for a GPU."""
     kernels = kernels_for("hopper", torch.bfloat16, (dim, dim))
     from ringflash.kernels.hopper import backward, forward  # needs triton
 
-    for module, heads in ((forward, section * 2), (backward, section)):
-        monkeypatch.setattr(module, "head_section", lambda *sizes, heads=heads: heads)
+    monkeypatch.setattr(forward, "head_section", lambda *sizes: section * 2)
+    monkeypatch.setattr(backward, "multiprocessors", lambda device: section * 11)
+    for module in (forward, backward):
         monkeypatch.setattr(module, "prepared_calls", Kept())
     for intervals in (causal_intervals(1001, 1300, "cuda"), to_device(monotone_intervals(900, 1100, 3, False), "cuda")):
         problem = draw_problem(intervals, (8, 4), (dim, dim), torch.bfloat16)

@@ -191,7 +191,9 @@ def test_what_is_chosen_is_fastest_by_prediction_within_the_memory(problem, mach
     ring = choice.predicted["ring"]
     fitting = {n: x.total for n, x in choice.predicted.items() if x.memory <= max(memory, ring.memory)}
     assert choice.name in fitting
-    if ring.attention < LEAST:
+    if machine.inside.ahead and hosts == 1:  # ranks take keys from their owners
+        assert fitting[choice.name] == min(fitting.values())
+    elif ring.attention < LEAST:
         assert choice.name == "ring"
     elif choice.name == "ring":
         assert min(fitting.values()) > CLEARLY * ring.total or min(fitting.values()) == ring.total
@@ -202,7 +204,7 @@ def test_what_is_chosen_is_fastest_by_prediction_within_the_memory(problem, mach
 def test_several_hosts_get_a_ring_of_rings_where_the_network_would_hold_up_a_ring():
     partition = Partition.zigzag(MILLION // 2, 64)
     assert choose(Mask.causal(), partition, hosts=8, machine=SEND_RECV).name == "double-ring"
-    assert choose(Mask.causal(), partition, hosts=1, machine=COPY_ENGINE).name == "ring"
+    assert choose(Mask.causal(), partition, hosts=1, machine=COPY_ENGINE).name != "double-ring"
 
 
 def test_documents_whole_on_their_ranks_leave_nothing_to_choose():

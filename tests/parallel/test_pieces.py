@@ -65,7 +65,7 @@ def _units_alive(piece: int) -> float:
     """The most memory of the backward pass beside its inputs, in this rank's keys and values, dquery left out."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ring, "PIECE", piece)
-        sharding = Sharding(Mask.causal(), seqlen=SHARE * dist.get_world_size())
+        sharding = Sharding(Mask.causal(), seqlen=SHARE * dist.get_world_size(), plan="ring")
         query, key, value, _ = inputs(Shape(length=SHARE, heads=1, key_heads=1, head_dim=64), torch.bfloat16)
         leaves = [x.requires_grad_() for x in (query, key, value)]
         out, _ = attention(*leaves, sharding=sharding)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ringflash.parallel.planning import program
 from ringflash.parallel.planning.plan import Plan, RankPlan
-from ringflash.parallel.planning.program import StageProgram, picked, rank_program
+from ringflash.parallel.planning.program import StageProgram, picked, rank_program, runs_of
 from ringflash.parallel.planning.ring import ring
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import Partition
@@ -42,6 +42,8 @@ def check_rank(mine: RankPlan, mask: Mask, seen: Tensor) -> None:
         if work:
             at_hand = made.at_hand((own,), (arrived,))[0].tolist()
             assert at_hand == work
+            foreign = torch.tensor(sorted(set(work) & set(arrived.tolist())), dtype=torch.int64)
+            assert made.at_hand((own,), (foreign,), pulled=True)[0].tolist() == work
             assert torch.equal(shown(made, len(queries), len(work)), seen[queries][:, work])
             assert made.is_last == (index == working[-1])
         attended = torch.tensor(work, dtype=torch.int64)
@@ -64,6 +66,7 @@ def check_rows(moves, shipments, sources):
         assert (shipment.peer, shipment.relayed) == (move.peer, move.relayed)
         assert picked(source, shipment.rows).tolist() == positions(move.segments)
         assert shipment.count == len(positions(move.segments))
+        assert torch.cat(runs_of(source, shipment)).tolist() == positions(move.segments)
 
 
 def shown(made: StageProgram, queries: int, keys: int) -> Tensor:

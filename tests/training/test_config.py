@@ -74,7 +74,10 @@ def test_a_key_that_does_not_exist_is_refused_by_its_name_and_never_advised_to_b
         ("model=3", "model=3; allowed are llama3_1b, llama3_8b, pretrained, tiny"),
         ("model=null", "model=null; allowed are llama3_1b, llama3_8b, pretrained, tiny"),
         ("model={path: x}", "model={path:x}; allowed are llama3_1b"),
-        ("experiment=[smoke,none]", "experiment=none; allowed are finetune_long, llama3_8b_long, smoke"),
+        (
+            "experiment=[smoke,none]",
+            "experiment=none; allowed are finetune_long, llama3_8b_long, llama3_8b_million, smoke",
+        ),
         ("train.steps.x=1", "train.steps.x is no configuration key; train.steps is a value"),
         ("model@x=tiny", "x is no configuration key; allowed here are attention"),
         ("=3", "=3 names no key; allowed are key=value and group=file"),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
 import signal
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,7 +28,9 @@ from ringflash.training.config.agreement import agree
 from ringflash.training.config.checks import check
 from ringflash.training.config.composing import load
 from ringflash.training.run import loop
+from ringflash.training.run import trainer as trainer_module
 from ringflash.training.run.loop import train
+from ringflash.training.run.throughput import Throughput
 
 
 def _train(folder, run, *overrides):
@@ -180,7 +182,7 @@ def _train_by_the_clock(folder):
         return timed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now))
+        patch.setattr(trainer_module, "Throughput", functools.partial(Throughput, clock=lambda: now))
         for name, seconds in (("train_step", 1), ("validate", 10), ("begin_save", 10)):
             patch.setattr(loop.Trainer, name, taking(seconds, getattr(loop.Trainer, name)))
         _train(folder, "speed", "logging.every=3", "train.validate_every=2", "checkpoint.every=4")

@@ -22,7 +22,9 @@ pytestmark = pytest.mark.gpu
 def _one_gpu():
     torch.cuda.set_device(0)
     device = torch.device("cuda", 0)
-    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=device)
+    # Runs on the CPU have the other half of the group.
+    backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device)
     yield
     dist.destroy_process_group()
 
@@ -185,3 +187,31 @@ def test_moments_in_8_bits_come_back_as_they_were_on_gpus():
                 for name in ("step", "state1", "state2", "absmax1", "absmax2"):
                     before, after = (torch.as_tensor(o.state[w][name]) for o, w in ((first, weight), (second, other)))
                     assert torch.equal(before, after), name
+
+
+@pytest.mark.usefixtures("_one_gpu")
+@pytest.mark.parametrize("memory", ["keep", "recompute", "offload"])
+@pytest.mark.parametrize("name", ["ddp", "zero3"])
+def test_a_step_takes_as_much_of_a_gpu_as_is_estimated(name, memory):
+    from ringflash.training.config.composing import load
+    from ringflash.training.engines.create import create_engine
+    from ringflash.training.estimate.hardware import Hardware, card_of
+    from ringflash.training.estimate.step import estimate
+    from ringflash.training.memory.host import available_bytes
+    from ringflash.training.model.create import create_model
+
+    tokens, device = 65536, torch.device("cuda", 0)
+    keys = [f"engine={name}", f"engine.memory={memory}", "engine.precision=bf16", f"train.seqlen={tokens}"]
+    config = load(["model=llama3_1b", "model.num_hidden_layers=8", *keys])
+    expected = estimate(config, Hardware(1, card_of(device), available_bytes()))
+    before = torch.cuda.memory_allocated()
+    model = create_model(config, 257, dist.group.WORLD)
+    engine = create_engine(model, device, config.engine, config.optimizer)
+    ids = torch.randint(1000, (1, tokens), generator=torch.Generator().manual_seed(0))
+    shard = model.shard({"input_ids": ids, "cu_seqlens": [0, tokens]})
+    shard["sharding"].prepare(device)
+    shard = {key: x.to(device) if isinstance(x, torch.Tensor) else x for key, x in shard.items()}
+    for _ in range(2):  # the first makes the optimizer's state
+        torch.cuda.reset_peak_memory_stats()
+        engine.train_step([shard], 1e-4)
+    assert torch.cuda.max_memory_allocated() - before == pytest.approx(expected.peak, rel=0.1)

@@ -193,6 +193,13 @@ def _check_logging(config: Config) -> None:
         if getattr(config.logging, name):
             require(f"logging.{name}=true", "accelerate")
             require(f"logging.{name}=true", name, extra=None)
+    first, count, steps = config.logging.profile_from, config.logging.profile_steps, config.train.steps
+    if first is not None and not count:
+        raise ArgumentError(f"logging.profile_from={first} without steps to record; give logging.profile_steps too")
+    if first is not None and config.train.epochs is None and first + count - 1 > steps:
+        raise ArgumentError(
+            f"logging.profile_from={first} and logging.profile_steps={count} go beyond train.steps={steps}"
+        )
 
 
 def _check_own_model(model: ModelConfig) -> None:

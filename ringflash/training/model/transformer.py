@@ -249,6 +249,10 @@ class Transformer(Decoder):
         """See Decoder."""
         return list(self.layers)
 
+    def attention_width(self) -> int:
+        """See Decoder."""
+        return 2 * len(self.layers) * self.config.num_attention_heads * head_dim(self.config)
+
     def compile_blocks(self) -> None:
         """See Decoder."""
         for block in self.layers:

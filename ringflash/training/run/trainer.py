@@ -10,7 +10,6 @@ import base64
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from ringflash.configs.schema import AttentionConfig, Config, EngineConfig, RopeScalingConfig
+from ringflash.configs.schema import AttentionConfig, Config, RopeScalingConfig
 from ringflash.errors import ArgumentError, CheckpointError, RankMismatchError, RingflashError
 from ringflash.training.checkpoint.files import found_at, newest, step_of
 from ringflash.training.checkpoint.reading import Checkpoint, last_good
@@ -34,15 +33,17 @@ from ringflash.training.engines.base import Piece
 from ringflash.training.engines.create import create_engine, parameter_shapes
 from ringflash.training.engines.optimizer import trained
 from ringflash.training.engines.schedule import schedule
-from ringflash.training.memory.estimate import GIB, Hardware, card_of, estimate, longest
-from ringflash.training.memory.host import SLAB, available_bytes
+from ringflash.training.estimate.operations import operations_of
+from ringflash.training.memory.host import SLAB
 from ringflash.training.model.create import create_model
 from ringflash.training.model.decoder import Decoder
 from ringflash.training.ranks import from_all, from_rank_0
+from ringflash.training.run.forecast import Forecast
 from ringflash.training.run.interruption import Answer
 from ringflash.training.run.loader import ShardedBatches
 from ringflash.training.run.needle import Needle, haystacks, needle_lengths
 from ringflash.training.run.position_loss import PositionBin, PositionLoss
+from ringflash.training.run.throughput import Speed, Throughput
 
 Made = TypeVar("Made")
 
@@ -66,6 +67,7 @@ class Trainer:
         step: optimizer steps done.
         steps: of the whole run.
         saver: writes its checkpoints; to be entered while it trains.
+        throughput: how fast steps are.
     """
 
     def __init__(self, config: Config, device: torch.device, folder: Path) -> None:
@@ -76,6 +78,7 @@ class Trainer:
         mesh = init_device_mesh(device.type, (world // degree, degree), mesh_dim_names=("data", "sequence"))
         self.data_rank, self.data_ranks, self.degree = mesh["data"].get_local_rank(), world // degree, degree
         self.group = mesh["sequence"].get_group()
+        self._forecast = Forecast(config, device)  # before anything takes long
         self.data: TrainingData = _alike(
             lambda: read_data(config), lambda data: data.identity, f"text from data.path={config.data.path}"
         )
@@ -91,6 +94,8 @@ class Trainer:
             f"weights from model.path={config.model.path}",
         )
         self.parameters = sum(weight.numel() for weight in self.model.parameters())
+        self._forecast.see_model(self.model)
+        self.throughput = Throughput(device, operations_of(self.model), self._forecast.peak)
         self.learned = sum(weight.numel() for _, weight in trained(self.model))
         self.resumed, self.set_aside = self._find_checkpoint()
         self.started_from = self._find_weights() if self.resumed is None else None
@@ -106,10 +111,9 @@ class Trainer:
             self.step = state["step"]
             batches.load_state_dict(state["data"])
             torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["random"])), dtype=torch.uint8))
-        self.batches = ShardedBatches(batches, self._shard)
-        if config.checkpoint.background and saved_every(
-            config
-        ):  # ahead of the engine, which divides what is left of host memory
+        self.batches = ShardedBatches(batches, self._shard_to_learn)
+        # Ahead of the engine, which divides what is left of host memory.
+        if config.checkpoint.background and 0 < saved_every(config) < self.steps:
             self.saver.reserve(_state_bytes(self.learned, config))
         read, weights = (None if found is None else found.read for found in (self.resumed, self.started_from))
         self.engine = create_engine(
@@ -119,6 +123,7 @@ class Trainer:
             self.saver.saved = self.step, self.resumed.path
         self._first_batches: list[dict] | None = None
         self._answer = Answer()
+        self._forecast.see_batches(self.batches, self.accumulation, self.data.tokenizer.vocab_size)
 
     def train_step(self, stop: Callable[[], bool]) -> bool:
         """One optimizer step; returns whether a rank wants to stop, and all ranks have to: see `interruption`.
@@ -126,10 +131,13 @@ class Trainer:
         Args:
             stop: whether this rank wants to.
         """
-        lr = self._rate(self.step)
-        loss, norm, asked = self.engine.train_step(self._next_batches(), lr, stop)
+        lr, waited, train = self._rate(self.step), self.batches.waited, self.config.train
+        batches = self._next_batches()
+        loss, norm, asked = self.engine.train_step(batches, lr, stop)
         self._latest = loss, norm, lr
         self.step += 1
+        pairs = sum(batch["sharding"].pairs for batch in batches)
+        self.throughput.step(train.global_batch * train.seqlen, pairs, self.batches.waited - waited)
         return self._answer(asked)
 
     def scalars(self) -> dict[str, float]:
@@ -148,8 +156,6 @@ class Trainer:
         if self.data.bytes_per_token is not None:
             scalars["train/bits_per_byte"] = loss / math.log(2) / self.data.bytes_per_token
         scalars["train/epoch"] = self.batches.epoch
-        if self.device.type == "cuda":
-            scalars["train/memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         return scalars
 
     def validate(self, stop: Callable[[], bool]) -> Validation | None:
@@ -226,30 +232,16 @@ class Trainer:
             f"{self._size()}, {self.config.engine.name}, {compute_dtype(self.config)} on "
             f"{dist.get_world_size()} x {self.device.type}: {self.data_ranks} data x {self.degree} sequence ranks, "
             f"{train.global_batch} x {train.seqlen} tokens a step\n"
-            f"{self._read()}; {start}; writing to {self.folder}{self._estimate()}"
+            f"{self._read()}; {start}; writing to {self.folder}"
+            + "".join(f"\n{line}" for line in self._forecast.lines())
             + "".join(f"\nset aside: {problem}" for problem in self.set_aside)
             + "".join(f"\n{said}" for said in (*self._passed_over, self.model.passed_over()) if said)
         )
 
-    def _estimate(self) -> str:
-        if self.device.type != "cuda" or self.config.model.path is not None:
-            return ""
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        hardware = Hardware(dist.get_world_size(), card_of(self.device), available_bytes(), here)
-        asked = dataclasses.replace(self.config, engine=self._engine()), hardware, self.data.tokenizer.vocab_size
-        found = estimate(*asked)
-        line = (
-            f"\nestimated: {found.peak / GIB:.1f} GiB of each GPU, {found.seconds:.2f} s a step without its host's time"
-        )
-        if found.fits:
-            return line
-        less = "engine=zero3, engine.memory=auto, more ranks a sequence or a shorter train.seqlen"
-        return f"{line}; it may not fit: {less} need less, with these keys up to {longest(*asked):,} tokens fit"
-
-    def _engine(self) -> EngineConfig:
-        """With the precision that "auto" stands for here."""
-        precision = "bf16" if compute_dtype(self.config) == torch.bfloat16 else "fp32"
-        return dataclasses.replace(self.config.engine, precision=precision)
+    def measured(self, speed: Speed) -> str:
+        """What steps on GPUs took, beside what was expected of them, in a line."""
+        host = self.model.memory.host
+        return self._forecast.beside(speed, 0 if host is None else host.taken)
 
     def decided(self) -> str | None:
         """What was decided about memory in the latest step, if anything; once."""
@@ -290,6 +282,12 @@ class Trainer:
         shard = self.model.shard(batch)
         shard["sharding"].prepare(self.device)
         return {name: x.to(self.device) if isinstance(x, torch.Tensor) else x for name, x in shard.items()}
+
+    def _shard_to_learn(self, batch: dict) -> dict:
+        """The same, with its pairs counted, which takes a while of many tokens."""
+        shard = self._shard(batch)
+        _ = shard["sharding"].pairs
+        return shard
 
     def _find_checkpoint(self) -> tuple[Checkpoint | None, list[str]]:
         """The checkpoint to go on from, and what was wrong with newer ones that were set aside."""

@@ -1,0 +1,145 @@
+"""Parts of sums, gradients of keys, pushed straight to the ranks that add them up, through their mailboxes.
+
+A part is written where its owner reads it, by a copy engine, beside whatever kernels run on both GPUs, and is added
+from there: nothing is copied within a GPU. What has no room in a mailbox is written while the owner adds what is there.
+
+Parts are added level by level: the first chunk of every message, then the second of each, and so on. Chunks beyond the
+first ones are asked for only behind the reading of those whose place they take, on both sides in this order. So what
+waits in one level depends on earlier ones alone, and there is no deadlock even where all streams share one queue.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ringflash.parallel.transport.base import Add
+from ringflash.parallel.transport.mailboxes import CHUNKS, Block, Mailboxes, Piece, chunks
+
+
+class Portion(NamedTuple):
+    """Rows of a message that travel together.
+
+    Attributes:
+        message: which one.
+        first: row.
+        rows: how many.
+    """
+
+    message: int
+    first: int
+    rows: int
+
+
+@lru_cache(maxsize=1024)
+def levels(messages: tuple[tuple[int, int], ...], room: int) -> tuple[tuple[Portion, ...], ...]:
+    """The first portion of every message, then the second of each, and so on.
+
+    Args:
+        messages: rows of each, and bytes of a row.
+        room: bytes of a chunk.
+    """
+    found: list[list[Portion]] = []
+    for message, (rows, row_bytes) in enumerate(messages):
+        size = rows_together(row_bytes, room)
+        for level, first in enumerate(range(0, rows, size)):
+            if level == len(found):
+                found.append([])
+            found[level].append(Portion(message, first, min(size, rows - first)))
+    return tuple(map(tuple, found))
+
+
+def rows_together(row_bytes: int, room: int) -> int:
+    """Rows of so many bytes that a chunk holds."""
+    return room // row_bytes
+
+
+class Written(NamedTuple):
+    """A chunk to write: to which rank, from which memory, and where it lies there and in the chunk."""
+
+    owner: int
+    blocks: list[Block]
+    chunk: tuple[Piece, ...]
+
+
+class PushedParts:
+    """What one rank pushes, and what it expects, in one delivery.
+
+    Args:
+        mailboxes: of this rank.
+        room: bytes of a chunk.
+        outgoing: for each message the rank that it is for, the memory that makes it up and bytes of a row.
+        incoming: for each message the rank that it comes from, its rows and bytes of a row.
+    """
+
+    def __init__(
+        self,
+        mailboxes: Mailboxes,
+        room: int,
+        outgoing: Sequence[tuple[int, list[Block], int]],
+        incoming: Sequence[tuple[int, int, int]],
+    ) -> None:
+        self._mailboxes = mailboxes
+        self._owners = list(dict.fromkeys(owner for owner, *_ in outgoing))
+        self._incoming = [(sender, rows) for sender, rows, _ in incoming]
+        self.levels = levels(tuple([(rows, row_bytes) for _, rows, row_bytes in incoming]), room)
+        self._later: dict[int, list[Written]] = {}
+        """By the level behind which there is room for them at their owner."""
+        cut = [
+            (owner, blocks, chunks(tuple([n for _, n in blocks]), rows_together(row_bytes, room) * row_bytes))
+            for owner, blocks, row_bytes in outgoing
+        ]
+        used: Counter[int] = Counter()
+        level_of: dict[tuple[int, int], int] = {}
+        for level in range(max([len(found) for *_, found in cut], default=0)):
+            for owner, blocks, found in cut:
+                if level >= len(found):
+                    continue
+                number = used[owner]
+                level_of[owner, number] = level
+                used[owner] += 1
+                if number < CHUNKS:
+                    mailboxes.fill(mailboxes.to[owner], blocks, found[level])
+                else:
+                    behind = level_of[owner, number - CHUNKS]
+                    self._later.setdefault(behind, []).append(Written(owner, blocks, found[level]))
+
+    def collect(
+        self, add: Add, memory: Tensor, like: Sequence[Tensor], stream: int
+    ) -> list[tuple[int, int, int, bool]]:
+        """See `Delivery`.
+
+        Args:
+            add: see there.
+            memory: of this rank, in which its mailboxes begin.
+            like: for each tensor of a sender, what its rows are like.
+            stream: the current one.
+
+        Returns:
+            Of each rank with which messages were exchanged: itself, the place in the memory of progress and what is
+            there when its messages are over, and whether they came.
+        """
+        boxes = self._mailboxes
+        for level in range(max(len(self.levels), 1 + max(self._later, default=-1))):
+            for message, first, rows in self.levels[level] if level < len(self.levels) else ():
+                which, tensor = divmod(message, len(like))
+                sender, _ = self._incoming[message]
+                with boxes.arrived(boxes.from_[sender], stream) as box:
+                    add(which, tensor, first, _view(memory, box, rows, like[tensor]))
+            for written in self._later.get(level, ()):
+                boxes.fill(boxes.to[written.owner], written.blocks, written.chunk)
+        ends = [
+            (sender, *boxes.received(sender, stream), True) for sender in dict.fromkeys(x for x, _ in self._incoming)
+        ]
+        return ends + [(owner, *boxes.sent(owner), False) for owner in self._owners]
+
+
+def _view(memory: Tensor, address: int, rows: int, like: Tensor) -> Tensor:
+    """Rows at an address in some memory."""
+    place, shape = address - memory.data_ptr(), (rows, *like.shape[1:])
+    return memory[place : place + math.prod(shape) * like.element_size()].view(like.dtype).view(shape)

@@ -1,0 +1,145 @@
+"""Parts pushed to the ranks that add them up come whole, each row once, in an order that is always the same.
+
+Copy engines are played by threads, see test_mailboxes.py; adding is played by copies in the order of a rank's stream.
+"""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_mailboxes import ALIGNED, Host, _ranks
+
+from ringflash.parallel.transport.deliveries import PushedParts, levels
+
+ROW = 8
+"""Bytes of a row."""
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 30)), max_size=6), st.integers(30, 100))
+def test_levels_hold_every_row_once_and_of_each_message_in_order(messages, room):
+    found = [portion for level in levels(tuple(messages), room) for portion in level]
+    for message, (rows, row_bytes) in enumerate(messages):
+        mine = [(x.first, x.rows) for x in found if x.message == message]
+        assert [i for first, count in mine for i in range(first, first + count)] == list(range(rows))
+        assert all(count * row_bytes <= room for _, count in mine)
+    for level in levels(tuple(messages), room):
+        assert [x.message for x in level] == sorted({x.message for x in level})
+
+
+@st.composite
+def stages(draw):
+    """Ranks, and for some stages the rows of the parts from each rank to each other, and in how many runs they lie."""
+    ranks = draw(st.integers(2, 4))
+    pairs = [(a, b) for a in range(ranks) for b in range(ranks) if a != b]
+    size = st.tuples(st.integers(1, 400), st.integers(1, 3))
+    return ranks, draw(st.lists(st.dictionaries(st.sampled_from(pairs), size, max_size=len(pairs)), max_size=5))
+
+
+def _text(stage, writer, reader, tensor, rows):
+    return bytes((stage * 7 + writer * 31 + reader * 17 + tensor * 101 + i) % 251 for i in range(rows * ROW))
+
+
+class Rank:
+    """One rank's way through the stages: parts of a stage leave, and are added some stages later."""
+
+    def __init__(self, host, boxes, rank, room, tensors, ahead):
+        self.host, self.boxes, self.rank, self.room, self.tensors, self.ahead = host, boxes, rank, room, tensors, ahead
+        self.pending, self.found = [], []
+        self.main = host.stream() if boxes._reader != boxes._writer else boxes._writer
+        self.like = [torch.empty(0, ROW, dtype=torch.uint8)] * tensors
+
+    def settle(self, stage, parts):
+        senders = {a for a, b in parts if b == self.rank}
+        while len(self.pending) >= self.ahead or any(senders & before for *_, before in self.pending):
+            self.collect()
+        outgoing, incoming = [], []
+        for (writer, reader), (rows, runs) in parts.items():
+            for tensor in range(self.tensors):
+                if writer == self.rank:
+                    outgoing.append((reader, self._lie(_text(stage, writer, reader, tensor, rows), runs), ROW))
+                if reader == self.rank:
+                    incoming.append((writer, rows, ROW))
+        pushed = PushedParts(self.boxes, self.room, outgoing, incoming)
+        self.pending.append((stage, parts, pushed, senders))
+
+    def _lie(self, text, runs):
+        blocks, rows = [], len(text) // ROW
+        edges = [rows * i // runs * ROW for i in range(runs + 1)]
+        for first, last in pairwise(edges):
+            if last > first:
+                address = self.host.allocate(last - first)
+                self.host.write(address, text[first:last])
+                blocks.append((address, last - first))
+        return blocks
+
+    def collect(self):
+        stage, parts, pushed, _ = self.pending.pop(0)
+        senders = [(a, rows) for (a, b), (rows, _) in parts.items() if b == self.rank]
+
+        def add(which, tensor, first, rows):
+            target = self.host.allocate(rows.numel())
+            self.host.copy(target, rows.data_ptr(), rows.numel(), self.main)
+            self.found.append((stage, senders[which][0], tensor, first, rows.numel(), target))
+
+        pushed.collect(add, self.host.tensor, self.like, self.main)
+
+
+class Addresses(Host):
+    """Memory that does not move, so that tensors can lie in it; its addresses are those of the process."""
+
+    def __init__(self):
+        super().__init__()
+        self.memory = bytearray(64 << 20)
+        self.tensor = torch.frombuffer(self.memory, dtype=torch.uint8)
+        self.base, self.used = self.tensor.data_ptr(), ALIGNED
+
+    def allocate(self, nbytes):
+        address = self.base + self.used
+        self.used += -(-nbytes // ALIGNED) * ALIGNED
+        assert self.used <= len(self.memory)
+        return address
+
+    def copy(self, target, source, nbytes, stream):
+        super().copy(target - self.base, source - self.base, nbytes, stream)
+
+    def number(self, address):
+        return super().number(address - self.base)
+
+    def write(self, address, text):
+        super().write(address - self.base, text)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    problem=stages(),
+    rows=st.integers(1, 40),
+    tensors=st.integers(1, 2),
+    ahead=st.integers(1, 3),
+    shared_queue=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_parts_come_whole_and_without_deadlock(problem, rows, tensors, ahead, shared_queue, seed):
+    ranks, all_parts = problem
+    host, pace = Addresses(), random.Random(seed)
+    boxes = _ranks(host, ranks, rows * ROW, shared_queue)
+    found = [Rank(host, boxes[rank], rank, rows * ROW, tensors, ahead) for rank in range(ranks)]
+    waiting = [list(enumerate(all_parts)) for _ in range(ranks)]
+    while any(waiting):
+        rank = pace.choice([rank for rank in range(ranks) if waiting[rank]])
+        found[rank].settle(*waiting[rank].pop(0))
+    for rank in pace.sample(found, ranks):
+        while rank.pending:
+            rank.collect()
+    host.finish()
+    for rank in found:
+        for stage, parts in enumerate(all_parts):
+            for (writer, reader), (count, _) in parts.items():
+                for tensor in range(tensors if reader == rank.rank else 0):
+                    mine = [x for x in rank.found if x[:3] == (stage, writer, tensor)]
+                    assert [x[3] for x in mine] == sorted(x[3] for x in mine)
+                    whole = b"".join(bytes(host.memory[x - host.base : x - host.base + n]) for *_, n, x in mine)
+                    assert whole == _text(stage, writer, reader, tensor, count)
