@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -132,7 +133,8 @@ def copied(config: Config, learned: int, ranks: int) -> int:
         learned: how many weights are trained.
         ranks: among which they are divided evenly, with two moments, in fp32.
     """
-    if not (config.checkpoint.background and saved_every(config)):
+    steps = math.inf if config.train.epochs else config.train.steps
+    if not (config.checkpoint.background and 0 < saved_every(config) < steps):
         return 0
     tensors = 1 if config.checkpoint.only_weights else 3
     return int(1.02 * FP32 * tensors * learned / ranks) + SLAB

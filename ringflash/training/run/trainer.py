@@ -25,7 +25,7 @@ from ringflash.errors import ArgumentError, CheckpointError, RankMismatchError, 
 from ringflash.training.checkpoint.files import found_at, newest, step_of
 from ringflash.training.checkpoint.reading import Checkpoint, last_good
 from ringflash.training.checkpoint.saving import Saver
-from ringflash.training.config.derived import accumulation, compute_dtype, sequence_degree, steps_of
+from ringflash.training.config.derived import accumulation, compute_dtype, saved_every, sequence_degree, steps_of
 from ringflash.training.corpus.batching import PackedBatches, ValidationBatches
 from ringflash.training.corpus.tokenizer import fingerprint
 from ringflash.training.corpus.training_data import TrainingData, read_data
@@ -66,8 +66,8 @@ class Trainer:
     Attributes:
         step: optimizer steps done.
         steps: of the whole run.
-        throughput: how fast steps are.
         saver: writes its checkpoints; to be entered while it trains.
+        throughput: how fast steps are.
     """
 
     def __init__(self, config: Config, device: torch.device, folder: Path) -> None:
@@ -112,8 +112,9 @@ class Trainer:
             batches.load_state_dict(state["data"])
             torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["random"])), dtype=torch.uint8))
         self.batches = ShardedBatches(batches, self._shard_to_learn)
-        if copy := copied(config, self.learned, world):
-            self.saver.reserve(copy)  # ahead of the engine, which divides what is left of host memory
+        # Ahead of the engine, which divides what is left of host memory.
+        if saved_every(config) < self.steps and (copy := copied(config, self.learned, world)):
+            self.saver.reserve(copy)
         read, weights = (None if found is None else found.read for found in (self.resumed, self.started_from))
         self.engine = create_engine(
             self.model, device, config.engine, config.optimizer, self.accumulation, read, self.step, weights
