@@ -19,7 +19,7 @@ from ringflash.parallel.planning.launches import Launch, launches
 from ringflash.parallel.planning.plan import Buffers, Move, RankPlan, Stage
 from ringflash.parallel.planning.pulls import Pull, Share, pulls
 from ringflash.parallel.positions.mask import Mask
-from ringflash.parallel.positions.segments import Segments, count, cut, intersect
+from ringflash.parallel.positions.segments import Segments, count, cut, intersect, normalize
 from ringflash.parallel.positions.visibility import places, position_bounds
 
 Rows = slice | Tensor
@@ -171,6 +171,7 @@ class Program:
         query_places: (T,) place of each query row among the keys; None if it is the row's own number.
         device: where the launches' tensors are.
         shares: of the keys, for each rank that the plan is for.
+        given: which own rows other ranks attend to, in runs: first and one behind the last of each.
     """
 
     queries: int
@@ -181,6 +182,7 @@ class Program:
     device: torch.device
     piece: int | None = None
     shares: tuple[Share, ...] = ()
+    given: tuple[tuple[int, int], ...] = ()
 
     @cached_property
     def pulls(self) -> tuple[tuple[Pull, ...], ...]:
@@ -188,11 +190,6 @@ class Program:
         following = [*(stage.key_segments for stage in self.stages[1:]), ()]
         wanted = (intersect(tuple(sorted(x.coming)), y) for x, y in zip(self.stages, following, strict=True))
         return tuple(pulls(self.shares, x) for x in wanted)
-
-    @cached_property
-    def gives(self) -> bool:
-        """Whether other ranks attend to keys of this one."""
-        return any(not s.relayed for stage in self.stages for s in stage.sends)
 
     @cached_property
     def query_positions(self) -> Tensor:
@@ -384,7 +381,11 @@ def rank_program(plan: RankPlan, mask: Mask, device: torch.device, shares: tuple
         stages.append(_stage(index, stage, here, plan, arrived, index == last, device))
         arrived = tuple(segment for move in stage.receives for segment in move.segments)
     among_keys = places(boundaries, queries, query_boundaries)
-    return Program(len(queries), count(plan.keys), tuple(stages), plan.buffers, among_keys, device, plan.piece, shares)
+    sent = normalize(x for stage in plan.stages for move in stage.sends if not move.relayed for x in move.segments)
+    given = tuple(_runs(plan.keys, sent))
+    return Program(
+        len(queries), count(plan.keys), tuple(stages), plan.buffers, among_keys, device, plan.piece, shares, given
+    )
 
 
 def _stage(

@@ -285,10 +285,14 @@ class GatheredShelf:
     def __init__(self):
         self.laid_out = None
 
-    def publish(self, rows):
+    def publish(self, rows, given):
         assert self.laid_out is None
         self.laid_out = [None] * dist.get_world_size()
-        dist.all_gather_object(self.laid_out, [x.clone() for x in rows])
+        mine = [torch.full_like(x, 5) for x in rows]  # what is not laid out is wrong
+        for first, last in given:
+            for x, y in zip(rows, mine, strict=True):
+                y[first:last] = x[first:last]
+        dist.all_gather_object(self.laid_out, mine)
 
     def mark(self):
         return "now"
