@@ -76,9 +76,8 @@ def estimate(config: Config, hardware: Hardware, vocab_size: int | None = None, 
     of_host = USED * max(0.0, hardware.host_share - copy)
     if config.engine.host_gib is not None:
         of_host = min(of_host, config.engine.host_gib * 2**30)
-    free = (
-        hardware.room - sum(engine.device.values()) - sizes.transient(attended.memory, moved=True)
-    )  # as the first step finds it
+    # As the first step finds it.
+    free = hardware.room - sum(engine.device.values()) - sizes.transient(attended.memory, moved=True)
     placements, pairs = _placements(config.engine.memory, sizes, free, of_host)
     kept = sizes.kept(pairs)
     moved = placements.count(OFFLOAD) * kept
