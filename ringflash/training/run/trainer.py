@@ -23,9 +23,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from ringflash.configs.schema import AttentionConfig, Config, RopeScalingConfig
 from ringflash.errors import ArgumentError, CheckpointError, RankMismatchError, RingflashError
 from ringflash.training.checkpoint.files import found_at, newest, step_of
+from ringflash.training.checkpoint.host_copy import copy_bytes
 from ringflash.training.checkpoint.reading import Checkpoint, last_good
 from ringflash.training.checkpoint.saving import Saver
-from ringflash.training.config.derived import accumulation, compute_dtype, saved_every, sequence_degree, steps_of
+from ringflash.training.config.derived import (
+    accumulation,
+    compute_dtype,
+    saves_beside_training,
+    sequence_degree,
+    steps_of,
+)
 from ringflash.training.corpus.batching import PackedBatches, ValidationBatches
 from ringflash.training.corpus.tokenizer import fingerprint
 from ringflash.training.corpus.training_data import TrainingData, read_data
@@ -34,7 +41,6 @@ from ringflash.training.engines.create import create_engine, parameter_shapes
 from ringflash.training.engines.optimizer import trained
 from ringflash.training.engines.schedule import schedule
 from ringflash.training.estimate.operations import operations_of
-from ringflash.training.memory.host import SLAB
 from ringflash.training.model.create import create_model
 from ringflash.training.model.decoder import Decoder
 from ringflash.training.ranks import from_all, from_rank_0
@@ -113,8 +119,8 @@ class Trainer:
             torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["random"])), dtype=torch.uint8))
         self.batches = ShardedBatches(batches, self._shard_to_learn)
         # Ahead of the engine, which divides what is left of host memory.
-        if config.checkpoint.background and 0 < saved_every(config) < self.steps:
-            self.saver.reserve(_state_bytes(self.learned, config))
+        if saves_beside_training(config, self.steps):
+            self.saver.reserve(copy_bytes(self.learned, world, config.checkpoint.only_weights))
         read, weights = (None if found is None else found.read for found in (self.resumed, self.started_from))
         self.engine = create_engine(
             self.model, device, config.engine, config.optimizer, self.accumulation, read, self.step, weights
@@ -333,12 +339,6 @@ def _with_optimizer(checkpoint: Checkpoint | None) -> Checkpoint | None:
             f"checkpoint.weights={checkpoint.path} starts a new one from them, in another run_dir"
         )
     return checkpoint
-
-
-def _state_bytes(learned: int, config: Config) -> int:
-    """Of what this rank saves, about: weights and two moments in fp32, divided evenly."""
-    tensors = 1 if config.checkpoint.only_weights else 3
-    return int(1.02 * 4 * tensors * learned / dist.get_world_size()) + SLAB
 
 
 def _check_same_optimizer(checkpoint: Checkpoint, here: str) -> None:
