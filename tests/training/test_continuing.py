@@ -16,7 +16,7 @@ from ringflash.training.checkpoint.files import OPTIMIZER, WEIGHTS, file_of, new
 from ringflash.training.checkpoint.reading import Checkpoint
 from ringflash.training.config.checks import check
 from ringflash.training.config.composing import load
-from ringflash.training.run.trainer import _settings
+from ringflash.training.run.origin import _settings
 
 OTHER = ["data.max_bytes=70000", "train.seqlen=1024", "seed=7", "model.rope_scaling.factor=4", "train.steps=3"]
 

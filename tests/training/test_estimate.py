@@ -27,7 +27,7 @@ from ringflash.training.engines.create import create_engine
 from ringflash.training.estimate.hardware import CARDS, GIB, Hardware
 from ringflash.training.estimate.lasting import held, lasting
 from ringflash.training.estimate.sizes import Sizes
-from ringflash.training.estimate.step import BLOCKS, estimate, longest
+from ringflash.training.estimate.step import BLOCKS, COPY, estimate, longest
 from ringflash.training.memory import rows
 from ringflash.training.memory.plan import KEEP, OFFLOAD, RECOMPUTE
 
@@ -98,13 +98,27 @@ def test_what_an_engine_has_on_the_host_is_counted_there(tmp_path, name, away, e
     assert before.device == after.device | after.host
 
 
-def test_what_is_copied_to_be_saved_leaves_blocks_less_of_the_host():
-    keys = ["experiment=llama3_8b_million", "engine.precision=bf16"]
-    less, more = (estimate(load([*keys, *each]), FOUR) for each in ([], ["checkpoint.every=5"]))
-    copy = sum(more.host.values()) - more.host[BLOCKS]
-    assert copy == pytest.approx(12 * 8.03e9 / 4, rel=0.05)
-    assert more.host[BLOCKS] <= 0.85 * (500 * GIB / 4 - copy)
-    assert more.host[BLOCKS] < less.host[BLOCKS]
+def test_what_checkpoints_take_of_the_host_beside_training_blocks_do_not_get():
+    hardware = FOUR
+    long = ["experiment=llama3_8b_long", "train.seqlen=1048576"]
+    most = {}
+    for name, more in {
+        "end": [],
+        "every": ["checkpoint.every=10"],
+        "weights": ["checkpoint.every=10", "checkpoint.only_weights=true"],
+        "waiting": ["checkpoint.every=10", "checkpoint.background=false"],
+        "too_late": ["checkpoint.every=1000", "train.steps=1000"],
+    }.items():
+        found = estimate(load([*long, *more]), hardware)
+        most[name] = found.host.get(COPY, 0), found.host[BLOCKS]
+    assert most["end"] == most["waiting"] == most["too_late"]
+    assert most["end"][0] == 0
+    assert most["every"][0] == pytest.approx(12 * 8.03e9 / 4, rel=0.05)
+    assert most["weights"][0] == pytest.approx(4 * 8.03e9 / 4, rel=0.06)
+    assert most["every"][1] <= most["weights"][1] <= most["end"][1]
+    assert sum(most["every"]) <= hardware.host_share
+    none = dataclasses.replace(hardware, host_bytes=100 * GIB)
+    assert COPY not in estimate(load([*long, "checkpoint.every=10"]), none).host
 
 
 def test_weights_that_some_ranks_have_once_more_are_counted(tmp_path):

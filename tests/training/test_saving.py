@@ -137,6 +137,38 @@ def test_a_rank_that_is_killed_while_it_writes_leaves_the_last_checkpoint(pool, 
     assert _names(folder / "killed") == ["latest", "step-00000002", "step-00000004", "step-00000006"]
 
 
+def _begin_and_raise(folder):
+    tensor, start = torch.ones(1200), 600 * dist.get_rank()
+    with Saver(folder, torch.device("cpu"), 1) as saver:
+        saver.reserve(2400)
+        saver.begin(1, [Piece("weight/x", start, 600, lambda: tensor[start:][:600])], {"weight/x": (1200,)}, {})
+        raise KeyError(dist.get_rank())
+
+
+def _raise_while_writing(folder):
+    """An error that other ranks may not have; the disk takes a minute for what is being written."""
+    write = writing.HashedFile.write
+
+    def slowly(file, data):
+        time.sleep(0.2)
+        write(file, data)
+
+    began = time.monotonic()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writing, "BLOCK", 8)
+        patch.setattr(writing.HashedFile, "write", slowly)
+        with pytest.raises(KeyError):
+            _begin_and_raise(folder)
+    return time.monotonic() - began, [thread.name for thread in threading.enumerate()].count("checkpoint")
+
+
+def test_an_error_of_training_ends_the_writing_too(pool, tmp_path):
+    for took, threads in pool(2).run(_raise_while_writing, tmp_path):
+        assert took < 20
+        assert threads == 0
+    assert newest(tmp_path) is None
+
+
 def _fail(done, path):
     if "step-00000002" in str(path):
         raise OSError(28, os.strerror(28))

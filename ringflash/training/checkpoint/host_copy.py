@@ -19,6 +19,17 @@ LEFT = 0.5
 """Share of the free host memory that copies may take at most; what blocks move there, and data, have the rest."""
 
 
+def copy_bytes(weights: int, ranks: int, only_weights: bool) -> int:
+    """What each rank's copy takes, about: fp32 weights and two moments, which ranks divide evenly.
+
+    Args:
+        weights: how many are trained.
+        ranks: how many there are.
+        only_weights: whether no moments are saved.
+    """
+    return int(1.02 * 4 * (1 if only_weights else 3) * weights / ranks) + SLAB
+
+
 class HostCopy:
     """Elements of pieces, one behind another, in memory of the host.
 

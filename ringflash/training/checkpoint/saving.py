@@ -242,7 +242,7 @@ def _problem(job: _Job, reports: list[dict[str, Any] | None]) -> str:
     """Why what the ranks have written is no checkpoint, if it is none."""
     for rank, report in enumerate(reports):
         if report is None:
-            return f"nothing was heard of rank {rank} in time"
+            return f"nothing was heard of rank {rank} in time; timeout=SECONDS allows more"
         if "problem" in report:
             return report["problem"]
     written: Counter[str] = Counter()

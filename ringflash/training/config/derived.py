@@ -45,6 +45,11 @@ def saved_every(config: Config) -> int:
     return 0 if isinstance(every, str) else every
 
 
+def saves_beside_training(config: Config, steps: int) -> bool:
+    """Whether a run of so many steps writes checkpoints, from a copy in host memory, while it goes on."""
+    return config.checkpoint.background and 0 < saved_every(config) < steps
+
+
 def device_type(config: Config) -> str:
     """Type of device to run on; asking for a GPU where there is none is an error."""
     available = torch.cuda.is_available()

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from ringflash.configs.schema import Config, EngineConfig
-from ringflash.training.config.derived import saved_every
+from ringflash.configs.schema import EngineConfig
 from ringflash.training.engines.deepspeed_json import read
 from ringflash.training.engines.optimizer import matrices_between, trained
 from ringflash.training.engines.room import bucket, gathered
-from ringflash.training.memory.host import SLAB
 from ringflash.training.model.decoder import Decoder
 
 FP32 = 4
@@ -123,21 +120,6 @@ def _on_host(engine: EngineConfig, of_zero: Mapping[str, Any]) -> set[str]:
     if of_zero.get("offload_param", {}).get("device") == "cpu":
         away.add(PARAMETERS)
     return away
-
-
-def copied(config: Config, learned: int, ranks: int) -> int:
-    """Bytes of host memory for what a rank saves while training goes on, about; 0 where it is not copied.
-
-    Args:
-        config: of the run.
-        learned: how many weights are trained.
-        ranks: among which they are divided evenly, with two moments, in fp32.
-    """
-    steps = math.inf if config.train.epochs else config.train.steps
-    if not (config.checkpoint.background and 0 < saved_every(config) < steps):
-        return 0
-    tensors = 1 if config.checkpoint.only_weights else 3
-    return int(1.02 * FP32 * tensors * learned / ranks) + SLAB
 
 
 Bytes = tuple[float, float, float, float]

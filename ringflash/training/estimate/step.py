@@ -7,9 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ringflash.configs.schema import Config
-from ringflash.training.config.derived import sequence_degree
+from ringflash.training.checkpoint.host_copy import LEFT, copy_bytes
+from ringflash.training.config.derived import saves_beside_training, sequence_degree
 from ringflash.training.estimate.hardware import Hardware
-from ringflash.training.estimate.lasting import BUFFERS, copied, held
+from ringflash.training.estimate.lasting import BUFFERS, held
 from ringflash.training.estimate.seconds import attention, seconds
 from ringflash.training.estimate.sizes import Load, Sizes
 from ringflash.training.memory.host import USED
@@ -17,6 +18,9 @@ from ringflash.training.memory.plan import AUTO, KEEP, OFFLOAD, PAIRS, RECOMPUTE
 
 BLOCKS = "moved blocks"
 """What `engine.memory` has in memory of the host."""
+
+COPY = "copy of a checkpoint"
+"""What is written while training goes on."""
 
 CERTAIN = 0.85
 """Share of what is estimated that a step surely takes: estimates are to be right within a tenth."""
@@ -72,8 +76,8 @@ def estimate(config: Config, hardware: Hardware, vocab_size: int | None = None, 
     sizes = Sizes.of(config, hardware.gpus, vocab_size, load)
     engine = held(config.engine, sizes.weights, hardware.gpus, config.optimizer.name)
     attended = attention(config, sizes, hardware)
-    copy = copied(config, sizes.weights.trained, hardware.gpus)
-    of_host = USED * max(0.0, hardware.host_share - copy)
+    copy = _copy(config, sizes.weights.trained, hardware)
+    of_host = USED * (hardware.host_share - sum(copy.values()))
     if config.engine.host_gib is not None:
         of_host = min(of_host, config.engine.host_gib * 2**30)
     # As the first step finds it.
@@ -87,8 +91,7 @@ def estimate(config: Config, hardware: Hardware, vocab_size: int | None = None, 
     if all(each == KEEP for each in placements):
         transient = sizes.transient_kept(attended.memory)
     device = {**engine.device, "kept for the backward pass": on_device, "at work": transient}
-    copies = {"what is being saved": copy} if copy else {}
-    host = {**engine.host, **copies, BLOCKS: moved - stays}
+    host = {**engine.host, **copy, BLOCKS: moved - stays}
     took = seconds(config, sizes, hardware, attended, placements, pairs)
     return Estimate(
         device=device,
@@ -98,7 +101,8 @@ def estimate(config: Config, hardware: Hardware, vocab_size: int | None = None, 
         seconds=took,
         tokens_per_second=sizes.step_tokens / took / hardware.gpus,
         mfu=sizes.useful / (took * hardware.gpus * hardware.card.peak),
-        fits=sum(device.values()) <= hardware.room and sum(engine.host.values()) + copy <= hardware.host_share,
+        fits=sum(device.values()) <= hardware.room
+        and sum(engine.host.values()) + sum(copy.values()) <= hardware.host_share,
     )
 
 
@@ -123,6 +127,13 @@ def _last(holds: Callable[[int], bool], first: int) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if holds(middle) else (low, middle)
     return low
+
+
+def _copy(config: Config, weights: int, hardware: Hardware) -> dict[str, float]:
+    """What checkpoints take of a rank's host, if they are written beside training, and if there is room for it."""
+    size = copy_bytes(weights, hardware.gpus, config.checkpoint.only_weights)
+    wanted = saves_beside_training(config, config.train.steps) and size <= LEFT * hardware.host_share
+    return {COPY: size} if wanted else {}
 
 
 def _placements(policy: str, sizes: Sizes, free: float, of_host: float) -> tuple[list[str], bool]:

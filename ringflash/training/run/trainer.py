@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,35 +19,37 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from ringflash.configs.schema import AttentionConfig, Config, RopeScalingConfig
-from ringflash.errors import ArgumentError, CheckpointError, RankMismatchError, RingflashError
-from ringflash.training.checkpoint.files import found_at, newest, step_of
-from ringflash.training.checkpoint.reading import Checkpoint, last_good
+from ringflash.configs.schema import Config
+from ringflash.errors import RankMismatchError, RingflashError
+from ringflash.training.checkpoint.host_copy import copy_bytes
 from ringflash.training.checkpoint.saving import Saver
-from ringflash.training.config.derived import accumulation, compute_dtype, saved_every, sequence_degree, steps_of
+from ringflash.training.config.derived import (
+    accumulation,
+    compute_dtype,
+    saves_beside_training,
+    sequence_degree,
+    steps_of,
+)
 from ringflash.training.corpus.batching import PackedBatches, ValidationBatches
 from ringflash.training.corpus.tokenizer import fingerprint
 from ringflash.training.corpus.training_data import TrainingData, read_data
 from ringflash.training.engines.base import Piece
-from ringflash.training.engines.create import create_engine, parameter_shapes
+from ringflash.training.engines.create import create_engine
 from ringflash.training.engines.optimizer import trained
 from ringflash.training.engines.schedule import schedule
-from ringflash.training.estimate.lasting import copied
 from ringflash.training.estimate.operations import operations_of
 from ringflash.training.model.create import create_model
 from ringflash.training.model.decoder import Decoder
-from ringflash.training.ranks import from_all, from_rank_0
+from ringflash.training.ranks import from_all
 from ringflash.training.run.forecast import Forecast
 from ringflash.training.run.interruption import Answer
 from ringflash.training.run.loader import ShardedBatches
 from ringflash.training.run.needle import Needle, haystacks, needle_lengths
+from ringflash.training.run.origin import to_go_on_from, to_start_from
 from ringflash.training.run.position_loss import PositionBin, PositionLoss
 from ringflash.training.run.throughput import Speed, Throughput
 
 Made = TypeVar("Made")
-
-BESIDE = {"path", "transformers_version", "dtype", "use_cache"}
-"""What a model's description holds beside how it computes."""
 
 
 @dataclass(frozen=True)
@@ -97,24 +98,21 @@ class Trainer:
         self._forecast.see_model(self.model)
         self.throughput = Throughput(device, operations_of(self.model), self._forecast.peak)
         self.learned = sum(weight.numel() for _, weight in trained(self.model))
-        self.resumed, self.set_aside = self._find_checkpoint()
-        self.started_from = self._find_weights() if self.resumed is None else None
+        self.resumed, self.set_aside = to_go_on_from(config, folder, self.model)
+        self.started_from = None if self.resumed else to_start_from(config, self.model, self.data.tokenizer)
         self.step = 0
         self.steps = steps_of(config, self.data.samples.samples_per_epoch)
         self._rate = schedule(config.optimizer, self.steps)
         self.saver = Saver(folder / "checkpoints", device, config.checkpoint.keep)
         if self.resumed is not None:
-            _check_same_model(self.resumed, self.model)
-            _check_same_settings(self.resumed, self.model, config.attention)
-            _check_same_optimizer(self.resumed, config.optimizer.name)
             state = self.resumed.state
             self.step = state["step"]
             batches.load_state_dict(state["data"])
             torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["random"])), dtype=torch.uint8))
         self.batches = ShardedBatches(batches, self._shard_to_learn)
         # Ahead of the engine, which divides what is left of host memory.
-        if saved_every(config) < self.steps and (copy := copied(config, self.learned, world)):
-            self.saver.reserve(copy)
+        if saves_beside_training(config, self.steps):
+            self.saver.reserve(copy_bytes(self.learned, world, config.checkpoint.only_weights))
         read, weights = (None if found is None else found.read for found in (self.resumed, self.started_from))
         self.engine = create_engine(
             self.model, device, config.engine, config.optimizer, self.accumulation, read, self.step, weights
@@ -288,102 +286,6 @@ class Trainer:
         shard = self._shard(batch)
         _ = shard["sharding"].pairs
         return shard
-
-    def _find_checkpoint(self) -> tuple[Checkpoint | None, list[str]]:
-        """The checkpoint to go on from, and what was wrong with newer ones that were set aside."""
-        resume, root = self.config.checkpoint.resume, self.folder / "checkpoints"
-        if resume == "last_good":
-            found, problems = last_good(root)
-            return _with_optimizer(found), problems
-        there = from_rank_0(newest(root))
-        path = {"auto": there, "never": None}.get(resume, Path(resume))
-        try:
-            found = None if path is None else Checkpoint(path)
-        except CheckpointError as error:
-            raise CheckpointError(f"{error}; checkpoint.resume=last_good goes on from the one before it") from error
-        step = 0 if found is None else found.state["step"]
-        if there is not None and step_of(there) > step:
-            raise ArgumentError(
-                f"checkpoint.resume={resume} starts at step {step}, but run_dir={self.folder} already holds "
-                f"{there.name}; give another run_dir"
-            )
-        return _with_optimizer(found), []
-
-    def _find_weights(self) -> Checkpoint | None:
-        """The checkpoint of another run that this one starts from, if it is of the same model and tokenizer."""
-        weights = self.config.checkpoint.weights
-        path = None if weights is None else from_rank_0(found_at(Path(weights)))
-        if path is None:
-            return None
-        found = Checkpoint(path, weights_alone=True)
-        _check_same_model(found, self.model)
-        if found.state.get("tokenizer") not in (None, fingerprint(self.data.tokenizer)):
-            raise CheckpointError(
-                f"checkpoint.weights={weights} was trained with other tokens; leave data.tokenizer out, or give the "
-                "tokenizer of that run"
-            )
-        return found
-
-
-def _with_optimizer(checkpoint: Checkpoint | None) -> Checkpoint | None:
-    """A checkpoint that a run can go on from; CheckpointError if it cannot."""
-    if checkpoint is not None and checkpoint.only_weights:
-        raise CheckpointError(
-            f"{checkpoint.path} holds weights alone (checkpoint.only_weights=true), from which no run goes on; "
-            f"checkpoint.weights={checkpoint.path} starts a new one from them, in another run_dir"
-        )
-    return checkpoint
-
-
-def _check_same_optimizer(checkpoint: Checkpoint, here: str) -> None:
-    there = checkpoint.state["config"]["optimizer"].get("name", "adamw")
-    if there != here:
-        raise CheckpointError(
-            f"{checkpoint.path} holds what optimizer.name={there} keeps, here it is {here}; checkpoint.weights=PATH "
-            "starts a new run from its weights alone"
-        )
-
-
-def _check_same_model(checkpoint: Checkpoint, model: Decoder) -> None:
-    """Raise CheckpointError for other parameters, and for adapters upon other weights, or otherwise scaled."""
-    there, here = (about.get("lora") or {} for about in (checkpoint.state["model"], model.description()))
-    if bool(there) != bool(here):
-        state = (
-            f"adapters alone, for lora.rank={there['rank']}" if there else f"no adapters for lora.rank={here['rank']}"
-        )
-        raise CheckpointError(
-            f"{checkpoint.path} holds {state}; `python -m ringflash.export` makes a folder of it, for model.path"
-        )
-    for name, value in here.items():
-        if there[name] != value:
-            what = "weights of model.path" if name == "weights" else f"lora.{name}"
-            raise CheckpointError(f"{checkpoint.path}: its adapters had other {what}: {there[name]}, here {value}")
-    checkpoint.check_shapes(parameter_shapes(model))
-
-
-def _check_same_settings(checkpoint: Checkpoint, model: Decoder, attention: AttentionConfig) -> None:
-    """Raise CheckpointError if the same weights would go on in a model that computes something else with them."""
-    there = _settings(checkpoint.state["model"]) | _mask(checkpoint.state["config"]["attention"])
-    here = _settings(model.description()) | _mask(vars(attention))
-    for name in there.keys() & here.keys():
-        if there[name] != here[name]:
-            raise CheckpointError(
-                f"{checkpoint.path} is of another model: {name} is {there[name]} there and {here[name]} here; "
-                "checkpoint.weights=PATH starts a new run from its weights alone"
-            )
-
-
-def _settings(about: dict[str, Any]) -> dict[str, Any]:
-    """What a description says of how a model computes, as it is in a checkpoint."""
-    about = json.loads(json.dumps(about))
-    if "rope_scaling" in about:  # an earlier version may not have known all of its keys
-        about["rope_scaling"] = vars(RopeScalingConfig(**about["rope_scaling"]))
-    return {name: value for name, value in about.get("huggingface", about).items() if name not in BESIDE}
-
-
-def _mask(attention: dict[str, Any]) -> dict[str, Any]:
-    names = {"causal": (), "sliding_window": ("window", "sink"), "chunked": ("chunk",)}[attention["mask"]]
-    return {f"attention.{name}": attention[name] for name in ("mask", *names)}
 
 
 def _alike(make: Callable[[], Made], identity: Callable[[Made], str], what: str) -> Made:
