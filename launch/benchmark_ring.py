@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 HEADS, KEY_HEADS, DIM = 32, 8, 128
 REPEATS = 20
 
-AT_LEAST, MOST_IN_A_ROW = 0.2, 16
+AT_LEAST, MOST_IN_A_ROW = 0.15, 16
 """Seconds that calls in a row take together, and how many they are at most."""
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -43,7 +43,7 @@ MEMORY = 2**31
 MOST_RANKS = 128
 """Among more, choosing takes longer than planning; name a plan, which `python launch/plan.py` compares."""
 
-CANDIDATES = ("ring", "counter-ring", "double-ring", "direct-1", "direct-2", "direct-3")
+CANDIDATES = ("ring", "counter-ring", "double-ring", "direct-0", "direct-1", "direct-2", "direct-3")
 """Plans among which to choose."""
 
 
