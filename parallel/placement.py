@@ -36,6 +36,7 @@ from ringflash.parallel.planning.pulls import Share
 from ringflash.parallel.positions.documents import rows_apart
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import NAMES, Partition, check_name, default_partition, resolve
+from ringflash.parallel.positions.visibility import visible_pairs
 from ringflash.parallel.transport.head_exchange import HeadExchange
 from ringflash.parallel.transport.row_exchange import RowExchange
 from ringflash.parallel.transport.select import GroupTransport, transport_of
@@ -185,6 +186,16 @@ class Placement:
                 return index
         self._add(mask)
         return len(self.masks) - 1
+
+    @cached_property
+    def pairs(self) -> float:
+        """See `Sharding.pairs`."""
+        if self.on_device is not None:
+            raise ArgumentError("pairs: cu_seqlens are on a device, where the host must not read them")
+        queries, weights = self.partition.repeat(self.batch).positions(self.rank), self._partition["weights"]
+        keys = self.batch * self.key_seqlen
+        found = (weight * visible_pairs(mask, queries, keys) for mask, weight in zip(self.masks, weights, strict=False))
+        return sum(found) / sum(weights)
 
     def bind(self, group: dist.ProcessGroup | None) -> None:
         """Say which group communicates; see `Sharding.bind`."""

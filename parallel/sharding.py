@@ -199,6 +199,14 @@ class Sharding:
         return max(self.partition.counts())
 
     @property
+    def pairs(self) -> float:
+        """Pairs of one of this rank's queries and a key that it sees: what attention works on.
+
+        Of several masks the mean over the layers that have them; masks that were added by a call are not in it.
+        """
+        return self._placement.pairs
+
+    @property
     def digest(self) -> str:
         """Tells shardings apart; the same on all ranks that mean the same."""
         return self._placement.digest(0)
