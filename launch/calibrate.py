@@ -176,7 +176,7 @@ def _link(after: int, before: int, device: torch.device, shape: Shape, tokens: i
         what, shelf = "a measurement", transport.shelf
         if shelf is None:
             return transport.transfer([(after, sent[:size])], [(before, received[:size])], what)
-        shelf.publish([sent[:size]])
+        shelf.publish([sent[:size]], ((0, size),))
         ticket = shelf.pull([Pull(before, size, ((0, 0, size),))], [received[:size]], what, shelf.mark())
         shelf.release()
         return ticket
@@ -196,7 +196,8 @@ def _link(after: int, before: int, device: torch.device, shape: Shape, tokens: i
 
     alone, together = _seconds(compute, device), _seconds(beside, device)
     hidden = (alone + seconds[-1] - together) / min(alone, seconds[-1])
-    return Link((1.0, *map(float, sizes)), tuple(seconds), _of_all(min(1.0, max(0.0, hidden)), min))
+    share = _of_all(min(1.0, max(0.0, hidden)), min)
+    return Link((1.0, *map(float, sizes)), tuple(seconds), share, ahead=transport.shelf is not None)
 
 
 def keep(machine: Machine, path: Path) -> None:

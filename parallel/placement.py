@@ -29,6 +29,7 @@ from ringflash.parallel.planning.cost import Shape
 from ringflash.parallel.planning.double_ring import check_hosts
 from ringflash.parallel.planning.generators import check_plan, plan_named
 from ringflash.parallel.planning.heads import UnionRows
+from ringflash.parallel.planning.level_queries import level_queries
 from ringflash.parallel.planning.plan import RankPlan
 from ringflash.parallel.planning.program import Program, local_program, rank_program
 from ringflash.parallel.planning.pulls import Share
@@ -37,6 +38,7 @@ from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import NAMES, Partition, check_name, default_partition, resolve
 from ringflash.parallel.positions.visibility import visible_pairs
 from ringflash.parallel.transport.head_exchange import HeadExchange
+from ringflash.parallel.transport.row_exchange import RowExchange
 from ringflash.parallel.transport.select import GroupTransport, transport_of
 
 LONGEST_SHOWN = 200
@@ -96,9 +98,9 @@ class Placement:
         self._choices: dict[int, Choice] = {}
         self._plans: dict[int, RankPlan] = {}
         self._programs: dict[tuple[int, torch.device], Program] = {}
-        self._slope_rows: dict[tuple[int, torch.device], Tensor] = {}
+        self._slope_rows: dict[tuple[bytes, int, torch.device], Tensor] = {}
         self._unions: dict[torch.device, tuple[UnionRows, UnionRows]] = {}
-        self._exchanges: dict[torch.device, HeadExchange] = {}
+        self._exchanges: dict[tuple[int, torch.device], HeadExchange | RowExchange] = {}
         self._digests: dict[int, str] = {}
         self._call_digests: dict[tuple, int] = {}
         for mask in masks:
@@ -218,7 +220,7 @@ class Placement:
         """This rank's plan for one of the masks."""
         found = self._plans.get(index)
         if found is None:
-            queries, keys = self._laid_end_to_end
+            queries, keys = self._of_plan(index)
             place, part = divmod(self.rank, self.head_ranks)
             plan = plan_named(self.plan_name(index), self.masks[index], queries, keys, self.hosts).of(place)
             found = self._plans[index] = plan.among(range(part, self.ranks, self.head_ranks))
@@ -236,9 +238,29 @@ class Placement:
         found = self._choices.get(index)
         if found is None:
             shape, token_work = Shape().among(self.head_ranks), self._partition["token_work"] // self.head_ranks
-            found = choose(self.masks[index], *self._laid_end_to_end, self.hosts, shape=shape, token_work=token_work)
+            found = choose(
+                self.masks[index],
+                *self._laid_end_to_end,
+                self.hosts,
+                shape=shape,
+                token_work=token_work,
+                level=self._level,
+            )
             self._choices[index] = found
         return found
+
+    @cached_property
+    def _level(self) -> Partition | None:
+        """Shares to which queries may cross, of all sequences of the batch; None where they stay in any case."""
+        alone = self.head_ranks == self.hosts == 1 and self.key_partition is self.partition
+        level = level_queries(self.partition) if alone else None
+        return None if level is None or level == self.partition else level.repeat(self.batch)
+
+    def _of_plan(self, index: int) -> tuple[Partition, Partition]:
+        """What the plan for one of the masks has on each of its ranks, of queries and of keys."""
+        queries, keys = self._laid_end_to_end
+        choice = self.choice(index)
+        return (queries if choice is None or choice.level is None else choice.level), keys
 
     @property
     def _shares(self) -> tuple[Share, ...]:
@@ -274,20 +296,22 @@ class Placement:
         assert keys is not None
         return batch_boundaries(keys, self.batch, self.seqlen), queries
 
-    def slope_rows(self, documents: int, device: torch.device) -> Tensor | None:
+    def slope_rows(self, index: int, documents: int, device: torch.device) -> Tensor | None:
         """Which row of ALiBi slopes (documents, H) belongs to each query row of this rank's plan, int64."""
-        found = self._slope_rows.get((documents, device))
+        queries, _ = self._of_plan(index)
+        name = queries.digest, documents, device
+        found = self._slope_rows.get(name)
         if found is None:
-            found = build_to_keep(lambda: self._rows_of_slopes(documents, device), device)
-            self._slope_rows[documents, device] = found
+            found = build_to_keep(lambda: self._rows_of_slopes(queries, documents, device), device)
+            self._slope_rows[name] = found
         return found
 
-    def _rows_of_slopes(self, documents: int, device: torch.device) -> Tensor:
+    def _rows_of_slopes(self, queries: Partition, documents: int, device: torch.device) -> Tensor:
         own = self.documents
         if self.on_device is not None:
             own = self.on_device[0] if self.on_device[1] is None else self.on_device[1]
             own = own.to(device, torch.int64)
-        positions = self._together(self.partition).positions(self.rank // self.head_ranks).to(device)
+        positions = queries.positions(self.rank // self.head_ranks).to(device)
         if own is None or len(own) - 1 != documents:
             return positions // max(1, self.seqlen)
         own = own if isinstance(own, Tensor) else torch.tensor(own, device=device)
@@ -345,14 +369,19 @@ class Placement:
             return ()
         return self._together(self.partition).count(self.rank // self.head_ranks), self.head_ranks
 
-    def exchange(self, device: torch.device) -> HeadExchange | None:
-        """How this rank exchanges heads for tokens; None if it does not."""
-        if self.head_ranks == 1 or self.group is None:
+    def exchange(self, index: int, device: torch.device) -> HeadExchange | RowExchange | None:
+        """How this rank exchanges heads for tokens, or query rows, under one of the masks; None if it does not."""
+        choice = self.choice(index)
+        level = None if choice is None else choice.level
+        if self.group is None or (self.head_ranks == 1 and level is None):
             return None
-        found = self._exchanges.get(device)
+        found = self._exchanges.get((index, device))
         if found is None:
-            found = HeadExchange(self.transport, self.rank, self.head_ranks, *self.unions(device))
-            self._exchanges[device] = found
+            if level is not None:
+                found = RowExchange(self.transport, self.rank, self._laid_end_to_end[0], level)
+            else:
+                found = HeadExchange(self.transport, self.rank, self.head_ranks, *self.unions(device))
+            self._exchanges[index, device] = found
         return found
 
     def nbytes(self) -> int:
@@ -386,7 +415,9 @@ class Placement:
         return {"mask": _shown(self.rules[index].spec(documents=False)), "plan": self._plan_text(index)}
 
     def _plan_text(self, index: int) -> str:
-        return f"{self.plan_name(index)} on {self.hosts} hosts"
+        choice = self.choice(index)
+        crossing = " with level queries" if choice is not None and choice.level is not None else ""
+        return f"{self.plan_name(index)} on {self.hosts} hosts{crossing}"
 
     def digest(self, index: int) -> str:
         """`of_all` and `of_mask` in a few characters."""

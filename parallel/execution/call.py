@@ -28,6 +28,7 @@ from ringflash.parallel.planning.heads import HeadShares
 from ringflash.parallel.planning.program import Program, StageProgram, document_table, table_program, table_shape
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.transport.head_exchange import HeadExchange, Kind, Sections
+from ringflash.parallel.transport.row_exchange import RowExchange
 from ringflash.parallel.transport.select import GroupTransport
 from ringflash.parallel.transport.shelves import bytes_to_publish
 
@@ -149,7 +150,7 @@ class Ready:
         transport: moves rows between ranks; None on one device.
         index: which of the placement's masks the call has.
         form: what must be the same on all ranks beside the sharding.
-        exchange: of heads for tokens; None without.
+        exchange: of heads for tokens, or of query rows; None without.
         first_head: number of the first query head at hand among all.
     """
 
@@ -162,7 +163,7 @@ class Ready:
     transport: GroupTransport | None
     index: int = 0
     form: tuple = ()
-    exchange: HeadExchange | None = None
+    exchange: HeadExchange | RowExchange | None = None
     first_head: int = 0
 
     def modifiers(self, stage: StageProgram, at_hand: tuple[Tensor, ...]) -> Modifiers | None:
@@ -221,7 +222,7 @@ class Ready:
         if slopes.dim() == 1:
             return slopes.expand(rows, -1)
         if self.placement is not None:
-            return slopes[self.placement.slope_rows(slopes.shape[0], slopes.device)]
+            return slopes[self.placement.slope_rows(self.index, slopes.shape[0], slopes.device)]
         own = self.inputs.boundaries if self.inputs.query_boundaries is None else self.inputs.query_boundaries
         assert own is not None  # without a placement the boundaries are tensors
         row = torch.arange(rows, device=slopes.device)
@@ -257,7 +258,7 @@ def prepare(inputs: Inputs, settings: Settings, table: Tensor, which: str) -> Re
     form = _form(inputs, settings, surplus, which)
     try:
         program, kernels = placement.program(index, device), select(*problem, mask.two_intervals)
-        exchange = placement.exchange(device)
+        exchange = placement.exchange(index, device)
     except Exception as error:  # which only this rank's machine may raise
         agreement(placement.group).refuse(error, placement.call_digest(index, form))
         raise

@@ -30,6 +30,8 @@ class Crossing:
 
     Attributes:
         heads: which of the query heads are here.
+        first_head: the first of them.
+        copied: ranks have copies of a key head.
         inputs: the call as the plan takes it, once `go` was called.
         of_rows: the same of the argument.
         shares: which heads each rank has.
@@ -48,6 +50,7 @@ class Crossing:
         self.shares = HeadShares.of(inputs.query.shape[1], inputs.key.shape[1], exchange.ranks)
         first = exchange.place * self.shares.queries
         self.heads = slice(first, first + self.shares.queries)
+        self.first_head, self.copied = first, self.shares.copied
         keeps_inputs = keeps(inputs, settings)
         of_queries, of_keys, kept = [], [], []
         if of_rows is not None:

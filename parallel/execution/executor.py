@@ -15,12 +15,15 @@ from ringflash.kernels.reference import Carry
 from ringflash.parallel.execution.call import NEEDS, Inputs, Ready, Settings, prepare, table_of
 from ringflash.parallel.execution.crossing import Crossing
 from ringflash.parallel.execution.gradients import KeyGradients
+from ringflash.parallel.execution.row_crossing import RowCrossing
 from ringflash.parallel.execution.rows import Rows
 from ringflash.parallel.execution.walk import Walk
 from ringflash.parallel.planning.launches import attend, attend_backward
 from ringflash.parallel.planning.program import StageProgram
 from ringflash.parallel.positions.segments import count
-from ringflash.parallel.transport.head_exchange import HeadExchange
+from ringflash.parallel.transport.row_exchange import RowExchange
+
+AnyCrossing = Crossing | RowCrossing
 
 
 def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,7 +57,7 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]
     crossing = None
     try:
         if ready.exchange is not None:
-            ready, crossing = cross(ready, ready.exchange)
+            ready, crossing = cross(ready)
             table = table if crossing.table is None else crossing.table
         walk = Walk(ready, body)
     except Exception as error:
@@ -132,11 +135,11 @@ def backward(
         delta = ready.kernels.row_delta(dout, out, dlse)
         of_rows = dout, lse, delta
         if ready.exchange is not None:
-            ready, crossing = cross(ready, ready.exchange, of_rows, table)
+            ready, crossing = cross(ready, of_rows, table)
             of_rows = crossing.of_rows
         at = ready.inputs
         wanted = ([at.key] if needs_key else []) + ([at.value] if needs_value else [])
-        copied = crossing is not None and crossing.shares.copied
+        copied = crossing is not None and crossing.copied
         gradients = KeyGradients(wanted, ready.program, ready.transport, copied)
         walk = Walk(ready, body, settle)
     except Exception as error:
@@ -165,31 +168,32 @@ def backward(
 
 
 def cross(
-    ready: Ready,
-    exchange: HeadExchange,
-    of_rows: tuple[Tensor, Tensor, Tensor] | None = None,
-    table: Tensor | None = None,
-) -> tuple[Ready, Crossing]:
-    """The call as the plan takes it, all tokens of some heads; its tensors are filled when ranks begin.
+    ready: Ready, of_rows: tuple[Tensor, Tensor, Tensor] | None = None, table: Tensor | None = None
+) -> tuple[Ready, AnyCrossing]:
+    """The call as the plan takes it, all tokens of some heads or other query rows; filled when ranks begin.
 
     Args:
-        ready: the call.
-        exchange: of heads for tokens.
+        ready: the call, with an exchange.
         of_rows: of the backward pass: dout, log-sum-exp and delta.
         table: of the backward pass, what `forward` returned.
     """
-    crossing = Crossing(exchange, ready.inputs, ready.settings, of_rows, table)
-    return replace(ready, inputs=crossing.inputs, first_head=crossing.heads.start), crossing
+    exchange = ready.exchange
+    if isinstance(exchange, RowExchange):
+        crossing = RowCrossing(exchange, ready.inputs, ready.settings, of_rows)
+    else:
+        assert exchange is not None
+        crossing = Crossing(exchange, ready.inputs, ready.settings, of_rows, table)
+    return replace(ready, inputs=crossing.inputs, first_head=crossing.first_head), crossing
 
 
-def begin(ready: Ready, crossing: Crossing | None) -> None:
+def begin(ready: Ready, crossing: AnyCrossing | None) -> None:
     """From here on all ranks make this call, and wait for each other."""
     ready.begin()
     if crossing is not None:
         crossing.go()
 
 
-def end(ready: Ready, crossing: Crossing | None, found: list[Tensor], failure: Exception | None) -> list[Tensor]:
+def end(ready: Ready, crossing: AnyCrossing | None, found: list[Tensor], failure: Exception | None) -> list[Tensor]:
     """Behind the work of several ranks: results come back, and all hear of what failed on one."""
     if crossing is None:
         ready.close(failure)

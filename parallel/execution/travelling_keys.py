@@ -43,7 +43,7 @@ class TravellingKeys:
         self._shelf = self._transport.shelf  # known since they begin
         self.pulled = self._shelf is not None
         if self._shelf is not None:
-            self._shelf.publish(self._sent if self._program.gives else ())
+            self._shelf.publish(self._sent, self._program.given)
 
     def begin(self, index: int) -> None:
         """A stage begins."""

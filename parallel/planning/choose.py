@@ -13,12 +13,13 @@ Every rank chooses for itself and must find the same, so nothing is looked at bu
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from ringflash.kernels.kept import Kept
 from ringflash.parallel.planning.cost import Prediction, Shape, predict
 from ringflash.parallel.planning.generators import in_words, plan_named
+from ringflash.parallel.planning.level_queries import crossing_seconds
 from ringflash.parallel.planning.loads import loads
 from ringflash.parallel.planning.machine import Machine, machine_for
 from ringflash.parallel.positions.mask import Mask
@@ -33,13 +34,16 @@ LEAST = 5e-3
 """Seconds of attention by the ring from which on anything else is taken there. Of less, the time of hosts decides, some
 milliseconds a call, which the model does not know."""
 
-MEMORY = 2**30
+AT_ALL = 0.99
+"""The same where ranks take keys from their owners: for less, none is worth the memory it takes beyond the ring."""
+
+MEMORY = 2**31
 """Bytes that a plan may take beside a rank's own keys, or as many as the ring takes where that is more."""
 
 MOST_RANKS = 128
 """Among more, choosing takes longer than planning; name a plan, which `python launch/plan.py` compares."""
 
-CANDIDATES = ("ring", "counter-ring", "double-ring", "direct-1", "direct-2", "direct-3")
+CANDIDATES = ("ring", "counter-ring", "double-ring", "direct-0", "direct-1", "direct-2", "direct-3")
 """Plans among which to choose."""
 
 
@@ -53,6 +57,7 @@ class Choice:
         machine: that was predicted for.
         shape: of the attention.
         because: why this one, in words.
+        level: shares to which queries cross inside of attention; None where they stay.
     """
 
     name: str
@@ -60,6 +65,7 @@ class Choice:
     machine: Machine
     shape: Shape
     because: str
+    level: Partition | None = None
 
     def describe(self) -> str:
         """The plan, why it was taken, and what was predicted of all, in words."""
@@ -86,6 +92,7 @@ def choose(
     shape: Shape | None = None,
     memory: int = MEMORY,
     token_work: int = 0,
+    level: Partition | None = None,
 ) -> Choice:
     """The plan for a mask.
 
@@ -98,13 +105,34 @@ def choose(
         shape: of the attention; that of a model of some 8 billion parameters if None.
         memory: see `MEMORY`.
         token_work: see `cost.predict`.
+        level: shares to which queries may cross, where that is clearly faster.
     """
     keys, machine, shape = keys or queries, machine or _known(queries.ranks, hosts), shape or Shape()
     rules = hashlib.blake2b(mask.spec().encode(), digest_size=16).digest()
-    known = rules, queries.digest, keys.digest, hosts, machine, shape, memory, token_work
-    return _choices.get(known) or _choices.add(
-        known, _choose(mask, queries, keys, hosts, machine, shape, memory, token_work)
-    )
+    crossed = None if level is None else level.digest
+    known = rules, queries.digest, keys.digest, hosts, machine, shape, memory, token_work, crossed
+    found = _choices.get(known)
+    if found is None:
+        found = _choose(mask, queries, keys, hosts, machine, shape, memory, token_work)
+        if level is not None:
+            found = _with_level_queries(found, mask, queries, keys, level, memory, token_work)
+        _choices.add(known, found)
+    return found
+
+
+def _with_level_queries(
+    stay: Choice, mask: Mask, queries: Partition, keys: Partition, level: Partition, memory: int, token_work: int
+) -> Choice:
+    """The plan for queries that cross, if that is clearly faster than the one for those that stay."""
+    if not stay.predicted:
+        return stay
+    cross = _choose(mask, level, keys, 1, stay.machine, stay.shape, memory, token_work)
+    taken = cross.predicted[cross.name].total + crossing_seconds(queries, level, stay.machine, stay.shape)
+    share = taken / stay.predicted[stay.name].total
+    if share > CLEARLY:
+        return stay
+    because = f"queries cross to level shares and results come back, predicted to take {share:.2f} of the time without"
+    return replace(cross, because=because, level=level)
 
 
 def _nbytes(choice: Choice) -> int:
@@ -137,16 +165,17 @@ def _choose(
     plans = {name: plan_named(name, mask, queries, keys, hosts) for name in names}
     predicted = {name: predict(plan.outline, found, machine, shape, hosts, token_work) for name, plan in plans.items()}
     allowed = max(memory, predicted["ring"].memory)
-    fastest = min((x for x in names if predicted[x].memory <= allowed), key=lambda x: predicted[x].total)
+    owners = machine.inside.ahead and hosts == 1
+    fitting = [x for x in names if predicted[x].memory <= allowed]
+    fastest = min(fitting, key=lambda x: predicted[x].total)
     share = predicted[fastest].total / predicted["ring"].total
     if fastest == "ring":
         because = f"the fastest by prediction of those that take no more than {allowed / 2**20:,.0f} MiB"
         return Choice("ring", predicted, machine, shape, because)
-    owners = machine.inside.ahead and hosts == 1
     if not owners and predicted["ring"].attention < LEAST:
         because = f"attention takes it less than {LEAST * 1e3:g} ms, too little to predict what is faster"
         return Choice("ring", predicted, machine, shape, because)
-    if not owners and share > CLEARLY:
+    if share > (AT_ALL if owners else CLEARLY):
         because = f"{fastest} is predicted to take {share:.2f} of its time, which is not clearly less"
         return Choice("ring", predicted, machine, shape, because)
     return Choice(fastest, predicted, machine, shape, f"predicted to take {share:.2f} of the ring's time")

@@ -159,8 +159,20 @@ class _Model:
         """(N, R) pairs, keys and, of those queries that see any, about how many."""
         pairs, keys = self._by_stage(self.loads.pairs), self._by_stage(self.loads.keys)
         queries = np.minimum(self.loads.queries, np.ceil(pairs / np.maximum(1, keys)) + TILE)
-        queries[0] = self.loads.queries  # where documents lie side by side, a key's queries are few, all keys' all
+        # Where documents lie side by side, a key's queries are few, all keys' all.
+        queries[self._own] = self.loads.queries
         return pairs, keys, np.where(pairs > 0, queries, 0)
+
+    @cached_property
+    def _own(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where in (N, R) ranks attend to their own keys, behind which results are carried on."""
+        return np.diagonal(self.outline.stage), np.arange(self.ranks)
+
+    def _put_together(self) -> np.ndarray:
+        """(N, R) seconds in which own keys and those that came are laid side by side for one launch."""
+        keys, foreign = self._by_stage(self.loads.keys), self._by_stage(self._foreign)
+        both = np.where((foreign > 0) & (keys > foreign), keys, 0)
+        return both * (2 * self.shape.key_bytes / self.machine.memory)
 
     def _launch(
         self, pairs: np.ndarray, tiles: np.ndarray, rate: float, operations: int, merged: np.ndarray
@@ -175,19 +187,19 @@ class _Model:
     def forward(self) -> Pass:
         """The forward pass."""
         pairs, _, queries = self._work
-        merged = queries.copy()
-        merged[0] = 0
+        merged = np.where(pairs > 0, self.loads.queries, 0)  # a launch carries all rows on, also those that see nothing
+        merged[self._own] = 0
         compute = self._launch(pairs, np.ceil(queries / TILE) * self.shape.heads, self.machine.forward, 4, merged)
-        return self._walk(compute, gradients=False)
+        return self._walk(compute + self._put_together(), gradients=False)
 
     def backward(self) -> Pass:
         """The backward pass."""
         pairs, keys, queries = self._work
         merged = queries.copy()
-        merged[0] = 0
+        merged[self._own] = 0
         tiles = np.ceil(keys / TILE) * self.shape.key_heads
         compute = self._launch(pairs, tiles, self.machine.backward, 10, merged)
-        return self._walk(compute, gradients=True)
+        return self._walk(compute + self._put_together(), gradients=True)
 
     # Transfers
 
@@ -296,7 +308,8 @@ class _Model:
     @cached_property
     def _splits_own(self) -> np.ndarray:
         """(R,) whether the backward pass works on half of the own keys last, see `Program.backward_stages`."""
-        return (self._last > 0) & (np.diagonal(self.loads.keys) >= LEAST_SPLIT)
+        alone = np.diagonal(self.outline.stage) == 0
+        return alone & (self._last > 0) & (np.diagonal(self.loads.keys) >= LEAST_SPLIT)
 
     @cached_property
     def _foreign(self) -> np.ndarray:

@@ -3,6 +3,9 @@
 Fewer and larger launches than a ring's, and nothing travels through ranks that do not need it: for packed documents,
 of which a rank needs little and from few. What is not passed on is sent once for each that needs it, and a wave lies in
 memory at once.
+
+Without waves, all keys come before anything is attended to, own and foreign ones in a single launch: for windows and
+documents of which so little is needed that it comes in less time than a second launch takes.
 """
 
 from __future__ import annotations
@@ -29,12 +32,13 @@ def direct(mask: Mask, queries: Partition, keys: Partition | None = None, waves:
         queries: which query positions each rank holds.
         keys: which keys, on as many ranks; like the queries if None.
         waves: in how many stages foreign keys are attended to; from the nearest owners first, and equally many in each.
+            0 for one stage of all keys.
 
     Raises:
-        ArgumentError: no wave.
+        ArgumentError: fewer waves.
     """
-    if waves < 1:
-        raise ArgumentError(f"waves={waves}; allowed are integers from 1")
+    if waves < 0:
+        raise ArgumentError(f"waves={waves}; allowed are integers from 0")
     keys = keys or queries
     needed = needed_keys(mask, queries.segments, keys.length)
 
@@ -44,12 +48,30 @@ def direct(mask: Mask, queries: Partition, keys: Partition | None = None, waves:
 
     def outline() -> Outline:
         ranks = queries.ranks
+        if waves == 0:
+            stage, rank = np.ones((ranks, ranks), dtype=np.int64), np.arange(ranks)
+            return Outline(2, stage, np.broadcast_to(rank, (ranks, ranks)))
         source = np.broadcast_to(np.arange(ranks), (ranks, ranks))
         return Outline(1 + waves, stages(), source)
 
     return Plan(
-        f"direct-{waves}", queries, keys, lambda rank: _of_rank(rank, queries, keys, needed, stages(), waves), outline
+        f"direct-{waves}",
+        queries,
+        keys,
+        lambda rank: (
+            _of_rank(rank, queries, keys, needed, stages(), waves) if waves else _at_once(rank, queries, keys, needed)
+        ),
+        outline,
     )
+
+
+def _at_once(rank: int, queries: Partition, keys: Partition, needed: list[Segments]) -> RankPlan:
+    own, others = keys.segments[rank], [other for other in range(queries.ranks) if other != rank]
+    pulled = tuple(Move(x, part) for x in others if (part := intersect(keys.segments[x], needed[rank])))
+    given = tuple(Move(x, part) for x in others if (part := intersect(own, needed[x])))
+    work = normalize((*intersect(own, needed[rank]), *(interval for move in pulled for interval in move.segments)))
+    kept = without_idle_end([Stage(receives=pulled, sends=given), Stage(work=work, returns=pulled, reduces=given)])
+    return RankPlan(rank, queries.segments[rank], own, kept, Buffers.of(kept))
 
 
 def _stages(shared: np.ndarray, waves: int) -> np.ndarray:

@@ -11,7 +11,7 @@ from ringflash.parallel.planning.ring import ring
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import Partition
 
-NAMES = ("ring", "counter-ring", "double-ring", "direct-1", "direct-2", "direct-3")
+NAMES = ("ring", "counter-ring", "double-ring", "direct-0", "direct-1", "direct-2", "direct-3")
 """Plans; "direct-" takes any number of waves."""
 
 WORDS = {
@@ -27,7 +27,7 @@ def check_plan(name: str) -> None:
     """Raise ArgumentError unless a plan has that name."""
     kind, _, waves = name.partition("-") if isinstance(name, str) else ("", "", "")
     named = isinstance(name, str) and name in NAMES
-    if not named and not (kind == "direct" and waves.isdecimal() and int(waves) > 0):
+    if not named and not (kind == "direct" and waves.isdecimal()):
         raise ArgumentError(f"plan={name!r}; allowed are {', '.join(NAMES)}, and direct with more waves")
 
 
@@ -35,7 +35,8 @@ def in_words(name: str) -> str:
     """What a plan does."""
     kind, _, waves = name.partition("-")
     if kind == "direct":
-        return WORDS[kind] + (f", in {waves} waves" if int(waves) > 1 else ", all at once")
+        when = {0: ", before anything is attended to", 1: ", all at once"}
+        return WORDS[kind] + when.get(int(waves), f", in {waves} waves")
     return WORDS[name]
 
 

@@ -19,7 +19,7 @@ class Outline:
 
     Attributes:
         stages: how many there are.
-        stage: (R, R), in which a rank attends to the keys of an owner, by (rank, owner); its own in the first.
+        stage: (R, R), in which a rank attends to the keys of an owner, by (rank, owner).
         source: (R, R), from which rank these come, in the stage before; on the diagonal the rank itself.
         piece: see `RankPlan`.
     """

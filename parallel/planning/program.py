@@ -5,7 +5,7 @@ Legend: T query rows of this rank, S key rows that a stage attends to.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -19,7 +19,7 @@ from ringflash.parallel.planning.launches import Launch, launches
 from ringflash.parallel.planning.plan import Buffers, Move, RankPlan, Stage
 from ringflash.parallel.planning.pulls import Pull, Share, pulls
 from ringflash.parallel.positions.mask import Mask
-from ringflash.parallel.positions.segments import Segments, count, cut, intersect
+from ringflash.parallel.positions.segments import Segments, count, cut, intersect, normalize
 from ringflash.parallel.positions.visibility import places, position_bounds
 
 Rows = slice | Tensor
@@ -77,6 +77,8 @@ class StageProgram:
         own: rows of this rank's own keys that are attended to, or None.
         arrived: rows among what arrived for the stage that are attended to, in ascending order of position, or None.
         pulled: the same where this rank takes them from their owners: those rows alone, in that order.
+        beside: how own rows and pulled ones lie among those attended to, where these are a few runs: (first row there,
+            first row at hand, rows, whether they are own).
         order: puts the own rows with the arrived ones behind them into ascending order; None where they are already.
         key_segments: global positions of the keys attended to.
         is_last: no later stage has work here, so the result may leave in the model's dtype.
@@ -96,6 +98,7 @@ class StageProgram:
     own: Rows | None = None
     arrived: Rows | None = None
     pulled: slice | None = None
+    beside: tuple[tuple[int, int, int, bool], ...] = ()
     order: Rows | None = None
     key_segments: Segments = ()
     is_last: bool = True
@@ -154,6 +157,8 @@ class StageProgram:
             return tuple([x[self.own] for x in own])
         if self.own is None:
             return tuple([x[rows] for x in arrived])
+        if pulled and self.beside:
+            return tuple([_side_by_side(x, y, self.beside) for x, y in zip(own, arrived, strict=True)])
         both = (torch.cat([x[self.own], y[rows]]) for x, y in zip(own, arrived, strict=True))
         return tuple(x if self.order is None else x[self.order] for x in both)
 
@@ -171,6 +176,7 @@ class Program:
         query_places: (T,) place of each query row among the keys; None if it is the row's own number.
         device: where the launches' tensors are.
         shares: of the keys, for each rank that the plan is for.
+        given: which own rows other ranks attend to, in runs: first and one behind the last of each.
     """
 
     queries: int
@@ -181,6 +187,7 @@ class Program:
     device: torch.device
     piece: int | None = None
     shares: tuple[Share, ...] = ()
+    given: tuple[tuple[int, int], ...] = ()
 
     @cached_property
     def pulls(self) -> tuple[tuple[Pull, ...], ...]:
@@ -188,11 +195,6 @@ class Program:
         following = [*(stage.key_segments for stage in self.stages[1:]), ()]
         wanted = (intersect(tuple(sorted(x.coming)), y) for x, y in zip(self.stages, following, strict=True))
         return tuple(pulls(self.shares, x) for x in wanted)
-
-    @cached_property
-    def gives(self) -> bool:
-        """Whether other ranks attend to keys of this one."""
-        return any(not s.relayed for stage in self.stages for s in stage.sends)
 
     @cached_property
     def query_positions(self) -> Tensor:
@@ -384,7 +386,11 @@ def rank_program(plan: RankPlan, mask: Mask, device: torch.device, shares: tuple
         stages.append(_stage(index, stage, here, plan, arrived, index == last, device))
         arrived = tuple(segment for move in stage.receives for segment in move.segments)
     among_keys = places(boundaries, queries, query_boundaries)
-    return Program(len(queries), count(plan.keys), tuple(stages), plan.buffers, among_keys, device, plan.piece, shares)
+    sent = normalize(x for stage in plan.stages for move in stage.sends if not move.relayed for x in move.segments)
+    given = tuple(_runs(plan.keys, sent))
+    return Program(
+        len(queries), count(plan.keys), tuple(stages), plan.buffers, among_keys, device, plan.piece, shares, given
+    )
 
 
 def _stage(
@@ -420,6 +426,7 @@ def _stage(
         own=_rows(own, mine, device) if mine or not stage.work else None,
         arrived=_rows(arrived, foreign, device) if foreign else None,
         pulled=slice(0, count(foreign)) if foreign else None,
+        beside=_beside(own, mine, foreign) if mine and foreign else (),
         order=None if isinstance(order, slice) else order,
         key_segments=stage.work,
         is_last=is_last,
@@ -433,6 +440,29 @@ def _stage(
         everything=mine == own and not foreign,
         index=index,
     )
+
+
+def _beside(held: Segments, mine: Segments, foreign: Segments) -> tuple[tuple[int, int, int, bool], ...]:
+    """See `StageProgram.beside`; empty where there are many runs."""
+    runs: list[tuple[int, int, int, bool]] = []
+    filled = came = 0
+    for start, stop, own in sorted([(*x, True) for x in mine] + [(*x, False) for x in foreign]):
+        for first, last in _runs(held, ((start, stop),)) if own else ((came, came + stop - start),):
+            size = last - first
+            if runs and runs[-1][3] == own and runs[-1][1] + runs[-1][2] == first:
+                runs[-1] = (*runs[-1][:2], runs[-1][2] + size, own)
+            else:
+                runs.append((filled, first, size, own))
+            filled += size
+        came += 0 if own else stop - start
+    return tuple(runs) if len(runs) <= 2 * MOST_RUNS else ()
+
+
+def _side_by_side(own: Tensor, pulled: Tensor, runs: Sequence[tuple[int, int, int, bool]]) -> Tensor:
+    result = own.new_empty(sum(run[2] for run in runs), *own.shape[1:])
+    for there, first, size, is_own in runs:
+        result[there : there + size].copy_((own if is_own else pulled)[first : first + size])
+    return result
 
 
 def _shipment(move: Move, held: Segments, device: torch.device) -> Shipment:

@@ -41,12 +41,12 @@ class Delivery(Protocol):
 class Shelf(Protocol):
     """Memory of all ranks in which each lays out its rows, and from which the others take them."""
 
-    def publish(self, rows: Sequence[Tensor]) -> None:
+    def publish(self, rows: Sequence[Tensor], given: Sequence[tuple[int, int]]) -> None:
         """Let the others take rows of some tensors of this rank; every rank does, once a call.
 
         Args:
-            rows: contiguous tensors (rows, ...), on all ranks as many and alike but for the number of rows; none if
-                nobody takes any.
+            rows: contiguous tensors (rows, ...), on all ranks as many and alike but for the number of rows.
+            given: which rows others take, in runs: first and one behind the last of each.
         """
         ...
 

@@ -23,6 +23,9 @@ APART = 64
 
 CIRCLE = 1 << 32
 
+MOST_RUNS = 4
+"""Of rows that are laid out by a copy each."""
+
 ALIGNED = 256
 """Bytes at whose multiples each tensor begins."""
 
@@ -90,11 +93,21 @@ def bytes_to_publish(rows: Sequence[Tensor]) -> int:
     return _places(len(rows[0]), rows)[-1] if rows else 0
 
 
-def lay_out(rows: Sequence[Tensor], shelf: Tensor) -> None:
-    """Copy tensors (rows, ...) into bytes of memory."""
-    places = _places(len(rows[0]), rows) if rows else []
-    for x, place in zip(rows, places, strict=False):
-        shelf[place : place + x.nbytes].view(x.dtype).view(x.shape).copy_(x)
+def lay_out(rows: Sequence[Tensor], shelf: Tensor, given: Sequence[tuple[int, int]]) -> None:
+    """Copy some rows of tensors (rows, ...) into bytes of memory, each to where it lies if all do.
+
+    Args:
+        rows: the tensors.
+        shelf: memory.
+        given: runs of rows to copy; many are copied as one, with what lies between them.
+    """
+    if not given:
+        return
+    runs = given if len(given) <= MOST_RUNS else ((given[0][0], given[-1][1]),)
+    for x, place in zip(rows, _places(len(rows[0]), rows), strict=False):
+        there = shelf[place : place + x.nbytes].view(x.dtype).view(x.shape)
+        for first, last in runs:
+            there[first:last].copy_(x[first:last])
 
 
 def copies(pull: Pull, shelf: int, targets: Sequence[Tensor]) -> Iterator[tuple[int, int, int]]:

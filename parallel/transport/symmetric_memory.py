@@ -225,11 +225,11 @@ class SymmetricMemory:
         self._shelves = _of_all_ranks(memory, group)
         self._shelf = memory
 
-    def publish(self, rows: Sequence[Tensor]) -> None:
+    def publish(self, rows: Sequence[Tensor], given: Sequence[tuple[int, int]]) -> None:
         """See `Shelf`."""
         stream = self._current().cuda_stream
         self._published.clear(stream)
-        lay_out(rows, self._shelf)
+        lay_out(rows, self._shelf, given)
         self._published.publish(stream)
 
     def pull(self, pulls: Sequence[Pull], targets: Sequence[Tensor], what: str, free: torch.Event) -> Posted:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from test_plan import MILLION, packed
 
 from ringflash.errors import ArgumentError
-from ringflash.parallel.planning.choose import CANDIDATES, CLEARLY, LEAST, MEMORY, choose
+from ringflash.parallel.planning.choose import AT_ALL, CANDIDATES, CLEARLY, LEAST, MEMORY, choose
 from ringflash.parallel.planning.cost import Prediction, Shape, predict
 from ringflash.parallel.planning.generators import NAMES, plan_named
 from ringflash.parallel.planning.loads import loads
@@ -192,7 +192,10 @@ def test_what_is_chosen_is_fastest_by_prediction_within_the_memory(problem, mach
     fitting = {n: x.total for n, x in choice.predicted.items() if x.memory <= max(memory, ring.memory)}
     assert choice.name in fitting
     if machine.inside.ahead and hosts == 1:  # ranks take keys from their owners
-        assert fitting[choice.name] == min(fitting.values())
+        best = min(fitting.values())
+        assert fitting[choice.name] == best <= AT_ALL * ring.total or (
+            choice.name == "ring" and best > AT_ALL * ring.total
+        )
     elif ring.attention < LEAST:
         assert choice.name == "ring"
     elif choice.name == "ring":

@@ -43,7 +43,7 @@ def generators(draw: st.DrawFn, ranks: int) -> Callable[..., Plan]:
     """Any generator but the ring, with any hosts and waves."""
     name = draw(st.sampled_from(["counter-ring", "double-ring", "direct"]))
     hosts = draw(st.sampled_from([x for x in range(1, ranks + 1) if ranks % x == 0]))
-    name = f"direct-{draw(st.integers(1, ranks + 1))}" if name == "direct" else name
+    name = f"direct-{draw(st.integers(0, ranks + 1))}" if name == "direct" else name
     return lambda mask, queries, keys=None: plan_named(name, mask, queries, keys, hosts)
 
 
@@ -162,6 +162,15 @@ def test_direct_pulls_come_from_owners_alone_in_equal_waves(waves):
         assert max(sizes) - min(sizes) <= 525  # one owner's more
 
 
+def test_without_waves_everything_comes_first_and_is_attended_to_at_once():
+    mask = Mask.sliding_window(100)
+    for mine in plan_named("direct-0", mask, Partition.contiguous(4200, 8)).ranks:
+        first, second = mine.stages
+        assert not first.work
+        assert count(second.work) == 525 + 100 * (mine.rank > 0)
+        assert [move.peer for move in first.receives] == [mine.rank - 1] * (mine.rank > 0)
+
+
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize(("ranks", "mask"), [(64, packed(MILLION)), (512, packed(MILLION))], ids=["64", "512"])
 def test_one_rank_makes_its_plan_within_a_blink(name, ranks, mask):
@@ -178,7 +187,7 @@ def test_every_plan_has_words(name):
     assert in_words(name).startswith("keys ")
 
 
-@pytest.mark.parametrize("name", ["", "rings", "direct", "direct-0", "direct-x", 3])
+@pytest.mark.parametrize("name", ["", "rings", "direct", "direct--1", "direct-x", 3])
 def test_a_plan_that_there_is_not_is_refused_by_name(name):
     with pytest.raises(ArgumentError, match=f"plan={name!r}; allowed are ring, counter-ring"):
         Sharding(seqlen=8, rank=0, ranks=2, plan=name)
@@ -220,7 +229,7 @@ def test_an_outline_says_what_the_ranks_do(problem, data):
     outline = plan.outline
     keys = loads(mask, partition, partition, needed_keys(mask, partition.segments, partition.length)).keys
     carried = outline.carried(keys)
-    assert outline.stage.min() == 0
+    assert outline.stage.min() == (name == "direct-0")
     assert outline.stage.max() < outline.stages
     for mine in plan.ranks:
         assert len(mine.stages) <= outline.stages
@@ -285,10 +294,14 @@ class GatheredShelf:
     def __init__(self):
         self.laid_out = None
 
-    def publish(self, rows):
+    def publish(self, rows, given):
         assert self.laid_out is None
         self.laid_out = [None] * dist.get_world_size()
-        dist.all_gather_object(self.laid_out, [x.clone() for x in rows])
+        mine = [torch.full_like(x, 5) for x in rows]  # what is not laid out is wrong
+        for first, last in given:
+            for x, y in zip(rows, mine, strict=True):
+                y[first:last] = x[first:last]
+        dist.all_gather_object(self.laid_out, mine)
 
     def mark(self):
         return "now"

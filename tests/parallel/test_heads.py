@@ -372,7 +372,7 @@ def test_what_cannot_be_divided_is_refused_by_name_and_shifts_no_rank(pool):
 def _launches(head_ranks):
     """Sizes of the launches of one forward pass: rows and heads of the query, rows of keys."""
     *whole, _ = inputs(Shape(length=40, heads=4, key_heads=2))
-    sharding = Sharding(seqlen=40, partition="contiguous", head_ranks=head_ranks)
+    sharding = Sharding(seqlen=40, partition="contiguous", head_ranks=head_ranks, plan="ring")
     kernel, sizes = blockwise.attend, []
 
     def attend(query, key, *others, **settings):

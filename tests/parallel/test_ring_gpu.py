@@ -27,9 +27,12 @@ from ringflash import (
     unshard,
 )
 from ringflash.functional import attention
+from ringflash.kernels.kept import Kept
 from ringflash.kernels.select import select
 from ringflash.parallel.agreement.rounds import MOST_AHEAD
+from ringflash.parallel.lookup import shardings
 from ringflash.parallel.mesh import ONE_DEVICE
+from ringflash.parallel.planning import choose
 from ringflash.parallel.transport.select import transport_of
 from ringflash.ring_flash_attn import zigzag_ring_flash_attn_varlen_func
 
@@ -99,6 +102,25 @@ def test_gpus_that_exchange_heads_equal_one_gpu(gpus, name, partition):
     for head_ranks in (n for n in (2, 4, 8) if gpus.size % n == 0):
         problem = Problem(masks(LENGTH)[name], SHAPE, partition, torch.bfloat16, head_ranks=head_ranks)
         assert_ring_is_exact(gpus, problem)
+
+
+def _attend_with_level_queries(problem):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choose, "CLEARLY", 1e9)  # queries cross wherever they could
+        patch.setattr(choose, "_choices", Kept(2**20, size=lambda _: 1))
+        shardings.clear()
+        found = _attend(problem)
+        assert any(x._placement.exchange(0, torch.device("cuda", 0)) for x in shardings._found.values())
+    shardings.clear()
+    return found
+
+
+@pytest.mark.parametrize("name", ["causal", "documents-causal", "window-sink"])
+def test_queries_that_cross_to_other_gpus_equal_one_gpu(gpus, name):
+    problem = Problem(masks(LENGTH)[name], SHAPE, "contiguous", torch.bfloat16)
+    results = joined(problem, gpus.run(_attend_with_level_queries, problem))
+    results = {name: x.cuda() for name, x in results.items()}
+    assert_as_exact_as_torch(results, [x.cuda() for x in problem.inputs()], problem.seen.cuda(), problem.scale)
 
 
 def _kept_pairs(head_ranks):

@@ -69,9 +69,10 @@ def test_copies_bring_the_rows_that_a_stage_reads_from_wherever_they_lie(data, r
     own = [[x[[i for i in range(length) if owner_of[i] == rank]] for x in whole] for rank in range(ranks)]
     room = max(map(bytes_to_publish, own))
     shelves = [torch.zeros(room, dtype=torch.uint8) for _ in range(ranks)]
-    for rows, shelf in zip(own, shelves, strict=True):
-        lay_out(rows, shelf)
     wanted = data.draw(st.lists(st.booleans(), min_size=length, max_size=length))
+    for rank, (rows, shelf) in enumerate(zip(own, shelves, strict=True)):
+        mine = [wanted[i] for i in range(length) if owner_of[i] == rank]
+        lay_out(rows, shelf, normalize((i, i + 1) for i, x in enumerate(mine) if x))
     coming = normalize((i, i + 1) for i in range(length) if wanted[i])
     targets = [x.new_zeros(count(coming), *x.shape[1:]) for x in whole]
     for pull in pulls(shares, coming):
