@@ -55,25 +55,25 @@ def test_each_block_is_gathered_once_a_pass_whatever_is_kept_of_it_and_summed_on
     assert pool(2).run(_collectives, memory, 3) == [(3 * gathers, 1 + BLOCKS)] * 2
 
 
-def _dtype_of_sums(reduce):
-    summed = set()
+def _dtypes_of_messages(reduce):
+    found = collections.defaultdict(set)
 
     class Seen(TorchDispatchMode):
         def __torch_dispatch__(self, operator, types, arguments=(), named=None):
-            if operator.overloadpacket.__name__ == "_reduce_scatter_base_":
-                summed.add(arguments[1].dtype)
+            if operator.namespace == "c10d" and "base" in operator.overloadpacket.__name__:
+                found[operator.overloadpacket.__name__].add(arguments[1].dtype)
             return operator(*arguments, **(named or {}))
 
     engine = _engine(dtype=torch.bfloat16, reduce=reduce)
     batch = engine.model.shard(recipe.batches(0)[0])
     with Seen():
         engine.train_step([batch, batch], 1e-3)
-    return summed
+    return found["_allgather_base_"], found["_reduce_scatter_base_"]
 
 
 @pytest.mark.parametrize(("reduce", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_gradients_are_summed_over_ranks_in_the_dtype_that_is_named(pool, reduce, dtype):
-    assert pool(2).run(_dtype_of_sums, reduce) == [{dtype}] * 2
+def test_weights_are_gathered_in_bf16_and_gradients_summed_in_the_dtype_that_is_named(pool, reduce, dtype):
+    assert pool(2).run(_dtypes_of_messages, reduce) == [({torch.bfloat16}, {dtype})] * 2
 
 
 def test_sums_in_bf16_learn_nearly_what_those_in_fp32_do(pool):
@@ -139,3 +139,16 @@ def test_what_cannot_work_is_refused_by_name(overrides, said):
     with pytest.raises(ArgumentError) as refused:
         check(load(overrides), 1)
     assert said in str(refused.value)
+
+
+def _without_blocks():
+    model = recipe.build(device="meta")
+    model.parts = lambda: [model.embed_tokens]
+    with pytest.raises(
+        ArgumentError, match=r"engine\.name=fsdp2: the model names no layers that run one after another"
+    ):
+        create_engine(model, CPU, EngineConfig("fsdp2"), recipe.OPTIMIZER)
+
+
+def test_a_model_that_would_be_gathered_at_once_is_refused_by_name(pool):
+    pool(2).run(_without_blocks)

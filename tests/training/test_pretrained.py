@@ -232,6 +232,10 @@ def test_blocks_of_any_family_are_moved_to_the_host_and_computed_again(pool, tmp
     )
     assert found[0] == expected[0]
     assert all(torch.equal(found[1][key], expected[1][key]) for key in expected[1])
+    divided, _ = pool(2).run(_steps, tmp_path, "fsdp2", 2, memory="offload_pairs", last=1)
+    torch.testing.assert_close(torch.tensor(divided[0]), torch.tensor(expected[0]), rtol=1e-5, atol=1e-6)
+    for key, tensor in expected[1].items():
+        torch.testing.assert_close(divided[1][key], tensor, rtol=0, atol=2e-5 * tensor.abs().max().item() + 1e-9)
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero1", "zero3"])

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ringflash.configs.schema import EngineConfig, OptimizerConfig
+from ringflash.errors import ArgumentError
 from ringflash.training.engines.base import Read
 from ringflash.training.engines.by_torch import TorchEngine
 from ringflash.training.engines.materialise import Fill, materialise
@@ -45,6 +46,9 @@ class Fsdp2Engine(TorchEngine):
             fill: fills a weight.
             config: of the engine.
             optimizer: its settings.
+
+        Raises:
+            ArgumentError: a model that names no blocks, all of whose weights would be gathered at once.
         """
         self._device = device
         self._home = torch.device("cpu") if config.offload else device
@@ -120,12 +124,17 @@ class Fsdp2Engine(TorchEngine):
 
 def _divided(model: Decoder, device: torch.device, config: EngineConfig) -> list[FSDPModule]:
     """The modules that gather their weights, in the order in which they run, and behind them the model."""
+    parts = model.parts()
+    if all(len(list(part.parameters())) < 2 for part in parts):  # an embedding is no block
+        raise ArgumentError(
+            "engine.name=fsdp2: the model names no layers that run one after another, so that all of its weights would "
+            "be gathered at once; allowed are ddp, zero1, zero2 and zero3"
+        )
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     # Inputs stay as they are: angles of rotary embeddings are fp32 on purpose.
     precision = MixedPrecisionPolicy(model.dtype, REDUCED[config.reduce], cast_forward_inputs=False)
     offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if config.offload else OffloadPolicy()
     options: Any = {"mesh": mesh, "mp_policy": precision, "offload_policy": offload}
-    parts = model.parts()
     for part in parts:
         # The backward pass begins with the last one.
         fully_shard(part, reshard_after_forward=part is not parts[-1], **options)
