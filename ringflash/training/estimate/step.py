@@ -80,9 +80,8 @@ def estimate(config: Config, hardware: Hardware, vocab_size: int | None = None, 
     of_host = USED * (hardware.host_share - sum(copy.values()))
     if config.engine.host_gib is not None:
         of_host = min(of_host, config.engine.host_gib * 2**30)
-    free = (
-        hardware.room - sum(engine.device.values()) - sizes.transient(attended.memory, moved=True)
-    )  # as the first step finds it
+    # As the first step finds it.
+    free = hardware.room - sum(engine.device.values()) - sizes.transient(attended.memory, moved=True)
     placements, pairs = _placements(config.engine.memory, sizes, free, of_host)
     kept = sizes.kept(pairs)
     moved = placements.count(OFFLOAD) * kept
@@ -102,7 +101,8 @@ def estimate(config: Config, hardware: Hardware, vocab_size: int | None = None, 
         seconds=took,
         tokens_per_second=sizes.step_tokens / took / hardware.gpus,
         mfu=sizes.useful / (took * hardware.gpus * hardware.card.peak),
-        fits=sum(device.values()) <= hardware.room and sum(engine.host.values()) <= hardware.host_share,
+        fits=sum(device.values()) <= hardware.room
+        and sum(engine.host.values()) + sum(copy.values()) <= hardware.host_share,
     )
 
 

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 
 from ringflash.configs.schema import Config
-from ringflash.training.config.checks import SMALLEST_VOCABULARY
 from ringflash.training.config.derived import compute_dtype
 from ringflash.training.estimate.fitting import (
     refuse_weights_that_cannot_fit,
@@ -48,7 +47,7 @@ class Forecast:
         self._config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, precision=precision))
         self._hardware = hardware_of_all(device)
         self._found: Estimate | None = None
-        self._vocab_size = SMALLEST_VOCABULARY  # no tokenizer has fewer
+        self._vocab_size = 1  # at least, of a tokenizer that is not read yet
         if self._hardware is not None and self._inside_known:
             refuse_what_cannot_fit(self._config, self._hardware, self._vocab_size)
 
@@ -92,7 +91,8 @@ class Forecast:
         if not found.fits:
             cures = remedies(self._config, self._hardware, self._vocab_size)
             less = f"; what is estimated to fit: {'; or '.join(cures)}" if cures else ""
-            lines.append(f"WARNING: it may not fit ({shares(found.device)} GiB){less}")
+            takes = f"of each GPU {shares(found.device)} GiB, of the host for each {shares(found.host) or 'no'} GiB"
+            lines.append(f"WARNING: it may not fit ({takes}){less}")
         return lines
 
     def beside(self, speed: Speed, moved: int) -> str:
