@@ -99,6 +99,7 @@ class Saver:
             CheckpointError: on every rank, if it could not be written; earlier checkpoints are untouched.
         """
         self.finish()
+        self.saved = from_rank_0(self.saved)  # another may not have heard of it in time
         if self.saved[0] != step:
             job = self._start(step, pieces, sizes, state)
             self._conclude(job, self._agree(job, self._write(job, straight)))

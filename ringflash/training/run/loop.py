@@ -1,6 +1,7 @@
 """The training run: from a checked configuration to checkpoints, a log, a validation and a picture.
 
-Everything in here is a collective unless it says otherwise: all ranks walk the same steps, rank 0 writes.
+Everything in here is a collective unless it says otherwise: all ranks walk the same steps, and rank 0 writes, all ranks
+checkpoints.
 """
 
 from __future__ import annotations
