@@ -410,21 +410,22 @@ class Placement:
             "tokens of each rank": _short(self.partition.digest + self.key_partition.digest),
         }
 
-    def of_mask(self, index: int) -> dict[str, object]:
-        """The same of one mask."""
-        return {"mask": _shown(self.rules[index].spec(documents=False)), "plan": self._plan_text(index)}
+    def shown_mask(self, index: int) -> str:
+        """One of the masks, as ranks compare it."""
+        return _shown(self.rules[index].spec(documents=False))
 
-    def _plan_text(self, index: int) -> str:
+    def plan_text(self, index: int) -> str:
+        """The plan for it, likewise."""
         choice = self.choice(index)
         crossing = " with level queries" if choice is not None and choice.level is not None else ""
         return f"{self.plan_name(index)} on {self.hosts} hosts{crossing}"
 
     def digest(self, index: int) -> str:
-        """`of_all` and `of_mask` in a few characters."""
+        """`of_all`, the mask and its plan in a few characters."""
         found = self._digests.get(index)
         if found is None:
             rules = self.rules[index].spec(documents=False)
-            found = self._digests[index] = _short(f"{self.of_all} {rules} {self._plan_text(index)}".encode())
+            found = self._digests[index] = _short(f"{self.of_all} {rules} {self.plan_text(index)}".encode())
         return found
 
 
