@@ -2,7 +2,8 @@
 
 `register()` hands them to Hydra under the name `schema`, on which `config.yaml` is built. The groups' YAML files only
 give values. Bounds stand in the fields' metadata, and ringflash.training.config.checks compares them: `choices`,
-`at_least`, `positive`, `share` (0 up to, not including, 1) and `bits` (of an unsigned integer). Numbers are finite.
+`at_least`, `positive`, `share` (0 up to, not including, 1), `bits` (of an unsigned integer) and `words` (allowed beside
+numbers). Numbers are finite.
 """
 
 from __future__ import annotations
@@ -26,12 +27,20 @@ FORMATS = ("text", "chat")
 ROPE = {
     "default": ((), ()),
     "linear": (("factor",), ("original_max_position_embeddings",)),
-    "dynamic": (("factor",), ("original_max_position_embeddings",)),
+    "dynamic": (("factor",), ()),
     "yarn": (("factor",), ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow")),
     "longrope": (("short_factor", "long_factor"), ("factor", "original_max_position_embeddings", "attention_factor")),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
 }
 """Types of rotary embeddings, each with the keys that it needs and those that it takes beside these and rope_theta."""
+
+ROPE_SCALINGS = {
+    "linear": (),
+    "ntk": (),
+    "yarn": ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"),
+    "llama3": ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+"""Types of `model.rope_scaling`, each with the keys that it takes beside the factor."""
 
 SCHEDULES = (
     "warmup_cosine",
@@ -50,16 +59,24 @@ SCHEDULES = (
 
 @dataclass
 class RopeScalingConfig:
-    """Llama-3's stretching of the slow rotary frequencies to contexts beyond the original one."""
+    """How the recipe's own model stretches its rotary frequencies to contexts beyond the original one."""
 
-    factor: float = 1.0
-    """Frequencies below the low bound are divided by this; 1: all stay as they are."""
-    low_freq_factor: float = 1.0
-    """Frequencies of fewer turns than this within the original context count as low."""
-    high_freq_factor: float = 4.0
-    """Frequencies of more turns than this within the original context stay as they are."""
+    rope_type: str = _bounded("llama3", choices=tuple(ROPE_SCALINGS))
+    """"linear", "ntk" (NTK-aware, by the base), "yarn" or "llama3"."""
+    factor: float = _bounded(1.0, positive=True)
+    """How much longer the context becomes; 1: all frequencies stay as they are."""
+    low_freq_factor: float = _bounded(1.0, positive=True)
+    """Of llama3: frequencies of fewer turns than this within the original context are divided by the factor."""
+    high_freq_factor: float = _bounded(4.0, positive=True)
+    """Of llama3: frequencies of more turns than this within the original context stay as they are."""
     original_max_position_embeddings: int = _bounded(8192, at_least=1)
-    """The original context, in tokens."""
+    """Of llama3 and yarn: the original context, in tokens."""
+    attention_factor: float | None = _bounded(None, positive=True)
+    """Of yarn: factor of cosine and sine; null: 0.1 ln(factor) + 1."""
+    beta_fast: float = _bounded(32.0, positive=True)
+    """Of yarn: turns within the original context from which on frequencies stay."""
+    beta_slow: float = _bounded(1.0, positive=True)
+    """Of yarn: turns up to which frequencies are divided by the factor."""
 
 
 @dataclass
@@ -111,7 +128,7 @@ class ModelConfig:
     rope_theta: float = _bounded(10000.0, positive=True)
     """Base of the rotary frequencies."""
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
-    """Llama-3 frequency scaling."""
+    """How these are stretched to longer contexts."""
     rms_norm_eps: float = _bounded(1e-5, positive=True)
     """Added to the mean square in RMSNorm."""
     tie_word_embeddings: bool = True
@@ -302,8 +319,13 @@ class TrainConfig:
 class CheckpointConfig:
     """When to save and what to start from."""
 
-    every: int = _bounded(0, at_least=0)
-    """Steps between checkpoints; 0: only at the end."""
+    every: int | str = _bounded(0, at_least=0, words=("never",))
+    """Steps between checkpoints; 0: only at the end; "never": not even then, nor when a signal stops the run."""
+    only_weights: bool = False
+    """Save no optimizer state: a new run can start from such a checkpoint, and none go on from it."""
+    background: bool = True
+    """Copy what is saved between two steps to host memory, and write it while training goes on; false: training waits
+    for the disk, and no host memory is taken."""
     keep: int = _bounded(2, at_least=1)
     """Newest checkpoints that are kept."""
     resume: str = "auto"
@@ -332,7 +354,9 @@ class LoggingConfig:
     trackio: bool = False
     """Log to Trackio; likewise."""
     profile_steps: int = _bounded(0, at_least=0)
-    """Steps behind the second one that torch's profiler records, of every rank; 0: none."""
+    """Steps that torch's profiler records, of every rank; 0: none."""
+    profile_from: int | None = _bounded(None, at_least=1)
+    """Number of the first of these steps; null: the third that is taken."""
     needle: bool = False
     """At the end, look for a sentence at five depths of contexts of up to train.seqlen tokens, and draw the result."""
 

@@ -19,15 +19,15 @@ from ringflash.configs.schema import Config
 from ringflash.errors import ArgumentError, RingflashError
 from ringflash.training.config.checks import check
 from ringflash.training.config.composing import load
-from ringflash.training.memory.estimate import CARDS, GIB, Estimate, Hardware, estimate, longest
+from ringflash.training.estimate.hardware import CARDS, GIB, Hardware
+from ringflash.training.estimate.step import Estimate, estimate, longest
 from ringflash.training.memory.plan import said
 
 
 def as_text(config: Config, hardware: Hardware, found: Estimate, fitting: int) -> str:
     """What is to be shown."""
     seqlen = config.train.seqlen
-    speed = config.train.global_batch * seqlen / found.seconds / hardware.gpus
-    width = max(map(len, found.device))
+    width = max(map(len, (*found.device, *found.host)))
     lines = [
         f"{seqlen:,} tokens, {config.engine.name}, engine.memory={config.engine.memory}, {hardware.gpus} GPUs",
         said(found.placements, found.pairs),
@@ -35,9 +35,11 @@ def as_text(config: Config, hardware: Hardware, found: Estimate, fitting: int) -
         "of each GPU, GiB",
         *(f"  {name:<{width}}  {size / GIB:8.2f}" for name, size in found.device.items()),
         f"  {'together':<{width}}  {found.peak / GIB:8.2f} of {hardware.card.memory / GIB:.1f}",
-        f"of its host, GiB  {found.host / GIB:.2f}",
+        "of its host, GiB for each GPU",
+        *(f"  {name:<{width}}  {size / GIB:8.2f}" for name, size in found.host.items()),
         "",
-        f"{found.seconds:.2f} s a step, {speed:,.0f} tokens/s/GPU, MFU {found.mfu:.1%}, by the device's work alone",
+        f"{found.seconds:.2f} s a step, {found.tokens_per_second:,.0f} tokens/s/GPU, MFU {found.mfu:.1%}, "
+        "by the device's work alone",
         "it fits" if found.fits else "it does NOT fit",
         f"the longest train.seqlen that fits: {fitting:,}" if fitting else "no train.seqlen fits",
     ]

@@ -36,6 +36,7 @@ from ringflash.parallel.planning.pulls import Share
 from ringflash.parallel.positions.documents import rows_apart
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import NAMES, Partition, check_name, default_partition, resolve
+from ringflash.parallel.positions.visibility import visible_pairs
 from ringflash.parallel.transport.head_exchange import HeadExchange
 from ringflash.parallel.transport.row_exchange import RowExchange
 from ringflash.parallel.transport.select import GroupTransport, transport_of
@@ -185,6 +186,16 @@ class Placement:
                 return index
         self._add(mask)
         return len(self.masks) - 1
+
+    @cached_property
+    def pairs(self) -> float:
+        """See `Sharding.pairs`."""
+        if self.on_device is not None:
+            raise ArgumentError("pairs: cu_seqlens are on a device, where the host must not read them")
+        queries, weights = self.partition.repeat(self.batch).positions(self.rank), self._partition["weights"]
+        keys = self.batch * self.key_seqlen
+        found = (weight * visible_pairs(mask, queries, keys) for mask, weight in zip(self.masks, weights, strict=False))
+        return sum(found) / sum(weights)
 
     def bind(self, group: dist.ProcessGroup | None) -> None:
         """Say which group communicates; see `Sharding.bind`."""
@@ -399,21 +410,22 @@ class Placement:
             "tokens of each rank": _short(self.partition.digest + self.key_partition.digest),
         }
 
-    def of_mask(self, index: int) -> dict[str, object]:
-        """The same of one mask."""
-        return {"mask": _shown(self.rules[index].spec(documents=False)), "plan": self._plan_text(index)}
+    def shown_mask(self, index: int) -> str:
+        """One of the masks, as ranks compare it."""
+        return _shown(self.rules[index].spec(documents=False))
 
-    def _plan_text(self, index: int) -> str:
+    def plan_text(self, index: int) -> str:
+        """The plan for it, likewise."""
         choice = self.choice(index)
         crossing = " with level queries" if choice is not None and choice.level is not None else ""
         return f"{self.plan_name(index)} on {self.hosts} hosts{crossing}"
 
     def digest(self, index: int) -> str:
-        """`of_all` and `of_mask` in a few characters."""
+        """`of_all`, the mask and its plan in a few characters."""
         found = self._digests.get(index)
         if found is None:
             rules = self.rules[index].spec(documents=False)
-            found = self._digests[index] = _short(f"{self.of_all} {rules} {self._plan_text(index)}".encode())
+            found = self._digests[index] = _short(f"{self.of_all} {rules} {self.plan_text(index)}".encode())
         return found
 
 

@@ -71,8 +71,8 @@ class Sharding:
         token_work: what "balanced" takes the rest of a layer to cost a token, in visible pairs of attention: about 5
             times the width of a model. 0 levels attention alone.
         plan: how keys travel: "ring", "counter-ring" (both ways at once), "double-ring" (round each host, then on to
-            the next), or "direct-1", "direct-2" and so on (from their owners, in so many waves). None is the ring,
-            unless another one is predicted to be clearly faster; see `describe`.
+            the next), or "direct-0", "direct-1" and so on (from their owners, in so many waves). None is what is
+            predicted to be fastest; queries of uneven shares may then cross to level ones, too. See `describe`.
         hosts: how many hosts the ranks lie on, equally many on each, in order; for predictions, and for "double-ring".
             None is one for every 8 ranks where these divide more than 8, and otherwise one.
 
@@ -197,6 +197,14 @@ class Sharding:
     def max_tokens(self) -> int:
         """The most that s is on any rank: known everywhere without asking, for tiles that all ranks need as many of."""
         return max(self.partition.counts())
+
+    @property
+    def pairs(self) -> float:
+        """Pairs of one of this rank's queries and a key that it sees: what attention works on.
+
+        Of several masks the mean over the layers that have them; masks that were added by a call are not in it.
+        """
+        return self._placement.pairs
 
     @property
     def digest(self) -> str:

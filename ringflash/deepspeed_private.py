@@ -69,6 +69,36 @@ def link_optimizer_state(zero: Any) -> None:
     zero._lazy_init_hp_params_optimizer_state()
 
 
+def own_part(weight: Any, moment: str | None = None) -> tuple[int, Tensor] | None:
+    """What this rank holds of a weight, in fp32, or of one of its moments; None if it holds nothing of it.
+
+    Args:
+        weight: one that is trained.
+        moment: a name of the optimizer's state; None for the weight.
+
+    Returns:
+        The first element, of the flattened whole tensor, and a flat view. DeepSpeed's own functions for stage 3 give
+        copies of what is offloaded, and there are none for stages 1 and 2.
+    """
+    if not hasattr(weight, "ds_id"):
+        mapping = weight._hp_mapping
+        return (
+            None if mapping is None else (mapping.lp_fragment_address.start, mapping.get_hp_fragment(moment).detach())
+        )
+    part, _ = weight._z3_optimizer._get_fp32_opt_state_partition(weight, False, moment)
+    start = part_size(weight) * dist.get_rank()
+    size = min(part_size(weight), weight.ds_numel - start)  # the rest of it is padding
+    return (start, part.detach()[:size]) if size > 0 else None
+
+
+def cast_own_part(weight: Any) -> None:
+    """Stage 3: have the model's weight, in its own dtype, be what `own_part` gives."""
+    held = own_part(weight)
+    if held is not None:
+        weight.ds_tensor.data[: len(held[1])].copy_(held[1])
+    weight.ds_secondary_tensor = None  # a second division within a host, made anew from the first where there is none
+
+
 def part_size(weight: Any) -> int:
     """Stage 3: elements of the equal parts in which the ranks hold a weight, the last ones padded."""
     return weight.ds_tensor.numel()

@@ -75,7 +75,7 @@ def export(run: Path, out: Path, shard_size: str = "5GB") -> float:
         raise CheckpointError(f"{run}: no complete checkpoint in it, nor is it one")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ArgumentError(f"{out} is there already; give a new folder")
-    checkpoint = Checkpoint(path)
+    checkpoint = Checkpoint(path, weights_alone=True)
     tokenizer = _tokenizer(path.parent.parent / TOKENIZER)
     model, reference = _models(checkpoint)
     ids = _sample(model)
@@ -173,6 +173,8 @@ def _merge(
 def _of_llama(checkpoint: Checkpoint, about: dict[str, Any]) -> tuple[Any, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from ringflash.training.model.rope import as_transformers
+    from ringflash.training.model.shape import head_dim
     from ringflash.training.model.transformer import Transformer
 
     run = checkpoint.state["config"]
@@ -188,15 +190,12 @@ def _of_llama(checkpoint: Checkpoint, about: dict[str, Any]) -> tuple[Any, Any]:
     with torch.device("meta"):
         ours = Transformer(shape, vocab_size)
     materialise(ours, CPU, lambda name, weight: weight.copy_(_rounded(checkpoint, name)))
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": shape.rope_theta}
-    if scaling.factor != 1:
-        rope |= {"rope_type": "llama3", **vars(scaling)}
     names = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
     config = LlamaConfig(
         vocab_size=vocab_size,
         rms_norm_eps=shape.rms_norm_eps,
         tie_word_embeddings=shape.tie_word_embeddings,
-        rope_parameters=rope,
+        rope_parameters=as_transformers(head_dim(shape), shape.rope_theta, scaling),
         max_position_embeddings=run["train"]["seqlen"],
         bos_token_id=None,
         eos_token_id=None,

@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 4 docs/benchmarks/long_context.py 524288 engine.memory=offload
 
 One document of random tokens a step, on random weights of `experiment=llama3_8b_long`, or of what overrides name. MFU
-counts the operations of causal attention and of products, without what is computed again, against 989 TFLOP/s of an
-H100 in bf16. Each length is a model of its own; one that does not fit ends the command, behind what was measured.
+is of the useful operations (`ringflash.training.estimate.operations`), against what the GPU's maker says of bf16. Each
+length is a model of its own; one that does not fit ends the command, behind what was measured.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import time
 from pathlib import Path
 
@@ -24,24 +25,18 @@ from ringflash.launch.benchmark_device import machine
 from ringflash.launch.train import join
 from ringflash.training.config.composing import load
 from ringflash.training.engines.create import create_engine
+from ringflash.training.estimate.hardware import card_of
+from ringflash.training.estimate.operations import operations_of
 from ringflash.training.model.create import create_model
 
-PEAK = 989e12
 GIB = 2**30
-
-
-def operations(config: Config, weights: int, tokens: int) -> float:
-    """Of a step: 6 for each weight and token, and 3.5 times those of causal attention's forward pass."""
-    model = config.model
-    width = model.num_attention_heads * (model.head_dim or model.hidden_size // model.num_attention_heads)
-    return 6.0 * weights * tokens + 7.0 * model.num_hidden_layers * width * tokens**2
 
 
 def of_length(config: Config, device: torch.device, steps: int) -> list[dict]:
     """What each step took, on the rank on which that was most."""
     tokens, ranks = config.train.seqlen, dist.get_world_size()
     model = create_model(config, 257, dist.group.WORLD)
-    weights = sum(x.numel() for name, x in model.named_parameters() if not name.startswith("embed"))
+    useful, peak = operations_of(model), card_of(device).peak if device.type == "cuda" else math.nan
     engine = create_engine(model, device, config.engine, config.optimizer, 1)
     rows, on_gpu = [], device.type == "cuda"
     for step in range(steps):
@@ -62,12 +57,14 @@ def of_length(config: Config, device: torch.device, steps: int) -> list[dict]:
         sizes = [torch.cuda.max_memory_allocated() if on_gpu else 0, 0 if host is None else host.taken]
         most = torch.tensor([float(x) for x in sizes], device=device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
+        pairs = torch.tensor(shard["sharding"].pairs, dtype=torch.float64, device=device)
+        dist.all_reduce(pairs)
         row = {
             "tokens": tokens,
             "step": step,
             "seconds": took,
             "tokens_per_second_per_gpu": tokens / took / ranks,
-            "mfu": operations(config, weights, tokens) / took / ranks / PEAK,
+            "mfu": useful.of(tokens, pairs.item()) / took / ranks / peak,
             "gpu_gib": most[0].item() / GIB,
             "host_gib_per_gpu": most[1].item() / GIB,
             "loss": loss,

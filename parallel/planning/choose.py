@@ -124,9 +124,9 @@ def _with_level_queries(
     stay: Choice, mask: Mask, queries: Partition, keys: Partition, level: Partition, memory: int, token_work: int
 ) -> Choice:
     """The plan for queries that cross, if that is clearly faster than the one for those that stay."""
-    if not stay.predicted:
-        return stay
     cross = _choose(mask, level, keys, 1, stay.machine, stay.shape, memory, token_work)
+    if not stay.predicted or not cross.predicted:
+        return stay  # nothing has to move, or there are too many ranks to choose for
     taken = cross.predicted[cross.name].total + crossing_seconds(queries, level, stay.machine, stay.shape)
     share = taken / stay.predicted[stay.name].total
     if share > CLEARLY:

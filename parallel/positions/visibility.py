@@ -159,6 +159,26 @@ def key_intervals(
     return KeyIntervals(rows[0], rows[1], key_positions.shape[0], *sink)
 
 
+def visible_pairs(mask: Mask, queries: Tensor, keys: int) -> int:
+    """How many pairs there are of one of these queries and a key that it sees.
+
+    Args:
+        mask: with its documents.
+        queries: (T,) int64 global positions, on the CPU.
+        keys: how many there are; a mask without documents has no end of its own.
+    """
+    boundaries, own = (None if x is None else torch.tensor(x) for x in (mask.boundaries, mask.query_boundaries))
+    pairs = 0
+    for layer in mask.layers:
+        start, stop, sink_start, sink_stop = (
+            bound.clamp(max=keys) for bound in position_bounds(layer, boundaries, queries, own)
+        )
+        pairs += int((stop - start).clamp_(min=0).sum())
+        if mask.two_intervals:
+            pairs += int((sink_stop - sink_start).clamp_(min=0).sum())
+    return pairs
+
+
 def needed_keys(mask: Mask, segments: Sequence[Segments], keys: int) -> list[Segments]:
     """For each set of query positions, the keys below `keys` that any of them sees; `Mask.keys_needed` for many."""
     if mask.layout is not None or not any(segments):

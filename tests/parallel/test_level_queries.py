@@ -176,3 +176,13 @@ def test_compiled_and_pickled_they_cross_as_well(pool):
     assert all(pool(3).run(_compiled, timeout=120))
     sharding = Sharding(seqlen=131072, partition="contiguous", rank=0, ranks=4)
     assert pickle.loads(pickle.dumps(sharding)).describe() == sharding.describe()
+
+
+def test_where_level_queries_need_no_keys_of_others_they_stay():
+    layout = [[(i, j) in ((3, 1), (1, 2)) for j in range(4)] for i in range(4)]
+    mask, held = Mask.blocks(layout, 8), Partition.contiguous(32, 2)
+    level = level_queries(held)
+    assert level is not None
+    assert not choose.choose(mask, level, held).predicted
+    assert choose.choose(mask, held).predicted
+    assert choose.choose(mask, held, level=level).level is None

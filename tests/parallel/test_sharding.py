@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from cases import PARTITIONS, Shape, exact, inputs, masks, visible_in_batch
+from cases import PARTITIONS, Shape, exact, inputs, masks, problems, visible, visible_in_batch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
@@ -16,6 +16,7 @@ from ringflash import (
     Mask,
     Partition,
     RankMismatchError,
+    Sharding,
     positions,
     shard,
     shard_batch,
@@ -286,3 +287,22 @@ def test_a_sharded_batch_an_attention_and_unshard_give_what_one_device_gives(poo
 def test_balanced_refuses_a_batch_whose_sequences_have_different_documents(pool):
     with pytest.raises(ArgumentError, match=r"balanced.*batch of 2"):
         pool(3).run(_attend_to_batch, "balanced", Mask.causal(), 2, 29, [0, 3, 20, 58])
+
+
+@settings(max_examples=60, deadline=None)
+@given(problem=problems(longest=40, most_ranks=4), layers=st.integers(1, 3))
+def test_ranks_together_count_every_visible_pair_once(problem, layers):
+    mask, partition = problem
+    # A second mask has to have the same documents, and the same shared prefix.
+    second = Mask.causal() & Mask(boundaries=mask.boundaries, query_boundaries=mask.query_boundaries)
+    both = {mask: 1} if mask.branches is not None or mask == second else {mask: 1, second: layers}
+    place = {"seqlen": partition.length, "partition": partition, "ranks": partition.ranks}
+    found = sum(Sharding(both, rank=rank, **place).pairs for rank in range(partition.ranks))
+    expected = sum(visible(each, partition.length).sum().item() * many for each, many in both.items())
+    assert found == pytest.approx(expected / sum(both.values()))
+
+
+@given(batch=st.integers(1, 3), length=st.integers(0, 30), ranks=st.integers(1, 4))
+def test_sequences_of_a_batch_have_pairs_of_their_own_alone(batch, length, ranks):
+    found = sum(Sharding(seqlen=length, batch=batch, rank=rank, ranks=ranks).pairs for rank in range(ranks))
+    assert found == batch * length * (length + 1) / 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from ringflash import shard_batch
 from ringflash.configs.schema import AttentionConfig, EngineConfig, ModelConfig, OptimizerConfig
-from ringflash.training.checkpoint import writing
 from ringflash.training.checkpoint.reading import Checkpoint
+from ringflash.training.checkpoint.saving import Saver
 from ringflash.training.engines.create import create_engine, parameter_shapes
 from ringflash.training.model.transformer import Transformer
 
@@ -95,8 +96,33 @@ def steps(
         loss, norm, _ = engine.train_step([shard_batch(batch, group) for batch in micro], optimizer.lr)
         curve.append((loss.item(), norm.item()))
     if folder is not None:
-        writing.save(Path(folder), last, engine.tensors(), engine.shapes, {"step": last}, keep=9)
-    return curve, {name: tensor.detach().clone() for name, tensor in engine.tensors()}
+        save(engine, Path(folder), last)
+    return curve, whole(engine)
+
+
+def save(engine, folder, step):
+    """Write a checkpoint of an engine on all ranks."""
+    Saver(folder, torch.device("cpu"), keep=9).save(step, engine.pieces(), engine.sizes(), {"step": step})
+
+
+def stored(path):
+    """Every tensor of a checkpoint by its name."""
+    found = Checkpoint(Path(path))
+    return {name: found.read(name) for name in found.sizes}
+
+
+def whole(engine, kind=""):
+    """Whole tensors of an engine's state, of one kind or all, by name, from the pieces of all ranks."""
+    pieces = [piece for piece in engine.pieces() if piece.name.startswith(kind)]
+    mine = [(piece.name, piece.start, piece.take().detach().cpu().clone()) for piece in pieces]
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    sizes = {name: shape for name, shape in engine.sizes().items() if name.startswith(kind)}
+    found = {name: torch.full((math.prod(shape),), math.nan) for name, shape in sizes.items()}
+    for name, start, part in (piece for pieces in everyone for piece in pieces):
+        assert found[name][start : start + len(part)].isnan().all(), f"{name} has elements that two ranks write"
+        found[name][start : start + len(part)] = part
+    return {name: x.view(sizes[name]) for name, x in found.items()}
 
 
 def plain(last=2, tied=True, optimizer=OPTIMIZER):

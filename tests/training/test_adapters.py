@@ -8,6 +8,7 @@ import re
 
 import peft
 import pytest
+import recipe
 import torch
 from folders import write_folder
 from safetensors.torch import load_file, save_file
@@ -19,7 +20,6 @@ from transformers import AutoModelForCausalLM
 from ringflash.configs.schema import LoraConfig, ModelConfig
 from ringflash.errors import ArgumentError, CheckpointError
 from ringflash.export import export
-from ringflash.training.checkpoint.files import WEIGHTS
 from ringflash.training.checkpoint.reading import Checkpoint
 from ringflash.training.config.checks import check
 from ringflash.training.config.composing import load
@@ -95,7 +95,7 @@ def tuned(pool, folder):
 
 def test_a_checkpoint_holds_adapters_alone_and_an_export_what_they_add(tuned, tmp_path):
     checkpoint = tuned / "lora" / "checkpoints" / "step-00000006"
-    assert all(map(is_adapter, load_file(checkpoint / WEIGHTS)))
+    assert all(map(is_adapter, recipe.stored(checkpoint)))
     export(tuned / "lora", tmp_path / "out")
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     base = AutoModelForCausalLM.from_pretrained(tuned / "model", dtype=torch.float32)
@@ -154,9 +154,7 @@ def test_adapters_go_on_bit_for_bit_but_not_upon_other_weights_or_otherwise_scal
     middle = f"checkpoint.resume={tuned / 'lora' / 'checkpoints' / 'step-00000003'}"
     job = (middle, "lora.rank=4", "engine=zero2", "optimizer.lr=2e-2")
     pool(2).run(_tune, tuned, "lora-rest", *job)
-    first, second = (
-        load_file(tuned / run / "checkpoints" / "step-00000006" / WEIGHTS) for run in ("lora", "lora-rest")
-    )
+    first, second = (recipe.stored(tuned / run / "checkpoints" / "step-00000006") for run in ("lora", "lora-rest"))
     assert all(torch.equal(first[name], second[name]) for name in first)
     for outcome in pool(2).outcomes(_tune, tuned, "lora-scaled", *job, "lora.alpha=3"):
         assert isinstance(outcome.error, CheckpointError)

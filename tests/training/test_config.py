@@ -74,7 +74,10 @@ def test_a_key_that_does_not_exist_is_refused_by_its_name_and_never_advised_to_b
         ("model=3", "model=3; allowed are llama3_1b, llama3_8b, pretrained, tiny"),
         ("model=null", "model=null; allowed are llama3_1b, llama3_8b, pretrained, tiny"),
         ("model={path: x}", "model={path:x}; allowed are llama3_1b"),
-        ("experiment=[smoke,none]", "experiment=none; allowed are finetune_long, llama3_8b_long, smoke"),
+        (
+            "experiment=[smoke,none]",
+            "experiment=none; allowed are finetune_long, llama3_8b_long, llama3_8b_million, smoke",
+        ),
         ("train.steps.x=1", "train.steps.x is no configuration key; train.steps is a value"),
         ("model@x=tiny", "x is no configuration key; allowed here are attention"),
         ("=3", "=3 names no key; allowed are key=value and group=file"),
@@ -187,7 +190,15 @@ def test_no_file_names_code_to_run():
         (["train.seqlen=3"], 4, "train.seqlen=3 is shorter than the 4 ranks"),
         (["model.num_attention_heads=5"], 1, "model.num_attention_heads=5 is not divisible"),
         (["model.num_key_value_heads=3"], 1, "model.num_key_value_heads=3"),
-        (["model.rope_scaling.factor=0"], 1, "model.rope_scaling="),
+        (["model.rope_scaling.factor=0"], 1, "model.rope_scaling.factor=0.0; it must be positive"),
+        (["model.rope_scaling.rope_type=dynamic"], 1, "rope_type='dynamic'; allowed are linear, ntk, yarn, llama3"),
+        (["model.rope_scaling.beta_fast=8"], 1, "beta_fast=8.0 means nothing to rope_type=llama3, which takes factor"),
+        (["model.rope_scaling.high_freq_factor=1"], 1, "low_freq_factor=1.0 is not below high_freq_factor=1.0"),
+        (
+            ["model.rope_scaling.rope_type=yarn", "model.rope_scaling.beta_slow=64"],
+            1,
+            "beta_slow=64.0 is not below beta_fast=32.0",
+        ),
         (["model.head_dim=33"], 1, "model.head_dim=33"),
         (["seed=18446744073709551616"], 1, "seed=18446744073709551616; allowed are 0 up to, not including, 2^64"),
         (["timeout=0"], 1, "timeout=0.0; it must be positive"),
@@ -216,6 +227,8 @@ def test_no_file_names_code_to_run():
             1,
             "checkpoint.resume=nowhere: no such folder; allowed are auto, last_good, nev",
         ),
+        (["checkpoint.every=off"], 1, "checkpoint.every=off; allowed are never, 0 and more"),
+        (["checkpoint.every=-1"], 1, "checkpoint.every=-1; allowed are 0 and more"),
         (["checkpoint.resume=/"], 1, "checkpoint.resume=/: no manifest.json in it; allowed are auto, last_good, nev"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, list) else None,
@@ -240,15 +253,12 @@ def test_a_folder_that_may_be_a_checkpoint_is_not_refused(tmp_path):
 
 MEET_OTHER_VALUES = {
     "data.vocab_size",  # counts for a BPE only
-    "model.rope_scaling.factor",
-    "model.rope_scaling.low_freq_factor",
-    "model.rope_scaling.high_freq_factor",
 }
 
 
 def test_every_number_says_its_bounds_and_every_bound_is_one_that_is_checked():
     for key, value, bounds in entries(load()):
-        assert bounds.keys() <= {"choices", "at_least", "positive", "share", "bits"}, key
+        assert bounds.keys() <= {"choices", "at_least", "positive", "share", "bits", "words"}, key
         if isinstance(value, int | float) and not isinstance(value, bool):
             assert bounds or key in MEET_OTHER_VALUES, key
 

@@ -89,7 +89,7 @@ def _masters(name, dtype, attribute):
     with torch.no_grad():
         for master in masters:
             master.fill_(0.25)
-    whole = {key.removeprefix("weight/"): x for key, x in engine.tensors() if key.startswith("weight/")}
+    whole = {key.removeprefix("weight/"): x for key, x in recipe.whole(engine).items() if key.startswith("weight/")}
     assert all((whole[parameter] == 0.25).all() for parameter in shapes)
     return sum(master.numel() for master in masters), sum(torch.Size(shape).numel() for shape in shapes.values())
 
@@ -113,7 +113,7 @@ def _state(name, dtype):
     assert len(state) == len(masters)
     for master in masters:
         state[master]["exp_avg"].fill_(0.5)
-    return all((x == 0.5).all() for key, x in engine.tensors() if key.startswith("exp_avg/"))
+    return all((x == 0.5).all() for key, x in recipe.whole(engine).items() if key.startswith("exp_avg/"))
 
 
 @pytest.mark.parametrize(("name", "dtype"), VARIANTS.values(), ids=VARIANTS)
@@ -126,7 +126,7 @@ def _found_before_the_first_step(name, dtype, link):
         if not link:
             patch.setattr(zero, "link_optimizer_state", lambda _: None)
         engine, shapes = _engine(name, dtype)
-    moments = [x for key, x in engine.tensors() if not key.startswith("weight/")]
+    moments = [x for key, x in recipe.whole(engine).items() if not key.startswith("weight/")]
     return len(moments) == len(MOMENTS) * len(shapes)
 
 
@@ -135,6 +135,40 @@ def test_linking_lets_optimizer_state_be_found_before_the_first_step(pool, varia
     assert pool(2).run(_found_before_the_first_step, *VARIANTS[variant], True) == [True, True]
     for outcome in pool(1).outcomes(_found_before_the_first_step, *VARIANTS[variant], False):
         assert outcome.error is not None
+
+
+def _own_parts(name, dtype):
+    engine, _ = _engine(name, dtype)
+    import deepspeed
+
+    found = 0
+    for _, weight in engine.model.named_parameters():
+        for moment in (None, *MOMENTS):
+            held = private.own_part(weight, moment)
+            if held is not None:
+                held[1].fill_(dist.get_rank() + 1)  # of what DeepSpeed has, not of a copy
+                found += len(held[1])
+            if moment is None:
+                whole = deepspeed.utils.safe_get_full_fp32_param(weight).flatten()
+            else:
+                whole = deepspeed.utils.safe_get_full_optimizer_state(weight, moment).flatten()
+            if held is not None:
+                start, part = held
+                assert (whole[start : start + len(part)] == dist.get_rank() + 1).all()
+            assert (whole > 0).all()
+        if name == "zero3":
+            private.cast_own_part(weight)
+            with deepspeed.zero.GatheredParameters([weight]):
+                assert weight.dtype == dtype
+                assert (weight > 0).all()
+                assert weight.ds_secondary_tensor is None
+    return found, (1 + len(MOMENTS)) * sum(torch.Size(shape).numel() for shape in engine.shapes.values())
+
+
+@pytest.mark.parametrize(("name", "dtype"), [*VARIANTS.values(), ("zero3", torch.bfloat16)], ids=str)
+def test_own_parts_are_views_of_what_deepspeed_gathers_and_of_all_of_it_once(pool, name, dtype):
+    found = pool(3).run(_own_parts, name, dtype)
+    assert sum(mine for mine, _ in found) == found[0][1]
 
 
 def _parts():

@@ -88,9 +88,7 @@ def test_bf16_keeps_master_weights_in_fp32(pool, name):
 def _initial_weights(name, tied):
     model = recipe.build(device="meta", model=dataclasses.replace(recipe.MODEL, tie_word_embeddings=tied))
     engine = create_engine(model, torch.device("cpu"), EngineConfig(name), recipe.OPTIMIZER)
-    if name in ("ddp", "fsdp2"):  # the optimizer has no state yet
-        return {name: engine.whole(weight.detach()) for name, weight in model.named_parameters()}
-    return {name.removeprefix("weight/"): x for name, x in engine.tensors() if name.startswith("weight/")}
+    return {name.removeprefix("weight/"): x for name, x in recipe.whole(engine, "weight/").items()}
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -153,7 +151,7 @@ def _all_masked(name):
     ids = torch.zeros(1, 8, dtype=torch.int64)
     batch = {"input_ids": ids, "position_ids": ids, "labels": torch.full_like(ids, -100), "seqlen": 16}
     loss, norm, _ = engine.train_step([batch], 1e-3)
-    return loss.item(), norm.item(), all(torch.isfinite(weight).all() for _, weight in engine.tensors())
+    return loss.item(), norm.item(), all(torch.isfinite(weight).all() for weight in recipe.whole(engine).values())
 
 
 @pytest.mark.parametrize("name", ENGINES)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
+import re
 import subprocess
 import sys
-import types
+from pathlib import Path
 
 import pytest
 import recipe
@@ -17,14 +19,17 @@ from hypothesis import strategies as st
 from test_memory import _peak
 from torch.distributed.tensor import DTensor
 
-from ringflash import ArgumentError
+from ringflash import ArgumentError, loss
 from ringflash.configs.schema import EngineConfig, ModelConfig
+from ringflash.training.config.checks import check
 from ringflash.training.config.composing import load
 from ringflash.training.engines.create import create_engine
-from ringflash.training.memory.estimate import CARDS, GIB, Hardware, _fixed, _Sizes, estimate, longest
+from ringflash.training.estimate.hardware import CARDS, GIB, Hardware
+from ringflash.training.estimate.lasting import held, lasting
+from ringflash.training.estimate.sizes import Sizes
+from ringflash.training.estimate.step import BLOCKS, COPY, estimate, longest
+from ringflash.training.memory import rows
 from ringflash.training.memory.plan import KEEP, OFFLOAD, RECOMPUTE
-from ringflash.training.run import trainer as trainer_module
-from ringflash.training.run.trainer import Trainer
 
 CPU = torch.device("cpu")
 LONG = load(["experiment=llama3_8b_long"])
@@ -34,7 +39,7 @@ FOUR = Hardware(4, CARDS["h100"], 500 * GIB)
 def _sized(overrides, ranks):
     shape = ("hidden_size=128", "intermediate_size=256", "num_hidden_layers=4", "num_attention_heads=4")
     keys = [f"model.{each}" for each in (*shape, "num_key_value_heads=2", "head_dim=32", "vocab_size=512")]
-    return _Sizes.of(load(["data=bytes", *keys, *overrides]), ranks)
+    return Sizes.of(load(["data=bytes", *keys, *overrides]), ranks)
 
 
 def _live():
@@ -62,11 +67,66 @@ def _lasting_bytes(name, optimizer):
 def test_weights_gradients_and_optimizer_take_what_is_said(pool, name, optimizer):
     sizes = _sized([f"engine={name}", "engine.precision=bf16"], 2)
     for weights, found in pool(2).run(_lasting_bytes, name, optimizer):
-        same = dataclasses.replace(sizes, weights=weights)
-        said = _fixed(name, same, 2, optimizer)
-        lasting = said["parameters"] + said["optimizer"] + (0 if name == "fsdp2" else said["gradients"])
-        lasting += 2 * weights if name == "zero3" else 0  # DeepSpeed's bucket, which is no larger than the model
-        assert found == pytest.approx(lasting, rel=0.02)
+        same = dataclasses.replace(sizes.weights, trained=weights)
+        said = lasting(name, same, 2, optimizer)
+        expected = said["parameters"] + said["optimizer"] + (0 if name == "fsdp2" else said["gradients"])
+        expected += 2 * weights if name == "zero3" else 0  # DeepSpeed's bucket, which is no larger than the model
+        assert found == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "away", "expected"),
+    [
+        ("fsdp2", {"offload": True}, {"parameters", "gradients", "optimizer"}),
+        ("zero3", {"offload_optimizer": "cpu", "offload_param": "cpu"}, {"parameters", "gradients", "optimizer"}),
+        ("zero2", {"offload_optimizer": "cpu"}, {"gradients", "optimizer"}),
+        ("zero3", {"offload_optimizer": "none"}, set()),
+    ],
+)
+def test_what_an_engine_has_on_the_host_is_counted_there(tmp_path, name, away, expected):
+    weights, stays = _sized([], 2).weights, EngineConfig(name)
+    if name == "fsdp2":
+        moves = dataclasses.replace(stays, **away)
+    else:
+        path = tmp_path / "deepspeed.json"
+        parts = {key: {"device": device} for key, device in away.items()}
+        path.write_text(json.dumps({"zero_optimization": parts}))
+        moves = dataclasses.replace(stays, deepspeed=str(path))
+    before, after = (held(engine, weights, 2) for engine in (stays, moves))
+    assert before.host == {}
+    assert set(after.host) == expected
+    assert before.device == after.device | after.host
+
+
+def test_what_checkpoints_take_of_the_host_beside_training_blocks_do_not_get():
+    hardware = FOUR
+    long = ["experiment=llama3_8b_long", "train.seqlen=1048576"]
+    most = {}
+    for name, more in {
+        "end": [],
+        "every": ["checkpoint.every=10"],
+        "weights": ["checkpoint.every=10", "checkpoint.only_weights=true"],
+        "waiting": ["checkpoint.every=10", "checkpoint.background=false"],
+        "too_late": ["checkpoint.every=1000", "train.steps=1000"],
+    }.items():
+        found = estimate(load([*long, *more]), hardware)
+        most[name] = found.host.get(COPY, 0), found.host[BLOCKS]
+    assert most["end"] == most["waiting"] == most["too_late"]
+    assert most["end"][0] == 0
+    assert most["every"][0] == pytest.approx(12 * 8.03e9 / 4, rel=0.05)
+    assert most["weights"][0] == pytest.approx(4 * 8.03e9 / 4, rel=0.06)
+    assert most["every"][1] <= most["weights"][1] <= most["end"][1]
+    assert sum(most["every"]) <= hardware.host_share
+    none = dataclasses.replace(hardware, host_bytes=100 * GIB)
+    assert COPY not in estimate(load([*long, "checkpoint.every=10"]), none).host
+
+
+def test_weights_that_some_ranks_have_once_more_are_counted(tmp_path):
+    path = tmp_path / "deepspeed.json"
+    path.write_text(json.dumps({"zero_optimization": {"zero_hpz_partition_size": 2}}))
+    weights, once = _sized([], 4).weights, EngineConfig("zero3")
+    before, after = (held(each, weights, 4) for each in (once, dataclasses.replace(once, deepspeed=str(path))))
+    assert sum(after.device.values()) - sum(before.device.values()) == 2 * weights.all / 2
 
 
 @pytest.mark.parametrize("policy", [KEEP, RECOMPUTE])
@@ -79,6 +139,23 @@ def test_blocks_keep_what_is_said(policy, precision):
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     less, more = (_peak(policy, tokens, blocks, width, wide, dtype=dtype)[0] for blocks in (2, 10))
     assert more - less == pytest.approx(8 * (sizes.kept(False) + (sizes.again if policy == KEEP else 0)), rel=0.05)
+
+
+@pytest.mark.parametrize("policy", [KEEP, RECOMPUTE])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_pass_has_as_much_in_use_at_once_as_is_said(monkeypatch, policy, precision):
+    tokens, width, wide, blocks, tile = 4096, 256, 512, 2, 1 << 17
+    monkeypatch.setitem(rows.TILE_ELEMENTS, "cuda", tile)  # which estimates are of
+    for device in ("cpu", "cuda"):
+        monkeypatch.setitem(loss.CHUNK_ELEMENTS, device, tile)
+    shape = (f"hidden_size={width}", f"intermediate_size={wide}", "num_attention_heads=1", "num_key_value_heads=1")
+    keys = [f"model.{each}" for each in (*shape, f"num_hidden_layers={blocks}", "head_dim=16")]
+    sizes = _sized([f"engine.precision={precision}", f"train.seqlen={tokens}", *keys], 1)
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    found, _ = _peak(policy, tokens, blocks, width, wide, dtype=dtype)
+    at_work = sizes.transient_kept(0) if policy == KEEP else sizes.transient(0, moved=False)
+    kept = blocks * (sizes.kept(False) + (sizes.again if policy == KEEP else 0))
+    assert found == pytest.approx(kept + at_work, rel=0.1)
 
 
 SMALL = load(["model=llama3_1b", "engine.precision=bf16"])
@@ -103,7 +180,7 @@ def test_more_tokens_take_more_and_more_gpus_take_less(length, gpus, policy, eng
     assert found.seconds < longer.seconds
     assert shared.seconds < found.seconds
     if policy != "auto":  # which fills what there is
-        assert found.peak + found.host < longer.peak + longer.host
+        assert found.peak + sum(found.host.values()) < longer.peak + sum(longer.host.values())
         assert shared.peak <= found.peak
     assert found.fits or not longer.fits
     assert shared.fits or not found.fits
@@ -122,6 +199,20 @@ def test_8b_on_four_gpus_is_kept_whole_at_first_and_moves_in_pairs_at_last():
     assert not placements(1 << 22)[2]
 
 
+def test_a_million_tokens_on_four_gpus_pass_every_check_and_take_what_the_page_says():
+    config = load(["experiment=llama3_8b_million", "engine.precision=bf16"])
+    check(config, 4)
+    assert config.train.seqlen == 1 << 20
+    assert config.model == LONG.model
+    found = estimate(config, Hardware(4, CARDS["h100"], 600 * GIB))
+    assert found.fits
+    page = " ".join((Path(__file__).parents[2] / "docs" / "training.md").read_text().split())
+    said = re.search(
+        r"by the estimate for four H100s (\d+) GiB of each GPU and (\d+) GiB of host memory for each", page
+    )
+    assert [int(x) for x in said.groups()] == [round(found.peak / GIB), round(found.host[BLOCKS] / GIB)]
+
+
 @pytest.mark.parametrize("policy", ["auto", "recompute"])
 def test_the_longest_that_fits_does_and_a_little_more_does_not(policy):
     config = dataclasses.replace(LONG, engine=dataclasses.replace(LONG.engine, memory=policy))
@@ -129,24 +220,6 @@ def test_the_longest_that_fits_does_and_a_little_more_does_not(policy):
     for seqlen, fits in ((found, True), (found + found // 32, False)):
         train = dataclasses.replace(config.train, seqlen=seqlen)
         assert estimate(dataclasses.replace(config, train=train), FOUR).fits == fits
-
-
-def test_a_run_on_gpus_says_it_at_its_start(monkeypatch):
-    found = types.SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=CARDS["h100"].memory)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
-    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
-    monkeypatch.setattr(trainer_module, "available_bytes", lambda: 1000 * GIB)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    trainer = object.__new__(Trainer)
-    trainer.config, trainer.device = LONG, torch.device("cuda")
-    trainer.data = types.SimpleNamespace(tokenizer=types.SimpleNamespace(vocab_size=257))
-    config = dataclasses.replace(LONG, engine=dataclasses.replace(LONG.engine, precision="fp32"))  # without a GPU
-    said = estimate(config, Hardware(4, CARDS["h100"], 1000 * GIB))
-    assert trainer._estimate().startswith(f"\nestimated: {said.peak / GIB:.1f} GiB of each GPU, {said.seconds:.2f} s")
-    assert "may not fit" not in trainer._estimate()
-    long = dataclasses.replace(config, train=dataclasses.replace(config.train, seqlen=1 << 23))
-    trainer.config = long
-    assert f"up to {longest(long, Hardware(4, CARDS['h100'], 1000 * GIB)):,} tokens fit" in trainer._estimate()
 
 
 def test_a_model_of_a_folder_is_refused(tmp_path):
@@ -159,7 +232,13 @@ def test_the_command_prints_memory_time_and_the_longest(tmp_path):
     found = subprocess.run(
         [sys.executable, "-m", "ringflash.launch.estimate", *words], capture_output=True, text=True, check=True
     ).stdout
-    for said in ("262,144 tokens, zero3", "optimizer", "of its host, GiB", "tokens/s/GPU, MFU", "longest train.seqlen"):
+    for said in (
+        "262,144 tokens, zero3",
+        "optimizer",
+        "of its host, GiB for each GPU",
+        "tokens/s/GPU, MFU",
+        "longest train.seqlen",
+    ):
         assert said in found
     wrong = subprocess.run(
         [sys.executable, "-m", "ringflash.launch.estimate", "gpus=3", "train.sequence_degree=2"],

@@ -37,7 +37,8 @@ def runs(pool, folder):
     own += ["model.num_attention_heads=0", "model.num_key_value_heads=0", "model=pretrained", "engine=zero3"]
     pool(2).run(_train, folder, "folder", *small, *own, f"model.path={model}")
     pool(2).run(_train, folder, "bpe", *small, "model.rope_scaling.factor=4", "model.tie_word_embeddings=false")
-    pool(2).run(_train, folder, "bytes", *small, "data=bytes")
+    yarn = [f"model.rope_scaling.{key}" for key in ("rope_type=yarn", "factor=4", "original_max_position_embeddings=8")]
+    pool(2).run(_train, folder, "bytes", *small, "data=bytes", *yarn)
     return folder
 
 

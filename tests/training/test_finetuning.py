@@ -89,6 +89,20 @@ def tuned(pool, folder):
     return pool(2).run(_tune, folder, "tuned", "checkpoint.every=3")[0]
 
 
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn"])
+def test_a_tuned_folder_goes_on_with_a_longer_context_and_other_text(pool, folder, tuned, kind):
+    rope = (f"model.rope_parameters.rope_type={kind}", "model.rope_parameters.factor=4", "train.seqlen=192")
+    text = ("data.format=text", f"data.path={folder / 'texts.jsonl'}", "train.steps=1", "train.global_batch=2")
+    start = f"checkpoint.weights={folder / 'tuned'}"
+    pool(2).run(_tune, folder, f"longer-{kind}", start, *rope, *text, "engine=zero3", "optimizer.lr=1e-30")
+    found = Checkpoint(folder / f"longer-{kind}" / "checkpoints" / "step-00000001")
+    before = Checkpoint(folder / "tuned" / "checkpoints" / f"step-{STEPS:08}")
+    assert found.state["model"]["huggingface"]["rope_parameters"]["rope_type"] == kind
+    for name in before.sizes:
+        if name.startswith("weight/"):
+            assert torch.equal(found.read(name), before.read(name)), name
+
+
 class _Steps(torch.utils.data.Dataset):
     """One step's chats each, as the recipe draws them, in rows of their own."""
 

@@ -59,3 +59,25 @@ def test_what_is_raised_while_a_batch_is_made_is_raised_where_it_is_taken() -> N
 
     with pytest.raises(ZeroDivisionError):
         ShardedBatches(_packed(), shard).take()
+
+
+def test_a_batch_that_was_looked_at_is_taken_next_and_not_counted_before() -> None:
+    batches, expected = ShardedBatches(_packed(), lambda batch: batch), _packed()
+    for _ in range(3):
+        state = batches.state_dict()
+        seen = batches.peek()
+        assert batches.state_dict() == state
+        assert batches.take() is seen
+        assert seen["input_ids"].equal(next(expected)["input_ids"])
+
+
+def test_time_is_waited_for_a_batch_that_is_not_ready_alone() -> None:
+    ready = threading.Event()
+    batches = ShardedBatches(_packed(), lambda batch: ready.wait(9) and batch)
+    threading.Timer(0.3, ready.set).start()
+    batches.take()
+    first = batches.waited
+    assert first > 0.2
+    batches.peek()  # waits until the next one is ready, and this is no step's time
+    batches.take()
+    assert batches.waited - first < 0.2

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
 import signal
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,7 +28,9 @@ from ringflash.training.config.agreement import agree
 from ringflash.training.config.checks import check
 from ringflash.training.config.composing import load
 from ringflash.training.run import loop
+from ringflash.training.run import trainer as trainer_module
 from ringflash.training.run.loop import train
+from ringflash.training.run.throughput import Throughput
 
 
 def _train(folder, run, *overrides):
@@ -151,7 +153,7 @@ def _train_until_signalled(folder, run, rank, method, call, *overrides):
         (1, "validate", 1, 2, ["train.validate_every=2"]),
         (0, "validate", 1, 4, ["train.validate_every=4", "checkpoint.every=2"]),
         (1, "validate", 1, 6, []),
-        (1, "save", 1, 3, ["checkpoint.every=2"]),
+        (1, "begin_save", 1, 3, ["checkpoint.every=2"]),
     ],
     ids=["in_a_step", "in_the_last_step", "in_a_validation", "once_saved", "in_the_last_validation", "in_a_save"],
 )
@@ -180,8 +182,8 @@ def _train_by_the_clock(folder):
         return timed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now))
-        for name, seconds in (("train_step", 1), ("validate", 10), ("save", 10)):
+        patch.setattr(trainer_module, "Throughput", functools.partial(Throughput, clock=lambda: now))
+        for name, seconds in (("train_step", 1), ("validate", 10), ("begin_save", 10)):
             patch.setattr(loop.Trainer, name, taking(seconds, getattr(loop.Trainer, name)))
         _train(folder, "speed", "logging.every=3", "train.validate_every=2", "checkpoint.every=4")
 

@@ -16,6 +16,9 @@ from ringflash.training.run.plots import plot_run
 from ringflash.training.run.position_loss import PositionLoss
 from ringflash.training.run.progress import ProgressDisplay
 from ringflash.training.run.scalars import ScalarLog, read_scalars
+from ringflash.training.run.throughput import Speed
+
+SPEED = Speed(ranks=1, seconds=2.0, tokens_per_second=12345.6, waited=0.25)
 
 
 def test_scalars_reach_both_logs(tmp_path):
@@ -36,7 +39,7 @@ def test_other_ranks_write_nothing(tmp_path):
     out = io.StringIO()
     with ScalarLog(tmp_path / "run", rank=1) as log, ProgressDisplay(3, rank=1, console=Console(file=out)) as progress:
         log.write(1, {"loss": 1.0})
-        progress.update(1, loss=1.0, tokens_per_second=1.0)
+        progress.update(1, 1.0, SPEED)
         progress.note("hello")
     assert not (tmp_path / "run").exists()
     assert out.getvalue() == ""
@@ -91,14 +94,14 @@ def show(steps, terminal=False, every_seconds=10.0, **arguments):
     with ProgressDisplay(console=console, clock=lambda: now[0], every_seconds=every_seconds, **arguments) as progress:
         for step in steps:
             now[0] += 2.0
-            progress.update(step, loss=2.5, tokens_per_second=12345.6)
+            progress.update(step, 2.5, SPEED)
     return out.getvalue()
 
 
 def test_lines_come_now_and_then_and_at_the_end():
     lines = show(range(1, 21), total_steps=20).splitlines()
     assert [line.split()[1] for line in lines] == ["1/20", "6/20", "11/20", "16/20", "20/20"]
-    assert lines[1] == "step 6/20  loss 2.5000  12,346 tokens/s  2.00 s/step  0:28 left"
+    assert lines[1] == "step 6/20  loss 2.5000  12,346 tokens/s  data wait 0.25 s  2.00 s/step  0:28 left"
 
 
 def test_time_left_counts_from_where_the_run_resumed():
@@ -114,7 +117,7 @@ def test_terminal_gets_a_bar_with_the_same_figures():
 def test_disabled_progress_still_prints_notes():
     out = io.StringIO()
     with ProgressDisplay(5, enabled=False, console=Console(file=out)) as progress:
-        progress.update(1, loss=1.0, tokens_per_second=1.0)
+        progress.update(1, 1.0, SPEED)
         progress.note("validation [2.30] bits per byte")
     assert out.getvalue() == "validation [2.30] bits per byte\n"
 

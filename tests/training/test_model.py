@@ -12,18 +12,22 @@ from hypothesis import strategies as st
 from ringflash import ArgumentError, loss, shard_batch
 from ringflash.configs.schema import AttentionConfig, ModelConfig, RopeScalingConfig
 from ringflash.training.config.composing import load
+from ringflash.training.model.rope import as_transformers
 from ringflash.training.model.transformer import Transformer, attention_mask
 
-SCALING = RopeScalingConfig(factor=8.0, original_max_position_embeddings=64)
+SCALINGS = [
+    RopeScalingConfig(),
+    RopeScalingConfig("llama3", 8.0, original_max_position_embeddings=64),
+    RopeScalingConfig("yarn", 8.0, original_max_position_embeddings=64),
+    RopeScalingConfig("linear", 8.0),
+    RopeScalingConfig("ntk", 8.0),
+]
 
 
-@pytest.mark.parametrize("scaling", [RopeScalingConfig(), SCALING], ids=["plain", "scaled"])
+@pytest.mark.parametrize("scaling", SCALINGS, ids=["plain", "llama3", "yarn", "linear", "ntk"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_computes_what_transformers_llama_computes(tied, scaling):
     transformers = pytest.importorskip("transformers")
-    rope = {"rope_type": "default", "rope_theta": 500.0}
-    if scaling.factor != 1:
-        rope = {"rope_type": "llama3", "rope_theta": 500.0, **vars(scaling)}
     theirs = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=65,
@@ -35,7 +39,7 @@ def test_computes_what_transformers_llama_computes(tied, scaling):
             head_dim=16,
             rms_norm_eps=1e-5,
             tie_word_embeddings=tied,
-            rope_parameters=rope,
+            rope_parameters=as_transformers(16, 500.0, scaling),
             max_position_embeddings=512,
         )
     ).eval()

@@ -7,7 +7,6 @@ import dataclasses
 import pytest
 import recipe
 import torch
-from safetensors.torch import load_file
 from test_finetuning import STEPS, _tune
 from test_finetuning import folder as folder
 from test_loop import _train
@@ -15,7 +14,6 @@ from transformers import get_scheduler
 
 from ringflash.configs.schema import SCHEDULES, OptimizerConfig
 from ringflash.errors import ArgumentError, CheckpointError
-from ringflash.training.checkpoint.files import OPTIMIZER, WEIGHTS
 from ringflash.training.config.checks import check
 from ringflash.training.config.composing import load
 from ringflash.training.config.derived import steps_of
@@ -120,12 +118,9 @@ def _goes_on(pool, tmp_path, name, engine="ddp"):
     middle = tmp_path / "whole" / "checkpoints" / "step-00000003"
     rest = pool(2).run(_train, tmp_path, "rest", f"checkpoint.resume={middle}", *job)[0]
     assert rest == {step: loss for step, loss in whole.items() if step > 3}
-    for file in (WEIGHTS, OPTIMIZER):
-        first, second = (
-            load_file(tmp_path / run / "checkpoints" / "step-00000006" / file) for run in ("whole", "rest")
-        )
-        assert first.keys() == second.keys()
-        assert all(torch.equal(first[key], second[key]) for key in first)
+    first, second = (recipe.stored(tmp_path / run / "checkpoints" / "step-00000006") for run in ("whole", "rest"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
     return whole, middle
 
 
@@ -156,7 +151,7 @@ def test_moments_in_8_bits_learn_nearly_what_others_do_and_go_on_bit_for_bit_on_
     first = {1: expected[1], 2: expected[2]}  # moments are rounded only behind the first step
     assert {1: found[1], 2: found[2]} == pytest.approx(first, rel=1e-5)
     assert found == pytest.approx(expected, rel=0.01)
-    kept, others = (load_file(tmp_path / run / "checkpoints" / middle.name / OPTIMIZER) for run in ("whole", "adamw"))
+    kept, others = (recipe.stored(tmp_path / run / "checkpoints" / middle.name) for run in ("whole", "adamw"))
     coarse = {key.removeprefix("exp_avg_largest/") for key in kept if key.startswith("exp_avg_largest/")}
     assert "layers.1.mlp.up_proj.weight" in coarse
     assert "embed_tokens.weight" not in coarse

@@ -114,7 +114,7 @@ def _steps(
     losses = engine.evaluate(model.shard(recipe.batches(9)[0]))
     sums = losses.sum()[None]
     dist.all_reduce(sums)
-    state = {name.replace("/model.", "/"): x.detach().clone() for name, x in engine.tensors()}
+    state = {name.replace("/model.", "/"): x.detach().clone() for name, x in recipe.whole(engine).items()}
     return curve, state, sums.item() / world * degree
 
 
@@ -312,6 +312,16 @@ def test_rope_parameters_are_those_of_transformers(folder, rope):
     assert torch.equal(ours.inv_freq, theirs.inv_freq)
     assert ours.attention_scaling == theirs.attention_scaling
     assert not torch.equal(ours.inv_freq, empty_model(read_config(folder), "").model.rotary_emb.inv_freq)
+
+
+def test_dynamic_rope_stretches_what_is_longer_than_the_context_that_the_model_was_trained_with(folder):
+    rope = RopeParametersConfig(rope_type="dynamic", factor=4.0)
+    rotary = empty_model(changed(read_config(folder), ModelConfig(rope_parameters=rope), 1024), "").model.rotary_emb
+    width = 2 * len(rotary.inv_freq)
+    for length, longer in ((128, 1), (1024, 4 * 1024 / 128 - 3)):  # as NTK-aware scaling was published for any length
+        rotary(torch.zeros(1), torch.arange(length)[None])
+        base = 10000.0 * longer ** (width / (width - 2))
+        torch.testing.assert_close(rotary.inv_freq, base ** -(torch.arange(0, width, 2) / width))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,9 @@ import torch
 import torch.distributed as dist
 
 from ringflash import shard_batch
+from ringflash.training.checkpoint.reading import Checkpoint
+from ringflash.training.checkpoint.saving import Saver
+from ringflash.training.engines.base import Piece
 
 pytestmark = pytest.mark.gpu
 
@@ -62,6 +65,26 @@ def _follows_and_resumes(tmp_path, name, memory, settings=None):
     recipe.steps(name, last=2, folder=str(tmp_path), **options)
     resumed, _ = recipe.steps(name, first=2, last=4, resume=str(tmp_path / "step-00000002"), **options)
     torch.testing.assert_close(torch.tensor(resumed), torch.tensor(curve[2:]), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.usefixtures("_one_gpu")
+def test_what_is_written_beside_training_is_what_was_there_when_it_began(tmp_path):
+    device = torch.device("cuda", 0)
+    pieces, expected = [], {}
+    for number, size in enumerate((3, 1 << 27, 5)):  # the second one is longer than a slab of page-locked memory
+        tensor = torch.rand(size, device=device)
+        pieces.append(Piece(f"weight/{number}", 0, size, lambda tensor=tensor: tensor))
+        expected[f"weight/{number}"] = tensor.cpu()
+    sizes = {piece.name: (piece.size,) for piece in pieces}
+    with Saver(tmp_path, device, keep=1) as saver:
+        saver.reserve(4 * sum(piece.size for piece in pieces))
+        assert saver.news() == []
+        saver.begin(1, pieces, sizes, {})
+        for piece in pieces:
+            piece.take().zero_()
+    assert saver.news()[0].startswith(f"saved {tmp_path / 'step-00000001'}: training waited for ")
+    found = Checkpoint(tmp_path / "step-00000001")
+    assert all(torch.equal(found.read(name), tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.usefixtures("_one_gpu")
@@ -164,3 +187,31 @@ def test_moments_in_8_bits_come_back_as_they_were_on_gpus():
                 for name in ("step", "state1", "state2", "absmax1", "absmax2"):
                     before, after = (torch.as_tensor(o.state[w][name]) for o, w in ((first, weight), (second, other)))
                     assert torch.equal(before, after), name
+
+
+@pytest.mark.usefixtures("_one_gpu")
+@pytest.mark.parametrize("memory", ["keep", "recompute", "offload"])
+@pytest.mark.parametrize("name", ["ddp", "zero3"])
+def test_a_step_takes_as_much_of_a_gpu_as_is_estimated(name, memory):
+    from ringflash.training.config.composing import load
+    from ringflash.training.engines.create import create_engine
+    from ringflash.training.estimate.hardware import Hardware, card_of
+    from ringflash.training.estimate.step import estimate
+    from ringflash.training.memory.host import available_bytes
+    from ringflash.training.model.create import create_model
+
+    tokens, device = 65536, torch.device("cuda", 0)
+    keys = [f"engine={name}", f"engine.memory={memory}", "engine.precision=bf16", f"train.seqlen={tokens}"]
+    config = load(["model=llama3_1b", "model.num_hidden_layers=8", *keys])
+    expected = estimate(config, Hardware(1, card_of(device), available_bytes()))
+    before = torch.cuda.memory_allocated()
+    model = create_model(config, 257, dist.group.WORLD)
+    engine = create_engine(model, device, config.engine, config.optimizer)
+    ids = torch.randint(1000, (1, tokens), generator=torch.Generator().manual_seed(0))
+    shard = model.shard({"input_ids": ids, "cu_seqlens": [0, tokens]})
+    shard["sharding"].prepare(device)
+    shard = {key: x.to(device) if isinstance(x, torch.Tensor) else x for key, x in shard.items()}
+    for _ in range(2):  # the first makes the optimizer's state
+        torch.cuda.reset_peak_memory_stats()
+        engine.train_step([shard], 1e-4)
+    assert torch.cuda.max_memory_allocated() - before == pytest.approx(expected.peak, rel=0.1)

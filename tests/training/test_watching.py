@@ -108,8 +108,37 @@ def test_the_profiler_records_so_many_steps_of_every_rank(pool, tmp_path):
     for rank in range(2):
         events = json.loads((tmp_path / "profiled" / "profile" / f"rank{rank}.json").read_text())["traceEvents"]
         steps = {event["name"] for event in events if event.get("name", "").startswith("ProfilerStep")}
-        assert steps == {"ProfilerStep#2", "ProfilerStep#3"}
+        assert steps == {"ProfilerStep#2", "ProfilerStep#3"}  # torch counts from 0
         assert any("ringflash" in event.get("name", "") for event in events)
+
+
+def _recorded(folder, run, *overrides):
+    """How many steps a run recorded, of one rank."""
+    _train(folder, run, *overrides)
+    path = folder / run / "profile" / "rank0.json"
+    if not path.exists():
+        return None
+    events = json.loads(path.read_text())["traceEvents"]
+    return len({name for event in events if (name := event.get("name", "")).startswith("ProfilerStep")})
+
+
+def test_chosen_steps_are_recorded_and_those_that_are_done_are_not_again(pool, tmp_path):
+    chosen = ("logging.profile_steps=3", "logging.profile_from=2", "train.steps=5")
+    assert pool(1).run(_recorded, tmp_path, "chosen", *chosen) == [3]
+    pool(1).run(_train, tmp_path, "goes-on", "train.steps=3")
+    assert pool(1).run(_recorded, tmp_path, "goes-on", *chosen) == [1]  # of 2, 3 and 4 the last
+    pool(1).run(_train, tmp_path, "past", "train.steps=4")
+    assert pool(1).run(_recorded, tmp_path, "past", *chosen) == [None]
+
+
+def test_debug_profile_records_two_steps(pool, tmp_path):
+    assert pool(1).run(_recorded, tmp_path, "debug", "debug=profile", "train.steps=5") == [2]
+
+
+def test_steps_to_record_that_never_come_are_refused():
+    for keys in (["logging.profile_from=3"], ["debug=profile", "logging.profile_from=5"]):
+        with pytest.raises(ArgumentError, match=r"logging\.profile_from"):
+            check(load(keys), 1)
 
 
 @given(seqlen=st.integers(200, 1500), documents=st.lists(st.integers(1, 300), min_size=1, max_size=4))

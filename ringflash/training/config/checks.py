@@ -61,6 +61,10 @@ def _check_bounds(key: str, value: Any, bounds: Mapping[str, Any]) -> None:
     choices, least = bounds.get("choices"), bounds.get("at_least")
     if choices is not None and value not in choices:
         raise ArgumentError(f"{key}={value!r}; allowed are {', '.join(choices)}")
+    if "words" in bounds and isinstance(value, str):
+        if value in bounds["words"]:
+            return
+        raise ArgumentError(f"{key}={value}; allowed are {', '.join(bounds['words'])}, {least} and more")
     if isinstance(value, float) and not math.isfinite(value):
         raise ArgumentError(f"{key}={value}; allowed are finite numbers")
     if least is not None and value < least:
@@ -189,6 +193,13 @@ def _check_logging(config: Config) -> None:
         if getattr(config.logging, name):
             require(f"logging.{name}=true", "accelerate")
             require(f"logging.{name}=true", name, extra=None)
+    first, count, steps = config.logging.profile_from, config.logging.profile_steps, config.train.steps
+    if first is not None and not count:
+        raise ArgumentError(f"logging.profile_from={first} without steps to record; give logging.profile_steps too")
+    if first is not None and config.train.epochs is None and first + count - 1 > steps:
+        raise ArgumentError(
+            f"logging.profile_from={first} and logging.profile_steps={count} go beyond train.steps={steps}"
+        )
 
 
 def _check_own_model(model: ModelConfig) -> None:

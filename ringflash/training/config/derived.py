@@ -39,6 +39,17 @@ def steps_of(config: Config, samples_per_epoch: int | None) -> int:
     return math.ceil(epochs * samples_per_epoch / config.train.global_batch)
 
 
+def saved_every(config: Config) -> int:
+    """Steps between checkpoints; 0: there are none between."""
+    every = config.checkpoint.every
+    return 0 if isinstance(every, str) else every
+
+
+def saves_beside_training(config: Config, steps: int) -> bool:
+    """Whether a run of so many steps writes checkpoints, from a copy in host memory, while it goes on."""
+    return config.checkpoint.background and 0 < saved_every(config) < steps
+
+
 def device_type(config: Config) -> str:
     """Type of device to run on; asking for a GPU where there is none is an error."""
     available = torch.cuda.is_available()

@@ -4,14 +4,15 @@ All engines treat all ranks, data and sequence alike, as one data-parallel group
 `local loss sum / valid tokens of the whole step * ranks`, and the engine averages over ranks: the result is the
 gradient of the mean loss over all tokens of the step, whatever the sharding, the accumulation and the engine.
 
-An engine exports its state as whole fp32 tensors by parameter name, one at a time, and imports the same, so a
-checkpoint of any engine on any number of ranks continues on any other.
+An engine's state is fp32 tensors by parameter name. Each rank exports pieces of them, and imports what it holds by
+name and range: a checkpoint of any engine on any number of ranks continues on any other, and never passes through one.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,8 +22,38 @@ from ringflash.loss import valid_tokens
 from ringflash.training.engines.optimizer import MOMENTS
 from ringflash.training.model.decoder import Decoder
 
-Read = Callable[[str], Tensor]
-"""Tensor of a checkpoint by name: `weight/<parameter>`, `exp_avg/<parameter>`, `exp_avg_sq/<parameter>`, or Muon's."""
+
+class Read(Protocol):
+    """Reads an fp32 tensor of a checkpoint, onto the CPU."""
+
+    def __call__(self, name: str, start: int | None = None, stop: int | None = None) -> Tensor:
+        """By name (`weight/<parameter>`, `exp_avg/<parameter>`, `exp_avg_sq/<parameter>`, or Muon's).
+
+        Args:
+            name: of the tensor.
+            start: first element of the flattened tensor that is wanted; None for the whole tensor in its shape.
+            stop: behind the last one.
+
+        Returns:
+            The tensor, or these elements, flat.
+        """
+        ...
+
+
+class Piece(NamedTuple):
+    """Elements of a tensor of an engine's state that one rank writes: each element is in a piece of exactly one rank.
+
+    Attributes:
+        name: "weight/<parameter>" or "<moment>/<parameter>"; a rank has at most one piece of each.
+        start: the first element, of the flattened whole tensor.
+        size: how many, at least one.
+        take: gives them, flat and in fp32, where they are; a view, if that is how they lie there.
+    """
+
+    name: str
+    start: int
+    size: int
+    take: Callable[[], Tensor]
 
 
 class Engine(ABC):
@@ -30,7 +61,7 @@ class Engine(ABC):
 
     model: Decoder
     shapes: dict[str, tuple[int, ...]]
-    """Shape of each parameter, in the order of `tensors`."""
+    """Shape of each parameter that is trained."""
 
     def train_step(
         self, batches: Sequence[dict], lr: float, stop: Callable[[], bool] = lambda: False
@@ -81,13 +112,29 @@ class Engine(ABC):
         """Clip, step, clear the gradients; returns their norm before clipping."""
 
     def moments(self, name: str) -> dict[str, tuple[int, ...]]:
-        """What the optimizer keeps for a parameter, by name its shape, in the order of `tensors`."""
+        """What the optimizer keeps for a parameter, by name its shape."""
         return dict.fromkeys(MOMENTS, self.shapes[name])
 
-    @abstractmethod
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield ("weight/<parameter>" or "<moment>/<parameter>", whole fp32 tensor); a collective on every rank."""
+    def sizes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each whole tensor of the state, by its name."""
+        return {
+            f"{kind}/{name}": shape
+            for name, whole in self.shapes.items()
+            for kind, shape in {"weight": whole, **self.moments(name)}.items()
+        }
 
     @abstractmethod
-    def load(self, state: Read, step: int) -> None:
-        """Continue from the master weights and moments of a checkpoint; the model's own weights are there already."""
+    def pieces(self) -> Iterator[Piece]:
+        """What this rank writes of the state, which no step may change meanwhile; no collective."""
+
+    @abstractmethod
+    def load(self, read: Read, step: int, moments: bool) -> None:
+        """Take from a checkpoint what this rank holds.
+
+        An engine that divides weights begins with empty ones; others are given them before.
+
+        Args:
+            read: reads it.
+            step: optimizer steps that it has behind it.
+            moments: whether to continue from the optimizer's state; False starts anew from the weights alone.
+        """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +12,7 @@ from torch.optim import Optimizer
 
 from ringflash.configs.schema import OptimizerConfig
 from ringflash.training.engines import eight_bit
-from ringflash.training.engines.base import Engine, Read
+from ringflash.training.engines.base import Engine, Piece, Read
 from ringflash.training.engines.optimizer import (
     MOMENTS,
     MUON_MOMENTS,
@@ -45,12 +46,16 @@ class TorchEngine(Engine):
         """Scale the gradients down to `highest_norm`; returns the norm of all of them before."""
 
     @abstractmethod
-    def whole(self, part: Tensor) -> Tensor:
-        """What all ranks together have of a weight or a moment; a collective."""
+    def stretch(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Which elements of a flattened weight or moment this rank writes, of those that it has."""
 
     @abstractmethod
-    def part(self, weight: nn.Parameter, whole: Tensor) -> Tensor:
-        """What this rank has of a moment of a weight."""
+    def flat(self, tensor: Tensor, start: int, stop: int) -> Tensor:
+        """These elements of a weight or moment as this rank has it."""
+
+    @abstractmethod
+    def stored(self, read: Read, name: str, weight: nn.Parameter) -> Tensor:
+        """A moment of a weight from a checkpoint, as this rank is to have it."""
 
     def update(self, lr: float) -> Tensor:
         """See Engine."""
@@ -68,19 +73,25 @@ class TorchEngine(Engine):
             return eight_bit.shapes(self._state(name))
         return dict.fromkeys(MUON_MOMENTS if name in self._by_muon else MOMENTS, self.shapes[name])
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def pieces(self) -> Iterator[Piece]:
         """See Engine."""
-        for name, weight in trained(self.model):
-            yield f"weight/{name}", self.whole(weight.detach())
-            state = self._state(name)
-            kept = eight_bit.exported(state) if name in self._in_8_bits else state
-            for moment in self.moments(name):
-                yield f"{moment}/{name}", self.whole(kept[moment])
+        for name, shape in self.sizes().items():
+            start, stop = self.stretch(shape)
+            if start < stop:
+                yield Piece(name, start, stop - start, functools.partial(self._elements, name, start, stop))
 
-    def load(self, state: Read, step: int) -> None:
+    def _elements(self, name: str, start: int, stop: int) -> Tensor:
+        kind, _, parameter = name.partition("/")
+        if kind == "weight":
+            return self.flat(self.model.get_parameter(parameter).detach(), start, stop)
+        state = self._state(parameter)
+        kept = eight_bit.exported(state) if parameter in self._in_8_bits else state
+        return self.flat(kept[kind], start, stop)
+
+    def load(self, read: Read, step: int, moments: bool) -> None:
         """See Engine."""
-        for name, weight in trained(self.model):
-            kept = {moment: self.part(weight, state(f"{moment}/{name}")) for moment in self.moments(name)}
+        for name, weight in trained(self.model) if moments else ():
+            kept = {moment: self.stored(read, f"{moment}/{name}", weight) for moment in self.moments(name)}
             if name in self._in_8_bits:
                 eight_bit.restore(self._state(name), kept, step)
             elif name in self._by_muon:

@@ -14,6 +14,9 @@ from ringflash.training.engines.optimizer import trained
 from ringflash.training.engines.zero import ZeroEngine
 from ringflash.training.model.decoder import Decoder
 
+DIVIDE_WEIGHTS = ("fsdp2", "zero3")
+"""Engines under which no rank ever holds the whole model."""
+
 
 def create_engine(
     model: Decoder,
@@ -42,10 +45,13 @@ def create_engine(
         model.compile_blocks()
     model.keep(config.memory, device, None if config.host_gib is None else int(config.host_gib * 2**30))
 
+    read = state or weights
+
     def fill(name: str, weight: Tensor) -> None:
-        read = state or weights
         if read is None or name not in shapes:
             model.initialise(name, weight)
+        elif config.name in DIVIDE_WEIGHTS:
+            weight.zero_()  # each rank reads its part once it has one
         else:
             weight.copy_(read(f"weight/{name}"))
 
@@ -58,8 +64,8 @@ def create_engine(
         stage = int(config.name.removeprefix("zero"))
         engine = ZeroEngine(model, device, fill, stage, optimizer, accumulation, config.deepspeed)
     engine.shapes = shapes
-    if state is not None:
-        engine.load(state, step)
+    if read is not None:
+        engine.load(read, step, moments=state is not None)
     return engine
 
 

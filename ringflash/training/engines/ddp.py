@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ringflash.configs.schema import OptimizerConfig
+from ringflash.training.engines.base import Read
 from ringflash.training.engines.by_torch import TorchEngine
 from ringflash.training.engines.optimizer import trained
 from ringflash.training.model.decoder import Decoder
@@ -35,10 +39,15 @@ class DdpEngine(TorchEngine):
         """See TorchEngine."""
         return nn.utils.clip_grad_norm_([weight for _, weight in trained(self.model)], self.highest_norm)
 
-    def whole(self, part: Tensor) -> Tensor:
-        """See TorchEngine."""
-        return part
+    def stretch(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """See TorchEngine; all ranks hold everything, so each writes an equal part of each tensor."""
+        size, rank, ranks = math.prod(shape), dist.get_rank(), dist.get_world_size()
+        return size * rank // ranks, size * (rank + 1) // ranks
 
-    def part(self, weight: nn.Parameter, whole: Tensor) -> Tensor:
+    def flat(self, tensor: Tensor, start: int, stop: int) -> Tensor:
         """See TorchEngine."""
-        return whole.to(weight.device)
+        return tensor.flatten()[start:stop]
+
+    def stored(self, read: Read, name: str, weight: nn.Parameter) -> Tensor:
+        """See TorchEngine."""
+        return read(name).to(weight.device)

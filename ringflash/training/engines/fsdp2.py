@@ -10,6 +10,7 @@ A block that is computed again in the backward pass is gathered for that once, a
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ringflash.configs.schema import EngineConfig, OptimizerConfig
 from ringflash.errors import ArgumentError
+from ringflash.training.engines.base import Read
 from ringflash.training.engines.by_torch import TorchEngine
 from ringflash.training.engines.materialise import Fill, materialise
 from ringflash.training.engines.optimizer import trained
@@ -84,14 +86,31 @@ class Fsdp2Engine(TorchEngine):
         nn.utils.clip_grads_with_norm_(weights, self.highest_norm, norm)
         return norm
 
-    def whole(self, part: Tensor) -> Tensor:
-        """See TorchEngine."""
-        sharded: Any = part.to(self._device)  # where all ranks' parts can meet
-        return sharded.full_tensor()
+    def stretch(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """See TorchEngine; of the rows of a tensor a rank holds as many as the others, the last ones fewer."""
+        rows, row = -(-shape[0] // dist.get_world_size()), math.prod(shape[1:])
+        first, last = (min(shape[0], rows * rank) for rank in (dist.get_rank(), dist.get_rank() + 1))
+        return first * row, last * row
 
-    def part(self, weight: nn.Parameter, whole: Tensor) -> Tensor:
+    def flat(self, tensor: Tensor, start: int, stop: int) -> Tensor:
         """See TorchEngine."""
-        return self._part(weight, whole)
+        return _local(tensor).flatten()
+
+    def stored(self, read: Read, name: str, weight: nn.Parameter) -> Tensor:
+        """See TorchEngine."""
+        found = torch.zeros_like(weight, requires_grad=False)
+        self._fill(read, name, found)
+        return found
+
+    def load(self, read: Read, step: int, moments: bool) -> None:
+        """See Engine; a rank reads of the weights what it holds."""
+        for name, weight in trained(self.model):
+            self._fill(read, f"weight/{name}", weight.detach())
+        super().load(read, step, moments)
+
+    def _fill(self, read: Read, name: str, tensor: Tensor) -> None:
+        own = _local(tensor)
+        own.copy_(read(name, *self.stretch(tuple(tensor.shape))).view_as(own))
 
     def _part(self, weight: nn.Parameter, whole: Tensor) -> Tensor:
         """This rank's, without a word to the others, who have the whole as well; nothing holds the whole on."""

@@ -1,21 +1,27 @@
-"""DeepSpeed's ZeRO 1, 2 and 3, with what its state needs to be whole fp32 tensors by parameter name."""
+"""DeepSpeed's ZeRO 1, 2 and 3, with what each rank holds of its state as fp32 tensors by parameter name."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from io import StringIO
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ringflash.configs.schema import OptimizerConfig
 from ringflash.deepspeed import import_deepspeed
-from ringflash.deepspeed_private import copies_group, link_optimizer_state, master_weights, optimizer_state, part_size
+from ringflash.deepspeed_private import (
+    cast_own_part,
+    copies_group,
+    link_optimizer_state,
+    master_weights,
+    optimizer_state,
+    own_part,
+)
 from ringflash.errors import ArgumentError
 from ringflash.training.engines import deepspeed_json
-from ringflash.training.engines.base import Engine, Read
+from ringflash.training.engines.base import Engine, Piece, Read
 from ringflash.training.engines.materialise import Fill, materialise
 from ringflash.training.engines.optimizer import MOMENTS, adam_state, adamw, trained
 from ringflash.training.engines.room import bucket, gathered
@@ -51,7 +57,6 @@ class ZeroEngine(Engine):
         """
         deepspeed = import_deepspeed(device)
         self.model, self.stage = model, stage
-        self._safe = deepspeed.utils
         settings = deepspeed_json.merged(_deepspeed_config(model, stage, config, accumulation), path)
         _check_values(settings, path)
 
@@ -99,37 +104,29 @@ class ZeroEngine(Engine):
         self._engine.step()
         return torch.as_tensor(self._engine.get_global_grad_norm())
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """See Engine; gathered from all ranks one by one."""
-        for name, weight in trained(self.model):
-            yield f"weight/{name}", self._safe.safe_get_full_fp32_param(weight)
-            for moment in MOMENTS:
-                yield f"{moment}/{name}", self._safe.safe_get_full_optimizer_state(weight, moment)
+    def pieces(self) -> Iterator[Piece]:
+        """See Engine; what a rank holds it alone holds."""
+        for name, start, part in self._held(("weight", *MOMENTS)):
+            yield Piece(name, start, len(part), lambda part=part: part)
 
-    def load(self, state: Read, step: int) -> None:
-        """See Engine; each rank keeps its part."""
+    def load(self, read: Read, step: int, moments: bool) -> None:
+        """See Engine; weights that stage 3 divides are read here, in fp32 as those that are trained are kept."""
+        kinds = ("weight", *MOMENTS) if moments else ("weight",)
         for master in master_weights(self._zero):
             optimizer_state(self._zero)[master]["step"].fill_(step)
-        for name, weight in trained(self.model):
-            self._set(weight, state(f"weight/{name}"), None)
-            for moment in MOMENTS:
-                self._set(weight, state(f"{moment}/{name}"), moment)
+        for name, start, part in self._held(kinds):
+            part.copy_(read(name, start, start + len(part)))
+        if self.stage == 3:
+            for _, weight in trained(self.model):
+                cast_own_part(weight)
 
-    def _set(self, weight: nn.Parameter, whole: Tensor, moment: str | None) -> None:
-        whole = whole.to(device=weight.device, dtype=torch.float32)
-        if self.stage < 3:
-            names = () if moment is None else (moment,)
-            setter = self._safe.safe_set_full_fp32_param if moment is None else self._safe.safe_set_full_optimizer_state
-            setter(weight, whole, *names)
-            return
-        # DeepSpeed's own division of a whole tensor fails where its size is no multiple of the ranks.
-        part = part_size(weight)
-        padded = nn.functional.pad(whole.flatten(), (0, part * dist.get_world_size() - whole.numel()))
-        mine = padded[part * dist.get_rank() :][:part]
-        if moment is None:
-            self._safe.safe_set_local_fp32_param(weight, mine)
-        else:
-            self._safe.safe_set_local_optimizer_state(weight, mine, moment)
+    def _held(self, kinds: Sequence[str]) -> Iterator[tuple[str, int, Tensor]]:
+        """Views of what this rank holds of the state: name, first element of the whole tensor, flat fp32 tensor."""
+        for name, weight in trained(self.model):
+            for kind in kinds:
+                held = own_part(weight, None if kind == "weight" else kind)
+                if held is not None:
+                    yield f"{kind}/{name}", *held
 
 
 def _deepspeed_config(model: Decoder, stage: int, config: OptimizerConfig, accumulation: int) -> dict:

@@ -51,6 +51,14 @@ class Decoder(nn.Module, ABC):
         return []
 
     @abstractmethod
+    def attention_width(self) -> int | None:
+        """Elements of a token's queries and values, of all query heads and layers; None where that is not known."""
+
+    def experts_share(self) -> float | None:
+        """Share of a layer's experts that a token is sent to; None without any, or where that is not known."""
+        return None
+
+    @abstractmethod
     def initialise(self, name: str, weight: Tensor) -> None:
         """Fill an fp32 tensor with the initial values of the parameter of that name, the same on every rank."""
 

@@ -37,6 +37,9 @@ from ringflash.transformers import SequenceParallel
 from ringflash.transformers.models import check_shardable
 from ringflash.transformers_private import run_layers_by
 
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+"""Names that configurations have for how many experts a layer has."""
+
 PREFIX = "model."
 """In front of the names that Transformers has for the parameters."""
 
@@ -125,6 +128,23 @@ class Pretrained(Decoder):
     def whole_blocks(self) -> list[nn.Module]:
         """See Decoder; what is in tiles calls its parts often, and ranks do so a different number of times."""
         return self._tiled
+
+    def attention_width(self) -> int | None:
+        """See Decoder; some models have heads of other widths in some layers."""
+        text: Any = self.config.get_text_config()
+        layers, heads, head = text.num_hidden_layers, text.num_attention_heads, getattr(text, "head_dim", None)
+        if not isinstance(heads, int) or getattr(text, "global_head_dim", None) is not None:
+            return None
+        head = head or text.hidden_size // heads
+        key, value = (getattr(text, name, None) or head for name in ("qk_head_dim", "v_head_dim"))  # latent attention
+        return layers * heads * (key + value)
+
+    def experts_share(self) -> float | None:
+        """See Decoder."""
+        text = self.config.get_text_config()
+        chosen = getattr(text, "num_experts_per_tok", None)
+        experts = next((found for name in EXPERTS if (found := getattr(text, name, None))), None)
+        return chosen / experts if chosen and experts else None
 
     def compile_blocks(self) -> None:
         """See Decoder; of layers whose insides only Transformers knows, norms and feed-forwards."""
@@ -217,7 +237,9 @@ def changed(config: PreTrainedConfig, wanted: ModelConfig, seqlen: int) -> PreTr
         text.rope_parameters = _changed_rope(rope, text)
         if getattr(text, "head_dim", 0) is None:  # which Transformers' formulas do not expect
             text.head_dim = text.hidden_size // text.num_attention_heads
-    if getattr(text, "max_position_embeddings", seqlen) < seqlen and getattr(text, "rope_parameters", None):
+    kept = getattr(text, "rope_parameters", None)
+    # To "dynamic" it is the context that the model was trained with, beyond which frequencies change.
+    if kept and kept.get("rope_type") != "dynamic" and getattr(text, "max_position_embeddings", seqlen) < seqlen:
         text.max_position_embeddings = seqlen
     if rope:
         _check_kept(config, text.rope_parameters["rope_type"])
@@ -236,7 +258,7 @@ def _changed_rope(rope: dict[str, Any], text: Any) -> dict[str, Any]:
     if kind != there:  # a scaling's numbers mean nothing to another
         kept = {key: value for key, value in kept.items() if key in ("rope_theta", "partial_rotary_factor")}
     _check_rope(rope, kind, kept, text)
-    first = {} if kind == "default" else {"original_max_position_embeddings": original}
+    first = {} if kind in ("default", "dynamic") else {"original_max_position_embeddings": original}
     return {"rope_type": kind} | kept | first | rope
 
 

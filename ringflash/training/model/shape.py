@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ringflash.configs.schema import ModelConfig
 from ringflash.errors import ArgumentError
+from ringflash.training.model.rope import check_scaling
 
 
 def check_shape(model: ModelConfig) -> None:
@@ -18,13 +19,10 @@ def check_shape(model: ModelConfig) -> None:
             f"model.hidden_size={model.hidden_size} is not divisible by model.num_attention_heads={heads}; "
             "change one of them or give model.head_dim"
         )
-    if model.rope_scaling.factor <= 0 or model.rope_scaling.low_freq_factor >= model.rope_scaling.high_freq_factor:
-        raise ArgumentError(
-            f"model.rope_scaling={model.rope_scaling}; factor must be positive, low_freq_factor below high_freq_factor"
-        )
     width = head_dim(model)
     if width % 2 or not 2 <= width <= 256:
         raise ArgumentError(f"model.head_dim={width}; rotary embedding needs an even one, and kernels take up to 256")
+    check_scaling(model.rope_scaling, width)
 
 
 def head_dim(model: ModelConfig) -> int:

@@ -5,7 +5,7 @@ Llama 3, arXiv 2407.21783). A rank holds its own tokens of each sequence; only a
 and the rotary embedding takes global positions, so the model computes the same function on any number of ranks.
 
 By hand, as the reference that is read, and runs, without Transformers; it computes what Transformers' Llama computes.
-Other rotary embeddings, and all other models, come from there (`model.pretrained`).
+All other models come from there (`model.pretrained`).
 
 Weights keep the dtype they have (fp32, or bf16 under DeepSpeed) and are cast to the dtype of the activations where
 they are used. There are no buffers: what is computed from the configuration stays fp32 whatever the engine casts.
@@ -29,12 +29,13 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from ringflash import DistributedFlashAttention, Mask, Sharding, shard_batch
-from ringflash.configs.schema import AttentionConfig, ModelConfig, RopeScalingConfig
+from ringflash.configs.schema import AttentionConfig, ModelConfig
 from ringflash.loss import cross_entropy, cross_entropy_sum
 from ringflash.parallel.positions.balance import token_work
 from ringflash.training.memory.blocks import BlockMemory
 from ringflash.training.memory.rows import rms_norm, rotate, swiglu
 from ringflash.training.model.decoder import Decoder
+from ringflash.training.model.rope import rotary
 from ringflash.training.model.shape import check_shape, head_dim
 
 
@@ -248,6 +249,10 @@ class Transformer(Decoder):
         """See Decoder."""
         return list(self.layers)
 
+    def attention_width(self) -> int:
+        """See Decoder."""
+        return 2 * len(self.layers) * self.config.num_attention_heads * head_dim(self.config)
+
     def compile_blocks(self) -> None:
         """See Decoder."""
         for block in self.layers:
@@ -301,23 +306,3 @@ def attention_mask(config: AttentionConfig) -> Mask:
     if config.mask == "chunked":
         return Mask.causal() & Mask.chunked(config.chunk)
     return Mask.causal()
-
-
-def rotary(position_ids: Tensor, width: int, theta: float, scaling: RopeScalingConfig) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (B, T, 1, D/2) fp32 of each position's rotation (Su et al., arXiv 2104.09864).
-
-    Args:
-        position_ids: (B, T) positions in their documents.
-        width: D, width of a head.
-        theta: base of the frequencies.
-        scaling: Llama-3's: slow frequencies divided by a factor, fast ones kept, those between blended.
-    """
-    # In fp64: half a million positions further on, fp32 is off by a thirtieth of a radian.
-    exponent = torch.arange(0, width, 2, dtype=torch.float64, device=position_ids.device) / width
-    frequency = theta**-exponent
-    turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
-    share = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    share = share.clamp(0, 1)
-    frequency = share * frequency + (1 - share) * frequency / scaling.factor
-    angle = position_ids[..., None, None] * frequency
-    return angle.cos().float(), angle.sin().float()

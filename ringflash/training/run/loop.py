@@ -1,6 +1,7 @@
 """The training run: from a checked configuration to checkpoints, a log, a validation and a picture.
 
-Everything in here is a collective unless it says otherwise: all ranks walk the same steps, rank 0 writes.
+Everything in here is a collective unless it says otherwise: all ranks walk the same steps, and rank 0 writes, all ranks
+checkpoints.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -17,10 +19,10 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from ringflash.configs.schema import Config
-from ringflash.errors import ArgumentError, CheckpointError, RunStoppedError
-from ringflash.training.config.derived import TOKENIZER
+from ringflash.errors import ArgumentError, RingflashError, RunStoppedError
+from ringflash.training.config.derived import TOKENIZER, saved_every
 from ringflash.training.corpus.ngram import baselines
-from ringflash.training.ranks import from_rank_0
+from ringflash.training.ranks import from_all, from_rank_0
 from ringflash.training.run.interruption import StopSignals
 from ringflash.training.run.needle import Needle, plot_needles
 from ringflash.training.run.plots import plot_run
@@ -29,6 +31,10 @@ from ringflash.training.run.progress import ProgressDisplay
 from ringflash.training.run.scalars import ScalarLog, read_scalars
 from ringflash.training.run.trackers import Trackers
 from ringflash.training.run.trainer import Trainer, Validation
+
+SETTLING = 2
+"""Steps of a run that take longer, or less memory, than the others: the first compiles, and by it is decided what is
+kept of blocks; the next one is the first of that."""
 
 
 def train(config: Config, device: torch.device) -> Path:
@@ -43,18 +49,19 @@ def train(config: Config, device: torch.device) -> Path:
         CheckpointError: the final checkpoint could not be written.
         RunStoppedError: on every rank after the same step, once it is saved: a rank received SIGTERM or SIGINT.
     """
-    folder = _run_folder(config)
+    folder, logging = _run_folder(config), config.logging
     trainer = Trainer(config, device, folder)
     rank = dist.get_rank()
     _keep_tokenizer(trainer)
     trackers = Trackers(config, device, folder)
     with (
-        ScalarLog(folder, rank, config.logging.tensorboard, trainer.step, trackers) as log,
-        ProgressDisplay(trainer.steps, trainer.step, rank, config.logging.progress) as progress,
+        ScalarLog(folder, rank, logging.tensorboard, trainer.step, trackers) as log,
+        ProgressDisplay(trainer.steps, trainer.step, rank, logging.progress) as progress,
+        trainer.saver,
     ):
         progress.note(trainer.description())
         with StopSignals() as signals:
-            with Profiler(folder, config.logging.profile_steps) as profiler:
+            with Profiler(folder, logging.profile_steps, logging.profile_from, trainer.step) as profiler:
                 _take_steps(trainer, log, progress, profiler, signals.received)
             validation = trainer.validate(signals.received)
             if validation is None:
@@ -62,7 +69,7 @@ def train(config: Config, device: torch.device) -> Path:
         for said in trainer.passed_over_since():
             progress.note(said)
         log.write(trainer.step, _figures(validation))
-        needles = trainer.find_needles() if config.logging.needle else []
+        needles = trainer.find_needles() if logging.needle else []
         if rank == 0:
             _report(trainer, validation, needles, progress)
     dist.barrier()
@@ -83,10 +90,11 @@ def _take_steps(
     trainer: Trainer, log: ScalarLog, progress: ProgressDisplay, profiler: Profiler, stop: Callable[[], bool]
 ) -> None:
     """All steps that are left, with what is due between them, and a checkpoint of the last."""
-    config, first = trainer.config, trainer.step
+    config, first, throughput = trainer.config, trainer.step, trainer.throughput
     train, steps = config.train, trainer.steps
-    measured = False
-    clock, logged = time.monotonic(), first  # the clock stands still while something is saved or validated
+    settled, measured = first + SETTLING, False
+    throughput.begin()
+    logged = first
     while trainer.step < steps:
         stopping = trainer.train_step(stop)
         profiler.step()
@@ -94,42 +102,44 @@ def _take_steps(
         if decision is not None:
             progress.note(decision)
         if step % config.logging.every == 0 or step == steps:
-            scalars, now = trainer.scalars(), time.monotonic()
-            speed = (step - logged) * train.global_batch * train.seqlen / (now - clock)
-            clock, logged = now, step
-            if "train/memory_gib" in scalars and not measured and step > first + 1:  # the first step takes longer
-                measured, seconds = True, train.global_batch * train.seqlen / speed
-                progress.note(f"measured: {scalars['train/memory_gib']:.1f} GiB of a GPU, {seconds:.2f} s a step")
-            log.write(step, scalars | {"train/tokens_per_second": speed})
+            scalars, speed = trainer.scalars(), throughput.speed()
+            if speed.memory is not None and logged >= settled and not measured:
+                measured = True
+                progress.note(trainer.measured(speed))
+            logged = step
+            log.write(step, scalars | speed.scalars())
             progress.update(step, scalars["train/loss"], speed)
         if stopping:
             _stop(trainer, progress)
-        if _due(step, config.checkpoint.every) and step < steps:
-            paused = time.monotonic()
-            try:
-                trainer.save()
-            except CheckpointError as error:  # a disk can be freed; what was learned so far goes on
-                progress.note(f"WARNING: {error}; training goes on")
-            clock += time.monotonic() - paused
+        if _due(step, saved_every(config)) and step < steps:
+            with throughput.paused():
+                trainer.begin_save()
+        for said in trainer.saver.news():
+            progress.note(said)
         if _due(step, train.validate_every) and step < steps:
-            paused = time.monotonic()
-            validation = trainer.validate(stop)
-            if validation is None:
-                _stop(trainer, progress)
-            log.write(step, _figures(validation))
-            progress.note(f"step {step}: validation {_said(validation)}")
-            clock += time.monotonic() - paused
-    if steps > first:
-        progress.note(f"saved {trainer.save()}")
+            with throughput.paused():
+                validation = trainer.validate(stop)
+                if validation is None:
+                    _stop(trainer, progress)
+                log.write(step, _figures(validation))
+                progress.note(f"step {step}: validation {_said(validation)}")
+    if steps > first and config.checkpoint.every != "never":
+        path = trainer.save()
+        for said in (*trainer.saver.news(), f"saved {path}"):
+            progress.note(said)
 
 
 def _stop(trainer: Trainer, progress: ProgressDisplay) -> NoReturn:
     """Leave the run as a signal asked for, with a checkpoint of the latest step; all ranks do so together."""
-    step, path = trainer.saved
-    if step != trainer.step:
-        path = trainer.save()
+    stopped, checkpoint = f"stopped by a signal after step {trainer.step} of {trainer.steps}", trainer.config.checkpoint
+    if checkpoint.every == "never":
+        raise RingflashError(f"{stopped}; checkpoint.every=never: it is not saved")
+    trainer.saver.give_up(but=trainer.step)
+    path = trainer.save()
+    if checkpoint.only_weights:
+        raise RingflashError(f"{stopped}; {path} holds its weights alone, which checkpoint.weights starts anew from")
     progress.note(f"stopped by a signal: saved {path}; run_dir={trainer.folder} goes on from there")
-    raise RunStoppedError(f"stopped by a signal after step {trainer.step} of {trainer.steps}; it is saved")
+    raise RunStoppedError(f"{stopped}; it is saved")
 
 
 def _run_folder(config: Config) -> Path:
@@ -142,7 +152,23 @@ def _run_folder(config: Config) -> Path:
         OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
 
     _by_rank_0(write, folder)
+    if config.checkpoint.every != "never":
+        _check_shared(folder)
     return folder
+
+
+def _check_shared(folder: Path) -> None:
+    """Raise ArgumentError on all ranks if one does not see what rank 0 writes: each writes its part of a checkpoint."""
+    mark = folder / from_rank_0(f".{uuid.uuid4().hex}")
+    _by_rank_0(mark.touch, folder)
+    seen = from_all(mark.exists())
+    if dist.get_rank() == 0:
+        mark.unlink()
+    if not all(seen):
+        raise ArgumentError(
+            f"run_dir={folder}: rank {seen.index(False)} does not see what rank 0 writes there; give a folder that all "
+            "machines share, or checkpoint.every=never"
+        )
 
 
 def _by_rank_0(write: Callable[[], None], folder: Path) -> None:

@@ -9,8 +9,11 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, schedule
 
-PASSED_OVER, WARM_UP = 1, 1
-"""Steps that are not recorded: the first compiles, and in the next one the profiler starts."""
+WARM_UP = 1
+"""Steps ahead of those that are recorded, in which the profiler starts, which takes long."""
+
+SETTLED = 3
+"""The first step that is recorded where nobody chose: one compiles, and the next may be the first in its memory."""
 
 
 class Profiler:
@@ -19,18 +22,25 @@ class Profiler:
     Args:
         folder: the run's.
         steps: how many.
+        first: number of the first of them, as logs count steps; None for the third from here on. Steps that the run
+            has behind it are not recorded again.
+        done: how many those are.
     """
 
-    def __init__(self, folder: Path, steps: int) -> None:
+    def __init__(self, folder: Path, steps: int, first: int | None = None, done: int = 0) -> None:
         self._profile = None
-        if not steps:
+        first = done + SETTLED if first is None else first
+        begin = max(first, done + 1)
+        left = first + steps - begin
+        if left <= 0:
             return
+        warm_up = min(WARM_UP, begin - 1 - done)
         path = folder / "profile" / f"rank{dist.get_rank()}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
         self._profile = profile(
             activities=activities,
-            schedule=schedule(skip_first=PASSED_OVER, wait=0, warmup=WARM_UP, active=steps, repeat=1),
+            schedule=schedule(skip_first=begin - 1 - done - warm_up, wait=0, warmup=warm_up, active=left, repeat=1),
             on_trace_ready=lambda done: done.export_chrome_trace(str(path)),
         )
 

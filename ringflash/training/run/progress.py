@@ -1,7 +1,7 @@
 """What a run shows while it runs.
 
     with ProgressDisplay(total_steps=300, rank=rank) as progress:
-        progress.update(step, loss=loss, tokens_per_second=speed)
+        progress.update(step, loss, speed)
 
 Ranks other than 0 may make the same calls; they show nothing.
 """
@@ -15,9 +15,11 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from ringflash.training.run.throughput import Speed
+
 
 class ProgressDisplay:
-    """Step, loss, tokens per second, step time and time left: a bar on a terminal, else a line now and then.
+    """Step, loss, speed, step time and time left: a bar on a terminal, else a line now and then.
 
     Args:
         total_steps: steps of the whole run.
@@ -51,8 +53,8 @@ class ProgressDisplay:
             self._task = self._bar.add_task("starting", total=total_steps, completed=start_step)
             self._bar.start()
 
-    def update(self, step: int, loss: float, tokens_per_second: float) -> None:
-        """Show that `step` steps are done."""
+    def update(self, step: int, loss: float, speed: Speed) -> None:
+        """Show that `step` steps are done, the latest of them so fast."""
         now = self._clock()
         if step > self._step:
             # Recent steps count most: the first ones, which compile and warm up, are soon forgotten.
@@ -64,7 +66,7 @@ class ProgressDisplay:
             return
         seconds = self._step_seconds or 0.0
         text = (
-            f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  {_duration(seconds, fine=True)}/step  "
+            f"loss {loss:.4f}  {speed}  {_duration(seconds, fine=True)}/step  "
             f"{_duration(seconds * (self.total_steps - step))} left"
         )
         if self._bar is not None and self._task is not None:

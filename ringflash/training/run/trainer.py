@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import json
 import math
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,32 +19,37 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from ringflash.configs.schema import AttentionConfig, Config, EngineConfig
-from ringflash.errors import ArgumentError, CheckpointError, RankMismatchError, RingflashError
-from ringflash.training.checkpoint import writing
-from ringflash.training.checkpoint.files import found_at, newest, step_of
-from ringflash.training.checkpoint.reading import Checkpoint, last_good
-from ringflash.training.config.derived import accumulation, compute_dtype, sequence_degree, steps_of
+from ringflash.configs.schema import Config
+from ringflash.errors import RankMismatchError, RingflashError
+from ringflash.training.checkpoint.host_copy import copy_bytes
+from ringflash.training.checkpoint.saving import Saver
+from ringflash.training.config.derived import (
+    accumulation,
+    compute_dtype,
+    saves_beside_training,
+    sequence_degree,
+    steps_of,
+)
 from ringflash.training.corpus.batching import PackedBatches, ValidationBatches
 from ringflash.training.corpus.tokenizer import fingerprint
 from ringflash.training.corpus.training_data import TrainingData, read_data
-from ringflash.training.engines.create import create_engine, parameter_shapes
+from ringflash.training.engines.base import Piece
+from ringflash.training.engines.create import create_engine
 from ringflash.training.engines.optimizer import trained
 from ringflash.training.engines.schedule import schedule
-from ringflash.training.memory.estimate import GIB, Hardware, card_of, estimate, longest
-from ringflash.training.memory.host import available_bytes
+from ringflash.training.estimate.operations import operations_of
 from ringflash.training.model.create import create_model
 from ringflash.training.model.decoder import Decoder
-from ringflash.training.ranks import from_all, from_rank_0
+from ringflash.training.ranks import from_all
+from ringflash.training.run.forecast import Forecast
 from ringflash.training.run.interruption import Answer
 from ringflash.training.run.loader import ShardedBatches
 from ringflash.training.run.needle import Needle, haystacks, needle_lengths
+from ringflash.training.run.origin import to_go_on_from, to_start_from
 from ringflash.training.run.position_loss import PositionBin, PositionLoss
+from ringflash.training.run.throughput import Speed, Throughput
 
 Made = TypeVar("Made")
-
-BESIDE = {"path", "transformers_version", "dtype", "use_cache"}
-"""What a model's description holds beside how it computes."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,8 @@ class Trainer:
     Attributes:
         step: optimizer steps done.
         steps: of the whole run.
-        saved: step and path of the latest checkpoint; -1 and None before the first.
+        saver: writes its checkpoints; to be entered while it trains.
+        throughput: how fast steps are.
     """
 
     def __init__(self, config: Config, device: torch.device, folder: Path) -> None:
@@ -75,6 +79,7 @@ class Trainer:
         mesh = init_device_mesh(device.type, (world // degree, degree), mesh_dim_names=("data", "sequence"))
         self.data_rank, self.data_ranks, self.degree = mesh["data"].get_local_rank(), world // degree, degree
         self.group = mesh["sequence"].get_group()
+        self._forecast = Forecast(config, device)  # before anything takes long
         self.data: TrainingData = _alike(
             lambda: read_data(config), lambda data: data.identity, f"text from data.path={config.data.path}"
         )
@@ -90,28 +95,33 @@ class Trainer:
             f"weights from model.path={config.model.path}",
         )
         self.parameters = sum(weight.numel() for weight in self.model.parameters())
+        self._forecast.see_model(self.model)
+        self.throughput = Throughput(device, operations_of(self.model), self._forecast.peak)
         self.learned = sum(weight.numel() for _, weight in trained(self.model))
-        self.resumed, self.set_aside = self._find_checkpoint()
-        self.started_from = self._find_weights() if self.resumed is None else None
+        self.resumed, self.set_aside = to_go_on_from(config, folder, self.model)
+        self.started_from = None if self.resumed else to_start_from(config, self.model, self.data.tokenizer)
         self.step = 0
         self.steps = steps_of(config, self.data.samples.samples_per_epoch)
         self._rate = schedule(config.optimizer, self.steps)
+        self.saver = Saver(folder / "checkpoints", device, config.checkpoint.keep)
         if self.resumed is not None:
-            _check_same_model(self.resumed, self.model)
-            _check_same_settings(self.resumed, self.model, config.attention)
-            _check_same_optimizer(self.resumed, config.optimizer.name)
             state = self.resumed.state
             self.step = state["step"]
             batches.load_state_dict(state["data"])
             torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["random"])), dtype=torch.uint8))
-        self.batches = ShardedBatches(batches, self._shard)
+        self.batches = ShardedBatches(batches, self._shard_to_learn)
+        # Ahead of the engine, which divides what is left of host memory.
+        if saves_beside_training(config, self.steps):
+            self.saver.reserve(copy_bytes(self.learned, world, config.checkpoint.only_weights))
         read, weights = (None if found is None else found.read for found in (self.resumed, self.started_from))
         self.engine = create_engine(
             self.model, device, config.engine, config.optimizer, self.accumulation, read, self.step, weights
         )
-        self.saved: tuple[int, Path | None] = (-1, None) if self.resumed is None else (self.step, self.resumed.path)
+        if self.resumed is not None:
+            self.saver.saved = self.step, self.resumed.path
         self._first_batches: list[dict] | None = None
         self._answer = Answer()
+        self._forecast.see_batches(self.batches, self.accumulation, self.data.tokenizer.vocab_size)
 
     def train_step(self, stop: Callable[[], bool]) -> bool:
         """One optimizer step; returns whether a rank wants to stop, and all ranks have to: see `interruption`.
@@ -119,10 +129,13 @@ class Trainer:
         Args:
             stop: whether this rank wants to.
         """
-        lr = self._rate(self.step)
-        loss, norm, asked = self.engine.train_step(self._next_batches(), lr, stop)
+        lr, waited, train = self._rate(self.step), self.batches.waited, self.config.train
+        batches = self._next_batches()
+        loss, norm, asked = self.engine.train_step(batches, lr, stop)
         self._latest = loss, norm, lr
         self.step += 1
+        pairs = sum(batch["sharding"].pairs for batch in batches)
+        self.throughput.step(train.global_batch * train.seqlen, pairs, self.batches.waited - waited)
         return self._answer(asked)
 
     def scalars(self) -> dict[str, float]:
@@ -141,8 +154,6 @@ class Trainer:
         if self.data.bytes_per_token is not None:
             scalars["train/bits_per_byte"] = loss / math.log(2) / self.data.bytes_per_token
         scalars["train/epoch"] = self.batches.epoch
-        if self.device.type == "cuda":
-            scalars["train/memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         return scalars
 
     def validate(self, stop: Callable[[], bool]) -> Validation | None:
@@ -187,6 +198,14 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of this step; RingflashError instead if it would hold weights that are not finite."""
+        return self.saver.save(*self._saved())
+
+    def begin_save(self) -> None:
+        """The same while training goes on; what comes of it is news of the saver."""
+        self.saver.begin(*self._saved())
+
+    def _saved(self) -> tuple[int, Iterator[Piece], dict[str, tuple[int, ...]], dict[str, Any]]:
+        """What a saver is given."""
         self.scalars()
         state = {
             "step": self.step,
@@ -196,17 +215,12 @@ class Trainer:
             "tokenizer": fingerprint(self.data.tokenizer),
             "config": dataclasses.asdict(self.config),
         }
-        path = writing.save(
-            self.folder / "checkpoints",
-            self.step,
-            self.engine.tensors(),
-            self.engine.shapes,
-            state,
-            self.config.checkpoint.keep,
-            self.engine.moments,
-        )
-        self.saved = self.step, path
-        return path
+        sizes = {name: shape for name, shape in self.engine.sizes().items() if self._saves(name)}
+        pieces = (piece for piece in self.engine.pieces() if self._saves(piece.name))
+        return self.step, pieces, sizes, state
+
+    def _saves(self, name: str) -> bool:
+        return name.startswith("weight/") or not self.config.checkpoint.only_weights
 
     def description(self) -> str:
         """What is trained on what, in two lines, and what of the data is passed over, in one more."""
@@ -216,30 +230,16 @@ class Trainer:
             f"{self._size()}, {self.config.engine.name}, {compute_dtype(self.config)} on "
             f"{dist.get_world_size()} x {self.device.type}: {self.data_ranks} data x {self.degree} sequence ranks, "
             f"{train.global_batch} x {train.seqlen} tokens a step\n"
-            f"{self._read()}; {start}; writing to {self.folder}{self._estimate()}"
+            f"{self._read()}; {start}; writing to {self.folder}"
+            + "".join(f"\n{line}" for line in self._forecast.lines())
             + "".join(f"\nset aside: {problem}" for problem in self.set_aside)
             + "".join(f"\n{said}" for said in (*self._passed_over, self.model.passed_over()) if said)
         )
 
-    def _estimate(self) -> str:
-        if self.device.type != "cuda" or self.config.model.path is not None:
-            return ""
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        hardware = Hardware(dist.get_world_size(), card_of(self.device), available_bytes(), here)
-        asked = dataclasses.replace(self.config, engine=self._engine()), hardware, self.data.tokenizer.vocab_size
-        found = estimate(*asked)
-        line = (
-            f"\nestimated: {found.peak / GIB:.1f} GiB of each GPU, {found.seconds:.2f} s a step without its host's time"
-        )
-        if found.fits:
-            return line
-        less = "engine=zero3, engine.memory=auto, more ranks a sequence or a shorter train.seqlen"
-        return f"{line}; it may not fit: {less} need less, with these keys up to {longest(*asked):,} tokens fit"
-
-    def _engine(self) -> EngineConfig:
-        """With the precision that "auto" stands for here."""
-        precision = "bf16" if compute_dtype(self.config) == torch.bfloat16 else "fp32"
-        return dataclasses.replace(self.config.engine, precision=precision)
+    def measured(self, speed: Speed) -> str:
+        """What steps on GPUs took, beside what was expected of them, in a line."""
+        host = self.model.memory.host
+        return self._forecast.beside(speed, 0 if host is None else host.taken)
 
     def decided(self) -> str | None:
         """What was decided about memory in the latest step, if anything; once."""
@@ -281,88 +281,11 @@ class Trainer:
         shard["sharding"].prepare(self.device)
         return {name: x.to(self.device) if isinstance(x, torch.Tensor) else x for name, x in shard.items()}
 
-    def _find_checkpoint(self) -> tuple[Checkpoint | None, list[str]]:
-        """The checkpoint to go on from, and what was wrong with newer ones that were set aside."""
-        resume, root = self.config.checkpoint.resume, self.folder / "checkpoints"
-        if resume == "last_good":
-            return last_good(root)
-        there = from_rank_0(newest(root))
-        path = {"auto": there, "never": None}.get(resume, Path(resume))
-        try:
-            found = None if path is None else Checkpoint(path)
-        except CheckpointError as error:
-            raise CheckpointError(f"{error}; checkpoint.resume=last_good goes on from the one before it") from error
-        step = 0 if found is None else found.state["step"]
-        if there is not None and step_of(there) > step:
-            raise ArgumentError(
-                f"checkpoint.resume={resume} starts at step {step}, but run_dir={self.folder} already holds "
-                f"{there.name}; give another run_dir"
-            )
-        return found, []
-
-    def _find_weights(self) -> Checkpoint | None:
-        """The checkpoint of another run that this one starts from, if it is of the same model and tokenizer."""
-        weights = self.config.checkpoint.weights
-        path = None if weights is None else from_rank_0(found_at(Path(weights)))
-        if path is None:
-            return None
-        found = Checkpoint(path)
-        _check_same_model(found, self.model)
-        if found.state.get("tokenizer") not in (None, fingerprint(self.data.tokenizer)):
-            raise CheckpointError(
-                f"checkpoint.weights={weights} was trained with other tokens; leave data.tokenizer out, or give the "
-                "tokenizer of that run"
-            )
-        return found
-
-
-def _check_same_optimizer(checkpoint: Checkpoint, here: str) -> None:
-    there = checkpoint.state["config"]["optimizer"].get("name", "adamw")
-    if there != here:
-        raise CheckpointError(
-            f"{checkpoint.path} holds what optimizer.name={there} keeps, here it is {here}; checkpoint.weights=PATH "
-            "starts a new run from its weights alone"
-        )
-
-
-def _check_same_model(checkpoint: Checkpoint, model: Decoder) -> None:
-    """Raise CheckpointError for other parameters, and for adapters upon other weights, or otherwise scaled."""
-    there, here = (about.get("lora") or {} for about in (checkpoint.state["model"], model.description()))
-    if bool(there) != bool(here):
-        state = (
-            f"adapters alone, for lora.rank={there['rank']}" if there else f"no adapters for lora.rank={here['rank']}"
-        )
-        raise CheckpointError(
-            f"{checkpoint.path} holds {state}; `python -m ringflash.export` makes a folder of it, for model.path"
-        )
-    for name, value in here.items():
-        if there[name] != value:
-            what = "weights of model.path" if name == "weights" else f"lora.{name}"
-            raise CheckpointError(f"{checkpoint.path}: its adapters had other {what}: {there[name]}, here {value}")
-    checkpoint.check_shapes(parameter_shapes(model))
-
-
-def _check_same_settings(checkpoint: Checkpoint, model: Decoder, attention: AttentionConfig) -> None:
-    """Raise CheckpointError if the same weights would go on in a model that computes something else with them."""
-    there = _settings(checkpoint.state["model"]) | _mask(checkpoint.state["config"]["attention"])
-    here = _settings(model.description()) | _mask(vars(attention))
-    for name in there.keys() & here.keys():
-        if there[name] != here[name]:
-            raise CheckpointError(
-                f"{checkpoint.path} is of another model: {name} is {there[name]} there and {here[name]} here; "
-                "checkpoint.weights=PATH starts a new run from its weights alone"
-            )
-
-
-def _settings(about: dict[str, Any]) -> dict[str, Any]:
-    """What a description says of how a model computes, as it is in a checkpoint."""
-    about = json.loads(json.dumps(about))
-    return {name: value for name, value in about.get("huggingface", about).items() if name not in BESIDE}
-
-
-def _mask(attention: dict[str, Any]) -> dict[str, Any]:
-    names = {"causal": (), "sliding_window": ("window", "sink"), "chunked": ("chunk",)}[attention["mask"]]
-    return {f"attention.{name}": attention[name] for name in ("mask", *names)}
+    def _shard_to_learn(self, batch: dict) -> dict:
+        """The same, with its pairs counted, which takes a while of many tokens."""
+        shard = self._shard(batch)
+        _ = shard["sharding"].pairs
+        return shard
 
 
 def _alike(make: Callable[[], Made], identity: Callable[[Made], str], what: str) -> Made:

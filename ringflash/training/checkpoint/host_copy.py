@@ -1,0 +1,91 @@
+"""A copy in host memory of what a rank writes, from which a thread writes while training goes on.
+
+Made once and used by every checkpoint: page-locking memory takes longer than filling it. On a CPU all of this is the
+same, in ordinary memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from ringflash.training.engines.base import Piece
+from ringflash.training.memory.host import SLAB, available_bytes
+from ringflash.training.ranks import from_all
+
+LEFT = 0.5
+"""Share of the free host memory that copies may take at most; what blocks move there, and data, have the rest."""
+
+
+def copy_bytes(weights: int, ranks: int, only_weights: bool) -> int:
+    """What each rank's copy takes, about: fp32 weights and two moments, which ranks divide evenly.
+
+    Args:
+        weights: how many are trained.
+        ranks: how many there are.
+        only_weights: whether no moments are saved.
+    """
+    return int(1.02 * 4 * (1 if only_weights else 3) * weights / ranks) + SLAB
+
+
+class HostCopy:
+    """Elements of pieces, one behind another, in memory of the host.
+
+    Args:
+        device: where the pieces are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._slabs: list[torch.Tensor] = []
+        self._places: dict[str, tuple[int, int]] = {}
+
+    def reserve(self, size: int) -> bool:
+        """Have room for so many bytes; whether there is, for all ranks alike. A collective."""
+        free = min(from_all(available_bytes()))
+        fits = size * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= LEFT * free  # as torchrun sets it
+        fits = all(from_all(fits and self._provide(size)))
+        if not fits:
+            self._slabs.clear()
+        return fits
+
+    def fill(self, pieces: Sequence[Piece]) -> bool:
+        """Copy pieces here, in place of those before; False if there is no room. Waits for the device."""
+        if 4 * sum(piece.size for piece in pieces) > sum(slab.nbytes for slab in self._slabs):
+            return False
+        self._places.clear()
+        offset = 0
+        for piece in pieces:
+            self._places[piece.name] = offset, offset + piece.size
+            source = piece.take()
+            for slab in self._spans(offset, offset + piece.size):
+                part, source = source[: len(slab)], source[len(slab) :]
+                slab.copy_(part, non_blocking=True)
+            offset += piece.size
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+        return True
+
+    def read(self, piece: Piece) -> Iterator[memoryview]:
+        """Bytes of a piece that was copied."""
+        for span in self._spans(*self._places[piece.name]):
+            yield memoryview(span.numpy()).cast("B")  # pyrefly: ignore[bad-argument-type]  # stub: arrays are buffers
+
+    def _spans(self, start: int, stop: int) -> Iterator[torch.Tensor]:
+        """Where elements lie; a slab ends where it ends."""
+        length = SLAB // 4
+        while start < stop:
+            end = min(stop, (start // length + 1) * length)
+            yield self._slabs[start // length][start % length :][: end - start]
+            start = end
+
+    def _provide(self, size: int) -> bool:
+        try:
+            while len(self._slabs) * SLAB < size:
+                pinned = self._device.type == "cuda"
+                self._slabs.append(torch.empty(SLAB // 4, dtype=torch.float32, pin_memory=pinned))
+        except RuntimeError:  # the system has less than it said
+            return False
+        return True

@@ -1,0 +1,128 @@
+"""A run that surely cannot fit is refused before anything is started, with what would make it fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from ringflash.configs.schema import Config
+from ringflash.errors import ArgumentError
+from ringflash.training.config.derived import sequence_degree
+from ringflash.training.estimate.hardware import GIB, Hardware
+from ringflash.training.estimate.lasting import BUFFERS, Weights, held
+from ringflash.training.estimate.step import estimate, longest
+from ringflash.training.memory.plan import AUTO
+
+MOST_GPUS = 1024
+"""GPUs up to which a number is looked for."""
+
+Fits = Callable[[Config, Hardware], bool]
+"""Whether a configuration fits."""
+
+Change = tuple[str, str, Any]
+"""Part of the configuration, key in it, and its value."""
+
+
+def refuse_what_cannot_fit(config: Config, hardware: Hardware, vocab_size: int | None = None) -> None:
+    """Raise ArgumentError if a step takes more than the GPUs have for certain, see `Estimate.least`.
+
+    Args:
+        config: of a run with the recipe's own model.
+        hardware: on which.
+        vocab_size: of the tokenizer; None: as data.tokenizer says.
+    """
+    found = estimate(config, hardware, vocab_size)
+    if found.least > hardware.card.memory:
+        what = f"train.seqlen={config.train.seqlen} with {_of_engine(config)}: a step takes about"
+        raise _refusal(what, found.device, hardware, remedies(config, hardware, vocab_size))
+
+
+def refuse_weights_that_cannot_fit(config: Config, hardware: Hardware, weights: Weights) -> None:
+    """Raise ArgumentError if a model's weights, gradients and optimizer alone take more than the GPUs have.
+
+    Args:
+        config: of a run with any model.
+        hardware: on which.
+        weights: of the model.
+    """
+
+    def on_device(config: Config, hardware: Hardware) -> dict[str, float]:
+        return held(config.engine, weights, hardware.gpus, config.optimizer.name).device
+
+    found = on_device(config, hardware)
+    if sum(found.values()) - found[BUFFERS] > hardware.card.memory:
+        cures = _changes_that_fit(
+            config, hardware, lambda config, more: sum(on_device(config, more).values()) <= more.room
+        )
+        raise _refusal(f"{_of_engine(config)}: the model alone takes", found, hardware, cures)
+
+
+def remedies(config: Config, hardware: Hardware, vocab_size: int | None = None) -> list[str]:
+    """What makes a run fit that does not, each by itself: the keys of one change, or of all, more GPUs, a length."""
+    found = _changes_that_fit(config, hardware, lambda config, more: estimate(config, more, vocab_size).fits)
+    changes = list(_changes(config, hardware.gpus))
+    seqlen = longest(_changed(config, changes), hardware, vocab_size)
+    if 0 < seqlen < config.train.seqlen:
+        found.append(f"train.seqlen={seqlen}{_said(changes, first=' ')}")
+    return found
+
+
+def shares(device: Mapping[str, float]) -> str:
+    """What takes memory in GiB, the most first."""
+    largest = sorted(device.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest if size >= 0.05 * GIB)
+
+
+def _of_engine(config: Config) -> str:
+    return f"engine={config.engine.name}, engine.memory={config.engine.memory}"
+
+
+def _refusal(what: str, device: Mapping[str, float], hardware: Hardware, cures: Sequence[str]) -> ArgumentError:
+    return ArgumentError(
+        f"{what} {sum(device.values()) / GIB:.0f} GiB of each of {hardware.gpus} GPUs, which has "
+        f"{hardware.card.memory / GIB:.0f} ({shares(device)}); "
+        + (f"it fits with {'; or with '.join(cures)}" if cures else "no key makes it fit")
+    )
+
+
+def _changes_that_fit(config: Config, hardware: Hardware, fits: Fits) -> list[str]:
+    changes = list(_changes(config, hardware.gpus))
+    found = [_said([change]) for change in changes if fits(_changed(config, [change]), hardware)]
+    if not found and len(changes) > 1 and fits(_changed(config, changes), hardware):
+        found = [_said(changes)]
+    while not found and hardware.gpus < MOST_GPUS:
+        hardware = dataclasses.replace(hardware, gpus=2 * hardware.gpus)
+        changes = list(_changes(config, hardware.gpus))
+        if fits(_changed(config, changes), hardware):
+            found = [f"{hardware.gpus} such GPUs{_said(changes, first=' and ')}"]
+    return found
+
+
+def _changes(config: Config, gpus: int) -> Iterator[Change]:
+    """What needs less memory than what the configuration says."""
+    if config.engine.memory != AUTO:
+        yield "engine", "memory", AUTO
+    if config.engine.name in ("ddp", "zero1", "zero2") and config.optimizer.name == "adamw" and gpus > 1:
+        yield "engine", "name", "zero3"
+    if config.engine.host_gib is not None:
+        yield "engine", "host_gib", None
+    if config.train.micro_batch > 1:
+        yield "train", "micro_batch", 1
+    if sequence_degree(config, gpus) < gpus:
+        yield "train", "sequence_degree", None
+
+
+def _changed(config: Config, changes: Sequence[Change]) -> Config:
+    for part, key, value in changes:
+        config = dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **{key: value})})
+    return config
+
+
+def _said(changes: Sequence[Change], first: str = "") -> str:
+    """As on a command line; behind something else, with `first` between."""
+    words = [
+        f"engine={value}" if (part, key) == ("engine", "name") else f"{part}.{key}={'null' if value is None else value}"
+        for part, key, value in changes
+    ]
+    return first + " ".join(words) if words else ""

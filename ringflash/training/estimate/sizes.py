@@ -1,0 +1,190 @@
+"""Sizes of the recipe's own model and of what a rank has of a batch, and the bytes of a device that grow with them.
+
+Counted tensor by tensor, as `ringflash.training.model.transformer`, `memory.blocks` and `memory.rows` hold them.
+
+Legend: T tokens of a rank, C hidden size, F width of the feed-forward, H heads, K key heads, D head width, V rows of
+the embedding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ringflash.configs.schema import Config, ModelConfig
+from ringflash.errors import ArgumentError
+from ringflash.loss import CHUNK_ELEMENTS
+from ringflash.parallel.planning.loads import loads
+from ringflash.parallel.positions.partition import resolve
+from ringflash.parallel.positions.visibility import needed_keys
+from ringflash.training.config.checks import SMALLEST_VOCABULARY
+from ringflash.training.config.derived import sequence_degree, vocabulary
+from ringflash.training.estimate.lasting import FP32, Weights, weights_of
+from ringflash.training.estimate.operations import Operations, operations_of
+from ringflash.training.memory.rows import TILE_ELEMENTS
+from ringflash.training.model.shape import head_dim
+from ringflash.training.model.transformer import Transformer, attention_mask
+
+AT_ONCE = 8
+"""Tensors of a tile of the feed-forward that are there at once in its backward pass."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a batch asks of the ranks.
+
+    Attributes:
+        tokens: of a micro-batch, on the rank that has most.
+        pairs: of a query and a key that it sees, in a layer, of all sequences of a step.
+    """
+
+    tokens: int
+    pairs: float
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a model and of what a rank has of a batch.
+
+    Attributes:
+        model: its shape.
+        weights: how many.
+        blocks: how many.
+        element: bytes of an activation.
+        weight: bytes of a weight as the model holds it.
+        load: of the batch.
+        step_tokens: of a step, over all ranks.
+        micro_batches: of a step on a rank.
+        whole_pairs: what `load.pairs` is where each sequence is one document.
+        operations: the useful ones.
+    """
+
+    model: ModelConfig
+    weights: Weights
+    blocks: int
+    element: int
+    weight: int
+    load: Load
+    step_tokens: int
+    micro_batches: int
+    whole_pairs: float
+    operations: Operations
+
+    @staticmethod
+    def of(config: Config, gpus: int, vocab_size: int | None = None, load: Load | None = None) -> Sizes:
+        """What a configuration says.
+
+        Args:
+            config: of a run with the recipe's own model.
+            gpus: how many ranks.
+            vocab_size: of the tokenizer; None: as data.tokenizer says.
+            load: of the batch; None: each sequence is one document, and ranks have equally many tokens.
+
+        Raises:
+            ArgumentError: a model of a folder, whose insides are not known here; or nobody knows the vocabulary.
+        """
+        model, train = config.model, config.train
+        if model.path is not None:
+            raise ArgumentError(f"model.path={model.path}: only the recipe's own model can be estimated")
+        rows = vocabulary(model, _tokens_of(config) if vocab_size is None else vocab_size)
+        dtype = torch.float32 if config.engine.precision == "fp32" else torch.bfloat16
+        with torch.device("meta"):
+            built = Transformer(model, rows, dtype=dtype)
+        operations = operations_of(built)
+        assert operations is not None
+        degree, element = sequence_degree(config, gpus), dtype.itemsize
+        mask, whole = attention_mask(config.attention), resolve("zigzag", train.seqlen, 1, [])
+        pairs = loads(mask, whole, whole, needed_keys(mask, whole.segments, train.seqlen)).pairs.sum()
+        pairs = float(pairs) * train.global_batch
+        return Sizes(
+            model=model,
+            weights=weights_of(built),
+            blocks=model.num_hidden_layers,
+            element=element,
+            weight=FP32 if config.engine.name == "ddp" else element,
+            load=load or Load(train.micro_batch * -(-train.seqlen // degree), pairs),
+            step_tokens=train.global_batch * train.seqlen,
+            micro_batches=max(1, train.global_batch * degree // (train.micro_batch * gpus)),
+            whole_pairs=pairs,
+            operations=operations,
+        )
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.load.tokens
+
+    @property
+    def useful(self) -> float:
+        """Useful operations of a step, of all ranks."""
+        return self.operations.of(self.step_tokens, self.load.pairs)
+
+    @property
+    def query(self) -> int:
+        """H D."""
+        return self.model.num_attention_heads * head_dim(self.model)
+
+    @property
+    def key(self) -> int:
+        """K D."""
+        return self.model.num_key_value_heads * head_dim(self.model)
+
+    def kept(self, pairs: bool) -> float:
+        """Bytes that a recomputed block keeps: its input, out and log-sum-exp."""
+        stream = self.model.hidden_size / (2 if pairs else 1)
+        return self.tokens * (self.element * (stream + self.query) + FP32 * self.model.num_attention_heads)
+
+    @property
+    def again(self) -> int:
+        """Bytes beside these of a block that is kept whole: outputs of norms, q, k, v, stream between, gate and up."""
+        model = self.model
+        return self.tokens * self.element * (3 * model.hidden_size + self._projected + 2 * model.intermediate_size)
+
+    @property
+    def _projected(self) -> int:
+        return self.query + 2 * self.key
+
+    def transient(self, plan_memory: float, moved: bool) -> float:
+        """Bytes at work, at most, where blocks are computed again.
+
+        Args:
+            plan_memory: bytes of the buffers of attention's plan.
+            moved: what they keep comes back, one block ahead.
+        """
+        came_back = 2 * self.tokens * self.element * (self.model.hidden_size + self.query) if moved else 0
+        again = self.tokens * self.element * (self.model.hidden_size + self._projected)  # a norm's output, q, k, v
+        between = 2 * self.tokens * self.element * self.model.hidden_size  # the stream, and a norm's output
+        return max(self._loss, came_back + again + max(self._attention(plan_memory), between + self._feed_forward))
+
+    def transient_kept(self, plan_memory: float) -> float:
+        """Bytes at work, at most, where everything is kept; see `transient`."""
+        return max(self._loss, self._attention(plan_memory), self._feed_forward)
+
+    def _attention(self, plan_memory: float) -> float:
+        """Its backward pass: gradients of stream, out, q, k, v, the last three in fp32 first, and what a plan has."""
+        streams = self.element * (self.model.hidden_size + self.query)
+        return self.tokens * (streams + (FP32 + self.element) * self._projected) + plan_memory
+
+    @property
+    def _feed_forward(self) -> float:
+        """Its backward pass: gradients of its output and input, a tile, and gradients of its weights."""
+        model = self.model
+        tile = min(TILE_ELEMENTS["cuda"], self.tokens * model.intermediate_size)
+        streams = 2 * self.tokens * self.element * model.hidden_size
+        return streams + AT_ONCE * self.element * tile + 3 * FP32 * model.hidden_size * model.intermediate_size
+
+    @property
+    def _loss(self) -> float:
+        """Its forward pass: the last stream, its norm and its gradient, that of the head, and logits of a chunk."""
+        streams = 3 * self.tokens * self.element * self.model.hidden_size
+        logits = min(CHUNK_ELEMENTS["cuda"], self.tokens * self.weights.head // self.model.hidden_size)
+        return streams + (FP32 + self.element) * self.weights.head + 3 * FP32 * logits
+
+
+def _tokens_of(config: Config) -> int:
+    """Tokens of a tokenizer that is not there yet."""
+    if config.data.tokenizer not in (None, "bpe", "bytes") and config.model.vocab_size is None:
+        raise ArgumentError("model.vocab_size=null; give it, as a folder's tokenizer is not read here")
+    of_bytes = config.data.tokenizer == "bytes" or config.model.vocab_size is not None
+    return SMALLEST_VOCABULARY if of_bytes else config.data.vocab_size

@@ -1,0 +1,145 @@
+"""What a step of the recipe's own model takes of each GPU, of its host and of time, before anything is started."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ringflash.configs.schema import Config
+from ringflash.training.checkpoint.host_copy import LEFT, copy_bytes
+from ringflash.training.config.derived import saves_beside_training, sequence_degree
+from ringflash.training.estimate.hardware import Hardware
+from ringflash.training.estimate.lasting import BUFFERS, held
+from ringflash.training.estimate.seconds import attention, seconds
+from ringflash.training.estimate.sizes import Load, Sizes
+from ringflash.training.memory.host import USED
+from ringflash.training.memory.plan import AUTO, KEEP, OFFLOAD, PAIRS, RECOMPUTE, Measured, placed
+
+BLOCKS = "moved blocks"
+"""What `engine.memory` has in memory of the host."""
+
+COPY = "copy of a checkpoint"
+"""What is written while training goes on."""
+
+CERTAIN = 0.85
+"""Share of what is estimated that a step surely takes: estimates are to be right within a tenth."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one rank: bytes on the device and of its host by what they are, and a step's time.
+
+    Attributes:
+        device: bytes by name; they are there at once.
+        host: likewise, of its host.
+        placements: of the blocks.
+        pairs: see `memory.blocks.BlockMemory`.
+        tokens_per_second: of each GPU; nan where the time is.
+        seconds: of a step; nan where nobody knows how fast the card is.
+        mfu: useful operations by what the cards could do.
+        fits: the device has room, for what the host has none for too.
+    """
+
+    device: dict[str, float]
+    host: dict[str, float]
+    placements: list[str]
+    pairs: bool
+    seconds: float
+    tokens_per_second: float
+    mfu: float
+    fits: bool
+
+    @property
+    def peak(self) -> float:
+        """Bytes of tensors on the device."""
+        return sum(self.device.values())
+
+    @property
+    def least(self) -> float:
+        """Bytes without which no step is taken: an engine need not fill its buffers, and estimates are not exact."""
+        return CERTAIN * (self.peak - self.device[BUFFERS])
+
+
+def estimate(config: Config, hardware: Hardware, vocab_size: int | None = None, load: Load | None = None) -> Estimate:
+    """What a step takes.
+
+    Args:
+        config: of a run with the recipe's own model.
+        hardware: on which.
+        vocab_size: of the tokenizer; None: as data.tokenizer says.
+        load: of the batch; None: each sequence is one document.
+
+    Raises:
+        ArgumentError: a model of a folder, whose insides are not known here; or nobody knows the vocabulary.
+    """
+    sizes = Sizes.of(config, hardware.gpus, vocab_size, load)
+    engine = held(config.engine, sizes.weights, hardware.gpus, config.optimizer.name)
+    attended = attention(config, sizes, hardware)
+    copy = _copy(config, sizes.weights.trained, hardware)
+    of_host = USED * (hardware.host_share - sum(copy.values()))
+    if config.engine.host_gib is not None:
+        of_host = min(of_host, config.engine.host_gib * 2**30)
+    # As the first step finds it.
+    free = hardware.room - sum(engine.device.values()) - sizes.transient(attended.memory, moved=True)
+    placements, pairs = _placements(config.engine.memory, sizes, free, of_host)
+    kept = sizes.kept(pairs)
+    moved = placements.count(OFFLOAD) * kept
+    stays = max(0.0, moved - of_host)  # what has no room there
+    on_device = placements.count(RECOMPUTE) * kept + stays + placements.count(KEEP) * (kept + sizes.again)
+    transient = sizes.transient(attended.memory, moved=OFFLOAD in placements)
+    if all(each == KEEP for each in placements):
+        transient = sizes.transient_kept(attended.memory)
+    device = {**engine.device, "kept for the backward pass": on_device, "at work": transient}
+    host = {**engine.host, **copy, BLOCKS: moved - stays}
+    took = seconds(config, sizes, hardware, attended, placements, pairs)
+    return Estimate(
+        device=device,
+        host=host,
+        placements=placements,
+        pairs=pairs,
+        seconds=took,
+        tokens_per_second=sizes.step_tokens / took / hardware.gpus,
+        mfu=sizes.useful / (took * hardware.gpus * hardware.card.peak),
+        fits=sum(device.values()) <= hardware.room
+        and sum(engine.host.values()) + sum(copy.values()) <= hardware.host_share,
+    )
+
+
+def longest(config: Config, hardware: Hardware, vocab_size: int | None = None, step: int = 1024) -> int:
+    """The longest `train.seqlen`, in multiples of `step`, of which a step fits; 0 if none does."""
+
+    def fits(count: int) -> bool:
+        train = dataclasses.replace(config.train, seqlen=count * step)
+        return estimate(dataclasses.replace(config, train=train), hardware, vocab_size).fits
+
+    return step * _last(fits, max(1, -(-sequence_degree(config, hardware.gpus) // step)))
+
+
+def _last(holds: Callable[[int], bool], first: int) -> int:
+    """The largest number from `first` on of which something holds that holds of all smaller ones; 0 for none."""
+    if not holds(first):
+        return 0
+    low, high = first, 2 * first
+    while holds(high):
+        low, high = high, 2 * high
+    while high - low > max(1, low // 64):
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
+
+
+def _copy(config: Config, weights: int, hardware: Hardware) -> dict[str, float]:
+    """What checkpoints take of a rank's host, if they are written beside training, and if there is room for it."""
+    size = copy_bytes(weights, hardware.gpus, config.checkpoint.only_weights)
+    wanted = saves_beside_training(config, config.train.steps) and size <= LEFT * hardware.host_share
+    return {COPY: size} if wanted else {}
+
+
+def _placements(policy: str, sizes: Sizes, free: float, of_host: float) -> tuple[list[str], bool]:
+    """As `BlockMemory` has them behind the first step."""
+    if policy != AUTO:
+        return [OFFLOAD if policy == PAIRS else policy] * sizes.blocks, policy == PAIRS
+    pairs = sizes.blocks * sizes.kept(False) > of_host + max(0.0, free)
+    kept = sizes.kept(pairs)
+    return placed(sizes.blocks, Measured(int(free), sizes.blocks, int(kept), sizes.again)), pairs
