@@ -8,7 +8,7 @@ device the rows live and without copying anything back.
 
 Sink tokens are a document's first tokens that every later query of it goes on seeing (Xiao et al., arXiv 2309.17453).
 A prompt that several continuations share is to each of them what sink tokens are, of any length, and is passed as such.
-Learned sink logits, which have no key, are something else: a factor of the result, which the kernels know nothing of.
+Learned sink logits, which have no key, are something else, see ringflash.kernels.sinks.
 
 Legend: T query rows, S key rows.
 """

@@ -259,7 +259,9 @@ class PreparedBackward:
             pointers, dkey_rest = (None, None), of_rest and descriptor_of(dkey, of_rest)
         rows = map(descriptor_of, (scaled_lse, minus_delta), (self.number_description,) * 2)
         dquery_desc = descriptor_of(dquery, self.dquery_description)
-        seeing = seeing_rows(intervals, modifiers, self.tiles.keys)
+        seeing = intervals.key_tile_rows(1), intervals.key_tile_rows(self.tiles.keys)
+        if modifiers is not None and modifiers.key_visible is not None:
+            seeing = without_padding(modifiers.key_visible.contiguous(), *seeing, self.tiles.keys)
         positions = self._positions(modifiers) if self.alibi else (None, None, None)
         if self.width == "192/128":
             tensors = (
@@ -295,13 +297,9 @@ def _reachable(operands: Operands) -> Operands:
     return tuple(map(addressable, (dout.to(query.dtype), query, key, value)))
 
 
-def seeing_rows(intervals: KeyIntervals, modifiers: Modifiers | None, block: int) -> tuple[Tensor, Tensor]:
+def without_padding(visible: Tensor, of_keys: Tensor, of_tiles: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """`KeyIntervals.key_tile_rows` of single keys and of tiles of `block` keys, such that no row sees padding."""
-    of_keys, of_tiles = intervals.key_tile_rows(1), intervals.key_tile_rows(block)
-    if modifiers is None or modifiers.key_visible is None:
-        return of_keys, of_tiles
     shown = torch.empty_like(of_keys), torch.empty_like(of_tiles)
-    visible = modifiers.key_visible.contiguous()
     hide_padding_kernel[(len(of_tiles),)](visible, of_keys, of_tiles, *shown, len(of_keys), block)
     return shown
 
@@ -309,7 +307,7 @@ def seeing_rows(intervals: KeyIntervals, modifiers: Modifiers | None, block: int
 @compiled_once
 @triton.jit(do_not_specialize=["key_rows"])
 def hide_padding_kernel(visible, of_keys, of_tiles, shown_keys, shown_tiles, key_rows, N: tl.constexpr):
-    """See `seeing_rows`. Program = N keys. A tile with padding has no rows that see all of it, so all are masked."""
+    """See `without_padding`. Program = N keys. No row sees all of a tile with padding, so that all are masked."""
     key = tl.program_id(0) * N + tl.arange(0, N)
     shown = tl.load(visible + key, mask=key < key_rows, other=1) != 0
     column = tl.arange(0, 4)

@@ -92,13 +92,10 @@ def compile_backward(
     kernels = {"256": "attend_backward_wide_kernel", "192/128": "attend_backward_split_kernel"}
     width = width or backward.backward_width(*dims)
     name = kernels.get(width, "attend_backward_kernel")
-    plain = replace(modifiers, key_visible=None) if modifiers else None  # padding is in the tables of rows
-    seeing = backward.seeing_rows
     with (
         mock.patch.object(backward, "backward_width", return_value=width),
         mock.patch.object(backward, "prepare_rows", return_value=(numbers, numbers)),
         mock.patch.object(backward, "multiprocessors", return_value=132),
-        mock.patch.object(backward, "seeing_rows", lambda intervals, _, block: seeing(intervals, plain, block)),
     ):
         return compile_call(catch(backward, name, launch))
 
