@@ -29,8 +29,8 @@ from ringflash.kernels.modifiers import Modifiers
 class ScoreChanges(NamedTuple):
     """What the kernel needs of modifiers.
 
-    key_numbers: of the block at hand in shared memory, or with another's descriptor of the same name. bend: scale over
-    softcap. slopes: (T, H) with strides, to be multiplied by inverse_unit.
+    bend: scale over softcap. slopes: (T, H) with strides, to be multiplied by inverse_unit. key_numbers_desc: of the
+    numbers that keys bring along.
     """
 
     bend: gl.tensor
