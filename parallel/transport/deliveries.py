@@ -5,8 +5,8 @@ from there: nothing is copied within a GPU. What has no room in a mailbox is wri
 
 Parts are added level by level: the first chunk of every message, then the second of each, and so on. Chunks beyond the
 first ones are asked for only behind the reading of those whose place they take, on both sides in this order. So what
-waits in one level depends on earlier ones alone, and there is no deadlock even where all streams share one queue, if ranks
-collect what they have with a peer before they deliver to it, or expect from it, again (`peers`).
+waits in one level depends on earlier ones alone, and there is no deadlock even where all streams share one queue, if
+ranks collect what they have with a peer before they deliver to it, or expect from it, again (`peers`).
 """
 
 from __future__ import annotations
