@@ -152,9 +152,9 @@ def backward(
         begin(ready, crossing)
     failure, found = walk.run(), []
     try:
-        if needs & NEEDS["query"]:
-            found.append(torch.zeros_like(at.query) if dquery is None else dquery)
         found += gradients.finish()
+        if needs & NEEDS["query"]:
+            found.insert(0, torch.zeros_like(at.query) if dquery is None else dquery)
     except Exception as error:
         if ready.transport is None:
             raise

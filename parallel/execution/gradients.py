@@ -65,8 +65,8 @@ class KeyGradients:
             raise failure
 
     def _reduce(self, stage: StageProgram, parts: list[Tensor] | None, transport: GroupTransport) -> None:
-        senders = {s.peer for s in stage.reduces}
-        while any(not senders.isdisjoint(delivery.senders) for delivery, _ in self._pending):
+        peers = {s.peer for s in (*stage.returns, *stage.reduces)}
+        while any(not peers.isdisjoint(delivery.peers) for delivery, _ in self._pending):
             self._collect()
         # pyrefly: ignore[not-iterable]  # there are parts where there are returns, and a missing one is to be an error
         leaving = [(s.peer, [runs_of(part, s) for part in parts]) for s in stage.returns]
@@ -79,8 +79,14 @@ class KeyGradients:
 
     def finish(self) -> list[Tensor]:
         """Wait for the last parts; the gradient of each of `wanted`, in `result_dtype`."""
+        failure = None
         while self._pending:
-            self._collect()
+            try:
+                self._collect()
+            except Exception as error:  # others wait for what is still to be written to them
+                failure = failure or error
+        if failure is not None:
+            raise failure
         sums = self._sums or [torch.zeros_like(x) for x in self._wanted]
         return [total.to(self.result_dtype) for total in sums]
 

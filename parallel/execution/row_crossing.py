@@ -59,7 +59,12 @@ class RowCrossing:
         else:
             like = [(query.shape[-1], query.dtype)] if settings.needs & NEEDS["query"] else []
         self._expected = [query.new_empty(*query.shape[:2], dim, dtype=dtype) for dim, dtype in like]
-        self._sent = [query.new_zeros(rows, query.shape[1], dim, dtype=dtype) for dim, dtype in like[1:]]
+        self._numbers = query.new_zeros(rows, query.shape[1], 1, dtype=torch.float32)
+        # What travels where something failed: any memory of the right size.
+        sizes = [(rows, query.shape[1], dim) for dim, _ in like[:1]]
+        self._fallback = [
+            x if x.shape == size else query.new_empty(size) for x, size in zip(self._level[:1], sizes, strict=False)
+        ] + [self._numbers] * (len(like) - 1)
 
     def go(self) -> None:
         """Let everything cross."""
@@ -79,14 +84,12 @@ class RowCrossing:
         Returns:
             The failure, or one here.
         """
-        sent = self._level[:1]
+        sent = self._fallback
         try:
             if failure is None:
                 sent = self._of_rows(found)
         except Exception as error:
             failure = error
-        if failure is not None:  # any memory of the right size, for those that wait
-            sent = [x.new_empty(self._exchange.rows, *x.shape[1:]) for x in self._expected]
         self._exchange.back(sent, self._expected)
         self._results = [*self._expected, *found[len(self._expected) :]]
         return failure
@@ -94,8 +97,8 @@ class RowCrossing:
     def _of_rows(self, found: Sequence[Tensor]) -> list[Tensor]:
         rows = [x.contiguous() for x in found[: len(self._expected)]]
         if not self.of_rows:
-            self._sent[0].copy_(rows[1].T[..., None])
-            rows[1] = self._sent[0]
+            self._numbers.copy_(rows[1].T[..., None])
+            rows[1] = self._numbers
         return rows
 
     def results(self) -> list[Tensor]:

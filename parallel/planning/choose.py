@@ -16,6 +16,8 @@ import hashlib
 from dataclasses import dataclass, replace
 from functools import cache
 
+import numpy as np
+
 from ringflash.kernels.kept import Kept
 from ringflash.parallel.planning.cost import Prediction, Shape, predict
 from ringflash.parallel.planning.generators import in_words, plan_named
@@ -124,7 +126,7 @@ def _with_level_queries(
     stay: Choice, mask: Mask, queries: Partition, keys: Partition, level: Partition, memory: int, token_work: int
 ) -> Choice:
     """The plan for queries that cross, if that is clearly faster than the one for those that stay."""
-    cross = _choose(mask, level, keys, 1, stay.machine, stay.shape, memory, token_work)
+    cross = _choose(mask, level, keys, 1, stay.machine, stay.shape, memory, token_work, queries)
     if not stay.predicted or not cross.predicted:
         return stay  # nothing has to move, or there are too many ranks to choose for
     taken = cross.predicted[cross.name].total + crossing_seconds(queries, level, stay.machine, stay.shape)
@@ -138,11 +140,12 @@ def _with_level_queries(
 def _nbytes(choice: Choice) -> int:
     """Of what was predicted, and about as much as the rest takes."""
     passes = [way for cost in choice.predicted.values() for way in (cost.forward, cost.backward)]
-    return 4096 + sum(x.nbytes for way in passes for x in (way.compute, way.wait, way.rest))
+    runs = 0 if choice.level is None else sum(map(len, choice.level.segments))
+    return 4096 + 200 * runs + sum(x.nbytes for way in passes for x in (way.compute, way.wait, way.rest))
 
 
 _choices = Kept(32 * 2**20, size=_nbytes)
-"""By digests of what was asked for, so that neither masks nor partitions are kept. To choose takes milliseconds, and
+"""By digests of what was asked for, so that masks are not kept. To choose takes milliseconds, and
 steps whose sequences lie alike ask for the same."""
 
 
@@ -155,7 +158,9 @@ def _choose(
     shape: Shape,
     memory: int,
     token_work: int,
+    held: Partition | None = None,
 ) -> Choice:
+    """See `choose`; `held` is what ranks hold outside of attention, if that is not the queries."""
     if queries.ranks > MOST_RANKS:
         return Choice("ring", {}, machine, shape, f"among more than {MOST_RANKS} ranks nothing else is taken unasked")
     found = loads(mask, queries, keys, needed_keys(mask, queries.segments, keys.length))
@@ -163,12 +168,16 @@ def _choose(
         return Choice("ring", {}, machine, shape, "no keys have to move")
     names = [name for name in CANDIDATES if hosts > 1 or name != "double-ring"]
     plans = {name: plan_named(name, mask, queries, keys, hosts) for name in names}
-    predicted = {name: predict(plan.outline, found, machine, shape, hosts, token_work) for name, plan in plans.items()}
+    tokens = np.array((held or queries).counts())
+    predicted = {
+        name: predict(plan.outline, found, machine, shape, hosts, token_work, tokens) for name, plan in plans.items()
+    }
     allowed = max(memory, predicted["ring"].memory)
     owners = machine.inside.ahead and hosts == 1
     fitting = [x for x in names if predicted[x].memory <= allowed]
     fastest = min(fitting, key=lambda x: predicted[x].total)
-    share = predicted[fastest].total / predicted["ring"].total
+    gained = predicted["ring"].total - predicted[fastest].total
+    share = 1 - gained / (predicted["ring"].attention if owners else predicted["ring"].total)
     if fastest == "ring":
         because = f"the fastest by prediction of those that take no more than {allowed / 2**20:,.0f} MiB"
         return Choice("ring", predicted, machine, shape, because)

@@ -109,7 +109,13 @@ class Prediction:
 
 
 def predict(
-    outline: Outline, loads: Loads, machine: Machine, shape: Shape, hosts: int = 1, token_work: int = 0
+    outline: Outline,
+    loads: Loads,
+    machine: Machine,
+    shape: Shape,
+    hosts: int = 1,
+    token_work: int = 0,
+    tokens: np.ndarray | None = None,
 ) -> Prediction:
     """What a plan costs.
 
@@ -121,8 +127,11 @@ def predict(
         hosts: how many hosts the ranks lie on, equally many on each, in order.
         token_work: what the rest of a layer costs a token, in pairs: ranks with more tokens begin later, as shares
             that are level in time and not in pairs have it.
+        tokens: (R,) that each rank has in the rest of a layer; as many as queries if None.
     """
     model = _Model(outline, loads, machine, shape, hosts, token_work)
+    if tokens is not None:
+        model.tokens = tokens
     return Prediction(model.forward(), model.backward(), model.memory, int(model.carried.sum()))
 
 
@@ -141,7 +150,7 @@ class _Model:
         self, outline: Outline, loads: Loads, machine: Machine, shape: Shape, hosts: int, token_work: int
     ) -> None:
         self.outline, self.loads, self.machine, self.shape = outline, loads, machine, shape
-        self.token_work = token_work
+        self.token_work, self.tokens = token_work, loads.queries
         self.ranks = len(loads.queries)
         self.host = np.arange(self.ranks) // (self.ranks // hosts)
         self.carried = outline.carried(loads.keys)
@@ -296,7 +305,7 @@ class _Model:
 
     def _rest(self, gradients: bool) -> np.ndarray:
         """(R,) seconds of the rest of the layer: a third of it forward, two thirds backward."""
-        pairs = self.loads.queries * self.token_work * (2 if gradients else 1) / 3
+        pairs = self.tokens * self.token_work * (2 if gradients else 1) / 3
         return pairs * (14 * self.shape.heads * self.shape.head_dim / self.machine.forward)
 
     @cached_property
@@ -358,8 +367,9 @@ class _Model:
 
     @cached_property
     def memory(self) -> int:
-        """Bytes of two buffers for keys, and those for gradient parts that leave and that come."""
+        """Bytes of two buffers for keys, of own ones beside others, and of gradient parts that leave and that come."""
         arriving = self._by_stage(self.carried)
-        of_keys = 2 * arriving.max(0)
+        keys, foreign = self._by_stage(self.loads.keys), self._by_stage(self._foreign)
+        of_keys = 2 * arriving.max(0) + np.where((foreign > 0) & (keys > foreign), keys, 0).max(0)
         of_parts = np.maximum(2, self._slots) * self._leaving.max(0) + self._slots * self._room
         return int((of_keys * self.shape.key_bytes + of_parts * self.shape.gradient_bytes).max())

@@ -26,8 +26,8 @@ Add = Callable[[int, int, int, Tensor], None]
 class Delivery(Protocol):
     """Parts of sums on their way between ranks; they stay alive until `collect`."""
 
-    senders: frozenset[int]
-    """Ranks whose next delivery cannot come whole before this one is collected."""
+    peers: frozenset[int]
+    """Ranks from or to which nothing else can be delivered before this one is collected."""
 
     def collect(self, add: Add) -> None:
         """Hand over all that came, in an order that is the same each time and by each transport.

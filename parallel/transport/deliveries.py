@@ -5,7 +5,8 @@ from there: nothing is copied within a GPU. What has no room in a mailbox is wri
 
 Parts are added level by level: the first chunk of every message, then the second of each, and so on. Chunks beyond the
 first ones are asked for only behind the reading of those whose place they take, on both sides in this order. So what
-waits in one level depends on earlier ones alone, and there is no deadlock even where all streams share one queue.
+waits in one level depends on earlier ones alone, and there is no deadlock even where all streams share one queue, if
+ranks collect what they have with a peer before they deliver to it, or expect from it, again (`peers`).
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ class PushedParts:
 
     def collect(
         self, add: Add, memory: Tensor, like: Sequence[Tensor], stream: int
-    ) -> list[tuple[int, int, int, bool]]:
+    ) -> tuple[list[tuple[int, int, int, bool]], Exception | None]:
         """See `Delivery`.
 
         Args:
@@ -122,21 +123,31 @@ class PushedParts:
 
         Returns:
             Of each rank with which messages were exchanged: itself, the place in the memory of progress and what is
-            there when its messages are over, and whether they came.
+            there when its messages are over, and whether they came. And what `add` failed with, if it did; nothing was
+            added since, and all has travelled.
         """
-        boxes = self._mailboxes
+        boxes, failure = self._mailboxes, None
         for level in range(max(len(self.levels), 1 + max(self._later, default=-1))):
             for message, first, rows in self.levels[level] if level < len(self.levels) else ():
                 which, tensor = divmod(message, len(like))
                 sender, _ = self._incoming[message]
-                with boxes.arrived(boxes.from_[sender], stream) as box:
-                    add(which, tensor, first, _view(memory, box, rows, like[tensor]))
+                try:
+                    with boxes.arrived(boxes.from_[sender], stream) as box:
+                        if failure is None:
+                            add(which, tensor, first, _view(memory, box, rows, like[tensor]))
+                except Exception as error:  # others wait for what is still to be written, and for room
+                    failure = error
             for written in self._later.get(level, ()):
                 boxes.fill(boxes.to[written.owner], written.blocks, written.chunk)
-        ends = [
-            (sender, *boxes.received(sender, stream), True) for sender in dict.fromkeys(x for x, _ in self._incoming)
-        ]
-        return ends + [(owner, *boxes.sent(owner), False) for owner in self._owners]
+        senders = dict.fromkeys(sender for sender, _ in self._incoming)
+        ends = [(sender, *boxes.received(sender, stream), True) for sender in senders]
+        return ends + [(owner, *boxes.sent(owner), False) for owner in self._owners], failure
+
+    @property
+    def peers(self) -> frozenset[int]:
+        """Ranks whose next delivery, or to which the next one, must wait until this one is collected."""
+        later = (written.owner for found in self._later.values() for written in found)
+        return frozenset([*(sender for sender, _ in self._incoming), *later])
 
 
 def _view(memory: Tensor, address: int, rows: int, like: Tensor) -> Tensor:

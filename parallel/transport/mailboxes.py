@@ -33,6 +33,9 @@ APART = 64
 CIRCLE = 1 << 15
 """Numbers that flags go through."""
 
+ALIGNED = 256
+"""Bytes of which chunks are multiples, so that flags and numbers of any size lie where they can be read."""
+
 MOST_ROOM, LEAST_ROOM, ROOMS = 24 << 20, 4 << 20, 96 << 20
 """Bytes of a chunk, and of a chunk for each rank. Of more, a message would wait longer for its first; of fewer, the
 host has more to ask for than the copy engines to do, and less of a message leaves at once."""
@@ -59,7 +62,7 @@ class Piece(NamedTuple):
 
 def room_of(ranks: int) -> int:
     """Bytes of a chunk in a group of so many ranks; three for each rank are taken on every GPU, 288 MiB of 4 ranks."""
-    return max(LEAST_ROOM, min(MOST_ROOM, ROOMS // ranks))
+    return max(LEAST_ROOM, min(MOST_ROOM, ROOMS // ranks)) // ALIGNED * ALIGNED
 
 
 @lru_cache(maxsize=1024)
@@ -207,8 +210,10 @@ class Mailboxes:
         """Address of the next chunk of a message: it is there for what a stream is asked for meanwhile."""
         number, times = way.turn()
         self._wait(stream, way.filled[number], number_of(times))
-        yield way.boxes[number]
-        self._write(stream, way.emptied[number], number_of(times))
+        try:
+            yield way.boxes[number]
+        finally:  # others wait for it
+            self._write(stream, way.emptied[number], number_of(times))
 
     def _empty(self, way: Way, blocks: list[Block], chunk: tuple[Piece, ...]) -> None:
         with self.arrived(way, self._reader) as box:

@@ -16,9 +16,6 @@ from ringflash.parallel.positions.partition import Partition
 from ringflash.parallel.positions.segments import Segments, intersect
 from ringflash.parallel.transport.base import Transport
 
-Run = tuple[int, int, int]
-"""First row where rows are held, first row where they are worked on, and how many; -1 where it is another rank's."""
-
 
 class RowExchange:
     """One rank's part.

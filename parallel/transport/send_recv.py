@@ -35,7 +35,7 @@ class Ticket:
 class Delivery:
     """Parts under way; see `Delivery` in base.py."""
 
-    senders: frozenset[int] = frozenset()
+    peers: frozenset[int] = frozenset()
 
     def __init__(self, ticket: Ticket, arriving: list[Tensor], tensors: int, room: int) -> None:
         self._ticket, self._arriving, self._tensors, self._room = ticket, arriving, tensors, room

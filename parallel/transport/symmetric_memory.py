@@ -72,10 +72,9 @@ class _Pushed:
         memory: SymmetricMemory,
         pushed: PushedParts,
         tensors: tuple[Sequence, Sequence[Tensor]],
-        senders: frozenset[int],
         what: str,
     ) -> None:
-        self.senders = senders
+        self.peers = pushed.peers
         self._memory, self._what = memory, what
         self._pushed: PushedParts | None = pushed
         self._tensors = tensors
@@ -184,16 +183,19 @@ class SymmetricMemory:
             if outgoing:
                 self._writer.wait_event(self.mark())
             pushed = PushedParts(self._mailboxes, room_of(len(self._peers)), outgoing, incoming)
-        return _Pushed(self, pushed, (parts, room), frozenset([sender for sender, _ in expected]), what)
+        return _Pushed(self, pushed, (parts, room), what)
 
     def collect(self, pushed: PushedParts, like: Sequence[Tensor], add: Add, what: str) -> None:
         """See `Delivery`."""
         with torch.cuda.device(self._device):
             stream = self._current()
-            ends = pushed.collect(add, self._peers[self._rank], like, stream.cuda_stream)
-            stream.wait_event(self._writer.record_event())  # the memory of parts may serve again
+            ends, failure = pushed.collect(add, self._peers[self._rank], like, stream.cuda_stream)
+            if not all(came for *_, came in ends):
+                stream.wait_event(self._writer.record_event())  # the memory of parts may serve again
         for end in ends:
             self._expect(*end, what)
+        if failure is not None:
+            raise failure
 
     # What is laid out
 

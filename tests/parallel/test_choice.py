@@ -31,9 +31,11 @@ from ringflash.parallel.planning.machine import (
     machine_for,
     measured_machine,
 )
+from ringflash.parallel.planning.plan import RankPlan
 from ringflash.parallel.planning.program import rank_program
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import Partition
+from ringflash.parallel.positions.segments import count, intersect
 from ringflash.parallel.positions.visibility import needed_keys
 from ringflash.parallel.sharding import Sharding
 
@@ -145,6 +147,12 @@ def test_crossing_to_other_hosts_costs_what_the_network_costs():
     assert cost("double-ring", mask, partition, hosts=2).total < two
 
 
+def _side_by_side(mine: RankPlan) -> int:
+    """Keys of a stage that attends to own and to foreign ones."""
+    sizes = [(count(x.work), count(intersect(x.work, mine.keys))) for x in mine.stages]
+    return max((keys for keys, own in sizes if 0 < own < keys), default=0)
+
+
 def test_memory_is_that_of_the_plans_buffers():
     for name in NAMES:
         for mask, partition in (
@@ -153,7 +161,7 @@ def test_memory_is_that_of_the_plans_buffers():
         ):
             plan, shape = plan_named(name, mask, partition, hosts=2), Shape()
             needs = [
-                2 * mine.buffers.arrivals * shape.key_bytes
+                (2 * mine.buffers.arrivals + _side_by_side(mine)) * shape.key_bytes
                 + (max(2, ahead) * mine.buffers.returns + ahead * mine.buffers.reduces) * shape.gradient_bytes
                 for mine in plan.ranks
                 for ahead in [rank_program(mine, mask, torch.device("cpu")).reduced_ahead]

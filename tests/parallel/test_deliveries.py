@@ -9,7 +9,7 @@ import random
 from itertools import pairwise
 
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_mailboxes import ALIGNED, Host, _ranks
 
@@ -49,12 +49,13 @@ class Rank:
     def __init__(self, host, boxes, rank, room, tensors, ahead):
         self.host, self.boxes, self.rank, self.room, self.tensors, self.ahead = host, boxes, rank, room, tensors, ahead
         self.pending, self.found = [], []
+        self.fails = False
         self.main = host.stream() if boxes._reader != boxes._writer else boxes._writer
         self.like = [torch.empty(0, ROW, dtype=torch.uint8)] * tensors
 
     def settle(self, stage, parts):
-        senders = {a for a, b in parts if b == self.rank}
-        while len(self.pending) >= self.ahead or any(senders & before for *_, before in self.pending):
+        peers = {a for a, b in parts if b == self.rank} | {b for a, b in parts if a == self.rank}
+        while len(self.pending) >= self.ahead or any(peers & pushed.peers for _, _, pushed in self.pending):
             self.collect()
         outgoing, incoming = [], []
         for (writer, reader), (rows, runs) in parts.items():
@@ -64,7 +65,7 @@ class Rank:
                 if reader == self.rank:
                     incoming.append((writer, rows, ROW))
         pushed = PushedParts(self.boxes, self.room, outgoing, incoming)
-        self.pending.append((stage, parts, pushed, senders))
+        self.pending.append((stage, parts, pushed))
 
     def _lie(self, text, runs):
         blocks, rows = [], len(text) // ROW
@@ -77,15 +78,18 @@ class Rank:
         return blocks
 
     def collect(self):
-        stage, parts, pushed, _ = self.pending.pop(0)
+        stage, parts, pushed = self.pending.pop(0)
         senders = [(a, rows) for (a, b), (rows, _) in parts.items() if b == self.rank]
 
         def add(which, tensor, first, rows):
+            if self.fails:
+                raise RuntimeError("no memory")
             target = self.host.allocate(rows.numel())
             self.host.copy(target, rows.data_ptr(), rows.numel(), self.main)
             self.found.append((stage, senders[which][0], tensor, first, rows.numel(), target))
 
-        pushed.collect(add, self.host.tensor, self.like, self.main)
+        _, failure = pushed.collect(add, self.host.tensor, self.like, self.main)
+        assert (failure is not None) == (self.fails and any(rows for _, rows in senders))
 
 
 class Addresses(Host):
@@ -122,6 +126,7 @@ class Addresses(Host):
     shared_queue=st.booleans(),
     seed=st.integers(0, 999),
 )
+@example((2, [{(0, 1): (400, 1)}] * 3), 40, 1, 2, False, 0)
 def test_parts_come_whole_and_without_deadlock(problem, rows, tensors, ahead, shared_queue, seed):
     ranks, all_parts = problem
     host, pace = Addresses(), random.Random(seed)
@@ -143,3 +148,21 @@ def test_parts_come_whole_and_without_deadlock(problem, rows, tensors, ahead, sh
                     assert [x[3] for x in mine] == sorted(x[3] for x in mine)
                     whole = b"".join(bytes(host.memory[x - host.base : x - host.base + n]) for *_, n, x in mine)
                     assert whole == _text(stage, writer, reader, tensor, count)
+
+
+@settings(max_examples=15, deadline=None)
+@given(problem=stages(), rows=st.integers(1, 40), shared_queue=st.booleans(), odd=st.integers(0, 3))
+def test_a_rank_that_cannot_add_holds_up_nobody(problem, rows, shared_queue, odd):
+    ranks, all_parts = problem
+    host = Addresses()
+    boxes = _ranks(host, ranks, rows * ROW, shared_queue)
+    found = [Rank(host, boxes[rank], rank, rows * ROW, 2, 1) for rank in range(ranks)]
+    found[odd % ranks].fails = True
+    for stage, parts in enumerate(all_parts):
+        for rank in found:
+            rank.settle(stage, parts)
+    for rank in found:
+        while rank.pending:
+            rank.collect()
+    host.finish()
+    assert not found[odd % ranks].found

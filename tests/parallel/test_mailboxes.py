@@ -20,6 +20,7 @@ from ringflash.parallel.transport.mailboxes import (
     bytes_of,
     chunks,
     number_of,
+    room_of,
 )
 from ringflash.parallel.transport.symmetric_memory import blocks
 
@@ -170,6 +171,12 @@ def test_flags_count_in_a_circle():
     """As often as a chunk is used: what is waited for is never what is there from the time before."""
     assert len({number_of(i) for i in range(CIRCLE)}) == CIRCLE
     assert number_of(CIRCLE) == number_of(0) != 0
+
+
+@pytest.mark.parametrize("ranks", range(2, 17))
+def test_chunks_begin_where_numbers_of_any_size_can_be_read(ranks):
+    assert room_of(ranks) % ALIGNED == 0
+    assert bytes_of(ranks, room_of(ranks)) % 4 == 0  # where flags of shelves begin
 
 
 @pytest.mark.parametrize("ranks", [2, 8])
