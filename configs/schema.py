@@ -254,8 +254,8 @@ class OptimizerConfig:
     clip: float = _bounded(1.0, at_least=0)
     """Highest gradient norm; 0: no clipping."""
     name: str = _bounded("adamw", choices=("adamw", "adamw_8bit", "muon"))
-    """"adamw", or with engine=ddp, for matrices between embedding and head, AdamW for all else: "adamw_8bit",
-    bitsandbytes' AdamW with moments of 8 bits, or "muon", torch's Muon."""
+    """"adamw"; or for matrices between embedding and head, with AdamW for all else, "adamw_8bit", bitsandbytes' AdamW
+    with moments of 8 bits (engine=ddp), or "muon", torch's Muon (ddp, and fsdp2 on the device)."""
     momentum: float = _bounded(0.95, share=True)
     """Of Muon."""
     schedule: str = _bounded("warmup_cosine", choices=SCHEDULES)

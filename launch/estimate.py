@@ -9,6 +9,7 @@ All words but these four are overrides of the configuration, as of launch/train.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 
@@ -71,8 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_intermixed_args([_as_flag(word) for word in words])
     try:
         for name in ("gpus", "gpus_per_host", "host_gib"):
-            if getattr(options, name) <= 0:
-                raise ArgumentError(f"{name}={getattr(options, name)}; it must be positive")
+            if not 0 < getattr(options, name) < math.inf:
+                raise ArgumentError(f"{name}={getattr(options, name)}; allowed are finite numbers above 0")
         config = load(options.overrides)
         check(config, options.gpus)
         hardware = Hardware(options.gpus, CARDS[options.card], options.host_gib * GIB, options.gpus_per_host)

@@ -228,7 +228,7 @@ def test_no_file_names_code_to_run():
             "checkpoint.resume=nowhere: no such folder; allowed are auto, last_good, nev",
         ),
         (["checkpoint.every=off"], 1, "checkpoint.every=off; allowed are never, 0 and more"),
-        (["checkpoint.every=-1"], 1, "checkpoint.every=-1; allowed are 0 and more"),
+        (["checkpoint.every=-1"], 1, "checkpoint.every=-1; allowed are never, 0 and more"),
         (["checkpoint.resume=/"], 1, "checkpoint.resume=/: no manifest.json in it; allowed are auto, last_good, nev"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, list) else None,

@@ -68,7 +68,8 @@ def _check_bounds(key: str, value: Any, bounds: Mapping[str, Any]) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise ArgumentError(f"{key}={value}; allowed are finite numbers")
     if least is not None and value < least:
-        raise ArgumentError(f"{key}={value}; allowed are {least} and more")
+        words = "".join(f"{word}, " for word in bounds.get("words", ()))
+        raise ArgumentError(f"{key}={value}; allowed are {words}{least} and more")
     if bounds.get("positive") and value <= 0:
         raise ArgumentError(f"{key}={value}; it must be positive")
     if bounds.get("share") and not 0 <= value < 1:
