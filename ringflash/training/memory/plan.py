@@ -59,7 +59,7 @@ def said(placements: list[str], pairs: bool = False, measured: Measured | None =
     names = {
         KEEP: "kept whole",
         RECOMPUTE: "recomputed from what stays on the device",
-        OFFLOAD: "recomputed from what moves to the host",
+        OFFLOAD: "recomputed from what moves to the host as far as there is room",
     }
     counts = {name: placements.count(name) for name in names}
     parts = [f"{count} {names[name]}" for name, count in counts.items() if count]
