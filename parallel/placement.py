@@ -100,7 +100,7 @@ class Placement:
         self._programs: dict[tuple[int, torch.device], Program] = {}
         self._slope_rows: dict[tuple[bytes, int, torch.device], Tensor] = {}
         self._unions: dict[torch.device, tuple[UnionRows, UnionRows]] = {}
-        self._exchanges: dict[tuple[int, torch.device], HeadExchange | RowExchange] = {}
+        self._exchanges: dict[bytes | torch.device, HeadExchange | RowExchange] = {}
         self._digests: dict[int, str] = {}
         self._call_digests: dict[tuple, int] = {}
         for mask in masks:
@@ -375,13 +375,14 @@ class Placement:
         level = None if choice is None else choice.level
         if self.group is None or (self.head_ranks == 1 and level is None):
             return None
-        found = self._exchanges.get((index, device))
+        name = device if level is None else level.digest
+        found = self._exchanges.get(name)
         if found is None:
             if level is not None:
                 found = RowExchange(self.transport, self.rank, self._laid_end_to_end[0], level)
             else:
                 found = HeadExchange(self.transport, self.rank, self.head_ranks, *self.unions(device))
-            self._exchanges[index, device] = found
+            self._exchanges[name] = found
         return found
 
     def nbytes(self) -> int:

@@ -59,12 +59,9 @@ class RowCrossing:
         else:
             like = [(query.shape[-1], query.dtype)] if settings.needs & NEEDS["query"] else []
         self._expected = [query.new_empty(*query.shape[:2], dim, dtype=dtype) for dim, dtype in like]
-        self._numbers = query.new_zeros(rows, query.shape[1], 1, dtype=torch.float32)
         # What travels where something failed: any memory of the right size.
-        sizes = [(rows, query.shape[1], dim) for dim, _ in like[:1]]
-        self._fallback = [
-            x if x.shape == size else query.new_empty(size) for x, size in zip(self._level[:1], sizes, strict=False)
-        ] + [self._numbers] * (len(like) - 1)
+        first = [x for x in self._level[:1] if self._expected and x.shape[1:] == self._expected[0].shape[1:]]
+        self._fallback = first + [x.new_empty(rows, *x.shape[1:]) for x in self._expected[len(first) :]]
 
     def go(self) -> None:
         """Let everything cross."""
@@ -97,8 +94,7 @@ class RowCrossing:
     def _of_rows(self, found: Sequence[Tensor]) -> list[Tensor]:
         rows = [x.contiguous() for x in found[: len(self._expected)]]
         if not self.of_rows:
-            self._numbers.copy_(rows[1].T[..., None])
-            rows[1] = self._numbers
+            rows[1] = self._fallback[1].copy_(rows[1].T[..., None])
         return rows
 
     def results(self) -> list[Tensor]:

@@ -145,8 +145,8 @@ def _nbytes(choice: Choice) -> int:
 
 
 _choices = Kept(32 * 2**20, size=_nbytes)
-"""By digests of what was asked for, so that masks are not kept. To choose takes milliseconds, and
-steps whose sequences lie alike ask for the same."""
+"""By digests of what was asked for, so that masks are not kept. To choose takes milliseconds, and steps whose sequences
+lie alike ask for the same."""
 
 
 def _choose(

@@ -129,9 +129,7 @@ def predict(
             that are level in time and not in pairs have it.
         tokens: (R,) that each rank has in the rest of a layer; as many as queries if None.
     """
-    model = _Model(outline, loads, machine, shape, hosts, token_work)
-    if tokens is not None:
-        model.tokens = tokens
+    model = _Model(outline, loads, machine, shape, hosts, token_work, loads.queries if tokens is None else tokens)
     return Prediction(model.forward(), model.backward(), model.memory, int(model.carried.sum()))
 
 
@@ -147,10 +145,17 @@ class _Moves(NamedTuple):
 
 class _Model:
     def __init__(
-        self, outline: Outline, loads: Loads, machine: Machine, shape: Shape, hosts: int, token_work: int
+        self,
+        outline: Outline,
+        loads: Loads,
+        machine: Machine,
+        shape: Shape,
+        hosts: int,
+        token_work: int,
+        tokens: np.ndarray,
     ) -> None:
         self.outline, self.loads, self.machine, self.shape = outline, loads, machine, shape
-        self.token_work, self.tokens = token_work, loads.queries
+        self.token_work, self.tokens = token_work, tokens
         self.ranks = len(loads.queries)
         self.host = np.arange(self.ranks) // (self.ranks // hosts)
         self.carried = outline.carried(loads.keys)

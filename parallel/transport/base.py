@@ -23,6 +23,13 @@ Add = Callable[[int, int, int, Tensor], None]
 """Of rows that came: which of the expected, which of the tensors, the number of their first row, and the rows."""
 
 
+Parts = Sequence[tuple[int, Sequence[Sequence[Tensor]]]]
+"""What leaves: (rank in the group, for each tensor the contiguous rows that make it up, one behind another)."""
+
+Expected = Sequence[tuple[int, int]]
+"""What comes: (rank in the group, rows of each of its tensors)."""
+
+
 class Delivery(Protocol):
     """Parts of sums on their way between ranks; they stay alive until `collect`."""
 
@@ -88,20 +95,14 @@ class Transport(Protocol):
         """
         ...
 
-    def deliver(
-        self,
-        parts: Sequence[tuple[int, Sequence[Sequence[Tensor]]]],
-        expected: Sequence[tuple[int, int]],
-        room: Sequence[Tensor],
-        what: str,
-    ) -> Delivery:
+    def deliver(self, parts: Parts, expected: Expected, room: Sequence[Tensor], what: str) -> Delivery:
         """Send parts of sums to those who add them up, and return without waiting.
 
         Between two ranks, parts are matched in the order given; each rank is among `parts`, and among `expected`, once.
 
         Args:
-            parts: (rank in the group, for each tensor the contiguous rows that make it up, one behind another).
-            expected: (rank in the group, rows of each of its tensors).
+            parts: see `Parts`.
+            expected: see `Expected`.
             room: contiguous tensors (rows, ...) like those that come, for all expected rows; used by nobody else before
                 they are collected. Without rows where a transport does not need them.
             what: is sent and when, for errors.

@@ -14,11 +14,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 from torch import Tensor
 
+from ringflash.kernels.kept import Kept
 from ringflash.parallel.transport.base import Add
 from ringflash.parallel.transport.mailboxes import CHUNKS, Block, Mailboxes, Piece, chunks
 
@@ -37,14 +37,24 @@ class Portion(NamedTuple):
     rows: int
 
 
-@lru_cache(maxsize=1024)
-def levels(messages: tuple[tuple[int, int], ...], room: int) -> tuple[tuple[Portion, ...], ...]:
+Levels = tuple[tuple[Portion, ...], ...]
+
+_levels = Kept(4 * 2**20, size=lambda found: 200 + 200 * sum(map(len, found)))
+"""Of messages of sizes seen before, as those of a model's layers are."""
+
+
+def levels(messages: tuple[tuple[int, int], ...], room: int) -> Levels:
     """The first portion of every message, then the second of each, and so on.
 
     Args:
         messages: rows of each, and bytes of a row.
         room: bytes of a chunk.
     """
+    found = _levels.get((messages, room))
+    return _levels.add((messages, room), _new_levels(messages, room)) if found is None else found
+
+
+def _new_levels(messages: tuple[tuple[int, int], ...], room: int) -> Levels:
     found: list[list[Portion]] = []
     for message, (rows, row_bytes) in enumerate(messages):
         size = rows_together(row_bytes, room)

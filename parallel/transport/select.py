@@ -17,7 +17,7 @@ from ringflash.errors import ArgumentError, UnsupportedError
 from ringflash.kernels.kept import build_to_keep, capturing
 from ringflash.kernels.torch_private import default_store, without_transforms
 from ringflash.parallel.host import host
-from ringflash.parallel.transport.base import Delivery, Shelf, Ticket, Transport
+from ringflash.parallel.transport.base import Delivery, Expected, Parts, Shelf, Ticket, Transport
 from ringflash.parallel.transport.send_recv import SendRecv
 from ringflash.parallel.transport.symmetric_memory import SymmetricMemory, UnavailableError, allocate
 
@@ -89,13 +89,7 @@ class GroupTransport:
         """See `Transport`."""
         return self._now.transfer(sends, receives, what)
 
-    def deliver(
-        self,
-        parts: Sequence[tuple[int, Sequence[Sequence[Tensor]]]],
-        expected: Sequence[tuple[int, int]],
-        room: Sequence[Tensor],
-        what: str,
-    ) -> Delivery:
+    def deliver(self, parts: Parts, expected: Expected, room: Sequence[Tensor], what: str) -> Delivery:
         """See `Transport`."""
         return self._now.deliver(parts, expected, room, what)
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringflash.parallel.transport.base import Add
+from ringflash.parallel.transport.base import Add, Expected, Parts
 from ringflash.parallel.transport.deliveries import levels
 from ringflash.parallel.transport.mailboxes import room_of
 from ringflash.parallel.transport.shelves import row_bytes
@@ -76,13 +76,7 @@ class SendRecv:
             return Ticket([], [], what)
         return Ticket(dist.batch_isend_irecv(operations), [operation.tensor for operation in operations], what)
 
-    def deliver(
-        self,
-        parts: Sequence[tuple[int, Sequence[Sequence[Tensor]]]],
-        expected: Sequence[tuple[int, int]],
-        room: Sequence[Tensor],
-        what: str,
-    ) -> Delivery:
+    def deliver(self, parts: Parts, expected: Expected, room: Sequence[Tensor], what: str) -> Delivery:
         """See `Transport`."""
         sends = [
             (owner, runs[0] if len(runs) == 1 else torch.cat(list(runs)))

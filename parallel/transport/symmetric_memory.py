@@ -26,7 +26,7 @@ from triton.runtime import driver as triton_driver
 
 from ringflash.kernels.torch_private import symmetric_memory
 from ringflash.parallel.planning.pulls import Pull
-from ringflash.parallel.transport.base import Add
+from ringflash.parallel.transport.base import Add, Expected, Parts
 from ringflash.parallel.transport.deliveries import PushedParts
 from ringflash.parallel.transport.driver import driver
 from ringflash.parallel.transport.mailboxes import APART, Block, Mailboxes, bytes_of, number_of, room_of
@@ -164,13 +164,7 @@ class SymmetricMemory:
     def _expect(self, peer: int, place: int, number: int, came: bool, what: str) -> None:
         self._watch.expect(place, number, f"{what} from rank {peer}" if came else f"rank {peer} to take {what}")
 
-    def deliver(
-        self,
-        parts: Sequence[tuple[int, Sequence[Sequence[Tensor]]]],
-        expected: Sequence[tuple[int, int]],
-        room: Sequence[Tensor],
-        what: str,
-    ) -> _Pushed:
+    def deliver(self, parts: Parts, expected: Expected, room: Sequence[Tensor], what: str) -> _Pushed:
         """See `Transport`; `room` says what rows are like, and is not used."""
         sizes = [row_bytes(x) for x in room]
         outgoing = [
