@@ -127,7 +127,12 @@ def test_what_is_of_another_stage_or_no_json_is_refused_too(tmp_path):
         check(load(["engine=zero2", f"engine.deepspeed={path}"]), 2)
     with pytest.raises(ArgumentError, match=r"with engine\.name=fsdp2; it is for zero1, zero2 and"):
         check(load(["engine=fsdp2", f"engine.deepspeed={path}"]), 2)
-    for text, problem in (("{", "cannot read it: "), ("[]", "holds no JSON object")):
+    twice = '{"zero_optimization": {"overlap_comm": true, "overlap_comm": false}}'
+    for text, problem in (
+        ("{", "allowed is a file that holds a JSON object"),
+        ("[]", "holds no JSON object"),
+        (twice, "the key overlap_comm is there twice"),
+    ):
         (tmp_path / "deepspeed.json").write_text(text)
         with pytest.raises(ArgumentError, match=problem):
             check(load(["engine=zero2", f"engine.deepspeed={path}"]), 2)

@@ -8,6 +8,7 @@ is trained, on how much and by which optimizer the recipe says; a JSON that says
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -102,15 +103,24 @@ def read(path: str) -> dict[str, Any]:
     """What a file says, less what it leaves to the recipe.
 
     Raises:
-        ArgumentError: there is no such file, or no JSON object in it.
+        ArgumentError: there is no such file, or no JSON object in it, or one that names a key twice.
     """
     try:
-        found = json.loads(Path(path).expanduser().read_bytes())
+        found = json.loads(Path(path).expanduser().read_bytes(), object_pairs_hook=_each_key_once)
     except (OSError, ValueError) as error:
-        raise ArgumentError(f"engine.deepspeed={path}: cannot read it: {error}") from error
+        allowed = "allowed is a file that holds a JSON object"
+        raise ArgumentError(f"engine.deepspeed={path}: cannot read it: {error}; {allowed}") from error
     if not isinstance(found, dict):
         raise ArgumentError(f"engine.deepspeed={path} holds no JSON object")
     return _without_auto(found)
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice} is there twice")
+    return found
 
 
 def _without_auto(said: dict[str, Any]) -> dict[str, Any]:
@@ -159,8 +169,8 @@ def merged(ours: dict[str, Any], path: str | None) -> dict[str, Any]:
 
 def _leaves(said: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """("zero_optimization.stage", 3) and so on; of an object that is not looked into, the whole."""
-    looked_into = {"zero_optimization", *(f"zero_optimization.{key}" for key in OF_HOST)}
-    looked_into |= {key for key in ("fp16", "bf16", "amp", "torch_autocast")}
+    of_zero = {"zero_optimization", *(f"zero_optimization.{key}" for key in OF_HOST)}
+    looked_into = of_zero | {"fp16", "bf16", "amp", "torch_autocast"}
 
     def walk(node: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
         for key, value in node.items():
