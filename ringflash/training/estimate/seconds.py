@@ -12,6 +12,7 @@ from ringflash.configs.schema import Config
 from ringflash.parallel.planning.choose import choose
 from ringflash.parallel.planning.cost import Prediction, Shape, predict
 from ringflash.parallel.planning.generators import plan_named
+from ringflash.parallel.planning.level_queries import level_queries
 from ringflash.parallel.planning.loads import loads
 from ringflash.parallel.planning.machine import Machine, machine_for, measured_machine
 from ringflash.parallel.positions.partition import resolve
@@ -33,7 +34,9 @@ def attention(config: Config, sizes: Sizes, hardware: Hardware) -> Prediction:
     partition = resolve("zigzag" if name == "balanced" else name, config.train.seqlen, degree, [mask])
     shape = Shape(model.num_attention_heads, model.num_key_value_heads, head_dim(model), sizes.element)
     machine = _machine(hardware)
-    chosen = choose(mask, partition, hosts=hosts, machine=machine, shape=shape)
+    stays = hosts > 1 or (config.attention.head_ranks or 1) > 1
+    level = None if stays else level_queries(partition)
+    chosen = choose(mask, partition, hosts=hosts, machine=machine, shape=shape, level=level)
     if chosen.predicted:
         return chosen.predicted[chosen.name]
     found = loads(mask, partition, partition, needed_keys(mask, partition.segments, partition.length))
