@@ -173,6 +173,11 @@ class Placement:
         """How many rows of queries and of keys this rank has."""
         return self.batch * self.partition.count(self.rank), self.batch * self.key_partition.count(self.rank)
 
+    @cached_property
+    def most_rows(self) -> int:
+        """Rows of queries of the rank that has the most: the same on all ranks."""
+        return self.batch * max(self.partition.counts())
+
     def index_of(self, mask: Mask | None) -> int:
         """Which of the masks a call means; one that was not named before is added, None is the only one."""
         if mask is None:
@@ -237,7 +242,8 @@ class Placement:
             return None
         found = self._choices.get(index)
         if found is None:
-            shape, token_work = Shape().among(self.head_ranks), self._partition["token_work"] // self.head_ranks
+            shape = Shape().in_groups(self.most_rows, self.head_ranks).among(self.head_ranks)
+            token_work = self._partition["token_work"] // self.head_ranks
             found = choose(
                 self.masks[index],
                 *self._laid_end_to_end,
@@ -367,7 +373,8 @@ class Placement:
         """See `call.Settings.sizes`."""
         if self.head_ranks == 1 or self.key_partition is not self.partition:
             return ()
-        return self._together(self.partition).count(self.rank // self.head_ranks), self.head_ranks
+        together = self._together(self.partition).count(self.rank // self.head_ranks)
+        return together, self.head_ranks, self.most_rows
 
     def exchange(self, index: int, device: torch.device) -> HeadExchange | RowExchange | None:
         """How this rank exchanges heads for tokens, or query rows, under one of the masks; None if it does not."""
