@@ -121,7 +121,7 @@ class Sharding:
 
     def _make_handles(self) -> None:
         self.crossing = self._placement.crossing
-        """Rows that ranks which exchange heads hold together, how many ranks they are, and the most rows of one rank;
+        """Rows that ranks which exchange heads hold together, how many ranks they are, and rows in groups of heads;
         else empty."""
         self.documents = self._placement.given_documents
         """How many documents were given; None without any."""

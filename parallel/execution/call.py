@@ -39,8 +39,7 @@ class Settings(NamedTuple):
     Attributes:
         request: text of a call from traced code, see `Request`; empty where the handle says everything.
         sizes: B, S and Sk of such a call. Of a handle whose ranks exchange heads, and whose keys lie as the queries do:
-            how many rows they hold together, how many ranks they are, and the most rows of one of all ranks. Else
-            empty.
+            how many rows they hold together, how many ranks they are, and `Placement.rows_in_groups`. Else empty.
         scale: factor of the scores.
         softcap: see `ringflash.kernels.modifiers`; 0 for none.
         dropout: see `ringflash.kernels.modifiers`; 0 for none.

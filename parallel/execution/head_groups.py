@@ -89,8 +89,9 @@ def backward(
 
 
 def _groups(inputs: Inputs, where: Located) -> int:
-    rows, exchanging = (inputs.query.shape[0], 1) if where is None else (where[0].most_rows, where[0].head_ranks)
-    return head_groups(rows, *_heads(inputs), exchanging)
+    if where is None:  # nobody knows here how much they see
+        return 1
+    return head_groups(where[0].rows_in_groups, *_heads(inputs), where[0].head_ranks)
 
 
 def _heads(inputs: Inputs) -> tuple[int, int, int]:

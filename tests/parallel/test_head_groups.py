@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -12,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sharded_cases import ShardedCase, solve_share
 
-from ringflash import Sharding
+from ringflash import Mask, Sharding
 from ringflash.functional import attention
 from ringflash.kernels.cpu import blockwise
 from ringflash.parallel.planning import heads as planned
@@ -67,15 +66,24 @@ def test_every_feature_in_groups_gives_what_it_gives_at_once(pool, ranks, head_r
     assert set().union(*launched) == {heads[0] // groups // head_ranks}
 
 
-def test_batches_and_boundaries_on_a_device_in_groups(pool):
-    case = Case(((20, 20),) * 2, Rules(), (6, 3), dims=(16, 16), seed=2)
-    for sharded in (
-        ShardedCase(case, dense=True),
-        replace(ShardedCase(case, dense=False), boundaries="tensor"),
-    ):
-        expected, (found, _) = pool(1).run(solve_share, sharded)[0], pool(1).run(_in_groups, sharded)[0]
-        for x, right in zip(found, expected, strict=True):
-            torch.testing.assert_close(x, right, atol=1e-5, rtol=1e-5)
+def test_a_batch_in_groups(pool):
+    sharded = ShardedCase(Case(((20, 20),) * 2, Rules(), (6, 3), dims=(16, 16), seed=2), dense=True)
+    expected, (found, launched) = pool(1).run(solve_share, sharded)[0], pool(1).run(_in_groups, sharded)[0]
+    for x, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, right, atol=1e-5, rtol=1e-5)
+    assert launched == {2}
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_only_long_attention_is_done_in_groups(ranks):
+    def rows(mask, seqlen):
+        return Sharding(mask, seqlen=seqlen, rank=0, ranks=ranks)._placement.rows_in_groups
+
+    whole, cuts = 1 << 20, list(range(0, (1 << 20) + 1, 1 << 14))
+    assert rows(Mask.causal(), whole) == whole // ranks
+    assert rows(Mask.sliding_window(4096), whole) == 0
+    assert rows(Mask.causal() & Mask.documents(cuts), whole) == 0
+    assert rows([Mask.sliding_window(4096), Mask.causal()], whole) == whole // ranks
 
 
 def _compiled(head_ranks):
