@@ -20,6 +20,7 @@ from __future__ import annotations
 import faulthandler
 import glob
 import multiprocessing
+import multiprocessing.context
 import os
 import pickle
 import shutil
@@ -43,6 +44,13 @@ MOST_THREADS = 24
 
 START_TIMEOUT = 120.0
 """Seconds until every rank has imported torch and joined its group, on a busy machine."""
+
+
+def server() -> multiprocessing.context.ForkServerContext:
+    """Starts processes as forks of one that has imported PRELOAD."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
 
 
 class WorkerError(Exception):
@@ -137,8 +145,7 @@ class Pool:
         return any(len(glob.glob(f"/proc/{worker.pid}/task/*")) > MOST_THREADS for worker in self._workers)
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
+        context = server()
         self._folder = tempfile.mkdtemp(prefix="ringflash-pool-")
         for rank in range(self.size):
             pipe, end = context.Pipe()
