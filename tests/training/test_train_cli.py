@@ -105,7 +105,7 @@ def assert_answered_briefly(result, said):
 
 @pytest.mark.parametrize(("overrides", "said"), MISTAKES, ids=[overrides[0] for overrides, _ in MISTAKES])
 def test_a_mistake_is_answered_in_a_few_lines_that_name_it(tmp_path, overrides, said):
-    assert_answered_briefly(launch_forked(tmp_path, *overrides), said)
+    assert_answered_briefly(launch_forked(tmp_path, None, *overrides), said)
 
 
 def test_nor_does_a_process_of_its_own_say_more(tmp_path):
