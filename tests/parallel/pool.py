@@ -18,6 +18,7 @@ fresh pool.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import glob
 import multiprocessing
 import multiprocessing.context
@@ -227,6 +228,7 @@ def _serve(
     rank: int, size: int, folder: str, group_timeout: float, backend: str, ends_on_error: bool, pipe: Connection
 ) -> None:
     """Body of a worker: join the group, then answer calls until the parent goes away."""
+    gc.freeze()  # half a million objects of imports, which each collection would look through
     with open(Path(folder, f"stack{rank}"), "w") as stacks:
         faulthandler.register(signal.SIGUSR1, file=stacks)
         os.environ["OMP_NUM_THREADS"] = "1"
