@@ -82,7 +82,7 @@ def _start_and_signal(folder, ranks, job, target, number):
     return run.returncode, output
 
 
-LONG = (*JOB, "checkpoint.every=0", "train.steps=80")
+LONG = (*JOB, "checkpoint.every=0", "train.steps=40")
 
 
 @pytest.fixture(scope="module")
@@ -116,10 +116,10 @@ def test_a_run_that_is_signalled_to_stop_saves_its_step_and_the_next_start_conti
     job = (f"data.cache_dir={folder / 'runs' / 'cache'}", *LONG)
     status, output = _start_and_signal(tmp_path, ranks, job, target, number)
     done = len(losses(tmp_path / "run"))
-    assert done < 80
+    assert done < 40
     assert f"stopped by a signal: saved run/checkpoints/step-{done:08}; run_dir=run goes on from there" in output
     for rank in range(ranks or 1):
-        said = f"rank {rank}: stopped by a signal after step {done} of 80; it is saved; exit status {STOPPED}"
+        said = f"rank {rank}: stopped by a signal after step {done} of 40; it is saved; exit status {STOPPED}"
         assert said in output
     assert status == (STOPPED if ranks is None else 1)  # torchrun's own status
     result = launch_forked(tmp_path, ranks, "run_dir=run", *job)
