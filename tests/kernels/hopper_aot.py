@@ -40,7 +40,7 @@ class Compiled:
 
     spilled: int
     shared: int
-    warnings: tuple[str, ...]
+    warnings: list[str]
     binary: bytes
 
     @cached_property
@@ -93,7 +93,7 @@ def compile_call(call: Caught) -> Compiled:
     with reporting():
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": call.num_warps})
     report = compiled.metadata.ptxas
-    return Compiled(spilled(report), compiled.metadata.shared, serialised(report), compiled.asm["cubin"])
+    return Compiled(spilled(report), compiled.metadata.shared, list(serialised(report)), compiled.asm["cubin"])
 
 
 def disassemble(binary: bytes) -> str:

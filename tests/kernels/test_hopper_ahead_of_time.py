@@ -122,7 +122,7 @@ FORWARD_SHAPES = [
 
 
 def assert_forward_fits(compiled: Compiled, tiles: forward.ForwardTiles, spilled: int = 64) -> None:
-    assert compiled.warnings == ()
+    assert compiled.warnings == []
     assert compiled.spilled <= spilled
     assert compiled.shared < SHARED_LIMIT
     assert softmax_before_wait(compiled.blocks) == tiles.consumers, "one loop in each warpgroup"
@@ -170,7 +170,7 @@ def test_backward_fits(width, tiles, dkey_dtype, deterministic):
     if deterministic and width == "192/128":
         pytest.skip("repeats bit for bit in blocks of 256 columns")
     compiled = compile_backward(dims_of(width), tiles, torch.bfloat16, dkey_dtype, deterministic, width=width)
-    assert compiled.warnings == ()
+    assert compiled.warnings == []
     assert compiled.spilled <= SPILLED[width]
     assert compiled.shared < SHARED_LIMIT
 
@@ -181,7 +181,7 @@ def test_backward_fits(width, tiles, dkey_dtype, deterministic):
 def test_backward_fits_with_blocks_wider_than_heads(dims, deterministic):
     width = backward.backward_width(*dims)
     compiled = compile_backward(dims, backward.BACKWARD_TILES[width], torch.bfloat16, torch.bfloat16, deterministic)
-    assert compiled.warnings == ()
+    assert compiled.warnings == []
     assert compiled.spilled <= SPILLED[width]
     assert compiled.shared < SHARED_LIMIT
 
@@ -191,7 +191,7 @@ def test_backward_fits_with_blocks_wider_than_heads(dims, deterministic):
 def test_backward_fits_with_modifiers(width, names, more):
     tiles = (backward.ALIBI_BACKWARD_TILES if "slopes" in names else backward.BACKWARD_TILES)[width]
     compiled = compile_backward(dims_of(width), tiles, torch.bfloat16, torch.bfloat16, False, modifiers_named(names))
-    assert compiled.warnings == ()
+    assert compiled.warnings == []
     assert compiled.spilled <= SPILLED[width] + more
     assert compiled.shared < SHARED_LIMIT
 
