@@ -16,12 +16,10 @@ import triton
 def reporting() -> Iterator[None]:
     """Kernels for NVIDIA that `triton.compile` makes meanwhile have the report in `metadata.ptxas`.
 
-    It lies in Triton's cache with them, under a key that other compilations do not have. Line numbers are left out:
-    they change no instruction, and take a seventh of the time.
+    It lies in Triton's cache with them, under a key that other compilations do not have.
     """
-    with triton.knobs.runtime.scope(), triton.knobs.compilation.scope():
+    with triton.knobs.runtime.scope():
         triton.knobs.runtime.add_stages_inspection_hook = _keep_report
-        triton.knobs.compilation.disable_line_info = True
         yield
 
 
