@@ -16,6 +16,13 @@ from ringflash.kernels.gpu.modifiers_given import modifiers_aligned, modifiers_m
 from ringflash.kernels.hopper.backward_kernel import attend_backward_kernel
 from ringflash.kernels.hopper.backward_order import order_of_programs
 from ringflash.kernels.hopper.backward_split_kernel import attend_backward_split_kernel
+from ringflash.kernels.hopper.backward_tokens import (
+    Programs,
+    add_slots,
+    chunk_count,
+    order_with_chunks,
+    programs_of_tiles,
+)
 from ringflash.kernels.hopper.backward_wide_kernel import attend_backward_wide_kernel
 from ringflash.kernels.hopper.checks import check_operands
 from ringflash.kernels.hopper.descriptors import (
@@ -33,6 +40,7 @@ from ringflash.kernels.hopper.widths import WIDTHS, width_of
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.kept import Kept, metadata
 from ringflash.kernels.modifiers import Modifiers
+from ringflash.kernels.triton import attend as portable
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,16 @@ def attend_backward(
     dkey_dtype: torch.dtype | None = None,
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See ringflash.kernels.reference.attend_backward. A carry is overwritten; dout is rounded to query's dtype."""
+    """See ringflash.kernels.reference.attend_backward. A carry is overwritten; dout is rounded to query's dtype.
+
+    With sink tokens, whose tiles are not visited in an order in which programs could wait for one another, gradients
+    that have to repeat bit for bit come from the portable kernels.
+    """
+    if deterministic and intervals.has_sink_tokens:
+        return portable.attend_backward(
+            dout.to(query.dtype), query, key, value, lse, delta, intervals, scale=scale, modifiers=modifiers,
+            carry=carry, dquery_dtype=dquery_dtype, dkey_dtype=dkey_dtype,
+        )  # fmt: skip
     dquery_dtype, dkey_dtype = dquery_dtype or query.dtype, dkey_dtype or key.dtype
     operands = (dout, query, key, value)
     numbers = (lse, delta, carry)
@@ -112,7 +129,8 @@ def attend_backward(
         check_operands(query, key, value, intervals, scale, modifiers)
         tiles = BACKWARD_TILES if modifiers is None or modifiers.slopes is None else ALIBI_BACKWARD_TILES
         tiles = tiles[backward_width(query.shape[2], value.shape[2])]
-        prepared = PreparedBackward(operands, numbers, scale, dkey_dtype, tiles, deterministic, modifiers)
+        sink_tokens = intervals.has_sink_tokens
+        prepared = PreparedBackward(operands, numbers, scale, dkey_dtype, tiles, deterministic, modifiers, sink_tokens)
         prepared_calls.add(call, prepared)
     return prepared(operands, numbers, intervals, dquery_dtype, modifiers)
 
@@ -155,6 +173,7 @@ class PreparedBackward:
         tiles: sizes of the launch.
         deterministic: see scale.
         modifiers: see scale.
+        sink_tokens: whether there are some; not where deterministic.
     """
 
     def __init__(
@@ -166,6 +185,7 @@ class PreparedBackward:
         tiles: BackwardTiles,
         deterministic: bool = False,
         modifiers: Modifiers | None = None,
+        sink_tokens: bool = False,
     ) -> None:
         _, query, key, value = operands
         (query_rows, heads, dim), (key_rows, key_heads, value_dim) = query.shape, value.shape
@@ -214,8 +234,15 @@ class PreparedBackward:
         bend = scale / modifiers.softcap if modifiers is not None and modifiers.softcap else None
 
         self.shape = (query_rows, padded_rows, key_rows, key_heads)
+        programs = -(-key_rows // tiles.keys)
+        self.slot_shapes = None
+        if sink_tokens:
+            assert self.width != "192/128"
+            chunks = chunk_count(programs, query_rows, key_heads, multiprocessors(query.device))
+            programs += 2 * chunks
+            self.slot_shapes = [(3 * chunks * tiles.keys, *x.shape[1:]) for x in (key, value)]
         self.launch = Launcher(
-            -(-key_rows // tiles.keys) * key_heads,
+            programs * key_heads,
             (*(x.stride(1) for x in (reachable[1], reachable[0], *reachable[2:])), float(scale), bend),
             dict(
                 GROUP=group, QUERY_STAGES=tiles.stages[0], DOUT_STAGES=tiles.stages[1],
@@ -244,9 +271,12 @@ class PreparedBackward:
             return dquery.to(dquery_dtype), dkey.zero_().to(self.dkey_dtype), dvalue.zero_().to(self.dkey_dtype)
 
         scaled_lse, minus_delta = prepare_rows(self, lse, delta)
-        order, turns, turn_now, section = None, None, None, None
+        order, turns, turn_now, section, programs, slots = (None,) * 6
         if self.deterministic:
             turns, turn_now, section = adding_turns(intervals, self.heads, query.shape[2], self.tiles)
+        elif self.slot_shapes is not None:
+            programs, order = programs_with_tokens(intervals, self.tiles.keys, self.heads[1])
+            slots = tuple(query.new_empty(shape, dtype=torch.float32) for shape in self.slot_shapes)
         else:
             order = programs_in_order(intervals, self.tiles.keys, self.heads[1])
         if not self.all_addressable:
@@ -259,9 +289,10 @@ class PreparedBackward:
             pointers, dkey_rest = (None, None), of_rest and descriptor_of(dkey, of_rest)
         rows = map(descriptor_of, (scaled_lse, minus_delta), (self.number_description,) * 2)
         dquery_desc = descriptor_of(dquery, self.dquery_description)
-        seeing = intervals.key_tile_rows(1), intervals.key_tile_rows(self.tiles.keys)
-        if modifiers is not None and modifiers.key_visible is not None:
-            seeing = without_padding(modifiers.key_visible.contiguous(), *seeing, self.tiles.keys)
+        visible = None if modifiers is None else modifiers.key_visible
+        seeing, tokens = rows_seeing(intervals, self.tiles.keys, visible), (None,) * 5
+        if programs is not None:
+            tokens = programs.work, *rows_seeing(intervals, self.tiles.keys, visible, sink_tokens=True), *slots
         positions = self._positions(modifiers) if self.alibi else (None, None, None)
         if self.width == "192/128":
             tensors = (
@@ -273,9 +304,11 @@ class PreparedBackward:
         else:
             tensors = (
                 query_desc, dout_desc, key_desc, value_desc, *rows, dquery_desc, dkey_desc, dvalue_desc,
-                *pointers, *seeing, order, turns, turn_now, section, *positions, *self.shape,
+                *pointers, *seeing, order, turns, turn_now, section, *tokens, *positions, *self.shape,
             )  # fmt: skip
             self.launch(attend_backward_wide_kernel if self.width == "256" else attend_backward_kernel, tensors)
+        if programs is not None:
+            add_slots(programs, slots, dkey, dvalue, self.tiles.keys)
         return dquery.to(dquery_dtype), dkey.to(self.dkey_dtype), dvalue.to(self.dkey_dtype)
 
     def _positions(self, modifiers: Modifiers) -> tuple:
@@ -295,6 +328,14 @@ def _reachable(operands: Operands) -> Operands:
     """The operands as the tensor memory engine takes them, dout of query's dtype."""
     dout, query, key, value = operands
     return tuple(map(addressable, (dout.to(query.dtype), query, key, value)))
+
+
+def rows_seeing(
+    intervals: KeyIntervals, block: int, visible: Tensor | None, sink_tokens: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`KeyIntervals.key_tile_rows` of single keys and of tiles, of keys that are `visible` if that is given."""
+    of_keys, of_tiles = (intervals.key_tile_rows(x, sink_tokens) for x in (1, block))
+    return (of_keys, of_tiles) if visible is None else without_padding(visible.contiguous(), of_keys, of_tiles, block)
 
 
 def without_padding(visible: Tensor, of_keys: Tensor, of_tiles: Tensor, block: int) -> tuple[Tensor, Tensor]:
@@ -326,6 +367,20 @@ def programs_in_order(intervals: KeyIntervals, block: int, key_heads: int) -> Te
         return order_of_programs(intervals.key_tile_rows(block), key_heads, multiprocessors(intervals.start.device))
 
     return intervals.kept(("programs", block, key_heads), build)
+
+
+def programs_with_tokens(intervals: KeyIntervals, block: int, key_heads: int) -> tuple[Programs, Tensor]:
+    """See `backward_tokens.Programs` and `order_with_chunks`, made once for the intervals."""
+
+    def build() -> tuple[Programs, Tensor]:
+        processors = multiprocessors(intervals.start.device)
+        of_own, of_tokens = (intervals.key_tile_rows(block, sink_tokens) for sink_tokens in (False, True))
+        programs = programs_of_tiles(of_own, of_tokens, intervals.query_count, key_heads, processors)
+        tokens = programs.work[: len(of_own), 4] - programs.work[: len(of_own), 3]
+        order = order_of_programs(of_own, key_heads, processors, tokens)
+        return programs, order_with_chunks(order, programs, key_heads)
+
+    return intervals.kept(("programs with tokens", block, key_heads), build)
 
 
 def adding_turns(

@@ -11,6 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from ringflash.kernels.hopper.backward_tokens import row_of
 from ringflash.kernels.hopper.blocks import FIRST, block_columns, block_rows, flat_layout, head_place, load_block
 from ringflash.kernels.hopper.compat import WARPGROUP, async_load
 from ringflash.kernels.hopper.dquery_in_turn import Turns, allocate_turns
@@ -66,25 +67,34 @@ class Buffers(NamedTuple):
 class Rows(NamedTuple):
     """The query rows that a key tile visits, in `blocks` blocks from row `begin` on, for each head of a group.
 
-    Blocks within full_begin to full_end need no mask.
+    Blocks within full_begin to full_end need no mask. With sink tokens the first own_blocks are of rows that see the
+    tile in their own range of keys, the others of rows that see it as sink tokens, from token_begin on.
     """
 
     begin: gl.tensor
     blocks: gl.tensor
     full_begin: gl.tensor
     full_end: gl.tensor
+    own_blocks: gl.tensor
+    token_begin: gl.tensor
+    token_full_begin: gl.tensor
+    token_full_end: gl.tensor
     query_rows: gl.tensor
     padded_rows: gl.tensor
     first_head: gl.tensor
 
 
 class Work(NamedTuple):
-    """A program's key tile, from the row first_key on, of a key head; and the query rows that it visits."""
+    """A program's key tile, from the row first_key on, of a key head; and the query rows that it visits.
+
+    slot: where its sums are left with sink tokens, if not negative; see backward_tokens.
+    """
 
     first_key: gl.tensor
     key_head: gl.tensor
     rows: Rows
     turns: Turns
+    slot: gl.tensor
 
 
 class Sums(NamedTuple):
@@ -142,17 +152,19 @@ def allocate_stream(desc, numbers_desc, STAGES: gl.constexpr):
 
 @gluon.jit
 def find_work(
-    buffers, rows_of_tile_ptr, order_ptr, turn_of_tile_ptr, turn_now_ptr, section_ptr, query_rows, padded_rows,
+    buffers, rows_of_tile_ptr, order_ptr, turn_of_tile_ptr, turn_now_ptr, section_ptr, tokens, query_rows, padded_rows,
     key_rows, key_heads, GROUP: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
     """This program's work, by `backward_order`; where dQ is added in turn, tiles from the first, section by section.
 
-    Then order_ptr is None; else turns and section_ptr are.
+    Then order_ptr is None; else turns and section_ptr are. With sink tokens by `backward_tokens`; first_key is negative
+    where there is none.
     """
     M: gl.constexpr = buffers.queries.blocks.shape[1]
     N: gl.constexpr = buffers.key.shape[1]
     # What stands for none must not be None, which triton 3.6 cannot return.
     turns = Turns(rows_of_tile_ptr, 0, buffers.loaded, buffers.loaded)
+    slot = key_rows
     if ORDERED:
         section = gl.load(section_ptr)
         per_section = (key_rows + N - 1) // N * section
@@ -162,9 +174,17 @@ def find_work(
     else:
         place = gl.load(order_ptr + gl.program_id(0))
         key_tile, key_head = place // key_heads, place % key_heads
-    ALIGNED: gl.constexpr = M if ORDERED else 4
-    rows = visiting_rows(rows_of_tile_ptr, key_tile, query_rows, padded_rows, key_rows, key_head * GROUP, M, N, ALIGNED)
-    return Work(key_tile * N, key_head, rows, turns)
+    first_head = key_head * GROUP
+    if tokens.work_ptr is not None:
+        entry = tokens.work_ptr + key_tile * 6  # a program's number so far
+        key_tile, slot = gl.load(entry), gl.load(entry + 5)
+        rows = rows_and_tokens(
+            rows_of_tile_ptr, tokens, entry, key_tile, query_rows, padded_rows, key_rows, first_head, M, N
+        )
+    else:
+        ALIGNED: gl.constexpr = M if ORDERED else 4
+        rows = visiting_rows(rows_of_tile_ptr, key_tile, query_rows, padded_rows, key_rows, first_head, M, N, ALIGNED)
+    return Work(key_tile * N, key_head, rows, turns, slot)
 
 
 @gluon.jit
@@ -182,11 +202,34 @@ def visiting_rows(
     blocks = gl.maximum((gl.load(entry + 3) - begin + M - 1) // M, 1)
     # Rows behind the last key are zeros, whose weights must not reach dQ as infinity times zero: mask the whole tile.
     full_end = gl.where((key_tile + 1) * N > key_rows, 0, gl.load(entry + 2))
-    return Rows(begin, blocks, gl.load(entry + 1), full_end, query_rows, padded_rows, first_head)
+    # Without sink tokens what is behind the first four stands for none.
+    return Rows(begin, blocks, gl.load(entry + 1), full_end, 0, 0, 0, 0, query_rows, padded_rows, first_head)
 
 
 @gluon.jit
-def produce(inputs, work, buffers, GROUP: gl.constexpr, ORDERED: gl.constexpr):
+def rows_and_tokens(
+    rows_of_tile_ptr, tokens, work, key_tile, query_rows, padded_rows, key_rows, first_head,
+    M: gl.constexpr, N: gl.constexpr,
+):  # fmt: skip
+    """As `visiting_rows`, of a program's work, see `backward_tokens.Programs`; key_tile may be negative."""
+    begin, token_begin = gl.load(work + 1) // 4 * 4, gl.load(work + 3)
+    own_blocks = gl.maximum((gl.load(work + 2) - begin + M - 1) // M, 0)
+    blocks = own_blocks + gl.maximum((gl.load(work + 4) - token_begin + M - 1) // M, 0)
+    entry = gl.maximum(key_tile, 0) * 4 + 1
+    ragged = (key_tile + 1) * N > key_rows
+    return Rows(
+        begin, gl.maximum(blocks, 1),
+        gl.load(rows_of_tile_ptr + entry), gl.where(ragged, 0, gl.load(rows_of_tile_ptr + entry + 1)),
+        own_blocks, token_begin,
+        gl.load(tokens.rows_of_tile_ptr + entry), gl.where(ragged, 0, gl.load(tokens.rows_of_tile_ptr + entry + 1)),
+        query_rows, padded_rows, first_head,
+    )  # fmt: skip
+
+
+@gluon.jit
+def produce(
+    inputs, work, buffers, GROUP: gl.constexpr, ORDERED: gl.constexpr, TOKENS: gl.constexpr = False
+):  # fmt: skip
     """The producer warp: the tile's keys and values, then the query-side blocks of each step."""
     queries, douts, loaded = buffers.queries, buffers.douts, buffers.loaded
     rows = work.rows
@@ -209,7 +252,7 @@ def produce(inputs, work, buffers, GROUP: gl.constexpr, ORDERED: gl.constexpr):
             if ORDERED:
                 block, member = rows.blocks - 1 - outer, inner
             head = rows.first_head + member
-            row = rows.begin + block * M
+            row = row_of(rows, block, M, TOKENS)
             number = head * rows.padded_rows + row
             stage, parity = stage_and_parity(step, QUERY_STAGES)
             place = head_place(inputs.query_desc, head, inputs.query_head_stride)

@@ -55,8 +55,6 @@ def check_operands(
     """Raise ArgumentError for what the kernels cannot compute."""
     if modifiers is not None and modifiers.dropout:
         raise ArgumentError(f"dropout={modifiers.dropout}; the Hopper kernels apply none, triton and blockwise do")
-    if intervals.has_sink_tokens:
-        raise ArgumentError("intervals have sink tokens; the Hopper kernels take none, triton and blockwise do")
     if key.dtype != query.dtype or value.dtype != query.dtype:
         raise ArgumentError(f"query, key, value are {query.dtype}, {key.dtype}, {value.dtype}; all three must agree")
     if query.shape[1] % key.shape[1] or value.shape[:2] != key.shape[:2] or key.shape[2] != query.shape[2]:

@@ -24,6 +24,7 @@ from ringflash.kernels.hopper.descriptors import (
 from ringflash.kernels.hopper.forward_kernel import LOG2_E, ROWS, attend_kernel
 from ringflash.kernels.hopper.schedule import head_section
 from ringflash.kernels.hopper.score_changes import key_numbers
+from ringflash.kernels.hopper.sink_tokens import token_pieces
 from ringflash.kernels.hopper.widths import WIDTHS, width_of
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.kept import Kept, metadata
@@ -105,6 +106,11 @@ def addressable_carry(carry_out: Tensor) -> Tensor:
     return carry_out if carry_out.data_ptr() % 16 == 0 else carry_out.clone()
 
 
+def bounds_of(intervals: KeyIntervals) -> tuple[Tensor | None, ...]:
+    """Start and stop, and those of sink tokens."""
+    return intervals.start, intervals.stop, intervals.sink_start, intervals.sink_stop
+
+
 prepared_calls = Kept()
 """`PreparedForward` by what `attend` was asked for."""
 
@@ -126,7 +132,7 @@ def _call(
         *map(metadata, (query, key, value, carry_out, carry_lse, sinks)), out_dtype,
         intervals.start.shape, intervals.key_count, intervals.has_sink_tokens, scale, modifiers_metadata(modifiers),
         (
-            aligned(query, key, value, carry_out, carry_lse, sinks, intervals.start, intervals.stop)
+            aligned(query, key, value, carry_out, carry_lse, sinks, *bounds_of(intervals))
             and modifiers_aligned(modifiers)
         ) or tuple(map(aligned, (query, key, value))),
     )  # fmt: skip
@@ -168,11 +174,12 @@ class PreparedForward:
         self.empty = key_rows == 0 or query_rows == 0
         if self.empty:
             return
-        direct = aligned(query, key, value, *(carry or ()), sinks, intervals.start, intervals.stop)
+        direct = aligned(query, key, value, *(carry or ()), sinks, *bounds_of(intervals))
         direct &= modifiers_aligned(modifiers)
         given = (query, key, value)
         query, key, value = map(addressable, given)
         self.all_addressable = all(x is y for x, y in zip(given, (query, key, value), strict=True))
+        self.token_tiles = (tiles.consumers * ROWS.value, tiles.keys) if intervals.has_sink_tokens else None
         rows, width = ROWS.value, WIDTHS[width_of(dim, value_dim)]
         self.descriptions, rest = zip(
             part_descriptors(query, rows, width.keys),
@@ -247,9 +254,10 @@ class PreparedForward:
             written = (descriptor_of(out, out_description), out_rest and descriptor_of(out, out_rest), None)
         carried = self.carry_description and descriptor_of(carry_out, self.carry_description)
         modifying = (None, None, None) if modifiers is None else self._modifying(modifiers)
+        pieces = self.token_tiles and token_pieces(intervals, *self.token_tiles)
         tensors = (
             *first, *rest, *written, lse, carried, carry_out, carry_lse,
-            intervals.start, intervals.stop, first_ticket(query.device), sinks, *modifying,
+            *bounds_of(intervals), pieces, first_ticket(query.device), sinks, *modifying,
         )  # fmt: skip
         self.launch(attend_kernel, tensors)
         return out.to(self.out_dtype), lse

@@ -55,6 +55,7 @@ from ringflash.kernels.hopper.schedule import (
     tile_and_head,
 )
 from ringflash.kernels.hopper.score_changes import ScoreChanges, change_scores, rows_of_changes
+from ringflash.kernels.hopper.sink_tokens import SinkTokens, tile_pieces, token_key
 from ringflash.kernels.hopper.softmax import ROWS, hide, own_sums, rescale_if_needed, softmax_step
 
 LN_2 = gl.constexpr(0.6931471805599453)
@@ -73,7 +74,7 @@ LOWEST = gl.constexpr(-1e30)
 def attend_kernel(
     query_desc, key_desc, value_desc, query_rest_desc, key_rest_desc, value_rest_desc, out_desc, out_rest_desc,
     out_ptr, lse_ptr, carry_desc, carry_out_ptr, carry_lse_ptr,
-    start_ptr, stop_ptr, counter_ptr, sinks_ptr, query_positions_ptr, slopes_ptr, key_numbers_desc,
+    start_ptr, stop_ptr, token_start_ptr, token_stop_ptr, token_pieces_ptr, counter_ptr, sinks_ptr, query_positions_ptr, slopes_ptr, key_numbers_desc,
     query_rows, tiles, heads, section, query_head_stride, key_head_stride, value_head_stride, scale_log2,
     bend, slopes_row, slopes_head, inverse_unit,
     GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, HAS_CARRY: gl.constexpr,
@@ -102,7 +103,8 @@ def attend_kernel(
     for i in gl.static_range(CONSUMERS - 1):
         mbarrier.init(begun.index(i), count=WARPGROUP)
     fence_async_shared()
-    problem = Problem(start_ptr, stop_ptr, query_rows, Schedule(tiles, heads, section), tickets, begun, changes)
+    tokens = SinkTokens(token_start_ptr, token_stop_ptr, token_pieces_ptr)
+    problem = Problem(start_ptr, stop_ptr, query_rows, Schedule(tiles, heads, section), tickets, begun, changes, tokens)
     gl.static_assert(CONSUMERS == 2 or CONSUMERS == 3)
     KEY_REST: gl.constexpr = key_rest_desc is not None
     VALUE_REST: gl.constexpr = value_rest_desc is not None
@@ -143,6 +145,7 @@ def consume(
     """A consumer warpgroup: rows PART * 64 to PART * 64 + 64 of each tile."""
     M: gl.constexpr = memory.query.blocks.shape[0] * ROWS
     N: gl.constexpr = memory.key.blocks.shape[1]
+    TOKENS: gl.constexpr = problem.tokens.pieces_ptr is not None
     step = 0
     tiles_done = 0
     ticket = gl.program_id(0)
@@ -151,11 +154,16 @@ def consume(
         first_row = tile * M
         span = tile_span(problem, first_row, M)
         blocks = block_count(span, N)
+        pieces = span  # stands for none
+        if TOKENS:
+            pieces = tile_pieces(problem.tokens, tile, N)
         attend_tile(
-            problem, result, memory, span, blocks, first_row + PART * ROWS, head, step, tiles_done, scale_log2,
+            problem, result, memory, pieces, span, blocks, first_row + PART * ROWS, head, step, tiles_done, scale_log2,
             PART, HAS_CARRY, HIDES_KEYS, OWN_STAGING, DIRECT_OUT, KEY_REST, VALUE_REST,
         )  # fmt: skip
         step += blocks
+        if TOKENS:
+            step += pieces.blocks
         ticket = read(problem.tickets, tiles_done)
         tiles_done += 1
     if not DIRECT_OUT:
@@ -164,7 +172,7 @@ def consume(
 
 @gluon.jit
 def attend_tile(
-    problem, result, memory, span, blocks, first_row, head, step, tiles_done, scale_log2,
+    problem, result, memory, pieces, span, blocks, first_row, head, step, tiles_done, scale_log2,
     PART: gl.constexpr, HAS_CARRY: gl.constexpr, HIDES_KEYS: gl.constexpr, OWN_STAGING: gl.constexpr,
     DIRECT_OUT: gl.constexpr, KEY_REST: gl.constexpr, VALUE_REST: gl.constexpr,
 ):  # fmt: skip
@@ -181,6 +189,7 @@ def attend_tile(
     OUT_REST: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, REST, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2)
     CARRY_LANDS: gl.constexpr = HAS_CARRY and OWN_STAGING
+    TOKENS: gl.constexpr = problem.tokens.pieces_ptr is not None
 
     rows = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
     inside = rows < problem.query_rows
@@ -190,11 +199,18 @@ def attend_tile(
     changes = problem.changes
     position, slope = rows_of_changes(changes, rows, inside, head, no_scores)
     out = gl.zeros([ROWS, D], gl.float32, OUT)
+    out_rest = step  # stands for none
     if VALUE_REST:
         out_rest = gl.zeros([ROWS, REST], gl.float32, OUT_REST)
     maximum = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
     total = own_sums(no_scores)
     query = queries.blocks.index(PART)
+    if TOKENS:
+        out, out_rest, maximum, total = attend_tokens(
+            problem, memory, pieces, first_row, step, tiles_done, position, slope, no_scores, out, out_rest, maximum,
+            total, scale_log2, PART, HIDES_KEYS, KEY_REST, VALUE_REST,
+        )  # fmt: skip
+        step += pieces.blocks
     own = key_span(problem.start_ptr, problem.stop_ptr, first_row, problem.query_rows, ROWS)
     first, last = own_blocks(span, own, blocks, N)
     pass_over(keys, values, step, step + first, STAGES)
@@ -217,6 +233,8 @@ def attend_tile(
     weights, rescale, maximum, total = softmax_step(scores, maximum, total, scale_log2)
     weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
     mbarrier.wait(values.full.index(stage), parity)
+    if TOKENS:
+        out, out_rest = rescale_all(out, out_rest, rescale, VALUE_REST)
     if CARRY_LANDS and tiles_done > 0:
         # The earlier tile's result has left the carry's place.
         store_wait(0)
@@ -225,29 +243,11 @@ def attend_tile(
     for block in range(first + 1, last):
         earlier = stage
         stage, parity = stage_and_parity(step + block, STAGES)
-        mbarrier.wait(keys.full.index(stage), parity)
-        scores_token = start_scores(memory, query, stage, no_scores, PART, KEY_REST)
-        out_token = warpgroup_mma(weights, values.blocks.index(earlier), out, is_async=True)
-        if VALUE_REST:
-            rest_token = start_rest(weights, memory.value_rest.index(earlier), out_rest, OUT_REST)
-        scores = warpgroup_mma_wait(2 if VALUE_REST else 1, deps=[scores_token])
-        scores = change_scores(scores, changes, memory.key_numbers.index(stage), position, slope, HIDES_KEYS)
-        release(keys.empty.index(stage))
-        scores = hide(scores, own, row_start, row_stop, span.begin + block * N, N, SCORES)
-        weights, rescale, maximum, total = softmax_step(scores, maximum, total, scale_log2)
-        weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
-        # This wait is for the next step, but stands here: a branch between the softmax and the wait for the tensor
-        # cores keeps ptxas from moving that wait in front of the softmax.
-        mbarrier.wait(values.full.index(stage), parity)
-        if VALUE_REST:
-            out, out_rest = warpgroup_mma_wait(0, deps=[out_token, rest_token])
-        else:
-            out = warpgroup_mma_wait(0, deps=[out_token])
-        release(values.empty.index(earlier))
-        factor = gl.convert_layout(rescale, gl.SliceLayout(1, OUT))
-        out = rescale_if_needed(out, factor, D)
-        if VALUE_REST:
-            out_rest = rescale_if_needed(out_rest, gl.convert_layout(rescale, gl.SliceLayout(1, OUT_REST)), REST)
+        out, out_rest, weights, maximum, total = attend_block(
+            problem, memory, query, own, row_start, row_stop, position, slope, no_scores, span.begin + block * N,
+            stage, parity, earlier, weights, out, out_rest, maximum, total, scale_log2,
+            PART, HIDES_KEYS, KEY_REST, VALUE_REST,
+        )  # fmt: skip
 
     if OWN_STAGING or DIRECT_OUT:
         release(queries.empty.index(PART))
@@ -300,6 +300,99 @@ def attend_tile(
     if not (OWN_STAGING or DIRECT_OUT):
         store_wait(0)
         release(queries.empty.index(PART))
+
+
+@gluon.jit
+def attend_block(
+    problem, memory, query, own, row_start, row_stop, position, slope, no_scores, first_key, stage, parity, earlier,
+    weights, out, out_rest, maximum, total, scale_log2,
+    PART: gl.constexpr, HIDES_KEYS: gl.constexpr, KEY_REST: gl.constexpr, VALUE_REST: gl.constexpr,
+):  # fmt: skip
+    """A step of the key loop: this block's scores and weights, and the weights times values of the block `earlier`."""
+    keys, values = memory.key, memory.value
+    N: gl.constexpr = keys.blocks.shape[1]
+    SCORES: gl.constexpr = no_scores.type.layout
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=out.type.layout, k_width=2)
+    mbarrier.wait(keys.full.index(stage), parity)
+    scores_token = start_scores(memory, query, stage, no_scores, PART, KEY_REST)
+    out_token = warpgroup_mma(weights, values.blocks.index(earlier), out, is_async=True)
+    if VALUE_REST:
+        rest_token = start_rest(weights, memory.value_rest.index(earlier), out_rest, out_rest.type.layout)
+    scores = warpgroup_mma_wait(2 if VALUE_REST else 1, deps=[scores_token])
+    scores = change_scores(scores, problem.changes, memory.key_numbers.index(stage), position, slope, HIDES_KEYS)
+    release(keys.empty.index(stage))
+    scores = hide(scores, own, row_start, row_stop, first_key, N, SCORES)
+    weights, rescale, maximum, total = softmax_step(scores, maximum, total, scale_log2)
+    weights = gl.convert_layout(weights.to(keys.blocks.dtype), WEIGHTS)
+    # This wait is for the next step, but stands here: a branch between the softmax and the wait for the tensor
+    # cores keeps ptxas from moving that wait in front of the softmax.
+    mbarrier.wait(values.full.index(stage), parity)
+    if VALUE_REST:
+        out, out_rest = warpgroup_mma_wait(0, deps=[out_token, rest_token])
+    else:
+        out = warpgroup_mma_wait(0, deps=[out_token])
+    release(values.empty.index(earlier))
+    out, out_rest = rescale_all(out, out_rest, rescale, VALUE_REST)
+    return out, out_rest, weights, maximum, total
+
+
+@gluon.jit
+def attend_tokens(
+    problem, memory, pieces, first_row, step, tiles_done, position, slope, no_scores, out, out_rest, maximum, total,
+    scale_log2, PART: gl.constexpr, HIDES_KEYS: gl.constexpr, KEY_REST: gl.constexpr, VALUE_REST: gl.constexpr,
+):  # fmt: skip
+    """A warpgroup's rows over the tile's sink tokens, of which nothing is in flight any more when this returns."""
+    queries, keys, values, tokens = memory.query, memory.key, memory.value, problem.tokens
+    STAGES: gl.constexpr = keys.blocks.shape[0]
+    N: gl.constexpr = keys.blocks.shape[1]
+    SCORES: gl.constexpr = no_scores.type.layout
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=out.type.layout, k_width=2)
+    rows = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
+    inside = rows < problem.query_rows
+    row_start = gl.load(tokens.start_ptr + rows, mask=inside, other=0)
+    row_stop = gl.load(tokens.stop_ptr + rows, mask=inside, other=0)
+    own = key_span(tokens.start_ptr, tokens.stop_ptr, first_row, problem.query_rows, ROWS)
+    if pieces.blocks > 0:
+        query = queries.blocks.index(PART)
+        stage, parity = stage_and_parity(step, STAGES)
+        mbarrier.wait(queries.full.index(PART), tiles_done & 1)
+        mbarrier.wait(keys.full.index(stage), parity)
+        scores_token = start_scores(memory, query, stage, no_scores, PART, KEY_REST)
+        scores = warpgroup_mma_wait(0, deps=[scores_token])
+        scores = change_scores(scores, problem.changes, memory.key_numbers.index(stage), position, slope, HIDES_KEYS)
+        release(keys.empty.index(stage))
+        scores = hide(scores, own, row_start, row_stop, token_key(pieces, 0, N), N, SCORES)
+        weights, _, maximum, total = softmax_step(scores, maximum, total, scale_log2)
+        weights = gl.convert_layout(weights.to(keys.blocks.dtype), WEIGHTS)
+        mbarrier.wait(values.full.index(stage), parity)
+        for block in range(1, pieces.blocks):
+            earlier = stage
+            stage, parity = stage_and_parity(step + block, STAGES)
+            out, out_rest, weights, maximum, total = attend_block(
+                problem, memory, query, own, row_start, row_stop, position, slope, no_scores,
+                token_key(pieces, block, N), stage, parity, earlier, weights, out, out_rest, maximum, total,
+                scale_log2, PART, HIDES_KEYS, KEY_REST, VALUE_REST,
+            )  # fmt: skip
+        out_token = warpgroup_mma(weights, values.blocks.index(stage), out, is_async=True)
+        if VALUE_REST:
+            rest_token = start_rest(weights, memory.value_rest.index(stage), out_rest, out_rest.type.layout)
+            out, out_rest = warpgroup_mma_wait(0, deps=[out_token, rest_token])
+        else:
+            out = warpgroup_mma_wait(0, deps=[out_token])
+        release(values.empty.index(stage))
+    return out, out_rest, maximum, total
+
+
+@gluon.jit
+def rescale_all(out, out_rest, rescale, VALUE_REST: gl.constexpr):
+    """The accumulators times each row's factor."""
+    D: gl.constexpr = out.shape[1]
+    out = rescale_if_needed(out, gl.convert_layout(rescale, gl.SliceLayout(1, out.type.layout)), D)
+    if VALUE_REST:
+        REST: gl.constexpr = out_rest.shape[1]
+        factor = gl.convert_layout(rescale, gl.SliceLayout(1, out_rest.type.layout))
+        out_rest = rescale_if_needed(out_rest, factor, REST)
+    return out, out_rest
 
 
 @gluon.jit

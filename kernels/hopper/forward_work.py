@@ -25,6 +25,7 @@ from ringflash.kernels.hopper.schedule import (
     tile_and_head,
 )
 from ringflash.kernels.hopper.score_changes import ScoreChanges
+from ringflash.kernels.hopper.sink_tokens import SinkTokens, tile_pieces, token_key
 from ringflash.kernels.hopper.softmax import ROWS
 
 CARRY_AHEAD = gl.constexpr(8)
@@ -41,6 +42,7 @@ class Problem(NamedTuple):
     tickets: Tickets
     begun: gl.shared_memory_descriptor
     changes: ScoreChanges
+    tokens: SinkTokens
 
 
 class Inputs(NamedTuple):
@@ -197,7 +199,10 @@ def tile_span(problem, first_row, M: gl.constexpr):
 def produce(
     problem, inputs, result, memory, GROUP: gl.constexpr, HAS_CARRY: gl.constexpr, OWN_STAGING: gl.constexpr
 ):  # fmt: skip
-    """The producer warp: queries of all warpgroups, then key and value blocks in turn, tile after tile."""
+    """The producer warp: queries of all warpgroups, then key and value blocks in turn, tile after tile.
+
+    Of sink tokens first, if there are any.
+    """
     queries, keys, values, carries = memory.query, memory.key, memory.value, memory.carry
     CONSUMERS: gl.constexpr = queries.blocks.shape[0]
     STAGES: gl.constexpr = keys.blocks.shape[0]
@@ -205,6 +210,7 @@ def produce(
     N: gl.constexpr = keys.blocks.shape[1]
     REST: gl.constexpr = 0 if inputs.value_rest_desc is None else memory.value_rest.shape[2]
     WIDTH: gl.constexpr = values.blocks.shape[2] + REST
+    TOKENS: gl.constexpr = problem.tokens.pieces_ptr is not None
     step = 0
     tiles_done = 0
     ticket = gl.program_id(0)
@@ -221,9 +227,14 @@ def produce(
                 query_place, part, tiles_done & 1,
             )  # fmt: skip
         blocks = block_count(span, N)
+        if TOKENS:
+            pieces = tile_pieces(problem.tokens, tile, N)
+            blocks += pieces.blocks
         for block in range(blocks):
             stage, parity = stage_and_parity(step, STAGES)
             row = span.begin + block * N
+            if TOKENS:
+                row = gl.where(block < pieces.blocks, token_key(pieces, block, N), row - pieces.blocks * N)
             fill_keys(memory, inputs, problem.changes.key_numbers_desc, row, key_place, stage, parity)
             fill_with_rest(
                 values, inputs.value_desc, memory.value_rest, inputs.value_rest_desc, row, value_place, stage,

@@ -189,6 +189,17 @@ HOPPER_NOT_CHOSEN_CASES = {
     "bf16-d96-all-but-dropout": (torch.bfloat16, (4, 2), (96, 96), 1, (3.0, "of all rows", 0.0, True)),
     "bf16-d192-v128-softcap-slopes": (torch.bfloat16, (2, 2), (192, 128), 0, (3.0, "heads first", 0.0, False)),
 }
+# heads, head dimensions, cuts, modifiers
+HOPPER_TOKEN_CASES = {
+    "d64": ((4, 2), (64, 64), 0, None),
+    "d64-ring": ((4, 1), (64, 64), 1, None),
+    "d128": ((4, 2), (128, 128), 0, None),
+    "d128-ring": ((2, 2), (128, 128), 2, None),
+    "d192-v128": ((4, 2), (192, 128), 1, None),
+    "d256": ((2, 1), (256, 256), 1, None),
+    "d128-softcap": ((4, 2), (128, 128), 0, (3.0, None, 0.0, False)),
+    "d64-slopes-padding": ((4, 2), (64, 64), 1, (0.0, "of each row", 0.0, True)),
+}
 on_gpu_kernels = pytest.mark.parametrize("name", [x for x in NAMES if x not in ("auto", "reference", "blockwise")])
 
 
@@ -258,6 +269,44 @@ def test_hopper_kernels_are_as_accurate_as_torch_where_they_are_not_chosen_yet(
     deterministic = data.draw(st.booleans())
     results = run(hopper_itself(), problem, cuts, backwards=data.draw(st.booleans()), deterministic=deterministic)
     assert_accurate(results, problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("chunk", [128, 1024], ids=["short chunks", "chunks"])
+@pytest.mark.parametrize("case", HOPPER_TOKEN_CASES.values(), ids=HOPPER_TOKEN_CASES)
+@settings(max_examples=15)
+@given(st.data())
+def test_hopper_kernels_take_sink_tokens_as_accurately_as_torch(case: tuple, chunk: int, data: st.DataObject) -> None:
+    """They are not chosen yet, see `select`."""
+    kernels = hopper_itself()
+    from ringflash.kernels.hopper import backward, backward_tokens  # needs triton
+
+    heads, dims, cut_count, kinds = case
+    intervals, seed = to_device(data.draw(any_intervals(1500, True)), "cuda"), data.draw(st.integers(0, 2**63 - 1))
+    modifiers = None if kinds is None else draw_modifiers(intervals, heads[0], seed, *kinds)
+    problem = draw_problem(intervals, heads, dims, torch.bfloat16, seed=seed, modifiers=modifiers)
+    cuts = [data.draw(st.integers(0, intervals.key_count)) for _ in range(cut_count)]
+    out_dtype = data.draw(st.sampled_from([None, torch.float32]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backward_tokens, "LEAST_ROWS", chunk)
+        patch.setattr(backward, "prepared_calls", Kept())
+        results = run(kernels, problem, cuts, backwards=data.draw(st.booleans()), out_dtype=out_dtype)
+    assert_accurate(results, problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 128])
+def test_results_with_sink_tokens_repeat_bit_for_bit_on_hopper(dim: int) -> None:
+    """But for dQ, unless asked, when the portable kernels give gradients."""
+    kernels, row = hopper_itself(), torch.arange(3001, device="cuda")
+    start = (row - 200).clamp(min=0)
+    intervals = KeyIntervals(start, row + 1, 3001, torch.zeros_like(row), start.clamp(max=4))
+    problem = draw_problem(intervals, (4, 2), (dim, dim), torch.bfloat16)
+    first, exactly = run(kernels, problem), run(kernels, problem, deterministic=True)
+    for _ in range(100):
+        again = run(kernels, problem)
+        assert_same(replace(again, dquery=first.dquery), first)
+    assert_same(run(kernels, problem, deterministic=True), exactly)
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ from hopper_aot import Compiled, catch, compile_call
 
 from ringflash.kernels.hopper import backward, forward
 from ringflash.kernels.hopper.widths import WIDTHS, width_of
-from ringflash.kernels.intervals import causal_intervals
+from ringflash.kernels.intervals import KeyIntervals, causal_intervals
 from ringflash.kernels.modifiers import Modifiers
 
 SHARED_LIMIT = 232448
@@ -39,6 +39,15 @@ def modifiers_named(names: str) -> Modifiers | None:
     return Modifiers(**found) if found else None
 
 
+def masked(sink_tokens: bool) -> KeyIntervals:
+    """A causal mask, with room for sink tokens if asked."""
+    intervals = causal_intervals(QUERIES, KEYS, "meta")
+    if not sink_tokens:
+        return intervals
+    tokens = (on_paper(QUERIES, dtype=torch.int32) for _ in range(2))
+    return KeyIntervals(intervals.start, intervals.stop, KEYS, *tokens)
+
+
 def compile_forward(
     dims: tuple[int, int],
     tiles: forward.ForwardTiles,
@@ -47,6 +56,7 @@ def compile_forward(
     out_dtype: torch.dtype,
     modifiers: Modifiers | None = None,
     sinks: bool = False,
+    sink_tokens: bool = False,
 ) -> Compiled:
     query, key = on_paper(QUERIES, HEADS, dims[0], dtype=dtype), on_paper(KEYS, KEY_HEADS, dims[0], dtype=dtype)
     value = on_paper(KEYS, KEY_HEADS, dims[1], dtype=dtype)
@@ -57,8 +67,7 @@ def compile_forward(
         return None if modifiers.slopes is None and modifiers.key_visible is None else on_paper(KEYS)
 
     def launch():
-        intervals = causal_intervals(QUERIES, KEYS, "meta")
-        operands = (query, key, value, intervals)
+        operands = (query, key, value, masked(sink_tokens))
         prepared = forward.PreparedForward(*operands, 0.1, state, out_dtype, tiles, modifiers, logits)
         prepared(*operands, state, modifiers, logits)
 
@@ -77,6 +86,7 @@ def compile_backward(
     deterministic: bool,
     modifiers: Modifiers | None = None,
     width: str | None = None,
+    sink_tokens: bool = False,
 ) -> Compiled:
     """Compile a launch with the kernel in use, or that of the width given."""
     query, key = on_paper(QUERIES, HEADS, dims[0], dtype=dtype), on_paper(KEYS, KEY_HEADS, dims[0], dtype=dtype)
@@ -85,9 +95,11 @@ def compile_backward(
 
     def launch():
         operands, sums = (dout, query, key, value), (numbers, numbers, None)
-        prepared = backward.PreparedBackward(operands, sums, 0.1, dkey_dtype, tiles, deterministic, modifiers)
+        prepared = backward.PreparedBackward(
+            operands, sums, 0.1, dkey_dtype, tiles, deterministic, modifiers, sink_tokens
+        )
         prepared.launch_slopes = lambda *arguments: None
-        prepared(operands, sums, causal_intervals(QUERIES, KEYS, "meta"), dtype, modifiers)
+        prepared(operands, sums, masked(sink_tokens), dtype, modifiers)
 
     kernels = {"256": "attend_backward_wide_kernel", "192/128": "attend_backward_split_kernel"}
     width = width or backward.backward_width(*dims)
@@ -96,6 +108,7 @@ def compile_backward(
         mock.patch.object(backward, "backward_width", return_value=width),
         mock.patch.object(backward, "prepare_rows", return_value=(numbers, numbers)),
         mock.patch.object(backward, "multiprocessors", return_value=132),
+        mock.patch.object(backward, "add_slots"),
     ):
         return compile_call(catch(backward, name, launch))
 
@@ -156,6 +169,13 @@ def test_forward_fits_with_modifiers(width, tiles, names):
     assert_forward_fits(compiled, tiles, spilled=176 if width == "256" else 64)
 
 
+@pytest.mark.parametrize(("width", "tiles"), forward.FORWARD_TILES.items(), ids=str)
+@pytest.mark.parametrize("carry", [False, True], ids=["plain", "last carry"])
+def test_forward_fits_with_sink_tokens(width, tiles, carry):
+    compiled = compile_forward(dims_of(width), tiles, torch.bfloat16, carry, torch.bfloat16, sink_tokens=True)
+    assert_forward_fits(compiled, tiles)
+
+
 # Two accumulators for keys and values fill most of the registers; what spills is read once a step or less.
 SPILLED = {"64": 64, "128": 80, "192/128": 96, "256": 192}
 
@@ -191,6 +211,19 @@ def test_backward_fits_with_blocks_wider_than_heads(dims, deterministic):
 def test_backward_fits_with_modifiers(width, names, more):
     tiles = (backward.ALIBI_BACKWARD_TILES if "slopes" in names else backward.BACKWARD_TILES)[width]
     compiled = compile_backward(dims_of(width), tiles, torch.bfloat16, torch.bfloat16, False, modifiers_named(names))
+    assert compiled.warnings == []
+    assert compiled.spilled <= SPILLED[width] + more
+    assert compiled.shared < SHARED_LIMIT
+
+
+# Rows that see a key as a sink token are read where a block needs a mask, and take registers then.
+@pytest.mark.parametrize("width", ["64", "128", "256"])
+@pytest.mark.parametrize(("names", "more"), [("", 80), ("softcap", 120)])
+def test_backward_fits_with_sink_tokens(width, names, more):
+    tiles, modifiers = backward.BACKWARD_TILES[width], modifiers_named(names)
+    compiled = compile_backward(
+        dims_of(width), tiles, torch.bfloat16, torch.bfloat16, False, modifiers, sink_tokens=True
+    )
     assert compiled.warnings == []
     assert compiled.spilled <= SPILLED[width] + more
     assert compiled.shared < SHARED_LIMIT
