@@ -34,6 +34,7 @@ from ringflash.kernels.hopper.descriptors import (
     part_descriptors,
     without_memory,
 )
+from ringflash.kernels.hopper.dropout import dropout_numbers, listed
 from ringflash.kernels.hopper.dquery_accumulate import HALF
 from ringflash.kernels.hopper.dquery_in_turn import PARTS, heads_in_turn, turns_of_tiles
 from ringflash.kernels.hopper.widths import WIDTHS, width_of
@@ -91,7 +92,13 @@ def stored_parts(parts: tuple[int, ...], dim: int) -> tuple[int, ...]:
 
 
 ALIBI_BACKWARD_TILES = {**BACKWARD_TILES, "64": replace(BACKWARD_TILES["64"], stages=(2, 1))}
-"""With positions and slopes of queries, which take shared memory as well."""
+"""With positions of queries, and slopes, which take shared memory as well."""
+
+
+def backward_tiles(modifiers: Modifiers | None) -> dict[str, BackwardTiles]:
+    """Sizes of a launch with these modifiers."""
+    positioned = modifiers is not None and (modifiers.slopes is not None or bool(modifiers.dropout))
+    return ALIBI_BACKWARD_TILES if positioned else BACKWARD_TILES
 
 
 def attend_backward(
@@ -127,8 +134,7 @@ def attend_backward(
     prepared = prepared_calls.get(call)
     if prepared is None:
         check_operands(query, key, value, intervals, scale, modifiers)
-        tiles = BACKWARD_TILES if modifiers is None or modifiers.slopes is None else ALIBI_BACKWARD_TILES
-        tiles = tiles[backward_width(query.shape[2], value.shape[2])]
+        tiles = backward_tiles(modifiers)[backward_width(query.shape[2], value.shape[2])]
         sink_tokens = intervals.has_sink_tokens
         prepared = PreparedBackward(operands, numbers, scale, dkey_dtype, tiles, deterministic, modifiers, sink_tokens)
         prepared_calls.add(call, prepared)
@@ -224,13 +230,20 @@ class PreparedBackward:
         )
         self.number_count = heads * padded_rows
         row_blocks = -(-padded_rows // 1024)
-        self.launch_rows = Launcher(row_blocks * heads, (query_rows, padded_rows, row_blocks), {}, {}, direct)
+        drops = dropout_numbers(modifiers)
+        kept = 1.0 if drops[1] is None else drops[1]
+        self.launch_rows = Launcher(row_blocks * heads, (query_rows, padded_rows, row_blocks, kept), {}, {}, direct)
+        self.dropout_description = None
+        if modifiers is not None and modifiers.dropout:
+            positions = without_memory((query_rows,), torch.float32)
+            self.dropout_description = description_of(list_descriptor(positions, tiles.queries))
         self.alibi = modifiers is not None and modifiers.slopes is not None
         if self.alibi:
             self.slope_strides = modifiers.slopes.stride()
             self.launch_slopes = Launcher(
                 row_blocks * heads, (query_rows, padded_rows, row_blocks, *self.slope_strides), {}, {}, direct
             )
+        assert not (self.dropout_description and self.width == "192/128")
         bend = scale / modifiers.softcap if modifiers is not None and modifiers.softcap else None
 
         self.shape = (query_rows, padded_rows, key_rows, key_heads)
@@ -243,7 +256,8 @@ class PreparedBackward:
             self.slot_shapes = [(3 * chunks * tiles.keys, *x.shape[1:]) for x in (key, value)]
         self.launch = Launcher(
             programs * key_heads,
-            (*(x.stride(1) for x in (reachable[1], reachable[0], *reachable[2:])), float(scale), bend),
+            (*(x.stride(1) for x in (reachable[1], reachable[0], *reachable[2:])), float(scale), bend,
+             *(() if self.width == "192/128" else drops)),
             dict(
                 GROUP=group, QUERY_STAGES=tiles.stages[0], DOUT_STAGES=tiles.stages[1],
                 FLOAT_OUT=self.float_out, **({} if self.width == "192/128" else {"ORDERED": deterministic}),
@@ -294,6 +308,10 @@ class PreparedBackward:
         if programs is not None:
             tokens = programs.work, *rows_seeing(intervals, self.tiles.keys, visible, sink_tokens=True), *slots
         positions = self._positions(modifiers) if self.alibi else (None, None, None)
+        dropping = (None,) * 3
+        if self.dropout_description is not None:
+            query_positions = descriptor_of(listed(modifiers.query_positions), self.dropout_description)
+            dropping = modifiers.seed, query_positions, modifiers.key_positions.contiguous()
         if self.width == "192/128":
             tensors = (
                 query_desc, dout_desc, key_desc, value_desc, *map(descriptor_of, operands[1:3], self.rest_descriptions),
@@ -304,7 +322,7 @@ class PreparedBackward:
         else:
             tensors = (
                 query_desc, dout_desc, key_desc, value_desc, *rows, dquery_desc, dkey_desc, dvalue_desc,
-                *pointers, *seeing, order, turns, turn_now, section, *tokens, *positions, *self.shape,
+                *pointers, *seeing, order, turns, turn_now, section, *tokens, *positions, *dropping, *self.shape,
             )  # fmt: skip
             self.launch(attend_backward_wide_kernel if self.width == "256" else attend_backward_kernel, tensors)
         if programs is not None:
@@ -400,6 +418,7 @@ def adding_turns(
 def prepare_rows(prepared: PreparedBackward, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     """Lse times log2 e and minus delta, flat, each head's rows followed by rows of no weight.
 
+    With dropout delta is multiplied by what is kept, as all that becomes of it is divided by that at the end.
     Rows without keys (lse -inf) get +inf, so that no weight is left.
     """
     scaled_lse, minus_delta = lse.new_empty(prepared.number_count), lse.new_empty(prepared.number_count)
@@ -409,7 +428,7 @@ def prepare_rows(prepared: PreparedBackward, lse: Tensor, delta: Tensor) -> tupl
 
 @compiled_once
 @triton.jit(do_not_specialize=["rows", "padded_rows", "row_blocks"])
-def prepare_rows_kernel(lse_ptr, delta_ptr, scaled_lse_ptr, minus_delta_ptr, rows, padded_rows, row_blocks):
+def prepare_rows_kernel(lse_ptr, delta_ptr, scaled_lse_ptr, minus_delta_ptr, rows, padded_rows, row_blocks, kept):
     """See `prepare_rows`. Program = (head, 1,024 rows)."""
     row = tl.program_id(0) % row_blocks * 1024 + tl.arange(0, 1024)
     head = tl.program_id(0) // row_blocks
@@ -417,7 +436,7 @@ def prepare_rows_kernel(lse_ptr, delta_ptr, scaled_lse_ptr, minus_delta_ptr, row
     delta = tl.load(delta_ptr + head * rows + row, mask=row < rows, other=0.0)
     scaled = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
     tl.store(scaled_lse_ptr + head * padded_rows + row, scaled, mask=row < padded_rows)
-    tl.store(minus_delta_ptr + head * padded_rows + row, -delta, mask=row < padded_rows)
+    tl.store(minus_delta_ptr + head * padded_rows + row, -delta * kept, mask=row < padded_rows)
 
 
 @compiled_once

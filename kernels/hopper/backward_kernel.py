@@ -30,6 +30,7 @@ from ringflash.kernels.hopper.backward_tokens import Tokens, mask_of, row_of
 from ringflash.kernels.hopper.backward_work import Inputs, Sums, allocate_buffers, find_work, produce, unseen_zero
 from ringflash.kernels.hopper.blocks import block_columns, block_rows, flat_layout, head_place, store_block
 from ringflash.kernels.hopper.compat import meet, release, store_wait
+from ringflash.kernels.hopper.dropout import Dropout, draw_for, drop, seed_of, words_of_keys, words_of_queries
 from ringflash.kernels.hopper.dquery_accumulate import HALF, add_earlier, lay_down
 from ringflash.kernels.hopper.dquery_in_turn import (
     add_in_turn,
@@ -45,7 +46,7 @@ from ringflash.kernels.hopper.score_changes import bent_weights, hidden_score
 @gluon.jit(
     do_not_specialize=[
         "query_rows", "padded_rows", "key_rows", "key_heads",
-        "query_head_stride", "dout_head_stride", "key_head_stride", "value_head_stride",
+        "query_head_stride", "dout_head_stride", "key_head_stride", "value_head_stride", "threshold", "first_head",
     ]
 )  # fmt: skip
 def attend_backward_kernel(
@@ -53,17 +54,17 @@ def attend_backward_kernel(
     dquery_desc, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, rows_of_key_ptr, rows_of_tile_ptr,
     order_ptr, turn_of_tile_ptr, turn_now_ptr, section_ptr,
     work_ptr, tokens_of_key_ptr, tokens_of_tile_ptr, dkey_slots_ptr, dvalue_slots_ptr,
-    query_positions_desc, query_slopes_desc, key_positions_ptr,
+    query_positions_desc, query_slopes_desc, key_positions_ptr, seed_ptr, dropout_queries_desc, dropout_keys_ptr,
     query_rows, padded_rows, key_rows, key_heads,
     query_head_stride, dout_head_stride, key_head_stride, value_head_stride, scale, bend,
-    GROUP: gl.constexpr, QUERY_STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr,
+    threshold, kept, first_head, GROUP: gl.constexpr, QUERY_STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr,
     FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr, DIMS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """See `backward.PreparedBackward` for the arguments."""
     inputs = Inputs(
         query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc, query_positions_desc, query_slopes_desc,
-        None, None, query_head_stride, dout_head_stride, key_head_stride, value_head_stride,
+        dropout_queries_desc, None, None, query_head_stride, dout_head_stride, key_head_stride, value_head_stride,
     )  # fmt: skip
     buffers = allocate_buffers(inputs, QUERY_STAGES, DOUT_STAGES)
     M: gl.constexpr = block_rows(query_desc)
@@ -71,6 +72,7 @@ def attend_backward_kernel(
     DSCORES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, M], query_desc.dtype)
     dscores = gl.allocate_shared_memory(query_desc.dtype, [2, N, M], DSCORES)
     dquery = gl.allocate_shared_memory(gl.float32, [2 if ORDERED else 4, HALF, HALF], flat_layout(dquery_desc))
+    dropout = Dropout(seed_ptr, threshold, kept, first_head, dropout_queries_desc, dropout_keys_ptr)
     tokens = Tokens(work_ptr, tokens_of_key_ptr, tokens_of_tile_ptr, dkey_slots_ptr, dvalue_slots_ptr)
     TOKENS: gl.constexpr = work_ptr is not None
     gl.static_assert(not (TOKENS and ORDERED))
@@ -86,9 +88,9 @@ def attend_backward_kernel(
     if ORDERED:
         gl.warp_specialize(
             [
-                (consume, (work, sums, tokens, buffers, dscores, dquery, rows_of_key_ptr, key_positions_ptr, scale, bend,
+                (consume, (work, sums, tokens, dropout, buffers, dscores, dquery, rows_of_key_ptr, key_positions_ptr, scale, bend,
                            0, GROUP, FLOAT_OUT, ORDERED, DIMS)),
-                (consume, (work, sums, tokens, buffers, dscores, dquery, rows_of_key_ptr, key_positions_ptr, scale, bend,
+                (consume, (work, sums, tokens, dropout, buffers, dscores, dquery, rows_of_key_ptr, key_positions_ptr, scale, bend,
                            1, GROUP, FLOAT_OUT, ORDERED, DIMS)),
                 (produce, (inputs, work, buffers, GROUP, ORDERED)),
                 (add_in_turn, (work.turns, work.rows, dquery_desc, dquery, buffers.queries, 0, GROUP)),
@@ -100,9 +102,9 @@ def attend_backward_kernel(
     else:
         gl.warp_specialize(
             [
-                (consume, (work, sums, tokens, buffers, dscores, dquery, rows_of_key_ptr, key_positions_ptr, scale, bend,
+                (consume, (work, sums, tokens, dropout, buffers, dscores, dquery, rows_of_key_ptr, key_positions_ptr, scale, bend,
                            0, GROUP, FLOAT_OUT, ORDERED, DIMS)),
-                (consume, (work, sums, tokens, buffers, dscores, dquery, rows_of_key_ptr, key_positions_ptr, scale, bend,
+                (consume, (work, sums, tokens, dropout, buffers, dscores, dquery, rows_of_key_ptr, key_positions_ptr, scale, bend,
                            1, GROUP, FLOAT_OUT, ORDERED, DIMS)),
                 (produce, (inputs, work, buffers, GROUP, ORDERED, TOKENS)),
             ],
@@ -113,7 +115,7 @@ def attend_backward_kernel(
 
 @gluon.jit
 def consume(
-    work, sums, tokens, buffers, dscores, dquery, rows_of_key_ptr, key_positions_ptr, scale, bend,
+    work, sums, tokens, dropout, buffers, dscores, dquery, rows_of_key_ptr, key_positions_ptr, scale, bend,
     PART: gl.constexpr, GROUP: gl.constexpr, FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr, DIMS: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup: key rows PART * 64 to PART * 64 + 64 of the tile."""
@@ -130,6 +132,7 @@ def consume(
     DQUERY: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
     TOKENS: gl.constexpr = tokens.work_ptr is not None
+    DROPS: gl.constexpr = dropout.seed_ptr is not None
     # The next step's numbers are loaded under this one's last products, where registers are left for them.
     EARLY: gl.constexpr = D == 128
 
@@ -149,6 +152,10 @@ def consume(
     key_position = first_seeing  # stands for none
     if key_positions_ptr is not None:
         key_position = gl.load(key_positions_ptr + key_index, mask=key_index < sums.key_rows, other=0).to(gl.float32)
+    gradient_scale, seed = scale, scale  # the latter stands for none
+    if DROPS:
+        gradient_scale, seed = scale / dropout.kept, seed_of(dropout)
+        dropout_position = gl.load(dropout.key_positions + key_index, mask=key_index < sums.key_rows, other=0)
 
     mbarrier.wait(buffers.loaded.index(0), 0)
     mbarrier.wait(buffers.loaded.index(1), 0)
@@ -185,8 +192,17 @@ def consume(
         weights, sloping = weigh(
             scores, lse, scale_log2, bend, positions, slopes, key_position, key_positions_ptr is not None
         )
+        if DROPS:
+            draw = draw_for(dropout, seed, rows.first_head + member)
+            position = buffers.dropout_queries.index(stage).load(COLUMNS).to(gl.int32, bitcast=True)
+            signed = drop_pairs(weights, dropout, draw, position, dropout_position)
+            weights = gl.where(signed < 0.0, 0.0, signed)
+            if bend is None:
+                sloping = gl.abs(signed)
         dvalue_token = warpgroup_mma(gl.convert_layout(weights.to(dtype), FACTOR), dout, dvalue, is_async=True)
         dweights = warpgroup_mma_wait(1, deps=[dweights_token])
+        if DROPS:
+            dweights = gl.where(signed < 0.0, douts.numbers.index(dout_stage).load(COLUMNS)[None, :], dweights)
         rounded = (sloping * dweights).to(dtype)
         dscores_factor = gl.convert_layout(rounded, FACTOR)
         # Two buffers: whoever writes one again has passed the barrier of the step between, and so has the other
@@ -211,7 +227,7 @@ def consume(
         )
         dkey_token = warpgroup_mma(dscores_factor, queries.blocks.index(stage), dkey, is_async=True)
 
-        part_of_dquery = warpgroup_mma_wait(2, deps=[dquery_token]) * scale
+        part_of_dquery = warpgroup_mma_wait(2, deps=[dquery_token]) * gradient_scale
         if ORDERED:
             hand_over(turns, dquery, part_of_dquery, step, PART)
         else:
@@ -233,16 +249,19 @@ def consume(
     if not ORDERED:
         staging = dquery.index(PART * 2 + (steps & 1 ^ 1))
         add_earlier(sums.dquery_desc, staging, rows, steps, block, member, M, D, PART, TOKENS)
+    if DROPS:
+        dvalue = dvalue / dropout.kept
     if TOKENS:
         if work.slot >= 0:
             row = work.slot * (2 * HALF) + PART * HALF
             heads, head = sums.key_heads, work.key_head
             store_float(tokens.dvalue_slots_ptr, dvalue, row, row + HALF, heads, head, DIMS[1], 0, SUMS)
-            store_float(tokens.dkey_slots_ptr, dkey * scale, row, row + HALF, heads, head, DIMS[0], 0, SUMS)
+            store_float(tokens.dkey_slots_ptr, dkey * gradient_scale, row, row + HALF, heads, head, DIMS[0], 0, SUMS)
         else:
-            store_sums(work, sums, dkey, dvalue, scale, own_key, own_value, PART, FLOAT_OUT, DIMS, SUMS)
+            store_sums(work, sums, dkey, dvalue, gradient_scale, own_key, own_value, PART, FLOAT_OUT, DIMS, SUMS)
     else:
-        store_sums(work, sums, dkey, dvalue, scale, own_key, own_value, PART, FLOAT_OUT, DIMS, SUMS)
+        store_sums(work, sums, dkey, dvalue, gradient_scale, own_key, own_value, PART, FLOAT_OUT, DIMS, SUMS)
+    store_wait(0)  # shared memory must outlive the reading of it
 
 
 @gluon.jit
@@ -254,7 +273,15 @@ def store_sums(
     first_row, head = work.first_key + PART * HALF, work.key_head
     store_sum(sums, sums.dvalue_desc, sums.dvalue_ptr, dvalue, own_value, first_row, head, DIMS[1], FLOAT_OUT, SUMS)
     store_sum(sums, sums.dkey_desc, sums.dkey_ptr, dkey * scale, own_key, first_row, head, DIMS[0], FLOAT_OUT, SUMS)
-    store_wait(0)
+
+
+@gluon.jit
+def drop_pairs(weights, dropout, draw, query_position, key_position):
+    """Weights, with keys as rows, negative where dropout drops them: what scores' gradients take of them remains."""
+    high, low = words_of_queries(draw, query_position)
+    a, b, c, d = words_of_keys(draw, key_position)
+    of_key = a[:, None], b[:, None], c[:, None], d[:, None]
+    return drop(weights, dropout, draw, (high[None, :], low[None, :]), of_key, True)
 
 
 @gluon.jit

@@ -47,7 +47,7 @@ def attend_backward_split_kernel(
     """See `backward.PreparedBackward` for the arguments."""
     inputs = Inputs(
         query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc, query_positions_desc, query_slopes_desc,
-        query_rest_desc, key_rest_desc, query_head_stride, dout_head_stride, key_head_stride, value_head_stride,
+        None, query_rest_desc, key_rest_desc, query_head_stride, dout_head_stride, key_head_stride, value_head_stride,
     )  # fmt: skip
     buffers = allocate_buffers(inputs, QUERY_STAGES, DOUT_STAGES)
     M: gl.constexpr = block_rows(query_desc)

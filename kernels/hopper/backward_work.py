@@ -29,6 +29,7 @@ class Inputs(NamedTuple):
     delta_desc: gl.tensor
     query_positions_desc: gl.tensor
     query_slopes_desc: gl.tensor
+    dropout_queries_desc: gl.tensor
     query_rest_desc: gl.tensor
     key_rest_desc: gl.tensor
     query_head_stride: gl.tensor
@@ -49,13 +50,14 @@ class Stream(NamedTuple):
 class Buffers(NamedTuple):
     """Where it is loaded to: streams of queries and of out's gradient, the tile's keys and values with two barriers.
 
-    query_positions and query_slopes, with ALiBi, have the stages and barriers of the queries. query_rest and key_rest
-    are of the queries and the keys, see blocks.
+    query_positions and query_slopes, with ALiBi, have the stages and barriers of the queries; so has dropout_queries,
+    positions for dropout. query_rest and key_rest are of the queries and the keys, see blocks.
     """
 
     queries: Stream
     query_positions: gl.shared_memory_descriptor
     query_slopes: gl.shared_memory_descriptor
+    dropout_queries: gl.shared_memory_descriptor
     query_rest: gl.shared_memory_descriptor
     key_rest: gl.shared_memory_descriptor
     douts: Stream
@@ -126,6 +128,10 @@ def allocate_buffers(inputs, QUERY_STAGES: gl.constexpr, DOUT_STAGES: gl.constex
         M: gl.constexpr = block_rows(inputs.query_desc)
         positions = gl.allocate_shared_memory(gl.float32, [QUERY_STAGES, M], inputs.query_positions_desc.layout)
         slopes = gl.allocate_shared_memory(gl.float32, [QUERY_STAGES, M], inputs.query_slopes_desc.layout)
+    dropout_queries = queries.numbers  # stands for none
+    if inputs.dropout_queries_desc is not None:
+        layout: gl.constexpr = inputs.dropout_queries_desc.layout
+        dropout_queries = gl.allocate_shared_memory(gl.float32, [QUERY_STAGES, block_rows(inputs.query_desc)], layout)
     query_rest, key_rest = queries.blocks, key  # stand for none
     if inputs.key_rest_desc is not None:
         query_rest_desc, key_rest_desc = inputs.query_rest_desc, inputs.key_rest_desc
@@ -134,7 +140,7 @@ def allocate_buffers(inputs, QUERY_STAGES: gl.constexpr, DOUT_STAGES: gl.constex
             key.dtype, [QUERY_STAGES, block_rows(query_rest_desc), REST], flat_layout(query_rest_desc)
         )
         key_rest = gl.allocate_shared_memory(key.dtype, [1, N, REST], flat_layout(key_rest_desc))
-    return Buffers(queries, positions, slopes, query_rest, key_rest, douts, key, value, loaded)
+    return Buffers(queries, positions, slopes, dropout_queries, query_rest, key_rest, douts, key, value, loaded)
 
 
 @gluon.jit
@@ -265,10 +271,11 @@ def produce(
 
 @gluon.jit
 def fill_queries(inputs, buffers, row, place, number, stage, parity):
-    """As `fill`, and with ALiBi the rows' positions and slopes; and the rest of their columns if there is one."""
+    """As `fill`, and with ALiBi the rows' positions and slopes; and what else there is for them."""
     ALIBI: gl.constexpr = inputs.query_slopes_desc is not None
     REST: gl.constexpr = inputs.query_rest_desc is not None
-    NUMBERS: gl.constexpr = 2 * inputs.lse_desc.block_type.nbytes if ALIBI else 0
+    DROPS: gl.constexpr = inputs.dropout_queries_desc is not None
+    NUMBERS: gl.constexpr = (2 * ALIBI + DROPS) * inputs.lse_desc.block_type.nbytes
     REST_BYTES: gl.constexpr = inputs.query_rest_desc.block_type.nbytes if REST else 0
     queries = buffers.queries
     fill(queries, inputs.query_desc, inputs.lse_desc, row, place, number, stage, parity, NUMBERS + REST_BYTES)
@@ -276,6 +283,8 @@ def fill_queries(inputs, buffers, row, place, number, stage, parity):
     if ALIBI:
         async_load(inputs.query_positions_desc, [number], full, buffers.query_positions.index(stage))
         async_load(inputs.query_slopes_desc, [number], full, buffers.query_slopes.index(stage))
+    if DROPS:
+        async_load(inputs.dropout_queries_desc, [row], full, buffers.dropout_queries.index(stage))
     if REST:
         load_block(inputs.query_rest_desc, row, place, full, buffers.query_rest.index(stage), FIRST)
 

@@ -53,8 +53,6 @@ def check_operands(
     query: Tensor, key: Tensor, value: Tensor, intervals: KeyIntervals, scale: float, modifiers: Modifiers | None
 ) -> None:
     """Raise ArgumentError for what the kernels cannot compute."""
-    if modifiers is not None and modifiers.dropout:
-        raise ArgumentError(f"dropout={modifiers.dropout}; the Hopper kernels apply none, triton and blockwise do")
     if key.dtype != query.dtype or value.dtype != query.dtype:
         raise ArgumentError(f"query, key, value are {query.dtype}, {key.dtype}, {value.dtype}; all three must agree")
     if query.shape[1] % key.shape[1] or value.shape[:2] != key.shape[:2] or key.shape[2] != query.shape[2]:

@@ -21,6 +21,7 @@ from ringflash.kernels.hopper.descriptors import (
     part_descriptors,
     without_memory,
 )
+from ringflash.kernels.hopper.dropout import dropout_numbers, listed
 from ringflash.kernels.hopper.forward_kernel import LOG2_E, ROWS, attend_kernel
 from ringflash.kernels.hopper.schedule import head_section
 from ringflash.kernels.hopper.score_changes import key_numbers
@@ -200,21 +201,25 @@ class PreparedForward:
         programs = min(tile_count * heads, multiprocessors(query.device))
         group = heads // key_heads
         unit, bend, slopes_row, slopes_head = scale, None, None, None
-        self.key_numbers_description = None
+        self.key_numbers_description = self.positions_description = None
         if modifiers is not None:
             if modifiers.softcap:
                 unit, bend = modifiers.softcap, scale / modifiers.softcap
             if modifiers.slopes is not None:
                 slopes_row, slopes_head = modifiers.slopes.stride()
+            list_description = description_of(
+                list_descriptor(without_memory((key_rows,), torch.float32), tiles.keys)
+            )
             if modifiers.slopes is not None or modifiers.key_visible is not None:
-                numbers = without_memory((key_rows,), torch.float32)
-                self.key_numbers_description = description_of(list_descriptor(numbers, tiles.keys))
+                self.key_numbers_description = list_description
+            if modifiers.dropout:
+                self.positions_description = list_description
         self.launch = Launcher(
             programs,
             (
                 query_rows, tile_count, heads, head_section(key_rows, key_heads, group, (dim + value_dim) // 2),
                 query.stride(1), key.stride(1), value.stride(1), unit * LOG2_E.value,
-                bend, slopes_row, slopes_head, None if slopes_row is None else 1 / unit,
+                bend, slopes_row, slopes_head, None if slopes_row is None else 1 / unit, *dropout_numbers(modifiers),
             ),
             dict(
                 GROUP=group, CONSUMERS=tiles.consumers, STAGES=tiles.stages,
@@ -253,7 +258,7 @@ class PreparedForward:
             out_description, out_rest = self.out_descriptions
             written = (descriptor_of(out, out_description), out_rest and descriptor_of(out, out_rest), None)
         carried = self.carry_description and descriptor_of(carry_out, self.carry_description)
-        modifying = (None, None, None) if modifiers is None else self._modifying(modifiers)
+        modifying = (None,) * 6 if modifiers is None else self._modifying(modifiers)
         pieces = self.token_tiles and token_pieces(intervals, *self.token_tiles)
         tensors = (
             *first, *rest, *written, lse, carried, carry_out, carry_lse,
@@ -263,9 +268,13 @@ class PreparedForward:
         return out.to(self.out_dtype), lse
 
     def _modifying(self, modifiers: Modifiers) -> tuple:
-        """Positions and slopes of query rows, and a number for each key row; None for what there is not."""
+        """For slopes and padding, and for dropout; None for what there is not."""
         positions = None if modifiers.slopes is None else modifiers.query_positions.contiguous()
-        return positions, modifiers.slopes, descriptor_of(key_numbers(modifiers), self.key_numbers_description)
+        changes = positions, modifiers.slopes, descriptor_of(key_numbers(modifiers), self.key_numbers_description)
+        if not modifiers.dropout:
+            return *changes, None, None, None
+        keys = descriptor_of(listed(modifiers.key_positions), self.positions_description)
+        return *changes, modifiers.seed, modifiers.query_positions.contiguous(), keys
 
 
 def first_ticket(device: torch.device) -> Tensor:

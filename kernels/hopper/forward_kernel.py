@@ -31,12 +31,13 @@ from ringflash.kernels.hopper.compat import (
     release,
     store_wait,
 )
+from ringflash.kernels.hopper.dropout import Dropout, draw_for, drop, seed_of, words_of_keys, words_of_queries
 from ringflash.kernels.hopper.forward_work import (
     Inputs,
     Memory,
     Problem,
     Result,
-    allocate_key_numbers,
+    allocate_list,
     allocate_rest,
     allocate_ring,
     allocate_staging,
@@ -68,15 +69,16 @@ LOWEST = gl.constexpr(-1e30)
 @gluon.jit(
     do_not_specialize=[
         "query_rows", "tiles", "heads", "section", "query_head_stride", "key_head_stride", "value_head_stride",
-        "slopes_row", "slopes_head",
+        "slopes_row", "slopes_head", "threshold", "first_head",
     ]
 )  # fmt: skip
 def attend_kernel(
     query_desc, key_desc, value_desc, query_rest_desc, key_rest_desc, value_rest_desc, out_desc, out_rest_desc,
     out_ptr, lse_ptr, carry_desc, carry_out_ptr, carry_lse_ptr,
-    start_ptr, stop_ptr, token_start_ptr, token_stop_ptr, token_pieces_ptr, counter_ptr, sinks_ptr, query_positions_ptr, slopes_ptr, key_numbers_desc,
+    start_ptr, stop_ptr, token_start_ptr, token_stop_ptr, token_pieces_ptr, counter_ptr, sinks_ptr,
+    query_positions_ptr, slopes_ptr, key_numbers_desc, seed_ptr, dropout_queries_ptr, dropout_keys_desc,
     query_rows, tiles, heads, section, query_head_stride, key_head_stride, value_head_stride, scale_log2,
-    bend, slopes_row, slopes_head, inverse_unit,
+    bend, slopes_row, slopes_head, inverse_unit, threshold, kept, first_head,
     GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, HAS_CARRY: gl.constexpr,
     HIDES_KEYS: gl.constexpr, OWN_STAGING: gl.constexpr, DIRECT_OUT: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
@@ -97,14 +99,16 @@ def attend_kernel(
     )
     query_rest, key_rest = allocate_rest(queries, query_rest_desc), allocate_rest(keys, key_rest_desc)
     value_rest = allocate_rest(values, value_rest_desc)
-    numbers = allocate_key_numbers(keys, changes)
-    memory = Memory(queries, keys, query_rest, key_rest, value_rest, numbers, values, carries, staging)
+    numbers, positions = allocate_list(keys, key_numbers_desc), allocate_list(values, dropout_keys_desc)
+    memory = Memory(queries, keys, query_rest, key_rest, value_rest, numbers, values, positions, carries, staging)
     begun = gl.allocate_shared_memory(gl.int64, [CONSUMERS - 1, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(CONSUMERS - 1):
         mbarrier.init(begun.index(i), count=WARPGROUP)
     fence_async_shared()
     tokens = SinkTokens(token_start_ptr, token_stop_ptr, token_pieces_ptr)
-    problem = Problem(start_ptr, stop_ptr, query_rows, Schedule(tiles, heads, section), tickets, begun, changes, tokens)
+    dropout = Dropout(seed_ptr, threshold, kept, first_head, dropout_queries_ptr, dropout_keys_desc)
+    schedule = Schedule(tiles, heads, section)
+    problem = Problem(start_ptr, stop_ptr, query_rows, schedule, tickets, begun, changes, tokens, dropout)
     gl.static_assert(CONSUMERS == 2 or CONSUMERS == 3)
     KEY_REST: gl.constexpr = key_rest_desc is not None
     VALUE_REST: gl.constexpr = value_rest_desc is not None
@@ -190,6 +194,7 @@ def attend_tile(
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2)
     CARRY_LANDS: gl.constexpr = HAS_CARRY and OWN_STAGING
     TOKENS: gl.constexpr = problem.tokens.pieces_ptr is not None
+    DROPS: gl.constexpr = problem.dropout.seed_ptr is not None
 
     rows = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
     inside = rows < problem.query_rows
@@ -205,10 +210,14 @@ def attend_tile(
     maximum = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
     total = own_sums(no_scores)
     query = queries.blocks.index(PART)
+    draw, words = step, step  # stand for none
+    if DROPS:
+        draw = draw_for(problem.dropout, seed_of(problem.dropout), head)
+        words = words_of_queries(draw, gl.load(problem.dropout.query_positions + rows, mask=inside, other=0))
     if TOKENS:
         out, out_rest, maximum, total = attend_tokens(
-            problem, memory, pieces, first_row, step, tiles_done, position, slope, no_scores, out, out_rest, maximum,
-            total, scale_log2, PART, HIDES_KEYS, KEY_REST, VALUE_REST,
+            problem, memory, pieces, first_row, step, tiles_done, position, slope, draw, words, no_scores, out,
+            out_rest, maximum, total, scale_log2, PART, HIDES_KEYS, KEY_REST, VALUE_REST,
         )  # fmt: skip
         step += pieces.blocks
     own = key_span(problem.start_ptr, problem.stop_ptr, first_row, problem.query_rows, ROWS)
@@ -231,6 +240,8 @@ def attend_tile(
         release(problem.begun.index(PART))
     scores = hide(scores, own, row_start, row_stop, first_key, N, SCORES)
     weights, rescale, maximum, total = softmax_step(scores, maximum, total, scale_log2)
+    if DROPS:
+        weights = drop_block(weights, problem, memory, draw, words, stage, parity)
     weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
     mbarrier.wait(values.full.index(stage), parity)
     if TOKENS:
@@ -244,8 +255,8 @@ def attend_tile(
         earlier = stage
         stage, parity = stage_and_parity(step + block, STAGES)
         out, out_rest, weights, maximum, total = attend_block(
-            problem, memory, query, own, row_start, row_stop, position, slope, no_scores, span.begin + block * N,
-            stage, parity, earlier, weights, out, out_rest, maximum, total, scale_log2,
+            problem, memory, query, own, row_start, row_stop, position, slope, draw, words, no_scores,
+            span.begin + block * N, stage, parity, earlier, weights, out, out_rest, maximum, total, scale_log2,
             PART, HIDES_KEYS, KEY_REST, VALUE_REST,
         )  # fmt: skip
 
@@ -270,6 +281,11 @@ def attend_tile(
     lse = gl.where(keyless, float("-inf"), (maximum + gl.log2(total_or_one)) * LN_2)
     gl.store(result.lse_ptr + head * problem.query_rows + rows, lse, mask=inside)
     factor = 1.0 / total_or_one
+    if DROPS:
+        if HAS_CARRY:
+            own_weight = own_weight / problem.dropout.kept
+        else:
+            factor = factor / problem.dropout.kept
     if result.sinks_ptr is not None and not HAS_CARRY:
         factor = factor * earlier_weight
     if VALUE_REST:
@@ -304,8 +320,8 @@ def attend_tile(
 
 @gluon.jit
 def attend_block(
-    problem, memory, query, own, row_start, row_stop, position, slope, no_scores, first_key, stage, parity, earlier,
-    weights, out, out_rest, maximum, total, scale_log2,
+    problem, memory, query, own, row_start, row_stop, position, slope, draw, words, no_scores, first_key, stage,
+    parity, earlier, weights, out, out_rest, maximum, total, scale_log2,
     PART: gl.constexpr, HIDES_KEYS: gl.constexpr, KEY_REST: gl.constexpr, VALUE_REST: gl.constexpr,
 ):  # fmt: skip
     """A step of the key loop: this block's scores and weights, and the weights times values of the block `earlier`."""
@@ -323,6 +339,8 @@ def attend_block(
     release(keys.empty.index(stage))
     scores = hide(scores, own, row_start, row_stop, first_key, N, SCORES)
     weights, rescale, maximum, total = softmax_step(scores, maximum, total, scale_log2)
+    if problem.dropout.seed_ptr is not None:
+        weights = drop_block(weights, problem, memory, draw, words, stage, parity)
     weights = gl.convert_layout(weights.to(keys.blocks.dtype), WEIGHTS)
     # This wait is for the next step, but stands here: a branch between the softmax and the wait for the tensor
     # cores keeps ptxas from moving that wait in front of the softmax.
@@ -338,8 +356,8 @@ def attend_block(
 
 @gluon.jit
 def attend_tokens(
-    problem, memory, pieces, first_row, step, tiles_done, position, slope, no_scores, out, out_rest, maximum, total,
-    scale_log2, PART: gl.constexpr, HIDES_KEYS: gl.constexpr, KEY_REST: gl.constexpr, VALUE_REST: gl.constexpr,
+    problem, memory, pieces, first_row, step, tiles_done, position, slope, draw, words, no_scores, out, out_rest,
+    maximum, total, scale_log2, PART: gl.constexpr, HIDES_KEYS: gl.constexpr, KEY_REST: gl.constexpr, VALUE_REST: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup's rows over the tile's sink tokens, of which nothing is in flight any more when this returns."""
     queries, keys, values, tokens = memory.query, memory.key, memory.value, problem.tokens
@@ -363,13 +381,15 @@ def attend_tokens(
         release(keys.empty.index(stage))
         scores = hide(scores, own, row_start, row_stop, token_key(pieces, 0, N), N, SCORES)
         weights, _, maximum, total = softmax_step(scores, maximum, total, scale_log2)
+        if problem.dropout.seed_ptr is not None:
+            weights = drop_block(weights, problem, memory, draw, words, stage, parity)
         weights = gl.convert_layout(weights.to(keys.blocks.dtype), WEIGHTS)
         mbarrier.wait(values.full.index(stage), parity)
         for block in range(1, pieces.blocks):
             earlier = stage
             stage, parity = stage_and_parity(step + block, STAGES)
             out, out_rest, weights, maximum, total = attend_block(
-                problem, memory, query, own, row_start, row_stop, position, slope, no_scores,
+                problem, memory, query, own, row_start, row_stop, position, slope, draw, words, no_scores,
                 token_key(pieces, block, N), stage, parity, earlier, weights, out, out_rest, maximum, total,
                 scale_log2, PART, HIDES_KEYS, KEY_REST, VALUE_REST,
             )  # fmt: skip
@@ -381,6 +401,17 @@ def attend_tokens(
             out = warpgroup_mma_wait(0, deps=[out_token])
         release(values.empty.index(stage))
     return out, out_rest, maximum, total
+
+
+@gluon.jit
+def drop_block(weights, problem, memory, draw, words, stage, parity):
+    """Weights of a block without those that dropout drops; words of the query rows."""
+    LAYOUT: gl.constexpr = weights.type.layout
+    mbarrier.wait(memory.value.full.index(stage), parity)
+    position = memory.key_positions.index(stage).load(gl.SliceLayout(0, LAYOUT)).to(gl.int32, bitcast=True)
+    a, b, c, d = words_of_keys(draw, position)
+    of_key = a[None, :], b[None, :], c[None, :], d[None, :]
+    return drop(weights, problem.dropout, draw, (words[0][:, None], words[1][:, None]), of_key, False)
 
 
 @gluon.jit

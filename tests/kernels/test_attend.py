@@ -41,6 +41,7 @@ from ringflash.kernels.cpu import blockwise, rectangles
 from ringflash.kernels.cpu.rectangle_attention import MatrixProducts
 from ringflash.kernels.intervals import KeyIntervals, causal_intervals
 from ringflash.kernels.kept import Kept
+from ringflash.kernels.modifiers import Modifiers, keep_mask
 from ringflash.kernels.select import NAMES, select
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -187,6 +188,12 @@ HOPPER_NOT_CHOSEN_CASES = {
     "bf16-d256-softcap": (torch.bfloat16, (4, 2), (256, 256), 0, (3.0, None, 0.0, False)),
     "fp16-d128-softcap": (torch.float16, (4, 2), (128, 128), 0, (50.0, None, 0.0, False)),
     "bf16-d96-all-but-dropout": (torch.bfloat16, (4, 2), (96, 96), 1, (3.0, "of all rows", 0.0, True)),
+    "bf16-d64-dropout-ring": (torch.bfloat16, (4, 2), (64, 64), 1, (0.0, None, 0.3, False)),
+    "bf16-d128-dropout": (torch.bfloat16, (4, 2), (128, 128), 0, (0.0, None, 0.3, False)),
+    "bf16-d128-dropout-padding-ring": (torch.bfloat16, (4, 1), (128, 128), 1, (0.0, None, 0.1, True)),
+    "fp16-d128-softcap-dropout": (torch.float16, (4, 2), (128, 128), 0, (3.0, None, 0.6, False)),
+    "bf16-d256-dropout-ring": (torch.bfloat16, (2, 1), (256, 256), 1, (0.0, None, 0.3, False)),
+    "bf16-d192-v128-dropout": (torch.bfloat16, (2, 2), (192, 128), 1, (0.0, None, 0.3, False)),
     "bf16-d192-v128-softcap-slopes": (torch.bfloat16, (2, 2), (192, 128), 0, (3.0, "heads first", 0.0, False)),
 }
 # heads, head dimensions, cuts, modifiers
@@ -198,6 +205,7 @@ HOPPER_TOKEN_CASES = {
     "d192-v128": ((4, 2), (192, 128), 1, None),
     "d256": ((2, 1), (256, 256), 1, None),
     "d128-softcap": ((4, 2), (128, 128), 0, (3.0, None, 0.0, False)),
+    "d128-dropout-ring": ((4, 2), (128, 128), 1, (0.0, None, 0.3, False)),
     "d64-slopes-padding": ((4, 2), (64, 64), 1, (0.0, "of each row", 0.0, True)),
 }
 on_gpu_kernels = pytest.mark.parametrize("name", [x for x in NAMES if x not in ("auto", "reference", "blockwise")])
@@ -292,6 +300,35 @@ def test_hopper_kernels_take_sink_tokens_as_accurately_as_torch(case: tuple, chu
         patch.setattr(backward, "prepared_calls", Kept())
         results = run(kernels, problem, cuts, backwards=data.draw(st.booleans()), out_dtype=out_dtype)
     assert_accurate(results, problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize(("dropout", "first_head"), [(0.1, 0), (0.5, 32), (0.9, 1)])
+def test_hopper_kernels_drop_the_pairs_of_the_definition(dim: int, dropout: float, first_head: int) -> None:
+    """Keys and values are unit vectors, no two alike in a row's window: each number shows the fate of one pair."""
+    kernels, rows, heads = hopper_itself(), 500, 3
+    row = torch.arange(rows, dtype=torch.int32, device="cuda")
+    intervals = KeyIntervals((row - (dim - 4)).clamp(min=0), row + 1, rows)
+    modifiers = Modifiers(
+        dropout=dropout,
+        seed=torch.tensor([-(2**62) - 987654321], device="cuda"),
+        query_positions=row + 2**31 - rows,
+        key_positions=row * 4194304,
+        first_head=first_head,
+    )
+    unit = torch.eye(dim, device="cuda", dtype=torch.bfloat16)[row.long() % dim, None].expand(-1, heads, -1).contiguous()
+    query, launch = torch.zeros_like(unit), {"intervals": intervals, "scale": 1.0, "modifiers": modifiers}
+    out, lse = kernels.attend(query, unit, unit, **launch)
+    delta = torch.zeros_like(lse)
+    dquery, _, _ = kernels.attend_backward(torch.ones_like(query), query, unit, unit, lse, delta, **launch)
+    _, _, dvalue = kernels.attend_backward(unit, query, unit, unit, lse, delta, **launch)
+    kept = keep_mask(replace(modifiers, first_head=0), first_head + heads)[first_head:] & intervals.visible()
+    of_keys = torch.zeros(heads, rows, dim, device="cuda").index_add_(2, row % dim, kept.float())
+    of_queries = torch.zeros(heads, rows, dim, device="cuda").index_add_(2, row % dim, kept.mT.float())
+    assert torch.equal(out.transpose(0, 1) != 0, of_keys != 0)
+    assert torch.equal(dquery.transpose(0, 1) != 0, of_keys != 0)
+    assert torch.equal(dvalue.transpose(0, 1) != 0, of_queries != 0)
 
 
 @pytest.mark.gpu

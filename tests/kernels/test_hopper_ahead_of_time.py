@@ -33,6 +33,7 @@ def modifiers_named(names: str) -> Modifiers | None:
     kinds = {
         "softcap": {"softcap": 50.0},
         "slopes": {"slopes": on_paper(QUERIES, HEADS), **positions},
+        "dropout": {"dropout": 0.1, "seed": on_paper(1, dtype=torch.int64), **positions},
         "padding": {"key_visible": on_paper(KEYS, dtype=torch.uint8)},
     }
     found = {name: x for kind in filter(None, names.split(", ")) for name, x in kinds[kind].items()}
@@ -171,6 +172,17 @@ def test_forward_fits_with_modifiers(width, tiles, names):
     assert_forward_fits(compiled, tiles, spilled=176 if width == "256" else 64)
 
 
+# What spills is read once in a step of more than 2,000 instructions.
+@pytest.mark.parametrize(("width", "tiles"), forward.MODIFIED_FORWARD_TILES.items(), ids=str)
+@pytest.mark.parametrize("carry", [False, True], ids=["plain", "last carry"])
+def test_forward_fits_with_dropout(width, tiles, carry):
+    modifiers = modifiers_named("dropout")
+    compiled = compile_forward(dims_of(width), tiles, torch.bfloat16, carry, torch.bfloat16, modifiers)
+    assert compiled.warnings == []
+    assert compiled.spilled <= (320 if width == "256" else 208)
+    assert compiled.shared < SHARED_LIMIT
+
+
 @pytest.mark.parametrize(("width", "tiles"), forward.FORWARD_TILES.items(), ids=str)
 def test_forward_fits_with_sink_tokens(width, tiles):
     compiled = compile_forward(dims_of(width), tiles, torch.bfloat16, True, torch.bfloat16, sink_tokens=True)
@@ -210,10 +222,22 @@ def test_backward_fits_with_blocks_wider_than_heads(dims, deterministic):
 @pytest.mark.parametrize("width", ["64", "128", "256"])
 @pytest.mark.parametrize(("names", "more"), [("softcap", 80), ("slopes", 80), ("softcap, slopes", 320)])
 def test_backward_fits_with_modifiers(width, names, more):
-    tiles = (backward.ALIBI_BACKWARD_TILES if "slopes" in names else backward.BACKWARD_TILES)[width]
-    compiled = compile_backward(dims_of(width), tiles, torch.bfloat16, torch.bfloat16, False, modifiers_named(names))
+    modifiers = modifiers_named(names)
+    tiles = backward.backward_tiles(modifiers)[width]
+    compiled = compile_backward(dims_of(width), tiles, torch.bfloat16, torch.bfloat16, False, modifiers)
     assert compiled.warnings == []
     assert compiled.spilled <= SPILLED[width] + more
+    assert compiled.shared < SHARED_LIMIT
+
+
+@pytest.mark.parametrize(("width", "spilled"), [("64", 640), ("128", 304), ("256", 320)])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_backward_fits_with_dropout(width, spilled, deterministic):
+    modifiers = modifiers_named("dropout")
+    tiles = backward.backward_tiles(modifiers)[width]
+    compiled = compile_backward(dims_of(width), tiles, torch.bfloat16, torch.bfloat16, deterministic, modifiers)
+    assert compiled.warnings == []
+    assert compiled.spilled <= spilled
     assert compiled.shared < SHARED_LIMIT
 
 
