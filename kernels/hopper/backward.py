@@ -34,9 +34,9 @@ from ringflash.kernels.hopper.descriptors import (
     part_descriptors,
     without_memory,
 )
-from ringflash.kernels.hopper.dropout import dropout_numbers, listed
 from ringflash.kernels.hopper.dquery_accumulate import HALF
 from ringflash.kernels.hopper.dquery_in_turn import PARTS, heads_in_turn, turns_of_tiles
+from ringflash.kernels.hopper.dropout import dropout_numbers, listed
 from ringflash.kernels.hopper.widths import WIDTHS, width_of
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.kept import Kept, metadata

@@ -30,7 +30,6 @@ from ringflash.kernels.hopper.backward_tokens import Tokens, mask_of, row_of
 from ringflash.kernels.hopper.backward_work import Inputs, Sums, allocate_buffers, find_work, produce, unseen_zero
 from ringflash.kernels.hopper.blocks import block_columns, block_rows, flat_layout, head_place, store_block
 from ringflash.kernels.hopper.compat import meet, release, store_wait
-from ringflash.kernels.hopper.dropout import Dropout, draw_for, drop, seed_of, words_of_keys, words_of_queries
 from ringflash.kernels.hopper.dquery_accumulate import HALF, add_earlier, lay_down
 from ringflash.kernels.hopper.dquery_in_turn import (
     add_in_turn,
@@ -38,6 +37,7 @@ from ringflash.kernels.hopper.dquery_in_turn import (
     hand_over,
     next_block_and_member,
 )
+from ringflash.kernels.hopper.dropout import Dropout, draw_for, drop, seed_of, words_of_keys, words_of_queries
 from ringflash.kernels.hopper.schedule import stage_and_parity
 from ringflash.kernels.hopper.score_changes import bent_weights, hidden_score
 
@@ -80,18 +80,17 @@ def attend_backward_kernel(
         buffers, rows_of_tile_ptr, order_ptr, turn_of_tile_ptr, turn_now_ptr, section_ptr, tokens, query_rows,
         padded_rows, key_rows, key_heads, GROUP, ORDERED,
     )  # fmt: skip
-    if TOKENS:
-        if work.first_key < 0:
-            return
+    if TOKENS and work.first_key < 0:
+        return
     fence_async_shared()
     sums = Sums(dquery_desc, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, key_rows, key_heads)
     if ORDERED:
         gl.warp_specialize(
             [
-                (consume, (work, sums, tokens, dropout, buffers, dscores, dquery, rows_of_key_ptr, key_positions_ptr, scale, bend,
-                           0, GROUP, FLOAT_OUT, ORDERED, DIMS)),
-                (consume, (work, sums, tokens, dropout, buffers, dscores, dquery, rows_of_key_ptr, key_positions_ptr, scale, bend,
-                           1, GROUP, FLOAT_OUT, ORDERED, DIMS)),
+                (consume, (work, sums, tokens, dropout, buffers, dscores, dquery, rows_of_key_ptr, key_positions_ptr,
+                           scale, bend, 0, GROUP, FLOAT_OUT, ORDERED, DIMS)),
+                (consume, (work, sums, tokens, dropout, buffers, dscores, dquery, rows_of_key_ptr, key_positions_ptr,
+                           scale, bend, 1, GROUP, FLOAT_OUT, ORDERED, DIMS)),
                 (produce, (inputs, work, buffers, GROUP, ORDERED)),
                 (add_in_turn, (work.turns, work.rows, dquery_desc, dquery, buffers.queries, 0, GROUP)),
                 (add_in_turn, (work.turns, work.rows, dquery_desc, dquery, buffers.queries, 1, GROUP)),
@@ -102,10 +101,10 @@ def attend_backward_kernel(
     else:
         gl.warp_specialize(
             [
-                (consume, (work, sums, tokens, dropout, buffers, dscores, dquery, rows_of_key_ptr, key_positions_ptr, scale, bend,
-                           0, GROUP, FLOAT_OUT, ORDERED, DIMS)),
-                (consume, (work, sums, tokens, dropout, buffers, dscores, dquery, rows_of_key_ptr, key_positions_ptr, scale, bend,
-                           1, GROUP, FLOAT_OUT, ORDERED, DIMS)),
+                (consume, (work, sums, tokens, dropout, buffers, dscores, dquery, rows_of_key_ptr, key_positions_ptr,
+                           scale, bend, 0, GROUP, FLOAT_OUT, ORDERED, DIMS)),
+                (consume, (work, sums, tokens, dropout, buffers, dscores, dquery, rows_of_key_ptr, key_positions_ptr,
+                           scale, bend, 1, GROUP, FLOAT_OUT, ORDERED, DIMS)),
                 (produce, (inputs, work, buffers, GROUP, ORDERED, TOKENS)),
             ],
             [4, 1],
@@ -251,14 +250,11 @@ def consume(
         add_earlier(sums.dquery_desc, staging, rows, steps, block, member, M, D, PART, TOKENS)
     if DROPS:
         dvalue = dvalue / dropout.kept
-    if TOKENS:
-        if work.slot >= 0:
-            row = work.slot * (2 * HALF) + PART * HALF
-            heads, head = sums.key_heads, work.key_head
-            store_float(tokens.dvalue_slots_ptr, dvalue, row, row + HALF, heads, head, DIMS[1], 0, SUMS)
-            store_float(tokens.dkey_slots_ptr, dkey * gradient_scale, row, row + HALF, heads, head, DIMS[0], 0, SUMS)
-        else:
-            store_sums(work, sums, dkey, dvalue, gradient_scale, own_key, own_value, PART, FLOAT_OUT, DIMS, SUMS)
+    if TOKENS and work.slot >= 0:
+        row = work.slot * (2 * HALF) + PART * HALF
+        heads, head = sums.key_heads, work.key_head
+        store_float(tokens.dvalue_slots_ptr, dvalue, row, row + HALF, heads, head, DIMS[1], 0, SUMS)
+        store_float(tokens.dkey_slots_ptr, dkey * gradient_scale, row, row + HALF, heads, head, DIMS[0], 0, SUMS)
     else:
         store_sums(work, sums, dkey, dvalue, gradient_scale, own_key, own_value, PART, FLOAT_OUT, DIMS, SUMS)
     store_wait(0)  # shared memory must outlive the reading of it
@@ -360,7 +356,7 @@ def store_sum(
 def store_float(
     ptr, total, first_row, rows, heads, head, DIM: gl.constexpr, COLUMN: gl.constexpr, SUMS: gl.constexpr
 ):  # fmt: skip
-    """Write a sum to the rows from first_row on, and columns from COLUMN on, of a contiguous (rows, heads, DIM) tensor."""
+    """Write a sum to the rows from first_row on, columns from COLUMN on, of a contiguous (rows, heads, DIM) tensor."""
     row = gl.arange(0, total.shape[0], gl.SliceLayout(1, SUMS))[:, None]
     column = COLUMN + gl.arange(0, total.shape[1], gl.SliceLayout(0, SUMS))[None, :]
     base = ptr + (first_row.to(gl.int64) * heads + head) * DIM

@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 
-def order_of_programs(
-    tile_rows: Tensor, key_heads: int, processors: int, more_rows: Tensor | None = None
-) -> Tensor:
+def order_of_programs(tile_rows: Tensor, key_heads: int, processors: int, more_rows: Tensor | None = None) -> Tensor:
     """The tile and the head of each program, (tiles * key_heads,) int32: tile * key_heads + head.
 
     Tiles that some row sees together, up to the same last one, count as of one document. Nothing is read by the host.

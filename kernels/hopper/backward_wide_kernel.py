@@ -24,7 +24,6 @@ from ringflash.kernels.hopper.backward_tokens import Tokens, mask_of, row_of
 from ringflash.kernels.hopper.backward_work import Inputs, Sums, allocate_buffers, find_work, produce, unseen_zero
 from ringflash.kernels.hopper.blocks import block_rows, flat_layout, head_place, store_block
 from ringflash.kernels.hopper.compat import meet, release, store_wait
-from ringflash.kernels.hopper.dropout import Dropout, draw_for, drop, seed_of, words_of_keys, words_of_queries
 from ringflash.kernels.hopper.dquery_accumulate import HALF, add_earlier, add_part, lay_down
 from ringflash.kernels.hopper.dquery_in_turn import (
     add_in_turn,
@@ -32,6 +31,7 @@ from ringflash.kernels.hopper.dquery_in_turn import (
     hand_over,
     next_block_and_member,
 )
+from ringflash.kernels.hopper.dropout import Dropout, draw_for, drop, seed_of, words_of_keys, words_of_queries
 from ringflash.kernels.hopper.schedule import stage_and_parity
 from ringflash.kernels.hopper.score_changes import bent_weights, hidden_score
 
@@ -76,18 +76,17 @@ def attend_backward_wide_kernel(
         buffers, rows_of_tile_ptr, order_ptr, turn_of_tile_ptr, turn_now_ptr, section_ptr, tokens, query_rows,
         padded_rows, key_rows, key_heads, GROUP, ORDERED,
     )  # fmt: skip
-    if TOKENS:
-        if work.first_key < 0:
-            return
+    if TOKENS and work.first_key < 0:
+        return
     fence_async_shared()
     sums = Sums(dquery_desc, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, key_rows, key_heads)
     if ORDERED:
         gl.warp_specialize(
             [
-                (consume_wide, (work, sums, tokens, dropout, buffers, weights, dscores, dquery, rows_of_key_ptr, key_positions_ptr,
-                                scale, bend, 0, GROUP, FLOAT_OUT, ORDERED, DIMS)),
-                (consume_wide, (work, sums, tokens, dropout, buffers, weights, dscores, dquery, rows_of_key_ptr, key_positions_ptr,
-                                scale, bend, 1, GROUP, FLOAT_OUT, ORDERED, DIMS)),
+                (consume_wide, (work, sums, tokens, dropout, buffers, weights, dscores, dquery, rows_of_key_ptr,
+                                key_positions_ptr, scale, bend, 0, GROUP, FLOAT_OUT, ORDERED, DIMS)),
+                (consume_wide, (work, sums, tokens, dropout, buffers, weights, dscores, dquery, rows_of_key_ptr,
+                                key_positions_ptr, scale, bend, 1, GROUP, FLOAT_OUT, ORDERED, DIMS)),
                 (produce, (inputs, work, buffers, GROUP, ORDERED)),
                 (add_in_turn, (work.turns, work.rows, dquery_desc, dquery, buffers.queries, 0, GROUP)),
                 (add_in_turn, (work.turns, work.rows, dquery_desc, dquery, buffers.queries, 1, GROUP)),
@@ -98,10 +97,10 @@ def attend_backward_wide_kernel(
     else:
         gl.warp_specialize(
             [
-                (consume_wide, (work, sums, tokens, dropout, buffers, weights, dscores, dquery, rows_of_key_ptr, key_positions_ptr,
-                                scale, bend, 0, GROUP, FLOAT_OUT, ORDERED, DIMS)),
-                (consume_wide, (work, sums, tokens, dropout, buffers, weights, dscores, dquery, rows_of_key_ptr, key_positions_ptr,
-                                scale, bend, 1, GROUP, FLOAT_OUT, ORDERED, DIMS)),
+                (consume_wide, (work, sums, tokens, dropout, buffers, weights, dscores, dquery, rows_of_key_ptr,
+                                key_positions_ptr, scale, bend, 0, GROUP, FLOAT_OUT, ORDERED, DIMS)),
+                (consume_wide, (work, sums, tokens, dropout, buffers, weights, dscores, dquery, rows_of_key_ptr,
+                                key_positions_ptr, scale, bend, 1, GROUP, FLOAT_OUT, ORDERED, DIMS)),
                 (produce, (inputs, work, buffers, GROUP, ORDERED, TOKENS)),
             ],
             [4, 1],
@@ -111,7 +110,8 @@ def attend_backward_wide_kernel(
 
 @gluon.jit
 def consume_wide(
-    work, sums, tokens, dropout, buffers, weights_buffers, dscores_buffers, dquery, rows_of_key_ptr, key_positions_ptr, scale, bend,
+    work, sums, tokens, dropout, buffers, weights_buffers, dscores_buffers, dquery, rows_of_key_ptr, key_positions_ptr,
+    scale, bend,
     PART: gl.constexpr, GROUP: gl.constexpr, FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr, DIMS: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup: half of the tile's keys, then half of the columns."""
@@ -246,13 +246,10 @@ def consume_wide(
         add_earlier(sums.dquery_desc, dquery.index(PART), rows, steps, block, member, M, D, PART, TOKENS)
     if DROPS:
         dvalue = dvalue / dropout.kept
-    if TOKENS:
-        if work.slot >= 0:
-            row, column, heads, head = work.slot * N, PART * (D // 2), sums.key_heads, work.key_head
-            store_float(tokens.dvalue_slots_ptr, dvalue, row, row + N, heads, head, DIMS[1], column, SUMS)
-            store_float(tokens.dkey_slots_ptr, dkey * gradient_scale, row, row + N, heads, head, DIMS[0], column, SUMS)
-        else:
-            store_halves(work, sums, dkey, dvalue, gradient_scale, key, value, PART, FLOAT_OUT, DIMS, SUMS)
+    if TOKENS and work.slot >= 0:
+        row, column, heads, head = work.slot * N, PART * (D // 2), sums.key_heads, work.key_head
+        store_float(tokens.dvalue_slots_ptr, dvalue, row, row + N, heads, head, DIMS[1], column, SUMS)
+        store_float(tokens.dkey_slots_ptr, dkey * gradient_scale, row, row + N, heads, head, DIMS[0], column, SUMS)
     else:
         store_halves(work, sums, dkey, dvalue, gradient_scale, key, value, PART, FLOAT_OUT, DIMS, SUMS)
     store_wait(0)  # shared memory must outlive the reading of it

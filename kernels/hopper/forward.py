@@ -207,9 +207,7 @@ class PreparedForward:
                 unit, bend = modifiers.softcap, scale / modifiers.softcap
             if modifiers.slopes is not None:
                 slopes_row, slopes_head = modifiers.slopes.stride()
-            list_description = description_of(
-                list_descriptor(without_memory((key_rows,), torch.float32), tiles.keys)
-            )
+            list_description = description_of(list_descriptor(without_memory((key_rows,), torch.float32), tiles.keys))
             if modifiers.slopes is not None or modifiers.key_visible is not None:
                 self.key_numbers_description = list_description
             if modifiers.dropout:

@@ -357,7 +357,8 @@ def attend_block(
 @gluon.jit
 def attend_tokens(
     problem, memory, pieces, first_row, step, tiles_done, position, slope, draw, words, no_scores, out, out_rest,
-    maximum, total, scale_log2, PART: gl.constexpr, HIDES_KEYS: gl.constexpr, KEY_REST: gl.constexpr, VALUE_REST: gl.constexpr,
+    maximum, total, scale_log2,
+    PART: gl.constexpr, HIDES_KEYS: gl.constexpr, KEY_REST: gl.constexpr, VALUE_REST: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup's rows over the tile's sink tokens, of which nothing is in flight any more when this returns."""
     queries, keys, values, tokens = memory.query, memory.key, memory.value, problem.tokens

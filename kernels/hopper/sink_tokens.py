@@ -32,7 +32,7 @@ def token_pieces(intervals: KeyIntervals, rows: int, block: int) -> Tensor:
 
     Example:
         >>> bounds = torch.tensor([[9, 9, 30, 39], [10, 11, 39, 40], [0, 0, 30, 30], [2, 2, 30, 32]])
-        >>> token_pieces(KeyIntervals(*bounds[:2], 40, *bounds[2:]), rows=4, block=8)  # the second document is from 30 on
+        >>> token_pieces(KeyIntervals(*bounds[:2], 40, *bounds[2:]), rows=4, block=8)  # documents of 30 and 10
         tensor([[ 0,  2, 28, 32]], dtype=torch.int32)
     """
 

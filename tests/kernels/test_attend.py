@@ -317,7 +317,9 @@ def test_hopper_kernels_drop_the_pairs_of_the_definition(dim: int, dropout: floa
         key_positions=row * 4194304,
         first_head=first_head,
     )
-    unit = torch.eye(dim, device="cuda", dtype=torch.bfloat16)[row.long() % dim, None].expand(-1, heads, -1).contiguous()
+    unit = (
+        torch.eye(dim, device="cuda", dtype=torch.bfloat16)[row.long() % dim, None].expand(-1, heads, -1).contiguous()
+    )
     query, launch = torch.zeros_like(unit), {"intervals": intervals, "scale": 1.0, "modifiers": modifiers}
     out, lse = kernels.attend(query, unit, unit, **launch)
     delta = torch.zeros_like(lse)

@@ -135,9 +135,7 @@ FORWARD_SHAPES = [
 ]
 
 
-def assert_forward_fits(
-    compiled: Compiled, tiles: forward.ForwardTiles, spilled: int = 64, loops: int = 1
-) -> None:
+def assert_forward_fits(compiled: Compiled, tiles: forward.ForwardTiles, spilled: int = 64, loops: int = 1) -> None:
     assert compiled.warnings == []
     assert compiled.spilled <= spilled
     assert compiled.shared < SHARED_LIMIT

@@ -26,7 +26,9 @@ def run_ptx(assembly: str, operands: list[int | float]) -> float:
             return 0.0 if name == "0f00000000" else int(name, 16)
         return registers[name]
 
-    for line in re.sub(r"[{}]", "", assembly.replace("{low, high}", "low:high").replace("{x1, x0}", "x1:x0")).split(";"):
+    for line in re.sub(r"[{}]", "", assembly.replace("{low, high}", "low:high").replace("{x1, x0}", "x1:x0")).split(
+        ";"
+    ):
         if not line.strip() or line.strip().startswith(".reg"):
             continue
         name, result, *rest = re.split(r",?\s+", line.strip())
