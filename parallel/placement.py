@@ -45,6 +45,13 @@ LONGEST_SHOWN = 200
 """Characters of a mask or a partition that ranks show each other; a layout of blocks may have a million."""
 
 
+LONG = 2**15
+"""Keys that a query sees on average from which on heads may be worked on in groups, whose results are copied to where
+those of all heads lie: a hundredth of the time of attention to so many, and more of attention to fewer."""
+
+SOME = 1024
+"""Queries that are looked at to know how many keys one sees on average."""
+
 NUMBER_BYTES = 100
 """Of a document boundary, which Python keeps in a few tuples and arrays."""
 
@@ -173,6 +180,22 @@ class Placement:
         """How many rows of queries and of keys this rank has."""
         return self.batch * self.partition.count(self.rank), self.batch * self.key_partition.count(self.rank)
 
+    @cached_property
+    def rows_in_groups(self) -> int:
+        """Rows of queries of the rank that has the most, or 0 where attention is too short for groups of heads.
+
+        The same on all ranks; see `heads.head_groups`.
+        """
+        rows = self.batch * max(self.partition.counts())
+        if rows < LONG:  # nor could it be many bytes
+            return rows
+        if self.on_device is not None:
+            return 0
+        queries, keys = self.batch * self.seqlen, self.batch * self.key_seqlen
+        some = torch.arange(0, queries, max(1, queries // SOME))
+        seen = max(visible_pairs(mask, some, keys) for mask in self.masks[: len(self._partition["weights"])])
+        return rows if seen >= LONG * len(some) else 0
+
     def index_of(self, mask: Mask | None) -> int:
         """Which of the masks a call means; one that was not named before is added, None is the only one."""
         if mask is None:
@@ -237,7 +260,8 @@ class Placement:
             return None
         found = self._choices.get(index)
         if found is None:
-            shape, token_work = Shape().among(self.head_ranks), self._partition["token_work"] // self.head_ranks
+            shape = Shape().in_groups(self.rows_in_groups, self.head_ranks).among(self.head_ranks)
+            token_work = self._partition["token_work"] // self.head_ranks
             found = choose(
                 self.masks[index],
                 *self._laid_end_to_end,
@@ -367,7 +391,8 @@ class Placement:
         """See `call.Settings.sizes`."""
         if self.head_ranks == 1 or self.key_partition is not self.partition:
             return ()
-        return self._together(self.partition).count(self.rank // self.head_ranks), self.head_ranks
+        together = self._together(self.partition).count(self.rank // self.head_ranks)
+        return together, self.head_ranks, self.rows_in_groups
 
     def exchange(self, index: int, device: torch.device) -> HeadExchange | RowExchange | None:
         """How this rank exchanges heads for tokens, or query rows, under one of the masks; None if it does not."""

@@ -121,7 +121,8 @@ class Sharding:
 
     def _make_handles(self) -> None:
         self.crossing = self._placement.crossing
-        """Rows that ranks which exchange heads hold together, and how many ranks they are; else empty."""
+        """Rows that ranks which exchange heads hold together, how many ranks they are, and rows in groups of heads;
+        else empty."""
         self.documents = self._placement.given_documents
         """How many documents were given; None without any."""
         self._handles = [new_handle(self._placement, index) for index in range(len(self._placement.masks))]

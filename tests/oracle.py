@@ -203,6 +203,16 @@ def torch_own(problem: Problem) -> Results:
     return Results(out, lse.detach().masked_fill(blind, -torch.inf), *gradients)
 
 
+def torch_own_out_with_sinks(problem: Problem, sinks: Tensor) -> Tensor:
+    """out of the usual few lines of eager torch for learned sinks (H,), without modifiers, in the problem's dtype."""
+    groups = problem.query.shape[1] // problem.key.shape[1]
+    key_HSD, value_HSD = (x.repeat_interleave(groups, dim=1).transpose(0, 1) for x in (problem.key, problem.value))
+    scores = _masked_scores(problem.query.transpose(0, 1), key_HSD, problem.visible(), problem).float()
+    column = sinks.float()[:, None, None].expand(-1, scores.shape[1], 1)
+    weights = torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1]
+    return (weights.to(problem.query.dtype) @ value_HSD).transpose(0, 1)
+
+
 def _masked_scores(query_HTD: Tensor, key_HSD: Tensor, visible: Tensor, problem: Problem) -> Tensor:
     """(H, T, S) after softcap and ALiBi, in the dtype of query."""
     scores, modifiers = query_HTD @ key_HSD.mT * problem.scale, problem.modifiers

@@ -24,7 +24,7 @@ from ringflash.kernels.torch_private import process_group
 from ringflash.parallel.agreement.rounds import agreement
 from ringflash.parallel.lookup import find
 from ringflash.parallel.placement import Placement, batch_boundaries, check_on_device, on_a_device, placement_of
-from ringflash.parallel.planning.heads import HeadShares
+from ringflash.parallel.planning.heads import HeadShares, head_groups
 from ringflash.parallel.planning.program import Program, StageProgram, document_table, table_program, table_shape
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.transport.head_exchange import HeadExchange, Kind, Sections
@@ -39,7 +39,7 @@ class Settings(NamedTuple):
     Attributes:
         request: text of a call from traced code, see `Request`; empty where the handle says everything.
         sizes: B, S and Sk of such a call. Of a handle whose ranks exchange heads, and whose keys lie as the queries do:
-            how many rows they hold together, and how many ranks they are. Else empty.
+            how many rows they hold together, how many ranks they are, and `Placement.rows_in_groups`. Else empty.
         scale: factor of the scores.
         softcap: see `ringflash.kernels.modifiers`; 0 for none.
         dropout: see `ringflash.kernels.modifiers`; 0 for none.
@@ -236,7 +236,21 @@ class Ready:
         return slopes[(torch.searchsorted(own.long(), row, right=True) - 1).clamp_(max=slopes.shape[0] - 1)]
 
 
-def prepare(inputs: Inputs, settings: Settings, table: Tensor, which: str) -> Ready:
+Located = tuple[Placement, int] | None
+"""What a call's sharding is and which of its masks the call has; None for boundaries on the device."""
+
+
+def locate(inputs: Inputs, settings: Settings) -> Located:
+    """Find a call's sharding."""
+    if inputs.handle is None and inputs.on_device():
+        return None
+    handle: Any = inputs.handle  # None only beside a request
+    return _requested(inputs, settings) if settings.request else placement_of(handle)
+
+
+def prepare(
+    inputs: Inputs, settings: Settings, table: Tensor, which: str, where: Located, first_head: int = 0
+) -> Ready:
     """Find the program and the kernels; ranks have not agreed yet, see `Ready.begin`.
 
     Args:
@@ -244,23 +258,25 @@ def prepare(inputs: Inputs, settings: Settings, table: Tensor, which: str) -> Re
         settings: its other arguments.
         table: from `table_of`.
         which: "forward" or "backward".
+        where: from `locate`.
+        first_head: number of the first query head of the inputs among all of the call.
     """
     query, value, modifiers = inputs.query, inputs.value, inputs.modifiers(settings)
     problem = query.device, query.dtype, query.shape[-1], value.shape[-1], settings.kernel, modifiers
     modified = bool(modifiers)
-    if inputs.handle is None and inputs.on_device():
+    if where is None:
         mask, program = _program_on_device(inputs, settings, table)
-        return Ready(inputs, settings, program, None, select(*problem, mask.two_intervals), modified, None)
-    handle: Any = inputs.handle  # None only beside a request
-    placement, index = _requested(inputs, settings) if settings.request else placement_of(handle)
+        kernels = select(*problem, mask.two_intervals)
+        return Ready(inputs, settings, program, None, kernels, modified, None, first_head=first_head)
+    placement, index = where
     mask, device = placement.masks[index], inputs.query.device
     rows = placement.rows
     surplus = query.shape[0] - rows[0], inputs.key.shape[0] - rows[1]
     if placement.group is None:
         if any(surplus):
             raise _surplus(placement, surplus)
-        program = placement.program(index, device)
-        return Ready(inputs, settings, program, placement, select(*problem, mask.two_intervals), modified, None)
+        program, kernels = placement.program(index, device), select(*problem, mask.two_intervals)
+        return Ready(inputs, settings, program, placement, kernels, modified, None, first_head=first_head)
     form = _form(inputs, settings, surplus, which)
     try:
         program, kernels = placement.program(index, device), select(*problem, mask.two_intervals)
@@ -268,7 +284,8 @@ def prepare(inputs: Inputs, settings: Settings, table: Tensor, which: str) -> Re
     except Exception as error:  # which only this rank's machine may raise
         agreement(placement.group).refuse(error, placement.call_digest(index, form))
         raise
-    return Ready(inputs, settings, program, placement, kernels, modified, placement.transport, index, form, exchange)
+    transport = placement.transport
+    return Ready(inputs, settings, program, placement, kernels, modified, transport, index, form, exchange, first_head)
 
 
 def _requested(inputs: Inputs, settings: Settings) -> tuple[Placement, int]:
@@ -369,8 +386,14 @@ def table_of(inputs: Inputs, settings: Settings) -> Tensor:
 
 
 def keeps(inputs: Inputs, settings: Settings) -> bool:
-    """Whether query, key and value are kept as they crossed, in place of what they were before: they cross once."""
-    return inputs.handle is not None and bool(settings.sizes) and bool(settings.needs)
+    """Whether query, key and value are kept as they crossed, in place of what they were before: they cross once.
+
+    Not where heads are worked on in groups, for which there is no room for all of them as they crossed.
+    """
+    if inputs.handle is None or not settings.sizes or not settings.needs:
+        return False
+    (_, heads, head_dim), (_, exchanging, rows) = inputs.query.shape, settings.sizes
+    return head_groups(rows, heads, inputs.key.shape[1], head_dim, exchanging) == 1
 
 
 def crossing_kinds(inputs: Inputs, ranks: int) -> list[Kind]:
@@ -385,7 +408,7 @@ def crossing_kinds(inputs: Inputs, ranks: int) -> list[Kind]:
 def shape_of_table(inputs: Inputs, settings: Settings) -> tuple[int, int]:
     """Shape of what the forward pass hands to the backward pass: of `table_of`, or of what crossed and is kept."""
     if keeps(inputs, settings):
-        rows, ranks = settings.sizes
+        rows, ranks, _ = settings.sizes
         return rows, Sections(crossing_kinds(inputs, ranks)).width // torch.int32.itemsize
     if not inputs.on_device():
         return 0, 0

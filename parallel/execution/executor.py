@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ringflash.kernels.reference import Carry
 from ringflash.kernels.sinks import with_sinks
-from ringflash.parallel.execution.call import NEEDS, Inputs, Ready, Settings, prepare, table_of
+from ringflash.parallel.execution.call import NEEDS, Inputs, Located, Ready, Settings, prepare
 from ringflash.parallel.execution.crossing import Crossing
 from ringflash.parallel.execution.gradients import KeyGradients
 from ringflash.parallel.execution.row_crossing import RowCrossing
@@ -27,15 +27,23 @@ from ringflash.parallel.transport.row_exchange import RowExchange
 AnyCrossing = Crossing | RowCrossing
 
 
-def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
+def forward(
+    inputs: Inputs, settings: Settings, table: Tensor, where: Located, first_head: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of this rank's queries to the keys of all ranks.
+
+    Args:
+        inputs: the call's tensors, of all its heads or of some.
+        settings: its other arguments.
+        table: from `call.table_of`.
+        where: from `call.locate`.
+        first_head: number of the first query head of the inputs among all of the call.
 
     Returns:
         out (T, H, Dv) like the query, lse (H, T) fp32, and the table that `backward` wants, see `call.shape_of_table`.
     """
     query, value = inputs.query, inputs.value
-    table = query.new_empty((0, 0), dtype=torch.int32) if inputs.handle is not None else table_of(inputs, settings)
-    ready = prepare(inputs, settings, table, "forward")
+    ready = prepare(inputs, settings, table, "forward", where, first_head)
     accumulator = torch.promote_types(query.dtype, torch.float32)
     carry: Carry | None = None
 
@@ -84,7 +92,15 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]
 
 
 def backward(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, table: Tensor, inputs: Inputs, settings: Settings
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    table: Tensor,
+    inputs: Inputs,
+    settings: Settings,
+    where: Located,
+    first_head: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and sinks of this rank, from those of out and lse; empty where nobody needs them.
 
@@ -96,10 +112,12 @@ def backward(
         table: what `forward` returned.
         inputs: what `forward` was given.
         settings: what `forward` was given.
+        where: what `forward` was given.
+        first_head: what `forward` was given.
     """
     query, needs = inputs.query, settings.needs
     needs_key, needs_value = needs & NEEDS["key"], needs & NEEDS["value"]
-    ready = prepare(inputs, settings, table, "backward")
+    ready = prepare(inputs, settings, table, "backward", where, first_head)
     crossing = None
     accumulator = torch.promote_types(query.dtype, torch.float32)
     dquery: Tensor | None = None
@@ -188,7 +206,7 @@ def cross(
     else:
         assert exchange is not None
         crossing = Crossing(exchange, ready.inputs, ready.settings, of_rows, table)
-    return replace(ready, inputs=crossing.inputs, first_head=crossing.first_head), crossing
+    return replace(ready, inputs=crossing.inputs, first_head=ready.first_head + crossing.first_head), crossing
 
 
 def begin(ready: Ready, crossing: AnyCrossing | None) -> None:

@@ -28,7 +28,7 @@ from ringflash.kernels.torch_private import (
     transforms_active,
 )
 from ringflash.parallel.execution.call import NEEDS, Inputs, Settings, keeps, shape_of_table
-from ringflash.parallel.execution.executor import backward, forward
+from ringflash.parallel.execution.head_groups import backward, forward
 from ringflash.parallel.placement import HELD
 
 
@@ -52,7 +52,7 @@ def attention(
     deterministic: bool,
     needs: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention of this rank's queries to the keys of all ranks; see `executor.forward`."""
+    """Attention of this rank's queries to the keys of all ranks; see `head_groups.forward`."""
     inputs = Inputs(query, key, value, handle, boundaries, query_boundaries, slopes, seed, key_visible, sinks)
     settings = Settings(request, sizes, scale, softcap, dropout, kernel, deterministic, needs)
     with on_device_without_autocast(query):
@@ -84,7 +84,7 @@ def attention_backward(
     deterministic: bool,
     needs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `attention` by query, key, value and sinks, those in `needs`; see `executor.backward`."""
+    """Gradients of `attention` by query, key, value and sinks, those in `needs`; see `head_groups.backward`."""
     inputs = Inputs(query, key, value, handle, boundaries, query_boundaries, slopes, seed, key_visible, sinks)
     settings = Settings(request, sizes, scale, softcap, dropout, kernel, deterministic, needs)
     with on_device_without_autocast(query):

@@ -76,6 +76,7 @@ class Choice:
             return said
         shape, lines = self.shape, [said]
         heads = f"{shape.heads} query and {shape.key_heads} key heads of {shape.head_dim}"
+        heads += f" in {shape.groups} groups one after another" * (shape.groups > 1)
         lines.append(f"predicted for a layer with {heads} on {self.machine.name}, forward and backward:")
         for name, cost in self.predicted.items():
             lines.append(

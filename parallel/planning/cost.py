@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ringflash.parallel.planning.heads import head_groups
 from ringflash.parallel.planning.loads import Loads
 from ringflash.parallel.planning.machine import Link, Machine
 from ringflash.parallel.planning.outline import Outline
@@ -37,12 +38,18 @@ class Shape:
         key_heads: of keys and values.
         head_dim: of a head.
         element: bytes of a number.
+        groups: of heads that are worked on one after another, see `heads.head_groups`.
     """
 
     heads: int = 32
     key_heads: int = 8
     head_dim: int = 128
     element: int = 2
+    groups: int = 1
+
+    def in_groups(self, rows: int, exchanging: int = 1) -> Shape:
+        """The same where the rank with the most queries has so many."""
+        return replace(self, groups=head_groups(rows, self.heads, self.key_heads, self.head_dim, exchanging))
 
     def among(self, ranks: int) -> Shape:
         """One rank's part of the heads, where so many exchange them; a key head is on each that has queries of it."""
@@ -377,4 +384,5 @@ class _Model:
         keys, foreign = self._by_stage(self.loads.keys), self._by_stage(self._foreign)
         of_keys = 2 * arriving.max(0) + np.where((foreign > 0) & (keys > foreign), keys, 0).max(0)
         of_parts = np.maximum(2, self._slots) * self._leaving.max(0) + self._slots * self._room
-        return int((of_keys * self.shape.key_bytes + of_parts * self.shape.gradient_bytes).max())
+        nbytes = of_keys * self.shape.key_bytes + of_parts * self.shape.gradient_bytes
+        return int(nbytes.max()) // self.shape.groups

@@ -26,6 +26,11 @@ MOST_RUNS = 4
 than the GPU to bring into order."""
 
 
+ROOM = 2**30
+"""Bytes that the queries' gradient may take in fp32 before fewer heads are worked on at a time (`head_groups`). Where
+it takes more, launches over half of the heads still fill a GPU many times over."""
+
+
 def check_head_ranks(head_ranks: int, ranks: int) -> None:
     """Raise ArgumentError unless the ranks that share a sequence can be divided by as many as exchange heads."""
     (found,) = integers("head_ranks", (head_ranks,))
@@ -39,6 +44,25 @@ def check_heads(heads: int, head_ranks: int) -> None:
     """Raise ArgumentError unless query heads can be divided among the ranks that exchange them."""
     if heads % head_ranks:
         raise ArgumentError(f"query has {heads} heads, head_ranks={head_ranks}; the first must be a multiple")
+
+
+def head_groups(rows: int, heads: int, key_heads: int, head_dim: int, exchanging: int = 1) -> int:
+    """Into how many groups of heads, one after another, a call is divided so that each fits into `ROOM`, or nearly.
+
+    Args:
+        rows: of queries, on the rank that has the most: all ranks must find the same.
+        heads: of queries.
+        key_heads: of keys; a group has all queries of its own.
+        head_dim: of a query's head.
+        exchanging: ranks among which a group's query heads are divided.
+    """
+    nbytes, found = 4 * rows * heads * head_dim, 1
+    for groups in range(2, key_heads + 1):
+        if found * ROOM >= nbytes:
+            break
+        if key_heads % groups == 0 and (heads // groups) % exchanging == 0:
+            found = groups
+    return found
 
 
 @dataclass(frozen=True)

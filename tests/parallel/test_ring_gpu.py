@@ -32,7 +32,7 @@ from ringflash.kernels.select import select
 from ringflash.parallel.agreement.rounds import MOST_AHEAD
 from ringflash.parallel.lookup import shardings
 from ringflash.parallel.mesh import ONE_DEVICE
-from ringflash.parallel.planning import choose
+from ringflash.parallel.planning import choose, heads
 from ringflash.parallel.transport.select import transport_of
 from ringflash.ring_flash_attn import zigzag_ring_flash_attn_varlen_func
 
@@ -120,6 +120,20 @@ def test_queries_that_cross_to_other_gpus_equal_one_gpu(gpus, name):
     problem = Problem(masks(LENGTH)[name], SHAPE, "contiguous", torch.bfloat16)
     results = joined(problem, gpus.run(_attend_with_level_queries, problem))
     results = {name: x.cuda() for name, x in results.items()}
+    assert_as_exact_as_torch(results, [x.cuda() for x in problem.inputs()], problem.seen.cuda(), problem.scale)
+
+
+def _attend_in_groups(problem):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(heads, "ROOM", 1)
+        return _attend(problem)
+
+
+@pytest.mark.parametrize("head_ranks", [1, 2])
+@pytest.mark.parametrize("name", ["causal", "documents-causal", "window-sink"])
+def test_heads_in_groups_on_several_gpus_equal_one_gpu(gpus, name, head_ranks):
+    problem = Problem(masks(LENGTH)[name], SHAPE, "zigzag", torch.bfloat16, head_ranks=head_ranks)
+    results = {name: x.cuda() for name, x in joined(problem, gpus.run(_attend_in_groups, problem)).items()}
     assert_as_exact_as_torch(results, [x.cuda() for x in problem.inputs()], problem.seen.cuda(), problem.scale)
 
 

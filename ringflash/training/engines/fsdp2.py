@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import distribute_tensor
 
 from ringflash.configs.schema import EngineConfig, OptimizerConfig
 from ringflash.errors import ArgumentError
@@ -116,10 +116,10 @@ class Fsdp2Engine(TorchEngine):
         """This rank's, without a word to the others, who have the whole as well; nothing holds the whole on."""
         like: Any = weight.data
         shared = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
-        local = _local(shared).to(self._home, copy=True)
-        return DTensor.from_local(
-            local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-        )
+        # Not `DTensor.from_local`, which takes what lies on the host to the devices of the mesh.
+        own = torch.empty_like(like, device=self._home)
+        _local(own).copy_(_local(shared))
+        return own
 
 
 def _divided(model: Decoder, device: torch.device, config: EngineConfig) -> list[FSDPModule]:

@@ -10,7 +10,7 @@ import math
 
 from ringflash.configs.schema import Config
 from ringflash.parallel.planning.choose import choose
-from ringflash.parallel.planning.cost import Prediction, Shape, predict
+from ringflash.parallel.planning.cost import Prediction, predict
 from ringflash.parallel.planning.generators import plan_named
 from ringflash.parallel.planning.level_queries import level_queries
 from ringflash.parallel.planning.loads import loads
@@ -22,18 +22,16 @@ from ringflash.training.estimate.hardware import CARDS, Hardware
 from ringflash.training.estimate.lasting import FP32
 from ringflash.training.estimate.sizes import Sizes
 from ringflash.training.memory.plan import KEEP
-from ringflash.training.model.shape import head_dim
 from ringflash.training.model.transformer import attention_mask
 
 
 def attention(config: Config, sizes: Sizes, hardware: Hardware) -> Prediction:
     """Both passes of a block's attention to one sequence of one document."""
-    model, degree = sizes.model, sequence_degree(config, hardware.gpus)
+    degree = sequence_degree(config, hardware.gpus)
     hosts = max(1, -(-degree // hardware.gpus_per_host))
     mask, name = attention_mask(config.attention), config.attention.partition or "zigzag"
     partition = resolve("zigzag" if name == "balanced" else name, config.train.seqlen, degree, [mask])
-    shape = Shape(model.num_attention_heads, model.num_key_value_heads, head_dim(model), sizes.element)
-    machine = _machine(hardware)
+    machine, shape = _machine(hardware), sizes.shape
     stays = hosts > 1 or (config.attention.head_ranks or 1) > 1
     level = None if stays else level_queries(partition)
     chosen = choose(mask, partition, hosts=hosts, machine=machine, shape=shape, level=level)

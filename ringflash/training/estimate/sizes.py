@@ -15,6 +15,7 @@ import torch
 from ringflash.configs.schema import Config, ModelConfig
 from ringflash.errors import ArgumentError
 from ringflash.loss import CHUNK_ELEMENTS
+from ringflash.parallel.planning.cost import Shape
 from ringflash.parallel.planning.loads import loads
 from ringflash.parallel.positions.partition import resolve
 from ringflash.parallel.positions.visibility import needed_keys
@@ -58,6 +59,7 @@ class Sizes:
         micro_batches: of a step on a rank.
         whole_pairs: what `load.pairs` is where each sequence is one document.
         operations: the useful ones.
+        exchanging: ranks that exchange heads.
     """
 
     model: ModelConfig
@@ -70,6 +72,7 @@ class Sizes:
     micro_batches: int
     whole_pairs: float
     operations: Operations
+    exchanging: int
 
     @staticmethod
     def of(config: Config, gpus: int, vocab_size: int | None = None, load: Load | None = None) -> Sizes:
@@ -108,6 +111,7 @@ class Sizes:
             micro_batches=max(1, train.global_batch * degree // (train.micro_batch * gpus)),
             whole_pairs=pairs,
             operations=operations,
+            exchanging=config.attention.head_ranks or 1,
         )
 
     @property
@@ -119,6 +123,13 @@ class Sizes:
     def useful(self) -> float:
         """Useful operations of a step, of all ranks."""
         return self.operations.of(self.step_tokens, self.load.pairs)
+
+    @property
+    def shape(self) -> Shape:
+        """Of a block's attention."""
+        model = self.model
+        whole = Shape(model.num_attention_heads, model.num_key_value_heads, head_dim(model), self.element)
+        return whole.in_groups(self.tokens, self.exchanging)
 
     @property
     def query(self) -> int:
@@ -162,9 +173,13 @@ class Sizes:
         return max(self._loss, self._attention(plan_memory), self._feed_forward)
 
     def _attention(self, plan_memory: float) -> float:
-        """Its backward pass: gradients of stream, out, q, k, v, the last three in fp32 first, and what a plan has."""
-        streams = self.element * (self.model.hidden_size + self.query)
-        return self.tokens * (streams + (FP32 + self.element) * self._projected) + plan_memory
+        """Its backward pass: gradients of stream, out, q, k, v, the last three in fp32 first, and what a plan has.
+
+        Heads that are worked on in groups have theirs in fp32 and rounded, beside where those of all lie.
+        """
+        groups, streams = self.shape.groups, self.element * (self.model.hidden_size + self.query)
+        aside = (FP32 + self.element * (groups > 1)) * self._projected / groups
+        return self.tokens * (streams + aside + self.element * self._projected) + plan_memory
 
     @property
     def _feed_forward(self) -> float:

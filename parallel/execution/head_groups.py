@@ -1,0 +1,113 @@
+"""As many heads at a time as there is room for what they take in fp32.
+
+A pass keeps results, and gradients of queries and of keys, in fp32 until the last keys have been seen: of all heads
+more than everything else that attention takes, where ranks hold a hundred thousand tokens. Heads know nothing of each
+other, so some are worked on from the first key to the last, then others, as UPipe (arXiv 2602.21196) has it for ranks
+that exchange heads.
+
+Legend: T query rows of this rank; H query heads, Hk key heads, D head dimension, Dv the value's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ringflash.parallel.execution import executor
+from ringflash.parallel.execution.call import NEEDS, Inputs, Located, Settings, locate, table_of
+from ringflash.parallel.planning.heads import head_groups
+
+
+class Group(NamedTuple):
+    """Heads that are worked on together.
+
+    Attributes:
+        queries: which query heads.
+        keys: which key heads, all whose queries those are.
+        inputs: the call's, of these heads.
+        settings: the call's; with a handle they keep nothing of what crosses.
+    """
+
+    queries: slice
+    keys: slice
+    inputs: Inputs
+    settings: Settings
+
+
+def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention of this rank's queries to the keys of all ranks.
+
+    Returns:
+        out (T, H, Dv) like the query, lse (H, T) fp32, and the table that `backward` wants, see `call.shape_of_table`.
+    """
+    where, table = locate(inputs, settings), table_of(inputs, settings)
+    groups = _groups(inputs, where)
+    if groups == 1:
+        return executor.forward(inputs, settings, table, where)
+    query, value = inputs.query, inputs.value
+    out = query.new_empty(*query.shape[:-1], value.shape[-1])
+    lse = query.new_empty(query.shape[1::-1], dtype=torch.float32)
+    for group in _split(inputs, settings, groups):
+        found = executor.forward(group.inputs, group.settings, table, where, group.queries.start)
+        out[:, group.queries], lse[group.queries] = found[:2]
+    return out, lse, table
+
+
+def backward(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, table: Tensor, inputs: Inputs, settings: Settings
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and sinks of this rank, from those of out and lse; empty where nobody needs them.
+
+    Args:
+        dout: (T, H, Dv).
+        dlse: (H, T) or None.
+        out: what `forward` returned.
+        lse: what `forward` returned.
+        table: what `forward` returned.
+        inputs: what `forward` was given.
+        settings: what `forward` was given.
+    """
+    where = locate(inputs, settings)
+    groups = _groups(inputs, where)
+    if groups == 1:
+        return executor.backward(dout, dlse, out, lse, table, inputs, settings, where)
+    results = [
+        x.new_empty(x.shape) if x is not None and settings.needs & bit else inputs.query.new_empty(0)
+        for x, bit in ((getattr(inputs, name), bit) for name, bit in NEEDS.items())
+    ]
+    for group in _split(inputs, settings, groups):
+        heads, keys = group.queries, group.keys
+        of_heads = dout[:, heads], None if dlse is None else dlse[heads], out[:, heads], lse[heads]
+        found = executor.backward(*of_heads, table, group.inputs, group.settings, where, heads.start)
+        for result, own, x in zip(results, (heads, keys, keys, heads), found, strict=True):
+            if x.numel():
+                (result if x.dim() == 1 else result.transpose(0, 1))[own] = x if x.dim() == 1 else x.transpose(0, 1)
+    return results[0], results[1], results[2], results[3]
+
+
+def _groups(inputs: Inputs, where: Located) -> int:
+    if where is None:  # nobody knows here how much they see
+        return 1
+    return head_groups(where[0].rows_in_groups, *_heads(inputs), where[0].head_ranks)
+
+
+def _heads(inputs: Inputs) -> tuple[int, int, int]:
+    return inputs.query.shape[1], inputs.key.shape[1], inputs.query.shape[2]
+
+
+def _split(inputs: Inputs, settings: Settings, groups: int) -> Iterator[Group]:
+    heads, key_heads, _ = _heads(inputs)
+    settings = settings if inputs.handle is None else settings._replace(sizes=())
+    for number in range(groups):
+        queries, keys = (slice(n // groups * number, n // groups * (number + 1)) for n in (heads, key_heads))
+        own = inputs._replace(
+            query=inputs.query[:, queries],
+            key=inputs.key[:, keys],
+            value=inputs.value[:, keys],
+            slopes=None if inputs.slopes is None else inputs.slopes[..., queries],
+            sinks=None if inputs.sinks is None else inputs.sinks[queries],
+        )
+        yield Group(queries, keys, own, settings)
