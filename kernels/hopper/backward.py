@@ -91,14 +91,20 @@ def stored_parts(parts: tuple[int, ...], dim: int) -> tuple[int, ...]:
     return parts if sum(parts) == dim else (64,) * len(parts)
 
 
-ALIBI_BACKWARD_TILES = {**BACKWARD_TILES, "64": replace(BACKWARD_TILES["64"], stages=(2, 1))}
-"""With positions of queries, and slopes, which take shared memory as well."""
+POSITIONED_BACKWARD_TILES = {**BACKWARD_TILES, "64": replace(BACKWARD_TILES["64"], stages=(2, 1))}
+"""With ALiBi or dropout, for which positions of queries take shared memory as well."""
+
+TWICE_POSITIONED_BACKWARD_TILES = {
+    **POSITIONED_BACKWARD_TILES,
+    "128": replace(BACKWARD_TILES["128"], stages=(2, 1)),
+}
+"""With both."""
 
 
 def backward_tiles(modifiers: Modifiers | None) -> dict[str, BackwardTiles]:
-    """Sizes of a launch with these modifiers."""
-    positioned = modifiers is not None and (modifiers.slopes is not None or bool(modifiers.dropout))
-    return ALIBI_BACKWARD_TILES if positioned else BACKWARD_TILES
+    """Sizes of a launch with these modifiers, by `WIDTHS`."""
+    positioned = 0 if modifiers is None else (modifiers.slopes is not None) + bool(modifiers.dropout)
+    return (BACKWARD_TILES, POSITIONED_BACKWARD_TILES, TWICE_POSITIONED_BACKWARD_TILES)[positioned]
 
 
 def attend_backward(

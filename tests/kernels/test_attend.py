@@ -195,6 +195,7 @@ HOPPER_NOT_CHOSEN_CASES = {
     "bf16-d128-dropout-padding-ring": (torch.bfloat16, (4, 1), (128, 128), 1, (0.0, None, 0.1, True)),
     "fp16-d128-softcap-dropout": (torch.float16, (4, 2), (128, 128), 0, (3.0, None, 0.6, False)),
     "bf16-d256-dropout-ring": (torch.bfloat16, (2, 1), (256, 256), 1, (0.0, None, 0.3, False)),
+    "bf16-d128-all": (torch.bfloat16, (4, 2), (128, 128), 0, (3.0, "of each row", 0.3, True)),
     "bf16-d192-v128-dropout": (torch.bfloat16, (2, 2), (192, 128), 1, (0.0, None, 0.3, False)),
     "bf16-d192-v128-softcap-slopes": (torch.bfloat16, (2, 2), (192, 128), 0, (3.0, "heads first", 0.0, False)),
 }

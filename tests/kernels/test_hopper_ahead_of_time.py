@@ -228,10 +228,13 @@ def test_backward_fits_with_modifiers(width, names, more):
     assert compiled.shared < SHARED_LIMIT
 
 
-@pytest.mark.parametrize(("width", "spilled"), [("64", 640), ("128", 304), ("256", 320)])
+@pytest.mark.parametrize(
+    ("width", "names", "spilled"),
+    [("64", "dropout", 640), ("128", "dropout", 304), ("256", "dropout", 320), ("128", "slopes, dropout", 480)],
+)
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_backward_fits_with_dropout(width, spilled, deterministic):
-    modifiers = modifiers_named("dropout")
+def test_backward_fits_with_dropout(width, names, spilled, deterministic):
+    modifiers = modifiers_named(names)
     tiles = backward.backward_tiles(modifiers)[width]
     compiled = compile_backward(dims_of(width), tiles, torch.bfloat16, torch.bfloat16, deterministic, modifiers)
     assert compiled.warnings == []
