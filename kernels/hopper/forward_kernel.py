@@ -55,8 +55,8 @@ from ringflash.kernels.hopper.schedule import (
     stage_and_parity,
     tile_and_head,
 )
-from ringflash.kernels.hopper.score_changes import ScoreChanges, change_scores, rows_of_changes
-from ringflash.kernels.hopper.sink_tokens import SinkTokens, tile_pieces, token_key
+from ringflash.kernels.hopper.score_changes import ScoreChanges, bent_scores, change_scores, rows_of_changes
+from ringflash.kernels.hopper.sink_tokens import FEW, SinkTokens, tile_pieces, token_key
 from ringflash.kernels.hopper.softmax import ROWS, hide, own_sums, rescale_if_needed, softmax_step
 
 LN_2 = gl.constexpr(0.6931471805599453)
@@ -371,11 +371,19 @@ def attend_tokens(
     row_start = gl.load(tokens.start_ptr + rows, mask=inside, other=0)
     row_stop = gl.load(tokens.stop_ptr + rows, mask=inside, other=0)
     own = key_span(tokens.start_ptr, tokens.stop_ptr, first_row, problem.query_rows, ROWS)
+    query = queries.blocks.index(PART)
+    stage, parity = stage_and_parity(step, STAGES)
     if pieces.blocks > 0:
-        query = queries.blocks.index(PART)
-        stage, parity = stage_and_parity(step, STAGES)
         mbarrier.wait(queries.full.index(PART), tiles_done & 1)
         mbarrier.wait(keys.full.index(stage), parity)
+    # What keys bring along is not cut down.
+    CUTS: gl.constexpr = problem.changes.key_numbers_desc is None and problem.dropout.seed_ptr is None
+    if CUTS and pieces.few:
+        out, out_rest, maximum, total = attend_few(
+            problem, memory, own, first_row, token_key(pieces, 0, N), stage, parity, out, out_rest, maximum, total,
+            scale_log2, PART, KEY_REST, VALUE_REST,
+        )  # fmt: skip
+    elif pieces.blocks > 0:
         scores_token = start_scores(memory, query, stage, no_scores, PART, KEY_REST)
         scores = warpgroup_mma_wait(0, deps=[scores_token])
         scores = change_scores(scores, problem.changes, memory.key_numbers.index(stage), position, slope, HIDES_KEYS)
@@ -402,6 +410,46 @@ def attend_tokens(
             out = warpgroup_mma_wait(0, deps=[out_token])
         release(values.empty.index(stage))
     return out, out_rest, maximum, total
+
+
+@gluon.jit
+def attend_few(
+    problem, memory, own, first_row, first_key, stage, parity, out, out_rest, maximum, total, scale_log2,
+    PART: gl.constexpr, KEY_REST: gl.constexpr, VALUE_REST: gl.constexpr,
+):  # fmt: skip
+    """A warpgroup's rows over the first `FEW` keys of their first block, which has been waited for."""
+    keys, values, tokens = memory.key, memory.value, problem.tokens
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, FEW, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=out.type.layout, k_width=2)
+    rows = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
+    row_start = gl.load(tokens.start_ptr + rows, mask=rows < problem.query_rows, other=0)
+    row_stop = gl.load(tokens.stop_ptr + rows, mask=rows < problem.query_rows, other=0)
+    no_scores = gl.zeros([ROWS, FEW], gl.float32, SCORES)
+    key = keys.blocks.index(stage).slice(0, FEW, 0).permute((1, 0))
+    token = warpgroup_mma(memory.query.blocks.index(PART), key, no_scores, use_acc=False, is_async=True)
+    if KEY_REST:
+        key = memory.key_rest.index(stage).slice(0, FEW, 0).permute((1, 0))
+        token = warpgroup_mma(memory.query_rest.index(PART), key, token, is_async=True)
+    scores = warpgroup_mma_wait(0, deps=[token])
+    if problem.changes.bend is not None:
+        scores = bent_scores(scores, problem.changes.bend)
+    release(keys.empty.index(stage))
+    scores = hide(scores, own, row_start, row_stop, first_key, FEW, SCORES)
+    lowest = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
+    weights, _, few_maximum, few_total = softmax_step(scores, lowest, own_sums(no_scores), scale_log2)
+    weights = gl.convert_layout(weights.to(keys.blocks.dtype), WEIGHTS)
+    mbarrier.wait(values.full.index(stage), parity)
+    token = warpgroup_mma(weights, values.blocks.index(stage).slice(0, FEW, 0), out, is_async=True)
+    if VALUE_REST:
+        rest_token = start_rest(
+            weights, memory.value_rest.index(stage).slice(0, FEW, 0), out_rest, out_rest.type.layout
+        )  # fmt: skip
+        out, out_rest = warpgroup_mma_wait(0, deps=[token, rest_token])
+    else:
+        out = warpgroup_mma_wait(0, deps=[token])
+    release(values.empty.index(stage))
+    maximum = gl.convert_layout(few_maximum, maximum.type.layout, assert_trivial=True)
+    return out, out_rest, maximum, gl.convert_layout(few_total, total.type.layout, assert_trivial=True)
 
 
 @gluon.jit

@@ -65,13 +65,21 @@ class SinkTokens(NamedTuple):
     pieces_ptr: gl.tensor
 
 
+FEW = gl.constexpr(16)
+"""Keys that a block may be cut down to: what a product takes at least."""
+
+
 class Pieces(NamedTuple):
-    """What a tile visits, `blocks` blocks in all, of which first_blocks are from `begin` on and the others `again`."""
+    """What a tile visits, `blocks` blocks in all, of which first_blocks are from `begin` on and the others `again`.
+
+    few: whether it is one block, of which only the first `FEW` keys are sink tokens.
+    """
 
     begin: gl.tensor
     again: gl.tensor
     first_blocks: gl.tensor
     blocks: gl.tensor
+    few: gl.tensor
 
 
 @gluon.jit
@@ -79,8 +87,9 @@ def tile_pieces(tokens, tile, N: gl.constexpr):
     """Pieces of a tile."""
     entry = tokens.pieces_ptr + tile * 4
     begin, again = gl.load(entry), gl.load(entry + 2)
-    first_blocks = (gl.load(entry + 1) - begin + N - 1) // N
-    return Pieces(begin, again, first_blocks, first_blocks + (gl.load(entry + 3) - again + N - 1) // N)
+    first, second = gl.load(entry + 1) - begin, gl.load(entry + 3) - again
+    first_blocks, blocks = (first + N - 1) // N, (first + N - 1) // N + (second + N - 1) // N
+    return Pieces(begin, again, first_blocks, blocks, (blocks == 1) & (first + second <= FEW))
 
 
 @gluon.jit
