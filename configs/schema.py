@@ -226,7 +226,8 @@ class AttentionConfig:
     packed documents, otherwise "zigzag"."""
     head_ranks: int | None = _bounded(None, at_least=1)
     """Ranks of a sequence that exchange heads for tokens in each layer (Ulysses), within a ring of such groups if it
-    has more; 1: a ring alone. null: 1, and for a model of Transformers on "contiguous" shares as many as can."""
+    has more; 1: a ring alone. null: what is predicted to be fastest of 1 and all, and for a model of Transformers on
+    "contiguous" shares as many as can."""
     kernel: str = _bounded("auto", choices=KERNELS)
     """Attention kernel; "auto" picks by device, dtype and head dimension."""
     deterministic: bool = False

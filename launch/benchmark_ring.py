@@ -109,10 +109,11 @@ def measure(options: Options) -> Iterator[Report]:
     dist.destroy_process_group()
 
 
-def ways(ranks: int, partitions: tuple[str, ...]) -> dict[str, tuple[str, int]]:
-    """Partition and `head_ranks` of what is timed of ringflash: rings, heads alone, and heads within a ring."""
+def ways(ranks: int, partitions: tuple[str, ...]) -> dict[str, tuple[str, int | None]]:
+    """Partition and `head_ranks` of what is timed of ringflash: as it chooses, a plan, heads, and heads in a plan."""
     hybrids = {f"{n} x {ranks // n}": (partitions[0], n) for n in range(2, ranks) if ranks % n == 0}
-    return {x: (x, 1) for x in partitions} | {"Ulysses": ("contiguous", ranks)} | hybrids
+    chosen: dict[str, tuple[str, int | None]] = {x: (x, None) for x in partitions}
+    return chosen | {"plan": (partitions[0], 1), "Ulysses": ("contiguous", ranks)} | hybrids
 
 
 def _of(case: Case, repeats: int) -> list[Row]:

@@ -73,7 +73,7 @@ def find(
     partition: str | Partition,
     cu_seqlens: Boundaries = None,
     query_cu_seqlens: Boundaries = None,
-    head_ranks: int = 1,
+    head_ranks: int | None = None,
     plan: str | None = None,
 ) -> Sharding:
     """The sharding of a call's arguments, made if it is not there.

@@ -25,6 +25,7 @@ from ringflash.kernels.kept import build_to_keep, hold_if_captured
 from ringflash.kernels.torch_private import is_destroyed, without_transforms
 from ringflash.parallel.agreement.rounds import digest_of
 from ringflash.parallel.planning.choose import Choice, choose
+from ringflash.parallel.planning.choose_heads import ByHeads, choose_heads
 from ringflash.parallel.planning.cost import Shape
 from ringflash.parallel.planning.double_ring import check_hosts
 from ringflash.parallel.planning.generators import check_plan, plan_named
@@ -66,6 +67,7 @@ class Placement:
         rank: of this process among the ranks that share a sequence.
         ranks: how many share it.
         head_ranks: how many of those that follow each other exchange heads for tokens, and stand for one in the plan.
+        free: nobody said how many, so that all may, see `for_heads`.
         batch: B.
         seqlen: S.
         key_seqlen: Sk.
@@ -87,15 +89,15 @@ class Placement:
         plan: tuple[str | None, int],
         boundaries: tuple[tuple[int, ...] | None, tuple[int, ...] | None],
         on_device: tuple[Tensor, Tensor | None] | None,
-        head_ranks: int = 1,
+        head_ranks: int | None = None,
     ) -> None:
         self.rank, self.ranks = place
-        self.head_ranks = head_ranks
+        self.head_ranks, self.free = head_ranks or 1, head_ranks is None
         self.batch, self.seqlen, self.key_seqlen = sizes
         self._plan_name, self.hosts = plan
         if self._plan_name is not None:
             check_plan(self._plan_name)
-        check_hosts(self.hosts, self.ranks // head_ranks)
+        check_hosts(self.hosts, self.ranks // self.head_ranks)
         self.boundaries, self.on_device = boundaries, on_device
         self.group: dist.ProcessGroup | None = None
         if partition is not None and not (isinstance(partition, str) and partition.startswith("[")):
@@ -103,6 +105,8 @@ class Placement:
         self.rules: list[Mask] = []
         self.masks: list[Mask] = []
         self._choices: dict[int, Choice] = {}
+        self._heads_choices: dict[int, ByHeads | None] = {}
+        self._of_heads: dict[int, Placement] = {}
         self._plans: dict[int, RankPlan] = {}
         self._programs: dict[tuple[int, torch.device], Program] = {}
         self._slope_rows: dict[tuple[bytes, int, torch.device], Tensor] = {}
@@ -159,7 +163,7 @@ class Placement:
     def __getstate__(self) -> dict[str, object]:
         if self.on_device is not None:
             raise ArgumentError("a Sharding of boundaries on a device does not travel to another process")
-        without = {"_programs": {}, "_slope_rows": {}, "_unions": {}, "_exchanges": {}}
+        without = {"_programs": {}, "_slope_rows": {}, "_unions": {}, "_exchanges": {}, "_of_heads": {}}
         return vars(self) | {"group": None} | without
 
     @cached_property
@@ -273,6 +277,43 @@ class Placement:
             self._choices[index] = found
         return found
 
+    def heads_choice(self, index: int) -> ByHeads | None:
+        """Why ranks exchange heads under one of the masks without being told to; None where they do not.
+
+        Of the masks that the sharding was made for: of others, compiled code would not know.
+        """
+        known = index < len(self._partition["weights"])
+        same = self.key_partition is self.partition and self.on_device is None
+        if not (known and same and self.free and self._plan_name is None and self.hosts == 1 and self.ranks > 1):
+            return None
+        if index not in self._heads_choices:
+            choice = self.choice(index)
+            tokens = np.array(self._laid_end_to_end[0].counts())
+            self._heads_choices[index] = None if choice is None else choose_heads(choice, tokens)
+        return self._heads_choices[index]
+
+    def for_heads(self, index: int, heads: int) -> tuple[Placement, int]:
+        """What a call with so many query heads goes by, and which mask of that it has."""
+        if self.heads_choice(index) is None or heads % self.ranks:
+            return self, index
+        found = self._of_heads.get(index)
+        if found is None:
+            found = self._of_heads[index] = self._by_heads(index)
+        if found.group is not self.group:
+            found.group = self.group
+            found._exchanges.clear()
+        return found, 0
+
+    def _by_heads(self, index: int) -> Placement:
+        """The same sharding under one of the masks, all of whose ranks exchange heads."""
+        sizes, work = (self.batch, self.seqlen, self.key_seqlen), self._partition["token_work"]
+        place, plan = (self.rank, self.ranks), (None, 1)
+        masks, weights = [self.rules[index]], [1]
+        boundaries = self.boundaries
+        return Placement(
+            masks, weights, place, sizes, self.partition, work, plan, boundaries, self.on_device, self.ranks
+        )
+
     @cached_property
     def _level(self) -> Partition | None:
         """Shares to which queries may cross, of all sequences of the batch; None where they stay in any case."""
@@ -364,9 +405,10 @@ class Placement:
     def prepare(self, device: torch.device) -> None:
         """Make on a device what calls under the masks known by now take."""
         for index in range(len(self.masks)):
-            self.program(index, device)
-        if self.head_ranks > 1:
-            self.unions(device)
+            found, place = self.for_heads(index, self.ranks)
+            found.program(place, device)
+            if found.head_ranks > 1:
+                found.unions(device)
 
     def unions(self, device: torch.device) -> tuple[UnionRows, UnionRows]:
         """Rows of queries and of keys that this rank holds together with those that it exchanges heads with."""
@@ -386,9 +428,10 @@ class Placement:
         queries = together(self.partition)
         return queries, queries if self.key_partition is self.partition else together(self.key_partition)
 
-    @property
-    def crossing(self) -> tuple[int, ...]:
+    def crossing(self, index: int) -> tuple[int, ...]:
         """See `call.Settings.sizes`."""
+        if self.heads_choice(index) is not None:
+            return self.for_heads(index, self.ranks)[0].crossing(0)
         if self.head_ranks == 1 or self.key_partition is not self.partition:
             return ()
         together = self._together(self.partition).count(self.rank // self.head_ranks)
@@ -414,6 +457,7 @@ class Placement:
         """Bytes of everything that lies on devices and of the largest things on the host."""
         programs = sum(program.nbytes() for program in self._programs.values())
         rows = sum(x.nbytes for x in self._slope_rows.values())
+        rows += sum(x.nbytes() for x in self._of_heads.values())
         rows += sum(x.nbytes for both in self._unions.values() for union in set(both) for x in union.tensors())
         return programs + rows + NUMBER_BYTES * len(self.masks[0].boundaries or ())
 
@@ -444,6 +488,7 @@ class Placement:
         """The plan for it, likewise."""
         choice = self.choice(index)
         crossing = " with level queries" if choice is not None and choice.level is not None else ""
+        crossing = " or heads" if self.heads_choice(index) is not None else crossing
         return f"{self.plan_name(index)} on {self.hosts} hosts{crossing}"
 
     def digest(self, index: int) -> str:

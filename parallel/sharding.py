@@ -67,7 +67,8 @@ class Sharding:
         head_ranks: how many ranks that follow each other exchange heads for tokens inside of attention (Ulysses, arXiv
             2309.14509): each of them has all of their tokens for its part of the heads, and the plan is one of such
             ranks (arXiv 2405.07719). It divides the number of ranks; 1 is the plan alone, all ranks no plan at all.
-            What a rank holds outside of attention does not depend on it.
+            None is 1, or all ranks where that is predicted to be faster and they divide a layer's query heads. What a
+            rank holds outside of attention does not depend on it.
         token_work: what "balanced" takes the rest of a layer to cost a token, in visible pairs of attention: about 5
             times the width of a model. 0 levels attention alone.
         plan: how keys travel: "ring", "counter-ring" (both ways at once), "double-ring" (round each host, then on to
@@ -98,21 +99,22 @@ class Sharding:
         rank: int | None = None,
         ranks: int | None = None,
         partition: str | Partition | None = None,
-        head_ranks: int = 1,
+        head_ranks: int | None = None,
         token_work: int = TOKEN_WORK,
         plan: str | None = None,
         hosts: int | None = None,
     ) -> None:
         masks, weights = _masks(mask)
         place, found = _place(group, rank, ranks)
-        check_head_ranks(head_ranks, place[1])
+        exchanging = 1 if head_ranks is None else head_ranks
+        check_head_ranks(exchanging, place[1])
         boundaries, on_device = _boundaries(cu_seqlens, query_cu_seqlens, masks, place[1])
         if seqlen is None:
             seqlen = _length(boundaries, on_device, masks, batch)
         key_seqlen = seqlen if key_seqlen is None else key_seqlen
         sizes = _at_least("batch", batch, 1), _at_least("seqlen", seqlen, 0), _at_least("key_seqlen", key_seqlen, 0)
         token_work = _at_least("token_work", token_work, 0)
-        plans = plan, _hosts(hosts, place[1] // head_ranks)
+        plans = plan, _hosts(hosts, place[1] // exchanging)
         self._placement = Placement(
             masks, weights, place, sizes, partition, token_work, plans, boundaries, on_device, head_ranks
         )
@@ -120,9 +122,10 @@ class Sharding:
         self._make_handles()
 
     def _make_handles(self) -> None:
-        self.crossing = self._placement.crossing
-        """Rows that ranks which exchange heads hold together, how many ranks they are, and rows in groups of heads;
-        else empty."""
+        x = self._placement
+        crossing = [x.crossing(index) for index in range(len(x.masks))]
+        self._first_crossing = crossing[0]
+        self._crossing = {rules.spec(): found for rules, found in zip(x.rules, crossing, strict=True) if found}
         self.documents = self._placement.given_documents
         """How many documents were given; None without any."""
         self._handles = [new_handle(self._placement, index) for index in range(len(self._placement.masks))]
@@ -144,6 +147,15 @@ class Sharding:
 
     # What it says
 
+    def crossing(self, mask: Mask | None) -> tuple[int, ...]:
+        """What a call by one of the masks tells its operator of ranks that exchange heads; else empty.
+
+        Rows that they hold together, how many ranks they are, and `Placement.rows_in_groups`.
+        """
+        if mask is None or not self._crossing:
+            return self._first_crossing
+        return self._crossing.get(mask.spec(), ())
+
     @property
     def rank(self) -> int:
         """Of the process that it is for."""
@@ -156,7 +168,7 @@ class Sharding:
 
     @property
     def head_ranks(self) -> int:
-        """How many ranks that follow each other exchange heads for tokens."""
+        """How many ranks that follow each other exchange heads for tokens; 1 where nobody said."""
         return self._placement.head_ranks
 
     @property
@@ -245,6 +257,11 @@ class Sharding:
                 said = "nothing travels on one device"
             elif x.ranks == x.head_ranks:
                 said = f"all {x.ranks} ranks exchange heads for tokens"
+            elif (heads := x.heads_choice(index)) is not None:
+                said = (
+                    f"all {x.ranks} ranks exchange heads for tokens where these divide a layer's query heads; "
+                    f"{heads.because}, {heads.cost.total * 1e3:.3g} ms\nelse {said}"
+                )
             elif x.head_ranks > 1:
                 said += f"\n{x.head_ranks} ranks that follow each other exchange heads, and stand for one in this"
             lines.append(f"mask {rules.spec(documents=False)[:LONGEST_SHOWN]}\n  " + said.replace("\n", "\n  "))

@@ -78,7 +78,7 @@ class DistributedFlashAttention(GroupModule):
         deterministic: bool = False,
         softcap: float | None = 0.0,
         dropout: float | None = 0.0,
-        head_ranks: int = 1,
+        head_ranks: int | None = None,
         plan: str | None = None,
     ) -> None:
         super().__init__(group)

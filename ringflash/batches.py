@@ -111,7 +111,7 @@ def shard_batch(
     mask: Mask | None = None,
     rank: int | None = None,
     ranks: int | None = None,
-    head_ranks: int = 1,
+    head_ranks: int | None = None,
     token_work: int = TOKEN_WORK,
 ) -> dict[str, Any]:
     """This rank's part of a batch for language-model training; labels are shifted before they are sharded.

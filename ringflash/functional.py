@@ -143,10 +143,7 @@ def attention(
             raise ArgumentError(f"mask={mask!r}; allowed are ringflash.Mask, as Mask.causal(), and None for that")
         if sharding is None:
             given = CAUSAL if mask is None else mask, cu_seqlens, query_cu_seqlens, seqlen, key_seqlen
-            partition, head_ranks = (
-                "zigzag" if partition is None else partition,
-                1 if head_ranks is None else head_ranks,
-            )
+            partition = "zigzag" if partition is None else partition
             located = _located(query, key, value, *given, process_group(group), partition, head_ranks, plan)
         else:
             _check_alone(cu_seqlens, query_cu_seqlens, seqlen, key_seqlen, partition, head_ranks, plan)
@@ -155,6 +152,7 @@ def attention(
             _check_slopes(alibi_slopes, query, located)
         if sinks is not None:
             _check_sinks(sinks, query)
+        region = None if torch.compiler.is_compiling() else here.region
         arguments = (
             query.flatten(0, 1),
             key.flatten(0, 1),
@@ -165,14 +163,14 @@ def attention(
             None if key_padding_mask is None else _visible_keys(key_padding_mask, key),
             sinks,
             located.request,
-            located.sizes,
+            # What is computed again crosses again: a region has no room for what crossed.
+            located.sizes if region is None or located.tensors[0] is None else (),
             *settings,
             _needs(query, key, value, sinks),
         )
     except Exception as error:
         refuse(group if sharding is None else sharding.peers(group), error)
         raise
-    region = None if torch.compiler.is_compiling() else here.region
     called = call_attention(*arguments) if region is None else region.attention(call_attention, arguments)
     out, lse = called[:2]
     (batch, tokens), heads = query.shape[:2], query.shape[2]
@@ -236,12 +234,12 @@ def _located(
     key_seqlen: int | None,
     group: dist.ProcessGroup | None,
     partition: str | Partition,
-    head_ranks: int,
+    head_ranks: int | None,
     plan: str | None,
 ) -> Located:
     """By mask, documents and lengths: looked up here, or by the operator where the host cannot."""
     ranks = 1 if group is None else group.size()
-    if not isinstance(head_ranks, int) or head_ranks != 1:
+    if head_ranks is not None:
         check_head_ranks(head_ranks, ranks)
         check_heads(query.shape[2], head_ranks)
     if plan is not None:
@@ -263,7 +261,7 @@ def _located(
             mask.spec(documents=False),
             _documents(mask, known).spec(),
             partition if isinstance(partition, str) else partition.spec(),
-            str(head_ranks),
+            "" if head_ranks is None else str(head_ranks),
             plan or "",
             "" if group is None else group.group_name,
         )
@@ -272,7 +270,7 @@ def _located(
         return Located((None, boundaries, query_boundaries), request.text(), sizes, count)
     sharding = find(mask, sizes, group, partition, cu_seqlens, query_cu_seqlens, head_ranks, plan)
     check_marks(sharding, query, key, value)
-    return Located((sharding.handle(mask), None, None), "", sharding.crossing, sharding.documents)
+    return Located((sharding.handle(mask), None, None), "", sharding.crossing(mask), sharding.documents)
 
 
 def _located_by(
@@ -288,11 +286,11 @@ def _located_by(
         name = "" if found is None or found.size() == 1 else found.group_name
         rules = "" if mask is None else mask.spec()
         request = Request(rules, "", "", "", "", name).text()
-        return Located((sharding.first_handle, None, None), request, sharding.crossing, sharding.documents)
+        return Located((sharding.first_handle, None, None), request, sharding.crossing(mask), sharding.documents)
     if group is not None or sharding.group is None:
         sharding.bind(group)
     check_marks(sharding, query, key, value)
-    return Located((sharding.handle(mask), None, None), "", sharding.crossing, sharding.documents)
+    return Located((sharding.handle(mask), None, None), "", sharding.crossing(mask), sharding.documents)
 
 
 def _check_alone(

@@ -56,11 +56,11 @@ def test_options_are_read_by_their_types():
     assert benchmark.parse(words) == benchmark.Options("prefill", "a=b.json", (512, 1024), "", 3, "", 8)
 
 
-def test_rings_heads_and_each_way_between_are_timed():
-    assert ways(2, ("zigzag",)) == {"zigzag": ("zigzag", 1), "Ulysses": ("contiguous", 2)}
+def test_what_is_chosen_a_plan_heads_and_each_way_between_are_timed():
+    assert ways(2, ("zigzag",)) == {"zigzag": ("zigzag", None), "plan": ("zigzag", 1), "Ulysses": ("contiguous", 2)}
     of_eight = ways(8, ("balanced", "contiguous"))
-    assert [*of_eight] == ["balanced", "contiguous", "Ulysses", "2 x 4", "4 x 2"]
-    assert [head_ranks for _, head_ranks in of_eight.values()] == [1, 1, 8, 2, 4]
+    assert [*of_eight] == ["balanced", "contiguous", "plan", "Ulysses", "2 x 4", "4 x 2"]
+    assert [head_ranks for _, head_ranks in of_eight.values()] == [None, None, 1, 8, 2, 4]
 
 
 def test_implementations_take_turns_and_their_medians_count():

@@ -116,7 +116,7 @@ class Request(NamedTuple):
             of a handle's masks.
         documents: `Mask.spec()` of document boundaries alone; empty where there is a handle.
         partition: name or `Partition.spec()`; empty where there is a handle.
-        head_ranks: as a number in text; empty where there is a handle.
+        head_ranks: as a number in text; empty where nobody said, and where there is a handle.
         plan: its name; empty where none was named, and where there is a handle.
         group: name of the process group; empty for one device.
     """
@@ -134,11 +134,11 @@ class Request(NamedTuple):
 
     @staticmethod
     @lru_cache(maxsize=256)
-    def read(text: str) -> tuple[Mask | None, Mask | None, str, int, str | None, str]:
+    def read(text: str) -> tuple[Mask | None, Mask | None, str, int | None, str | None, str]:
         """Rules, documents, partition, head_ranks, plan and group of a text; None for an empty one."""
         rules, documents, partition, head_ranks, plan, group = text.split("|", 5)
         mask, apart = (Mask.from_spec(spec) if spec else None for spec in (rules, documents))
-        return mask, apart, partition, int(head_ranks or 1), plan or None, group
+        return mask, apart, partition, int(head_ranks) if head_ranks else None, plan or None, group
 
 
 @dataclass
@@ -245,7 +245,8 @@ def locate(inputs: Inputs, settings: Settings) -> Located:
     if inputs.handle is None and inputs.on_device():
         return None
     handle: Any = inputs.handle  # None only beside a request
-    return _requested(inputs, settings) if settings.request else placement_of(handle)
+    placement, index = _requested(inputs, settings) if settings.request else placement_of(handle)
+    return placement.for_heads(index, inputs.query.shape[1]) if placement.free else (placement, index)
 
 
 def prepare(
@@ -393,7 +394,7 @@ def keeps(inputs: Inputs, settings: Settings) -> bool:
     if inputs.handle is None or not settings.sizes or not settings.needs:
         return False
     (_, heads, head_dim), (_, exchanging, rows) = inputs.query.shape, settings.sizes
-    return head_groups(rows, heads, inputs.key.shape[1], head_dim, exchanging) == 1
+    return heads % exchanging == 0 and head_groups(rows, heads, inputs.key.shape[1], head_dim, exchanging) == 1
 
 
 def crossing_kinds(inputs: Inputs, ranks: int) -> list[Kind]:

@@ -60,6 +60,8 @@ class Choice:
         shape: of the attention.
         because: why this one, in words.
         level: shares to which queries cross inside of attention; None where they stay.
+        crossing: seconds in which they do.
+        pairs: of queries and keys that see each other, over all ranks; 0 where nothing was predicted.
     """
 
     name: str
@@ -68,6 +70,13 @@ class Choice:
     shape: Shape
     because: str
     level: Partition | None = None
+    crossing: float = 0.0
+    pairs: int = 0
+
+    @property
+    def cost(self) -> Prediction:
+        """What is predicted of the plan, without that queries cross."""
+        return self.predicted[self.name]
 
     def describe(self) -> str:
         """The plan, why it was taken, and what was predicted of all, in words."""
@@ -130,12 +139,12 @@ def _with_level_queries(
     cross = _choose(mask, level, keys, 1, stay.machine, stay.shape, memory, token_work, queries)
     if not stay.predicted or not cross.predicted:
         return stay  # nothing has to move, or there are too many ranks to choose for
-    taken = cross.predicted[cross.name].total + crossing_seconds(queries, level, stay.machine, stay.shape)
-    share = taken / stay.predicted[stay.name].total
+    crossing = crossing_seconds(queries, level, stay.machine, stay.shape)
+    share = (cross.cost.total + crossing) / stay.cost.total
     if share > CLEARLY:
         return stay
     because = f"queries cross to level shares and results come back, predicted to take {share:.2f} of the time without"
-    return replace(cross, because=because, level=level)
+    return replace(cross, because=because, level=level, crossing=crossing)
 
 
 def _nbytes(choice: Choice) -> int:
@@ -179,16 +188,15 @@ def _choose(
     fastest = min(fitting, key=lambda x: predicted[x].total)
     gained = predicted["ring"].total - predicted[fastest].total
     share = 1 - gained / (predicted["ring"].attention if owners else predicted["ring"].total)
+    name, because = fastest, f"predicted to take {share:.2f} of the ring's time"
     if fastest == "ring":
         because = f"the fastest by prediction of those that take no more than {allowed / 2**20:,.0f} MiB"
-        return Choice("ring", predicted, machine, shape, because)
-    if not owners and predicted["ring"].attention < LEAST:
+    elif not owners and predicted["ring"].attention < LEAST:
         because = f"attention takes it less than {LEAST * 1e3:g} ms, too little to predict what is faster"
-        return Choice("ring", predicted, machine, shape, because)
-    if share > (AT_ALL if owners else CLEARLY):
-        because = f"{fastest} is predicted to take {share:.2f} of its time, which is not clearly less"
-        return Choice("ring", predicted, machine, shape, because)
-    return Choice(fastest, predicted, machine, shape, f"predicted to take {share:.2f} of the ring's time")
+        name = "ring"
+    elif share > (AT_ALL if owners else CLEARLY):
+        because, name = f"{fastest} is predicted to take {share:.2f} of its time, which is not clearly less", "ring"
+    return Choice(name, predicted, machine, shape, because, pairs=int(found.pairs.sum()))
 
 
 @cache

@@ -202,6 +202,7 @@ class _Model:
         shape, machine = self.shape, self.machine
         rounds = tiles / machine.processors
         idle = np.ceil(rounds) / np.maximum(rounds, 1e-9)
+        rate *= machine.sharded if self._foreign.any() else 1
         busy = pairs * (operations * shape.heads * shape.head_dim / rate) * np.where(tiles > 0, idle, 1)
         return np.where(pairs > 0, busy + merged * (shape.row_bytes / machine.memory) + machine.launch, 0.0)
 

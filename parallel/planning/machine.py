@@ -78,6 +78,7 @@ class Machine:
         backward: the same of its backward pass.
         memory: bytes a second that a device reads or writes.
         launch: seconds that a launch takes beside its work.
+        sharded: share of these rates that launches reach in a plan under which keys travel.
         inside: transfers between devices of a host.
         outside: transfers between hosts, each device over a link of its own.
     """
@@ -90,6 +91,7 @@ class Machine:
     launch: float
     inside: Link
     outside: Link
+    sharded: float = 0.97
 
     def __post_init__(self) -> None:
         rates = (self.processors, self.forward, self.backward, self.memory)

@@ -57,8 +57,9 @@ class SequenceParallel:
         partition: "zigzag", "contiguous", "balanced" (equally long for the model's masks and width), or a `Partition`
             of one sequence. None is "balanced" for one sequence of several packed documents, and "zigzag" for all else.
         head_ranks: how many ranks that follow each other exchange heads for tokens inside of attention; see
-            `ringflash.Sharding`. The model's query heads are a multiple of it. None is 1, and for contiguous shares,
-            of which the last of a causal sequence is the most work, as many as ranks and query heads allow.
+            `ringflash.Sharding`. The model's query heads are a multiple of it. None is what is predicted to be
+            fastest, and for contiguous shares, of which the last of a causal sequence is the most work, as many as
+            ranks and query heads allow.
 
     Raises:
         ArgumentError: a model that cannot be sharded, by the name of its layer.
@@ -81,7 +82,8 @@ class SequenceParallel:
         self._group = sharing_group(group)
         self._model = pretrained_of(model)
         self.head_ranks = self._default_head_ranks(partition) if head_ranks is None else head_ranks
-        check_head_ranks(self.head_ranks, self.ranks)
+        if self.head_ranks is not None:
+            check_head_ranks(self.head_ranks, self.ranks)
         if self.ranks > 1:
             check_shardable(self._model)
         self.partition = partition
@@ -99,9 +101,9 @@ class SequenceParallel:
         self._scaled_rotary = any(rotary_modules(self._model))
         self._forward = forward_of(self._model)
 
-    def _default_head_ranks(self, partition: str | Partition | None) -> int:
+    def _default_head_ranks(self, partition: str | Partition | None) -> int | None:
         heads = getattr(self._model.config.get_text_config(), "num_attention_heads", 1)
-        return math.gcd(self.ranks, heads) if partition == "contiguous" and is_causal(self._model) else 1
+        return math.gcd(self.ranks, heads) if partition == "contiguous" and is_causal(self._model) else None
 
     @property
     def ranks(self) -> int:

@@ -34,7 +34,7 @@ class ShardedCase:
     dense: bool
     partition: str = "zigzag"
     boundaries: str = "list"
-    head_ranks: int = 1
+    head_ranks: int | None = 1
 
     @property
     def batch(self) -> int:

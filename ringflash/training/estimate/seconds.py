@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from ringflash.configs.schema import Config
 from ringflash.parallel.planning.choose import choose
+from ringflash.parallel.planning.choose_heads import choose_heads
 from ringflash.parallel.planning.cost import Prediction, predict
 from ringflash.parallel.planning.generators import plan_named
 from ringflash.parallel.planning.level_queries import level_queries
@@ -27,7 +30,7 @@ from ringflash.training.model.transformer import attention_mask
 
 def attention(config: Config, sizes: Sizes, hardware: Hardware) -> Prediction:
     """Both passes of a block's attention to one sequence of one document."""
-    degree = sequence_degree(config, hardware.gpus)
+    model, degree = sizes.model, sequence_degree(config, hardware.gpus)
     hosts = max(1, -(-degree // hardware.gpus_per_host))
     mask, name = attention_mask(config.attention), config.attention.partition or "zigzag"
     partition = resolve("zigzag" if name == "balanced" else name, config.train.seqlen, degree, [mask])
@@ -36,7 +39,10 @@ def attention(config: Config, sizes: Sizes, hardware: Hardware) -> Prediction:
     level = None if stays else level_queries(partition)
     chosen = choose(mask, partition, hosts=hosts, machine=machine, shape=shape, level=level)
     if chosen.predicted:
-        return chosen.predicted[chosen.name]
+        tokens = np.array(partition.counts())
+        free = config.attention.head_ranks is None and hosts == 1 and model.num_attention_heads % degree == 0
+        heads = choose_heads(chosen, tokens) if free else None
+        return chosen.cost if heads is None else heads.cost
     found = loads(mask, partition, partition, needed_keys(mask, partition.segments, partition.length))
     return predict(plan_named(chosen.name, mask, partition, hosts=hosts).outline, found, machine, shape, hosts)
 

@@ -193,7 +193,7 @@ class Transformer(Decoder):
         self.vocab_size = vocab_size
         attention = attention or AttentionConfig()
         self._group, self._partition, self._mask = group, attention.partition, attention_mask(attention)
-        self._head_ranks = attention.head_ranks or 1
+        self._head_ranks = attention.head_ranks
         attend = DistributedFlashAttention(
             mask=self._mask,
             group=group,
