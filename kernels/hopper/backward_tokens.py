@@ -152,9 +152,9 @@ def add_slots_kernel(
     inside = (tile * N + row < key_rows) & (column < DIM)
     total = tl.zeros([SLOT_ROWS, WIDTH], tl.float32)
     for slot in range(first_slot, first_slot + count):
-        rows = (slot.to(tl.int64) * N + row) * (key_heads * DIM)
+        rows = (tl.cast(slot, tl.int64) * N + row) * (key_heads * DIM)
         total += tl.load(slots_ptr + rows + place, mask=inside, other=0.0)
-    rows = (tile.to(tl.int64) * N + row) * (key_heads * DIM)
+    rows = (tl.cast(tile, tl.int64) * N + row) * (key_heads * DIM)
     tl.store(gradient_ptr + rows + place, total.to(gradient_ptr.dtype.element_ty), mask=inside & (count > 0))
 
 

@@ -56,43 +56,84 @@ def listed(positions: Tensor) -> Tensor:
 FIRST, SECOND = (gl.constexpr(x) for x in PHILOX_MULTIPLIERS)
 
 
-@gluon.constexpr_function
-def drawing_assembly(negates):
-    """PTX that drops a pair's number: to zero, or to what is below zero where it negates.
+PAIRS = gl.constexpr(4)
+"""Pairs that a thread draws for at a time: what one of them waits for the others fill, as so few warps run here."""
 
-    Operands: result, number; words of the query (2) and of the key (4); both words of the seed; threshold.
+
+@gluon.constexpr_function
+def drawing_assembly(count, negates):
+    """PTX that drops numbers of `count` pairs: to zero, or to what is below zero where it negates.
+
+    Operands, `count` of each: result, number; words of the query (2) and of the key (4); both words of the seed;
+    threshold. Of the last three, which are all the same, the first one's are read.
     """
     first, second = (f"0x{x:08X}" for x in PHILOX_MULTIPLIERS)
-    lines = [
-        "xor.b32 x2, $2, $4;",
-        f"mul.wide.u32 q, x2, {second}; mov.b64 {{x1, x0}}, q;",
-        "xor.b32 x0, x0, $5;",
-        "xor.b32 x2, $3, $6;",
-        "mov.b32 x3, $7;",
-    ]
 
-    def joined(word, part, product, other, rounds):
-        """One word of a round: half of a product, another word and the key after so many rounds."""
-        key = f"add.u32 key, ${8 + word}, 0x{PHILOX_KEYS[word] * rounds % 2**32:08X};"
-        return f"mov.b64 {{low, high}}, {product}; {key} lop3.b32 {part}, high, {other}, key, 0x96;"
+    def operand(kind, pair=0):
+        return f"${kind * count + pair}"
 
+    lines = []
+
+    def of_all(*texts):
+        """Instructions of every pair, one after the other for all: @ ends a pair's own registers, # its operands."""
+        for text in texts:
+            for pair in range(count):
+                own = text.replace("@", f"{pair}")
+                for kind in range(8):
+                    own = own.replace(f"#{kind}", operand(kind, pair))
+                lines.append(own)
+
+    def key_after(word, rounds):
+        """The key of a round, in the register `key` and its word's number."""
+        lines.append(f"add.u32 key{word}, {operand(8 + word)}, 0x{PHILOX_KEYS[word] * rounds % 2**32:08X};")
+
+    of_all(
+        "xor.b32 c@, #2, #4;",
+        f"mul.wide.u32 q@, c@, {second};",
+        "mov.b64 {b@, a@}, q@;",
+        "xor.b32 a@, a@, #5;",
+        "xor.b32 c@, #3, #6;",
+        "mov.b32 d@, #7;",
+    )
     for rounds in range(3, 8):
-        lines += [
-            f"mul.wide.u32 p, x0, {first}; mul.wide.u32 q, x2, {second};",
-            f"{joined(0, 'x0', 'q', 'x1', rounds)} mov.b32 x1, low;",
-            f"{joined(1, 'x2', 'p', 'x3', rounds)} mov.b32 x3, low;",
-        ]
-    lines += [
-        f"mul.wide.u32 p, x0, {first}; mul.lo.u32 x1, x2, {second};",
-        joined(1, "x2", "p", "x3", 8),
-        f"mul.wide.u32 q, x2, {second};",
-        joined(0, "x0", "q", "x1", 9),
-        "setp.ge.u32 kept, x0, $10;",
-        "neg.f32 other, $1;" if negates else "mov.f32 other, 0f00000000;",
-        "selp.f32 $0, $1, other, kept;",
+        key_after(0, rounds)
+        key_after(1, rounds)
+        of_all(
+            f"mul.wide.u32 p@, a@, {first};",
+            f"mul.wide.u32 q@, c@, {second};",
+            "mov.b64 {low@, high@}, q@;",
+            "lop3.b32 a@, high@, b@, key0, 0x96;",
+            "mov.b32 b@, low@;",
+            "mov.b64 {low@, high@}, p@;",
+            "lop3.b32 c@, high@, d@, key1, 0x96;",
+            "mov.b32 d@, low@;",
+        )
+    key_after(1, 8)
+    key_after(0, 9)
+    of_all(
+        f"mul.wide.u32 p@, a@, {first};",
+        f"mul.lo.u32 b@, c@, {second};",
+        "mov.b64 {low@, high@}, p@;",
+        "lop3.b32 c@, high@, d@, key1, 0x96;",
+        f"mul.wide.u32 q@, c@, {second};",
+        "mov.b64 {low@, high@}, q@;",
+        "lop3.b32 a@, high@, b@, key0, 0x96;",
+        f"setp.ge.u32 kept@, a@, {operand(10)};",
+        "neg.f32 other@, #1;" if negates else "mov.f32 other@, 0f00000000;",
+        "selp.f32 #0, #1, other@, kept@;",
+    )
+    kinds = {"b32": ("a", "b", "c", "d", "low", "high"), "b64": ("p", "q"), "f32": ("other",), "pred": ("kept",)}
+    declared = [
+        f".reg .{kind} {', '.join(f'{name}{pair}' for name in names for pair in range(count))};"
+        for kind, names in kinds.items()
     ]
-    declared = ".reg .b32 x0, x1, x2, x3, low, high, key; .reg .b64 p, q; .reg .f32 other; .reg .pred kept;"
-    return f"{{ {declared} {' '.join(lines)} }}"
+    return f"{{ .reg .b32 key0, key1; {' '.join(declared)} {' '.join(lines)} }}"
+
+
+@gluon.constexpr_function
+def drawing_operands(count):
+    """Constraints of `drawing_assembly`."""
+    return ",".join(["=&f"] * count + ["f"] * count + ["r"] * (9 * count))
 
 
 @gluon.constexpr_function
@@ -187,8 +228,9 @@ def drop(weights, dropout, draw, of_query, of_key, NEGATES: gl.constexpr):
         gl.full(shape, dropout.threshold, gl.int32, LAYOUT),
     )  # fmt: skip
     return gl.inline_asm_elementwise(
-        drawing_assembly(NEGATES), "=&f,f,r,r,r,r,r,r,r,r,r", operands, dtype=gl.float32, is_pure=False, pack=1
-    )
+        drawing_assembly(PAIRS, NEGATES), drawing_operands(PAIRS), operands,
+        dtype=gl.float32, is_pure=False, pack=PAIRS,
+    )  # fmt: skip
 
 
 @gluon.jit

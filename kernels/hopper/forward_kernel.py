@@ -264,7 +264,7 @@ def attend_tile(
         release(queries.empty.index(PART))
     out_token = warpgroup_mma(weights, values.blocks.index(stage), out, is_async=True)
     if VALUE_REST:
-        rest_token = start_rest(weights, memory.value_rest.index(stage), out_rest, OUT_REST)
+        rest_token = start_rest(weights, memory.value_rest.index(stage), out_rest)
     if HAS_CARRY:
         carried_lse = gl.load(result.carry_lse_ptr + head * problem.query_rows + rows, mask=inside, other=float("-inf"))
     total = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, SCORES), assert_trivial=True)
@@ -333,7 +333,7 @@ def attend_block(
     scores_token = start_scores(memory, query, stage, no_scores, PART, KEY_REST)
     out_token = warpgroup_mma(weights, values.blocks.index(earlier), out, is_async=True)
     if VALUE_REST:
-        rest_token = start_rest(weights, memory.value_rest.index(earlier), out_rest, out_rest.type.layout)
+        rest_token = start_rest(weights, memory.value_rest.index(earlier), out_rest)
     scores = warpgroup_mma_wait(2 if VALUE_REST else 1, deps=[scores_token])
     scores = change_scores(scores, problem.changes, memory.key_numbers.index(stage), position, slope, HIDES_KEYS)
     release(keys.empty.index(stage))
@@ -404,7 +404,7 @@ def attend_tokens(
             )  # fmt: skip
         out_token = warpgroup_mma(weights, values.blocks.index(stage), out, is_async=True)
         if VALUE_REST:
-            rest_token = start_rest(weights, memory.value_rest.index(stage), out_rest, out_rest.type.layout)
+            rest_token = start_rest(weights, memory.value_rest.index(stage), out_rest)
             out, out_rest = warpgroup_mma_wait(0, deps=[out_token, rest_token])
         else:
             out = warpgroup_mma_wait(0, deps=[out_token])
@@ -441,9 +441,7 @@ def attend_few(
     mbarrier.wait(values.full.index(stage), parity)
     token = warpgroup_mma(weights, values.blocks.index(stage).slice(0, FEW, 0), out, is_async=True)
     if VALUE_REST:
-        rest_token = start_rest(
-            weights, memory.value_rest.index(stage).slice(0, FEW, 0), out_rest, out_rest.type.layout
-        )  # fmt: skip
+        rest_token = start_rest(weights, memory.value_rest.index(stage).slice(0, FEW, 0), out_rest)
         out, out_rest = warpgroup_mma_wait(0, deps=[token, rest_token])
     else:
         out = warpgroup_mma_wait(0, deps=[token])
@@ -487,9 +485,9 @@ def start_scores(memory, query, stage, no_scores, PART: gl.constexpr, KEY_REST: 
 
 
 @gluon.jit
-def start_rest(weights, value, out, LAYOUT: gl.constexpr):
+def start_rest(weights, value, out):
     """The product of weights and the rest of the values' columns."""
-    FACTOR: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=LAYOUT, k_width=2)
+    FACTOR: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=out.type.layout, k_width=2)
     return warpgroup_mma(gl.convert_layout(weights, FACTOR, assert_trivial=True), value, out, is_async=True)
 
 

@@ -17,18 +17,17 @@ from ringflash.kernels.modifiers import LOW_32, PHILOX_MULTIPLIERS, Modifiers, d
 WORDS = st.integers(0, LOW_32)
 
 
-def run_ptx(assembly: str, operands: list[int | float]) -> float:
-    """Result of the instructions that dropout's PTX is of; words are Python's ints, numbers its floats."""
-    registers: dict[str, int | float | bool] = {f"${i}": x for i, x in enumerate(operands)}
+def run_ptx(assembly: str, operands: dict[str, int | float]) -> dict[str, int | float]:
+    """Registers behind the instructions that dropout's PTX is of; words are Python's ints, numbers its floats."""
+    registers = dict(operands)
 
     def value(name: str) -> int | float:
         if name.startswith(("0x", "0f")):
             return 0.0 if name == "0f00000000" else int(name, 16)
         return registers[name]
 
-    for line in re.sub(r"[{}]", "", assembly.replace("{low, high}", "low:high").replace("{x1, x0}", "x1:x0")).split(
-        ";"
-    ):
+    joined = re.sub(r"\{(\w+), (\w+)\}", r"\1:\2", assembly)
+    for line in re.sub(r"[{}]", "", joined).split(";"):
         if not line.strip() or line.strip().startswith(".reg"):
             continue
         name, result, *rest = re.split(r",?\s+", line.strip())
@@ -49,7 +48,7 @@ def run_ptx(assembly: str, operands: list[int | float]) -> float:
             "setp.ge.u32": lambda a, b: a >= b,
             "selp.f32": lambda a, b, kept: a if kept else b,
         }[name](*given)
-    return registers["$0"]
+    return registers
 
 
 def low_and_high(x: int, multiplier: object) -> tuple[int, int]:
@@ -58,24 +57,27 @@ def low_and_high(x: int, multiplier: object) -> tuple[int, int]:
     return product >> 32, product & LOW_32
 
 
-@given(WORDS, WORDS, WORDS, st.integers(0, 200), WORDS, st.booleans())
+@given(WORDS, WORDS, st.integers(0, 200), st.lists(st.tuples(WORDS, WORDS), min_size=4, max_size=4), st.booleans())
 def test_a_pairs_word_is_that_of_the_definition(
-    first: int, second: int, query: int, head: int, key: int, negates: bool
+    first: int, second: int, head: int, pairs: list[tuple[int, int]], negates: bool
 ) -> None:
-    """Dropped if it is below a threshold, which tells the word."""
-    counters = (torch.tensor([x]) for x in (key, query, head))
-    seed = second << 32 | first
-    word = int(philox(torch.tensor([seed - (seed >> 63 << 64)]), *counters))
-    high, low = low_and_high(head, PHILOX_MULTIPLIERS[1])
-    draw = dropout.Draw(first, second, high, low)
+    """A pair is dropped if its word is below the threshold, and at no threshold less, which tells the word."""
+    seed, count = second << 32 | first, len(pairs)
+    seed = torch.tensor([seed - (seed >> 63 << 64)])
+    query, key = (torch.tensor(x) for x in zip(*pairs, strict=True))
+    right = philox(seed, key, query, torch.tensor([head])).tolist()
+    draw = dropout.Draw(first, second, *low_and_high(head, PHILOX_MULTIPLIERS[1]))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dropout, "products", low_and_high)
-        words = (*dropout.words_of_queries.fn(draw, query), *dropout.words_of_keys.fn(draw, key))
-    words = [x & LOW_32 for x in words]
-    assembly = dropout.drawing_assembly(negates)
-    for threshold, result in ((word, 0.5), (word + 1, -0.5 if negates else 0.0)):
-        if threshold <= LOW_32:
-            assert run_ptx(assembly, [0.0, 0.5, *words, first, second, threshold]) == result
+        words = [(*dropout.words_of_queries.fn(draw, x), *dropout.words_of_keys.fn(draw, y)) for x, y in pairs]
+    assembly = dropout.drawing_assembly(count, negates)
+    for threshold in {*right, *(min(x + 1, LOW_32) for x in right)}:
+        given = [(0.0, 0.5 + i, *(x & LOW_32 for x in words[i]), first, second, threshold) for i in range(count)]
+        operands = {f"${kind * count + i}": x for i, row in enumerate(given) for kind, x in enumerate(row)}
+        found = run_ptx(assembly, operands)
+        for i, word in enumerate(right):
+            number = 0.5 + i
+            assert found[f"${i}"] == (number if word >= threshold else -number if negates else 0.0)
 
 
 def test_thresholds_keep_their_bits_as_signed_numbers() -> None:
