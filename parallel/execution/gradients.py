@@ -94,7 +94,10 @@ class KeyGradients:
         own = parts if not stage.returns else [part[stage.kept] for part in parts]
         if self._sums is None and stage.everything:
             self._sums = own
-        elif self._sums is None and isinstance(stage.own, slice):
+        elif self._sums is None and isinstance(stage.own, slice) and isinstance(stage.kept, slice):
+            if len(own[0]) == len(self._wanted[0]):
+                self._sums = own  # others' rows beside them are only read from here on
+                return
             self._sums = [torch.empty_like(x, dtype=self.dtype) for x in self._wanted]
             for total, part in zip(self._sums, own, strict=True):
                 total[: stage.own.start], total[stage.own], total[stage.own.stop :] = 0, part, 0
