@@ -151,7 +151,7 @@ def _quiet() -> None:
 def compile_part(part: Part, device: torch.device) -> list[Compiled]:
     """Launch a part, and say what kernels it took; none where attention is torch's operators."""
     form = part.form
-    kernels = select(device, form.dtype, *form.head_dims, "auto", form.modifiers, form.sink_tokens)
+    kernels = select(device, form.dtype, *form.head_dims, "auto", form.modifiers)
     if "triton" not in sys.modules:
         return []
     from triton import knobs

@@ -41,8 +41,7 @@ def intervals() -> dict[str, KeyIntervals]:
 def check(name: str, problem: Problem, cuts: tuple[int, ...] = (), deterministic: bool = False) -> None:
     """Forward and backward."""
     dims = problem.query.shape[2], problem.value.shape[2]
-    asked = problem.modifiers is not None, problem.intervals.has_sink_tokens
-    kernels = select("cuda", problem.query.dtype, *dims, name, *asked)
+    kernels = select("cuda", problem.query.dtype, *dims, name)
     results = run(kernels, problem, cuts, deterministic=deterministic)
     for result, x in vars(results).items():
         assert not x.isnan().any(), result

@@ -73,15 +73,21 @@ BACKWARD_WIDTHS = {name: WIDTHS[name] for name in ("64", "128", "192/128", "256"
 """Columns that the kernels' blocks have."""
 
 
-def backward_width(head_dim: int, value_head_dim: int) -> str:
+def backward_width(head_dim: int, value_head_dim: int, plain: bool) -> str:
     """The name in `BACKWARD_WIDTHS` of blocks for these head dimensions.
 
-    Blocks of 256 columns take those of 192/128 as well, and are what is used: `backward_split_kernel` has not been held
-    against float64 on a GPU in the form that it has.
+    Blocks of 256 columns take what those of 192/128 do not: gradients that repeat, modifiers, sink tokens, other head
+    dimensions.
+
+    Args:
+        head_dim: of queries and keys.
+        value_head_dim: of values.
+        plain: whether there is nothing of these but perhaps the last.
     """
     width = width_of(head_dim, value_head_dim)
     assert width is not None  # as is checked before
-    return width if width in ("64", "128") else "256"
+    split = plain and (head_dim, value_head_dim) == (192, 128)
+    return width if width in ("64", "128") or split else "256"
 
 
 def stored_parts(parts: tuple[int, ...], dim: int) -> tuple[int, ...]:
@@ -140,8 +146,9 @@ def attend_backward(
     prepared = prepared_calls.get(call)
     if prepared is None:
         check_operands(query, key, value, intervals, scale, modifiers)
-        tiles = backward_tiles(modifiers)[backward_width(query.shape[2], value.shape[2])]
         sink_tokens = intervals.has_sink_tokens
+        plain = not (deterministic or modifiers or sink_tokens)
+        tiles = backward_tiles(modifiers)[backward_width(query.shape[2], value.shape[2], plain)]
         prepared = PreparedBackward(operands, numbers, scale, dkey_dtype, tiles, deterministic, modifiers, sink_tokens)
         prepared_calls.add(call, prepared)
     return prepared(operands, numbers, intervals, dquery_dtype, modifiers)
@@ -203,7 +210,8 @@ class PreparedBackward:
         (query_rows, heads, dim), (key_rows, key_heads, value_dim) = query.shape, value.shape
         group = heads // key_heads
         self.tiles, self.deterministic = tiles, deterministic
-        self.heads, self.width = (heads, key_heads), backward_width(dim, value_dim)
+        self.heads = heads, key_heads
+        self.width = backward_width(dim, value_dim, not (deterministic or modifiers or sink_tokens))
         self.dkey_dtype, self.float_out = dkey_dtype, dkey_dtype != key.dtype
         self.stored_dtype = torch.float32 if self.float_out else dkey_dtype
         self.empty = query_rows == 0 or key_rows == 0
@@ -249,14 +257,12 @@ class PreparedBackward:
             self.launch_slopes = Launcher(
                 row_blocks * heads, (query_rows, padded_rows, row_blocks, *self.slope_strides), {}, {}, direct
             )
-        assert not (self.dropout_description and self.width == "192/128")
         bend = scale / modifiers.softcap if modifiers is not None and modifiers.softcap else None
 
         self.shape = (query_rows, padded_rows, key_rows, key_heads)
         programs = -(-key_rows // tiles.keys)
         self.slot_shapes = None
         if sink_tokens:
-            assert self.width != "192/128"
             chunks = chunk_count(programs, query_rows, key_heads, multiprocessors(query.device))
             programs += 2 * chunks
             self.slot_shapes = [(3 * chunks * tiles.keys, *x.shape[1:]) for x in (key, value)]

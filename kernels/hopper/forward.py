@@ -66,7 +66,7 @@ MODIFIED_FORWARD_TILES = {**FORWARD_TILES, "64": replace(FORWARD_TILES["64"], co
 """With modifiers, which want more registers."""
 
 
-SINKS_JOIN = ((64, 64), (128, 128))
+SINKS_JOIN = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
 """Head dimensions at which learned sinks join in the kernel, without modifiers: those held against float64 on a GPU."""
 
 

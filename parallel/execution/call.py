@@ -266,21 +266,21 @@ def prepare(
     problem = query.device, query.dtype, query.shape[-1], value.shape[-1], settings.kernel, modifiers
     modified = bool(modifiers)
     if where is None:
-        mask, program = _program_on_device(inputs, settings, table)
-        kernels = select(*problem, mask.two_intervals)
+        program = _program_on_device(inputs, settings, table)
+        kernels = select(*problem)
         return Ready(inputs, settings, program, None, kernels, modified, None, first_head=first_head)
     placement, index = where
-    mask, device = placement.masks[index], inputs.query.device
+    device = inputs.query.device
     rows = placement.rows
     surplus = query.shape[0] - rows[0], inputs.key.shape[0] - rows[1]
     if placement.group is None:
         if any(surplus):
             raise _surplus(placement, surplus)
-        program, kernels = placement.program(index, device), select(*problem, mask.two_intervals)
+        program, kernels = placement.program(index, device), select(*problem)
         return Ready(inputs, settings, program, placement, kernels, modified, None, first_head=first_head)
     form = _form(inputs, settings, surplus, which)
     try:
-        program, kernels = placement.program(index, device), select(*problem, mask.two_intervals)
+        program, kernels = placement.program(index, device), select(*problem)
         exchange = placement.exchange(index, device)
     except Exception as error:  # which only this rank's machine may raise
         agreement(placement.group).refuse(error, placement.call_digest(index, form))
@@ -419,7 +419,7 @@ def shape_of_table(inputs: Inputs, settings: Settings) -> tuple[int, int]:
     return table_shape(mask, inputs.query_boundaries is not None, batch * seqlen)
 
 
-def _program_on_device(inputs: Inputs, settings: Settings, table: Tensor) -> tuple[Mask, Program]:
+def _program_on_device(inputs: Inputs, settings: Settings, table: Tensor) -> Program:
     mask, (batch, seqlen, key_seqlen) = Request.read(settings.request)[0], settings.sizes
     assert mask is not None
-    return mask, table_program(mask, table, batch * seqlen, batch * key_seqlen)
+    return table_program(mask, table, batch * seqlen, batch * key_seqlen)

@@ -173,8 +173,8 @@ GPU_MODIFIED_CASES = {
     "fp16-d40-v72-dropout-padding-ring": (torch.float16, (2, 1), (40, 72), False, 1, (0.0, None, 0.1, True)),
     "fp32-d64-all": (torch.float32, (2, 1), (64, 64), False, 0, (3.0, "of each row", 0.3, True)),
 }
-# What the Hopper kernels take and are not chosen for, see kernels/hopper/checks.py; modifiers as above, or None.
-HOPPER_NOT_CHOSEN_CASES = {
+# Blocks wider than heads and modifiers: each changes what is compiled for Hopper. Modifiers as above, or None.
+HOPPER_CASES = {
     "bf16-d96-ring": (torch.bfloat16, (4, 2), (96, 96), 1, None),
     "bf16-d80": (torch.bfloat16, (2, 1), (80, 80), 0, None),
     "bf16-d112-ring": (torch.bfloat16, (2, 2), (112, 112), 1, None),
@@ -214,12 +214,10 @@ HOPPER_TOKEN_CASES = {
 on_gpu_kernels = pytest.mark.parametrize("name", [x for x in NAMES if x not in ("auto", "reference", "blockwise")])
 
 
-def kernels_for(
-    name: str, dtype: torch.dtype, dims: tuple[int, int], modifiers: tuple[str, ...] = (), sink_tokens: bool = False
-) -> ModuleType:
+def kernels_for(name: str, dtype: torch.dtype, dims: tuple[int, int], modifiers: tuple[str, ...] = ()) -> ModuleType:
     """The named kernels, if they run on this."""
     try:
-        return select("cuda", dtype, *dims, name, modifiers, sink_tokens)
+        return select("cuda", dtype, *dims, name, modifiers)
     except ArgumentError as reason:
         pytest.skip(str(reason))
 
@@ -237,7 +235,7 @@ def named_modifiers(kinds: tuple) -> tuple[str, ...]:
 @given(st.data())
 def test_gpu_kernels_are_as_accurate_as_torch(name: str, case: tuple, data: st.DataObject) -> None:
     dtype, heads, dims, sink, cut_count = case
-    kernels = kernels_for(name, dtype, dims, sink_tokens=sink)
+    kernels = kernels_for(name, dtype, dims)
     intervals = to_device(data.draw(any_intervals(2000, sink)), "cuda")
     problem = draw_problem(intervals, heads, dims, dtype, seed=data.draw(st.integers(0, 2**32 - 1)))
     cuts = [data.draw(st.integers(0, intervals.key_count)) for _ in range(cut_count)]
@@ -251,7 +249,7 @@ def test_gpu_kernels_are_as_accurate_as_torch(name: str, case: tuple, data: st.D
 @given(st.data())
 def test_gpu_kernels_with_modifiers_are_as_accurate_as_torch(name: str, case: tuple, data: st.DataObject) -> None:
     dtype, heads, dims, sink, cut_count, kinds = case
-    kernels = kernels_for(name, dtype, dims, named_modifiers(kinds), sink)
+    kernels = kernels_for(name, dtype, dims, named_modifiers(kinds))
     intervals, seed = to_device(data.draw(any_intervals(1000, sink)), "cuda"), data.draw(st.integers(0, 2**63 - 1))
     modifiers = draw_modifiers(intervals, heads[0], seed, *kinds)
     problem = draw_problem(intervals, heads, dims, dtype, seed=seed, modifiers=modifiers)
@@ -266,12 +264,10 @@ def hopper_itself() -> ModuleType:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", HOPPER_NOT_CHOSEN_CASES.values(), ids=HOPPER_NOT_CHOSEN_CASES)
+@pytest.mark.parametrize("case", HOPPER_CASES.values(), ids=HOPPER_CASES)
 @settings(max_examples=15)
 @given(st.data())
-def test_hopper_kernels_are_as_accurate_as_torch_where_they_are_not_chosen_yet(
-    case: tuple, data: st.DataObject
-) -> None:
+def test_hopper_kernels_are_as_accurate_as_torch_in_every_form(case: tuple, data: st.DataObject) -> None:
     dtype, heads, dims, cut_count, kinds = case
     intervals, seed = to_device(data.draw(any_intervals(1000, False)), "cuda"), data.draw(st.integers(0, 2**63 - 1))
     modifiers = None if kinds is None else draw_modifiers(intervals, heads[0], seed, *kinds)
@@ -288,7 +284,6 @@ def test_hopper_kernels_are_as_accurate_as_torch_where_they_are_not_chosen_yet(
 @settings(max_examples=15)
 @given(st.data())
 def test_hopper_kernels_take_sink_tokens_as_accurately_as_torch(case: tuple, chunk: int, data: st.DataObject) -> None:
-    """They are not chosen yet, see `select`."""
     kernels = hopper_itself()
     from ringflash.kernels.hopper import backward, backward_tokens  # needs triton
 
@@ -351,23 +346,6 @@ def test_results_with_sink_tokens_repeat_bit_for_bit_on_hopper(dim: int) -> None
     assert_same(run(kernels, problem, deterministic=True), exactly)
 
 
-@pytest.mark.gpu
-@settings(max_examples=15)
-@given(st.data())
-def test_the_backward_kernel_of_192_and_128_columns_is_as_accurate_as_torch(data: st.DataObject) -> None:
-    """It is not in use yet, see `backward.backward_width`."""
-    kernels = hopper_itself()
-    from ringflash.kernels.hopper import backward  # needs triton
-
-    intervals = to_device(data.draw(any_intervals(1000, False)), "cuda")
-    problem = draw_problem(intervals, (4, 2), (192, 128), torch.bfloat16, seed=data.draw(st.integers(0, 2**32 - 1)))
-    cuts = data.draw(st.lists(st.integers(0, intervals.key_count), max_size=1))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backward, "backward_width", lambda *dims: "192/128")
-        patch.setattr(backward, "prepared_calls", Kept())
-        assert_accurate(run(kernels, problem, cuts), problem)
-
-
 def assert_as_exact_as_torch_with_sinks(problem: Problem, sinks: torch.Tensor, found: Carry, right: Carry) -> None:
     """out and lse, by the one tolerance rule."""
     theirs = (torch_own_out_with_sinks(problem, sinks) - right[0]).abs().max()
@@ -379,11 +357,8 @@ def assert_as_exact_as_torch_with_sinks(problem: Problem, sinks: torch.Tensor, f
 @pytest.mark.gpu
 @pytest.mark.parametrize("dims", [(96, 96), (192, 128), (192, 192), (256, 256)], ids=str)
 @pytest.mark.parametrize("carried", [False, True])
-def test_learned_sinks_join_where_they_are_weighed_in_behind_so_far(dims: tuple[int, int], carried: bool) -> None:
-    """As `forward.SINKS_JOIN` does not have them yet."""
+def test_learned_sinks_join_in_the_hopper_kernel(dims: tuple[int, int], carried: bool) -> None:
     kernels = hopper_itself()
-    from ringflash.kernels.hopper import forward  # needs triton
-
     problem = draw_problem(causal_intervals(500, 700, "cuda"), (4, 2), dims, torch.bfloat16)
     sinks, cut = torch.randn(4, device="cuda"), 300 if carried else 0
     settings, carry = {"scale": problem.scale}, None
@@ -393,10 +368,8 @@ def test_learned_sinks_join_where_they_are_weighed_in_behind_so_far(dims: tuple[
         carry = kernels.attend(
             problem.query, *(x[:cut] for x in keys), first, **settings, carry=None, out_dtype=torch.float32
         )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(forward, "SINKS_JOIN", (dims,))
-        last = between(problem.intervals, cut, 700)
-        out, lse = kernels.attend(problem.query, *(x[cut:] for x in keys), last, **settings, carry=carry, sinks=sinks)
+    last = between(problem.intervals, cut, 700)
+    out, lse = kernels.attend(problem.query, *(x[cut:] for x in keys), last, **settings, carry=carry, sinks=sinks)
     operands = (problem.query.double(), problem.key.double(), problem.value.double())
     right, right_lse = reference.attend(*operands, problem.intervals, **settings, sinks=sinks)
     assert_as_exact_as_torch_with_sinks(problem, sinks, (out, lse), (right, right_lse))

@@ -103,7 +103,7 @@ def compile_backward(
         prepared(operands, sums, masked(sink_tokens), dtype, modifiers)
 
     kernels = {"256": "attend_backward_wide_kernel", "192/128": "attend_backward_split_kernel"}
-    width = width or backward.backward_width(*dims)
+    width = width or backward.backward_width(*dims, not (deterministic or modifiers or sink_tokens))
     name = kernels.get(width, "attend_backward_kernel")
     with (
         mock.patch.object(backward, "backward_width", return_value=width),
@@ -210,7 +210,7 @@ def test_backward_fits(width, tiles, dkey_dtype, deterministic):
     ("dims", "deterministic"), [((96, 96), False), ((72, 40), True), ((192, 192), False), ((192, 128), True)], ids=str
 )
 def test_backward_fits_with_blocks_wider_than_heads(dims, deterministic):
-    width = backward.backward_width(*dims)
+    width = backward.backward_width(*dims, not deterministic)
     compiled = compile_backward(dims, backward.BACKWARD_TILES[width], torch.bfloat16, torch.bfloat16, deterministic)
     assert compiled.warnings == []
     assert compiled.spilled <= SPILLED[width]

@@ -11,13 +11,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from ringflash import Mask
 from ringflash.errors import ArgumentError
-from ringflash.functional import attention
 from ringflash.kernels import select as module
 from ringflash.kernels.select import name_of, select, select_decoding
-from ringflash.parallel.execution import call
-from ringflash.parallel.mesh import ONE_DEVICE
 
 
 def chosen(*arguments: object) -> str:
@@ -75,33 +71,15 @@ def test_gpu_tensors_go_to_triton_where_it_takes_them() -> None:
 
 
 @pytest.mark.usefixtures("on_a_gpu")
-def test_most_modified_scores_go_to_triton_also_where_hopper_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modified_scores_go_to_hopper_but_for_dropout_of_narrow_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     hopper = pytest.importorskip("ringflash.kernels.hopper")
     monkeypatch.setattr(hopper, "supports", lambda *problem: None)
-    for modifiers in ((), ("slopes",)):
+    for modifiers in ((), ("slopes",), ("softcap", "key_visible"), ("slopes", "dropout")):
         assert chosen("cuda", torch.bfloat16, 128, 128, "auto", modifiers) == "hopper"
         assert chosen("cuda", torch.bfloat16, 128, 128, "triton", modifiers) == "triton"
-    for modifiers in (("softcap",), ("key_visible",), ("dropout",), ("slopes", "dropout")):
-        assert chosen("cuda", torch.bfloat16, 128, 128, "auto", modifiers) == "triton"
-        assert chosen("cuda", torch.bfloat16, 20, 20, "auto", modifiers) == "blockwise"
-
-
-@pytest.mark.usefixtures("on_a_gpu")
-def test_sink_tokens_go_to_triton_also_where_hopper_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    hopper = pytest.importorskip("ringflash.kernels.hopper")
-    monkeypatch.setattr(hopper, "supports", lambda *problem: None)
-    assert chosen("cuda", torch.bfloat16, 128, 128, "auto", (), True) == "triton"
-    with pytest.raises(ArgumentError, match=r"kernel='hopper' cannot run: .*sink tokens; triton and blockwise do"):
-        select("cuda", torch.bfloat16, 128, kernel="hopper", sink_tokens=True)
-
-
-def test_a_mask_with_sink_tokens_says_so_to_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr(call, "select", lambda *problem: asked.append(problem[-2:]) or select(*problem))
-    x = torch.randn(1, 9, 1, 8)
-    for mask in (Mask.sliding_window(4), Mask.sliding_window(4, sink=2)):
-        attention(x, x, x, mask=mask, group=ONE_DEVICE)
-    assert asked == [((), False), ((), True)]
+    assert chosen("cuda", torch.bfloat16, 64, 64, "auto", ("softcap", "slopes", "key_visible")) == "hopper"
+    assert chosen("cuda", torch.bfloat16, 64, 64, "auto", ("dropout",)) == "triton"
+    assert chosen("cuda", torch.bfloat16, 20, 20, "auto", ("dropout",)) == "blockwise"
 
 
 @pytest.mark.usefixtures("without_triton")
@@ -235,12 +213,10 @@ def test_without_triton_caches_on_gpus_are_read_by_torch_operators_with_a_warnin
         assert decoding(CUDA, torch.bfloat16, 128, 128) == "cpu.decode"
 
 
-def test_forced_hopper_names_modifiers_that_it_is_not_chosen_for() -> None:
+def test_forced_hopper_says_where_it_is_not_chosen_for_dropout() -> None:
     pytest.importorskip("ringflash.kernels.hopper")
-    with pytest.raises(
-        ArgumentError, match=r"kernel='hopper' cannot run: it is not chosen for softcap and dropout; triton"
-    ):
-        select("cuda", torch.bfloat16, 128, kernel="hopper", modifiers=("softcap", "slopes", "dropout"))
+    with pytest.raises(ArgumentError, match="kernel='hopper' cannot run: it is not chosen for dropout at head_dim=64;"):
+        select("cuda", torch.bfloat16, 64, kernel="hopper", modifiers=("slopes", "dropout"))
 
 
 def test_unknown_kernels_and_dtypes_are_refused_with_what_is_allowed() -> None:
