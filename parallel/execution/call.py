@@ -90,14 +90,10 @@ class Inputs(NamedTuple):
     key_visible: Tensor | None
     sinks: Tensor | None
 
-    def modifiers(self, settings: Settings) -> tuple[str, ...]:
-        """Names of what is done to scores and weights, as `ringflash.kernels.select` takes them."""
-        return (
-            ("softcap",) * bool(settings.softcap)
-            + ("slopes",) * (self.slopes is not None)
-            + ("dropout",) * bool(settings.dropout)
-            + ("key_visible",) * (self.key_visible is not None)
-        )
+    def modified(self, settings: Settings) -> bool:
+        """Whether something is done to scores and weights, see `ringflash.kernels.modifiers`."""
+        given = self.slopes is not None or self.key_visible is not None
+        return given or bool(settings.softcap) or bool(settings.dropout)
 
     def on_device(self) -> bool:
         """Whether there are boundaries that the host must not read."""
@@ -262,9 +258,8 @@ def prepare(
         where: from `locate`.
         first_head: number of the first query head of the inputs among all of the call.
     """
-    query, value, modifiers = inputs.query, inputs.value, inputs.modifiers(settings)
-    problem = query.device, query.dtype, query.shape[-1], value.shape[-1], settings.kernel, modifiers
-    modified = bool(modifiers)
+    query, value, modified = inputs.query, inputs.value, inputs.modified(settings)
+    problem = query.device, query.dtype, query.shape[-1], value.shape[-1], settings.kernel
     if where is None:
         program = _program_on_device(inputs, settings, table)
         kernels = select(*problem)

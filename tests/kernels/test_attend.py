@@ -214,18 +214,12 @@ HOPPER_TOKEN_CASES = {
 on_gpu_kernels = pytest.mark.parametrize("name", [x for x in NAMES if x not in ("auto", "reference", "blockwise")])
 
 
-def kernels_for(name: str, dtype: torch.dtype, dims: tuple[int, int], modifiers: tuple[str, ...] = ()) -> ModuleType:
+def kernels_for(name: str, dtype: torch.dtype, dims: tuple[int, int]) -> ModuleType:
     """The named kernels, if they run on this."""
     try:
-        return select("cuda", dtype, *dims, name, modifiers)
+        return select("cuda", dtype, *dims, name)
     except ArgumentError as reason:
         pytest.skip(str(reason))
-
-
-def named_modifiers(kinds: tuple) -> tuple[str, ...]:
-    """Names of the modifiers that are asked for, as `select` takes them."""
-    names = ("softcap", "slopes", "dropout", "key_visible")
-    return tuple(name for name, kind in zip(names, kinds, strict=True) if kind)
 
 
 @pytest.mark.gpu
@@ -249,7 +243,7 @@ def test_gpu_kernels_are_as_accurate_as_torch(name: str, case: tuple, data: st.D
 @given(st.data())
 def test_gpu_kernels_with_modifiers_are_as_accurate_as_torch(name: str, case: tuple, data: st.DataObject) -> None:
     dtype, heads, dims, sink, cut_count, kinds = case
-    kernels = kernels_for(name, dtype, dims, named_modifiers(kinds))
+    kernels = kernels_for(name, dtype, dims)
     intervals, seed = to_device(data.draw(any_intervals(1000, sink)), "cuda"), data.draw(st.integers(0, 2**63 - 1))
     modifiers = draw_modifiers(intervals, heads[0], seed, *kinds)
     problem = draw_problem(intervals, heads, dims, dtype, seed=seed, modifiers=modifiers)

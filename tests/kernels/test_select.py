@@ -71,15 +71,15 @@ def test_gpu_tensors_go_to_triton_where_it_takes_them() -> None:
 
 
 @pytest.mark.usefixtures("on_a_gpu")
-def test_modified_scores_go_to_hopper_but_for_dropout_of_narrow_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    hopper = pytest.importorskip("ringflash.kernels.hopper")
-    monkeypatch.setattr(hopper, "supports", lambda *problem: None)
-    for modifiers in ((), ("slopes",), ("softcap", "key_visible"), ("slopes", "dropout")):
-        assert chosen("cuda", torch.bfloat16, 128, 128, "auto", modifiers) == "hopper"
-        assert chosen("cuda", torch.bfloat16, 128, 128, "triton", modifiers) == "triton"
-    assert chosen("cuda", torch.bfloat16, 64, 64, "auto", ("softcap", "slopes", "key_visible")) == "hopper"
-    assert chosen("cuda", torch.bfloat16, 64, 64, "auto", ("dropout",)) == "triton"
-    assert chosen("cuda", torch.bfloat16, 20, 20, "auto", ("dropout",)) == "blockwise"
+def test_gpu_tensors_go_to_hopper_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    checks = pytest.importorskip("ringflash.kernels.hopper.checks")
+    monkeypatch.setattr(checks, "runs_on", lambda device, dtype: None)
+    monkeypatch.setattr("ringflash.kernels.hopper.supports", checks.supports)
+    for dims in ((40, 40), (64, 64), (80, 80), (96, 64), (128, 128), (192, 128), (176, 128), (192, 192), (256, 256)):
+        assert chosen("cuda", torch.bfloat16, *dims) == "hopper"
+        assert chosen("cuda", torch.bfloat16, *dims, "triton") == "triton"
+    for dims in ((32, 32), (128, 32), (136, 136), (192, 64), (224, 224), (512, 512)):
+        assert chosen("cuda", torch.bfloat16, *dims) == "triton"
 
 
 @pytest.mark.usefixtures("without_triton")
@@ -123,8 +123,7 @@ def test_slow_kernels_on_a_gpu_are_warned_of_once_with_reason_and_cure(
         assert chosen("cuda", dtype, *dims) == "blockwise"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for modifiers in ((), ("softcap", "dropout")):
-            assert chosen("cuda:0", dtype, *dims, "auto", modifiers) == "blockwise"
+        assert chosen("cuda:0", dtype, *dims, "auto") == "blockwise"
 
 
 @pytest.mark.usefixtures("on_a_gpu")
@@ -211,12 +210,6 @@ def test_caches_on_gpus_are_read_by_triton_and_else_a_warning_says_why_not(monke
 def test_without_triton_caches_on_gpus_are_read_by_torch_operators_with_a_warning() -> None:
     with pytest.warns(UserWarning, match="triton is not installed"):
         assert decoding(CUDA, torch.bfloat16, 128, 128) == "cpu.decode"
-
-
-def test_forced_hopper_says_where_it_is_not_chosen_for_dropout() -> None:
-    pytest.importorskip("ringflash.kernels.hopper")
-    with pytest.raises(ArgumentError, match="kernel='hopper' cannot run: it is not chosen for dropout at head_dim=64;"):
-        select("cuda", torch.bfloat16, 64, kernel="hopper", modifiers=("slopes", "dropout"))
 
 
 def test_unknown_kernels_and_dtypes_are_refused_with_what_is_allowed() -> None:
