@@ -3,7 +3,8 @@
 Random bf16 inputs. TFLOP/s count visible pairs of query and key; the ratio is to the fastest of cuDNN, FlashAttention-3
 and FlashAttention-4 in the same run. Backward is timed alone, with the forward done before. Implementations take turns
 (see `benchmark_device.in_turn`), `repeats` rounds of them. Options: `cases=documents` runs the cases with that word in
-their names, `tokens=2048,8192` the dense ones of those lengths.
+their names, `tokens=2048,8192` the dense ones of those lengths. Without `tokens` there are also those of
+`benchmark_features`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ringflash.kernels.intervals import causal_intervals
 from ringflash.kernels.select import select
 from ringflash.launch import benchmark_peers as peers
 from ringflash.launch.benchmark_device import Timer, in_turn, timed_by_events
+from ringflash.launch.benchmark_features import feature_rows, ratios
 from ringflash.launch.benchmark_report import Report, Row, table_of_speeds
 
 if TYPE_CHECKING:
@@ -112,9 +114,15 @@ def measure(options: Options) -> Iterator[Report]:
         yield Report(rows, table_of_speeds(rows))
     if options.cases in CARRY:
         rows += _carry_rows(repeats)
+    special: list[Row] = []
+    for found in () if options.tokens else feature_rows(options.cases, repeats):
+        special += found
+        yield Report(rows + special, table_of_speeds(rows + special))
     for line in peers.missing():
         print(line)
     print_ratios(rows)
+    print("\n".join(ratios(special)), flush=True)
+    rows += special
     yield Report(rows, table_of_speeds(rows))
 
 

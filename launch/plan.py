@@ -20,6 +20,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -34,6 +35,7 @@ from ringflash.launch.plan_times import as_text as times_as_text
 from ringflash.launch.plan_times import draw as draw_times
 from ringflash.launch.plan_times import measure, predicted
 from ringflash.parallel.planning.choose import choose
+from ringflash.parallel.planning.choose_heads import by_heads
 from ringflash.parallel.planning.cost import Prediction, Shape, predict
 from ringflash.parallel.planning.generators import NAMES, check_plan, in_words, plan_named
 from ringflash.parallel.planning.loads import loads
@@ -46,6 +48,9 @@ from ringflash.parallel.positions.partition import Partition, default_partition,
 from ringflash.parallel.positions.segments import Segments
 from ringflash.parallel.positions.visibility import needed_keys
 from ringflash.parallel.sharding import Sharding
+
+HEADS = "heads"
+"""Beside the names of plans."""
 
 MACHINES = {"h100": SEND_RECV, "h100-copy-engine": COPY_ENGINE}
 
@@ -88,13 +93,14 @@ def _spans(segments: Segments) -> str:
 
 
 def compared(costs: dict[str, Prediction], machine: Machine, shape: Shape) -> str:
-    """What all plans are predicted to cost, a line each."""
+    """What all plans, and heads in place of one, are predicted to cost, a line each."""
     heads = f"{shape.heads} query and {shape.key_heads} key heads of {shape.head_dim}"
     lines = [f"predicted for {heads} on {machine.name}", ""]
     for name, cost in sorted(costs.items(), key=lambda x: x[1].total):
         lines.append(
             f"  {name}: {cost.total * 1e3:.3f} ms, of it forward {cost.forward.total * 1e3:.3f}; "
-            f"{cost.memory / 2**20:,.1f} MiB beside a rank's own keys; {cost.moved:,} keys travel; {in_words(name)}"
+            f"{cost.memory / 2**20:,.1f} MiB beside a rank's own keys; {cost.moved:,} keys travel; "
+            + ("all ranks exchange heads for tokens" if name == HEADS else in_words(name))
         )
     return "\n".join(lines)
 
@@ -196,6 +202,9 @@ def _without_group(options: argparse.Namespace) -> None:
             name: predict(plan.outline, found, machine, shape, options.hosts, options.token_work)
             for name, plan in plans.items()
         }
+        choice = choose(mask, partition, None, options.hosts, machine, shape, token_work=options.token_work)
+        if choice.predicted and options.hosts == 1:
+            costs[HEADS] = by_heads(choice, np.array(partition.counts()))
         print(f"{title}\n\n{compared(costs, machine, shape)}")
         return
     plan, because = _plan(options, mask, partition, machine, shape)

@@ -8,7 +8,9 @@ pytest.importorskip("triton")
 
 from ringflash.launch import benchmark
 from ringflash.launch.benchmark_device import TURN, in_turn
+from ringflash.launch.benchmark_features import features, ratios
 from ringflash.launch.benchmark_kernels import Case, document_lengths
+from ringflash.launch.benchmark_report import Row
 from ringflash.launch.benchmark_ring import ways
 
 
@@ -54,6 +56,31 @@ def test_wrong_options_are_refused_by_name(words, refused):
 def test_options_are_read_by_their_types():
     words = ["suite=prefill", "tokens=512,1024", "repeats=3", "shrink=8", "out=a=b.json"]
     assert benchmark.parse(words) == benchmark.Options("prefill", "a=b.json", (512, 1024), "", 3, "", 8)
+
+
+def test_features_are_held_against_what_their_pairs_and_bytes_say():
+    found = {x.name: x for x in features()}
+    assert len(found) == len(list(features()))
+    window, dense = found["window 1023"], found["softcap 50"]
+    seen = 1024 * 1025 / 2 + (16384 - 1024) * 1024
+    assert window.operations("fwd", window.mask) == 4 * 32 * 128 * seen
+    assert dense.operations("bwd", dense.mask) == 10 * 32 * 128 * 16384 * 16385 / 2
+    blocks = found["16 random blocks of 128"]
+    assert blocks.operations("fwd", blocks.mask) == 4 * 32 * 128 * 16384 * 16 * 128
+    latent = found["MLA 192/128"]
+    assert latent.operations("bwd", latent.mask) == 2 * 128 * (3 * 192 + 2 * 128) * 8192 * 8193 / 2
+    short = found["window 128 with sinks, gpt-oss"]
+    assert short.nbytes("fwd") == 32768 * 2 * 64 * (64 + 8 + 8 + 64)
+
+
+def test_a_ratio_of_both_passes_is_of_all_their_work_and_time():
+    def row(name, direction, milliseconds, tflops):
+        return Row(name, "case", 1, direction, milliseconds, tflops)
+
+    ours = [row("ringflash", "fwd", 1.0, 400.0), row("ringflash", "bwd", 4.0, 250.0)]
+    theirs = [row("without", "fwd", 0.5, 800.0), row("without", "bwd", 2.0, 500.0)]
+    assert ratios(ours + theirs) == [f"{'case':36s} {'without':24s} forward 0.50, both 0.50"]
+    assert ratios(ours) == []
 
 
 def test_what_is_chosen_a_plan_heads_and_each_way_between_are_timed():

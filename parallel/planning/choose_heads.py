@@ -56,10 +56,11 @@ def by_heads(plan: Choice, tokens: np.ndarray) -> Prediction:
     """
     machine, shape, ranks = plan.machine, plan.shape, len(tokens)
     row = shape.heads * shape.head_dim * shape.element
+    forward, backward = machine.rates(shape.head_dim)
     passes = []
     for rest, operations, rate, there, back in (
-        (plan.cost.forward.rest, 4, machine.forward, row + shape.key_bytes, row),
-        (plan.cost.backward.rest, 10, machine.backward, row, row + shape.key_bytes),
+        (plan.cost.forward.rest, 4, forward, row + shape.key_bytes, row),
+        (plan.cost.backward.rest, 10, backward, row, row + shape.key_bytes),
     ):
         work = plan.pairs / ranks * operations * shape.heads * shape.head_dim / rate + machine.launch
         leaving = tokens.max() * np.array([there, back]) * (ranks - 1) / ranks

@@ -166,6 +166,7 @@ class _Model:
         self.ranks = len(loads.queries)
         self.host = np.arange(self.ranks) // (self.ranks // hosts)
         self.carried = outline.carried(loads.keys)
+        self._rates = machine.rates(shape.head_dim)
 
     def _by_stage(self, values: np.ndarray) -> np.ndarray:
         """(N, R) sums of (R, R) values by stage and rank."""
@@ -211,7 +212,7 @@ class _Model:
         pairs, _, queries = self._work
         merged = np.where(pairs > 0, self.loads.queries, 0)  # a launch carries all rows on, also those that see nothing
         merged[self._own] = 0
-        compute = self._launch(pairs, np.ceil(queries / TILE) * self.shape.heads, self.machine.forward, 4, merged)
+        compute = self._launch(pairs, np.ceil(queries / TILE) * self.shape.heads, self._rates[0], 4, merged)
         return self._walk(compute + self._put_together(), gradients=False)
 
     def backward(self) -> Pass:
@@ -220,7 +221,7 @@ class _Model:
         merged = queries.copy()
         merged[self._own] = 0
         tiles = np.ceil(keys / TILE) * self.shape.key_heads
-        compute = self._launch(pairs, tiles, self.machine.backward, 10, merged)
+        compute = self._launch(pairs, tiles, self._rates[1], 10, merged)
         return self._walk(compute + self._put_together(), gradients=True)
 
     # Transfers

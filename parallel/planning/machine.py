@@ -67,6 +67,11 @@ def link(speeds: Mapping[int, float], hidden: float, latency: float, ahead: bool
     return Link((1.0, *sizes), (min(latency, seconds[0]), *seconds), hidden, ahead)
 
 
+REACHED = {64: (0.79, 0.9), 128: (1.0, 1.0), 256: (1.2, 0.63)}
+"""By dimension of heads, the shares of a machine's rates that kernels reach, forward and backward, on H100s
+(docs/benchmarks/kernels.md). What lies between is taken for the next of these."""
+
+
 @dataclass(frozen=True)
 class Machine:
     """A kind of device, and how devices are joined.
@@ -74,7 +79,7 @@ class Machine:
     Attributes:
         name: for people.
         processors: of a device, among which the tiles of a launch are divided.
-        forward: operations a second of attention, forward, in launches that fill the device.
+        forward: operations a second of attention with heads of 128, forward, in launches that fill the device.
         backward: the same of its backward pass.
         memory: bytes a second that a device reads or writes.
         launch: seconds that a launch takes beside its work.
@@ -97,6 +102,11 @@ class Machine:
         rates = (self.processors, self.forward, self.backward, self.memory)
         if not all(x > 0 for x in rates) or self.launch < 0:
             raise ArgumentError(f"{self}; allowed are rates above 0")
+
+    def rates(self, head_dim: int) -> tuple[float, float]:
+        """Operations a second of attention with heads of some dimension, forward and backward."""
+        forward, backward = next((x for dim, x in REACHED.items() if head_dim <= dim), REACHED[256])
+        return self.forward * forward, self.backward * backward
 
     def text(self) -> str:
         """As JSON; `from_text` reads it."""

@@ -48,6 +48,8 @@ def test_all_plans_are_compared_the_fastest_first() -> None:
     found = re.findall(rf"^  ([\w-]+): ({NUMBER}) ms", said, re.MULTILINE)
     assert {name for name, _ in found} == set(NAMES)
     assert [float(x) for _, x in found] == sorted(float(x) for _, x in found)
+    on_one_host = run("plan=all", "ranks=4", "length=131072", "machine=h100-copy-engine")
+    assert re.search(rf"  heads: ({NUMBER}) ms.*; all ranks exchange heads for tokens", on_one_host)
 
 
 def test_times_of_every_rank_and_stage_are_printed_and_drawn(tmp_path: Path) -> None:
