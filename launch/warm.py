@@ -33,8 +33,8 @@ from ringflash.kernels.select import select
 from ringflash.launch.doctor import usable_cores
 from ringflash.launch.flags import as_flags
 
-ROWS = 256
-"""Query and key rows of a launch; any number launches the same kernels."""
+ROWS = 1024
+"""Query and key rows of a launch; so many or more launch the same kernels."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

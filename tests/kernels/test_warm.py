@@ -72,7 +72,8 @@ class NoTransport:
 
 def both_ways(form: warm.Form, rank: int, ranks: int, mask: Mask) -> None:
     """A rank's whole call, forward and backward."""
-    length, (heads, key_heads), (dim, value_dim) = 4 * 96, form.heads, form.head_dims
+    (heads, key_heads), (dim, value_dim) = form.heads, form.head_dims
+    length = 4 * (1024 if form.sink_tokens else 96)  # long enough for launches over all that see a sink token
     sharding = Sharding(mask, seqlen=length, rank=rank, ranks=ranks)
     shapes = (heads, dim), (key_heads, dim), (key_heads, value_dim)
     leaves = [torch.zeros(1, sharding.tokens, *shape, dtype=form.dtype, requires_grad=True) for shape in shapes]
