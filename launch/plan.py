@@ -204,7 +204,7 @@ def _without_group(options: argparse.Namespace) -> None:
         }
         choice = choose(mask, partition, None, options.hosts, machine, shape, token_work=options.token_work)
         if choice.predicted and options.hosts == 1:
-            costs[HEADS] = by_heads(choice, np.array(partition.counts()))
+            costs[HEADS] = by_heads(choice, np.array(partition.counts()), max(partition.counts()))
         print(f"{title}\n\n{compared(costs, machine, shape)}")
         return
     plan, because = _plan(options, mask, partition, machine, shape)

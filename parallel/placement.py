@@ -289,7 +289,7 @@ class Placement:
         if index not in self._heads_choices:
             choice = self.choice(index)
             tokens = np.array(self._laid_end_to_end[0].counts())
-            self._heads_choices[index] = None if choice is None else choose_heads(choice, tokens)
+            self._heads_choices[index] = None if choice is None else choose_heads(choice, tokens, self.rows_in_groups)
         return self._heads_choices[index]
 
     def for_heads(self, index: int, heads: int) -> tuple[Placement, int]:

@@ -57,8 +57,9 @@ def head_groups(rows: int, heads: int, key_heads: int, head_dim: int, exchanging
         exchanging: ranks among which a group's query heads are divided.
     """
     nbytes, found = 4 * rows * heads * head_dim, 1
+    room = ROOM if exchanging == 1 else ROOM // 2  # what crossed lies beside it, and launches are over more rows
     for groups in range(2, key_heads + 1):
-        if found * ROOM >= nbytes:
+        if found * room >= nbytes:
             break
         if key_heads % groups == 0 and (heads // groups) % exchanging == 0:
             found = groups

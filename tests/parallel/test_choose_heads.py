@@ -36,7 +36,8 @@ def exchanged(mask, **place):
 @pytest.mark.parametrize("partition", ["zigzag", "contiguous"])
 def test_long_causal_sequences_are_attended_by_heads_and_short_ones_by_a_plan(partition):
     """As measured (docs/benchmarks/ring.md): at 131,072 tokens heads win, at 32,768 a plan of level shares does."""
-    assert exchanged(Mask.causal(), seqlen=131072, partition=partition)
+    for seqlen in (131072, 1 << 20):
+        assert exchanged(Mask.causal(), seqlen=seqlen, partition=partition)
     assert not exchanged(Mask.causal(), seqlen=4096, partition=partition)
     assert bool(exchanged(Mask.causal(), seqlen=32768, partition=partition)) == (partition == "contiguous")
 
@@ -61,7 +62,8 @@ def test_what_is_chosen_takes_less_time_and_no_more_memory_than_is_allowed(token
     found = exchanged(Mask.causal(), **place)
     with mock.patch.object(choose, "_known", return_value=COPY_ENGINE):
         plan = Sharding(Mask.causal(), rank=0, token_work=0, **place)._placement.choice(0)
-    cost = choose_heads.by_heads(plan, np.full(ranks, (1 << tokens) // ranks))
+    share = (1 << tokens) // ranks
+    cost = choose_heads.by_heads(plan, np.full(ranks, share), share)
     faster = cost.total < 0.99 * (plan.cost.total + plan.crossing)
     fits = cost.memory <= max(MEMORY, plan.predicted["ring"].memory)
     assert (found is not None) == (faster and fits and plan.cost.attention >= choose.LEAST)

@@ -30,7 +30,7 @@ from ringflash.training.model.transformer import attention_mask
 
 def attention(config: Config, sizes: Sizes, hardware: Hardware) -> Prediction:
     """Both passes of a block's attention to one sequence of one document."""
-    model, degree = sizes.model, sequence_degree(config, hardware.gpus)
+    degree = sequence_degree(config, hardware.gpus)
     hosts = max(1, -(-degree // hardware.gpus_per_host))
     mask, name = attention_mask(config.attention), config.attention.partition or "zigzag"
     partition = resolve("zigzag" if name == "balanced" else name, config.train.seqlen, degree, [mask])
@@ -40,8 +40,8 @@ def attention(config: Config, sizes: Sizes, hardware: Hardware) -> Prediction:
     chosen = choose(mask, partition, hosts=hosts, machine=machine, shape=shape, level=level)
     if chosen.predicted:
         tokens = np.array(partition.counts())
-        free = config.attention.head_ranks is None and hosts == 1 and model.num_attention_heads % degree == 0
-        heads = choose_heads(chosen, tokens) if free else None
+        free = config.attention.head_ranks is None and hosts == 1 and not sizes.shape.heads % degree
+        heads = choose_heads(chosen, tokens, sizes.tokens) if free else None
         return chosen.cost if heads is None else heads.cost
     found = loads(mask, partition, partition, needed_keys(mask, partition.segments, partition.length))
     return predict(plan_named(chosen.name, mask, partition, hosts=hosts).outline, found, machine, shape, hosts)
