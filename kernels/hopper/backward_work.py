@@ -170,7 +170,7 @@ def find_work(
     N: gl.constexpr = buffers.key.shape[1]
     # What stands for none must not be None, which triton 3.6 cannot return.
     turns = Turns(rows_of_tile_ptr, 0, buffers.loaded, buffers.loaded)
-    slot = key_rows
+    slot = key_rows  # stands for none
     if ORDERED:
         section = gl.load(section_ptr)
         per_section = (key_rows + N - 1) // N * section
