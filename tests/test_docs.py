@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forks import run_script
 
 from ringflash.launch import plan
 
@@ -89,31 +87,26 @@ def test_overrides_are_keys_of_the_configuration(page: Path) -> None:
             compose("config", overrides=overrides)
 
 
+def printed(program: str, name: str, ranks: int | None, folder: Path) -> str:
+    """What a program prints, by one rank behind the other; started alone if ranks is None."""
+    (folder / name).write_text(program)
+    result = run_script(folder / name, folder=folder, ranks=ranks)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/sagemaker.md", "docs/masks.md"])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_python_in_pages_runs_alone_and_on_two_ranks(page: str, ranks: int, tmp_path: Path) -> None:
     examples = blocks(CHECKOUT / page, "python")
     assert examples
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     for number, example in enumerate(examples):
-        script = tmp_path / f"example_{number}.py"
-        script.write_text(example)
-        command = [sys.executable, *launcher, script.name]
-        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-        assert result.returncode == 0, result.stdout + result.stderr
+        printed(example, f"example_{number}.py", ranks if ranks > 1 else None, tmp_path)
 
 
 def run_as_one_script(page: str, ranks: int | None, folder: Path) -> str:
     """What a page's Python prints, started alone if ranks is None."""
-    script = folder / "example.py"
-    script.write_text("\n".join(blocks(CHECKOUT / page, "python")))
-    launcher = [] if ranks is None else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, *launcher, script.name]
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+    return printed("\n".join(blocks(CHECKOUT / page, "python")), "example.py", ranks, folder)
 
 
 def numbers(text: str) -> list[float]:
@@ -121,7 +114,7 @@ def numbers(text: str) -> list[float]:
 
 
 def test_transformers_page_prints_the_same_alone_and_on_two_ranks(tmp_path: Path) -> None:
-    alone, both = (  # ranks may write into each other's lines, but not into their words
+    alone, both = (
         re.findall(r"([A-Za-z ]+): ([\d.]+|\[.*?\])", run_as_one_script("docs/transformers.md", ranks, tmp_path))
         for ranks in (None, 2)
     )

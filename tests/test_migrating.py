@@ -5,16 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-
-sys.path.append(str(Path(__file__).resolve().parent / "parallel"))
-
 from pool import Pools
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "migrating.md").read_text()
@@ -24,12 +19,6 @@ PROGRAMS = {
     for program in re.findall(r"^```python\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
 }
 """By the heading of the section."""
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Pools]:
-    with Pools() as pools:
-        yield pools
 
 
 def _printed(program: str) -> list[float]:

@@ -8,15 +8,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "parallel"))
 from pool import Pool
 
 from ringflash import (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "training"))
 
-from launcher import command, environment, launch, losses
+from launcher import command, environment, launch_forked, losses
 
 from ringflash.training.run.interruption import STOPPED
 
@@ -30,7 +31,7 @@ JOB = (
 def whole(tmp_path_factory):
     """The run that nothing happens to."""
     folder = tmp_path_factory.mktemp("whole")
-    result = launch(folder, 2, "run_dir=run", *JOB)
+    result = launch_forked(folder, 2, "run_dir=run", *JOB)
     assert result.returncode == 0, result.stderr
     return folder, losses(folder / "run")
 
@@ -54,7 +55,7 @@ def test_a_killed_rank_ends_the_run_and_the_next_start_continues_it(whole, tmp_p
         os.kill(_workers(run.pid)[1], signal.SIGKILL)
         assert run.wait(timeout=60) != 0  # its peer does not wait for ever
     assert len(losses(tmp_path / "run")) < 12
-    result = launch(tmp_path, next_ranks, *job)
+    result = launch_forked(tmp_path, next_ranks, *job)
     assert result.returncode == 0, result.stderr
     curve = losses(tmp_path / "run")
     assert curve == pytest.approx(expected, rel=1e-4)
@@ -81,6 +82,24 @@ def _start_and_signal(folder, ranks, job, target, number):
     return run.returncode, output
 
 
+LONG = (*JOB, "checkpoint.every=0", "train.steps=40")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(whole, tmp_path_factory):
+    """Losses of the long run on so many ranks."""
+    cache = f"data.cache_dir={whole[0] / 'runs' / 'cache'}"
+
+    @functools.cache
+    def of(ranks):
+        folder = tmp_path_factory.mktemp("uninterrupted")
+        result = launch_forked(folder, ranks, "run_dir=run", cache, *LONG)
+        assert result.returncode == 0, result.stderr
+        return losses(folder / "run")
+
+    return of
+
+
 @pytest.mark.parametrize(
     ("ranks", "target", "number"),
     [
@@ -91,24 +110,22 @@ def _start_and_signal(folder, ranks, job, target, number):
     ids=["torchrun", "one_rank", "without_torchrun"],
 )
 def test_a_run_that_is_signalled_to_stop_saves_its_step_and_the_next_start_continues_it(
-    whole, tmp_path, ranks, target, number
+    whole, uninterrupted, tmp_path, ranks, target, number
 ):
     folder, _ = whole
-    job = (f"data.cache_dir={folder / 'runs' / 'cache'}", *JOB, "checkpoint.every=0", "train.steps=80")
-    uninterrupted = launch(tmp_path, ranks, "run_dir=whole", *job)
-    assert uninterrupted.returncode == 0, uninterrupted.stderr
+    job = (f"data.cache_dir={folder / 'runs' / 'cache'}", *LONG)
     status, output = _start_and_signal(tmp_path, ranks, job, target, number)
     done = len(losses(tmp_path / "run"))
-    assert done < 80
+    assert done < 40
     assert f"stopped by a signal: saved run/checkpoints/step-{done:08}; run_dir=run goes on from there" in output
     for rank in range(ranks or 1):
-        said = f"rank {rank}: stopped by a signal after step {done} of 80; it is saved; exit status {STOPPED}"
+        said = f"rank {rank}: stopped by a signal after step {done} of 40; it is saved; exit status {STOPPED}"
         assert said in output
     assert status == (STOPPED if ranks is None else 1)  # torchrun's own status
-    result = launch(tmp_path, ranks, "run_dir=run", *job)
+    result = launch_forked(tmp_path, ranks, "run_dir=run", *job)
     assert result.returncode == 0, result.stderr
     assert f"at step {done}" in result.stdout
-    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert losses(tmp_path / "run") == uninterrupted(ranks)
 
 
 def test_a_disk_that_fills_up_costs_checkpoints_but_not_the_run(whole, tmp_path):

@@ -1,15 +1,10 @@
-"""The pool of gloo workers, shared with the tests of parallel/."""
+"""The pool of gloo workers for the tests of Transformers."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-
-sys.path.append(str(Path(__file__).parent.parent / "parallel"))
-
 from pool import PRELOAD, Pools
 
 # Seconds for each worker, unless they are there when they are forked.
@@ -18,6 +13,6 @@ PRELOAD += ["ringflash.transformers", "trl.trainer.sft_trainer", "peft"]
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[Pools]:
-    """As of parallel/, with workers of each file's own: groups that trainers make stay, with their threads."""
+    """Workers of each file's own: what trainers keep for their process stays."""
     with Pools() as pools:
         yield pools

@@ -7,14 +7,12 @@ on tensors without storage, and a stand-in for the kernel catches its arguments.
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from unittest import mock
 
 import torch
 import triton
+from ptxas import reporting, serialised, spilled
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -91,8 +89,9 @@ def compile_for(target: str, call: Caught) -> Resources:
             specialised = name not in unspecialised
             signature[name] = _type_of(call.arguments[name], (index,), specialised, constants, attributes)
     source = ASTSource(call.kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=TARGETS[target], options=call.options)
-    return _read_amd(compiled) if TARGETS[target].backend == "hip" else _read_nvidia(compiled, target)
+    with reporting():
+        compiled = triton.compile(source, target=TARGETS[target], options=call.options)
+    return _read_amd(compiled) if TARGETS[target].backend == "hip" else _read_nvidia(compiled)
 
 
 def _type_of(x, path: tuple[int, ...], specialised: bool, constants: dict, attributes: dict) -> str | tuple:
@@ -115,20 +114,13 @@ def _type_of(x, path: tuple[int, ...], specialised: bool, constants: dict, attri
     return f"tensordesc<{_POINTERS[x.base.dtype][1:]}{list(x.block_shape)}>"
 
 
-def _read_nvidia(compiled, target: str) -> Resources:
-    from triton.backends.nvidia.compiler import get_ptxas  # absent from builds without the NVIDIA backend
-
-    chip = target + ("a" if TARGETS[target].arch >= 90 else "")
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(compiled.asm["ptx"])
-        command = [get_ptxas(TARGETS[target].arch).path, "-v", f"--gpu-name={chip}", source, "-o", Path(folder, "out")]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+def _read_nvidia(compiled) -> Resources:
+    report = compiled.metadata.ptxas
     return Resources(
         registers=int(re.search(r"Used (\d+) registers", report)[1]),
-        spilled=int(re.search(r"(\d+) bytes spill stores", report)[1]),
+        spilled=spilled(report),
         shared=compiled.metadata.shared,
-        warnings=tuple(line for line in report.splitlines() if re.search(r"C75\d\d|serializ", line)),
+        warnings=serialised(report),
         assembly=compiled.asm["ptx"],
     )
 

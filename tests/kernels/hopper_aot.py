@@ -7,10 +7,12 @@ import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from unittest import mock
 
 import triton
+from ptxas import reporting, serialised, spilled
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -27,19 +29,24 @@ KEPT = ("HGMMA", "WARPGROUP.DEPBAR", "BAR.SYNC", "BAR.ARV", "SYNCS", "ARRIVES", 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one compiled kernel uses, and the order of its instructions.
+    """What one compiled kernel uses.
 
     Attributes:
         spilled: bytes of registers that a thread stores to memory.
         shared: bytes of shared memory of a program.
         warnings: what ptxas says about wgmma that it serialised.
-        blocks: basic blocks by label, in order; each a list of the instructions of interest.
+        binary: the machine code.
     """
 
     spilled: int
     shared: int
     warnings: list[str]
-    blocks: dict[str, list[str]]
+    binary: bytes
+
+    @cached_property
+    def blocks(self) -> dict[str, list[str]]:
+        """Basic blocks by label, in order; each a list of the instructions of interest."""
+        return basic_blocks(disassemble(self.binary))
 
 
 class Caught:
@@ -83,27 +90,18 @@ def compile_call(call: Caught) -> Compiled:
         else:
             signature[name], attributes[(index,)] = POINTERS[str(x.dtype)], [["tt.divisibility", 16]]
     source = GluonASTSource(call.kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": call.num_warps})
-    report, code = assemble(compiled.asm["ptx"])
-    return Compiled(
-        spilled=int(re.search(r"(\d+) bytes spill stores", report)[1]),
-        shared=compiled.metadata.shared,
-        warnings=[line for line in report.splitlines() if re.search(r"C75\d\d|serializ", line)],
-        blocks=basic_blocks(code),
-    )
+    with reporting():
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": call.num_warps})
+    report = compiled.metadata.ptxas
+    return Compiled(spilled(report), compiled.metadata.shared, list(serialised(report)), compiled.asm["cubin"])
 
 
-def assemble(ptx: str) -> tuple[str, str]:
-    """ptxas' report and the disassembly."""
-    ptxas = get_ptxas(90).path
-    with tempfile.TemporaryDirectory() as folder:
-        source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
-        source.write_text(ptx)
-        command = [ptxas, "-v", "--gpu-name=sm_90a", source, "-o", binary]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        disassembler = os.path.join(os.path.dirname(ptxas), "nvdisasm")
-        code = subprocess.run([disassembler, "-c", binary], capture_output=True, text=True, check=True).stdout
-    return report, code
+def disassemble(binary: bytes) -> str:
+    """The instructions of machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(binary)
+        command = [os.path.join(os.path.dirname(get_ptxas(90).path), "nvdisasm"), "-c", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def basic_blocks(code: str) -> dict[str, list[str]]:

@@ -5,7 +5,7 @@
         dist.all_gather_object(gathered, value)
         return gathered
 
-    def test_ranks_agree(pool):                            # the fixture of conftest.py
+    def test_ranks_agree(pool):                            # the fixture of tests/conftest.py
         assert pool(2).run(ranks_agree, 7) == [[7, 7], [7, 7]]
 
 Workers are forked from a server that has imported torch, which takes seconds once and then tenths of a second for a
@@ -13,14 +13,15 @@ pool of any size. Every rank has one thread and the default gloo process group. 
 the parent with the traceback of each rank that failed. Nothing waits for ever: after the timeout, or shortly after
 another rank has failed, ranks that have not answered are killed with their stacks shown, and the next call starts a
 fresh pool.
-
-Tests in another folder put this folder on `sys.path` and import `Pools`.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import gc
+import glob
 import multiprocessing
+import multiprocessing.context
 import os
 import pickle
 import shutil
@@ -39,8 +40,18 @@ from typing import Any
 PRELOAD = ["torch._dynamo", "torch.distributed.device_mesh", "ringflash", "hypothesis", "pytest"]
 """Imported once, before workers are forked; torch imports its compiler at the first call of a custom operator."""
 
+MOST_THREADS = 24
+"""Of a rank that goes on to the next test: gloo leaves one for each group, which wakes a hundred times a second."""
+
 START_TIMEOUT = 120.0
 """Seconds until every rank has imported torch and joined its group, on a busy machine."""
+
+
+def server() -> multiprocessing.context.ForkServerContext:
+    """Starts processes as forks of one that has imported PRELOAD."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
 
 
 class WorkerError(Exception):
@@ -130,9 +141,12 @@ class Pool:
             shutil.rmtree(self._folder, ignore_errors=True)
         self._workers, self._pipes, self._folder = [], [], None
 
+    def crowded(self) -> bool:
+        """Whether calls have left so many groups in a rank that a fresh one is cheaper."""
+        return any(len(glob.glob(f"/proc/{worker.pid}/task/*")) > MOST_THREADS for worker in self._workers)
+
     def _start(self) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
+        context = server()
         self._folder = tempfile.mkdtemp(prefix="ringflash-pool-")
         for rank in range(self.size):
             pipe, end = context.Pipe()
@@ -196,6 +210,12 @@ class Pools:
     def __call__(self, size: int) -> Pool:
         return self._pools.setdefault(size, Pool(size))
 
+    def renew(self) -> None:
+        """Stop the workers in which earlier calls have left too much; between tests, which all may meet fresh ones."""
+        for pool in self._pools.values():
+            if pool.crowded():
+                pool.close()
+
     def __enter__(self) -> Pools:
         return self
 
@@ -208,6 +228,7 @@ def _serve(
     rank: int, size: int, folder: str, group_timeout: float, backend: str, ends_on_error: bool, pipe: Connection
 ) -> None:
     """Body of a worker: join the group, then answer calls until the parent goes away."""
+    gc.freeze()  # half a million objects of imports, which each collection would look through
     with open(Path(folder, f"stack{rank}"), "w") as stacks:
         faulthandler.register(signal.SIGUSR1, file=stacks)
         os.environ["OMP_NUM_THREADS"] = "1"

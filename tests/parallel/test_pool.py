@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from pool import Pool, WorkerError
+from pool import MOST_THREADS, Pool, Pools, WorkerError
 
 
 def _rank_and_sum(x):
@@ -66,3 +66,19 @@ def test_failed_silent_and_dead_ranks_are_named_and_the_next_call_works():
         assert "rank 0 died with exit code -9" in str(outcomes[0].error)
         assert outcomes[1].error is None
         assert len(pool.run(_rank_and_sum, 1)) == 2
+
+
+def _leave_groups(number):
+    for _ in range(number):
+        dist.new_group([0, 1])
+
+
+def test_ranks_with_many_groups_of_earlier_tests_are_replaced_and_others_stay():
+    with Pools() as pools:
+        first = pools(2).run(os.getpid)
+        pools(2).run(_leave_groups, 2)
+        pools.renew()
+        assert pools(2).run(os.getpid) == first
+        pools(2).run(_leave_groups, MOST_THREADS)
+        pools.renew()
+        assert not set(pools(2).run(os.getpid)) & set(first)

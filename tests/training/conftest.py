@@ -1,22 +1,9 @@
-"""The pool of gloo workers, shared with the tests of parallel/."""
+"""What workers of the tests of training have imported before they are forked."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from pathlib import Path
+from pool import PRELOAD
 
-import pytest
-
-sys.path.append(str(Path(__file__).parent.parent / "parallel"))
-
-from pool import PRELOAD, Pools
-
-PRELOAD += ["ringflash.transformers", "peft", "datasets"]  # seconds for each worker, unless it is there by then
-
-
-@pytest.fixture(scope="session")
-def pool() -> Iterator[Pools]:
-    """`pool(n).run(function, *args)` runs a module-level function on n gloo ranks and returns their results."""
-    with Pools() as pools:
-        yield pools
+# Seconds for each worker, unless they are there when they are forked. DeepSpeed has to come later: it chooses between
+# GPU and CPU as it is imported.
+PRELOAD += ["ringflash.transformers", "peft", "datasets", "ringflash.training.run.loop"]

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from forks import alone, run_script
+
 CHECKOUT = Path(__file__).parents[2]
 
 
@@ -25,10 +27,15 @@ def launch(folder, ranks, *overrides, experiment="smoke", timeout=240):
     return subprocess.run(arguments, cwd=folder, env=environment(), capture_output=True, text=True, timeout=timeout)
 
 
+def launch_forked(folder, ranks, *overrides, timeout=240):
+    """`launch` where nothing depends on torchrun: seconds less of each rank."""
+    _, script, *words = command(None, *overrides)
+    return run_script(script, *words, folder=folder, ranks=ranks, timeout=timeout)
+
+
 def environment():
     """One thread each, and nothing of a surrounding torchrun."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return alone(dict(os.environ))
 
 
 def losses(run):

@@ -187,11 +187,17 @@ def test_how_ranks_are_used_does_not_change_the_losses(pool, folder, tuned, use)
     assert found["bits_per_byte"] is None
 
 
-def test_a_chat_model_is_tuned_by_two_ranks_exported_loaded_and_answers(pool, folder, tmp_path):
+@pytest.fixture(scope="module")
+def answering(pool, folder):
+    """A folder of a chat model that two ranks have tuned until it answers."""
     long = ["train.steps=120", "optimizer.lr=1e-2", "logging.every=50", "optimizer.warmup_steps=10"]
     pool(2).run(_tune, folder, "answers", *long, timeout=200)
-    export(folder / "answers", tmp_path / "out")
-    model, tokenizer = (kind.from_pretrained(tmp_path / "out") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    export(folder / "answers", folder / "answering")
+    return folder / "answering"
+
+
+def test_a_chat_model_is_tuned_by_two_ranks_exported_loaded_and_answers(answering):
+    model, tokenizer = (kind.from_pretrained(answering) for kind in (AutoModelForCausalLM, AutoTokenizer))
     chat = messages_of([("What is 2 and 3?", "")])[:1]
     asked = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
     answer = model.generate(**asked, do_sample=False, max_new_tokens=20, pad_token_id=0)[
@@ -222,14 +228,15 @@ def test_a_streamed_and_mixed_run_goes_on_from_its_middle_bit_for_bit(pool, fold
     assert other == pytest.approx(rest, rel=2e-4)
 
 
-def test_the_commands_and_the_script_of_the_page_run(folder, tmp_path):
+def test_the_commands_and_the_script_of_the_page_run(folder, answering, tmp_path):
+    """From a model that answers already, which the commands train a little further."""
     page = (CHECKOUT / "docs" / "finetuning.md").read_text()
     commands, script = (re.search(rf"^```{kind}\n(.*?)^```", page, re.M | re.S)[1] for kind in ("bash", "python"))
-    for name in ("model", "chats.jsonl"):
-        (tmp_path / name).symlink_to(folder / name)
+    (tmp_path / "model").symlink_to(answering)
+    (tmp_path / "chats.jsonl").symlink_to(folder / "chats.jsonl")
     (tmp_path / "launch").symlink_to(CHECKOUT / "launch")
     (tmp_path / "script.py").write_text(script)
-    small = " train.seqlen=96 optimizer.lr=1e-2 train.epochs=9 optimizer.warmup_steps=5 logging=quiet"
+    small = " train.seqlen=96 optimizer.lr=1e-3 train.epochs=0.5 optimizer.warmup_steps=1 logging=quiet"
     commands = commands.replace(" train.seqlen=4096", "").replace(" train.epochs=2 optimizer.lr=2e-5", small)
     commands = commands.replace("--nproc-per-node 4", "--nproc-per-node 2").replace("torchrun", "torchrun --standalone")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -241,6 +248,8 @@ def test_the_commands_and_the_script_of_the_page_run(folder, tmp_path):
         said.append(result.stdout)
     assert "tuned: the logits differ by" in said[0]
     assert said[1].startswith("It is")
+    before, after = (load_file(path / "model.safetensors") for path in (answering, tmp_path / "tuned"))
+    assert not all(torch.equal(before[name], after[name]) for name in before)
 
 
 def _tune_where_folders_differ(folder, differ):

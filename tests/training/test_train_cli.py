@@ -8,7 +8,7 @@ import os
 
 import pytest
 import yaml
-from launcher import launch, losses
+from launcher import launch, launch_forked, losses
 
 from ringflash.training.checkpoint.reading import Checkpoint
 
@@ -85,25 +85,32 @@ def test_a_sweep_over_a_handed_over_experiment_is_one_run_after_another(tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["conf", "runs"]
 
 
-@pytest.mark.parametrize(
-    ("overrides", "said"),
-    [
-        (["data.path=nowhere"], "DataError: data.path=nowhere: no such file or folder"),
-        (["checkpoint.resume=nowhere"], "ArgumentError: checkpoint.resume=nowhere: no such folder"),
-        (["+model._target_=os.system"], "ArgumentError: model._target_ is no configuration key"),
-        (["model.folder=x"], "ArgumentError: model.folder is no configuration key; allowed here are head_dim"),
-        (["model.path=x"], "ArgumentError: model.path=x: no such folder"),
-        (["hydra.callbacks.x._target_=os.abort"], "ArgumentError: hydra.callbacks.x._target_ would configure Hydra"),
-        (["run_dir=${nowhere}"], "Interpolation key 'nowhere' not found"),
-    ],
-    ids=lambda value: value[0] if isinstance(value, list) else None,
-)
-def test_a_mistake_is_answered_in_a_few_lines_that_name_it(tmp_path, overrides, said):
-    result = launch(tmp_path, None, *overrides)
-    assert result.returncode != 0
+MISTAKES = [
+    (["data.path=nowhere"], "DataError: data.path=nowhere: no such file or folder"),
+    (["checkpoint.resume=nowhere"], "ArgumentError: checkpoint.resume=nowhere: no such folder"),
+    (["+model._target_=os.system"], "ArgumentError: model._target_ is no configuration key"),
+    (["model.folder=x"], "ArgumentError: model.folder is no configuration key; allowed here are head_dim"),
+    (["model.path=x"], "ArgumentError: model.path=x: no such folder"),
+    (["hydra.callbacks.x._target_=os.abort"], "ArgumentError: hydra.callbacks.x._target_ would configure Hydra"),
+    (["run_dir=${nowhere}"], "Interpolation key 'nowhere' not found"),
+]
+
+
+def assert_answered_briefly(result, said):
+    assert result.returncode not in (None, 0)
     assert said in result.stderr
     assert "Traceback" not in result.stderr
     assert len(result.stderr.splitlines()) <= 8
+
+
+@pytest.mark.parametrize(("overrides", "said"), MISTAKES, ids=[overrides[0] for overrides, _ in MISTAKES])
+def test_a_mistake_is_answered_in_a_few_lines_that_name_it(tmp_path, overrides, said):
+    assert_answered_briefly(launch_forked(tmp_path, None, *overrides), said)
+
+
+def test_nor_does_a_process_of_its_own_say_more(tmp_path):
+    overrides, said = MISTAKES[0]
+    assert_answered_briefly(launch(tmp_path, None, *overrides), said)
 
 
 def test_the_recipe_runs_where_no_optional_library_is_installed(tmp_path):
