@@ -44,8 +44,6 @@ def select(
     head_dim: int,
     value_head_dim: int | None = None,
     kernel: str = "auto",
-    modifiers: tuple[str, ...] = (),
-    sink_tokens: bool = False,
 ) -> ModuleType:
     """The module whose `attend`, `attend_backward` and `row_delta` to call.
 
@@ -55,9 +53,6 @@ def select(
         head_dim: head dimension of query and key.
         value_head_dim: head dimension of value; that of query and key if None.
         kernel: one of `NAMES`.
-        modifiers: names of what is done to scores and weights, those of the fields of
-            `ringflash.kernels.modifiers.Modifiers`: softcap, slopes, dropout, key_visible.
-        sink_tokens: whether the mask has sink tokens, a second range of keys in front of each row's own.
 
     Raises:
         ArgumentError: the kernel is unknown or cannot run on this; says what is missing.
@@ -66,7 +61,7 @@ def select(
         >>> select("cpu", torch.float32, 64).__name__
         'ringflash.kernels.cpu.blockwise'
     """
-    return _select(torch.device(device), dtype, head_dim, value_head_dim or head_dim, kernel, modifiers, sink_tokens)
+    return _select(torch.device(device), dtype, head_dim, value_head_dim or head_dim, kernel)
 
 
 @functools.lru_cache(maxsize=256)
@@ -76,14 +71,12 @@ def _select(
     head_dim: int,
     value_head_dim: int,
     kernel: str,
-    modifiers: tuple[str, ...],
-    sink_tokens: bool,
 ) -> ModuleType:
     if kernel not in NAMES:
         raise ArgumentError(f"kernel={kernel!r}; allowed are {', '.join(NAMES)}")
     if dtype not in DTYPES:
         raise ArgumentError(f"query is {dtype}; allowed are {', '.join(str(x) for x in DTYPES)}")
-    problem = (device, dtype, head_dim, value_head_dim, modifiers, sink_tokens)
+    problem = (device, dtype, head_dim, value_head_dim)
     if kernel == "auto":
         on_gpu = AUTO_ON_GPUS if device.type == "cuda" else ()
         kernel = next((name for name in on_gpu if _missing(name, *problem) is None), "blockwise")
@@ -133,8 +126,6 @@ def _cure(
     dtype: torch.dtype,
     head_dim: int,
     value_head_dim: int,
-    modifiers: tuple[str, ...],
-    sink_tokens: bool,
 ) -> str:
     """What to change for kernel="triton" to run."""
     if importlib.util.find_spec("triton") is None:
@@ -144,14 +135,12 @@ def _cure(
         ((head_dim, value_head_dim), ""),
         (padded, f", and zeros up to head dimensions {padded}"),
     ):
-        fits = [
-            x for x in reversed(DTYPES) if _missing("triton", device, x, dim, value_dim, modifiers, sink_tokens) is None
-        ]
+        fits = [x for x in reversed(DTYPES) if _missing("triton", device, x, dim, value_dim) is None]
         if dtype in fits:
             return f"Pad with zeros up to head dimensions {padded}, and pass the scale that belongs to {head_dim}"
         if fits:
             return f"Give query, key and value as {' or '.join(map(str, fits))}{how}"
-    if _missing("triton", device, torch.bfloat16, 64, 64, modifiers, sink_tokens) is None:
+    if _missing("triton", device, torch.bfloat16, 64, 64) is None:
         return "Nothing faster takes head dimensions beyond that"
     return "`make doctor` shows what this machine lacks"
 
@@ -162,8 +151,6 @@ def _missing(
     dtype: torch.dtype,
     head_dim: int,
     value_head_dim: int,
-    modifiers: tuple[str, ...],
-    sink_tokens: bool,
 ) -> str | None:
     """Why a kernel cannot run, in words; None if it can."""
     if kernel in ("reference", "blockwise"):
@@ -171,9 +158,5 @@ def _missing(
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if kernel == "hopper":
-        if without := [name for name in modifiers if name != "slopes"]:
-            return f"it is not chosen for {' and '.join(without)}; triton and blockwise are"
-        if sink_tokens:
-            return "it takes no masks with sink tokens; triton and blockwise do"
         return importlib.import_module(MODULES["hopper"]).supports(device, dtype, head_dim, value_head_dim)
     return importlib.import_module(MODULES["triton"]).missing(device, dtype, head_dim, value_head_dim)

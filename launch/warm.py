@@ -33,8 +33,8 @@ from ringflash.kernels.select import select
 from ringflash.launch.doctor import usable_cores
 from ringflash.launch.flags import as_flags
 
-ROWS = 256
-"""Query and key rows of a launch; any number launches the same kernels."""
+ROWS = 1024
+"""Query and key rows of a launch; so many or more launch the same kernels."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -66,10 +66,9 @@ class Form:
     deterministic: bool = False
 
     @property
-    def modifiers(self) -> tuple[str, ...]:
-        """Names of what is done to scores and weights, as `ringflash.kernels.select` takes them."""
-        given = {"softcap": self.softcap, "slopes": self.alibi, "dropout": self.dropout, "key_visible": self.padding}
-        return tuple(name for name, x in given.items() if x)
+    def modified(self) -> bool:
+        """Whether something is done to scores and weights, see `ringflash.kernels.modifiers`."""
+        return bool(self.softcap or self.alibi or self.dropout or self.padding)
 
     def __str__(self) -> str:
         dims, heads = ("/".join(map(str, dict.fromkeys(x))) for x in (self.head_dims, self.heads))
@@ -151,7 +150,7 @@ def _quiet() -> None:
 def compile_part(part: Part, device: torch.device) -> list[Compiled]:
     """Launch a part, and say what kernels it took; none where attention is torch's operators."""
     form = part.form
-    kernels = select(device, form.dtype, *form.head_dims, "auto", form.modifiers, form.sink_tokens)
+    kernels = select(device, form.dtype, *form.head_dims, "auto")
     if "triton" not in sys.modules:
         return []
     from triton import knobs
@@ -202,7 +201,7 @@ def _intervals(form: Form, device: torch.device) -> KeyIntervals:
 
 
 def _modifiers(form: Form, device: torch.device) -> Modifiers | None:
-    if not form.modifiers:
+    if not form.modified:
         return None
     position = torch.arange(ROWS, dtype=torch.int32, device=device)
     positioned = form.alibi or bool(form.dropout)

@@ -41,8 +41,7 @@ def intervals() -> dict[str, KeyIntervals]:
 def check(name: str, problem: Problem, cuts: tuple[int, ...] = (), deterministic: bool = False) -> None:
     """Forward and backward."""
     dims = problem.query.shape[2], problem.value.shape[2]
-    asked = problem.modifiers is not None, problem.intervals.has_sink_tokens
-    kernels = select("cuda", problem.query.dtype, *dims, name, *asked)
+    kernels = select("cuda", problem.query.dtype, *dims, name)
     results = run(kernels, problem, cuts, deterministic=deterministic)
     for result, x in vars(results).items():
         assert not x.isnan().any(), result
@@ -57,12 +56,22 @@ def check_kernels(name: str, dim: int) -> None:
         print(f"{name} {dim} {mask}", flush=True)
 
 
-def check_modifiers() -> None:
+def check_modifiers(name: str, dim: int) -> None:
     """All score modifiers and sink tokens at once."""
     x = to_device(monotone_intervals(205, 140, seed=2, sink=True), "cuda")
     modifiers = draw_modifiers(x, HEADS[0], 3, 3.0, "of each row", 0.3, True)
-    check("triton", draw_problem(x, HEADS, (64, 64), torch.float16, modifiers=modifiers))
-    print("modifiers", flush=True)
+    check(name, draw_problem(x, HEADS, (dim, dim), torch.float16, modifiers=modifiers))
+    print(f"{name} {dim} modifiers", flush=True)
+
+
+def check_chunks() -> None:
+    """Sink tokens that so many rows see that the Hopper kernels cut them into chunks."""
+    row = torch.arange(2301, device="cuda")
+    start = (row - 100).clamp(min=0)
+    intervals = KeyIntervals(start, row + 1, len(row), torch.zeros_like(row), start.clamp(max=4))
+    for dim in (64, 128, 256):
+        check("hopper", draw_problem(intervals, HEADS, (dim, dim), torch.bfloat16))
+        print(f"hopper {dim} chunks", flush=True)
 
 
 def check_decoding() -> None:
@@ -90,7 +99,9 @@ PARTS = {
         for dim in (64, 128)
     },
     "hopper256": functools.partial(check_kernels, "hopper", 256),
-    "modifiers": check_modifiers,
+    "modifiers": functools.partial(check_modifiers, "triton", 64),
+    "hopper-modifiers": functools.partial(check_modifiers, "hopper", 128),
+    "hopper-chunks": check_chunks,
     "decoding": check_decoding,
 }
 

@@ -16,6 +16,13 @@ from ringflash.kernels.gpu.modifiers_given import modifiers_aligned, modifiers_m
 from ringflash.kernels.hopper.backward_kernel import attend_backward_kernel
 from ringflash.kernels.hopper.backward_order import order_of_programs
 from ringflash.kernels.hopper.backward_split_kernel import attend_backward_split_kernel
+from ringflash.kernels.hopper.backward_tokens import (
+    Programs,
+    add_slots,
+    chunk_count,
+    order_with_chunks,
+    programs_of_tiles,
+)
 from ringflash.kernels.hopper.backward_wide_kernel import attend_backward_wide_kernel
 from ringflash.kernels.hopper.checks import check_operands
 from ringflash.kernels.hopper.descriptors import (
@@ -29,10 +36,12 @@ from ringflash.kernels.hopper.descriptors import (
 )
 from ringflash.kernels.hopper.dquery_accumulate import HALF
 from ringflash.kernels.hopper.dquery_in_turn import PARTS, heads_in_turn, turns_of_tiles
+from ringflash.kernels.hopper.dropout import dropout_numbers, listed
 from ringflash.kernels.hopper.widths import WIDTHS, width_of
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.kept import Kept, metadata
 from ringflash.kernels.modifiers import Modifiers
+from ringflash.kernels.triton import attend as portable
 
 
 @dataclass(frozen=True)
@@ -64,15 +73,21 @@ BACKWARD_WIDTHS = {name: WIDTHS[name] for name in ("64", "128", "192/128", "256"
 """Columns that the kernels' blocks have."""
 
 
-def backward_width(head_dim: int, value_head_dim: int) -> str:
+def backward_width(head_dim: int, value_head_dim: int, plain: bool) -> str:
     """The name in `BACKWARD_WIDTHS` of blocks for these head dimensions.
 
-    Blocks of 256 columns take those of 192/128 as well, and are what is used: `backward_split_kernel` has not been held
-    against float64 on a GPU in the form that it has.
+    Blocks of 256 columns take what those of 192/128 do not: gradients that repeat, modifiers, sink tokens, other head
+    dimensions.
+
+    Args:
+        head_dim: of queries and keys.
+        value_head_dim: of values.
+        plain: whether there is nothing of these but perhaps the last.
     """
     width = width_of(head_dim, value_head_dim)
     assert width is not None  # as is checked before
-    return width if width in ("64", "128") else "256"
+    split = plain and (head_dim, value_head_dim) == (192, 128)
+    return width if width in ("64", "128") or split else "256"
 
 
 def stored_parts(parts: tuple[int, ...], dim: int) -> tuple[int, ...]:
@@ -82,8 +97,20 @@ def stored_parts(parts: tuple[int, ...], dim: int) -> tuple[int, ...]:
     return parts if sum(parts) == dim else (64,) * len(parts)
 
 
-ALIBI_BACKWARD_TILES = {**BACKWARD_TILES, "64": replace(BACKWARD_TILES["64"], stages=(2, 1))}
-"""With positions and slopes of queries, which take shared memory as well."""
+POSITIONED_BACKWARD_TILES = {**BACKWARD_TILES, "64": replace(BACKWARD_TILES["64"], stages=(2, 1))}
+"""With ALiBi or dropout, for which positions of queries take shared memory as well."""
+
+TWICE_POSITIONED_BACKWARD_TILES = {
+    **POSITIONED_BACKWARD_TILES,
+    "128": replace(BACKWARD_TILES["128"], stages=(2, 1)),
+}
+"""With both."""
+
+
+def backward_tiles(modifiers: Modifiers | None) -> dict[str, BackwardTiles]:
+    """Sizes of a launch with these modifiers, by `WIDTHS`."""
+    positioned = 0 if modifiers is None else (modifiers.slopes is not None) + bool(modifiers.dropout)
+    return (BACKWARD_TILES, POSITIONED_BACKWARD_TILES, TWICE_POSITIONED_BACKWARD_TILES)[positioned]
 
 
 def attend_backward(
@@ -102,7 +129,16 @@ def attend_backward(
     dkey_dtype: torch.dtype | None = None,
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See ringflash.kernels.reference.attend_backward. A carry is overwritten; dout is rounded to query's dtype."""
+    """See ringflash.kernels.reference.attend_backward. A carry is overwritten; dout is rounded to query's dtype.
+
+    With sink tokens, whose tiles are not visited in an order in which programs could wait for one another, gradients
+    that have to repeat bit for bit come from the portable kernels.
+    """
+    if deterministic and intervals.has_sink_tokens:
+        return portable.attend_backward(
+            dout.to(query.dtype), query, key, value, lse, delta, intervals, scale=scale, modifiers=modifiers,
+            carry=carry, dquery_dtype=dquery_dtype, dkey_dtype=dkey_dtype,
+        )  # fmt: skip
     dquery_dtype, dkey_dtype = dquery_dtype or query.dtype, dkey_dtype or key.dtype
     operands = (dout, query, key, value)
     numbers = (lse, delta, carry)
@@ -110,9 +146,10 @@ def attend_backward(
     prepared = prepared_calls.get(call)
     if prepared is None:
         check_operands(query, key, value, intervals, scale, modifiers)
-        tiles = BACKWARD_TILES if modifiers is None or modifiers.slopes is None else ALIBI_BACKWARD_TILES
-        tiles = tiles[backward_width(query.shape[2], value.shape[2])]
-        prepared = PreparedBackward(operands, numbers, scale, dkey_dtype, tiles, deterministic, modifiers)
+        sink_tokens = intervals.has_sink_tokens
+        plain = not (deterministic or modifiers or sink_tokens)
+        tiles = backward_tiles(modifiers)[backward_width(query.shape[2], value.shape[2], plain)]
+        prepared = PreparedBackward(operands, numbers, scale, dkey_dtype, tiles, deterministic, modifiers, sink_tokens)
         prepared_calls.add(call, prepared)
     return prepared(operands, numbers, intervals, dquery_dtype, modifiers)
 
@@ -155,6 +192,7 @@ class PreparedBackward:
         tiles: sizes of the launch.
         deterministic: see scale.
         modifiers: see scale.
+        sink_tokens: whether there are some; not where deterministic.
     """
 
     def __init__(
@@ -166,12 +204,14 @@ class PreparedBackward:
         tiles: BackwardTiles,
         deterministic: bool = False,
         modifiers: Modifiers | None = None,
+        sink_tokens: bool = False,
     ) -> None:
         _, query, key, value = operands
         (query_rows, heads, dim), (key_rows, key_heads, value_dim) = query.shape, value.shape
         group = heads // key_heads
         self.tiles, self.deterministic = tiles, deterministic
-        self.heads, self.width = (heads, key_heads), backward_width(dim, value_dim)
+        self.heads = heads, key_heads
+        self.width = backward_width(dim, value_dim, not (deterministic or modifiers or sink_tokens))
         self.dkey_dtype, self.float_out = dkey_dtype, dkey_dtype != key.dtype
         self.stored_dtype = torch.float32 if self.float_out else dkey_dtype
         self.empty = query_rows == 0 or key_rows == 0
@@ -204,7 +244,13 @@ class PreparedBackward:
         )
         self.number_count = heads * padded_rows
         row_blocks = -(-padded_rows // 1024)
-        self.launch_rows = Launcher(row_blocks * heads, (query_rows, padded_rows, row_blocks), {}, {}, direct)
+        drops = dropout_numbers(modifiers)
+        kept = 1.0 if drops[1] is None else drops[1]
+        self.launch_rows = Launcher(row_blocks * heads, (query_rows, padded_rows, row_blocks, kept), {}, {}, direct)
+        self.dropout_description = None
+        if modifiers is not None and modifiers.dropout:
+            positions = without_memory((query_rows,), torch.float32)
+            self.dropout_description = description_of(list_descriptor(positions, tiles.queries))
         self.alibi = modifiers is not None and modifiers.slopes is not None
         if self.alibi:
             self.slope_strides = modifiers.slopes.stride()
@@ -214,9 +260,16 @@ class PreparedBackward:
         bend = scale / modifiers.softcap if modifiers is not None and modifiers.softcap else None
 
         self.shape = (query_rows, padded_rows, key_rows, key_heads)
+        programs = -(-key_rows // tiles.keys)
+        self.slot_shapes = None
+        if sink_tokens:
+            chunks = chunk_count(programs, query_rows, key_heads, multiprocessors(query.device))
+            programs += 2 * chunks
+            self.slot_shapes = [(3 * chunks * tiles.keys, *x.shape[1:]) for x in (key, value)]
         self.launch = Launcher(
-            -(-key_rows // tiles.keys) * key_heads,
-            (*(x.stride(1) for x in (reachable[1], reachable[0], *reachable[2:])), float(scale), bend),
+            programs * key_heads,
+            (*(x.stride(1) for x in (reachable[1], reachable[0], *reachable[2:])), float(scale), bend,
+             *(() if self.width == "192/128" else drops)),
             dict(
                 GROUP=group, QUERY_STAGES=tiles.stages[0], DOUT_STAGES=tiles.stages[1],
                 FLOAT_OUT=self.float_out, **({} if self.width == "192/128" else {"ORDERED": deterministic}),
@@ -244,9 +297,12 @@ class PreparedBackward:
             return dquery.to(dquery_dtype), dkey.zero_().to(self.dkey_dtype), dvalue.zero_().to(self.dkey_dtype)
 
         scaled_lse, minus_delta = prepare_rows(self, lse, delta)
-        order, turns, turn_now, section = None, None, None, None
+        order, turns, turn_now, section, programs, slots = (None,) * 6
         if self.deterministic:
             turns, turn_now, section = adding_turns(intervals, self.heads, query.shape[2], self.tiles)
+        elif self.slot_shapes is not None:
+            programs, order = programs_with_tokens(intervals, self.tiles.keys, self.heads[1])
+            slots = tuple(query.new_empty(shape, dtype=torch.float32) for shape in self.slot_shapes)
         else:
             order = programs_in_order(intervals, self.tiles.keys, self.heads[1])
         if not self.all_addressable:
@@ -259,10 +315,15 @@ class PreparedBackward:
             pointers, dkey_rest = (None, None), of_rest and descriptor_of(dkey, of_rest)
         rows = map(descriptor_of, (scaled_lse, minus_delta), (self.number_description,) * 2)
         dquery_desc = descriptor_of(dquery, self.dquery_description)
-        seeing = intervals.key_tile_rows(1), intervals.key_tile_rows(self.tiles.keys)
-        if modifiers is not None and modifiers.key_visible is not None:
-            seeing = without_padding(modifiers.key_visible.contiguous(), *seeing, self.tiles.keys)
+        visible = None if modifiers is None else modifiers.key_visible
+        seeing, tokens = rows_seeing(intervals, self.tiles.keys, visible), (None,) * 5
+        if programs is not None:
+            tokens = programs.work, *rows_seeing(intervals, self.tiles.keys, visible, sink_tokens=True), *slots
         positions = self._positions(modifiers) if self.alibi else (None, None, None)
+        dropping = (None,) * 3
+        if self.dropout_description is not None:
+            query_positions = descriptor_of(listed(modifiers.query_positions), self.dropout_description)
+            dropping = modifiers.seed, query_positions, modifiers.key_positions.contiguous()
         if self.width == "192/128":
             tensors = (
                 query_desc, dout_desc, key_desc, value_desc, *map(descriptor_of, operands[1:3], self.rest_descriptions),
@@ -273,9 +334,11 @@ class PreparedBackward:
         else:
             tensors = (
                 query_desc, dout_desc, key_desc, value_desc, *rows, dquery_desc, dkey_desc, dvalue_desc,
-                *pointers, *seeing, order, turns, turn_now, section, *positions, *self.shape,
+                *pointers, *seeing, order, turns, turn_now, section, *tokens, *positions, *dropping, *self.shape,
             )  # fmt: skip
             self.launch(attend_backward_wide_kernel if self.width == "256" else attend_backward_kernel, tensors)
+        if programs is not None:
+            add_slots(programs, slots, dkey, dvalue, self.tiles.keys)
         return dquery.to(dquery_dtype), dkey.to(self.dkey_dtype), dvalue.to(self.dkey_dtype)
 
     def _positions(self, modifiers: Modifiers) -> tuple:
@@ -295,6 +358,14 @@ def _reachable(operands: Operands) -> Operands:
     """The operands as the tensor memory engine takes them, dout of query's dtype."""
     dout, query, key, value = operands
     return tuple(map(addressable, (dout.to(query.dtype), query, key, value)))
+
+
+def rows_seeing(
+    intervals: KeyIntervals, block: int, visible: Tensor | None, sink_tokens: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`KeyIntervals.key_tile_rows` of single keys and of tiles, of keys that are `visible` if that is given."""
+    of_keys, of_tiles = (intervals.key_tile_rows(x, sink_tokens) for x in (1, block))
+    return (of_keys, of_tiles) if visible is None else without_padding(visible.contiguous(), of_keys, of_tiles, block)
 
 
 def without_padding(visible: Tensor, of_keys: Tensor, of_tiles: Tensor, block: int) -> tuple[Tensor, Tensor]:
@@ -328,6 +399,20 @@ def programs_in_order(intervals: KeyIntervals, block: int, key_heads: int) -> Te
     return intervals.kept(("programs", block, key_heads), build)
 
 
+def programs_with_tokens(intervals: KeyIntervals, block: int, key_heads: int) -> tuple[Programs, Tensor]:
+    """See `backward_tokens.Programs` and `order_with_chunks`, made once for the intervals."""
+
+    def build() -> tuple[Programs, Tensor]:
+        processors = multiprocessors(intervals.start.device)
+        of_own, of_tokens = (intervals.key_tile_rows(block, sink_tokens) for sink_tokens in (False, True))
+        programs = programs_of_tiles(of_own, of_tokens, intervals.query_count, key_heads, processors)
+        tokens = programs.work[: len(of_own), 4] - programs.work[: len(of_own), 3]
+        order = order_of_programs(of_own, key_heads, processors, tokens)
+        return programs, order_with_chunks(order, programs, key_heads)
+
+    return intervals.kept(("programs with tokens", block, key_heads), build)
+
+
 def adding_turns(
     intervals: KeyIntervals, heads: tuple[int, int], dim: int, tiles: BackwardTiles
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -345,6 +430,7 @@ def adding_turns(
 def prepare_rows(prepared: PreparedBackward, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     """Lse times log2 e and minus delta, flat, each head's rows followed by rows of no weight.
 
+    With dropout delta is multiplied by what is kept, as all that becomes of it is divided by that at the end.
     Rows without keys (lse -inf) get +inf, so that no weight is left.
     """
     scaled_lse, minus_delta = lse.new_empty(prepared.number_count), lse.new_empty(prepared.number_count)
@@ -354,7 +440,7 @@ def prepare_rows(prepared: PreparedBackward, lse: Tensor, delta: Tensor) -> tupl
 
 @compiled_once
 @triton.jit(do_not_specialize=["rows", "padded_rows", "row_blocks"])
-def prepare_rows_kernel(lse_ptr, delta_ptr, scaled_lse_ptr, minus_delta_ptr, rows, padded_rows, row_blocks):
+def prepare_rows_kernel(lse_ptr, delta_ptr, scaled_lse_ptr, minus_delta_ptr, rows, padded_rows, row_blocks, kept):
     """See `prepare_rows`. Program = (head, 1,024 rows)."""
     row = tl.program_id(0) % row_blocks * 1024 + tl.arange(0, 1024)
     head = tl.program_id(0) // row_blocks
@@ -362,7 +448,7 @@ def prepare_rows_kernel(lse_ptr, delta_ptr, scaled_lse_ptr, minus_delta_ptr, row
     delta = tl.load(delta_ptr + head * rows + row, mask=row < rows, other=0.0)
     scaled = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
     tl.store(scaled_lse_ptr + head * padded_rows + row, scaled, mask=row < padded_rows)
-    tl.store(minus_delta_ptr + head * padded_rows + row, -delta, mask=row < padded_rows)
+    tl.store(minus_delta_ptr + head * padded_rows + row, -delta * kept, mask=row < padded_rows)
 
 
 @compiled_once

@@ -26,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ringflash.kernels.gpu.compile_once import compiled_once
+from ringflash.kernels.hopper.backward_tokens import Tokens, mask_of, row_of
 from ringflash.kernels.hopper.backward_work import Inputs, Sums, allocate_buffers, find_work, produce, unseen_zero
 from ringflash.kernels.hopper.blocks import block_columns, block_rows, flat_layout, head_place, store_block
 from ringflash.kernels.hopper.compat import meet, release, store_wait
@@ -36,6 +37,7 @@ from ringflash.kernels.hopper.dquery_in_turn import (
     hand_over,
     next_block_and_member,
 )
+from ringflash.kernels.hopper.dropout import Dropout, draw_for, drop, seed_of, words_of_keys, words_of_queries
 from ringflash.kernels.hopper.schedule import stage_and_parity
 from ringflash.kernels.hopper.score_changes import bent_weights, hidden_score
 
@@ -44,23 +46,25 @@ from ringflash.kernels.hopper.score_changes import bent_weights, hidden_score
 @gluon.jit(
     do_not_specialize=[
         "query_rows", "padded_rows", "key_rows", "key_heads",
-        "query_head_stride", "dout_head_stride", "key_head_stride", "value_head_stride",
+        "query_head_stride", "dout_head_stride", "key_head_stride", "value_head_stride", "threshold", "first_head",
     ]
 )  # fmt: skip
 def attend_backward_kernel(
     query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc,
     dquery_desc, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, rows_of_key_ptr, rows_of_tile_ptr,
-    order_ptr, turn_of_tile_ptr, turn_now_ptr, section_ptr, query_positions_desc, query_slopes_desc, key_positions_ptr,
+    order_ptr, turn_of_tile_ptr, turn_now_ptr, section_ptr,
+    work_ptr, tokens_of_key_ptr, tokens_of_tile_ptr, dkey_slots_ptr, dvalue_slots_ptr,
+    query_positions_desc, query_slopes_desc, key_positions_ptr, seed_ptr, dropout_queries_desc, dropout_keys_ptr,
     query_rows, padded_rows, key_rows, key_heads,
     query_head_stride, dout_head_stride, key_head_stride, value_head_stride, scale, bend,
-    GROUP: gl.constexpr, QUERY_STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr,
+    threshold, kept, first_head, GROUP: gl.constexpr, QUERY_STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr,
     FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr, DIMS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """See `backward.PreparedBackward` for the arguments."""
     inputs = Inputs(
         query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc, query_positions_desc, query_slopes_desc,
-        None, None, query_head_stride, dout_head_stride, key_head_stride, value_head_stride,
+        dropout_queries_desc, None, None, query_head_stride, dout_head_stride, key_head_stride, value_head_stride,
     )  # fmt: skip
     buffers = allocate_buffers(inputs, QUERY_STAGES, DOUT_STAGES)
     M: gl.constexpr = block_rows(query_desc)
@@ -68,19 +72,25 @@ def attend_backward_kernel(
     DSCORES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, M], query_desc.dtype)
     dscores = gl.allocate_shared_memory(query_desc.dtype, [2, N, M], DSCORES)
     dquery = gl.allocate_shared_memory(gl.float32, [2 if ORDERED else 4, HALF, HALF], flat_layout(dquery_desc))
+    dropout = Dropout(seed_ptr, threshold, kept, first_head, dropout_queries_desc, dropout_keys_ptr)
+    tokens = Tokens(work_ptr, tokens_of_key_ptr, tokens_of_tile_ptr, dkey_slots_ptr, dvalue_slots_ptr)
+    TOKENS: gl.constexpr = work_ptr is not None
+    gl.static_assert(not (TOKENS and ORDERED))
     work = find_work(
-        buffers, rows_of_tile_ptr, order_ptr, turn_of_tile_ptr, turn_now_ptr, section_ptr, query_rows, padded_rows,
-        key_rows, key_heads, GROUP, ORDERED,
+        buffers, rows_of_tile_ptr, order_ptr, turn_of_tile_ptr, turn_now_ptr, section_ptr, tokens, query_rows,
+        padded_rows, key_rows, key_heads, GROUP, ORDERED,
     )  # fmt: skip
+    if TOKENS and work.first_key < 0:
+        return
     fence_async_shared()
     sums = Sums(dquery_desc, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, key_rows, key_heads)
     if ORDERED:
         gl.warp_specialize(
             [
-                (consume, (work, sums, buffers, dscores, dquery, rows_of_key_ptr, key_positions_ptr, scale, bend,
-                           0, GROUP, FLOAT_OUT, ORDERED, DIMS)),
-                (consume, (work, sums, buffers, dscores, dquery, rows_of_key_ptr, key_positions_ptr, scale, bend,
-                           1, GROUP, FLOAT_OUT, ORDERED, DIMS)),
+                (consume, (work, sums, tokens, dropout, buffers, dscores, dquery, rows_of_key_ptr, key_positions_ptr,
+                           scale, bend, 0, GROUP, FLOAT_OUT, ORDERED, DIMS)),
+                (consume, (work, sums, tokens, dropout, buffers, dscores, dquery, rows_of_key_ptr, key_positions_ptr,
+                           scale, bend, 1, GROUP, FLOAT_OUT, ORDERED, DIMS)),
                 (produce, (inputs, work, buffers, GROUP, ORDERED)),
                 (add_in_turn, (work.turns, work.rows, dquery_desc, dquery, buffers.queries, 0, GROUP)),
                 (add_in_turn, (work.turns, work.rows, dquery_desc, dquery, buffers.queries, 1, GROUP)),
@@ -91,11 +101,11 @@ def attend_backward_kernel(
     else:
         gl.warp_specialize(
             [
-                (consume, (work, sums, buffers, dscores, dquery, rows_of_key_ptr, key_positions_ptr, scale, bend,
-                           0, GROUP, FLOAT_OUT, ORDERED, DIMS)),
-                (consume, (work, sums, buffers, dscores, dquery, rows_of_key_ptr, key_positions_ptr, scale, bend,
-                           1, GROUP, FLOAT_OUT, ORDERED, DIMS)),
-                (produce, (inputs, work, buffers, GROUP, ORDERED)),
+                (consume, (work, sums, tokens, dropout, buffers, dscores, dquery, rows_of_key_ptr, key_positions_ptr,
+                           scale, bend, 0, GROUP, FLOAT_OUT, ORDERED, DIMS)),
+                (consume, (work, sums, tokens, dropout, buffers, dscores, dquery, rows_of_key_ptr, key_positions_ptr,
+                           scale, bend, 1, GROUP, FLOAT_OUT, ORDERED, DIMS)),
+                (produce, (inputs, work, buffers, GROUP, ORDERED, TOKENS)),
             ],
             [4, 1],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -104,7 +114,7 @@ def attend_backward_kernel(
 
 @gluon.jit
 def consume(
-    work, sums, buffers, dscores, dquery, rows_of_key_ptr, key_positions_ptr, scale, bend,
+    work, sums, tokens, dropout, buffers, dscores, dquery, rows_of_key_ptr, key_positions_ptr, scale, bend,
     PART: gl.constexpr, GROUP: gl.constexpr, FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr, DIMS: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup: key rows PART * 64 to PART * 64 + 64 of the tile."""
@@ -120,15 +130,17 @@ def consume(
     FACTOR: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUMS, k_width=2)
     DQUERY: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
+    TOKENS: gl.constexpr = tokens.work_ptr is not None
+    DROPS: gl.constexpr = dropout.seed_ptr is not None
     # The next step's numbers are loaded under this one's last products, where registers are left for them.
     EARLY: gl.constexpr = D == 128
 
     own_key = key.index(0).slice(PART * HALF, HALF, 0)
     own_value = value.index(0).slice(PART * HALF, HALF, 0)
     key_index = work.first_key + PART * HALF + gl.arange(0, HALF, gl.SliceLayout(1, SCORES))
-    seeing = rows_of_key_ptr + key_index * 4
-    first_seeing = gl.load(seeing, mask=key_index < sums.key_rows, other=0)
-    last_seeing = gl.load(seeing + 3, mask=key_index < sums.key_rows, other=0)
+    first_seeing, last_seeing = key_index, key_index  # stand for none
+    if not TOKENS:
+        first_seeing, last_seeing = rows_seeing(rows_of_key_ptr, key_index, sums.key_rows)
     dkey = gl.zeros([HALF, D], gl.float32, SUMS)
     dvalue = gl.zeros([HALF, D], gl.float32, SUMS)
     no_scores = gl.zeros([HALF, M], gl.float32, SCORES)
@@ -139,6 +151,10 @@ def consume(
     key_position = first_seeing  # stands for none
     if key_positions_ptr is not None:
         key_position = gl.load(key_positions_ptr + key_index, mask=key_index < sums.key_rows, other=0).to(gl.float32)
+    gradient_scale, seed = scale, scale  # the latter stands for none
+    if DROPS:
+        gradient_scale, seed = scale / dropout.kept, seed_of(dropout)
+        dropout_position = gl.load(dropout.key_positions + key_index, mask=key_index < sums.key_rows, other=0)
 
     mbarrier.wait(buffers.loaded.index(0), 0)
     mbarrier.wait(buffers.loaded.index(1), 0)
@@ -156,7 +172,8 @@ def consume(
         stage = stage_and_parity(step, QUERY_STAGES)[0]
         dout_stage, parity = stage_and_parity(step, DOUT_STAGES)
         dout = douts.blocks.index(dout_stage)
-        row = rows.begin + block * M
+        row = row_of(rows, block, M, TOKENS)
+        full_begin, full_end, seeing_ptr = mask_of(rows, block, tokens, rows_of_key_ptr)
         own_key = key.index(unseen_zero(row)).slice(PART * HALF, HALF, 0)
         if not EARLY:
             mbarrier.wait(douts.full.index(dout_stage), parity)
@@ -166,12 +183,25 @@ def consume(
         if not EARLY:
             lse = queries.numbers.index(stage).load(COLUMNS)
         positions, slopes = buffers.query_positions.index(stage), buffers.query_slopes.index(stage)
+        if (row < full_begin) | (row + M > full_end):
+            seen_from, seen_to = first_seeing, last_seeing
+            if TOKENS:
+                seen_from, seen_to = rows_seeing(seeing_ptr, key_index, sums.key_rows)
+            scores = hide(scores, row, seen_from, seen_to, bend is not None)
         weights, sloping = weigh(
-            scores, lse, rows, row, first_seeing, last_seeing, scale_log2, bend, positions, slopes, key_position,
-            key_positions_ptr is not None,
-        )  # fmt: skip
+            scores, lse, scale_log2, bend, positions, slopes, key_position, key_positions_ptr is not None
+        )
+        if DROPS:
+            draw = draw_for(dropout, seed, rows.first_head + member)
+            position = buffers.dropout_queries.index(stage).load(COLUMNS).to(gl.int32, bitcast=True)
+            signed = drop_pairs(weights, dropout, draw, position, dropout_position)
+            weights = gl.where(signed < 0.0, 0.0, signed)
+            if bend is None:
+                sloping = gl.abs(signed)
         dvalue_token = warpgroup_mma(gl.convert_layout(weights.to(dtype), FACTOR), dout, dvalue, is_async=True)
         dweights = warpgroup_mma_wait(1, deps=[dweights_token])
+        if DROPS:
+            dweights = gl.where(signed < 0.0, douts.numbers.index(dout_stage).load(COLUMNS)[None, :], dweights)
         rounded = (sloping * dweights).to(dtype)
         dscores_factor = gl.convert_layout(rounded, FACTOR)
         # Two buffers: whoever writes one again has passed the barrier of the step between, and so has the other
@@ -187,7 +217,7 @@ def consume(
         dquery_token = start_dquery(shared, keys_now, no_dquery, PART)
         if not ORDERED:
             staging = dquery.index(PART * 2 + (step & 1 ^ 1))
-            add_earlier(sums.dquery_desc, staging, rows, step, block, member, M, D, PART)
+            add_earlier(sums.dquery_desc, staging, rows, step, block, member, M, D, PART, TOKENS)
         # The last step has no next one: its scores are of old numbers and unused.
         next_stage, parity = stage_and_parity(step + 1, QUERY_STAGES)
         mbarrier.wait(queries.full.index(next_stage), parity, pred=step + 1 < steps)
@@ -196,7 +226,7 @@ def consume(
         )
         dkey_token = warpgroup_mma(dscores_factor, queries.blocks.index(stage), dkey, is_async=True)
 
-        part_of_dquery = warpgroup_mma_wait(2, deps=[dquery_token]) * scale
+        part_of_dquery = warpgroup_mma_wait(2, deps=[dquery_token]) * gradient_scale
         if ORDERED:
             hand_over(turns, dquery, part_of_dquery, step, PART)
         else:
@@ -217,11 +247,37 @@ def consume(
     meet("8")
     if not ORDERED:
         staging = dquery.index(PART * 2 + (steps & 1 ^ 1))
-        add_earlier(sums.dquery_desc, staging, rows, steps, block, member, M, D, PART)
+        add_earlier(sums.dquery_desc, staging, rows, steps, block, member, M, D, PART, TOKENS)
+    if DROPS:
+        dvalue = dvalue / dropout.kept
+    if TOKENS and work.slot >= 0:
+        row = work.slot * (2 * HALF) + PART * HALF
+        heads, head = sums.key_heads, work.key_head
+        store_float(tokens.dvalue_slots_ptr, dvalue, row, row + HALF, heads, head, DIMS[1], 0, SUMS)
+        store_float(tokens.dkey_slots_ptr, dkey * gradient_scale, row, row + HALF, heads, head, DIMS[0], 0, SUMS)
+    else:
+        store_sums(work, sums, dkey, dvalue, gradient_scale, own_key, own_value, PART, FLOAT_OUT, DIMS, SUMS)
+    store_wait(0)  # shared memory must outlive the reading of it
+
+
+@gluon.jit
+def store_sums(
+    work, sums, dkey, dvalue, scale, own_key, own_value,
+    PART: gl.constexpr, FLOAT_OUT: gl.constexpr, DIMS: gl.constexpr, SUMS: gl.constexpr,
+):  # fmt: skip
+    """Write a warpgroup's 64 rows of both gradients."""
     first_row, head = work.first_key + PART * HALF, work.key_head
     store_sum(sums, sums.dvalue_desc, sums.dvalue_ptr, dvalue, own_value, first_row, head, DIMS[1], FLOAT_OUT, SUMS)
     store_sum(sums, sums.dkey_desc, sums.dkey_ptr, dkey * scale, own_key, first_row, head, DIMS[0], FLOAT_OUT, SUMS)
-    store_wait(0)
+
+
+@gluon.jit
+def drop_pairs(weights, dropout, draw, query_position, key_position):
+    """Weights, with keys as rows, negative where dropout drops them: what scores' gradients take of them remains."""
+    high, low = words_of_queries(draw, query_position)
+    a, b, c, d = words_of_keys(draw, key_position)
+    of_key = a[:, None], b[:, None], c[:, None], d[:, None]
+    return drop(weights, dropout, draw, (high[None, :], low[None, :]), of_key, True)
 
 
 @gluon.jit
@@ -238,21 +294,28 @@ def start_dquery(dscores, key, no_dquery, PART: gl.constexpr):
 
 
 @gluon.jit
-def weigh(
-    scores, lse, rows, row, first_seeing, last_seeing, scale_log2, bend, positions, slopes, key_position,
-    ALIBI: gl.constexpr,
-):  # fmt: skip
-    """Weights of the query rows from `row` on, none where a row does not see a key; and what scores' gradients take.
+def rows_seeing(seeing_ptr, key_index, key_rows):
+    """First of the rows that see keys, and one behind the last; from `KeyIntervals.key_tile_rows` of single keys."""
+    seeing = seeing_ptr + key_index * 4
+    first = gl.load(seeing, mask=key_index < key_rows, other=0)
+    return first, gl.load(seeing + 3, mask=key_index < key_rows, other=0)
 
-    The latter are weights, times the slope of the softcap at each score. A key is seen by the rows first_seeing to
-    last_seeing, without the latter. lse has factor log2 e, as slopes have.
+
+@gluon.jit
+def hide(scores, row, first_seeing, last_seeing, BENT: gl.constexpr):
+    """No score where a query row from `row` on does not see a key, which rows first_seeing to last_seeing do."""
+    index = (row + gl.arange(0, scores.shape[1], gl.SliceLayout(0, scores.type.layout)))[None, :]
+    seen = (index >= first_seeing[:, None]) & (index < last_seeing[:, None])
+    return gl.where(seen, scores, hidden_score(BENT))
+
+
+@gluon.jit
+def weigh(scores, lse, scale_log2, bend, positions, slopes, key_position, ALIBI: gl.constexpr):
+    """Weights of a block's query rows, and what the gradients of scores take.
+
+    The latter are weights, times the slope of the softcap at each score. lse has factor log2 e, as slopes have.
     """
-    M: gl.constexpr = scores.shape[1]
     COLUMNS: gl.constexpr = gl.SliceLayout(0, scores.type.layout)
-    NONE: gl.constexpr = hidden_score(bend is not None)
-    if (row < rows.full_begin) | (row + M > rows.full_end):
-        index = (row + gl.arange(0, M, COLUMNS))[None, :]
-        scores = gl.where((index >= first_seeing[:, None]) & (index < last_seeing[:, None]), scores, NONE)
     offset = lse[None, :]
     if ALIBI:
         distance = gl.abs(positions.load(COLUMNS)[None, :] - key_position[:, None])
@@ -276,11 +339,7 @@ def store_sum(
     """
     D: gl.constexpr = staging.shape[1]
     if FLOAT_OUT:
-        row = gl.arange(0, HALF, gl.SliceLayout(1, SUMS))[:, None]
-        column = COLUMN + gl.arange(0, D, gl.SliceLayout(0, SUMS))[None, :]
-        base = ptr + (first_row.to(gl.int64) * sums.key_heads + key_head) * DIM
-        inside = (first_row + row < sums.key_rows) & (column < DIM)
-        gl.store(base + row * (sums.key_heads * DIM) + column, total, mask=inside)
+        store_float(ptr, total, first_row, sums.key_rows, sums.key_heads, key_head, DIM, COLUMN, SUMS)
     else:
         BLOCK: gl.constexpr = block_columns(desc)
         staging.store(total.to(staging.dtype))
@@ -291,3 +350,15 @@ def store_sum(
         else:
             for column in gl.static_range(0, D, BLOCK):
                 store_block(desc, first_row, place, COLUMN + column, staging.slice(column, BLOCK, 1))
+
+
+@gluon.jit
+def store_float(
+    ptr, total, first_row, rows, heads, head, DIM: gl.constexpr, COLUMN: gl.constexpr, SUMS: gl.constexpr
+):  # fmt: skip
+    """Write a sum to the rows from first_row on, columns from COLUMN on, of a contiguous (rows, heads, DIM) tensor."""
+    row = gl.arange(0, total.shape[0], gl.SliceLayout(1, SUMS))[:, None]
+    column = COLUMN + gl.arange(0, total.shape[1], gl.SliceLayout(0, SUMS))[None, :]
+    base = ptr + (first_row.to(gl.int64) * heads + head) * DIM
+    inside = (first_row + row < rows) & (column < DIM)
+    gl.store(base + row * (heads * DIM) + column, total, mask=inside)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 
-def order_of_programs(tile_rows: Tensor, key_heads: int, processors: int) -> Tensor:
+def order_of_programs(tile_rows: Tensor, key_heads: int, processors: int, more_rows: Tensor | None = None) -> Tensor:
     """The tile and the head of each program, (tiles * key_heads,) int32: tile * key_heads + head.
 
     Tiles that some row sees together, up to the same last one, count as of one document. Nothing is read by the host.
@@ -23,6 +23,7 @@ def order_of_programs(tile_rows: Tensor, key_heads: int, processors: int) -> Ten
         tile_rows: (tiles, 4) int32, as of KeyIntervals.key_tile_rows.
         key_heads: number of key heads.
         processors: programs that run at a time.
+        more_rows: (tiles,) what each tile's program visits beside, such as rows that see it as sink tokens; or None.
 
     Example:
         >>> rows = torch.tensor([[0, 0, 2, 2], [2, 2, 8, 8], [4, 4, 8, 8], [6, 6, 8, 8]])  # documents of 2 and 6
@@ -33,7 +34,8 @@ def order_of_programs(tile_rows: Tensor, key_heads: int, processors: int) -> Ten
     begin, end = tile_rows[:, 0], tile_rows[:, 3].contiguous()  # neither ever decreases
     tiles, device = len(begin), begin.device
     first, behind = torch.searchsorted(end, end), torch.searchsorted(end, end, right=True)
-    order = torch.argsort((end - begin)[first], descending=True, stable=True)  # of equally long ones as they lie
+    length = end - begin if more_rows is None else end - begin + more_rows
+    order = torch.argsort(length[first], descending=True, stable=True)  # of equally long ones as they lie
     first, size = first[order], (behind - first)[order]
     document = (torch.diff(first, prepend=first[:1]) != 0).cumsum(0)
     numbers = torch.arange(1, key_heads + 1, device=device)

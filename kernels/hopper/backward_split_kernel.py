@@ -19,7 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ringflash.kernels.gpu.compile_once import compiled_once
-from ringflash.kernels.hopper.backward_kernel import store_sum, weigh
+from ringflash.kernels.hopper.backward_kernel import hide, rows_seeing, store_sum, weigh
+from ringflash.kernels.hopper.backward_tokens import Tokens
 from ringflash.kernels.hopper.backward_work import Inputs, Sums, allocate_buffers, find_work, produce, unseen_zero
 from ringflash.kernels.hopper.blocks import FIRST, add_block, block_rows, flat_layout, head_place
 from ringflash.kernels.hopper.compat import meet, release, store_wait
@@ -46,7 +47,7 @@ def attend_backward_split_kernel(
     """See `backward.PreparedBackward` for the arguments."""
     inputs = Inputs(
         query_desc, dout_desc, key_desc, value_desc, lse_desc, delta_desc, query_positions_desc, query_slopes_desc,
-        query_rest_desc, key_rest_desc, query_head_stride, dout_head_stride, key_head_stride, value_head_stride,
+        None, query_rest_desc, key_rest_desc, query_head_stride, dout_head_stride, key_head_stride, value_head_stride,
     )  # fmt: skip
     buffers = allocate_buffers(inputs, QUERY_STAGES, DOUT_STAGES)
     M: gl.constexpr = block_rows(query_desc)
@@ -55,8 +56,8 @@ def attend_backward_split_kernel(
     dscores = gl.allocate_shared_memory(query_desc.dtype, [2, N, M], DSCORES)
     dquery = gl.allocate_shared_memory(gl.float32, [2, HALF, HALF], flat_layout(dquery_desc))
     work = find_work(
-        buffers, rows_of_tile_ptr, order_ptr, rows_of_tile_ptr, rows_of_tile_ptr, rows_of_tile_ptr, query_rows,
-        padded_rows, key_rows, key_heads, GROUP, False,
+        buffers, rows_of_tile_ptr, order_ptr, rows_of_tile_ptr, rows_of_tile_ptr, rows_of_tile_ptr,
+        Tokens(None, None, None, None, None), query_rows, padded_rows, key_rows, key_heads, GROUP, False,
     )  # fmt: skip
     fence_async_shared()
     sums = Sums(dquery_desc, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, key_rows, key_heads)
@@ -96,9 +97,7 @@ def consume_split(
     COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
 
     key_index = work.first_key + PART * HALF + gl.arange(0, HALF, gl.SliceLayout(1, SCORES))
-    seeing = rows_of_key_ptr + key_index * 4
-    first_seeing = gl.load(seeing, mask=key_index < sums.key_rows, other=0)
-    last_seeing = gl.load(seeing + 3, mask=key_index < sums.key_rows, other=0)
+    first_seeing, last_seeing = rows_seeing(rows_of_key_ptr, key_index, sums.key_rows)
     dkey = gl.zeros([HALF, D], gl.float32, SUMS)
     dkey_rest = gl.zeros([HALF, REST], gl.float32, SUMS_REST)
     dvalue = gl.zeros([HALF, D], gl.float32, SUMS)
@@ -131,10 +130,11 @@ def consume_split(
         lse = queries.numbers.index(stage).load(COLUMNS)
         scores = warpgroup_mma_wait(0, deps=[token])
         positions, slopes = buffers.query_positions.index(stage), buffers.query_slopes.index(stage)
+        if (row < rows.full_begin) | (row + M > rows.full_end):
+            scores = hide(scores, row, first_seeing, last_seeing, bend is not None)
         weights, sloping = weigh(
-            scores, lse, rows, row, first_seeing, last_seeing, scale_log2, bend, positions, slopes, key_position,
-            key_positions_ptr is not None,
-        )  # fmt: skip
+            scores, lse, scale_log2, bend, positions, slopes, key_position, key_positions_ptr is not None
+        )
         weights = settle_rounded(weights.to(dtype))
         sloping = weights if bend is None else sloping.to(dtype)
         mbarrier.wait(douts.full.index(dout_stage), parity)

@@ -11,6 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from ringflash.kernels.hopper.backward_tokens import row_of
 from ringflash.kernels.hopper.blocks import FIRST, block_columns, block_rows, flat_layout, head_place, load_block
 from ringflash.kernels.hopper.compat import WARPGROUP, async_load
 from ringflash.kernels.hopper.dquery_in_turn import Turns, allocate_turns
@@ -28,6 +29,7 @@ class Inputs(NamedTuple):
     delta_desc: gl.tensor
     query_positions_desc: gl.tensor
     query_slopes_desc: gl.tensor
+    dropout_queries_desc: gl.tensor
     query_rest_desc: gl.tensor
     key_rest_desc: gl.tensor
     query_head_stride: gl.tensor
@@ -48,13 +50,14 @@ class Stream(NamedTuple):
 class Buffers(NamedTuple):
     """Where it is loaded to: streams of queries and of out's gradient, the tile's keys and values with two barriers.
 
-    query_positions and query_slopes, with ALiBi, have the stages and barriers of the queries. query_rest and key_rest
-    are of the queries and the keys, see blocks.
+    query_positions and query_slopes, with ALiBi, have the stages and barriers of the queries; so has dropout_queries,
+    positions for dropout. query_rest and key_rest are of the queries and the keys, see blocks.
     """
 
     queries: Stream
     query_positions: gl.shared_memory_descriptor
     query_slopes: gl.shared_memory_descriptor
+    dropout_queries: gl.shared_memory_descriptor
     query_rest: gl.shared_memory_descriptor
     key_rest: gl.shared_memory_descriptor
     douts: Stream
@@ -66,25 +69,34 @@ class Buffers(NamedTuple):
 class Rows(NamedTuple):
     """The query rows that a key tile visits, in `blocks` blocks from row `begin` on, for each head of a group.
 
-    Blocks within full_begin to full_end need no mask.
+    Blocks within full_begin to full_end need no mask. With sink tokens the first own_blocks are of rows that see the
+    tile in their own range of keys, the others of rows that see it as sink tokens, from token_begin on.
     """
 
     begin: gl.tensor
     blocks: gl.tensor
     full_begin: gl.tensor
     full_end: gl.tensor
+    own_blocks: gl.tensor
+    token_begin: gl.tensor
+    token_full_begin: gl.tensor
+    token_full_end: gl.tensor
     query_rows: gl.tensor
     padded_rows: gl.tensor
     first_head: gl.tensor
 
 
 class Work(NamedTuple):
-    """A program's key tile, from the row first_key on, of a key head; and the query rows that it visits."""
+    """A program's key tile, from the row first_key on, of a key head; and the query rows that it visits.
+
+    slot: where its sums are left with sink tokens, if not negative; see backward_tokens.
+    """
 
     first_key: gl.tensor
     key_head: gl.tensor
     rows: Rows
     turns: Turns
+    slot: gl.tensor
 
 
 class Sums(NamedTuple):
@@ -116,6 +128,10 @@ def allocate_buffers(inputs, QUERY_STAGES: gl.constexpr, DOUT_STAGES: gl.constex
         M: gl.constexpr = block_rows(inputs.query_desc)
         positions = gl.allocate_shared_memory(gl.float32, [QUERY_STAGES, M], inputs.query_positions_desc.layout)
         slopes = gl.allocate_shared_memory(gl.float32, [QUERY_STAGES, M], inputs.query_slopes_desc.layout)
+    dropout_queries = queries.numbers  # stands for none
+    if inputs.dropout_queries_desc is not None:
+        layout: gl.constexpr = inputs.dropout_queries_desc.layout
+        dropout_queries = gl.allocate_shared_memory(gl.float32, [QUERY_STAGES, block_rows(inputs.query_desc)], layout)
     query_rest, key_rest = queries.blocks, key  # stand for none
     if inputs.key_rest_desc is not None:
         query_rest_desc, key_rest_desc = inputs.query_rest_desc, inputs.key_rest_desc
@@ -124,7 +140,7 @@ def allocate_buffers(inputs, QUERY_STAGES: gl.constexpr, DOUT_STAGES: gl.constex
             key.dtype, [QUERY_STAGES, block_rows(query_rest_desc), REST], flat_layout(query_rest_desc)
         )
         key_rest = gl.allocate_shared_memory(key.dtype, [1, N, REST], flat_layout(key_rest_desc))
-    return Buffers(queries, positions, slopes, query_rest, key_rest, douts, key, value, loaded)
+    return Buffers(queries, positions, slopes, dropout_queries, query_rest, key_rest, douts, key, value, loaded)
 
 
 @gluon.jit
@@ -142,17 +158,19 @@ def allocate_stream(desc, numbers_desc, STAGES: gl.constexpr):
 
 @gluon.jit
 def find_work(
-    buffers, rows_of_tile_ptr, order_ptr, turn_of_tile_ptr, turn_now_ptr, section_ptr, query_rows, padded_rows,
+    buffers, rows_of_tile_ptr, order_ptr, turn_of_tile_ptr, turn_now_ptr, section_ptr, tokens, query_rows, padded_rows,
     key_rows, key_heads, GROUP: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
     """This program's work, by `backward_order`; where dQ is added in turn, tiles from the first, section by section.
 
-    Then order_ptr is None; else turns and section_ptr are.
+    Then order_ptr is None; else turns and section_ptr are. With sink tokens by `backward_tokens`; first_key is negative
+    where there is none.
     """
     M: gl.constexpr = buffers.queries.blocks.shape[1]
     N: gl.constexpr = buffers.key.shape[1]
     # What stands for none must not be None, which triton 3.6 cannot return.
     turns = Turns(rows_of_tile_ptr, 0, buffers.loaded, buffers.loaded)
+    slot = key_rows  # stands for none
     if ORDERED:
         section = gl.load(section_ptr)
         per_section = (key_rows + N - 1) // N * section
@@ -162,9 +180,17 @@ def find_work(
     else:
         place = gl.load(order_ptr + gl.program_id(0))
         key_tile, key_head = place // key_heads, place % key_heads
-    ALIGNED: gl.constexpr = M if ORDERED else 4
-    rows = visiting_rows(rows_of_tile_ptr, key_tile, query_rows, padded_rows, key_rows, key_head * GROUP, M, N, ALIGNED)
-    return Work(key_tile * N, key_head, rows, turns)
+    first_head = key_head * GROUP
+    if tokens.work_ptr is not None:
+        entry = tokens.work_ptr + key_tile * 6  # a program's number so far
+        key_tile, slot = gl.load(entry), gl.load(entry + 5)
+        rows = rows_and_tokens(
+            rows_of_tile_ptr, tokens, entry, key_tile, query_rows, padded_rows, key_rows, first_head, M, N
+        )
+    else:
+        ALIGNED: gl.constexpr = M if ORDERED else 4
+        rows = visiting_rows(rows_of_tile_ptr, key_tile, query_rows, padded_rows, key_rows, first_head, M, N, ALIGNED)
+    return Work(key_tile * N, key_head, rows, turns, slot)
 
 
 @gluon.jit
@@ -182,11 +208,34 @@ def visiting_rows(
     blocks = gl.maximum((gl.load(entry + 3) - begin + M - 1) // M, 1)
     # Rows behind the last key are zeros, whose weights must not reach dQ as infinity times zero: mask the whole tile.
     full_end = gl.where((key_tile + 1) * N > key_rows, 0, gl.load(entry + 2))
-    return Rows(begin, blocks, gl.load(entry + 1), full_end, query_rows, padded_rows, first_head)
+    # Without sink tokens what is behind the first four stands for none.
+    return Rows(begin, blocks, gl.load(entry + 1), full_end, 0, 0, 0, 0, query_rows, padded_rows, first_head)
 
 
 @gluon.jit
-def produce(inputs, work, buffers, GROUP: gl.constexpr, ORDERED: gl.constexpr):
+def rows_and_tokens(
+    rows_of_tile_ptr, tokens, work, key_tile, query_rows, padded_rows, key_rows, first_head,
+    M: gl.constexpr, N: gl.constexpr,
+):  # fmt: skip
+    """As `visiting_rows`, of a program's work, see `backward_tokens.Programs`; key_tile may be negative."""
+    begin, token_begin = gl.load(work + 1) // 4 * 4, gl.load(work + 3)
+    own_blocks = gl.maximum((gl.load(work + 2) - begin + M - 1) // M, 0)
+    blocks = own_blocks + gl.maximum((gl.load(work + 4) - token_begin + M - 1) // M, 0)
+    entry = gl.maximum(key_tile, 0) * 4 + 1
+    ragged = (key_tile + 1) * N > key_rows
+    return Rows(
+        begin, gl.maximum(blocks, 1),
+        gl.load(rows_of_tile_ptr + entry), gl.where(ragged, 0, gl.load(rows_of_tile_ptr + entry + 1)),
+        own_blocks, token_begin,
+        gl.load(tokens.rows_of_tile_ptr + entry), gl.where(ragged, 0, gl.load(tokens.rows_of_tile_ptr + entry + 1)),
+        query_rows, padded_rows, first_head,
+    )  # fmt: skip
+
+
+@gluon.jit
+def produce(
+    inputs, work, buffers, GROUP: gl.constexpr, ORDERED: gl.constexpr, TOKENS: gl.constexpr = False
+):  # fmt: skip
     """The producer warp: the tile's keys and values, then the query-side blocks of each step."""
     queries, douts, loaded = buffers.queries, buffers.douts, buffers.loaded
     rows = work.rows
@@ -209,7 +258,7 @@ def produce(inputs, work, buffers, GROUP: gl.constexpr, ORDERED: gl.constexpr):
             if ORDERED:
                 block, member = rows.blocks - 1 - outer, inner
             head = rows.first_head + member
-            row = rows.begin + block * M
+            row = row_of(rows, block, M, TOKENS)
             number = head * rows.padded_rows + row
             stage, parity = stage_and_parity(step, QUERY_STAGES)
             place = head_place(inputs.query_desc, head, inputs.query_head_stride)
@@ -222,10 +271,11 @@ def produce(inputs, work, buffers, GROUP: gl.constexpr, ORDERED: gl.constexpr):
 
 @gluon.jit
 def fill_queries(inputs, buffers, row, place, number, stage, parity):
-    """As `fill`, and with ALiBi the rows' positions and slopes; and the rest of their columns if there is one."""
+    """As `fill`, and with ALiBi the rows' positions and slopes; and what else there is for them."""
     ALIBI: gl.constexpr = inputs.query_slopes_desc is not None
     REST: gl.constexpr = inputs.query_rest_desc is not None
-    NUMBERS: gl.constexpr = 2 * inputs.lse_desc.block_type.nbytes if ALIBI else 0
+    DROPS: gl.constexpr = inputs.dropout_queries_desc is not None
+    NUMBERS: gl.constexpr = (2 * ALIBI + DROPS) * inputs.lse_desc.block_type.nbytes
     REST_BYTES: gl.constexpr = inputs.query_rest_desc.block_type.nbytes if REST else 0
     queries = buffers.queries
     fill(queries, inputs.query_desc, inputs.lse_desc, row, place, number, stage, parity, NUMBERS + REST_BYTES)
@@ -233,6 +283,8 @@ def fill_queries(inputs, buffers, row, place, number, stage, parity):
     if ALIBI:
         async_load(inputs.query_positions_desc, [number], full, buffers.query_positions.index(stage))
         async_load(inputs.query_slopes_desc, [number], full, buffers.query_slopes.index(stage))
+    if DROPS:
+        async_load(inputs.dropout_queries_desc, [row], full, buffers.dropout_queries.index(stage))
     if REST:
         load_block(inputs.query_rest_desc, row, place, full, buffers.query_rest.index(stage), FIRST)
 

@@ -11,12 +11,8 @@ from ringflash.kernels.hopper.widths import width_of
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.modifiers import Modifiers
 
-CHOSEN_DIMS = (*((dim, dim) for dim in (40, 48, 56, 64, 128, 192, 256)), (192, 128))
-"""Head dimensions, of query and key and of value, that these kernels are chosen for.
-
-The kernels take whatever `width_of` has a width for. Those of blocks wider than heads of more than 64 columns have not
-been held against float64 on a GPU since they were last changed, see docs/benchmarks/kernels.md.
-"""
+LEAST_DIM = 40
+"""Of the head dimensions that these kernels are chosen for: blocks have 64 columns or more."""
 
 
 def supports(
@@ -32,8 +28,11 @@ def supports(
     if missing is not None:
         return missing
     dims = head_dim, value_head_dim or head_dim
-    if dims not in CHOSEN_DIMS:
-        return f"head_dim={dims[0]}, value_head_dim={dims[1]}; it takes one of {CHOSEN_DIMS}"
+    if min(dims) < LEAST_DIM or width_of(*dims) is None:
+        return (
+            f"head_dim={dims[0]}, value_head_dim={dims[1]}; it takes multiples of 8 from {LEAST_DIM} to 128, keys' up "
+            "to 192 with values' of 128, and 192 and 256 for both"
+        )
     return None
 
 
@@ -53,10 +52,6 @@ def check_operands(
     query: Tensor, key: Tensor, value: Tensor, intervals: KeyIntervals, scale: float, modifiers: Modifiers | None
 ) -> None:
     """Raise ArgumentError for what the kernels cannot compute."""
-    if modifiers is not None and modifiers.dropout:
-        raise ArgumentError(f"dropout={modifiers.dropout}; the Hopper kernels apply none, triton and blockwise do")
-    if intervals.has_sink_tokens:
-        raise ArgumentError("intervals have sink tokens; the Hopper kernels take none, triton and blockwise do")
     if key.dtype != query.dtype or value.dtype != query.dtype:
         raise ArgumentError(f"query, key, value are {query.dtype}, {key.dtype}, {value.dtype}; all three must agree")
     if query.shape[1] % key.shape[1] or value.shape[:2] != key.shape[:2] or key.shape[2] != query.shape[2]:

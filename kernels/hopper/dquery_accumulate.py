@@ -9,6 +9,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from ringflash.kernels.hopper.backward_tokens import row_of
 from ringflash.kernels.hopper.blocks import add_block, head_place
 from ringflash.kernels.hopper.compat import reinterpret
 
@@ -36,7 +37,8 @@ def add_part(
 
 @gluon.jit
 def add_earlier(
-    dquery_desc, staging, rows, step, block, member, M: gl.constexpr, D: gl.constexpr, PART: gl.constexpr
+    dquery_desc, staging, rows, step, block, member, M: gl.constexpr, D: gl.constexpr, PART: gl.constexpr,
+    TOKENS: gl.constexpr,
 ):  # fmt: skip
     """Add the last part laid down in the step before `step`, the one at `block` and `member`; none is before the first.
 
@@ -44,15 +46,15 @@ def add_earlier(
     taken the part: by the time that the next step's dscores are fenced off, as they have to be, it has.
     """
     if step > 0:
-        row, head = earlier_block(rows, block, member, M)
+        row, head = earlier_block(rows, block, member, M, TOKENS)
         add_part(dquery_desc, staging, row, head, D, PART, parts_in_step(D) - 1)
 
 
 @gluon.jit
-def earlier_block(rows, block, member, M: gl.constexpr):
+def earlier_block(rows, block, member, M: gl.constexpr, TOKENS: gl.constexpr = False):
     """First row and head of the block before the one at `block` and `member`, where not ORDERED."""
     first = block == 0
-    row = rows.begin + gl.where(first, rows.blocks - 1, block - 1) * M
+    row = row_of(rows, gl.where(first, rows.blocks - 1, block - 1), M, TOKENS)
     head = rows.first_head + gl.where(first, member - 1, member)
     return row, head
 

@@ -21,9 +21,11 @@ from ringflash.kernels.hopper.descriptors import (
     part_descriptors,
     without_memory,
 )
+from ringflash.kernels.hopper.dropout import dropout_numbers, listed
 from ringflash.kernels.hopper.forward_kernel import LOG2_E, ROWS, attend_kernel
 from ringflash.kernels.hopper.schedule import head_section
 from ringflash.kernels.hopper.score_changes import key_numbers
+from ringflash.kernels.hopper.sink_tokens import token_pieces
 from ringflash.kernels.hopper.widths import WIDTHS, width_of
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.kept import Kept, metadata
@@ -64,7 +66,7 @@ MODIFIED_FORWARD_TILES = {**FORWARD_TILES, "64": replace(FORWARD_TILES["64"], co
 """With modifiers, which want more registers."""
 
 
-SINKS_JOIN = ((64, 64), (128, 128))
+SINKS_JOIN = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
 """Head dimensions at which learned sinks join in the kernel, without modifiers: those held against float64 on a GPU."""
 
 
@@ -105,6 +107,11 @@ def addressable_carry(carry_out: Tensor) -> Tensor:
     return carry_out if carry_out.data_ptr() % 16 == 0 else carry_out.clone()
 
 
+def bounds_of(intervals: KeyIntervals) -> tuple[Tensor | None, ...]:
+    """Start and stop, and those of sink tokens."""
+    return intervals.start, intervals.stop, intervals.sink_start, intervals.sink_stop
+
+
 prepared_calls = Kept()
 """`PreparedForward` by what `attend` was asked for."""
 
@@ -126,7 +133,7 @@ def _call(
         *map(metadata, (query, key, value, carry_out, carry_lse, sinks)), out_dtype,
         intervals.start.shape, intervals.key_count, intervals.has_sink_tokens, scale, modifiers_metadata(modifiers),
         (
-            aligned(query, key, value, carry_out, carry_lse, sinks, intervals.start, intervals.stop)
+            aligned(query, key, value, carry_out, carry_lse, sinks, *bounds_of(intervals))
             and modifiers_aligned(modifiers)
         ) or tuple(map(aligned, (query, key, value))),
     )  # fmt: skip
@@ -168,11 +175,12 @@ class PreparedForward:
         self.empty = key_rows == 0 or query_rows == 0
         if self.empty:
             return
-        direct = aligned(query, key, value, *(carry or ()), sinks, intervals.start, intervals.stop)
+        direct = aligned(query, key, value, *(carry or ()), sinks, *bounds_of(intervals))
         direct &= modifiers_aligned(modifiers)
         given = (query, key, value)
         query, key, value = map(addressable, given)
         self.all_addressable = all(x is y for x, y in zip(given, (query, key, value), strict=True))
+        self.token_tiles = (tiles.consumers * ROWS.value, tiles.keys) if intervals.has_sink_tokens else None
         rows, width = ROWS.value, WIDTHS[width_of(dim, value_dim)]
         self.descriptions, rest = zip(
             part_descriptors(query, rows, width.keys),
@@ -193,21 +201,23 @@ class PreparedForward:
         programs = min(tile_count * heads, multiprocessors(query.device))
         group = heads // key_heads
         unit, bend, slopes_row, slopes_head = scale, None, None, None
-        self.key_numbers_description = None
+        self.key_numbers_description = self.positions_description = None
         if modifiers is not None:
             if modifiers.softcap:
                 unit, bend = modifiers.softcap, scale / modifiers.softcap
             if modifiers.slopes is not None:
                 slopes_row, slopes_head = modifiers.slopes.stride()
+            list_description = description_of(list_descriptor(without_memory((key_rows,), torch.float32), tiles.keys))
             if modifiers.slopes is not None or modifiers.key_visible is not None:
-                numbers = without_memory((key_rows,), torch.float32)
-                self.key_numbers_description = description_of(list_descriptor(numbers, tiles.keys))
+                self.key_numbers_description = list_description
+            if modifiers.dropout:
+                self.positions_description = list_description
         self.launch = Launcher(
             programs,
             (
                 query_rows, tile_count, heads, head_section(key_rows, key_heads, group, (dim + value_dim) // 2),
                 query.stride(1), key.stride(1), value.stride(1), unit * LOG2_E.value,
-                bend, slopes_row, slopes_head, None if slopes_row is None else 1 / unit,
+                bend, slopes_row, slopes_head, None if slopes_row is None else 1 / unit, *dropout_numbers(modifiers),
             ),
             dict(
                 GROUP=group, CONSUMERS=tiles.consumers, STAGES=tiles.stages,
@@ -246,18 +256,23 @@ class PreparedForward:
             out_description, out_rest = self.out_descriptions
             written = (descriptor_of(out, out_description), out_rest and descriptor_of(out, out_rest), None)
         carried = self.carry_description and descriptor_of(carry_out, self.carry_description)
-        modifying = (None, None, None) if modifiers is None else self._modifying(modifiers)
+        modifying = (None,) * 6 if modifiers is None else self._modifying(modifiers)
+        pieces = self.token_tiles and token_pieces(intervals, *self.token_tiles)
         tensors = (
             *first, *rest, *written, lse, carried, carry_out, carry_lse,
-            intervals.start, intervals.stop, first_ticket(query.device), sinks, *modifying,
+            *bounds_of(intervals), pieces, first_ticket(query.device), sinks, *modifying,
         )  # fmt: skip
         self.launch(attend_kernel, tensors)
         return out.to(self.out_dtype), lse
 
     def _modifying(self, modifiers: Modifiers) -> tuple:
-        """Positions and slopes of query rows, and a number for each key row; None for what there is not."""
+        """For slopes and padding, and for dropout; None for what there is not."""
         positions = None if modifiers.slopes is None else modifiers.query_positions.contiguous()
-        return positions, modifiers.slopes, descriptor_of(key_numbers(modifiers), self.key_numbers_description)
+        changes = positions, modifiers.slopes, descriptor_of(key_numbers(modifiers), self.key_numbers_description)
+        if not modifiers.dropout:
+            return *changes, None, None, None
+        keys = descriptor_of(listed(modifiers.key_positions), self.positions_description)
+        return *changes, modifiers.seed, modifiers.query_positions.contiguous(), keys
 
 
 def first_ticket(device: torch.device) -> Tensor:

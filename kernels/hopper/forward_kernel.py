@@ -31,12 +31,13 @@ from ringflash.kernels.hopper.compat import (
     release,
     store_wait,
 )
+from ringflash.kernels.hopper.dropout import Dropout, draw_for, drop, seed_of, words_of_keys, words_of_queries
 from ringflash.kernels.hopper.forward_work import (
     Inputs,
     Memory,
     Problem,
     Result,
-    allocate_key_numbers,
+    allocate_list,
     allocate_rest,
     allocate_ring,
     allocate_staging,
@@ -54,7 +55,8 @@ from ringflash.kernels.hopper.schedule import (
     stage_and_parity,
     tile_and_head,
 )
-from ringflash.kernels.hopper.score_changes import ScoreChanges, change_scores, rows_of_changes
+from ringflash.kernels.hopper.score_changes import ScoreChanges, bent_scores, change_scores, rows_of_changes
+from ringflash.kernels.hopper.sink_tokens import FEW, SinkTokens, tile_pieces, token_key
 from ringflash.kernels.hopper.softmax import ROWS, hide, own_sums, rescale_if_needed, softmax_step
 
 LN_2 = gl.constexpr(0.6931471805599453)
@@ -67,15 +69,16 @@ LOWEST = gl.constexpr(-1e30)
 @gluon.jit(
     do_not_specialize=[
         "query_rows", "tiles", "heads", "section", "query_head_stride", "key_head_stride", "value_head_stride",
-        "slopes_row", "slopes_head",
+        "slopes_row", "slopes_head", "threshold", "first_head",
     ]
 )  # fmt: skip
 def attend_kernel(
     query_desc, key_desc, value_desc, query_rest_desc, key_rest_desc, value_rest_desc, out_desc, out_rest_desc,
     out_ptr, lse_ptr, carry_desc, carry_out_ptr, carry_lse_ptr,
-    start_ptr, stop_ptr, counter_ptr, sinks_ptr, query_positions_ptr, slopes_ptr, key_numbers_desc,
+    start_ptr, stop_ptr, token_start_ptr, token_stop_ptr, token_pieces_ptr, counter_ptr, sinks_ptr,
+    query_positions_ptr, slopes_ptr, key_numbers_desc, seed_ptr, dropout_queries_ptr, dropout_keys_desc,
     query_rows, tiles, heads, section, query_head_stride, key_head_stride, value_head_stride, scale_log2,
-    bend, slopes_row, slopes_head, inverse_unit,
+    bend, slopes_row, slopes_head, inverse_unit, threshold, kept, first_head,
     GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, HAS_CARRY: gl.constexpr,
     HIDES_KEYS: gl.constexpr, OWN_STAGING: gl.constexpr, DIRECT_OUT: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
@@ -96,13 +99,16 @@ def attend_kernel(
     )
     query_rest, key_rest = allocate_rest(queries, query_rest_desc), allocate_rest(keys, key_rest_desc)
     value_rest = allocate_rest(values, value_rest_desc)
-    numbers = allocate_key_numbers(keys, changes)
-    memory = Memory(queries, keys, query_rest, key_rest, value_rest, numbers, values, carries, staging)
+    numbers, positions = allocate_list(keys, key_numbers_desc), allocate_list(values, dropout_keys_desc)
+    memory = Memory(queries, keys, query_rest, key_rest, value_rest, numbers, values, positions, carries, staging)
     begun = gl.allocate_shared_memory(gl.int64, [CONSUMERS - 1, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(CONSUMERS - 1):
         mbarrier.init(begun.index(i), count=WARPGROUP)
     fence_async_shared()
-    problem = Problem(start_ptr, stop_ptr, query_rows, Schedule(tiles, heads, section), tickets, begun, changes)
+    tokens = SinkTokens(token_start_ptr, token_stop_ptr, token_pieces_ptr)
+    dropout = Dropout(seed_ptr, threshold, kept, first_head, dropout_queries_ptr, dropout_keys_desc)
+    schedule = Schedule(tiles, heads, section)
+    problem = Problem(start_ptr, stop_ptr, query_rows, schedule, tickets, begun, changes, tokens, dropout)
     gl.static_assert(CONSUMERS == 2 or CONSUMERS == 3)
     KEY_REST: gl.constexpr = key_rest_desc is not None
     VALUE_REST: gl.constexpr = value_rest_desc is not None
@@ -143,6 +149,7 @@ def consume(
     """A consumer warpgroup: rows PART * 64 to PART * 64 + 64 of each tile."""
     M: gl.constexpr = memory.query.blocks.shape[0] * ROWS
     N: gl.constexpr = memory.key.blocks.shape[1]
+    TOKENS: gl.constexpr = problem.tokens.pieces_ptr is not None
     step = 0
     tiles_done = 0
     ticket = gl.program_id(0)
@@ -151,11 +158,16 @@ def consume(
         first_row = tile * M
         span = tile_span(problem, first_row, M)
         blocks = block_count(span, N)
+        pieces = span  # stands for none
+        if TOKENS:
+            pieces = tile_pieces(problem.tokens, tile, N)
         attend_tile(
-            problem, result, memory, span, blocks, first_row + PART * ROWS, head, step, tiles_done, scale_log2,
+            problem, result, memory, pieces, span, blocks, first_row + PART * ROWS, head, step, tiles_done, scale_log2,
             PART, HAS_CARRY, HIDES_KEYS, OWN_STAGING, DIRECT_OUT, KEY_REST, VALUE_REST,
         )  # fmt: skip
         step += blocks
+        if TOKENS:
+            step += pieces.blocks
         ticket = read(problem.tickets, tiles_done)
         tiles_done += 1
     if not DIRECT_OUT:
@@ -164,7 +176,7 @@ def consume(
 
 @gluon.jit
 def attend_tile(
-    problem, result, memory, span, blocks, first_row, head, step, tiles_done, scale_log2,
+    problem, result, memory, pieces, span, blocks, first_row, head, step, tiles_done, scale_log2,
     PART: gl.constexpr, HAS_CARRY: gl.constexpr, HIDES_KEYS: gl.constexpr, OWN_STAGING: gl.constexpr,
     DIRECT_OUT: gl.constexpr, KEY_REST: gl.constexpr, VALUE_REST: gl.constexpr,
 ):  # fmt: skip
@@ -181,6 +193,8 @@ def attend_tile(
     OUT_REST: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, REST, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2)
     CARRY_LANDS: gl.constexpr = HAS_CARRY and OWN_STAGING
+    TOKENS: gl.constexpr = problem.tokens.pieces_ptr is not None
+    DROPS: gl.constexpr = problem.dropout.seed_ptr is not None
 
     rows = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
     inside = rows < problem.query_rows
@@ -190,11 +204,22 @@ def attend_tile(
     changes = problem.changes
     position, slope = rows_of_changes(changes, rows, inside, head, no_scores)
     out = gl.zeros([ROWS, D], gl.float32, OUT)
+    out_rest = step  # stands for none
     if VALUE_REST:
         out_rest = gl.zeros([ROWS, REST], gl.float32, OUT_REST)
     maximum = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
     total = own_sums(no_scores)
     query = queries.blocks.index(PART)
+    draw, words = step, step  # stand for none
+    if DROPS:
+        draw = draw_for(problem.dropout, seed_of(problem.dropout), head)
+        words = words_of_queries(draw, gl.load(problem.dropout.query_positions + rows, mask=inside, other=0))
+    if TOKENS:
+        out, out_rest, maximum, total = attend_tokens(
+            problem, memory, pieces, first_row, step, tiles_done, position, slope, draw, words, no_scores, out,
+            out_rest, maximum, total, scale_log2, PART, HIDES_KEYS, KEY_REST, VALUE_REST,
+        )  # fmt: skip
+        step += pieces.blocks
     own = key_span(problem.start_ptr, problem.stop_ptr, first_row, problem.query_rows, ROWS)
     first, last = own_blocks(span, own, blocks, N)
     pass_over(keys, values, step, step + first, STAGES)
@@ -215,8 +240,12 @@ def attend_tile(
         release(problem.begun.index(PART))
     scores = hide(scores, own, row_start, row_stop, first_key, N, SCORES)
     weights, rescale, maximum, total = softmax_step(scores, maximum, total, scale_log2)
+    if DROPS:
+        weights = drop_block(weights, problem, memory, draw, words, stage, parity)
     weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
     mbarrier.wait(values.full.index(stage), parity)
+    if TOKENS:
+        out, out_rest = rescale_all(out, out_rest, rescale, VALUE_REST)
     if CARRY_LANDS and tiles_done > 0:
         # The earlier tile's result has left the carry's place.
         store_wait(0)
@@ -225,35 +254,17 @@ def attend_tile(
     for block in range(first + 1, last):
         earlier = stage
         stage, parity = stage_and_parity(step + block, STAGES)
-        mbarrier.wait(keys.full.index(stage), parity)
-        scores_token = start_scores(memory, query, stage, no_scores, PART, KEY_REST)
-        out_token = warpgroup_mma(weights, values.blocks.index(earlier), out, is_async=True)
-        if VALUE_REST:
-            rest_token = start_rest(weights, memory.value_rest.index(earlier), out_rest, OUT_REST)
-        scores = warpgroup_mma_wait(2 if VALUE_REST else 1, deps=[scores_token])
-        scores = change_scores(scores, changes, memory.key_numbers.index(stage), position, slope, HIDES_KEYS)
-        release(keys.empty.index(stage))
-        scores = hide(scores, own, row_start, row_stop, span.begin + block * N, N, SCORES)
-        weights, rescale, maximum, total = softmax_step(scores, maximum, total, scale_log2)
-        weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
-        # This wait is for the next step, but stands here: a branch between the softmax and the wait for the tensor
-        # cores keeps ptxas from moving that wait in front of the softmax.
-        mbarrier.wait(values.full.index(stage), parity)
-        if VALUE_REST:
-            out, out_rest = warpgroup_mma_wait(0, deps=[out_token, rest_token])
-        else:
-            out = warpgroup_mma_wait(0, deps=[out_token])
-        release(values.empty.index(earlier))
-        factor = gl.convert_layout(rescale, gl.SliceLayout(1, OUT))
-        out = rescale_if_needed(out, factor, D)
-        if VALUE_REST:
-            out_rest = rescale_if_needed(out_rest, gl.convert_layout(rescale, gl.SliceLayout(1, OUT_REST)), REST)
+        out, out_rest, weights, maximum, total = attend_block(
+            problem, memory, query, own, row_start, row_stop, position, slope, draw, words, no_scores,
+            span.begin + block * N, stage, parity, earlier, weights, out, out_rest, maximum, total, scale_log2,
+            PART, HIDES_KEYS, KEY_REST, VALUE_REST,
+        )  # fmt: skip
 
     if OWN_STAGING or DIRECT_OUT:
         release(queries.empty.index(PART))
     out_token = warpgroup_mma(weights, values.blocks.index(stage), out, is_async=True)
     if VALUE_REST:
-        rest_token = start_rest(weights, memory.value_rest.index(stage), out_rest, OUT_REST)
+        rest_token = start_rest(weights, memory.value_rest.index(stage), out_rest)
     if HAS_CARRY:
         carried_lse = gl.load(result.carry_lse_ptr + head * problem.query_rows + rows, mask=inside, other=float("-inf"))
     total = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, SCORES), assert_trivial=True)
@@ -270,6 +281,11 @@ def attend_tile(
     lse = gl.where(keyless, float("-inf"), (maximum + gl.log2(total_or_one)) * LN_2)
     gl.store(result.lse_ptr + head * problem.query_rows + rows, lse, mask=inside)
     factor = 1.0 / total_or_one
+    if DROPS:
+        if HAS_CARRY:
+            own_weight = own_weight / problem.dropout.kept
+        else:
+            factor = factor / problem.dropout.kept
     if result.sinks_ptr is not None and not HAS_CARRY:
         factor = factor * earlier_weight
     if VALUE_REST:
@@ -303,6 +319,161 @@ def attend_tile(
 
 
 @gluon.jit
+def attend_block(
+    problem, memory, query, own, row_start, row_stop, position, slope, draw, words, no_scores, first_key, stage,
+    parity, earlier, weights, out, out_rest, maximum, total, scale_log2,
+    PART: gl.constexpr, HIDES_KEYS: gl.constexpr, KEY_REST: gl.constexpr, VALUE_REST: gl.constexpr,
+):  # fmt: skip
+    """A step of the key loop: this block's scores and weights, and the weights times values of the block `earlier`."""
+    keys, values = memory.key, memory.value
+    N: gl.constexpr = keys.blocks.shape[1]
+    SCORES: gl.constexpr = no_scores.type.layout
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=out.type.layout, k_width=2)
+    mbarrier.wait(keys.full.index(stage), parity)
+    scores_token = start_scores(memory, query, stage, no_scores, PART, KEY_REST)
+    out_token = warpgroup_mma(weights, values.blocks.index(earlier), out, is_async=True)
+    if VALUE_REST:
+        rest_token = start_rest(weights, memory.value_rest.index(earlier), out_rest)
+    scores = warpgroup_mma_wait(2 if VALUE_REST else 1, deps=[scores_token])
+    scores = change_scores(scores, problem.changes, memory.key_numbers.index(stage), position, slope, HIDES_KEYS)
+    release(keys.empty.index(stage))
+    scores = hide(scores, own, row_start, row_stop, first_key, N, SCORES)
+    weights, rescale, maximum, total = softmax_step(scores, maximum, total, scale_log2)
+    if problem.dropout.seed_ptr is not None:
+        weights = drop_block(weights, problem, memory, draw, words, stage, parity)
+    weights = gl.convert_layout(weights.to(keys.blocks.dtype), WEIGHTS)
+    # This wait is for the next step, but stands here: a branch between the softmax and the wait for the tensor
+    # cores keeps ptxas from moving that wait in front of the softmax.
+    mbarrier.wait(values.full.index(stage), parity)
+    if VALUE_REST:
+        out, out_rest = warpgroup_mma_wait(0, deps=[out_token, rest_token])
+    else:
+        out = warpgroup_mma_wait(0, deps=[out_token])
+    release(values.empty.index(earlier))
+    out, out_rest = rescale_all(out, out_rest, rescale, VALUE_REST)
+    return out, out_rest, weights, maximum, total
+
+
+@gluon.jit
+def attend_tokens(
+    problem, memory, pieces, first_row, step, tiles_done, position, slope, draw, words, no_scores, out, out_rest,
+    maximum, total, scale_log2,
+    PART: gl.constexpr, HIDES_KEYS: gl.constexpr, KEY_REST: gl.constexpr, VALUE_REST: gl.constexpr,
+):  # fmt: skip
+    """A warpgroup's rows over the tile's sink tokens, of which nothing is in flight any more when this returns."""
+    queries, keys, values, tokens = memory.query, memory.key, memory.value, problem.tokens
+    STAGES: gl.constexpr = keys.blocks.shape[0]
+    N: gl.constexpr = keys.blocks.shape[1]
+    SCORES: gl.constexpr = no_scores.type.layout
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=out.type.layout, k_width=2)
+    rows = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
+    inside = rows < problem.query_rows
+    row_start = gl.load(tokens.start_ptr + rows, mask=inside, other=0)
+    row_stop = gl.load(tokens.stop_ptr + rows, mask=inside, other=0)
+    own = key_span(tokens.start_ptr, tokens.stop_ptr, first_row, problem.query_rows, ROWS)
+    query = queries.blocks.index(PART)
+    stage, parity = stage_and_parity(step, STAGES)
+    if pieces.blocks > 0:
+        mbarrier.wait(queries.full.index(PART), tiles_done & 1)
+        mbarrier.wait(keys.full.index(stage), parity)
+    # What keys bring along is not cut down.
+    CUTS: gl.constexpr = problem.changes.key_numbers_desc is None and problem.dropout.seed_ptr is None
+    if CUTS and pieces.few:
+        out, out_rest, maximum, total = attend_few(
+            problem, memory, own, first_row, token_key(pieces, 0, N), stage, parity, out, out_rest, maximum, total,
+            scale_log2, PART, KEY_REST, VALUE_REST,
+        )  # fmt: skip
+    elif pieces.blocks > 0:
+        scores_token = start_scores(memory, query, stage, no_scores, PART, KEY_REST)
+        scores = warpgroup_mma_wait(0, deps=[scores_token])
+        scores = change_scores(scores, problem.changes, memory.key_numbers.index(stage), position, slope, HIDES_KEYS)
+        release(keys.empty.index(stage))
+        scores = hide(scores, own, row_start, row_stop, token_key(pieces, 0, N), N, SCORES)
+        weights, _, maximum, total = softmax_step(scores, maximum, total, scale_log2)
+        if problem.dropout.seed_ptr is not None:
+            weights = drop_block(weights, problem, memory, draw, words, stage, parity)
+        weights = gl.convert_layout(weights.to(keys.blocks.dtype), WEIGHTS)
+        mbarrier.wait(values.full.index(stage), parity)
+        for block in range(1, pieces.blocks):
+            earlier = stage
+            stage, parity = stage_and_parity(step + block, STAGES)
+            out, out_rest, weights, maximum, total = attend_block(
+                problem, memory, query, own, row_start, row_stop, position, slope, draw, words, no_scores,
+                token_key(pieces, block, N), stage, parity, earlier, weights, out, out_rest, maximum, total,
+                scale_log2, PART, HIDES_KEYS, KEY_REST, VALUE_REST,
+            )  # fmt: skip
+        out_token = warpgroup_mma(weights, values.blocks.index(stage), out, is_async=True)
+        if VALUE_REST:
+            rest_token = start_rest(weights, memory.value_rest.index(stage), out_rest)
+            out, out_rest = warpgroup_mma_wait(0, deps=[out_token, rest_token])
+        else:
+            out = warpgroup_mma_wait(0, deps=[out_token])
+        release(values.empty.index(stage))
+    return out, out_rest, maximum, total
+
+
+@gluon.jit
+def attend_few(
+    problem, memory, own, first_row, first_key, stage, parity, out, out_rest, maximum, total, scale_log2,
+    PART: gl.constexpr, KEY_REST: gl.constexpr, VALUE_REST: gl.constexpr,
+):  # fmt: skip
+    """A warpgroup's rows over the first `FEW` keys of their first block, which has been waited for."""
+    keys, values, tokens = memory.key, memory.value, problem.tokens
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, FEW, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=out.type.layout, k_width=2)
+    rows = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
+    row_start = gl.load(tokens.start_ptr + rows, mask=rows < problem.query_rows, other=0)
+    row_stop = gl.load(tokens.stop_ptr + rows, mask=rows < problem.query_rows, other=0)
+    no_scores = gl.zeros([ROWS, FEW], gl.float32, SCORES)
+    key = keys.blocks.index(stage).slice(0, FEW, 0).permute((1, 0))
+    token = warpgroup_mma(memory.query.blocks.index(PART), key, no_scores, use_acc=False, is_async=True)
+    if KEY_REST:
+        key = memory.key_rest.index(stage).slice(0, FEW, 0).permute((1, 0))
+        token = warpgroup_mma(memory.query_rest.index(PART), key, token, is_async=True)
+    scores = warpgroup_mma_wait(0, deps=[token])
+    if problem.changes.bend is not None:
+        scores = bent_scores(scores, problem.changes.bend)
+    release(keys.empty.index(stage))
+    scores = hide(scores, own, row_start, row_stop, first_key, FEW, SCORES)
+    lowest = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
+    weights, _, few_maximum, few_total = softmax_step(scores, lowest, own_sums(no_scores), scale_log2)
+    weights = gl.convert_layout(weights.to(keys.blocks.dtype), WEIGHTS)
+    mbarrier.wait(values.full.index(stage), parity)
+    token = warpgroup_mma(weights, values.blocks.index(stage).slice(0, FEW, 0), out, is_async=True)
+    if VALUE_REST:
+        rest_token = start_rest(weights, memory.value_rest.index(stage).slice(0, FEW, 0), out_rest)
+        out, out_rest = warpgroup_mma_wait(0, deps=[token, rest_token])
+    else:
+        out = warpgroup_mma_wait(0, deps=[token])
+    release(values.empty.index(stage))
+    maximum = gl.convert_layout(few_maximum, maximum.type.layout, assert_trivial=True)
+    return out, out_rest, maximum, gl.convert_layout(few_total, total.type.layout, assert_trivial=True)
+
+
+@gluon.jit
+def drop_block(weights, problem, memory, draw, words, stage, parity):
+    """Weights of a block without those that dropout drops; words of the query rows."""
+    LAYOUT: gl.constexpr = weights.type.layout
+    mbarrier.wait(memory.value.full.index(stage), parity)
+    position = memory.key_positions.index(stage).load(gl.SliceLayout(0, LAYOUT)).to(gl.int32, bitcast=True)
+    a, b, c, d = words_of_keys(draw, position)
+    of_key = a[None, :], b[None, :], c[None, :], d[None, :]
+    return drop(weights, problem.dropout, draw, (words[0][:, None], words[1][:, None]), of_key, False)
+
+
+@gluon.jit
+def rescale_all(out, out_rest, rescale, VALUE_REST: gl.constexpr):
+    """The accumulators times each row's factor."""
+    D: gl.constexpr = out.shape[1]
+    out = rescale_if_needed(out, gl.convert_layout(rescale, gl.SliceLayout(1, out.type.layout)), D)
+    if VALUE_REST:
+        REST: gl.constexpr = out_rest.shape[1]
+        factor = gl.convert_layout(rescale, gl.SliceLayout(1, out_rest.type.layout))
+        out_rest = rescale_if_needed(out_rest, factor, REST)
+    return out, out_rest
+
+
+@gluon.jit
 def start_scores(memory, query, stage, no_scores, PART: gl.constexpr, KEY_REST: gl.constexpr):
     """The product for a block's scores."""
     key = memory.key.blocks.index(stage).permute((1, 0))
@@ -314,9 +485,9 @@ def start_scores(memory, query, stage, no_scores, PART: gl.constexpr, KEY_REST: 
 
 
 @gluon.jit
-def start_rest(weights, value, out, LAYOUT: gl.constexpr):
+def start_rest(weights, value, out):
     """The product of weights and the rest of the values' columns."""
-    FACTOR: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=LAYOUT, k_width=2)
+    FACTOR: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=out.type.layout, k_width=2)
     return warpgroup_mma(gl.convert_layout(weights, FACTOR, assert_trivial=True), value, out, is_async=True)
 
 

@@ -13,6 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ringflash.kernels.hopper.blocks import FIRST, block_columns, block_rows, flat_layout, head_place, load_block
 from ringflash.kernels.hopper.compat import WARPGROUP, async_load
+from ringflash.kernels.hopper.dropout import Dropout
 from ringflash.kernels.hopper.fp32_rows import prefetch_rows
 from ringflash.kernels.hopper.schedule import (
     Schedule,
@@ -25,6 +26,7 @@ from ringflash.kernels.hopper.schedule import (
     tile_and_head,
 )
 from ringflash.kernels.hopper.score_changes import ScoreChanges
+from ringflash.kernels.hopper.sink_tokens import SinkTokens, tile_pieces, token_key
 from ringflash.kernels.hopper.softmax import ROWS
 
 CARRY_AHEAD = gl.constexpr(8)
@@ -41,6 +43,8 @@ class Problem(NamedTuple):
     tickets: Tickets
     begun: gl.shared_memory_descriptor
     changes: ScoreChanges
+    tokens: SinkTokens
+    dropout: Dropout
 
 
 class Inputs(NamedTuple):
@@ -82,7 +86,7 @@ class Memory(NamedTuple):
     """Where it is loaded to; and `staging`, through which a warpgroup's result leaves.
 
     query_rest, key_rest and value_rest: of the same stages, with the same barriers; see blocks. key_numbers: likewise;
-    see score_changes.
+    see score_changes. key_positions: of the stages and with the barriers of values; see dropout.
     """
 
     query: Ring
@@ -92,6 +96,7 @@ class Memory(NamedTuple):
     value_rest: gl.shared_memory_descriptor
     key_numbers: gl.shared_memory_descriptor
     value: Ring
+    key_positions: gl.shared_memory_descriptor
     carry: Ring
     staging: gl.shared_memory_descriptor
 
@@ -120,13 +125,11 @@ def allocate_rest(ring, desc):
 
 
 @gluon.jit
-def allocate_key_numbers(keys, changes):
-    """Room for the numbers of all stages of keys."""
-    numbers = keys.full  # stands for none
-    if changes.key_numbers_desc is not None:
-        numbers = gl.allocate_shared_memory(
-            gl.float32, [keys.blocks.shape[0], keys.blocks.shape[1]], changes.key_numbers_desc.layout
-        )
+def allocate_list(ring, desc):
+    """Room for a number for each row of all stages of a ring, if there is a descriptor of such."""
+    numbers = ring.full  # stands for none
+    if desc is not None:
+        numbers = gl.allocate_shared_memory(gl.float32, [ring.blocks.shape[0], ring.blocks.shape[1]], desc.layout)
     return numbers
 
 
@@ -185,10 +188,23 @@ def fill_keys(memory, inputs, numbers_desc, row, place, stage, parity):
 
 
 @gluon.jit
+def fill_values(memory, inputs, positions_desc, row, place, stage, parity):
+    """Load a block of values, and with it positions of its keys if there are any."""
+    POSITIONS: gl.constexpr = 0 if positions_desc is None else positions_desc.block_type.nbytes
+    values = memory.value
+    fill_with_rest(
+        values, inputs.value_desc, memory.value_rest, inputs.value_rest_desc, row, place, stage, parity, POSITIONS
+    )  # fmt: skip
+    if positions_desc is not None:
+        async_load(positions_desc, [row], values.full.index(stage), memory.key_positions.index(stage))
+
+
+@gluon.jit
 def tile_span(problem, first_row, M: gl.constexpr):
     """Keys that a tile's rows see. Where numbers are loaded with them, blocks begin at whole 16 bytes of numbers."""
     span = key_span(problem.start_ptr, problem.stop_ptr, first_row, problem.query_rows, M)
-    if problem.changes.key_numbers_desc is not None:
+    NUMBERS: gl.constexpr = problem.changes.key_numbers_desc is not None
+    if NUMBERS or problem.dropout.key_positions is not None:
         span = Span(span.begin & -4, span.end, span.full_begin, span.full_end)
     return span
 
@@ -197,7 +213,10 @@ def tile_span(problem, first_row, M: gl.constexpr):
 def produce(
     problem, inputs, result, memory, GROUP: gl.constexpr, HAS_CARRY: gl.constexpr, OWN_STAGING: gl.constexpr
 ):  # fmt: skip
-    """The producer warp: queries of all warpgroups, then key and value blocks in turn, tile after tile."""
+    """The producer warp: queries of all warpgroups, then key and value blocks in turn, tile after tile.
+
+    Of sink tokens first, if there are any.
+    """
     queries, keys, values, carries = memory.query, memory.key, memory.value, memory.carry
     CONSUMERS: gl.constexpr = queries.blocks.shape[0]
     STAGES: gl.constexpr = keys.blocks.shape[0]
@@ -205,6 +224,7 @@ def produce(
     N: gl.constexpr = keys.blocks.shape[1]
     REST: gl.constexpr = 0 if inputs.value_rest_desc is None else memory.value_rest.shape[2]
     WIDTH: gl.constexpr = values.blocks.shape[2] + REST
+    TOKENS: gl.constexpr = problem.tokens.pieces_ptr is not None
     step = 0
     tiles_done = 0
     ticket = gl.program_id(0)
@@ -221,14 +241,16 @@ def produce(
                 query_place, part, tiles_done & 1,
             )  # fmt: skip
         blocks = block_count(span, N)
+        if TOKENS:
+            pieces = tile_pieces(problem.tokens, tile, N)
+            blocks += pieces.blocks
         for block in range(blocks):
             stage, parity = stage_and_parity(step, STAGES)
             row = span.begin + block * N
+            if TOKENS:
+                row = gl.where(block < pieces.blocks, token_key(pieces, block, N), row - pieces.blocks * N)
             fill_keys(memory, inputs, problem.changes.key_numbers_desc, row, key_place, stage, parity)
-            fill_with_rest(
-                values, inputs.value_desc, memory.value_rest, inputs.value_rest_desc, row, value_place, stage,
-                parity,
-            )  # fmt: skip
+            fill_values(memory, inputs, problem.dropout.key_positions, row, value_place, stage, parity)
             step += 1
             # Late, as the second-level cache would not keep it for all of the tile; not before the first block is on
             # its way, for which the consumers wait.

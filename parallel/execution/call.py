@@ -90,14 +90,10 @@ class Inputs(NamedTuple):
     key_visible: Tensor | None
     sinks: Tensor | None
 
-    def modifiers(self, settings: Settings) -> tuple[str, ...]:
-        """Names of what is done to scores and weights, as `ringflash.kernels.select` takes them."""
-        return (
-            ("softcap",) * bool(settings.softcap)
-            + ("slopes",) * (self.slopes is not None)
-            + ("dropout",) * bool(settings.dropout)
-            + ("key_visible",) * (self.key_visible is not None)
-        )
+    def modified(self, settings: Settings) -> bool:
+        """Whether something is done to scores and weights, see `ringflash.kernels.modifiers`."""
+        given = self.slopes is not None or self.key_visible is not None
+        return given or bool(settings.softcap) or bool(settings.dropout)
 
     def on_device(self) -> bool:
         """Whether there are boundaries that the host must not read."""
@@ -262,25 +258,24 @@ def prepare(
         where: from `locate`.
         first_head: number of the first query head of the inputs among all of the call.
     """
-    query, value, modifiers = inputs.query, inputs.value, inputs.modifiers(settings)
-    problem = query.device, query.dtype, query.shape[-1], value.shape[-1], settings.kernel, modifiers
-    modified = bool(modifiers)
+    query, value, modified = inputs.query, inputs.value, inputs.modified(settings)
+    problem = query.device, query.dtype, query.shape[-1], value.shape[-1], settings.kernel
     if where is None:
-        mask, program = _program_on_device(inputs, settings, table)
-        kernels = select(*problem, mask.two_intervals)
+        program = _program_on_device(inputs, settings, table)
+        kernels = select(*problem)
         return Ready(inputs, settings, program, None, kernels, modified, None, first_head=first_head)
     placement, index = where
-    mask, device = placement.masks[index], inputs.query.device
+    device = inputs.query.device
     rows = placement.rows
     surplus = query.shape[0] - rows[0], inputs.key.shape[0] - rows[1]
     if placement.group is None:
         if any(surplus):
             raise _surplus(placement, surplus)
-        program, kernels = placement.program(index, device), select(*problem, mask.two_intervals)
+        program, kernels = placement.program(index, device), select(*problem)
         return Ready(inputs, settings, program, placement, kernels, modified, None, first_head=first_head)
     form = _form(inputs, settings, surplus, which)
     try:
-        program, kernels = placement.program(index, device), select(*problem, mask.two_intervals)
+        program, kernels = placement.program(index, device), select(*problem)
         exchange = placement.exchange(index, device)
     except Exception as error:  # which only this rank's machine may raise
         agreement(placement.group).refuse(error, placement.call_digest(index, form))
@@ -419,7 +414,7 @@ def shape_of_table(inputs: Inputs, settings: Settings) -> tuple[int, int]:
     return table_shape(mask, inputs.query_boundaries is not None, batch * seqlen)
 
 
-def _program_on_device(inputs: Inputs, settings: Settings, table: Tensor) -> tuple[Mask, Program]:
+def _program_on_device(inputs: Inputs, settings: Settings, table: Tensor) -> Program:
     mask, (batch, seqlen, key_seqlen) = Request.read(settings.request)[0], settings.sizes
     assert mask is not None
-    return mask, table_program(mask, table, batch * seqlen, batch * key_seqlen)
+    return table_program(mask, table, batch * seqlen, batch * key_seqlen)

@@ -42,6 +42,7 @@ from ringflash.kernels.cpu import blockwise, rectangles
 from ringflash.kernels.cpu.rectangle_attention import MatrixProducts
 from ringflash.kernels.intervals import KeyIntervals, causal_intervals
 from ringflash.kernels.kept import Kept
+from ringflash.kernels.modifiers import Modifiers, keep_mask
 from ringflash.kernels.reference import Carry
 from ringflash.kernels.select import NAMES, select
 
@@ -172,8 +173,8 @@ GPU_MODIFIED_CASES = {
     "fp16-d40-v72-dropout-padding-ring": (torch.float16, (2, 1), (40, 72), False, 1, (0.0, None, 0.1, True)),
     "fp32-d64-all": (torch.float32, (2, 1), (64, 64), False, 0, (3.0, "of each row", 0.3, True)),
 }
-# What the Hopper kernels take and are not chosen for, see kernels/hopper/checks.py; modifiers as above, or None.
-HOPPER_NOT_CHOSEN_CASES = {
+# Blocks wider than heads and modifiers: each changes what is compiled for Hopper. Modifiers as above, or None.
+HOPPER_CASES = {
     "bf16-d96-ring": (torch.bfloat16, (4, 2), (96, 96), 1, None),
     "bf16-d80": (torch.bfloat16, (2, 1), (80, 80), 0, None),
     "bf16-d112-ring": (torch.bfloat16, (2, 2), (112, 112), 1, None),
@@ -189,25 +190,36 @@ HOPPER_NOT_CHOSEN_CASES = {
     "bf16-d256-softcap": (torch.bfloat16, (4, 2), (256, 256), 0, (3.0, None, 0.0, False)),
     "fp16-d128-softcap": (torch.float16, (4, 2), (128, 128), 0, (50.0, None, 0.0, False)),
     "bf16-d96-all-but-dropout": (torch.bfloat16, (4, 2), (96, 96), 1, (3.0, "of all rows", 0.0, True)),
+    "bf16-d64-dropout-ring": (torch.bfloat16, (4, 2), (64, 64), 1, (0.0, None, 0.3, False)),
+    "bf16-d128-dropout": (torch.bfloat16, (4, 2), (128, 128), 0, (0.0, None, 0.3, False)),
+    "bf16-d128-dropout-padding-ring": (torch.bfloat16, (4, 1), (128, 128), 1, (0.0, None, 0.1, True)),
+    "fp16-d128-softcap-dropout": (torch.float16, (4, 2), (128, 128), 0, (3.0, None, 0.6, False)),
+    "bf16-d256-dropout-ring": (torch.bfloat16, (2, 1), (256, 256), 1, (0.0, None, 0.3, False)),
+    "bf16-d128-all": (torch.bfloat16, (4, 2), (128, 128), 0, (3.0, "of each row", 0.3, True)),
+    "bf16-d192-v128-dropout": (torch.bfloat16, (2, 2), (192, 128), 1, (0.0, None, 0.3, False)),
     "bf16-d192-v128-softcap-slopes": (torch.bfloat16, (2, 2), (192, 128), 0, (3.0, "heads first", 0.0, False)),
+}
+# heads, head dimensions, cuts, modifiers
+HOPPER_TOKEN_CASES = {
+    "d64": ((4, 2), (64, 64), 0, None),
+    "d64-ring": ((4, 1), (64, 64), 1, None),
+    "d128": ((4, 2), (128, 128), 0, None),
+    "d128-ring": ((2, 2), (128, 128), 2, None),
+    "d192-v128": ((4, 2), (192, 128), 1, None),
+    "d256": ((2, 1), (256, 256), 1, None),
+    "d128-softcap": ((4, 2), (128, 128), 0, (3.0, None, 0.0, False)),
+    "d128-dropout-ring": ((4, 2), (128, 128), 1, (0.0, None, 0.3, False)),
+    "d64-slopes-padding": ((4, 2), (64, 64), 1, (0.0, "of each row", 0.0, True)),
 }
 on_gpu_kernels = pytest.mark.parametrize("name", [x for x in NAMES if x not in ("auto", "reference", "blockwise")])
 
 
-def kernels_for(
-    name: str, dtype: torch.dtype, dims: tuple[int, int], modifiers: tuple[str, ...] = (), sink_tokens: bool = False
-) -> ModuleType:
+def kernels_for(name: str, dtype: torch.dtype, dims: tuple[int, int]) -> ModuleType:
     """The named kernels, if they run on this."""
     try:
-        return select("cuda", dtype, *dims, name, modifiers, sink_tokens)
+        return select("cuda", dtype, *dims, name)
     except ArgumentError as reason:
         pytest.skip(str(reason))
-
-
-def named_modifiers(kinds: tuple) -> tuple[str, ...]:
-    """Names of the modifiers that are asked for, as `select` takes them."""
-    names = ("softcap", "slopes", "dropout", "key_visible")
-    return tuple(name for name, kind in zip(names, kinds, strict=True) if kind)
 
 
 @pytest.mark.gpu
@@ -217,7 +229,7 @@ def named_modifiers(kinds: tuple) -> tuple[str, ...]:
 @given(st.data())
 def test_gpu_kernels_are_as_accurate_as_torch(name: str, case: tuple, data: st.DataObject) -> None:
     dtype, heads, dims, sink, cut_count = case
-    kernels = kernels_for(name, dtype, dims, sink_tokens=sink)
+    kernels = kernels_for(name, dtype, dims)
     intervals = to_device(data.draw(any_intervals(2000, sink)), "cuda")
     problem = draw_problem(intervals, heads, dims, dtype, seed=data.draw(st.integers(0, 2**32 - 1)))
     cuts = [data.draw(st.integers(0, intervals.key_count)) for _ in range(cut_count)]
@@ -231,7 +243,7 @@ def test_gpu_kernels_are_as_accurate_as_torch(name: str, case: tuple, data: st.D
 @given(st.data())
 def test_gpu_kernels_with_modifiers_are_as_accurate_as_torch(name: str, case: tuple, data: st.DataObject) -> None:
     dtype, heads, dims, sink, cut_count, kinds = case
-    kernels = kernels_for(name, dtype, dims, named_modifiers(kinds), sink)
+    kernels = kernels_for(name, dtype, dims)
     intervals, seed = to_device(data.draw(any_intervals(1000, sink)), "cuda"), data.draw(st.integers(0, 2**63 - 1))
     modifiers = draw_modifiers(intervals, heads[0], seed, *kinds)
     problem = draw_problem(intervals, heads, dims, dtype, seed=seed, modifiers=modifiers)
@@ -246,12 +258,10 @@ def hopper_itself() -> ModuleType:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", HOPPER_NOT_CHOSEN_CASES.values(), ids=HOPPER_NOT_CHOSEN_CASES)
+@pytest.mark.parametrize("case", HOPPER_CASES.values(), ids=HOPPER_CASES)
 @settings(max_examples=15)
 @given(st.data())
-def test_hopper_kernels_are_as_accurate_as_torch_where_they_are_not_chosen_yet(
-    case: tuple, data: st.DataObject
-) -> None:
+def test_hopper_kernels_are_as_accurate_as_torch_in_every_form(case: tuple, data: st.DataObject) -> None:
     dtype, heads, dims, cut_count, kinds = case
     intervals, seed = to_device(data.draw(any_intervals(1000, False)), "cuda"), data.draw(st.integers(0, 2**63 - 1))
     modifiers = None if kinds is None else draw_modifiers(intervals, heads[0], seed, *kinds)
@@ -263,20 +273,71 @@ def test_hopper_kernels_are_as_accurate_as_torch_where_they_are_not_chosen_yet(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("chunk", [128, 1024], ids=["short chunks", "chunks"])
+@pytest.mark.parametrize("case", HOPPER_TOKEN_CASES.values(), ids=HOPPER_TOKEN_CASES)
 @settings(max_examples=15)
 @given(st.data())
-def test_the_backward_kernel_of_192_and_128_columns_is_as_accurate_as_torch(data: st.DataObject) -> None:
-    """It is not in use yet, see `backward.backward_width`."""
+def test_hopper_kernels_take_sink_tokens_as_accurately_as_torch(case: tuple, chunk: int, data: st.DataObject) -> None:
     kernels = hopper_itself()
-    from ringflash.kernels.hopper import backward  # needs triton
+    from ringflash.kernels.hopper import backward, backward_tokens  # needs triton
 
-    intervals = to_device(data.draw(any_intervals(1000, False)), "cuda")
-    problem = draw_problem(intervals, (4, 2), (192, 128), torch.bfloat16, seed=data.draw(st.integers(0, 2**32 - 1)))
-    cuts = data.draw(st.lists(st.integers(0, intervals.key_count), max_size=1))
+    heads, dims, cut_count, kinds = case
+    intervals, seed = to_device(data.draw(any_intervals(1500, True)), "cuda"), data.draw(st.integers(0, 2**63 - 1))
+    modifiers = None if kinds is None else draw_modifiers(intervals, heads[0], seed, *kinds)
+    problem = draw_problem(intervals, heads, dims, torch.bfloat16, seed=seed, modifiers=modifiers)
+    cuts = [data.draw(st.integers(0, intervals.key_count)) for _ in range(cut_count)]
+    out_dtype = data.draw(st.sampled_from([None, torch.float32]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backward, "backward_width", lambda *dims: "192/128")
+        patch.setattr(backward_tokens, "LEAST_ROWS", chunk)
         patch.setattr(backward, "prepared_calls", Kept())
-        assert_accurate(run(kernels, problem, cuts), problem)
+        results = run(kernels, problem, cuts, backwards=data.draw(st.booleans()), out_dtype=out_dtype)
+    assert_accurate(results, problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize(("dropout", "first_head"), [(0.1, 0), (0.5, 32), (0.9, 1)])
+def test_hopper_kernels_drop_the_pairs_of_the_definition(dim: int, dropout: float, first_head: int) -> None:
+    """Keys and values are unit vectors, no two alike in a row's window: each number shows the fate of one pair."""
+    kernels, rows, heads = hopper_itself(), 500, 3
+    row = torch.arange(rows, dtype=torch.int32, device="cuda")
+    intervals = KeyIntervals((row - (dim - 4)).clamp(min=0), row + 1, rows)
+    modifiers = Modifiers(
+        dropout=dropout,
+        seed=torch.tensor([-(2**62) - 987654321], device="cuda"),
+        query_positions=row + 2**31 - rows,
+        key_positions=row * 4194304,
+        first_head=first_head,
+    )
+    unit = (
+        torch.eye(dim, device="cuda", dtype=torch.bfloat16)[row.long() % dim, None].expand(-1, heads, -1).contiguous()
+    )
+    query, launch = torch.zeros_like(unit), {"intervals": intervals, "scale": 1.0, "modifiers": modifiers}
+    out, lse = kernels.attend(query, unit, unit, **launch)
+    delta = torch.zeros_like(lse)
+    dquery, _, _ = kernels.attend_backward(torch.ones_like(query), query, unit, unit, lse, delta, **launch)
+    _, _, dvalue = kernels.attend_backward(unit, query, unit, unit, lse, delta, **launch)
+    kept = keep_mask(replace(modifiers, first_head=0), first_head + heads)[first_head:] & intervals.visible()
+    of_keys = torch.zeros(heads, rows, dim, device="cuda").index_add_(2, row % dim, kept.float())
+    of_queries = torch.zeros(heads, rows, dim, device="cuda").index_add_(2, row % dim, kept.mT.float())
+    assert torch.equal(out.transpose(0, 1) != 0, of_keys != 0)
+    assert torch.equal(dquery.transpose(0, 1) != 0, of_keys != 0)
+    assert torch.equal(dvalue.transpose(0, 1) != 0, of_queries != 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 128])
+def test_results_with_sink_tokens_repeat_bit_for_bit_on_hopper(dim: int) -> None:
+    """But for dQ, unless asked, when the portable kernels give gradients."""
+    kernels, row = hopper_itself(), torch.arange(3001, device="cuda")
+    start = (row - 200).clamp(min=0)
+    intervals = KeyIntervals(start, row + 1, 3001, torch.zeros_like(row), start.clamp(max=4))
+    problem = draw_problem(intervals, (4, 2), (dim, dim), torch.bfloat16)
+    first, exactly = run(kernels, problem), run(kernels, problem, deterministic=True)
+    for _ in range(100):
+        again = run(kernels, problem)
+        assert_same(replace(again, dquery=first.dquery), first)
+    assert_same(run(kernels, problem, deterministic=True), exactly)
 
 
 def assert_as_exact_as_torch_with_sinks(problem: Problem, sinks: torch.Tensor, found: Carry, right: Carry) -> None:
@@ -290,11 +351,8 @@ def assert_as_exact_as_torch_with_sinks(problem: Problem, sinks: torch.Tensor, f
 @pytest.mark.gpu
 @pytest.mark.parametrize("dims", [(96, 96), (192, 128), (192, 192), (256, 256)], ids=str)
 @pytest.mark.parametrize("carried", [False, True])
-def test_learned_sinks_join_where_they_are_weighed_in_behind_so_far(dims: tuple[int, int], carried: bool) -> None:
-    """As `forward.SINKS_JOIN` does not have them yet."""
+def test_learned_sinks_join_in_the_hopper_kernel(dims: tuple[int, int], carried: bool) -> None:
     kernels = hopper_itself()
-    from ringflash.kernels.hopper import forward  # needs triton
-
     problem = draw_problem(causal_intervals(500, 700, "cuda"), (4, 2), dims, torch.bfloat16)
     sinks, cut = torch.randn(4, device="cuda"), 300 if carried else 0
     settings, carry = {"scale": problem.scale}, None
@@ -304,10 +362,8 @@ def test_learned_sinks_join_where_they_are_weighed_in_behind_so_far(dims: tuple[
         carry = kernels.attend(
             problem.query, *(x[:cut] for x in keys), first, **settings, carry=None, out_dtype=torch.float32
         )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(forward, "SINKS_JOIN", (dims,))
-        last = between(problem.intervals, cut, 700)
-        out, lse = kernels.attend(problem.query, *(x[cut:] for x in keys), last, **settings, carry=carry, sinks=sinks)
+    last = between(problem.intervals, cut, 700)
+    out, lse = kernels.attend(problem.query, *(x[cut:] for x in keys), last, **settings, carry=carry, sinks=sinks)
     operands = (problem.query.double(), problem.key.double(), problem.value.double())
     right, right_lse = reference.attend(*operands, problem.intervals, **settings, sinks=sinks)
     assert_as_exact_as_torch_with_sinks(problem, sinks, (out, lse), (right, right_lse))

@@ -13,7 +13,7 @@ from hopper_aot import Compiled, catch, compile_call
 
 from ringflash.kernels.hopper import backward, forward
 from ringflash.kernels.hopper.widths import WIDTHS, width_of
-from ringflash.kernels.intervals import causal_intervals
+from ringflash.kernels.intervals import KeyIntervals, causal_intervals
 from ringflash.kernels.modifiers import Modifiers
 
 SHARED_LIMIT = 232448
@@ -33,10 +33,20 @@ def modifiers_named(names: str) -> Modifiers | None:
     kinds = {
         "softcap": {"softcap": 50.0},
         "slopes": {"slopes": on_paper(QUERIES, HEADS), **positions},
+        "dropout": {"dropout": 0.1, "seed": on_paper(1, dtype=torch.int64), **positions},
         "padding": {"key_visible": on_paper(KEYS, dtype=torch.uint8)},
     }
     found = {name: x for kind in filter(None, names.split(", ")) for name, x in kinds[kind].items()}
     return Modifiers(**found) if found else None
+
+
+def masked(sink_tokens: bool) -> KeyIntervals:
+    """A causal mask, with room for sink tokens if asked."""
+    intervals = causal_intervals(QUERIES, KEYS, "meta")
+    if not sink_tokens:
+        return intervals
+    tokens = (on_paper(QUERIES, dtype=torch.int32) for _ in range(2))
+    return KeyIntervals(intervals.start, intervals.stop, KEYS, *tokens)
 
 
 def compile_forward(
@@ -47,6 +57,7 @@ def compile_forward(
     out_dtype: torch.dtype,
     modifiers: Modifiers | None = None,
     sinks: bool = False,
+    sink_tokens: bool = False,
 ) -> Compiled:
     query, key = on_paper(QUERIES, HEADS, dims[0], dtype=dtype), on_paper(KEYS, KEY_HEADS, dims[0], dtype=dtype)
     value = on_paper(KEYS, KEY_HEADS, dims[1], dtype=dtype)
@@ -57,8 +68,7 @@ def compile_forward(
         return None if modifiers.slopes is None and modifiers.key_visible is None else on_paper(KEYS)
 
     def launch():
-        intervals = causal_intervals(QUERIES, KEYS, "meta")
-        operands = (query, key, value, intervals)
+        operands = (query, key, value, masked(sink_tokens))
         prepared = forward.PreparedForward(*operands, 0.1, state, out_dtype, tiles, modifiers, logits)
         prepared(*operands, state, modifiers, logits)
 
@@ -77,6 +87,7 @@ def compile_backward(
     deterministic: bool,
     modifiers: Modifiers | None = None,
     width: str | None = None,
+    sink_tokens: bool = False,
 ) -> Compiled:
     """Compile a launch with the kernel in use, or that of the width given."""
     query, key = on_paper(QUERIES, HEADS, dims[0], dtype=dtype), on_paper(KEYS, KEY_HEADS, dims[0], dtype=dtype)
@@ -85,17 +96,20 @@ def compile_backward(
 
     def launch():
         operands, sums = (dout, query, key, value), (numbers, numbers, None)
-        prepared = backward.PreparedBackward(operands, sums, 0.1, dkey_dtype, tiles, deterministic, modifiers)
+        prepared = backward.PreparedBackward(
+            operands, sums, 0.1, dkey_dtype, tiles, deterministic, modifiers, sink_tokens
+        )
         prepared.launch_slopes = lambda *arguments: None
-        prepared(operands, sums, causal_intervals(QUERIES, KEYS, "meta"), dtype, modifiers)
+        prepared(operands, sums, masked(sink_tokens), dtype, modifiers)
 
     kernels = {"256": "attend_backward_wide_kernel", "192/128": "attend_backward_split_kernel"}
-    width = width or backward.backward_width(*dims)
+    width = width or backward.backward_width(*dims, not (deterministic or modifiers or sink_tokens))
     name = kernels.get(width, "attend_backward_kernel")
     with (
         mock.patch.object(backward, "backward_width", return_value=width),
         mock.patch.object(backward, "prepare_rows", return_value=(numbers, numbers)),
         mock.patch.object(backward, "multiprocessors", return_value=132),
+        mock.patch.object(backward, "add_slots"),
     ):
         return compile_call(catch(backward, name, launch))
 
@@ -121,11 +135,11 @@ FORWARD_SHAPES = [
 ]
 
 
-def assert_forward_fits(compiled: Compiled, tiles: forward.ForwardTiles, spilled: int = 64) -> None:
+def assert_forward_fits(compiled: Compiled, tiles: forward.ForwardTiles, spilled: int = 64, loops: int = 1) -> None:
     assert compiled.warnings == []
     assert compiled.spilled <= spilled
     assert compiled.shared < SHARED_LIMIT
-    assert softmax_before_wait(compiled.blocks) == tiles.consumers, "one loop in each warpgroup"
+    assert softmax_before_wait(compiled.blocks) == loops * tiles.consumers, f"{loops} loops in each warpgroup"
 
 
 # Bytes a thread may spill: next to none, once a tile.
@@ -156,6 +170,22 @@ def test_forward_fits_with_modifiers(width, tiles, names):
     assert_forward_fits(compiled, tiles, spilled=176 if width == "256" else 64)
 
 
+# What spills is read once in a step of more than 2,000 instructions.
+@pytest.mark.parametrize(("width", "tiles"), forward.MODIFIED_FORWARD_TILES.items(), ids=str)
+def test_forward_fits_with_dropout(width, tiles):
+    modifiers = modifiers_named("dropout")
+    compiled = compile_forward(dims_of(width), tiles, torch.bfloat16, True, torch.bfloat16, modifiers)
+    assert compiled.warnings == []
+    assert compiled.spilled <= (336 if width == "256" else 256)
+    assert compiled.shared < SHARED_LIMIT
+
+
+@pytest.mark.parametrize(("width", "tiles"), forward.FORWARD_TILES.items(), ids=str)
+def test_forward_fits_with_sink_tokens(width, tiles):
+    compiled = compile_forward(dims_of(width), tiles, torch.bfloat16, True, torch.bfloat16, sink_tokens=True)
+    assert_forward_fits(compiled, tiles, loops=2)
+
+
 # Two accumulators for keys and values fill most of the registers; what spills is read once a step or less.
 SPILLED = {"64": 64, "128": 80, "192/128": 96, "256": 192}
 
@@ -179,7 +209,7 @@ def test_backward_fits(width, tiles, dkey_dtype, deterministic):
     ("dims", "deterministic"), [((96, 96), False), ((72, 40), True), ((192, 192), False), ((192, 128), True)], ids=str
 )
 def test_backward_fits_with_blocks_wider_than_heads(dims, deterministic):
-    width = backward.backward_width(*dims)
+    width = backward.backward_width(*dims, not deterministic)
     compiled = compile_backward(dims, backward.BACKWARD_TILES[width], torch.bfloat16, torch.bfloat16, deterministic)
     assert compiled.warnings == []
     assert compiled.spilled <= SPILLED[width]
@@ -189,8 +219,42 @@ def test_backward_fits_with_blocks_wider_than_heads(dims, deterministic):
 @pytest.mark.parametrize("width", ["64", "128", "256"])
 @pytest.mark.parametrize(("names", "more"), [("softcap", 80), ("slopes", 80), ("softcap, slopes", 320)])
 def test_backward_fits_with_modifiers(width, names, more):
-    tiles = (backward.ALIBI_BACKWARD_TILES if "slopes" in names else backward.BACKWARD_TILES)[width]
-    compiled = compile_backward(dims_of(width), tiles, torch.bfloat16, torch.bfloat16, False, modifiers_named(names))
+    modifiers = modifiers_named(names)
+    tiles = backward.backward_tiles(modifiers)[width]
+    compiled = compile_backward(dims_of(width), tiles, torch.bfloat16, torch.bfloat16, False, modifiers)
+    assert compiled.warnings == []
+    assert compiled.spilled <= SPILLED[width] + more
+    assert compiled.shared < SHARED_LIMIT
+
+
+# As in the forward pass, but for twice as many bytes at 64, whose blocks have twice as many pairs.
+@pytest.mark.parametrize(
+    ("width", "names", "deterministic", "spilled"),
+    [
+        ("64", "dropout", False, 704),
+        ("128", "dropout", True, 320),
+        ("256", "dropout", False, 416),
+        ("128", "slopes, dropout", False, 592),
+    ],
+)
+def test_backward_fits_with_dropout(width, names, deterministic, spilled):
+    modifiers = modifiers_named(names)
+    tiles = backward.backward_tiles(modifiers)[width]
+    compiled = compile_backward(dims_of(width), tiles, torch.bfloat16, torch.bfloat16, deterministic, modifiers)
+    assert compiled.warnings == []
+    assert compiled.spilled <= spilled
+    assert compiled.shared < SHARED_LIMIT
+
+
+# Rows that see a key as a sink token are read where a block needs a mask, and take registers then.
+@pytest.mark.parametrize(
+    ("width", "names", "more"), [("64", "", 80), ("128", "", 80), ("128", "softcap", 120), ("256", "", 80)]
+)
+def test_backward_fits_with_sink_tokens(width, names, more):
+    tiles, modifiers = backward.BACKWARD_TILES[width], modifiers_named(names)
+    compiled = compile_backward(
+        dims_of(width), tiles, torch.bfloat16, torch.bfloat16, False, modifiers, sink_tokens=True
+    )
     assert compiled.warnings == []
     assert compiled.spilled <= SPILLED[width] + more
     assert compiled.shared < SHARED_LIMIT

@@ -11,13 +11,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from ringflash import Mask
 from ringflash.errors import ArgumentError
-from ringflash.functional import attention
 from ringflash.kernels import select as module
 from ringflash.kernels.select import name_of, select, select_decoding
-from ringflash.parallel.execution import call
-from ringflash.parallel.mesh import ONE_DEVICE
 
 
 def chosen(*arguments: object) -> str:
@@ -75,33 +71,15 @@ def test_gpu_tensors_go_to_triton_where_it_takes_them() -> None:
 
 
 @pytest.mark.usefixtures("on_a_gpu")
-def test_most_modified_scores_go_to_triton_also_where_hopper_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    hopper = pytest.importorskip("ringflash.kernels.hopper")
-    monkeypatch.setattr(hopper, "supports", lambda *problem: None)
-    for modifiers in ((), ("slopes",)):
-        assert chosen("cuda", torch.bfloat16, 128, 128, "auto", modifiers) == "hopper"
-        assert chosen("cuda", torch.bfloat16, 128, 128, "triton", modifiers) == "triton"
-    for modifiers in (("softcap",), ("key_visible",), ("dropout",), ("slopes", "dropout")):
-        assert chosen("cuda", torch.bfloat16, 128, 128, "auto", modifiers) == "triton"
-        assert chosen("cuda", torch.bfloat16, 20, 20, "auto", modifiers) == "blockwise"
-
-
-@pytest.mark.usefixtures("on_a_gpu")
-def test_sink_tokens_go_to_triton_also_where_hopper_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    hopper = pytest.importorskip("ringflash.kernels.hopper")
-    monkeypatch.setattr(hopper, "supports", lambda *problem: None)
-    assert chosen("cuda", torch.bfloat16, 128, 128, "auto", (), True) == "triton"
-    with pytest.raises(ArgumentError, match=r"kernel='hopper' cannot run: .*sink tokens; triton and blockwise do"):
-        select("cuda", torch.bfloat16, 128, kernel="hopper", sink_tokens=True)
-
-
-def test_a_mask_with_sink_tokens_says_so_to_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr(call, "select", lambda *problem: asked.append(problem[-2:]) or select(*problem))
-    x = torch.randn(1, 9, 1, 8)
-    for mask in (Mask.sliding_window(4), Mask.sliding_window(4, sink=2)):
-        attention(x, x, x, mask=mask, group=ONE_DEVICE)
-    assert asked == [((), False), ((), True)]
+def test_gpu_tensors_go_to_hopper_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    checks = pytest.importorskip("ringflash.kernels.hopper.checks")
+    monkeypatch.setattr(checks, "runs_on", lambda device, dtype: None)
+    monkeypatch.setattr("ringflash.kernels.hopper.supports", checks.supports)
+    for dims in ((40, 40), (64, 64), (80, 80), (96, 64), (128, 128), (192, 128), (176, 128), (192, 192), (256, 256)):
+        assert chosen("cuda", torch.bfloat16, *dims) == "hopper"
+        assert chosen("cuda", torch.bfloat16, *dims, "triton") == "triton"
+    for dims in ((32, 32), (128, 32), (136, 136), (192, 64), (224, 224), (512, 512)):
+        assert chosen("cuda", torch.bfloat16, *dims) == "triton"
 
 
 @pytest.mark.usefixtures("without_triton")
@@ -145,8 +123,7 @@ def test_slow_kernels_on_a_gpu_are_warned_of_once_with_reason_and_cure(
         assert chosen("cuda", dtype, *dims) == "blockwise"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for modifiers in ((), ("softcap", "dropout")):
-            assert chosen("cuda:0", dtype, *dims, "auto", modifiers) == "blockwise"
+        assert chosen("cuda:0", dtype, *dims, "auto") == "blockwise"
 
 
 @pytest.mark.usefixtures("on_a_gpu")
@@ -233,14 +210,6 @@ def test_caches_on_gpus_are_read_by_triton_and_else_a_warning_says_why_not(monke
 def test_without_triton_caches_on_gpus_are_read_by_torch_operators_with_a_warning() -> None:
     with pytest.warns(UserWarning, match="triton is not installed"):
         assert decoding(CUDA, torch.bfloat16, 128, 128) == "cpu.decode"
-
-
-def test_forced_hopper_names_modifiers_that_it_is_not_chosen_for() -> None:
-    pytest.importorskip("ringflash.kernels.hopper")
-    with pytest.raises(
-        ArgumentError, match=r"kernel='hopper' cannot run: it is not chosen for softcap and dropout; triton"
-    ):
-        select("cuda", torch.bfloat16, 128, kernel="hopper", modifiers=("softcap", "slopes", "dropout"))
 
 
 def test_unknown_kernels_and_dtypes_are_refused_with_what_is_allowed() -> None:

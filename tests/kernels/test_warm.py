@@ -72,7 +72,8 @@ class NoTransport:
 
 def both_ways(form: warm.Form, rank: int, ranks: int, mask: Mask) -> None:
     """A rank's whole call, forward and backward."""
-    length, (heads, key_heads), (dim, value_dim) = 4 * 96, form.heads, form.head_dims
+    (heads, key_heads), (dim, value_dim) = form.heads, form.head_dims
+    length = 4 * (1024 if form.sink_tokens else 96)  # long enough for launches over all that see a sink token
     sharding = Sharding(mask, seqlen=length, rank=rank, ranks=ranks)
     shapes = (heads, dim), (key_heads, dim), (key_heads, value_dim)
     leaves = [torch.zeros(1, sharding.tokens, *shape, dtype=form.dtype, requires_grad=True) for shape in shapes]
@@ -107,6 +108,10 @@ JOBS = {
     "hopper D256, deterministic": (hopper, warm.Form(BF16, (256, 256), (4, 4), deterministic=True), CAUSAL),
     "hopper D64, window": (hopper, warm.Form(BF16, (64, 64), (4, 2)), Mask.sliding_window(40, 0)),
     "hopper D64, documents": (hopper, warm.Form(BF16, (64, 64), (4, 2)), CAUSAL & Mask.documents([0, 100, 384])),
+    "hopper 192/128": (hopper, warm.Form(BF16, (192, 128), (4, 4)), CAUSAL),
+    "hopper, sink tokens": (hopper, warm.Form(BF16, (64, 64), (8, 2), sink_tokens=True), WITH_SINKS),
+    "hopper, softcap and ALiBi": (hopper, warm.Form(BF16, (128, 128), (8, 2), softcap=30.0, alibi=True), CAUSAL),
+    "hopper, dropout and padding": (hopper, warm.Form(BF16, (128, 128), (8, 2), dropout=0.1, padding=True), CAUSAL),
     "portable 192/128": (portable, warm.Form(BF16, (192, 128), (4, 4)), CAUSAL),
     "portable D64, fp32": (portable, warm.Form(torch.float32, (64, 64), (8, 2)), CAUSAL),
     "portable, sink tokens": (portable, warm.Form(BF16, (64, 64), (8, 2), sink_tokens=True), WITH_SINKS),
