@@ -38,6 +38,7 @@ from ringflash.parallel.planning.choose import choose
 from ringflash.parallel.planning.choose_heads import by_heads
 from ringflash.parallel.planning.cost import Prediction, Shape, predict
 from ringflash.parallel.planning.generators import NAMES, check_plan, in_words, plan_named
+from ringflash.parallel.planning.heads import rows_in_groups
 from ringflash.parallel.planning.loads import loads
 from ringflash.parallel.planning.machine import COPY_ENGINE, SEND_RECV, Machine, cache_path, machine_for
 from ringflash.parallel.planning.plan import Plan
@@ -204,7 +205,8 @@ def _without_group(options: argparse.Namespace) -> None:
         }
         choice = choose(mask, partition, None, options.hosts, machine, shape, token_work=options.token_work)
         if choice.predicted and options.hosts == 1:
-            costs[HEADS] = by_heads(choice, np.array(partition.counts()), max(partition.counts()))
+            rows = rows_in_groups(max(partition.counts()), int(found.pairs.sum()) / options.length)
+            costs[HEADS] = by_heads(choice, np.array(partition.counts()), rows)
         print(f"{title}\n\n{compared(costs, machine, shape)}")
         return
     plan, because = _plan(options, mask, partition, machine, shape)

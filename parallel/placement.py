@@ -29,7 +29,7 @@ from ringflash.parallel.planning.choose_heads import ByHeads, choose_heads
 from ringflash.parallel.planning.cost import Shape
 from ringflash.parallel.planning.double_ring import check_hosts
 from ringflash.parallel.planning.generators import check_plan, plan_named
-from ringflash.parallel.planning.heads import UnionRows
+from ringflash.parallel.planning.heads import UnionRows, rows_in_groups
 from ringflash.parallel.planning.level_queries import level_queries
 from ringflash.parallel.planning.plan import RankPlan
 from ringflash.parallel.planning.program import Program, local_program, rank_program
@@ -45,10 +45,6 @@ from ringflash.parallel.transport.select import GroupTransport, transport_of
 LONGEST_SHOWN = 200
 """Characters of a mask or a partition that ranks show each other; a layout of blocks may have a million."""
 
-
-LONG = 2**15
-"""Keys that a query sees on average from which on heads may be worked on in groups, whose results are copied to where
-those of all heads lie: a hundredth of the time of attention to so many, and more of attention to fewer."""
 
 SOME = 1024
 """Queries that are looked at to know how many keys one sees on average."""
@@ -92,7 +88,7 @@ class Placement:
         head_ranks: int | None = None,
     ) -> None:
         self.rank, self.ranks = place
-        self.head_ranks, self.free = head_ranks or 1, head_ranks is None
+        self.head_ranks, self.free = head_ranks or 1, head_ranks is None and self.ranks > 1
         self.batch, self.seqlen, self.key_seqlen = sizes
         self._plan_name, self.hosts = plan
         if self._plan_name is not None:
@@ -107,6 +103,8 @@ class Placement:
         self._choices: dict[int, Choice] = {}
         self._heads_choices: dict[int, ByHeads | None] = {}
         self._of_heads: dict[int, Placement] = {}
+        self._rows_in_groups: dict[int, int] = {}
+        self._crossings: dict[int, tuple[int, ...]] = {}
         self._plans: dict[int, RankPlan] = {}
         self._programs: dict[tuple[int, torch.device], Program] = {}
         self._slope_rows: dict[tuple[bytes, int, torch.device], Tensor] = {}
@@ -184,21 +182,20 @@ class Placement:
         """How many rows of queries and of keys this rank has."""
         return self.batch * self.partition.count(self.rank), self.batch * self.key_partition.count(self.rank)
 
-    @cached_property
-    def rows_in_groups(self) -> int:
-        """Rows of queries of the rank that has the most, or 0 where attention is too short for groups of heads.
+    def rows_in_groups(self, index: int) -> int:
+        """Rows of queries of the rank that has the most, or 0 where a mask shows too little for groups of heads.
 
-        The same on all ranks; see `heads.head_groups`.
+        The same on all ranks; see `heads.rows_in_groups`.
         """
-        rows = self.batch * max(self.partition.counts())
-        if rows < LONG:  # nor could it be many bytes
-            return rows
-        if self.on_device is not None:
-            return 0
-        queries, keys = self.batch * self.seqlen, self.batch * self.key_seqlen
-        some = torch.arange(0, queries, max(1, queries // SOME))
-        seen = max(visible_pairs(mask, some, keys) for mask in self.masks[: len(self._partition["weights"])])
-        return rows if seen >= LONG * len(some) else 0
+        found = self._rows_in_groups.get(index)
+        if found is None:
+            rows, found = self.batch * max(self.partition.counts()), 0
+            if self.on_device is None and rows_in_groups(rows, self.key_seqlen):  # the most that a query can see
+                queries, keys = self.batch * self.seqlen, self.batch * self.key_seqlen
+                some = torch.arange(0, queries, max(1, queries // SOME))
+                found = rows_in_groups(rows, visible_pairs(self.masks[index], some, keys) / len(some))
+            self._rows_in_groups[index] = found
+        return found
 
     def index_of(self, mask: Mask | None) -> int:
         """Which of the masks a call means; one that was not named before is added, None is the only one."""
@@ -264,7 +261,7 @@ class Placement:
             return None
         found = self._choices.get(index)
         if found is None:
-            shape = Shape().in_groups(self.rows_in_groups, self.head_ranks).among(self.head_ranks)
+            shape = Shape().in_groups(self.rows_in_groups(index), self.head_ranks).among(self.head_ranks)
             token_work = self._partition["token_work"] // self.head_ranks
             found = choose(
                 self.masks[index],
@@ -278,18 +275,16 @@ class Placement:
         return found
 
     def heads_choice(self, index: int) -> ByHeads | None:
-        """Why ranks exchange heads under one of the masks without being told to; None where they do not.
-
-        Of the masks that the sharding was made for: of others, compiled code would not know.
-        """
-        known = index < len(self._partition["weights"])
+        """Why ranks exchange heads under one of the masks without being told to; None where they do not."""
         same = self.key_partition is self.partition and self.on_device is None
-        if not (known and same and self.free and self._plan_name is None and self.hosts == 1 and self.ranks > 1):
+        if not (same and self.free and self._plan_name is None and self.hosts == 1):
             return None
         if index not in self._heads_choices:
             choice = self.choice(index)
             tokens = np.array(self._laid_end_to_end[0].counts())
-            self._heads_choices[index] = None if choice is None else choose_heads(choice, tokens, self.rows_in_groups)
+            self._heads_choices[index] = (
+                None if choice is None else choose_heads(choice, tokens, self.rows_in_groups(index))
+            )
         return self._heads_choices[index]
 
     def for_heads(self, index: int, heads: int) -> tuple[Placement, int]:
@@ -430,12 +425,16 @@ class Placement:
 
     def crossing(self, index: int) -> tuple[int, ...]:
         """See `call.Settings.sizes`."""
-        if self.heads_choice(index) is not None:
-            return self.for_heads(index, self.ranks)[0].crossing(0)
-        if self.head_ranks == 1 or self.key_partition is not self.partition:
-            return ()
-        together = self._together(self.partition).count(self.rank // self.head_ranks)
-        return together, self.head_ranks, self.rows_in_groups
+        found = self._crossings.get(index)
+        if found is None:
+            found = ()
+            if self.heads_choice(index) is not None:
+                found = self.for_heads(index, self.ranks)[0].crossing(0)
+            elif self.head_ranks > 1 and self.key_partition is self.partition:
+                together = self._together(self.partition).count(self.rank // self.head_ranks)
+                found = together, self.head_ranks, self.rows_in_groups(index)
+            self._crossings[index] = found
+        return found
 
     def exchange(self, index: int, device: torch.device) -> HeadExchange | RowExchange | None:
         """How this rank exchanges heads for tokens, or query rows, under one of the masks; None if it does not."""
@@ -488,7 +487,7 @@ class Placement:
         """The plan for it, likewise."""
         choice = self.choice(index)
         crossing = " with level queries" if choice is not None and choice.level is not None else ""
-        crossing = " or heads" if self.heads_choice(index) is not None else crossing
+        crossing += " or by heads" if self.heads_choice(index) is not None else ""
         return f"{self.plan_name(index)} on {self.hosts} hosts{crossing}"
 
     def digest(self, index: int) -> str:

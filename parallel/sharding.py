@@ -123,9 +123,8 @@ class Sharding:
 
     def _make_handles(self) -> None:
         x = self._placement
-        crossing = [x.crossing(index) for index in range(len(x.masks))]
-        self._first_crossing = crossing[0]
-        self._crossing = {rules.spec(): found for rules, found in zip(x.rules, crossing, strict=True) if found}
+        self._crossing = {rules.spec(): found for i, rules in enumerate(x.rules) if (found := x.crossing(i))}
+        self._first_crossing = x.crossing(0)
         self.documents = self._placement.given_documents
         """How many documents were given; None without any."""
         self._handles = [new_handle(self._placement, index) for index in range(len(self._placement.masks))]
@@ -152,9 +151,12 @@ class Sharding:
 
         Rows that they hold together, how many ranks they are, and `Placement.rows_in_groups`.
         """
-        if mask is None or not self._crossing:
-            return self._first_crossing
-        return self._crossing.get(mask.spec(), ())
+        if self._placement.ranks == 1:
+            return ()
+        if not torch.compiler.is_compiling():
+            return self._placement.crossing(self._placement.index_of(mask))
+        # Of masks that it was not made for nothing is kept: what traced code knows of a sharding does not change.
+        return self._first_crossing if mask is None else self._crossing.get(mask.spec(), ())
 
     @property
     def rank(self) -> int:

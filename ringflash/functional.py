@@ -99,7 +99,7 @@ def attention(
             `ringflash.parallel.mesh.ONE_DEVICE` never communicates.
         partition: how tokens are sharded; see `ringflash.shard`. "zigzag" if None.
         head_ranks: how many ranks that follow each other exchange heads for tokens; see `ringflash.Sharding`. H is a
-            multiple of it. 1 if None.
+            multiple of it. What is predicted to be fastest if None.
         plan: how keys travel; see `ringflash.Sharding`, which chooses if None.
         sharding: how the batch lies on its ranks, in place of lengths, documents, partition, head_ranks and plan.
             `mask` is then one of its masks, and may be None where it has one.

@@ -29,7 +29,7 @@ from ringflash import ArgumentError, Mask, UnsupportedError
 from ringflash.functional import attention
 from ringflash.kernels.cpu import blockwise
 from ringflash.kernels.modifiers import philox
-from ringflash.parallel.execution.call import Inputs, Request, Settings, prepare, table_of
+from ringflash.parallel.execution.call import Inputs, Request, Settings, locate, prepare, table_of
 from ringflash.parallel.mesh import ONE_DEVICE
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -169,7 +169,7 @@ def test_the_blocks_of_a_document_whose_length_the_host_does_not_know(monkeypatc
     settings = Settings(request, (1, 40, 40), 1.0, 0.0, 0.0, "auto", False, 0)
     edges = torch.tensor([0, 13, 13, 37, 40])
     inputs = Inputs(*[torch.empty(40, 1, 8)] * 3, None, edges, None, None, None, None, None)
-    (stage,) = prepare(inputs, settings, table_of(inputs, settings), "forward").program.stages
+    (stage,) = prepare(inputs, settings, table_of(inputs, settings), "forward", locate(inputs, settings)).program.stages
     pairs = sum(launch.intervals.visible().int() for launch in stage.launches)
     assert pairs.tolist() == [[(mask & Mask.documents(edges)).sees(q, k) for k in range(40)] for q in range(40)]
     for sizes in ((1, 41, 40), (1, 40, 41)):

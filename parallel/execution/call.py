@@ -384,12 +384,15 @@ def table_of(inputs: Inputs, settings: Settings) -> Tensor:
 def keeps(inputs: Inputs, settings: Settings) -> bool:
     """Whether query, key and value are kept as they crossed, in place of what they were before: they cross once.
 
-    Not where heads are worked on in groups, for which there is no room for all of them as they crossed.
+    Not where heads are worked on in groups, for which there is no room for all of them as they crossed, nor where key
+    heads crossed several times.
     """
     if inputs.handle is None or not settings.sizes or not settings.needs:
         return False
     (_, heads, head_dim), (_, exchanging, rows) = inputs.query.shape, settings.sizes
-    return heads % exchanging == 0 and head_groups(rows, heads, inputs.key.shape[1], head_dim, exchanging) == 1
+    if heads % exchanging or HeadShares.of(int(heads), int(inputs.key.shape[1]), exchanging).copied:
+        return False
+    return head_groups(rows, heads, inputs.key.shape[1], head_dim, exchanging) == 1
 
 
 def crossing_kinds(inputs: Inputs, ranks: int) -> list[Kind]:

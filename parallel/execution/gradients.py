@@ -88,14 +88,14 @@ class KeyGradients:
         if failure is not None:
             raise failure
         sums = self._sums or [torch.zeros_like(x) for x in self._wanted]
-        return [total.to(self.result_dtype) for total in sums]
+        return [_alone(total.to(self.result_dtype)) for total in sums]
 
     def _keep(self, stage: StageProgram, parts: list[Tensor]) -> None:
         own = parts if not stage.returns else [part[stage.kept] for part in parts]
         if self._sums is None and stage.everything:
             self._sums = own
         elif self._sums is None and isinstance(stage.own, slice) and isinstance(stage.kept, slice):
-            if len(own[0]) == len(self._wanted[0]):
+            if all(len(x) == len(wanted) for x, wanted in zip(own, self._wanted, strict=True)):
                 self._sums = own  # others' rows beside them are only read from here on
                 return
             self._sums = [torch.empty_like(x, dtype=self.dtype) for x in self._wanted]
@@ -121,3 +121,8 @@ class KeyGradients:
             total.index_add_(0, rows, part.to(total.dtype))
         else:
             picked(total, rows).add_(part)
+
+
+def _alone(x: Tensor) -> Tensor:
+    """A tensor that holds no more memory than its own."""
+    return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()

@@ -10,14 +10,14 @@ Legend: T query rows of this rank; H query heads, Hk key heads, D head dimension
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ringflash.parallel.execution import executor
-from ringflash.parallel.execution.call import NEEDS, Inputs, Located, Settings, locate, table_of
+from ringflash.parallel.execution.call import NEEDS, Inputs, Located, Settings, locate, refusals_notified, table_of
 from ringflash.parallel.planning.heads import head_groups
 
 
@@ -43,16 +43,19 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]
     Returns:
         out (T, H, Dv) like the query, lse (H, T) fp32, and the table that `backward` wants, see `call.shape_of_table`.
     """
-    where, table = locate(inputs, settings), table_of(inputs, settings)
-    groups = _groups(inputs, where)
+    where = locate(inputs, settings)
+    table = inputs.query.new_empty((0, 0), dtype=torch.int32) if where is not None else table_of(inputs, settings)
+    rows = 0 if where is None else where[0].rows_in_groups(where[1])  # on a device, nobody knows how much they see
+    groups = _groups(inputs, where, rows) if rows else 1
     if groups == 1:
         return executor.forward(inputs, settings, table, where)
     query, value = inputs.query, inputs.value
-    out = query.new_empty(*query.shape[:-1], value.shape[-1])
-    lse = query.new_empty(query.shape[1::-1], dtype=torch.float32)
+    sizes = (*query.shape[:-1], value.shape[-1]), query.shape[1::-1]
+    out, lse = _room(where, query, zip(sizes, (query.dtype, torch.float32), strict=True))
     for group in _split(inputs, settings, groups):
         found = executor.forward(group.inputs, group.settings, table, where, group.queries.start)
         out[:, group.queries], lse[group.queries] = found[:2]
+        del found  # before the next ones are there
     return out, lse, table
 
 
@@ -71,13 +74,13 @@ def backward(
         settings: what `forward` was given.
     """
     where = locate(inputs, settings)
-    groups = _groups(inputs, where)
+    rows = 0 if where is None else where[0].rows_in_groups(where[1])
+    groups = _groups(inputs, where, rows) if rows else 1
     if groups == 1:
         return executor.backward(dout, dlse, out, lse, table, inputs, settings, where)
-    results = [
-        x.new_empty(x.shape) if x is not None and settings.needs & bit else inputs.query.new_empty(0)
-        for x, bit in ((getattr(inputs, name), bit) for name, bit in NEEDS.items())
-    ]
+    nothing = inputs.query.new_empty(0)
+    wanted = [getattr(inputs, name) if settings.needs & bit else nothing for name, bit in NEEDS.items()]
+    results = _room(where, inputs.query, [(x.shape, x.dtype) for x in wanted])
     for group in _split(inputs, settings, groups):
         heads, keys = group.queries, group.keys
         of_heads = dout[:, heads], None if dlse is None else dlse[heads], out[:, heads], lse[heads]
@@ -85,13 +88,18 @@ def backward(
         for result, own, x in zip(results, (heads, keys, keys, heads), found, strict=True):
             if x.numel():
                 (result if x.dim() == 1 else result.transpose(0, 1))[own] = x if x.dim() == 1 else x.transpose(0, 1)
+        del found, x
     return results[0], results[1], results[2], results[3]
 
 
-def _groups(inputs: Inputs, where: Located) -> int:
-    if where is None:  # nobody knows here how much they see
-        return 1
-    return head_groups(where[0].rows_in_groups, *_heads(inputs), where[0].head_ranks)
+def _groups(inputs: Inputs, where: Located, rows: int) -> int:
+    return head_groups(rows, *_heads(inputs), 1 if where is None else where[0].head_ranks)
+
+
+def _room(where: Located, like: Tensor, wanted: Iterable[tuple[Sequence[int], torch.dtype]]) -> list[Tensor]:
+    """Memory for what all groups give; the other ranks hear of it where there is none."""
+    with refusals_notified(None if where is None else where[0].group):
+        return [like.new_empty(tuple(shape), dtype=dtype) for shape, dtype in wanted]
 
 
 def _heads(inputs: Inputs) -> tuple[int, int, int]:

@@ -37,7 +37,7 @@ def choose_heads(plan: Choice, tokens: np.ndarray, rows: int, memory: int = MEMO
     Args:
         plan: what was chosen among plans, for ranks that hold these tokens.
         tokens: (R,) that each rank holds.
-        rows: see `heads.head_groups`.
+        rows: see `heads.rows_in_groups`.
         memory: see `choose.MEMORY`.
     """
     if not plan.predicted or plan.cost.attention < LEAST:
@@ -54,7 +54,7 @@ def by_heads(plan: Choice, tokens: np.ndarray, rows: int) -> Prediction:
     """What it costs that all ranks exchange heads in place of a plan; see `choose_heads`.
 
     Forward, query, key and value cross and the result comes back; backward, the result's gradient crosses and the
-    gradients of query, key and value come back. What crossed first is kept, but not by groups of heads.
+    gradients of query, key and value come back. What crossed first is kept, but not by groups of heads nor with copies.
     """
     machine, shape, ranks = plan.machine, plan.shape, len(tokens)
     groups = head_groups(rows, shape.heads, shape.key_heads, shape.head_dim, ranks)
@@ -62,7 +62,7 @@ def by_heads(plan: Choice, tokens: np.ndarray, rows: int) -> Prediction:
     sent = groups * _key_heads(shape.heads // groups, shape.key_heads // groups, ranks)
     keys, copied = sent * 2 * shape.head_dim, sent > shape.key_heads
     of_keys, gradients = keys * shape.element, keys * (4 if copied else shape.element)
-    again = row + of_keys if groups > 1 else 0
+    again = row + of_keys if groups > 1 or copied else 0
     forward, backward = machine.rates(shape.head_dim)
     passes = []
     for rest, operations, rate, there, back in (

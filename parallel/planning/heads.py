@@ -31,6 +31,21 @@ ROOM = 2**30
 it takes more, launches over half of the heads still fill a GPU many times over."""
 
 
+LONG = 2**15
+"""Keys that a query sees on average from which on heads may be worked on in groups, whose results are copied to where
+those of all heads lie: a hundredth of the time of attention to so many, and more of attention to fewer."""
+
+
+def rows_in_groups(rows: int, seen: float) -> int:
+    """What `head_groups` is told of rows: none where attention is too short for it.
+
+    Args:
+        rows: of queries, on the rank that has the most.
+        seen: keys that a query sees on average.
+    """
+    return rows if seen >= LONG else 0
+
+
 def check_head_ranks(head_ranks: int, ranks: int) -> None:
     """Raise ArgumentError unless the ranks that share a sequence can be divided by as many as exchange heads."""
     (found,) = integers("head_ranks", (head_ranks,))
@@ -50,7 +65,7 @@ def head_groups(rows: int, heads: int, key_heads: int, head_dim: int, exchanging
     """Into how many groups of heads, one after another, a call is divided so that each fits into `ROOM`, or nearly.
 
     Args:
-        rows: of queries, on the rank that has the most: all ranks must find the same.
+        rows: from `rows_in_groups`: all ranks must find the same.
         heads: of queries.
         key_heads: of keys; a group has all queries of its own.
         head_dim: of a query's head.

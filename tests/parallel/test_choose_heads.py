@@ -8,6 +8,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from attention_cases import Case, Rules
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -150,7 +151,7 @@ def _layers(compiled):
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_each_mask_goes_its_own_way(pool, compiled):
     for free, plan in pool(2).run(_layers, compiled, timeout=120):
-        assert free == [0, 1]  # not the third, of which compiled code could not know
+        assert free == [0, 1, 2]
         assert plan == []
 
 
@@ -181,4 +182,38 @@ def _kept_in_a_region():
 def test_what_is_computed_again_crosses_again(pool):
     for in_a_region, outside in pool(2).run(_kept_in_a_region):
         assert in_a_region == ()
-        assert outside == (40, 2, 20)
+        assert outside == (40, 2, 0)
+
+
+# What all ranks must find
+
+
+def test_what_ranks_compare_says_that_queries_may_cross_and_that_heads_may():
+    patch = _everywhere()
+    patch.setattr(choose, "CLEARLY", 1e9)
+    try:
+        text = Sharding(Mask.causal(), seqlen=48, partition="contiguous", rank=0, ranks=2)._placement.plan_text(0)
+    finally:
+        patch.undo()
+    assert text.endswith(" with level queries or by heads")
+
+
+def _named_on_one_rank(head_ranks):
+    """Both masks are in the sharding of rank 0; the other's is added by its call."""
+    patch = _everywhere()
+    try:
+        window, causal = Mask.sliding_window(5), Mask.causal()
+        first = dist.get_rank() == 0
+        sharding = Sharding(
+            [causal, window] if first else [causal], seqlen=40, partition="zigzag", head_ranks=head_ranks
+        )
+        query = torch.randn(1, sharding.tokens, 4, 16, requires_grad=True)
+        attention(query, query, query, mask=window, sharding=sharding)[0].sum().backward()
+        return query.grad.abs().sum().item() > 0
+    finally:
+        patch.undo()
+
+
+@pytest.mark.parametrize("head_ranks", [None, 1, 2])
+def test_masks_that_a_call_adds_are_those_that_another_rank_has_named(pool, head_ranks):
+    assert pool(2).run(_named_on_one_rank, head_ranks) == [True, True]

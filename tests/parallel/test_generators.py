@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from cases import PARTITIONS, any_mask, any_partition, masks, problems, visible
+from cases import PARTITIONS, Shape, any_mask, any_partition, inputs, masks, problems, visible
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from plan_damage import damaged
@@ -406,3 +406,24 @@ def test_ranks_with_different_plans_are_told_so_by_name(pool):
         assert said.startswith("RankMismatchError")
         assert "plan" in said
         assert "counter-ring" in said
+
+
+def _some_gradients(plan, hosts):
+    """Each subset of query, key and value whose gradients somebody asks for; alone, and how much memory each holds."""
+    sharding = Sharding(Mask.bidirectional(), seqlen=41, plan=plan, hosts=hosts)
+    *whole, dout = inputs(Shape(length=41, heads=4, key_heads=2))
+    mine = [sharding.shard(x, 1) for x in (*whole, dout)]
+    found, right = [], None
+    for wanted in ((0, 1, 2), (0,), (1,), (2,), (0, 2), (1, 2)):
+        leaves = [x.clone().requires_grad_(i in wanted) for i, x in enumerate(mine[:3])]
+        out, _ = attention(*leaves, sharding=sharding)
+        gradients = torch.autograd.grad(out, [leaves[i] for i in wanted], mine[3])
+        right = gradients if right is None else right
+        found += [torch.equal(x, right[i]) for i, x in zip(wanted, gradients, strict=True)]
+        found += [x.untyped_storage().nbytes() == x.nbytes for x in gradients]
+    return all(found)
+
+
+@pytest.mark.parametrize("plan", NAMES)
+def test_gradients_of_some_inputs_are_those_of_all_and_hold_no_memory_beside(pool, plan):
+    assert all(pool(4).run(_some_gradients, plan, 2))

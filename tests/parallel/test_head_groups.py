@@ -6,14 +6,18 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from attention_cases import Case, Rules
 from hypothesis import given
 from hypothesis import strategies as st
 from sharded_cases import ShardedCase, solve_share
 
 from ringflash import Mask, Sharding
+from ringflash.errors import RingflashError
 from ringflash.functional import attention
 from ringflash.kernels.cpu import blockwise
+from ringflash.parallel.execution import head_groups as head_groups_module
+from ringflash.parallel.lookup import shardings
 from ringflash.parallel.planning import heads as planned
 from ringflash.parallel.planning.heads import ROOM, head_groups
 
@@ -45,11 +49,15 @@ EVERY_FEATURE = {"softcap": 2.0, "alibi": "documents", "dropout": 0.5, "padding"
 
 def _in_groups(sharded):
     """A share's answer, and of how many heads each launch was."""
+    shardings.clear()  # they know how many groups there are
     with (
         mock.patch.object(planned, "ROOM", 1),
+        mock.patch.object(planned, "LONG", 0),
         mock.patch.object(blockwise, "attend", wraps=blockwise.attend) as attend,
     ):
-        return solve_share(sharded), {call.args[0].shape[1] for call in attend.call_args_list}
+        found = solve_share(sharded)
+    shardings.clear()
+    return found, {call.args[0].shape[1] for call in attend.call_args_list}
 
 
 @pytest.mark.parametrize("heads", [(12, 6), (12, 4), (12, 12)], ids=str)
@@ -77,31 +85,47 @@ def test_a_batch_in_groups(pool):
 
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_only_long_attention_is_done_in_groups(ranks):
-    def rows(mask, seqlen):
-        return Sharding(mask, seqlen=seqlen, rank=0, ranks=ranks)._placement.rows_in_groups
+    def rows(mask, seqlen, index=0):
+        return Sharding(mask, seqlen=seqlen, rank=0, ranks=ranks)._placement.rows_in_groups(index)
 
     whole, cuts = 1 << 20, list(range(0, (1 << 20) + 1, 1 << 14))
     assert rows(Mask.causal(), whole) == whole // ranks
+    assert rows(Mask.causal(), 1 << 14) == 0
     assert rows(Mask.sliding_window(4096), whole) == 0
     assert rows(Mask.causal() & Mask.documents(cuts), whole) == 0
-    assert rows([Mask.sliding_window(4096), Mask.causal()], whole) == whole // ranks
+    both = [Mask.sliding_window(4096), Mask.causal()]
+    assert [rows(both, whole, index) for index in (0, 1)] == [0, whole // ranks]
 
 
-def _compiled(head_ranks):
-    sharding = Sharding(seqlen=48, head_ranks=head_ranks)
-
-    def loss(query, key, value):
-        return attention(query, key, value, sharding=sharding)[0].square().sum()
-
-    torch.manual_seed(sharding.rank)
-    leaves = [torch.randn(1, sharding.tokens, n, 16, requires_grad=True) for n in (8, 4, 4)]
-    expected = torch.autograd.grad(loss(*leaves), leaves)
-    with mock.patch.object(planned, "ROOM", 1):
-        compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
-        found = torch.autograd.grad(compiled(*leaves), leaves)
-    for x, right in zip(found, expected, strict=True):
-        torch.testing.assert_close(x, right, atol=1e-5, rtol=1e-5)
+def _no_room(self, *_, **__):
+    raise torch.OutOfMemoryError("no room")
 
 
-def test_compiled_code_knows_that_groups_keep_nothing_of_what_crossed(pool):
-    pool(2).run(_compiled, 2, timeout=120)
+def _without_room(backward):
+    """Rank 0 has no memory for what all groups give; every rank says what it ends with."""
+    query = torch.randn(1, 20, 4, 16, requires_grad=True)
+    shardings.clear()
+    with mock.patch.object(planned, "ROOM", 1), mock.patch.object(planned, "LONG", 0):
+        out = attention(query, query, query)[0] if backward else None
+        real = head_groups_module._room
+
+        def room(*arguments):
+            with mock.patch.object(torch.Tensor, "new_empty", _no_room):
+                return real(*arguments)
+
+        try:
+            with mock.patch.object(head_groups_module, "_room", room if dist.get_rank() == 0 else real):
+                _ = out.sum().backward() if backward else attention(query, query, query)
+        except (torch.OutOfMemoryError, RingflashError) as error:
+            return type(error).__name__, str(error)
+        finally:
+            shardings.clear()
+    return "nothing", ""
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_rank_without_room_for_the_results_of_groups_is_heard_by_the_others(pool, backward):
+    (first, _), (second, said) = pool(2).run(_without_room, backward)
+    assert first == "OutOfMemoryError"
+    assert second == "RankMismatchError"
+    assert "rank 0" in said

@@ -41,7 +41,7 @@ def attention(config: Config, sizes: Sizes, hardware: Hardware) -> Prediction:
     if chosen.predicted:
         tokens = np.array(partition.counts())
         free = config.attention.head_ranks is None and hosts == 1 and not sizes.shape.heads % degree
-        heads = choose_heads(chosen, tokens, sizes.tokens) if free else None
+        heads = choose_heads(chosen, tokens, sizes.rows_in_groups) if free else None
         return chosen.cost if heads is None else heads.cost
     found = loads(mask, partition, partition, needed_keys(mask, partition.segments, partition.length))
     return predict(plan_named(chosen.name, mask, partition, hosts=hosts).outline, found, machine, shape, hosts)

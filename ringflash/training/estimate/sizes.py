@@ -16,6 +16,7 @@ from ringflash.configs.schema import Config, ModelConfig
 from ringflash.errors import ArgumentError
 from ringflash.loss import CHUNK_ELEMENTS
 from ringflash.parallel.planning.cost import Shape
+from ringflash.parallel.planning.heads import rows_in_groups
 from ringflash.parallel.planning.loads import loads
 from ringflash.parallel.positions.partition import resolve
 from ringflash.parallel.positions.visibility import needed_keys
@@ -129,7 +130,12 @@ class Sizes:
         """Of a block's attention."""
         model = self.model
         whole = Shape(model.num_attention_heads, model.num_key_value_heads, head_dim(model), self.element)
-        return whole.in_groups(self.tokens, self.exchanging)
+        return whole.in_groups(self.rows_in_groups, self.exchanging)
+
+    @property
+    def rows_in_groups(self) -> int:
+        """See `ringflash.parallel.planning.heads`."""
+        return rows_in_groups(self.tokens, self.load.pairs / self.step_tokens)
 
     @property
     def query(self) -> int:
