@@ -32,7 +32,7 @@ class Problem:
     deterministic: bool = False
     kernel: str = "auto"
     seed: int = 0
-    head_ranks: int = 1
+    head_ranks: int | None = 1
 
     @property
     def whole_mask(self) -> Mask:

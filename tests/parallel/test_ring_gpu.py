@@ -32,7 +32,7 @@ from ringflash.kernels.select import select
 from ringflash.parallel.agreement.rounds import MOST_AHEAD
 from ringflash.parallel.lookup import shardings
 from ringflash.parallel.mesh import ONE_DEVICE
-from ringflash.parallel.planning import choose, heads
+from ringflash.parallel.planning import choose, choose_heads, heads
 from ringflash.parallel.transport.select import transport_of
 from ringflash.ring_flash_attn import zigzag_ring_flash_attn_varlen_func
 
@@ -126,7 +126,12 @@ def test_queries_that_cross_to_other_gpus_equal_one_gpu(gpus, name):
 def _attend_in_groups(problem):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(heads, "ROOM", 1)
-        return _attend(problem)
+        patch.setattr(heads, "LONG", 0)
+        shardings.clear()
+        found = _attend(problem)
+        assert any(x._placement.rows_in_groups(0) for x in shardings._found.values())
+    shardings.clear()
+    return found
 
 
 @pytest.mark.parametrize("head_ranks", [1, 2])
@@ -134,6 +139,25 @@ def _attend_in_groups(problem):
 def test_heads_in_groups_on_several_gpus_equal_one_gpu(gpus, name, head_ranks):
     problem = Problem(masks(LENGTH)[name], SHAPE, "zigzag", torch.bfloat16, head_ranks=head_ranks)
     results = {name: x.cuda() for name, x in joined(problem, gpus.run(_attend_in_groups, problem)).items()}
+    assert_as_exact_as_torch(results, [x.cuda() for x in problem.inputs()], problem.seen.cuda(), problem.scale)
+
+
+def _attend_unasked(problem):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choose_heads, "AT_ALL", 1e9)  # heads are exchanged wherever they could be
+        patch.setattr(choose_heads, "LEAST", 0.0)
+        shardings.clear()
+        found = _attend(problem)
+        assert any(x._placement._of_heads for x in shardings._found.values())
+    shardings.clear()
+    return found
+
+
+@pytest.mark.parametrize("partition", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("name", ["causal", "documents-causal", "window-sink"])
+def test_gpus_that_exchange_heads_unasked_equal_one_gpu(gpus, name, partition):
+    problem = Problem(masks(LENGTH)[name], SHAPE, partition, torch.bfloat16, head_ranks=None)
+    results = {name: x.cuda() for name, x in joined(problem, gpus.run(_attend_unasked, problem)).items()}
     assert_as_exact_as_torch(results, [x.cuda() for x in problem.inputs()], problem.seen.cuda(), problem.scale)
 
 
