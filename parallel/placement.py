@@ -31,9 +31,11 @@ from ringflash.parallel.planning.double_ring import check_hosts
 from ringflash.parallel.planning.generators import check_plan, plan_named
 from ringflash.parallel.planning.heads import UnionRows, rows_in_groups
 from ringflash.parallel.planning.level_queries import level_queries
+from ringflash.parallel.planning.local_program import local_program
 from ringflash.parallel.planning.plan import RankPlan
-from ringflash.parallel.planning.program import Program, local_program, rank_program
+from ringflash.parallel.planning.program import Program
 from ringflash.parallel.planning.pulls import Share
+from ringflash.parallel.planning.rank_program import rank_program
 from ringflash.parallel.positions.documents import rows_apart
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import NAMES, Partition, check_name, default_partition, resolve

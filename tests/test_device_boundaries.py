@@ -19,7 +19,7 @@ from ringflash import ArgumentError, Mask, functional
 from ringflash.functional import attention
 from ringflash.parallel.execution.call import Inputs
 from ringflash.parallel.mesh import ONE_DEVICE
-from ringflash.parallel.planning import program
+from ringflash.parallel.planning import local_program
 
 EVERY_FEATURE = {"softcap": 2.0, "alibi": "heads", "dropout": 0.4, "padding": True}
 CASE = Case(((20, 25), (0, 4), (7, 7)), Rules(left=9, right=0, sink=2))
@@ -37,8 +37,8 @@ def boundaries_that_the_host_must_not_read() -> Iterator[None]:
 def readings(monkeypatch: pytest.MonkeyPatch) -> list:
     """One entry for each time that boundaries are turned into rows."""
     found = []
-    make = program.position_bounds
-    monkeypatch.setattr(program, "position_bounds", lambda *rest: found.append(rest) or make(*rest))
+    make = local_program.position_bounds
+    monkeypatch.setattr(local_program, "position_bounds", lambda *rest: found.append(rest) or make(*rest))
     return found
 
 

@@ -19,7 +19,7 @@ import torch
 
 from ringflash.parallel.planning.choose import choose
 from ringflash.parallel.planning.generators import plan_named
-from ringflash.parallel.planning.program import rank_program
+from ringflash.parallel.planning.rank_program import rank_program
 from ringflash.parallel.positions.balance import TOKEN_WORK
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import resolve

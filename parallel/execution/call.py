@@ -25,7 +25,9 @@ from ringflash.parallel.agreement.rounds import agreement
 from ringflash.parallel.lookup import find
 from ringflash.parallel.placement import Placement, batch_boundaries, check_on_device, on_a_device, placement_of
 from ringflash.parallel.planning.heads import HeadShares, head_groups
-from ringflash.parallel.planning.program import Program, StageProgram, document_table, table_program, table_shape
+from ringflash.parallel.planning.local_program import document_table, table_program, table_shape
+from ringflash.parallel.planning.program import Program
+from ringflash.parallel.planning.stage_program import StageProgram
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.transport.head_exchange import HeadExchange, Kind, Sections
 from ringflash.parallel.transport.row_exchange import RowExchange

@@ -20,7 +20,7 @@ from ringflash.parallel.execution.row_crossing import RowCrossing
 from ringflash.parallel.execution.rows import Rows
 from ringflash.parallel.execution.walk import Walk
 from ringflash.parallel.planning.launches import attend, attend_backward
-from ringflash.parallel.planning.program import StageProgram
+from ringflash.parallel.planning.stage_program import StageProgram
 from ringflash.parallel.positions.segments import count
 from ringflash.parallel.transport.row_exchange import RowExchange
 

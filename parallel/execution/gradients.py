@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from ringflash.parallel.execution.rows import rows_beside
-from ringflash.parallel.planning.program import Program, Rows, Shipment, StageProgram, part_of, picked, runs_of
+from ringflash.parallel.planning.program import Program
+from ringflash.parallel.planning.row_places import Rows, part_of
+from ringflash.parallel.planning.stage_program import Shipment, StageProgram, picked, runs_of
 from ringflash.parallel.transport.base import Delivery
 from ringflash.parallel.transport.select import GroupTransport
 

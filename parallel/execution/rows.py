@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ringflash.parallel.planning.program import Shipment, picked
+from ringflash.parallel.planning.stage_program import Shipment, picked
 
 Rows = tuple[Tensor, ...]
 """The same rows of each."""

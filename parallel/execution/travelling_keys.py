@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from ringflash.parallel.execution.rows import Rows, rows_beside, rows_of
-from ringflash.parallel.planning.program import Program, picked
+from ringflash.parallel.planning.program import Program
+from ringflash.parallel.planning.stage_program import picked
 from ringflash.parallel.transport.base import Shelf, Ticket, Transport
 
 

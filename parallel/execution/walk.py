@@ -7,7 +7,7 @@ from collections.abc import Callable
 from ringflash.parallel.execution.call import Ready
 from ringflash.parallel.execution.rows import Rows
 from ringflash.parallel.execution.travelling_keys import TravellingKeys
-from ringflash.parallel.planning.program import StageProgram
+from ringflash.parallel.planning.stage_program import StageProgram
 
 
 class Walk:

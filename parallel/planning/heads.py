@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ringflash.errors import ArgumentError
-from ringflash.parallel.planning.program import segment_positions
+from ringflash.parallel.planning.row_places import segment_positions
 from ringflash.parallel.positions.integers import integers
 from ringflash.parallel.positions.segments import Segments, count
 

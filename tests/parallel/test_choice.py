@@ -32,7 +32,7 @@ from ringflash.parallel.planning.machine import (
     measured_machine,
 )
 from ringflash.parallel.planning.plan import RankPlan
-from ringflash.parallel.planning.program import rank_program
+from ringflash.parallel.planning.rank_program import rank_program
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import Partition
 from ringflash.parallel.positions.segments import count, intersect

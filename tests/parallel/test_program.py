@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ringflash.parallel.planning import program
 from ringflash.parallel.planning.plan import Plan, RankPlan
-from ringflash.parallel.planning.program import StageProgram, picked, rank_program, runs_of
+from ringflash.parallel.planning.rank_program import rank_program
 from ringflash.parallel.planning.ring import ring
+from ringflash.parallel.planning.stage_program import StageProgram, picked, runs_of
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import Partition
 
