@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ringflash.functional import attention
-from ringflash.parallel.placement import placement_of
+from ringflash.parallel.handles import placement_of
 from ringflash.parallel.planning.cost import Pass, Prediction, Shape
 from ringflash.parallel.planning.program import Program
 from ringflash.parallel.sharding import Sharding

@@ -1,7 +1,4 @@
-"""What a sharding holds on one rank, and the handles by which operators know it.
-
-Operators take no Python objects. A handle is two numbers in a tensor, for values of tensors do not become compile-time
-constants: another packing does not compile anew. The tensor keeps what it stands for alive, wherever it is kept.
+"""What a sharding holds on one rank: partitions, plans, and programs on devices.
 
 Legend: B sequences; S query and Sk key tokens of one sequence over all ranks; this rank holds T query rows of them.
 """
@@ -9,11 +6,9 @@ Legend: B sequences; S query and Sk key tokens of one sequence over all ranks; t
 from __future__ import annotations
 
 import hashlib
-import itertools
-import weakref
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +17,9 @@ from torch import Tensor
 
 from ringflash.errors import ArgumentError
 from ringflash.kernels.kept import build_to_keep, hold_if_captured
-from ringflash.kernels.torch_private import is_destroyed, without_transforms
+from ringflash.kernels.torch_private import is_destroyed
 from ringflash.parallel.agreement.rounds import digest_of
+from ringflash.parallel.device_boundaries import batch_boundaries, check_on_device
 from ringflash.parallel.planning.choose import Choice, choose
 from ringflash.parallel.planning.choose_heads import ByHeads, choose_heads
 from ringflash.parallel.planning.cost import Shape
@@ -509,75 +505,3 @@ def _shown(text: str) -> str:
     if len(text) <= LONGEST_SHOWN:
         return text
     return f"{text[:LONGEST_SHOWN]}... (SHA-256 {hashlib.sha256(text.encode()).hexdigest()[:16]}...)"
-
-
-def check_on_device(mask: Mask, sizes: Sequence[int], keys: Tensor, queries: Tensor | None) -> None:
-    """Raise ArgumentError for what boundaries that the host must not read leave unknown.
-
-    Args:
-        mask: rules without documents.
-        sizes: batch, query tokens and key tokens of a sequence.
-        keys: (documents + 1,) boundaries of the keys.
-        queries: those of the queries, or None.
-    """
-    batch, seqlen, key_seqlen = sizes
-    if mask.layout is not None:  # nobody here knows the lengths of documents; this is the most that they can be
-        mask.layout.check_reach("queries", seqlen)
-        mask.layout.check_reach("keys", key_seqlen)
-    if batch > 1 and (queries is not None or isinstance(mask.prefix, tuple)):
-        raise ArgumentError(
-            f"cu_seqlens on {keys.device} with a batch of {batch}: pass one packed sequence, or cu_seqlens on the CPU"
-        )
-    if isinstance(mask.prefix, tuple) and len(mask.prefix) != keys.shape[0] - 1:
-        raise ArgumentError(
-            f"prefix_lm has {len(mask.prefix)} lengths for {keys.shape[0] - 1} documents; allowed is one length for "
-            "all, or one for each document"
-        )
-
-
-def on_a_device(x: Sequence[int] | Tensor | None) -> TypeGuard[Tensor]:
-    """Whether these are boundaries that the host must not read."""
-    return isinstance(x, Tensor) and x.device.type != "cpu"
-
-
-def batch_boundaries(keys: Tensor, batch: int, seqlen: int) -> Tensor:
-    """Document boundaries on a device that also end where the sequences of a batch do."""
-    if batch == 1:
-        return keys
-    rows = torch.arange(0, batch + 1, device=keys.device) * seqlen
-    return torch.cat([keys, rows.clamp_(max=keys[-1])]).sort().values
-
-
-# Handles
-
-HELD = "ringflash_placement"
-"""Attribute of a handle that keeps alive what it stands for; tensors of traced code have none."""
-
-_numbers = itertools.count(1)
-_placements: weakref.WeakValueDictionary[int, Placement] = weakref.WeakValueDictionary()
-
-
-def new_handle(placement: Placement, index: int) -> Tensor:
-    """A handle of one of the masks of a placement."""
-    number = next(_numbers)
-    _placements[number] = placement
-    # Kept for other calls, too: not for as long as one transformation lasts, nor as what autograd must not save.
-    with without_transforms(), torch.inference_mode(False):
-        handle = torch.tensor([number, index])
-    setattr(handle, HELD, placement)  # alive as long as the tensor, whoever keeps it
-    return handle
-
-
-def placement_of(handle: Tensor) -> tuple[Placement, int]:
-    """What a handle stands for, and which of its masks.
-
-    Raises:
-        ArgumentError: nobody holds the sharding any more.
-    """
-    number, index = handle.tolist()
-    found = _placements.get(number)
-    if found is None:
-        raise ArgumentError(
-            f"sharding: the handle {number} stands for a Sharding that is gone; hold it until the backward pass is done"
-        )
-    return found, index

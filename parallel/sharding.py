@@ -24,10 +24,12 @@ from torch import Tensor
 
 from ringflash.errors import ArgumentError
 from ringflash.kernels.kept import TensorNotes
+from ringflash.parallel.device_boundaries import on_a_device
 from ringflash.parallel.gather import gather_rows
+from ringflash.parallel.handles import new_handle
 from ringflash.parallel.labels import IGNORED_LABEL, as_int64, check_labels
 from ringflash.parallel.mesh import ONE_DEVICE, Group, process_group
-from ringflash.parallel.placement import LONGEST_SHOWN, Placement, new_handle, on_a_device
+from ringflash.parallel.placement import LONGEST_SHOWN, Placement
 from ringflash.parallel.planning.generators import in_words
 from ringflash.parallel.planning.heads import check_head_ranks
 from ringflash.parallel.positions.balance import TOKEN_WORK

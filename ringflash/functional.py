@@ -19,11 +19,11 @@ from ringflash.kernels.kept import Kept, metadata
 from ringflash.kernels.select import NAMES
 from ringflash.kernels.torch_private import mapped
 from ringflash.parallel.agreement.rounds import refuse
+from ringflash.parallel.device_boundaries import on_a_device
 from ringflash.parallel.execution.call import NEEDS, Request
 from ringflash.parallel.execution.operators import NO_FORWARD_MODE, NO_VMAP, call_attention, transformed
 from ringflash.parallel.lookup import find
 from ringflash.parallel.mesh import Group, process_group
-from ringflash.parallel.placement import on_a_device
 from ringflash.parallel.planning.generators import check_plan
 from ringflash.parallel.planning.heads import check_head_ranks, check_heads
 from ringflash.parallel.positions.integers import check_flag, check_number, integers

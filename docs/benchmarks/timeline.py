@@ -36,7 +36,7 @@ from ringflash import Sharding
 from ringflash.functional import attention
 from ringflash.launch.benchmark_device import device_name
 from ringflash.launch.benchmark_ring import CASES, DIM, HEADS, KEY_HEADS, Case
-from ringflash.parallel.placement import placement_of
+from ringflash.parallel.handles import placement_of
 
 CALLS = 5
 """That warm up, and whose time on the host is taken."""

@@ -22,8 +22,10 @@ from ringflash.kernels.modifiers import Modifiers
 from ringflash.kernels.select import select
 from ringflash.kernels.torch_private import process_group
 from ringflash.parallel.agreement.rounds import agreement
+from ringflash.parallel.device_boundaries import batch_boundaries, check_on_device, on_a_device
+from ringflash.parallel.handles import placement_of
 from ringflash.parallel.lookup import find
-from ringflash.parallel.placement import Placement, batch_boundaries, check_on_device, on_a_device, placement_of
+from ringflash.parallel.placement import Placement
 from ringflash.parallel.planning.heads import HeadShares, head_groups
 from ringflash.parallel.planning.local_program import document_table, table_program, table_shape
 from ringflash.parallel.planning.program import Program

@@ -29,7 +29,7 @@ from ringflash.kernels.torch_private import (
 )
 from ringflash.parallel.execution.call import NEEDS, Inputs, Settings, keeps, shape_of_table
 from ringflash.parallel.execution.head_groups import backward, forward
-from ringflash.parallel.placement import HELD
+from ringflash.parallel.handles import HELD
 
 
 def attention(
