@@ -94,9 +94,12 @@ class KeyIntervals:
         Columns: first row that sees any key of the tile, first and one-behind-last row that see all of it, one
         behind the last row that sees any. Rows between are contiguous because start and stop never decrease.
         """
-        start, stop = self.ranges()[1 if sink_tokens else 0]
-        name = "key_tile_rows", block, sink_tokens
-        return self.kept(name, lambda: _key_tile_rows(start, stop, self.key_count, block))
+
+        def build() -> Tensor:
+            start, stop = self.ranges()[1 if sink_tokens else 0]
+            return _key_tile_rows(start, stop, self.key_count, block)
+
+        return self.kept(("key_tile_rows", block, sink_tokens), build)
 
     def key_order(self, block: int) -> Tensor:
         """Tiles of `block` key rows, those seen by the most query rows first; (tiles,) int32."""

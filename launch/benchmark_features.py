@@ -138,10 +138,9 @@ def _ways(case: Feature) -> dict[str, tuple[Attend, Mask]]:
     if case.against == CUDNN:
         grouped = case.heads[0] != case.heads[1]
         found[CUDNN] = functools.partial(peers.cudnn, causal=True, grouped=grouped), case.mask
-    elif case.given or case.without is not None:
+    elif case.against == PLAIN:
         mask = case.without or case.mask
-        if case.against == PLAIN:
-            found[PLAIN] = _ours(mask, {}), mask
+        found[PLAIN] = _ours(mask, {}), mask
     return found
 
 

@@ -77,27 +77,22 @@ def _of_all(value: float, which: Callable[[Sequence[float]], float]) -> float:
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
     """Median of a call, done on the device; all ranks begin together."""
-    times = []
-    for repeat in range(REPEATS + 2):
-        if dist.is_initialized():
-            dist.barrier()
-        _wait(device)
+
+    def once() -> float:
         begun = time.perf_counter()
         call()
         _wait(device)
-        if repeat >= 2:  # the first compile and allocate
-            times.append(time.perf_counter() - begun)
-    return statistics.median(times)
+        return time.perf_counter() - begun
+
+    return _median(once, device)
 
 
 def _seconds_behind_work(call: Callable[[], object], work: Callable[[], object], device: torch.device) -> float:
     """Median of one of `IN_A_ROW` calls; on a GPU asked for behind work, so that the host's own time is not in it."""
     if device.type != "cuda":
         return _seconds(call, device)
-    times = []
-    for repeat in range(REPEATS + 2):
-        dist.barrier()
-        _wait(device)
+
+    def once() -> float:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         work()
         start.record()
@@ -105,8 +100,20 @@ def _seconds_behind_work(call: Callable[[], object], work: Callable[[], object],
             call()
         stop.record()
         _wait(device)
-        if repeat >= 2:
-            times.append(start.elapsed_time(stop) / 1e3 / IN_A_ROW)
+        return start.elapsed_time(stop) / 1e3 / IN_A_ROW
+
+    return _median(once, device)
+
+
+def _median(timed: Callable[[], float], device: torch.device) -> float:
+    times = []
+    for repeat in range(REPEATS + 2):
+        if dist.is_initialized():
+            dist.barrier()
+        _wait(device)
+        seconds = timed()
+        if repeat >= 2:  # the first compile and allocate
+            times.append(seconds)
     return statistics.median(times)
 
 

@@ -180,6 +180,11 @@ class Placement:
         """How many rows of queries and of keys this rank has."""
         return self.batch * self.partition.count(self.rank), self.batch * self.key_partition.count(self.rank)
 
+    @cached_property
+    def short(self) -> bool:
+        """Whether no mask shows enough for groups of heads, or nobody may know, see `rows_in_groups`."""
+        return self.on_device is not None or not rows_in_groups(1, self.key_seqlen)
+
     def rows_in_groups(self, index: int) -> int:
         """Rows of queries of the rank that has the most, or 0 where a mask shows too little for groups of heads.
 
@@ -188,7 +193,7 @@ class Placement:
         found = self._rows_in_groups.get(index)
         if found is None:
             rows, found = self.batch * max(self.partition.counts()), 0
-            if self.on_device is None and rows_in_groups(rows, self.key_seqlen):  # the most that a query can see
+            if not self.short:
                 queries, keys = self.batch * self.seqlen, self.batch * self.key_seqlen
                 some = torch.arange(0, queries, max(1, queries // SOME))
                 found = rows_in_groups(rows, visible_pairs(self.masks[index], some, keys) / len(some))
@@ -287,25 +292,28 @@ class Placement:
 
     def for_heads(self, index: int, heads: int) -> tuple[Placement, int]:
         """What a call with so many query heads goes by, and which mask of that it has."""
-        if self.heads_choice(index) is None or heads % self.ranks:
-            return self, index
+        found = None if heads % self.ranks else self.by_heads(index)
+        return (self, index) if found is None else (found, 0)
+
+    def by_heads(self, index: int) -> Placement | None:
+        """What calls go by under one of the masks whose ranks exchange heads without being told to; None if not."""
+        if self.heads_choice(index) is None:
+            return None
         found = self._of_heads.get(index)
         if found is None:
-            found = self._of_heads[index] = self._by_heads(index)
+            found = self._of_heads[index] = self._exchanging(index)
         if found.group is not self.group:
             found.group = self.group
             found._exchanges.clear()
-        return found, 0
+        return found
 
-    def _by_heads(self, index: int) -> Placement:
+    def _exchanging(self, index: int) -> Placement:
         """The same sharding under one of the masks, all of whose ranks exchange heads."""
         sizes, work = (self.batch, self.seqlen, self.key_seqlen), self._partition["token_work"]
         place, plan = (self.rank, self.ranks), (None, 1)
         masks, weights = [self.rules[index]], [1]
-        boundaries = self.boundaries
-        return Placement(
-            masks, weights, place, sizes, self.partition, work, plan, boundaries, self.on_device, self.ranks
-        )
+        given = self.boundaries, self.on_device
+        return Placement(masks, weights, place, sizes, self.partition, work, plan, *given, self.ranks)
 
     @cached_property
     def _level(self) -> Partition | None:
@@ -398,10 +406,13 @@ class Placement:
     def prepare(self, device: torch.device) -> None:
         """Make on a device what calls under the masks known by now take."""
         for index in range(len(self.masks)):
-            found, place = self.for_heads(index, self.ranks)
-            found.program(place, device)
-            if found.head_ranks > 1:
-                found.unions(device)
+            by_heads = self.by_heads(index)
+            if by_heads is None:
+                self.program(index, device)
+            else:
+                by_heads.prepare(device)
+        if self.head_ranks > 1:
+            self.unions(device)
 
     def unions(self, device: torch.device) -> tuple[UnionRows, UnionRows]:
         """Rows of queries and of keys that this rank holds together with those that it exchanges heads with."""
@@ -426,8 +437,9 @@ class Placement:
         found = self._crossings.get(index)
         if found is None:
             found = ()
-            if self.heads_choice(index) is not None:
-                found = self.for_heads(index, self.ranks)[0].crossing(0)
+            by_heads = self.by_heads(index)
+            if by_heads is not None:
+                found = by_heads.crossing(0)
             elif self.head_ranks > 1 and self.key_partition is self.partition:
                 together = self._together(self.partition).count(self.rank // self.head_ranks)
                 found = together, self.head_ranks, self.rows_in_groups(index)

@@ -124,7 +124,8 @@ def attention(
         RankMismatchError: ranks disagree on an argument.
         UnsupportedError: asked for second derivatives, for forward-mode derivatives, or under torch.vmap.
     """
-    check_sharding(sharding)
+    if sharding is not None:
+        check_sharding(sharding)
     try:
         others = {
             "alibi_slopes": alibi_slopes,

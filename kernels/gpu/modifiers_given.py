@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 import torch
 from torch import Tensor
 
@@ -23,14 +25,7 @@ def modifiers_aligned(modifiers: Modifiers | None) -> bool:
     return modifiers is None or aligned(*_tensors(modifiers))
 
 
-def _tensors(modifiers: Modifiers) -> tuple[Tensor | None, ...]:
-    return (
-        modifiers.slopes,
-        modifiers.seed,
-        modifiers.query_positions,
-        modifiers.key_positions,
-        modifiers.key_visible,
-    )
+_tensors = attrgetter("slopes", "seed", "query_positions", "key_positions", "key_visible")
 
 
 def check_modifiers(modifiers: Modifiers, query: Tensor, key: Tensor) -> None:

@@ -38,7 +38,8 @@ def delta_kernel(
 
 def row_delta(dout: Tensor, out: Tensor, dlse: Tensor | None = None) -> Tensor:
     """See ringflash.kernels.reference.row_delta."""
-    dout, out = (x if x.stride(2) == 1 else x.contiguous() for x in (dout, out))
+    dout = dout if dout.stride(2) == 1 else dout.contiguous()
+    out = out if out.stride(2) == 1 else out.contiguous()
     direct = aligned(dout, out, dlse)
     call = (metadata(dout), metadata(out), metadata(dlse), direct)
     launch = launchers.get(call)

@@ -292,7 +292,8 @@ class PreparedBackward:
         _, query, key, value = operands
         lse, delta, carry = numbers
         dquery = query.new_zeros(query.shape, dtype=torch.float32) if carry is None else carry.contiguous()
-        dkey, dvalue = (x.new_empty(x.shape, dtype=self.stored_dtype) for x in (key, value))
+        dkey = key.new_empty(key.shape, dtype=self.stored_dtype)
+        dvalue = value.new_empty(value.shape, dtype=self.stored_dtype)
         if self.empty:
             return dquery.to(dquery_dtype), dkey.zero_().to(self.dkey_dtype), dvalue.zero_().to(self.dkey_dtype)
 
@@ -364,7 +365,7 @@ def rows_seeing(
     intervals: KeyIntervals, block: int, visible: Tensor | None, sink_tokens: bool = False
 ) -> tuple[Tensor, Tensor]:
     """`KeyIntervals.key_tile_rows` of single keys and of tiles, of keys that are `visible` if that is given."""
-    of_keys, of_tiles = (intervals.key_tile_rows(x, sink_tokens) for x in (1, block))
+    of_keys, of_tiles = intervals.key_tile_rows(1, sink_tokens), intervals.key_tile_rows(block, sink_tokens)
     return (of_keys, of_tiles) if visible is None else without_padding(visible.contiguous(), of_keys, of_tiles, block)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -107,9 +108,8 @@ def addressable_carry(carry_out: Tensor) -> Tensor:
     return carry_out if carry_out.data_ptr() % 16 == 0 else carry_out.clone()
 
 
-def bounds_of(intervals: KeyIntervals) -> tuple[Tensor | None, ...]:
-    """Start and stop, and those of sink tokens."""
-    return intervals.start, intervals.stop, intervals.sink_start, intervals.sink_stop
+bounds_of = attrgetter("start", "stop", "sink_start", "sink_stop")
+"""Of intervals."""
 
 
 prepared_calls = Kept()

@@ -39,6 +39,8 @@ class KeyGradients:
         self.result_dtype = accumulator if partial else dtype
         """What `finish` gives."""
         self._sums: list[Tensor] | None = None
+        self._beside = False
+        """Whether these lie in memory with gradients of other keys."""
         self._pending: deque[tuple[Delivery, tuple[Shipment, ...]]] = deque()
         self._used, self._room, self._size = 0, 1, 0
         if transport is not None and wanted:
@@ -90,7 +92,7 @@ class KeyGradients:
         if failure is not None:
             raise failure
         sums = self._sums or [torch.zeros_like(x) for x in self._wanted]
-        return [_alone(total.to(self.result_dtype)) for total in sums]
+        return [total.to(self.result_dtype, copy=self._beside) for total in sums]
 
     def _keep(self, stage: StageProgram, parts: list[Tensor]) -> None:
         own = parts if not stage.returns else [part[stage.kept] for part in parts]
@@ -98,7 +100,7 @@ class KeyGradients:
             self._sums = own
         elif self._sums is None and isinstance(stage.own, slice) and isinstance(stage.kept, slice):
             if all(len(x) == len(wanted) for x, wanted in zip(own, self._wanted, strict=True)):
-                self._sums = own  # others' rows beside them are only read from here on
+                self._sums, self._beside = own, True  # others' rows there are only read from here on
                 return
             self._sums = [torch.empty_like(x, dtype=self.dtype) for x in self._wanted]
             for total, part in zip(self._sums, own, strict=True):
@@ -123,8 +125,3 @@ class KeyGradients:
             total.index_add_(0, rows, part.to(total.dtype))
         else:
             picked(total, rows).add_(part)
-
-
-def _alone(x: Tensor) -> Tensor:
-    """A tensor that holds no more memory than its own."""
-    return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ringflash.parallel.execution import executor
 from ringflash.parallel.execution.call import NEEDS, Inputs, Located, Settings, locate, refusals_notified, table_of
+from ringflash.parallel.placement import Placement
 from ringflash.parallel.planning.heads import head_groups
 
 
@@ -44,9 +45,8 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]
         out (T, H, Dv) like the query, lse (H, T) fp32, and the table that `backward` wants, see `call.shape_of_table`.
     """
     where = locate(inputs, settings)
-    table = inputs.query.new_empty((0, 0), dtype=torch.int32) if where is not None else table_of(inputs, settings)
-    rows = 0 if where is None else where[0].rows_in_groups(where[1])  # on a device, nobody knows how much they see
-    groups = _groups(inputs, where, rows) if rows else 1
+    table = table_of(inputs, settings)
+    groups = 1 if where is None or where[0].short else _groups(inputs, *where)
     if groups == 1:
         return executor.forward(inputs, settings, table, where)
     query, value = inputs.query, inputs.value
@@ -62,20 +62,9 @@ def forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]
 def backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, table: Tensor, inputs: Inputs, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and sinks of this rank, from those of out and lse; empty where nobody needs them.
-
-    Args:
-        dout: (T, H, Dv).
-        dlse: (H, T) or None.
-        out: what `forward` returned.
-        lse: what `forward` returned.
-        table: what `forward` returned.
-        inputs: what `forward` was given.
-        settings: what `forward` was given.
-    """
+    """Gradients of query, key, value and sinks of this rank; see `executor.backward`."""
     where = locate(inputs, settings)
-    rows = 0 if where is None else where[0].rows_in_groups(where[1])
-    groups = _groups(inputs, where, rows) if rows else 1
+    groups = 1 if where is None or where[0].short else _groups(inputs, *where)
     if groups == 1:
         return executor.backward(dout, dlse, out, lse, table, inputs, settings, where)
     nothing = inputs.query.new_empty(0)
@@ -92,8 +81,8 @@ def backward(
     return results[0], results[1], results[2], results[3]
 
 
-def _groups(inputs: Inputs, where: Located, rows: int) -> int:
-    return head_groups(rows, *_heads(inputs), 1 if where is None else where[0].head_ranks)
+def _groups(inputs: Inputs, placement: Placement, index: int) -> int:
+    return head_groups(placement.rows_in_groups(index), *_heads(inputs), placement.head_ranks)
 
 
 def _room(where: Located, like: Tensor, wanted: Iterable[tuple[Sequence[int], torch.dtype]]) -> list[Tensor]:

@@ -30,7 +30,7 @@ class Walk:
         settle: Callable[[StageProgram], None] | None = None,
     ) -> None:
         program, own = ready.program, ready.inputs.keys()
-        self._stages = [(stage,) for stage in program.stages] if settle is None else program.backward_stages
+        self._stages = list(zip(program.stages)) if settle is None else program.backward_stages
         self._own, self._body, self._settle = own, body, settle
         self._keys = None if ready.transport is None else TravellingKeys(own, program, ready.transport)
         self._failure: Exception | None = None

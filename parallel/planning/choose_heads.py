@@ -31,19 +31,18 @@ class ByHeads:
     because: str
 
 
-def choose_heads(plan: Choice, tokens: np.ndarray, rows: int, memory: int = MEMORY) -> ByHeads | None:
+def choose_heads(plan: Choice, tokens: np.ndarray, rows: int) -> ByHeads | None:
     """Whether all ranks are to exchange heads, in place of what was chosen among plans.
 
     Args:
         plan: what was chosen among plans, for ranks that hold these tokens.
         tokens: (R,) that each rank holds.
         rows: see `heads.rows_in_groups`.
-        memory: see `choose.MEMORY`.
     """
     if not plan.predicted or plan.cost.attention < LEAST:
         return None
     cost = by_heads(plan, tokens, rows)
-    allowed = max(memory, plan.predicted["ring"].memory)
+    allowed = max(MEMORY, plan.predicted["ring"].memory)
     share = 1 - (plan.cost.total + plan.crossing - cost.total) / (plan.cost.attention + plan.crossing)
     if cost.memory > allowed or share > (AT_ALL if plan.machine.inside.ahead else CLEARLY):
         return None
