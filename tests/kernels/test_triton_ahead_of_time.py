@@ -23,6 +23,7 @@ SPILLED_BY_MODIFIERS = 384
 """The same with every modifier at once, of which dropout takes most; with one of them a few blocks spill at all."""
 
 SPILLED_BY_MODIFIERS_KNOWINGLY = {("sm_100", "dkey"): 392}
+"""By ptxas with the options that Triton launches kernels with, which it is assembled with here."""
 
 SPILLED_KNOWINGLY = {
     # Two stages and spills measured a sixth faster on an H100 than one stage without (docs/benchmarks/tiles.json).

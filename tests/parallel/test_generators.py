@@ -50,7 +50,7 @@ def generators(draw: st.DrawFn, ranks: int) -> Callable[..., Plan]:
 # Right for all ranks
 
 
-@settings(max_examples=1000, **QUICKLY)
+@settings(max_examples=2500, **QUICKLY)
 @given(problem=problems(longest=5000, most_ranks=16), data=st.data())
 def test_the_verifier_accepts_every_plan_of_every_generator(problem, data):
     mask, partition = problem

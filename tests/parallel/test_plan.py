@@ -51,7 +51,7 @@ def packed(length: int, mean: int = 8192, seed: int = 0) -> Mask:
 # Every pair and every gradient once
 
 
-@settings(max_examples=1000, **QUICKLY)
+@settings(max_examples=2500, **QUICKLY)
 @given(problems(longest=5000, most_ranks=16))
 def test_the_verifier_accepts_every_ring(problem):
     mask, partition = problem
