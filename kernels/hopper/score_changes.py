@@ -119,44 +119,44 @@ def _float_bits(*numbers: float) -> tuple[str, ...]:
     return tuple(f"0f{struct.pack('>f', x).hex().upper()}" for x in numbers)
 
 
-BEND_TERMS = gl.constexpr(
-    _float_bits(0.75, -0.33328044785462324, 0.13253358396168197, -0.04986595498996735, 0.012750472859742599)
+BEND_LEVELS = gl.constexpr(
+    (
+        _float_bits(0.3, -0.33312108746922464, 0.1264066969400692),
+        _float_bits(0.75, -0.33328044785462324, 0.13253358396168197, -0.04986595498996735, 0.012750472859742599),
+    )
 )
-"""Up to the first number, tanh(x) is x + x^3 (a + b x^2 + ...) within 3e-7; the others are a, b and so on."""
+"""Up to the first number of each, tanh(x) is x + x^3 (a + b x^2 + ...) within 3e-7; the others are a, b and so on."""
 
 
 @gluon.constexpr_function
-def bend_assembly(count, terms):
+def bend_assembly(count, levels):
     """PTX that bends a thread's `count` scores; the operand behind them is scale over softcap.
 
-    Multiply-adds alone, unless a warp has a score beyond their limit: exponentials and reciprocals, two for each score,
-    would keep the special function unit, which has the softmax's as well, busier than the tensor cores.
+    Multiply-adds alone, as few as a warp's largest score allows, unless it is beyond the last level: exponentials and
+    reciprocals, two for each score, would keep the special function unit, which has the softmax's as well, busier than
+    the tensor cores.
     """
-    bend, limit, terms = f"${2 * count}", terms[0], terms[1:]
-    degree = len(terms)
+    bend = f"${2 * count}"
     scores = [f"${i}" for i in range(count)]
-    factors = [f"mul.f32 square, {bend}, {bend}; mul.f32 power, {bend}, square;"]
-    factors += [f"mul.f32 k{i}, power, {x}; mul.f32 power, power, square;" for i, x in enumerate(terms)]
-    most = " ".join(f"abs.f32 size, {x}; max.f32 most, most, size;" for x in scores)
-    near, far = [], []
+    declared = " ".join(f".reg .f32 k{i};" for i in range(max(map(len, levels)) - 1))
+    text = [f"{{ .reg .pred beyond; .reg .f32 most, size, square, power, sum; {declared} mov.f32 most, 0f00000000;"]
+    text += [f"abs.f32 size, {x}; max.f32 most, most, size;" for x in scores]
+    text.append(f"mul.f32 most, most, {bend};")
+    for level, numbers in enumerate(levels):
+        limit, *terms = numbers
+        text.append(f"setp.gt.f32 beyond, most, {limit}; vote.sync.any.pred beyond, beyond, 0xffffffff;")
+        text.append(f"@beyond bra.uni BEYOND{level}; mul.f32 square, {bend}, {bend}; mul.f32 power, {bend}, square;")
+        text += [f"mul.f32 k{i}, power, {x}; mul.f32 power, power, square;" for i, x in enumerate(terms)]
+        for x in scores:
+            text.append(f"mul.f32 square, {x}, {x}; mov.f32 sum, k{len(terms) - 1};")
+            text += [f"fma.rn.f32 sum, sum, square, k{i};" for i in reversed(range(len(terms) - 1))]
+            text.append(f"fma.rn.f32 sum, sum, square, {bend}; mul.f32 {x}, {x}, sum;")
+        text.append(f"bra.uni DONE; BEYOND{level}:")
     for x in scores:
-        steps = " ".join(f"fma.rn.f32 sum, sum, square, k{i};" for i in reversed(range(degree - 1)))
-        near.append(
-            f"mul.f32 square, {x}, {x}; mov.f32 sum, k{degree - 1}; {steps}"
-            f" fma.rn.f32 sum, sum, square, {bend}; mul.f32 {x}, {x}, sum;"
-        )
-        far.append(
-            f"mul.f32 {x}, {x}, {bend}; mul.f32 {x}, {x}, 0f4038AA3B;"
-            f" ex2.approx.ftz.f32 {x}, {x}; add.f32 {x}, {x}, 0f3F800000; rcp.approx.ftz.f32 {x}, {x};"
-            f" fma.rn.f32 {x}, {x}, 0fC0000000, 0f3F800000;"
-        )
-    declared = " ".join(f".reg .f32 k{i};" for i in range(degree))
-    return (
-        f"{{ .reg .pred beyond; .reg .f32 most, size, square, power, sum; {declared} mov.f32 most, 0f00000000; {most}"
-        f" mul.f32 most, most, {bend}; setp.gt.f32 beyond, most, {limit};"
-        f" vote.sync.any.pred beyond, beyond, 0xffffffff; @beyond bra.uni FAR; {' '.join(factors)} {' '.join(near)}"
-        f" bra.uni DONE; FAR: {' '.join(far)} DONE: }}"
-    )
+        text.append(f"mul.f32 {x}, {x}, {bend}; mul.f32 {x}, {x}, 0f4038AA3B; ex2.approx.ftz.f32 {x}, {x};")
+        text.append(f"add.f32 {x}, {x}, 0f3F800000; rcp.approx.ftz.f32 {x}, {x};")
+        text.append(f"fma.rn.f32 {x}, {x}, 0fC0000000, 0f3F800000;")
+    return " ".join((*text, "DONE: }"))
 
 
 @gluon.constexpr_function
@@ -171,7 +171,7 @@ def bent_scores(scores, bend):
     COUNT: gl.constexpr = scores.shape[0] * scores.shape[1] // 128
     bend = gl.full(scores.shape, bend, gl.float32, scores.type.layout)
     return gl.inline_asm_elementwise(
-        bend_assembly(COUNT, BEND_TERMS), bend_operands(COUNT), [scores, bend],
+        bend_assembly(COUNT, BEND_LEVELS), bend_operands(COUNT), [scores, bend],
         dtype=gl.float32, is_pure=False, pack=COUNT,
     )  # fmt: skip
 
