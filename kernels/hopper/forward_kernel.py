@@ -55,9 +55,9 @@ from ringflash.kernels.hopper.schedule import (
     stage_and_parity,
     tile_and_head,
 )
-from ringflash.kernels.hopper.score_changes import ScoreChanges, bent_scores, change_scores, rows_of_changes
+from ringflash.kernels.hopper.score_changes import ScoreChanges, change_scores, rows_of_changes, softmax_of_changed
 from ringflash.kernels.hopper.sink_tokens import FEW, SinkTokens, tile_pieces, token_key
-from ringflash.kernels.hopper.softmax import ROWS, hide, own_sums, rescale_if_needed, softmax_step
+from ringflash.kernels.hopper.softmax import ROWS, hide, own_sums, rescale_if_needed
 
 LN_2 = gl.constexpr(0.6931471805599453)
 LOG2_E = gl.constexpr(1.4426950408889634)
@@ -239,7 +239,7 @@ def attend_tile(
     if CARRY_LANDS and queries.blocks.shape[0] > PART + 1:
         release(problem.begun.index(PART))
     scores = hide(scores, own, row_start, row_stop, first_key, N, SCORES)
-    weights, rescale, maximum, total = softmax_step(scores, maximum, total, scale_log2)
+    weights, rescale, maximum, total = softmax_of_changed(scores, problem.changes, maximum, total, scale_log2)
     if DROPS:
         weights = drop_block(weights, problem, memory, draw, words, stage, parity)
     weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
@@ -338,7 +338,7 @@ def attend_block(
     scores = change_scores(scores, problem.changes, memory.key_numbers.index(stage), position, slope, HIDES_KEYS)
     release(keys.empty.index(stage))
     scores = hide(scores, own, row_start, row_stop, first_key, N, SCORES)
-    weights, rescale, maximum, total = softmax_step(scores, maximum, total, scale_log2)
+    weights, rescale, maximum, total = softmax_of_changed(scores, problem.changes, maximum, total, scale_log2)
     if problem.dropout.seed_ptr is not None:
         weights = drop_block(weights, problem, memory, draw, words, stage, parity)
     weights = gl.convert_layout(weights.to(keys.blocks.dtype), WEIGHTS)
@@ -389,7 +389,7 @@ def attend_tokens(
         scores = change_scores(scores, problem.changes, memory.key_numbers.index(stage), position, slope, HIDES_KEYS)
         release(keys.empty.index(stage))
         scores = hide(scores, own, row_start, row_stop, token_key(pieces, 0, N), N, SCORES)
-        weights, _, maximum, total = softmax_step(scores, maximum, total, scale_log2)
+        weights, _, maximum, total = softmax_of_changed(scores, problem.changes, maximum, total, scale_log2)
         if problem.dropout.seed_ptr is not None:
             weights = drop_block(weights, problem, memory, draw, words, stage, parity)
         weights = gl.convert_layout(weights.to(keys.blocks.dtype), WEIGHTS)
@@ -431,12 +431,12 @@ def attend_few(
         key = memory.key_rest.index(stage).slice(0, FEW, 0).permute((1, 0))
         token = warpgroup_mma(memory.query_rest.index(PART), key, token, is_async=True)
     scores = warpgroup_mma_wait(0, deps=[token])
-    if problem.changes.bend is not None:
-        scores = bent_scores(scores, problem.changes.bend)
     release(keys.empty.index(stage))
     scores = hide(scores, own, row_start, row_stop, first_key, FEW, SCORES)
     lowest = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
-    weights, _, few_maximum, few_total = softmax_step(scores, lowest, own_sums(no_scores), scale_log2)
+    weights, _, few_maximum, few_total = softmax_of_changed(
+        scores, problem.changes, lowest, own_sums(no_scores), scale_log2
+    )
     weights = gl.convert_layout(weights.to(keys.blocks.dtype), WEIGHTS)
     mbarrier.wait(values.full.index(stage), parity)
     token = warpgroup_mma(weights, values.blocks.index(stage).slice(0, FEW, 0), out, is_async=True)

@@ -23,7 +23,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from ringflash.kernels.gpu.compile_once import compiled_once
+from ringflash.kernels.hopper.softmax import outgrown, rescaled, softmax_step
 from ringflash.kernels.modifiers import Modifiers
+
+TWICE_LOG2_E = gl.constexpr(2.8853900817779268)
 
 
 class ScoreChanges(NamedTuple):
@@ -57,7 +60,7 @@ def rows_of_changes(changes, rows, inside, head, scores):
 
 @gluon.jit
 def change_scores(scores, changes, key_numbers, position, slope, HIDES: gl.constexpr):
-    """Raw scores of a block in the unit of the softmax, -inf for keys that are padding.
+    """Raw scores of a block in the unit of the softmax, -inf for keys that are padding; see `softmax_of_changed`.
 
     Args:
         scores: (M, N).
@@ -67,9 +70,9 @@ def change_scores(scores, changes, key_numbers, position, slope, HIDES: gl.const
         slope: (M,) of the query rows.
         HIDES: whether some keys are padding.
     """
-    if changes.bend is not None:
-        scores = bent_scores(scores, changes.bend)
     if changes.key_numbers_desc is not None:
+        if changes.bend is not None:
+            scores = bent_scores(scores, changes.bend)
         number = key_numbers.load(gl.SliceLayout(0, scores.type.layout))[None, :]
         if changes.slopes is None:
             scores = scores + number
@@ -129,40 +132,53 @@ BEND_LEVELS = gl.constexpr(
 
 
 @gluon.constexpr_function
-def bend_assembly(count, levels):
-    """PTX that bends a thread's `count` scores; the operand behind them is scale over softcap.
+def bend_assembly(count, levels, weighs):
+    """PTX that bends a thread's `count` scores, tanh(scale / softcap * score), in their place.
+
+    The operand behind them is scale over softcap. If it `weighs`, each row's maximum comes before that operand and the
+    softcap in base 2 behind it, and what takes the scores' place are their weights, of which -inf has none.
 
     Multiply-adds alone, as few as a warp's largest score allows, unless it is beyond the last level: exponentials and
     reciprocals, two for each score, would keep the special function unit, which has the softmax's as well, busier than
     the tensor cores.
     """
-    bend = f"${2 * count}"
     scores = [f"${i}" for i in range(count)]
+    maxima = [f"${2 * count + i}" for i in range(count)]
+    bend, unit = (f"${3 * count}", f"${4 * count}") if weighs else (f"${2 * count}", "0f3F800000")
     declared = " ".join(f".reg .f32 k{i};" for i in range(max(map(len, levels)) - 1))
-    text = [f"{{ .reg .pred beyond; .reg .f32 most, size, square, power, sum; {declared} mov.f32 most, 0f00000000;"]
+    text = [f"{{ .reg .pred beyond, hidden; .reg .f32 most, size, square, power, first, sum; {declared}"]
+    text.append(f"mul.f32 first, {bend}, {unit}; mov.f32 most, 0f00000000;")
     text += [f"abs.f32 size, {x}; max.f32 most, most, size;" for x in scores]
     text.append(f"mul.f32 most, most, {bend};")
     for level, numbers in enumerate(levels):
         limit, *terms = numbers
         text.append(f"setp.gt.f32 beyond, most, {limit}; vote.sync.any.pred beyond, beyond, 0xffffffff;")
-        text.append(f"@beyond bra.uni BEYOND{level}; mul.f32 square, {bend}, {bend}; mul.f32 power, {bend}, square;")
+        text.append(f"@beyond bra.uni BEYOND{level}; mul.f32 square, {bend}, {bend}; mul.f32 power, first, square;")
         text += [f"mul.f32 k{i}, power, {x}; mul.f32 power, power, square;" for i, x in enumerate(terms)]
-        for x in scores:
+        for x, maximum in zip(scores, maxima, strict=True):
             text.append(f"mul.f32 square, {x}, {x}; mov.f32 sum, k{len(terms) - 1};")
             text += [f"fma.rn.f32 sum, sum, square, k{i};" for i in reversed(range(len(terms) - 1))]
-            text.append(f"fma.rn.f32 sum, sum, square, {bend}; mul.f32 {x}, {x}, sum;")
+            text.append("fma.rn.f32 sum, sum, square, first;")
+            if weighs:
+                text.append(f"neg.f32 size, {maximum}; fma.rn.f32 sum, {x}, sum, size; ex2.approx.ftz.f32 {x}, sum;")
+            else:
+                text.append(f"mul.f32 {x}, {x}, sum;")
         text.append(f"bra.uni DONE; BEYOND{level}:")
-    for x in scores:
+    for x, maximum in zip(scores, maxima, strict=True):
+        text.append(f"setp.eq.f32 hidden, {x}, 0fFF800000;")
         text.append(f"mul.f32 {x}, {x}, {bend}; mul.f32 {x}, {x}, 0f4038AA3B; ex2.approx.ftz.f32 {x}, {x};")
         text.append(f"add.f32 {x}, {x}, 0f3F800000; rcp.approx.ftz.f32 {x}, {x};")
         text.append(f"fma.rn.f32 {x}, {x}, 0fC0000000, 0f3F800000;")
+        if weighs:
+            text.append(f"neg.f32 size, {maximum}; fma.rn.f32 {x}, {x}, {unit}, size; ex2.approx.ftz.f32 {x}, {x};")
+            text.append(f"selp.f32 {x}, 0f00000000, {x}, hidden;")
     return " ".join((*text, "DONE: }"))
 
 
 @gluon.constexpr_function
-def bend_operands(count):
+def bend_operands(count, weighs):
     """Constraints of `bend_assembly`."""
-    return ",".join(["=f"] * count + [str(i) for i in range(count)] + ["f"] * count)
+    return ",".join(["=f"] * count + [str(i) for i in range(count)] + ["f"] * (count * (3 if weighs else 1)))
 
 
 @gluon.jit
@@ -171,9 +187,35 @@ def bent_scores(scores, bend):
     COUNT: gl.constexpr = scores.shape[0] * scores.shape[1] // 128
     bend = gl.full(scores.shape, bend, gl.float32, scores.type.layout)
     return gl.inline_asm_elementwise(
-        bend_assembly(COUNT, BEND_LEVELS), bend_operands(COUNT), [scores, bend],
+        bend_assembly(COUNT, BEND_LEVELS, False), bend_operands(COUNT, False), [scores, bend],
         dtype=gl.float32, is_pure=False, pack=COUNT,
     )  # fmt: skip
+
+
+@gluon.jit
+def softmax_of_changed(scores, changes, maximum, total, unit_log2):
+    """`softmax_step` of what `change_scores` has left, which a softcap alone has not bent yet.
+
+    As a cap keeps the order of scores, rows have their maxima before it. Then a score's bend and exponent are one chain
+    of multiply-adds: two fewer.
+    """
+    if changes.bend is None or changes.key_numbers_desc is not None:
+        weights, rescale, new_maximum, new_total = softmax_step(scores, maximum, total, unit_log2)
+    else:
+        COUNT: gl.constexpr = scores.shape[0] * scores.shape[1] // 128
+        largest = gl.max(scores, 1)
+        bent = 1.0 - 2.0 / (gl.exp2(largest * (changes.bend * TWICE_LOG2_E)) + 1.0)
+        bent = gl.where(largest == float("-inf"), float("-inf"), bent)  # no score, so none that a cap would bend
+        new_maximum = outgrown(bent * unit_log2, maximum)
+        scores, maxima = gl.broadcast(scores, new_maximum[:, None])
+        bend = gl.full(scores.shape, changes.bend, gl.float32, scores.type.layout)
+        unit = gl.full(scores.shape, unit_log2, gl.float32, scores.type.layout)
+        weights = gl.inline_asm_elementwise(
+            bend_assembly(COUNT, BEND_LEVELS, True), bend_operands(COUNT, True), [scores, maxima, bend, unit],
+            dtype=gl.float32, is_pure=False, pack=COUNT,
+        )  # fmt: skip
+        rescale, new_total = rescaled(weights, maximum, new_maximum, total)
+    return weights, rescale, new_maximum, new_total
 
 
 def key_numbers(modifiers: Modifiers) -> Tensor | None:

@@ -23,17 +23,29 @@ def hide(scores, own, row_start, row_stop, first_key, N: gl.constexpr, SCORES: g
 
 @gluon.jit
 def softmax_step(scores, maximum, total, scale_log2):
-    """Weights of a block against the row maximum, and the factor that brings earlier sums to it.
-
-    A maximum stays until it is outgrown by 2^8: the accumulator needs no rescaling meanwhile, and weights up to 256
-    lose no precision.
-    """
-    new_maximum = gl.max(scores, 1) * scale_log2
-    new_maximum = gl.where(new_maximum > maximum + 8.0, new_maximum, maximum)
+    """Weights of a block against the row maximum, the factor that brings earlier sums to it, maximum and sums."""
+    new_maximum = outgrown(gl.max(scores, 1) * scale_log2, maximum)
     weights = gl.exp2(scores * scale_log2 - new_maximum[:, None])
+    rescale, new_total = rescaled(weights, maximum, new_maximum, total)
+    return weights, rescale, new_maximum, new_total
+
+
+@gluon.jit
+def outgrown(largest, maximum):
+    """The row maximum in use from now on.
+
+    It stays until it is outgrown by 2^8: the accumulator needs no rescaling meanwhile, and weights up to 256 lose no
+    precision.
+    """
+    return gl.where(largest > maximum + 8.0, largest, maximum)
+
+
+@gluon.jit
+def rescaled(weights, maximum, new_maximum, total):
+    """The factor that brings sums to the new maximum, and sums with a block's weights."""
     rescale = gl.exp2(maximum - new_maximum)
     own_rescale = gl.convert_layout(rescale, gl.SliceLayout(1, total.type.layout), assert_trivial=True)
-    return weights, rescale, new_maximum, settle(total * own_rescale[:, None] + own_sums(weights))
+    return rescale, settle(total * own_rescale[:, None] + own_sums(weights))
 
 
 @gluon.jit

@@ -115,10 +115,12 @@ def compile_backward(
 
 
 def softmax_before_wait(blocks: dict[str, list[str]]) -> int:
-    """Loops in which a block with the softmax is left before the block that waits for all outstanding products."""
+    """Loops whose softmax, perhaps in branches that meet, is left before the block that waits for all products."""
     found = 0
     for here, following in itertools.pairwise(blocks):
-        softmax = blocks[here].count("MUFU.EX2") >= 16 and not any("DEPBAR 0x0" in x for x in blocks[here])
+        meeting = [here, *(name for name, block in blocks.items() if f"BRA {here}" in block)]
+        softmax = any(blocks[name].count("MUFU.EX2") >= 16 for name in meeting)
+        softmax = softmax and not any("DEPBAR 0x0" in x for x in blocks[here])
         found += softmax and bool(blocks[following]) and blocks[following][0] == "WARPGROUP.DEPBAR 0x0"
     return found
 
@@ -160,14 +162,15 @@ def test_forward_fits_with_blocks_wider_than_heads(dims, carry):
     assert_forward_fits(compile_forward(dims, tiles, torch.bfloat16, carry, torch.bfloat16), tiles)
 
 
-# At 256, whose accumulators leave no registers for a block's positions, some are read again in each step.
+# At 256, whose accumulators leave no registers for a block's positions, some are read again in each step; with a softcap
+# one register is. The rest is spilled once a tile.
 @pytest.mark.parametrize(("width", "tiles"), forward.MODIFIED_FORWARD_TILES.items(), ids=str)
 @pytest.mark.parametrize("names", ["softcap", "slopes", "padding", "slopes, padding"])
 def test_forward_fits_with_modifiers(width, tiles, names):
     compiled = compile_forward(
         dims_of(width), tiles, torch.bfloat16, True, torch.bfloat16, modifiers_named(names), sinks=True
     )
-    assert_forward_fits(compiled, tiles, spilled=176 if width == "256" else 64)
+    assert_forward_fits(compiled, tiles, spilled=184 if width == "256" or names == "softcap" else 64)
 
 
 # What spills is read once in a step of more than 2,000 instructions.
