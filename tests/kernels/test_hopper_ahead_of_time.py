@@ -162,8 +162,8 @@ def test_forward_fits_with_blocks_wider_than_heads(dims, carry):
     assert_forward_fits(compile_forward(dims, tiles, torch.bfloat16, carry, torch.bfloat16), tiles)
 
 
-# At 256, whose accumulators leave no registers for a block's positions, some are read again in each step; with a softcap
-# one register is. The rest is spilled once a tile.
+# At 256, whose accumulators leave no registers for a block's positions, some are read again in each step; one is with
+# a softcap. The rest is spilled once a tile.
 @pytest.mark.parametrize(("width", "tiles"), forward.MODIFIED_FORWARD_TILES.items(), ids=str)
 @pytest.mark.parametrize("names", ["softcap", "slopes", "padding", "slopes, padding"])
 def test_forward_fits_with_modifiers(width, tiles, names):
