@@ -10,20 +10,25 @@ Sink tokens are a document's first tokens that every later query of it goes on s
 A prompt that several continuations share is to each of them what sink tokens are, of any length, and is passed as such.
 Learned sink logits, which have no key, are something else, see ringflash.kernels.sinks.
 
-Legend: T query rows, S key rows.
+Masks that are no such intervals have `blocks` beside them: a row then sees those keys of its interval that a layout of
+blocks shows to it.
+
+Legend: T query rows, S key rows, G groups of heads.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from ringflash.errors import ArgumentError
 from ringflash.kernels.kept import Kept, build_to_keep, capturing
+from ringflash.kernels.key_blocks import KeyBlocks
 from ringflash.kernels.torch_private import tree_leaves
 
 Built = TypeVar("Built")
@@ -39,6 +44,7 @@ class KeyIntervals:
         key_count: S, the number of key rows.
         sink_start: (T,) int32 or None, first visible sink token, wholly before `start`; never decreases.
         sink_stop: (T,) int32 or None, one behind the last visible sink token; never decreases.
+        blocks: which keys of their intervals rows see, if not all of them; not beside sink tokens.
     """
 
     start: Tensor
@@ -46,12 +52,16 @@ class KeyIntervals:
     key_count: int
     sink_start: Tensor | None = None
     sink_stop: Tensor | None = None
+    blocks: KeyBlocks | None = field(default=None, kw_only=True)
     _cache: dict = field(default_factory=dict, repr=False, kw_only=True)
+    _cache_of_blocks: dict = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("start", "stop", "sink_start", "sink_stop"):
             if (bound := getattr(self, name)) is not None:  # kernels read row t at address t
                 object.__setattr__(self, name, bound.to(torch.int32).contiguous())
+        if self.blocks is not None and self.has_sink_tokens:
+            raise ArgumentError("intervals have blocks and sink tokens; allowed is one of them")
 
     @property
     def query_count(self) -> int:
@@ -72,13 +82,28 @@ class KeyIntervals:
 
     def tensors(self) -> list[Tensor]:
         """The ranges and all that was worked out of them, for counting bytes."""
-        worked_out = (x for x in tree_leaves(list(self._cache.values())) if isinstance(x, Tensor))
-        return [*(bound for pair in self.ranges() for bound in pair), *worked_out]
+        caches = [list(cache.values()) for cache in (self._cache, self._cache_of_blocks)]
+        worked_out = (x for x in tree_leaves(caches) if isinstance(x, Tensor))
+        layout = [] if self.blocks is None else self.blocks.tensors()
+        return [*(bound for pair in self.ranges() for bound in pair), *layout, *worked_out]
+
+    def of_keys(self, first: int, last: int) -> KeyIntervals:
+        """The same over some of the key rows."""
+        start, stop, *sinks = [x.clamp(first, last) - first for pair in self.ranges() for x in pair]
+        blocks = self.blocks and self.blocks.of_keys(first, last)
+        return KeyIntervals(start, stop, last - first, *sinks, blocks=blocks)
+
+    def to(self, device: torch.device) -> KeyIntervals:
+        """The same on another device."""
+        start, stop, *sinks = [x.to(device) for pair in self.ranges() for x in pair]
+        return KeyIntervals(start, stop, self.key_count, *sinks, blocks=self.blocks and self.blocks.to(device))
 
     def visible(self) -> Tensor:
-        """Dense boolean (T, S) matrix of visible pairs, for the dense reference."""
+        """Dense boolean (T, S) matrix of visible pairs, or with blocks (G, T, S), for the dense reference."""
         column = torch.arange(self.key_count, device=self.start.device)
         seen = [(start[:, None] <= column) & (column < stop[:, None]) for start, stop in self.ranges()]
+        if self.blocks is not None:
+            return seen[0] & self.blocks.visible()
         return seen[0] | seen[1] if self.has_sink_tokens else seen[0]
 
     def query_order(self, block: int) -> Tensor:
@@ -114,13 +139,24 @@ class KeyIntervals:
         first, last = _tile_edges(self.query_count, block, self.start.device)[1]
         return [(stop[last] - start[first]).clamp_(min=0) for start, stop in self.ranges()]
 
-    def kept(self, name: tuple, build: Callable[[], Built]) -> Built:
-        """What `build` makes of these intervals, made at the first call with this name and kept as long as they are."""
-        found = self._cache.get(name)
+    def with_blocks(self, blocks: KeyBlocks | None) -> KeyIntervals:
+        """The same with other blocks; what was worked out of the intervals alone serves both."""
+        return replace(self, blocks=blocks)
+
+    def kept(self, name: tuple, build: Callable[[], Built], of_blocks: bool = False) -> Built:
+        """What `build` makes of these intervals, made at the first call with this name and kept as long as they are.
+
+        Args:
+            name: to find it by.
+            build: makes it.
+            of_blocks: it depends on the blocks as well.
+        """
+        cache = self._cache_of_blocks if of_blocks else self._cache
+        found = cache.get(name)
         if found is None:
             found = build_to_keep(build, self.start.device)
             if not capturing(self.start.device):
-                self._cache[name] = found
+                cache[name] = found
         return found
 
 

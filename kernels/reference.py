@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ringflash.kernels.intervals import KeyIntervals
+from ringflash.kernels.key_blocks import check_blocks
 from ringflash.kernels.modifiers import Modifiers, keep_mask
 
 Carry = tuple[Tensor, Tensor]
@@ -150,6 +151,9 @@ def _scores(
     scores = torch.einsum("thd,shd->hts", query.double(), _per_query_head(key, query.shape[1])) * scale
     slope: Tensor | float = scale
     hidden = ~intervals.visible()
+    if intervals.blocks is not None:
+        check_blocks(intervals.blocks, query, key)
+        hidden = hidden.repeat_interleave(query.shape[1] // len(hidden), dim=0)
     if modifiers is not None:
         if modifiers.softcap:
             bent = torch.tanh(scores / modifiers.softcap)

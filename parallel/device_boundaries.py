@@ -22,9 +22,10 @@ def check_on_device(mask: Mask, sizes: Sequence[int], keys: Tensor, queries: Ten
         queries: those of the queries, or None.
     """
     batch, seqlen, key_seqlen = sizes
-    if mask.layout is not None:  # nobody here knows the lengths of documents; this is the most that they can be
-        mask.layout.check_reach("queries", seqlen)
-        mask.layout.check_reach("keys", key_seqlen)
+    for layout in (mask.layout, mask.routed):
+        if layout is not None:  # nobody here knows the lengths of documents; this is the most that they can be
+            layout.check_reach("queries", seqlen)
+            layout.check_reach("keys", key_seqlen)
     if batch > 1 and (queries is not None or isinstance(mask.prefix, tuple)):
         raise ArgumentError(
             f"cu_seqlens on {keys.device} with a batch of {batch}: pass one packed sequence, or cu_seqlens on the CPU"

@@ -353,7 +353,8 @@ class Placement:
         if self.ranks > 1:
             return rank_program(self.plan(index), mask, device, self._shares)
         bounds = self._on_device(device) if self.on_device is not None else (mask.boundaries, mask.query_boundaries)
-        keys, queries = (x if x is None or isinstance(x, Tensor) else torch.tensor(x, device=device) for x in bounds)
+        where = torch.device("cpu") if mask.has_layout else device
+        keys, queries = (x if x is None or isinstance(x, Tensor) else torch.tensor(x, device=where) for x in bounds)
         return local_program(mask, keys, queries, self.batch * self.seqlen, self.batch * self.key_seqlen, device)
 
     def _on_device(self, device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -127,6 +127,8 @@ class Sharding:
         x = self._placement
         self._crossing = {rules.spec(): found for i, rules in enumerate(x.rules) if (found := x.crossing(i))}
         self._first_crossing = x.crossing(0)
+        self.layout_comes_with_calls = x.rules[0].routed is not None
+        """Whether the first mask has a layout of blocks that the host does not read."""
         self.documents = self._placement.given_documents
         """How many documents were given; None without any."""
         self._handles = [new_handle(self._placement, index) for index in range(len(self._placement.masks))]
@@ -408,6 +410,7 @@ class Sharding:
 def _masks(given: Mask | Sequence[Mask] | Mapping[Mask, int] | None) -> tuple[tuple[Mask, ...], tuple[int, ...]]:
     given = Mask.causal() if given is None else given
     masks = (given,) if isinstance(given, Mask) else tuple(given)
+    masks = tuple(mask.planned() if isinstance(mask, Mask) else mask for mask in masks)
     weights = tuple(given.values()) if isinstance(given, Mapping) else (1,) * len(masks)
     if not masks or not all(isinstance(mask, Mask) for mask in masks):
         raise ArgumentError(f"mask={given!r}; allowed are ringflash.Mask, as Mask.causal(), several of them, and None")

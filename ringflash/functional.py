@@ -142,6 +142,9 @@ def attention(
         settings = settings_of(query, key, value, *numbers)
         if mask is not None and not isinstance(mask, Mask):
             raise ArgumentError(f"mask={mask!r}; allowed are ringflash.Mask, as Mask.causal(), and None for that")
+        blocks = None
+        if (sharding is not None and sharding.layout_comes_with_calls) if mask is None else mask.routed is not None:
+            blocks, mask = _blocks(mask, query, key)
         if sharding is None:
             given = CAUSAL if mask is None else mask, cu_seqlens, query_cu_seqlens, seqlen, key_seqlen
             partition = "zigzag" if partition is None else partition
@@ -162,6 +165,7 @@ def attention(
             alibi_slopes,
             _seed(dropout, dropout_seed, query) if dropout or dropout_seed is not None else None,
             None if key_padding_mask is None else _visible_keys(key_padding_mask, key),
+            blocks,
             sinks,
             located.request,
             # What is computed again crosses again: a region has no room for what crossed.
@@ -455,6 +459,23 @@ def _check_slopes(slopes: Tensor, query: Tensor, located: Located) -> None:
         )
     if slopes.requires_grad and torch.is_grad_enabled():
         raise ArgumentError("alibi_slopes requires a gradient; there is none by slopes, pass alibi_slopes.detach()")
+
+
+def _blocks(mask: Mask | None, query: Tensor, key: Tensor) -> tuple[Tensor, Mask]:
+    """The layout of blocks that comes with a call, and its mask without it."""
+    if mask is None:
+        raise ArgumentError("mask=None, and the sharding's has a layout that comes with each call; pass it as a mask")
+    blocks = mask.blocks_given
+    if blocks is None:
+        raise ArgumentError("mask: its layout of blocks is missing, as in Sharding.masks; pass it by Mask.blocks")
+    if blocks.device != query.device:
+        raise ArgumentError(f"mask: the layout of blocks is on {blocks.device}; allowed is the query's, {query.device}")
+    if key.shape[2] % blocks.shape[0]:
+        raise ArgumentError(
+            f"mask: the layout of blocks is {tuple(blocks.shape)}; allowed are numbers of groups that divide the "
+            f"{key.shape[2]} key heads"
+        )
+    return blocks, mask.planned()
 
 
 def _visible_keys(key_padding_mask: Tensor, key: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from ringflash.kernels import reference
 from ringflash.kernels.intervals import KeyIntervals, causal_intervals
+from ringflash.kernels.key_blocks import KeyBlocks, unit_of
 from ringflash.kernels.modifiers import Modifiers, keep_mask
 from ringflash.parallel.positions.mask import Mask
 
@@ -43,9 +44,12 @@ class Problem:
     modifiers: Modifiers | None = None
 
     def visible(self) -> Tensor:
-        """(T, S) pairs that mask and padding show."""
+        """(T, S) pairs that mask and padding show; with blocks (H, T, S)."""
         padding = None if self.modifiers is None else self.modifiers.key_visible
-        return self.intervals.visible() if padding is None else self.intervals.visible() & (padding != 0)
+        shown = self.intervals.visible()
+        if shown.dim() == 3:
+            shown = shown.repeat_interleave(self.query.shape[1] // len(shown), dim=0)
+        return shown if padding is None else shown & (padding != 0)
 
     def __repr__(self) -> str:
         """Shapes and bounds only: what a failing example has to show."""
@@ -98,7 +102,7 @@ def draw_problem(
     if layout == "one row for all" and intervals.query_count:  # as the gradient of a sum over tokens
         dout = dout[:1].expand_as(dout)
     problem = Problem(query, key, value, dout, dlse, intervals, scale or dim**-0.5, modifiers)
-    return replace(problem, dlse=dlse * problem.visible().any(1))
+    return replace(problem, dlse=dlse * problem.visible().any(-1))
 
 
 def run(
@@ -147,7 +151,8 @@ def run(
 def between(intervals: KeyIntervals, first: int, last: int) -> KeyIntervals:
     """The intervals of a launch that holds only the keys [first, last)."""
     shown = [(bound.clamp(first, last) - first) for pair in intervals.ranges() for bound in pair]
-    return KeyIntervals(shown[0], shown[1], last - first, *shown[2:])
+    blocks = intervals.blocks and intervals.blocks.of_keys(first, last)
+    return KeyIntervals(shown[0], shown[1], last - first, *shown[2:], blocks=blocks)
 
 
 def _modifiers(modifiers: Modifiers | None, first: int, last: int) -> dict[str, Modifiers]:
@@ -178,8 +183,8 @@ def torch_own(problem: Problem) -> Results:
     )
     query_HTD = query.transpose(0, 1)
     visible = problem.visible().clone()
-    blind = ~visible.any(1)
-    visible[blind, 0] = True  # torch promises nothing for rows without keys: show one, and take no notice of them
+    blind = ~visible.any(-1)
+    visible[..., 0] |= blind  # torch promises nothing for rows without keys: show one, and take no notice of them
     if problem.modifiers is None:
         # Torch's fused attention takes masks of whole 8 columns only, and is what one is held against.
         extra = -visible.shape[1] % 8
@@ -196,10 +201,11 @@ def torch_own(problem: Problem) -> Results:
     out = out_HTD.transpose(0, 1)
     # Gradients of lse pass through scores in the problem's dtype, as those of out do; its values are float32's.
     lse = torch.logsumexp(_masked_scores(query_HTD, key_HSD, visible, problem).float(), -1)
-    dout = problem.dout.masked_fill(blind[:, None, None], 0)
+    of_rows = blind.expand(query.shape[1], -1).T[..., None]
+    dout = problem.dout.masked_fill(of_rows, 0)
     gradients = torch.autograd.grad((out, lse), (query, key, value), (dout, problem.dlse))
     lse = torch.logsumexp(_masked_scores(query_HTD.float(), key_HSD.float(), visible, problem), -1)
-    out = out.detach().masked_fill(blind[:, None, None], 0)
+    out = out.detach().masked_fill(of_rows, 0)
     return Results(out, lse.detach().masked_fill(blind, -torch.inf), *gradients)
 
 
@@ -317,10 +323,42 @@ def assert_same(a: Results, b: Results) -> None:
 def to_device(intervals: KeyIntervals, device: str) -> KeyIntervals:
     """The same intervals on another device."""
     bounds = [bound.to(device) for pair in intervals.ranges() for bound in pair]
-    return KeyIntervals(bounds[0], bounds[1], intervals.key_count, *bounds[2:])
+    blocks = intervals.blocks and intervals.blocks.to(torch.device(device))
+    return KeyIntervals(bounds[0], bounds[1], intervals.key_count, *bounds[2:], blocks=blocks)
 
 
-# Random modifiers and intervals
+def with_blocks(
+    intervals: KeyIntervals, groups: int, sizes: tuple[int, int], seed: int, first: tuple[int, int] = (0, 0)
+) -> KeyIntervals:
+    """The intervals, of which a random layout for each group of heads shows a third.
+
+    Args:
+        intervals: on the CPU.
+        groups: of heads.
+        sizes: query rows and key rows of a block.
+        seed: of the layout.
+        first: rows of the first block of queries and of keys that are not among the rows.
+    """
+    random = torch.Generator().manual_seed(seed)
+    rows = (intervals.query_count, intervals.key_count)
+    places = [(torch.arange(n) + x) // size for n, size, x in zip(rows, sizes, first, strict=True)]
+    counts = [(n + x) // size + 1 for n, size, x in zip(rows, sizes, first, strict=True)]
+    shown = torch.rand(groups, *counts, generator=random) < 1 / 3
+    blocks = KeyBlocks(places[0].int(), places[1].int(), (unit_of(places[0]), unit_of(places[1])), shown)
+    return intervals.with_blocks(blocks)
+
+
+# Random modifiers, blocks and intervals
+
+
+@st.composite
+def any_blocks(draw: st.DrawFn, key_heads: int) -> tuple[int, tuple[int, int], int, tuple[int, int]]:
+    """What `with_blocks` takes beside intervals: groups, sizes, seed and first rows; half of the time whole blocks."""
+    whole = draw(st.booleans())
+    sizes = draw(st.tuples(*[st.sampled_from([16, 32, 64, 128]) if whole else st.integers(3, 90)] * 2))
+    first = (0, 0) if whole else draw(st.tuples(st.integers(0, 40), st.integers(0, 40)))
+    groups = draw(st.sampled_from([n for n in range(1, key_heads + 1) if key_heads % n == 0]))
+    return groups, sizes, draw(st.integers(0, 2**32 - 1)), first
 
 
 @st.composite

@@ -74,7 +74,7 @@ def prepared_backward(
 ) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
     """The backward with given sizes, gradients in `dtype`; a carry is overwritten."""
     operands, numbers = (dout, q, k, v), (lse, delta, carry)
-    launch = backward.PreparedBackward(operands, numbers, q.shape[2] ** -0.5, dtype, tiles, deterministic)
+    launch = backward.PreparedBackward(operands, numbers, intervals, q.shape[2] ** -0.5, dtype, tiles, deterministic)
     return partial(launch, operands, numbers, intervals, dtype)
 
 
@@ -257,7 +257,9 @@ def time_backward(dim: int, variants: dict[str, dict], lengths: tuple[int, ...],
                 lse: Tensor = lse,
                 intervals: KeyIntervals = intervals,
             ) -> Callable[[], object]:
-                launch = backward.PreparedBackward(operands, (lse, lse, None), dim**-0.5, out.dtype, **settings)
+                launch = backward.PreparedBackward(
+                    operands, (lse, lse, None), intervals, dim**-0.5, out.dtype, **settings
+                )
 
                 def run() -> object:
                     delta = hopper.row_delta(operands[0], out)

@@ -19,6 +19,7 @@ from torch import Tensor
 from ringflash.kernels.cpu.rectangle_attention import Fused, MatrixProducts, Scoring
 from ringflash.kernels.cpu.rectangles import rectangles
 from ringflash.kernels.intervals import KeyIntervals
+from ringflash.kernels.key_blocks import check_blocks
 from ringflash.kernels.modifiers import Modifiers
 from ringflash.kernels.reference import Carry
 from ringflash.kernels.sinks import sink_gradient, with_sinks
@@ -49,10 +50,12 @@ def attend(
     out_HGTD, lse_HGT = _grouped(out, key.shape[1]), lse.unflatten(0, (key.shape[1], -1))
     q, k, v = _operands(query, key, value)
     math, scoring = _math(query, value, modifiers), Scoring(intervals, scale, modifiers)
-    for rectangle in rectangles(intervals, large=math is Fused):
-        rows, keys = rectangle.rows, rectangle.keys
-        rectangle_out, rectangle_lse = math.forward(q[:, :, rows], k[:, :, keys], v[:, :, keys], rectangle, scoring)
-        _merge(out_HGTD[:, :, rows], lse_HGT[:, :, rows], rectangle_out, rectangle_lse)
+    _check(query, key, intervals)
+    for rectangle in rectangles(intervals, math is Fused, key.shape[1]):
+        rows, keys, heads = rectangle.rows, rectangle.keys, rectangle.heads
+        of_keys = k[heads, :, keys], v[heads, :, keys]
+        rectangle_out, rectangle_lse = math.forward(q[heads, :, rows], *of_keys, rectangle, scoring)
+        _merge(out_HGTD[heads, :, rows], lse_HGT[heads, :, rows], rectangle_out, rectangle_lse)
     if sinks is not None:
         out, lse = with_sinks(out, lse, sinks)
     return out.to(out_dtype), lse.float()
@@ -89,13 +92,14 @@ def attend_backward(
     do, of_delta = math.prepare(do, delta.to(dtype).unflatten(0, (key_heads, -1)))
     # A row without keys has lse -inf and only hidden pairs; 0 keeps exp(hidden - lse) at 0 instead of nan.
     lse_HGT = lse.to(dtype).nan_to_num(neginf=0.0).unflatten(0, (key_heads, -1))
-    for rectangle in rectangles(intervals, large=math is Fused):
-        rows, keys = rectangle.rows, rectangle.keys
-        of_rows = (do[:, :, rows], of_delta[:, :, rows], lse_HGT[:, :, rows], q[:, :, rows])
-        dq, dk, dv = math.backward(*of_rows, k[:, :, keys], v[:, :, keys], rectangle, scoring)
-        dq_HGTD[:, :, rows] += dq
-        dk_HSD[:, keys] += dk
-        dv_HSD[:, keys] += dv
+    _check(query, key, intervals)
+    for rectangle in rectangles(intervals, math is Fused, key_heads):
+        rows, keys, heads = rectangle.rows, rectangle.keys, rectangle.heads
+        of_rows = (do[heads, :, rows], of_delta[heads, :, rows], lse_HGT[heads, :, rows], q[heads, :, rows])
+        dq, dk, dv = math.backward(*of_rows, k[heads, :, keys], v[heads, :, keys], rectangle, scoring)
+        dq_HGTD[heads, :, rows] += dq
+        dk_HSD[heads, keys] += dk
+        dv_HSD[heads, keys] += dv
     dkey_dtype = dkey_dtype or key.dtype
     return dquery.to(dquery_dtype or query.dtype), dkey.to(dkey_dtype), dvalue.to(dkey_dtype)
 
@@ -105,6 +109,11 @@ def row_delta(dout: Tensor, out: Tensor, dlse: Tensor | None = None) -> Tensor:
     dtype = _accumulator(out.dtype)
     delta = (dout.to(dtype) * out.to(dtype)).sum(-1).T
     return (delta if dlse is None else delta - dlse).float().contiguous()
+
+
+def _check(query: Tensor, key: Tensor, intervals: KeyIntervals) -> None:
+    if intervals.blocks is not None:
+        check_blocks(intervals.blocks, query, key)
 
 
 def _math(query: Tensor, value: Tensor, modifiers: Modifiers | None) -> type[Fused] | type[MatrixProducts]:

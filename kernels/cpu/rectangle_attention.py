@@ -8,6 +8,7 @@ come as (Hk, G, R, D) and (Hk, G, K, D); key and value repeat along G without ta
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -135,7 +136,7 @@ def _scores(q: Tensor, k: Tensor, rectangle: Rectangle, scoring: Scoring) -> tup
             assert modifiers.query_positions is not None  # both come with slopes
             assert modifiers.key_positions is not None
             far = modifiers.query_positions[rectangle.rows, None] - modifiers.key_positions[None, rectangle.keys]
-            slopes = modifiers.slopes[rectangle.rows].T.unflatten(0, q.shape[:2])[..., None]
+            slopes = modifiers.slopes[rectangle.rows].T.unflatten(0, (-1, q.shape[1]))[rectangle.heads, ..., None]
             scores = scores - slopes.to(scores.dtype) * far.abs()
         if modifiers.key_visible is not None:
             shown = modifiers.key_visible[None, rectangle.keys] != 0
@@ -145,6 +146,8 @@ def _scores(q: Tensor, k: Tensor, rectangle: Rectangle, scoring: Scoring) -> tup
 
 def _dropout_factor(weights: Tensor, rectangle: Rectangle, modifiers: Modifiers) -> Tensor:
     heads = weights.shape[0] * weights.shape[1]
+    first_head = modifiers.first_head + (rectangle.heads.start or 0) * weights.shape[1]
+    modifiers = replace(modifiers, first_head=first_head)
     pairs = keep_mask(modifiers, heads, rectangle.rows, rectangle.keys).unflatten(0, weights.shape[:2])
     return pairs.to(weights.dtype) / (1 - modifiers.dropout)
 

@@ -7,7 +7,8 @@ nobody sees is in no rectangle.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ringflash.kernels.intervals import KeyIntervals
+from ringflash.kernels.key_blocks import KeyBlocks
 
 STRIP = 128
 """Rows of a rectangle whose rows see different keys, unless they follow one of the two patterns of `_strips`."""
@@ -32,20 +34,25 @@ class Kind(enum.Enum):
 
 
 class Rectangle(NamedTuple):
-    """A rectangle of query rows x key rows, and which range of the rows it shows: 0 for keys, 1 for sink tokens."""
+    """A rectangle of query rows x key rows, and which range of the rows it shows: 0 for keys, 1 for sink tokens.
+
+    heads: of which key heads.
+    """
 
     rows: slice
     keys: slice
     kind: Kind
     range: int
+    heads: slice = slice(None)
 
 
-def rectangles(intervals: KeyIntervals, large: bool) -> list[Rectangle]:
+def rectangles(intervals: KeyIntervals, large: bool, key_heads: int = 1) -> list[Rectangle]:
     """The rectangles of a call, each visible pair in exactly one.
 
     Args:
         intervals: what each row sees; read in one copy, and the list is kept with them.
         large: FULL and CAUSAL rectangles may be of any size; else rectangles are BLOCK at most, and none is CAUSAL.
+        key_heads: of the call.
     """
 
     def build() -> list[Rectangle]:
@@ -53,9 +60,10 @@ def rectangles(intervals: KeyIntervals, large: bool) -> list[Rectangle]:
             return []
         bounds = torch.stack([bound for pair in intervals.ranges() for bound in pair]).cpu().numpy().astype(np.int64)
         ranges = bounds.reshape(-1, 2, intervals.query_count)
-        return list(_large_rectangles(ranges) if large else _small_rectangles(ranges))
+        make = _large_rectangles if large else _small_rectangles
+        return list(make(ranges) if intervals.blocks is None else _in_blocks(ranges, intervals.blocks, key_heads, make))
 
-    return intervals.kept(("rectangles", large), build)
+    return intervals.kept(("rectangles", large, key_heads), build, of_blocks=True)
 
 
 def visible(rectangle: Rectangle, intervals: KeyIntervals) -> Tensor | None:
@@ -65,6 +73,29 @@ def visible(rectangle: Rectangle, intervals: KeyIntervals) -> Tensor | None:
     column = torch.arange(rectangle.keys.start, rectangle.keys.stop, device=intervals.start.device)
     start, stop = intervals.ranges()[rectangle.range]
     return (start[rectangle.rows, None] <= column) & (column < stop[rectangle.rows, None])
+
+
+def _in_blocks(
+    ranges: np.ndarray, blocks: KeyBlocks, key_heads: int, make: Callable[[np.ndarray], Iterator[Rectangle]]
+) -> Iterator[Rectangle]:
+    """Rectangles within runs of rows that stand in one row of the layout, and of keys that it shows to them."""
+    shown, query_block, key_block = (x.cpu().numpy() for x in (blocks.shown, blocks.query_block, blocks.key_block))
+    edges = _edges(query_block)
+    for group, layout in enumerate(shown):
+        heads = slice(*(key_heads // len(shown) * n for n in (group, group + 1)))
+        for first, last in pairwise(edges):
+            keys = layout[query_block[first], key_block]
+            for start, stop in pairwise(_edges(keys)):
+                if not keys[start]:
+                    continue
+                for found in make(ranges[:, :, first:last].clip(start, stop)):
+                    rows = slice(found.rows.start + first, found.rows.stop + first)
+                    yield found._replace(rows=rows, heads=heads)
+
+
+def _edges(x: np.ndarray) -> list[int]:
+    """Where runs of equal values begin, and the end."""
+    return [0, *(np.flatnonzero(x[1:] != x[:-1]) + 1).tolist(), len(x)] if len(x) else []
 
 
 def _large_rectangles(ranges: np.ndarray) -> Iterator[Rectangle]:

@@ -9,12 +9,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ringflash.kernels.gpu.block_lists import (
+    NO_LISTS,
+    BlockLists,
+    ListOperands,
+    list_operands,
+    query_bits,
+    query_lists,
+)
 from ringflash.kernels.gpu.chips import multiprocessors
 from ringflash.kernels.gpu.compile_once import compiled_once
 from ringflash.kernels.gpu.launcher import Launcher, aligned
 from ringflash.kernels.gpu.modifiers_given import modifiers_aligned, modifiers_metadata
 from ringflash.kernels.hopper.backward_kernel import attend_backward_kernel
-from ringflash.kernels.hopper.backward_order import order_of_programs
+from ringflash.kernels.hopper.backward_order import order_of_lists, order_of_programs
 from ringflash.kernels.hopper.backward_split_kernel import attend_backward_split_kernel
 from ringflash.kernels.hopper.backward_tokens import (
     Programs,
@@ -37,6 +45,7 @@ from ringflash.kernels.hopper.descriptors import (
 from ringflash.kernels.hopper.dquery_accumulate import HALF
 from ringflash.kernels.hopper.dquery_in_turn import PARTS, heads_in_turn, turns_of_tiles
 from ringflash.kernels.hopper.dropout import dropout_numbers, listed
+from ringflash.kernels.hopper.listed_blocks import list_numbers, list_tensors
 from ringflash.kernels.hopper.widths import WIDTHS, width_of
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.kept import Kept, metadata
@@ -76,8 +85,8 @@ BACKWARD_WIDTHS = {name: WIDTHS[name] for name in ("64", "128", "192/128", "256"
 def backward_width(head_dim: int, value_head_dim: int, plain: bool) -> str:
     """The name in `BACKWARD_WIDTHS` of blocks for these head dimensions.
 
-    Blocks of 256 columns take what those of 192/128 do not: gradients that repeat, modifiers, sink tokens, other head
-    dimensions.
+    Blocks of 256 columns take what those of 192/128 do not: gradients that repeat, modifiers, sink tokens, lists of
+    blocks, other head dimensions.
 
     Args:
         head_dim: of queries and keys.
@@ -131,10 +140,11 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ringflash.kernels.reference.attend_backward. A carry is overwritten; dout is rounded to query's dtype.
 
-    With sink tokens, whose tiles are not visited in an order in which programs could wait for one another, gradients
-    that have to repeat bit for bit come from the portable kernels.
+    With sink tokens or blocks, whose tiles are not visited in an order in which programs could wait for one another,
+    gradients that have to repeat bit for bit come from the portable kernels.
     """
-    if deterministic and intervals.has_sink_tokens:
+    simple = not intervals.has_sink_tokens and intervals.blocks is None
+    if deterministic and not simple:
         return portable.attend_backward(
             dout.to(query.dtype), query, key, value, lse, delta, intervals, scale=scale, modifiers=modifiers,
             carry=carry, dquery_dtype=dquery_dtype, dkey_dtype=dkey_dtype,
@@ -146,10 +156,9 @@ def attend_backward(
     prepared = prepared_calls.get(call)
     if prepared is None:
         check_operands(query, key, value, intervals, scale, modifiers)
-        sink_tokens = intervals.has_sink_tokens
-        plain = not (deterministic or modifiers or sink_tokens)
+        plain = simple and not (deterministic or modifiers)
         tiles = backward_tiles(modifiers)[backward_width(query.shape[2], value.shape[2], plain)]
-        prepared = PreparedBackward(operands, numbers, scale, dkey_dtype, tiles, deterministic, modifiers, sink_tokens)
+        prepared = PreparedBackward(operands, numbers, intervals, scale, dkey_dtype, tiles, deterministic, modifiers)
         prepared_calls.add(call, prepared)
     return prepared(operands, numbers, intervals, dquery_dtype, modifiers)
 
@@ -175,8 +184,9 @@ def _call(
     """All that a `PreparedBackward` depends on."""
     return (
         *map(metadata, operands), *map(metadata, numbers), dkey_dtype,
-        intervals.start.shape, intervals.key_count, intervals.has_sink_tokens, scale, deterministic,
-        modifiers_metadata(modifiers),
+        intervals.start.shape, intervals.key_count, intervals.has_sink_tokens,
+        intervals.blocks and intervals.blocks.metadata(), scale,
+        deterministic, modifiers_metadata(modifiers),
         (aligned(*operands, *numbers) and modifiers_aligned(modifiers)) or tuple(map(aligned, (*operands, *numbers))),
     )  # fmt: skip
 
@@ -187,31 +197,33 @@ class PreparedBackward:
     Args:
         operands: dout, query, key and value of the first call, checked.
         numbers: lse, delta and carry of the first call.
-        scale: as in `attend_backward`, of the first call; so are the others.
-        dkey_dtype: see scale.
+        intervals: as in `attend_backward`, of the first call; so are the others. No sink tokens or blocks where
+            deterministic.
+        scale: see intervals.
+        dkey_dtype: see intervals.
         tiles: sizes of the launch.
-        deterministic: see scale.
-        modifiers: see scale.
-        sink_tokens: whether there are some; not where deterministic.
+        deterministic: see intervals.
+        modifiers: see intervals.
     """
 
     def __init__(
         self,
         operands: Operands,
         numbers: Numbers,
+        intervals: KeyIntervals,
         scale: float,
         dkey_dtype: torch.dtype,
         tiles: BackwardTiles,
         deterministic: bool = False,
         modifiers: Modifiers | None = None,
-        sink_tokens: bool = False,
     ) -> None:
         _, query, key, value = operands
         (query_rows, heads, dim), (key_rows, key_heads, value_dim) = query.shape, value.shape
         group = heads // key_heads
         self.tiles, self.deterministic = tiles, deterministic
         self.heads = heads, key_heads
-        self.width = backward_width(dim, value_dim, not (deterministic or modifiers or sink_tokens))
+        sink_tokens, self.has_lists = intervals.has_sink_tokens, intervals.blocks is not None
+        self.width = backward_width(dim, value_dim, not (deterministic or modifiers or sink_tokens or self.has_lists))
         self.dkey_dtype, self.float_out = dkey_dtype, dkey_dtype != key.dtype
         self.stored_dtype = torch.float32 if self.float_out else dkey_dtype
         self.empty = query_rows == 0 or key_rows == 0
@@ -269,7 +281,7 @@ class PreparedBackward:
         self.launch = Launcher(
             programs * key_heads,
             (*(x.stride(1) for x in (reachable[1], reachable[0], *reachable[2:])), float(scale), bend,
-             *(() if self.width == "192/128" else drops)),
+             *(() if self.width == "192/128" else (*drops, *list_numbers(self._lists(intervals))))),
             dict(
                 GROUP=group, QUERY_STAGES=tiles.stages[0], DOUT_STAGES=tiles.stages[1],
                 FLOAT_OUT=self.float_out, **({} if self.width == "192/128" else {"ORDERED": deterministic}),
@@ -304,6 +316,8 @@ class PreparedBackward:
         elif self.slot_shapes is not None:
             programs, order = programs_with_tokens(intervals, self.tiles.keys, self.heads[1])
             slots = tuple(query.new_empty(shape, dtype=torch.float32) for shape in self.slot_shapes)
+        elif self.has_lists:
+            order = programs_of_lists(intervals, self.tiles, self.heads[1])
         else:
             order = programs_in_order(intervals, self.tiles.keys, self.heads[1])
         if not self.all_addressable:
@@ -335,12 +349,22 @@ class PreparedBackward:
         else:
             tensors = (
                 query_desc, dout_desc, key_desc, value_desc, *rows, dquery_desc, dkey_desc, dvalue_desc,
-                *pointers, *seeing, order, turns, turn_now, section, *tokens, *positions, *dropping, *self.shape,
+                *pointers, *seeing, order, turns, turn_now, section, *tokens, *positions, *dropping,
+                *(list_tensors(self._lists(intervals)) if self.has_lists else (None,) * 3), *self.shape,
             )  # fmt: skip
             self.launch(attend_backward_wide_kernel if self.width == "256" else attend_backward_kernel, tensors)
         if programs is not None:
             add_slots(programs, slots, dkey, dvalue, self.tiles.keys)
         return dquery.to(dquery_dtype), dkey.to(self.dkey_dtype), dvalue.to(self.dkey_dtype)
+
+    def _lists(self, intervals: KeyIntervals) -> ListOperands:
+        """Blocks of queries; bits are of keys, or of queries where these are the rows of scores."""
+        if not self.has_lists:
+            return NO_LISTS
+        lists = query_lists(intervals, self.tiles.keys, self.tiles.queries)
+        if self.width == "256" and lists.bits is not None:
+            lists = BlockLists(lists.entries, *query_bits(intervals))
+        return list_operands(lists, self.heads[1])
 
     def _positions(self, modifiers: Modifiers) -> tuple:
         """With ALiBi positions and slopes of query rows, as the numbers of `prepare_rows`, and positions of keys."""
@@ -398,6 +422,16 @@ def programs_in_order(intervals: KeyIntervals, block: int, key_heads: int) -> Te
         return order_of_programs(intervals.key_tile_rows(block), key_heads, multiprocessors(intervals.start.device))
 
     return intervals.kept(("programs", block, key_heads), build)
+
+
+def programs_of_lists(intervals: KeyIntervals, tiles: BackwardTiles, key_heads: int) -> Tensor:
+    """See `order_of_lists`, made once for the intervals and their blocks."""
+
+    def build() -> Tensor:
+        entries = query_lists(intervals, tiles.keys, tiles.queries).entries
+        return order_of_lists(entries[:, :, 0], key_heads, multiprocessors(intervals.start.device))
+
+    return intervals.kept(("programs of lists", tiles.keys, tiles.queries, key_heads), build, of_blocks=True)
 
 
 def programs_with_tokens(intervals: KeyIntervals, block: int, key_heads: int) -> tuple[Programs, Tensor]:

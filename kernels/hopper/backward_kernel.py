@@ -25,8 +25,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ringflash.kernels.gpu.block_lists import ListOperands
 from ringflash.kernels.gpu.compile_once import compiled_once
-from ringflash.kernels.hopper.backward_tokens import Tokens, mask_of, row_of
+from ringflash.kernels.hopper.backward_tokens import Tokens, mask_of
 from ringflash.kernels.hopper.backward_work import Inputs, Sums, allocate_buffers, find_work, produce, unseen_zero
 from ringflash.kernels.hopper.blocks import block_columns, block_rows, flat_layout, head_place, store_block
 from ringflash.kernels.hopper.compat import meet, release, store_wait
@@ -38,6 +39,8 @@ from ringflash.kernels.hopper.dquery_in_turn import (
     next_block_and_member,
 )
 from ringflash.kernels.hopper.dropout import Dropout, draw_for, drop, seed_of, words_of_keys, words_of_queries
+from ringflash.kernels.hopper.listed_blocks import bits_of_rows, hide_unlisted
+from ringflash.kernels.hopper.rows_visited import LISTED, entry_of, row_of, way_to_walk
 from ringflash.kernels.hopper.schedule import stage_and_parity
 from ringflash.kernels.hopper.score_changes import bent_weights, hidden_score
 
@@ -47,6 +50,7 @@ from ringflash.kernels.hopper.score_changes import bent_weights, hidden_score
     do_not_specialize=[
         "query_rows", "padded_rows", "key_rows", "key_heads",
         "query_head_stride", "dout_head_stride", "key_head_stride", "value_head_stride", "threshold", "first_head",
+        "list_length", "list_heads", "list_words", "list_rows",
     ]
 )  # fmt: skip
 def attend_backward_kernel(
@@ -55,9 +59,11 @@ def attend_backward_kernel(
     order_ptr, turn_of_tile_ptr, turn_now_ptr, section_ptr,
     work_ptr, tokens_of_key_ptr, tokens_of_tile_ptr, dkey_slots_ptr, dvalue_slots_ptr,
     query_positions_desc, query_slopes_desc, key_positions_ptr, seed_ptr, dropout_queries_desc, dropout_keys_ptr,
+    entries_ptr, bits_ptr, row_block_ptr,
     query_rows, padded_rows, key_rows, key_heads,
     query_head_stride, dout_head_stride, key_head_stride, value_head_stride, scale, bend,
-    threshold, kept, first_head, GROUP: gl.constexpr, QUERY_STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr,
+    threshold, kept, first_head, list_length, list_heads, list_words, list_rows,
+    GROUP: gl.constexpr, QUERY_STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr,
     FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr, DIMS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -74,10 +80,13 @@ def attend_backward_kernel(
     dquery = gl.allocate_shared_memory(gl.float32, [2 if ORDERED else 4, HALF, HALF], flat_layout(dquery_desc))
     dropout = Dropout(seed_ptr, threshold, kept, first_head, dropout_queries_desc, dropout_keys_ptr)
     tokens = Tokens(work_ptr, tokens_of_key_ptr, tokens_of_tile_ptr, dkey_slots_ptr, dvalue_slots_ptr)
+    lists = ListOperands(entries_ptr, list_length, list_heads, bits_ptr, list_words, list_rows, row_block_ptr)
     TOKENS: gl.constexpr = work_ptr is not None
-    gl.static_assert(not (TOKENS and ORDERED))
+    LISTS: gl.constexpr = entries_ptr is not None
+    WALK: gl.constexpr = way_to_walk(TOKENS, LISTS)
+    gl.static_assert(TOKENS + LISTS + ORDERED <= 1)
     work = find_work(
-        buffers, rows_of_tile_ptr, order_ptr, turn_of_tile_ptr, turn_now_ptr, section_ptr, tokens, query_rows,
+        buffers, rows_of_tile_ptr, order_ptr, turn_of_tile_ptr, turn_now_ptr, section_ptr, tokens, lists, query_rows,
         padded_rows, key_rows, key_heads, GROUP, ORDERED,
     )  # fmt: skip
     if TOKENS and work.first_key < 0:
@@ -87,10 +96,10 @@ def attend_backward_kernel(
     if ORDERED:
         gl.warp_specialize(
             [
-                (consume, (work, sums, tokens, dropout, buffers, dscores, dquery, rows_of_key_ptr, key_positions_ptr,
-                           scale, bend, 0, GROUP, FLOAT_OUT, ORDERED, DIMS)),
-                (consume, (work, sums, tokens, dropout, buffers, dscores, dquery, rows_of_key_ptr, key_positions_ptr,
-                           scale, bend, 1, GROUP, FLOAT_OUT, ORDERED, DIMS)),
+                (consume, (work, sums, tokens, lists, dropout, buffers, dscores, dquery, rows_of_key_ptr,
+                           key_positions_ptr, scale, bend, 0, GROUP, FLOAT_OUT, ORDERED, DIMS)),
+                (consume, (work, sums, tokens, lists, dropout, buffers, dscores, dquery, rows_of_key_ptr,
+                           key_positions_ptr, scale, bend, 1, GROUP, FLOAT_OUT, ORDERED, DIMS)),
                 (produce, (inputs, work, buffers, GROUP, ORDERED)),
                 (add_in_turn, (work.turns, work.rows, dquery_desc, dquery, buffers.queries, 0, GROUP)),
                 (add_in_turn, (work.turns, work.rows, dquery_desc, dquery, buffers.queries, 1, GROUP)),
@@ -101,11 +110,11 @@ def attend_backward_kernel(
     else:
         gl.warp_specialize(
             [
-                (consume, (work, sums, tokens, dropout, buffers, dscores, dquery, rows_of_key_ptr, key_positions_ptr,
-                           scale, bend, 0, GROUP, FLOAT_OUT, ORDERED, DIMS)),
-                (consume, (work, sums, tokens, dropout, buffers, dscores, dquery, rows_of_key_ptr, key_positions_ptr,
-                           scale, bend, 1, GROUP, FLOAT_OUT, ORDERED, DIMS)),
-                (produce, (inputs, work, buffers, GROUP, ORDERED, TOKENS)),
+                (consume, (work, sums, tokens, lists, dropout, buffers, dscores, dquery, rows_of_key_ptr,
+                           key_positions_ptr, scale, bend, 0, GROUP, FLOAT_OUT, ORDERED, DIMS)),
+                (consume, (work, sums, tokens, lists, dropout, buffers, dscores, dquery, rows_of_key_ptr,
+                           key_positions_ptr, scale, bend, 1, GROUP, FLOAT_OUT, ORDERED, DIMS)),
+                (produce, (inputs, work, buffers, GROUP, ORDERED, WALK)),
             ],
             [4, 1],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -114,7 +123,7 @@ def attend_backward_kernel(
 
 @gluon.jit
 def consume(
-    work, sums, tokens, dropout, buffers, dscores, dquery, rows_of_key_ptr, key_positions_ptr, scale, bend,
+    work, sums, tokens, lists, dropout, buffers, dscores, dquery, rows_of_key_ptr, key_positions_ptr, scale, bend,
     PART: gl.constexpr, GROUP: gl.constexpr, FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr, DIMS: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup: key rows PART * 64 to PART * 64 + 64 of the tile."""
@@ -131,6 +140,8 @@ def consume(
     DQUERY: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
     TOKENS: gl.constexpr = tokens.work_ptr is not None
+    WALK: gl.constexpr = way_to_walk(TOKENS, lists.entries is not None)
+    BITS: gl.constexpr = lists.bits is not None
     DROPS: gl.constexpr = dropout.seed_ptr is not None
     # The next step's numbers are loaded under this one's last products, where registers are left for them.
     EARLY: gl.constexpr = D == 128
@@ -141,6 +152,7 @@ def consume(
     first_seeing, last_seeing = key_index, key_index  # stand for none
     if not TOKENS:
         first_seeing, last_seeing = rows_seeing(rows_of_key_ptr, key_index, sums.key_rows)
+    bits = bits_of_rows(lists, key_index, key_index < sums.key_rows, work.key_head)
     dkey = gl.zeros([HALF, D], gl.float32, SUMS)
     dvalue = gl.zeros([HALF, D], gl.float32, SUMS)
     no_scores = gl.zeros([HALF, M], gl.float32, SCORES)
@@ -167,12 +179,13 @@ def consume(
         minus_delta = douts.numbers.index(0).load(COLUMNS)
 
     block, member = first_block_and_member(rows, ORDERED)
+    entry = entry_of(rows, block, WALK)
     steps = rows.blocks * GROUP
     for step in range(steps):
         stage = stage_and_parity(step, QUERY_STAGES)[0]
         dout_stage, parity = stage_and_parity(step, DOUT_STAGES)
         dout = douts.blocks.index(dout_stage)
-        row = row_of(rows, block, M, TOKENS)
+        row = row_of(rows, block, entry, M, WALK)
         full_begin, full_end, seeing_ptr = mask_of(rows, block, tokens, rows_of_key_ptr)
         own_key = key.index(unseen_zero(row)).slice(PART * HALF, HALF, 0)
         if not EARLY:
@@ -188,6 +201,8 @@ def consume(
             if TOKENS:
                 seen_from, seen_to = rows_seeing(seeing_ptr, key_index, sums.key_rows)
             scores = hide(scores, row, seen_from, seen_to, bend is not None)
+        if BITS and (entry & 1) != 0:
+            scores = hide_unlisted(scores, bits, row, hidden_score(bend is not None))
         weights, sloping = weigh(
             scores, lse, scale_log2, bend, positions, slopes, key_position, key_positions_ptr is not None
         )
@@ -217,7 +232,7 @@ def consume(
         dquery_token = start_dquery(shared, keys_now, no_dquery, PART)
         if not ORDERED:
             staging = dquery.index(PART * 2 + (step & 1 ^ 1))
-            add_earlier(sums.dquery_desc, staging, rows, step, block, member, M, D, PART, TOKENS)
+            add_earlier(sums.dquery_desc, staging, rows, step, block, member, M, D, PART, WALK)
         # The last step has no next one: its scores are of old numbers and unused.
         next_stage, parity = stage_and_parity(step + 1, QUERY_STAGES)
         mbarrier.wait(queries.full.index(next_stage), parity, pred=step + 1 < steps)
@@ -225,6 +240,9 @@ def consume(
             own_key, queries.blocks.index(next_stage).permute((1, 0)), no_scores, use_acc=False, is_async=True
         )
         dkey_token = warpgroup_mma(dscores_factor, queries.blocks.index(stage), dkey, is_async=True)
+        if WALK == LISTED:
+            following, _ = next_block_and_member(rows, block, member, GROUP, ORDERED)
+            entry = entry_of(rows, following, WALK)
 
         part_of_dquery = warpgroup_mma_wait(2, deps=[dquery_token]) * gradient_scale
         if ORDERED:
@@ -247,7 +265,7 @@ def consume(
     meet("8")
     if not ORDERED:
         staging = dquery.index(PART * 2 + (steps & 1 ^ 1))
-        add_earlier(sums.dquery_desc, staging, rows, steps, block, member, M, D, PART, TOKENS)
+        add_earlier(sums.dquery_desc, staging, rows, steps, block, member, M, D, PART, WALK)
     if DROPS:
         dvalue = dvalue / dropout.kept
     if TOKENS and work.slot >= 0:

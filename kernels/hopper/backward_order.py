@@ -45,3 +45,33 @@ def order_of_programs(tile_rows: Tensor, key_heads: int, processors: int, more_r
     head, place = numbers - 1, torch.arange(tiles, device=device)[:, None]
     turn = (document[:, None] * key_heads + head // together) * tiles + place
     return (order[:, None] * key_heads + head).flatten()[torch.argsort(turn.flatten(), stable=True)].to(torch.int32)
+
+
+LONG, SHORT = 4, 16
+"""Of lists: parts of a multiprocessor's share of all work that a long tile has at least, and a short one at most."""
+
+
+def order_of_lists(counts: Tensor, key_heads: int, processors: int) -> Tensor:
+    """The same for tiles that visit blocks of lists, of any number each.
+
+    Head by head, the longest first: tiles of a head that are equally long walk through the same rows together. But long
+    ones of all heads begin before that, and short ones fill up the end.
+
+    Args:
+        counts: (G, tiles) int32, blocks of each tile for each group of heads.
+        key_heads: as in `order_of_programs`.
+        processors: see there.
+
+    Example:
+        >>> order = order_of_lists(torch.tensor([[1, 9, 5, 30]]), key_heads=2, processors=2)
+        >>> order // 2, order % 2
+        (tensor([3, 3, 1, 2, 1, 2, 0, 0], dtype=torch.int32), tensor([0, 1, 0, 0, 1, 1, 0, 1], dtype=torch.int32))
+    """
+    groups, tiles = counts.shape
+    counts = counts.repeat_interleave(key_heads // groups, 0).long()
+    total = counts.sum()
+    head = torch.arange(1, key_heads + 1, device=counts.device)[:, None]
+    band = torch.where(counts * (processors * LONG) > total, 0, head)
+    band = torch.where(counts * (processors * SHORT) < total, key_heads + 1, band)
+    order = torch.argsort(((band << 32) - counts).flatten(), stable=True)
+    return (order % tiles * key_heads + order // tiles).to(torch.int32)

@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ringflash.kernels.gpu.block_lists import ListOperands
 from ringflash.kernels.gpu.compile_once import compiled_once
 from ringflash.kernels.hopper.backward_kernel import hide, rows_seeing, store_sum, weigh
 from ringflash.kernels.hopper.backward_tokens import Tokens
@@ -57,7 +58,8 @@ def attend_backward_split_kernel(
     dquery = gl.allocate_shared_memory(gl.float32, [2, HALF, HALF], flat_layout(dquery_desc))
     work = find_work(
         buffers, rows_of_tile_ptr, order_ptr, rows_of_tile_ptr, rows_of_tile_ptr, rows_of_tile_ptr,
-        Tokens(None, None, None, None, None), query_rows, padded_rows, key_rows, key_heads, GROUP, False,
+        Tokens(None, None, None, None, None), ListOperands(None, None, None, None, None, None, None), query_rows,
+        padded_rows, key_rows, key_heads, GROUP, False,
     )  # fmt: skip
     fence_async_shared()
     sums = Sums(dquery_desc, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, key_rows, key_heads)

@@ -169,15 +169,6 @@ class Tokens(NamedTuple):
 
 
 @gluon.jit
-def row_of(rows, block, M: gl.constexpr, TOKENS: gl.constexpr):
-    """First row of a block of the rows that a tile visits."""
-    row = rows.begin + block * M
-    if TOKENS:
-        row = gl.where(block < rows.own_blocks, row, rows.token_begin + (block - rows.own_blocks) * M)
-    return row
-
-
-@gluon.jit
 def mask_of(rows, block, tokens, rows_of_key_ptr):
     """(first, last) of the rows of which a block needs no mask if it lies within; where rows that see keys are."""
     full_begin, full_end, seeing = rows.full_begin, rows.full_end, rows_of_key_ptr

@@ -18,9 +18,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ringflash.kernels.gpu.block_lists import ListOperands
 from ringflash.kernels.gpu.compile_once import compiled_once
 from ringflash.kernels.hopper.backward_kernel import store_float
-from ringflash.kernels.hopper.backward_tokens import Tokens, mask_of, row_of
+from ringflash.kernels.hopper.backward_tokens import Tokens, mask_of
 from ringflash.kernels.hopper.backward_work import Inputs, Sums, allocate_buffers, find_work, produce, unseen_zero
 from ringflash.kernels.hopper.blocks import block_rows, flat_layout, head_place, store_block
 from ringflash.kernels.hopper.compat import meet, release, store_wait
@@ -32,6 +33,8 @@ from ringflash.kernels.hopper.dquery_in_turn import (
     next_block_and_member,
 )
 from ringflash.kernels.hopper.dropout import Dropout, draw_for, drop, seed_of, words_of_keys, words_of_queries
+from ringflash.kernels.hopper.listed_blocks import bits_of_rows, hide_unlisted
+from ringflash.kernels.hopper.rows_visited import LISTED, entry_of, row_of, way_to_walk
 from ringflash.kernels.hopper.schedule import stage_and_parity
 from ringflash.kernels.hopper.score_changes import bent_weights, hidden_score
 
@@ -41,6 +44,7 @@ from ringflash.kernels.hopper.score_changes import bent_weights, hidden_score
     do_not_specialize=[
         "query_rows", "padded_rows", "key_rows", "key_heads",
         "query_head_stride", "dout_head_stride", "key_head_stride", "value_head_stride", "threshold", "first_head",
+        "list_length", "list_heads", "list_words", "list_rows",
     ]
 )  # fmt: skip
 def attend_backward_wide_kernel(
@@ -49,9 +53,11 @@ def attend_backward_wide_kernel(
     order_ptr, turn_of_tile_ptr, turn_now_ptr, section_ptr,
     work_ptr, tokens_of_key_ptr, tokens_of_tile_ptr, dkey_slots_ptr, dvalue_slots_ptr,
     query_positions_desc, query_slopes_desc, key_positions_ptr, seed_ptr, dropout_queries_desc, dropout_keys_ptr,
+    entries_ptr, bits_ptr, row_block_ptr,
     query_rows, padded_rows, key_rows, key_heads,
     query_head_stride, dout_head_stride, key_head_stride, value_head_stride, scale, bend,
-    threshold, kept, first_head, GROUP: gl.constexpr, QUERY_STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr,
+    threshold, kept, first_head, list_length, list_heads, list_words, list_rows,
+    GROUP: gl.constexpr, QUERY_STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr,
     FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr, DIMS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -70,10 +76,13 @@ def attend_backward_wide_kernel(
     dquery = gl.allocate_shared_memory(gl.float32, [2, HALF, HALF], flat_layout(dquery_desc))
     dropout = Dropout(seed_ptr, threshold, kept, first_head, dropout_queries_desc, dropout_keys_ptr)
     tokens = Tokens(work_ptr, tokens_of_key_ptr, tokens_of_tile_ptr, dkey_slots_ptr, dvalue_slots_ptr)
+    lists = ListOperands(entries_ptr, list_length, list_heads, bits_ptr, list_words, list_rows, row_block_ptr)
     TOKENS: gl.constexpr = work_ptr is not None
-    gl.static_assert(not (TOKENS and ORDERED))
+    LISTS: gl.constexpr = entries_ptr is not None
+    WALK: gl.constexpr = way_to_walk(TOKENS, LISTS)
+    gl.static_assert(TOKENS + LISTS + ORDERED <= 1)
     work = find_work(
-        buffers, rows_of_tile_ptr, order_ptr, turn_of_tile_ptr, turn_now_ptr, section_ptr, tokens, query_rows,
+        buffers, rows_of_tile_ptr, order_ptr, turn_of_tile_ptr, turn_now_ptr, section_ptr, tokens, lists, query_rows,
         padded_rows, key_rows, key_heads, GROUP, ORDERED,
     )  # fmt: skip
     if TOKENS and work.first_key < 0:
@@ -83,10 +92,10 @@ def attend_backward_wide_kernel(
     if ORDERED:
         gl.warp_specialize(
             [
-                (consume_wide, (work, sums, tokens, dropout, buffers, weights, dscores, dquery, rows_of_key_ptr,
-                                key_positions_ptr, scale, bend, 0, GROUP, FLOAT_OUT, ORDERED, DIMS)),
-                (consume_wide, (work, sums, tokens, dropout, buffers, weights, dscores, dquery, rows_of_key_ptr,
-                                key_positions_ptr, scale, bend, 1, GROUP, FLOAT_OUT, ORDERED, DIMS)),
+                (consume_wide, (work, sums, tokens, lists, dropout, buffers, weights, dscores, dquery,
+                                rows_of_key_ptr, key_positions_ptr, scale, bend, 0, GROUP, FLOAT_OUT, ORDERED, DIMS)),
+                (consume_wide, (work, sums, tokens, lists, dropout, buffers, weights, dscores, dquery,
+                                rows_of_key_ptr, key_positions_ptr, scale, bend, 1, GROUP, FLOAT_OUT, ORDERED, DIMS)),
                 (produce, (inputs, work, buffers, GROUP, ORDERED)),
                 (add_in_turn, (work.turns, work.rows, dquery_desc, dquery, buffers.queries, 0, GROUP)),
                 (add_in_turn, (work.turns, work.rows, dquery_desc, dquery, buffers.queries, 1, GROUP)),
@@ -97,11 +106,11 @@ def attend_backward_wide_kernel(
     else:
         gl.warp_specialize(
             [
-                (consume_wide, (work, sums, tokens, dropout, buffers, weights, dscores, dquery, rows_of_key_ptr,
-                                key_positions_ptr, scale, bend, 0, GROUP, FLOAT_OUT, ORDERED, DIMS)),
-                (consume_wide, (work, sums, tokens, dropout, buffers, weights, dscores, dquery, rows_of_key_ptr,
-                                key_positions_ptr, scale, bend, 1, GROUP, FLOAT_OUT, ORDERED, DIMS)),
-                (produce, (inputs, work, buffers, GROUP, ORDERED, TOKENS)),
+                (consume_wide, (work, sums, tokens, lists, dropout, buffers, weights, dscores, dquery,
+                                rows_of_key_ptr, key_positions_ptr, scale, bend, 0, GROUP, FLOAT_OUT, ORDERED, DIMS)),
+                (consume_wide, (work, sums, tokens, lists, dropout, buffers, weights, dscores, dquery,
+                                rows_of_key_ptr, key_positions_ptr, scale, bend, 1, GROUP, FLOAT_OUT, ORDERED, DIMS)),
+                (produce, (inputs, work, buffers, GROUP, ORDERED, WALK)),
             ],
             [4, 1],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -110,8 +119,8 @@ def attend_backward_wide_kernel(
 
 @gluon.jit
 def consume_wide(
-    work, sums, tokens, dropout, buffers, weights_buffers, dscores_buffers, dquery, rows_of_key_ptr, key_positions_ptr,
-    scale, bend,
+    work, sums, tokens, lists, dropout, buffers, weights_buffers, dscores_buffers, dquery, rows_of_key_ptr,
+    key_positions_ptr, scale, bend,
     PART: gl.constexpr, GROUP: gl.constexpr, FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr, DIMS: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup: half of the tile's keys, then half of the columns."""
@@ -127,6 +136,8 @@ def consume_wide(
     DQUERY: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
     TOKENS: gl.constexpr = tokens.work_ptr is not None
+    WALK: gl.constexpr = way_to_walk(TOKENS, lists.entries is not None)
+    BITS: gl.constexpr = lists.bits is not None
     DROPS: gl.constexpr = dropout.seed_ptr is not None
 
     key_index = work.first_key + PART * (N // 2) + gl.arange(0, N // 2, gl.SliceLayout(0, SCORES))
@@ -144,10 +155,11 @@ def consume_wide(
     mbarrier.wait(buffers.loaded.index(1), 0)
 
     block, member = first_block_and_member(rows, ORDERED)
+    entry = entry_of(rows, block, WALK)
     steps = rows.blocks * GROUP
     for step in range(steps):
         stage, parity = stage_and_parity(step, STAGES)
-        row = row_of(rows, block, M, TOKENS)
+        row = row_of(rows, block, entry, M, WALK)
         full_begin, full_end, seeing_ptr = mask_of(rows, block, tokens, rows_of_key_ptr)
         head = rows.first_head + member
         query = queries.blocks.index(stage)
@@ -169,6 +181,10 @@ def consume_wide(
             after_first = index >= gl.load(seeing, mask=inside, other=0)[None, :]
             before_last = index < gl.load(seeing + 3, mask=inside, other=0)[None, :]
             scores = gl.where(after_first & before_last, scores, NONE)
+        if BITS and (entry & 1) != 0:
+            index = row + gl.arange(0, M, ROWS)
+            bits = bits_of_rows(lists, index, index < rows.query_rows, work.key_head)
+            scores = hide_unlisted(scores, bits, work.first_key + PART * (N // 2), NONE)
         offset = queries.numbers.index(stage).load(ROWS)[:, None]
         if key_positions_ptr is not None:
             inside = key_index < sums.key_rows
@@ -218,7 +234,10 @@ def consume_wide(
             all_dscores, keys_now.slice(PART * (D // 2) + HALF, HALF, 1), no_dquery, use_acc=False, is_async=True
         )
         if not ORDERED:
-            add_earlier(sums.dquery_desc, dquery.index(PART), rows, step, block, member, M, D, PART, TOKENS)
+            add_earlier(sums.dquery_desc, dquery.index(PART), rows, step, block, member, M, D, PART, WALK)
+        if WALK == LISTED:
+            following, _ = next_block_and_member(rows, block, member, GROUP, ORDERED)
+            entry = entry_of(rows, following, WALK)
         dvalue = warpgroup_mma_wait(3, deps=[dvalue_token])
         release(douts.empty.index(0))
         first = warpgroup_mma_wait(2, deps=[first_token]) * gradient_scale
@@ -243,7 +262,7 @@ def consume_wide(
         fence_async_shared()
     meet("8")  # both warpgroups have read all of the keys and values
     if not ORDERED:
-        add_earlier(sums.dquery_desc, dquery.index(PART), rows, steps, block, member, M, D, PART, TOKENS)
+        add_earlier(sums.dquery_desc, dquery.index(PART), rows, steps, block, member, M, D, PART, WALK)
     if DROPS:
         dvalue = dvalue / dropout.kept
     if TOKENS and work.slot >= 0:

@@ -11,10 +11,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from ringflash.kernels.hopper.backward_tokens import row_of
 from ringflash.kernels.hopper.blocks import FIRST, block_columns, block_rows, flat_layout, head_place, load_block
 from ringflash.kernels.hopper.compat import WARPGROUP, async_load
 from ringflash.kernels.hopper.dquery_in_turn import Turns, allocate_turns
+from ringflash.kernels.hopper.listed_blocks import list_of_tile
+from ringflash.kernels.hopper.rows_visited import RANGE, Rows, entry_of, row_of
 from ringflash.kernels.hopper.schedule import stage_and_parity
 
 
@@ -64,26 +65,6 @@ class Buffers(NamedTuple):
     key: gl.shared_memory_descriptor
     value: gl.shared_memory_descriptor
     loaded: gl.shared_memory_descriptor
-
-
-class Rows(NamedTuple):
-    """The query rows that a key tile visits, in `blocks` blocks from row `begin` on, for each head of a group.
-
-    Blocks within full_begin to full_end need no mask. With sink tokens the first own_blocks are of rows that see the
-    tile in their own range of keys, the others of rows that see it as sink tokens, from token_begin on.
-    """
-
-    begin: gl.tensor
-    blocks: gl.tensor
-    full_begin: gl.tensor
-    full_end: gl.tensor
-    own_blocks: gl.tensor
-    token_begin: gl.tensor
-    token_full_begin: gl.tensor
-    token_full_end: gl.tensor
-    query_rows: gl.tensor
-    padded_rows: gl.tensor
-    first_head: gl.tensor
 
 
 class Work(NamedTuple):
@@ -158,13 +139,13 @@ def allocate_stream(desc, numbers_desc, STAGES: gl.constexpr):
 
 @gluon.jit
 def find_work(
-    buffers, rows_of_tile_ptr, order_ptr, turn_of_tile_ptr, turn_now_ptr, section_ptr, tokens, query_rows, padded_rows,
-    key_rows, key_heads, GROUP: gl.constexpr, ORDERED: gl.constexpr,
+    buffers, rows_of_tile_ptr, order_ptr, turn_of_tile_ptr, turn_now_ptr, section_ptr, tokens, lists, query_rows,
+    padded_rows, key_rows, key_heads, GROUP: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
     """This program's work, by `backward_order`; where dQ is added in turn, tiles from the first, section by section.
 
     Then order_ptr is None; else turns and section_ptr are. With sink tokens by `backward_tokens`; first_key is negative
-    where there is none.
+    where there is none. With lists the rows of the tile's list.
     """
     M: gl.constexpr = buffers.queries.blocks.shape[1]
     N: gl.constexpr = buffers.key.shape[1]
@@ -190,6 +171,9 @@ def find_work(
     else:
         ALIGNED: gl.constexpr = M if ORDERED else 4
         rows = visiting_rows(rows_of_tile_ptr, key_tile, query_rows, padded_rows, key_rows, first_head, M, N, ALIGNED)
+        if lists.entries is not None:
+            entries = list_of_tile(lists, key_tile, (key_rows + N - 1) // N, key_head)
+            rows = listed_rows(rows, entries)
     return Work(key_tile * N, key_head, rows, turns, slot)
 
 
@@ -209,7 +193,19 @@ def visiting_rows(
     # Rows behind the last key are zeros, whose weights must not reach dQ as infinity times zero: mask the whole tile.
     full_end = gl.where((key_tile + 1) * N > key_rows, 0, gl.load(entry + 2))
     # Without sink tokens what is behind the first four stands for none.
-    return Rows(begin, blocks, gl.load(entry + 1), full_end, 0, 0, 0, 0, query_rows, padded_rows, first_head)
+    # What stands for none without lists must not be None, which triton 3.6 cannot return.
+    return Rows(
+        begin, blocks, gl.load(entry + 1), full_end, 0, 0, 0, 0, rows_of_tile_ptr, query_rows, padded_rows, first_head
+    )
+
+
+@gluon.jit
+def listed_rows(rows, entries):
+    """The same, but the blocks of a list."""
+    return Rows(
+        rows.begin, gl.load(entries), rows.full_begin, rows.full_end, 0, 0, 0, 0, entries, rows.query_rows,
+        rows.padded_rows, rows.first_head,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -228,13 +224,13 @@ def rows_and_tokens(
         gl.load(rows_of_tile_ptr + entry), gl.where(ragged, 0, gl.load(rows_of_tile_ptr + entry + 1)),
         own_blocks, token_begin,
         gl.load(tokens.rows_of_tile_ptr + entry), gl.where(ragged, 0, gl.load(tokens.rows_of_tile_ptr + entry + 1)),
-        query_rows, padded_rows, first_head,
+        rows_of_tile_ptr, query_rows, padded_rows, first_head,
     )  # fmt: skip
 
 
 @gluon.jit
 def produce(
-    inputs, work, buffers, GROUP: gl.constexpr, ORDERED: gl.constexpr, TOKENS: gl.constexpr = False
+    inputs, work, buffers, GROUP: gl.constexpr, ORDERED: gl.constexpr, WALK: gl.constexpr = RANGE
 ):  # fmt: skip
     """The producer warp: the tile's keys and values, then the query-side blocks of each step."""
     queries, douts, loaded = buffers.queries, buffers.douts, buffers.loaded
@@ -258,7 +254,7 @@ def produce(
             if ORDERED:
                 block, member = rows.blocks - 1 - outer, inner
             head = rows.first_head + member
-            row = row_of(rows, block, M, TOKENS)
+            row = row_of(rows, block, entry_of(rows, block, WALK), M, WALK)
             number = head * rows.padded_rows + row
             stage, parity = stage_and_parity(step, QUERY_STAGES)
             place = head_place(inputs.query_desc, head, inputs.query_head_stride)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from ringflash.kernels.hopper.backward_tokens import row_of
 from ringflash.kernels.hopper.blocks import add_block, head_place
 from ringflash.kernels.hopper.compat import reinterpret
+from ringflash.kernels.hopper.rows_visited import RANGE, entry_of, row_of
 
 HALF = gl.constexpr(64)
 """Rows and columns of a part; also key rows of a warpgroup."""
@@ -38,7 +38,7 @@ def add_part(
 @gluon.jit
 def add_earlier(
     dquery_desc, staging, rows, step, block, member, M: gl.constexpr, D: gl.constexpr, PART: gl.constexpr,
-    TOKENS: gl.constexpr,
+    WALK: gl.constexpr,
 ):  # fmt: skip
     """Add the last part laid down in the step before `step`, the one at `block` and `member`; none is before the first.
 
@@ -46,15 +46,16 @@ def add_earlier(
     taken the part: by the time that the next step's dscores are fenced off, as they have to be, it has.
     """
     if step > 0:
-        row, head = earlier_block(rows, block, member, M, TOKENS)
+        row, head = earlier_block(rows, block, member, M, WALK)
         add_part(dquery_desc, staging, row, head, D, PART, parts_in_step(D) - 1)
 
 
 @gluon.jit
-def earlier_block(rows, block, member, M: gl.constexpr, TOKENS: gl.constexpr = False):
+def earlier_block(rows, block, member, M: gl.constexpr, WALK: gl.constexpr = RANGE):
     """First row and head of the block before the one at `block` and `member`, where not ORDERED."""
     first = block == 0
-    row = row_of(rows, gl.where(first, rows.blocks - 1, block - 1), M, TOKENS)
+    earlier = gl.where(first, rows.blocks - 1, block - 1)
+    row = row_of(rows, earlier, entry_of(rows, earlier, WALK), M, WALK)
     head = rows.first_head + gl.where(first, member - 1, member)
     return row, head
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
+from ringflash.kernels.gpu.block_lists import NO_LISTS, ListOperands, key_lists, list_operands
 from ringflash.kernels.gpu.chips import multiprocessors
 from ringflash.kernels.gpu.launcher import Launcher, aligned
 from ringflash.kernels.gpu.modifiers_given import modifiers_aligned, modifiers_metadata
@@ -24,6 +25,7 @@ from ringflash.kernels.hopper.descriptors import (
 )
 from ringflash.kernels.hopper.dropout import dropout_numbers, listed
 from ringflash.kernels.hopper.forward_kernel import LOG2_E, ROWS, attend_kernel
+from ringflash.kernels.hopper.listed_blocks import list_numbers, list_tensors
 from ringflash.kernels.hopper.schedule import head_section
 from ringflash.kernels.hopper.score_changes import key_numbers
 from ringflash.kernels.hopper.sink_tokens import token_pieces
@@ -64,7 +66,7 @@ FORWARD_TILES = {
 """By `WIDTHS`; docs/benchmarks/kernels.md has the measurements behind them."""
 
 MODIFIED_FORWARD_TILES = {**FORWARD_TILES, "64": replace(FORWARD_TILES["64"], consumers=2, registers=(240, 24))}
-"""With modifiers, which want more registers."""
+"""With modifiers, which want more registers, and with lists of blocks: 192 rows are no whole blocks."""
 
 
 SINKS_JOIN = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
@@ -95,7 +97,7 @@ def attend(
     prepared = prepared_calls.get(call)
     if prepared is None:
         check_operands(query, key, value, intervals, scale, modifiers)
-        tiles = FORWARD_TILES if modifiers is None else MODIFIED_FORWARD_TILES
+        tiles = FORWARD_TILES if modifiers is None and intervals.blocks is None else MODIFIED_FORWARD_TILES
         tiles = tiles[width_of(query.shape[2], value.shape[2])]
         prepared = PreparedForward(query, key, value, intervals, scale, carry, out_dtype, tiles, modifiers, sinks)
         prepared_calls.add(call, prepared)
@@ -131,7 +133,9 @@ def _call(
     carry_out, carry_lse = carry or (None, None)
     return (
         *map(metadata, (query, key, value, carry_out, carry_lse, sinks)), out_dtype,
-        intervals.start.shape, intervals.key_count, intervals.has_sink_tokens, scale, modifiers_metadata(modifiers),
+        intervals.start.shape, intervals.key_count, intervals.has_sink_tokens,
+        intervals.blocks and intervals.blocks.metadata(), scale,
+        modifiers_metadata(modifiers),
         (
             aligned(query, key, value, carry_out, carry_lse, sinks, *bounds_of(intervals))
             and modifiers_aligned(modifiers)
@@ -180,7 +184,8 @@ class PreparedForward:
         given = (query, key, value)
         query, key, value = map(addressable, given)
         self.all_addressable = all(x is y for x, y in zip(given, (query, key, value), strict=True))
-        self.token_tiles = (tiles.consumers * ROWS.value, tiles.keys) if intervals.has_sink_tokens else None
+        self.tiles = tiles.consumers * ROWS.value, tiles.keys
+        self.has_tokens, self.has_lists = intervals.has_sink_tokens, intervals.blocks is not None
         rows, width = ROWS.value, WIDTHS[width_of(dim, value_dim)]
         self.descriptions, rest = zip(
             part_descriptors(query, rows, width.keys),
@@ -218,6 +223,7 @@ class PreparedForward:
                 query_rows, tile_count, heads, head_section(key_rows, key_heads, group, (dim + value_dim) // 2),
                 query.stride(1), key.stride(1), value.stride(1), unit * LOG2_E.value,
                 bend, slopes_row, slopes_head, None if slopes_row is None else 1 / unit, *dropout_numbers(modifiers),
+                *list_numbers(self._lists(intervals)),
             ),
             dict(
                 GROUP=group, CONSUMERS=tiles.consumers, STAGES=tiles.stages,
@@ -257,13 +263,17 @@ class PreparedForward:
             written = (descriptor_of(out, out_description), out_rest and descriptor_of(out, out_rest), None)
         carried = self.carry_description and descriptor_of(carry_out, self.carry_description)
         modifying = (None,) * 6 if modifiers is None else self._modifying(modifiers)
-        pieces = self.token_tiles and token_pieces(intervals, *self.token_tiles)
+        pieces = token_pieces(intervals, *self.tiles) if self.has_tokens else None
         tensors = (
             *first, *rest, *written, lse, carried, carry_out, carry_lse,
             *bounds_of(intervals), pieces, first_ticket(query.device), sinks, *modifying,
+            *(list_tensors(self._lists(intervals)) if self.has_lists else (None,) * 3),
         )  # fmt: skip
         self.launch(attend_kernel, tensors)
         return out.to(self.out_dtype), lse
+
+    def _lists(self, intervals: KeyIntervals) -> ListOperands:
+        return list_operands(key_lists(intervals, *self.tiles), self.lse_shape[0]) if self.has_lists else NO_LISTS
 
     def _modifying(self, modifiers: Modifiers) -> tuple:
         """For slopes and padding, and for dropout; None for what there is not."""

@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ringflash.kernels.gpu.block_lists import ListOperands
 from ringflash.kernels.gpu.compile_once import compiled_once
 from ringflash.kernels.hopper.blocks import flat_layout, has_head_dimension, head_place, store_block
 from ringflash.kernels.hopper.compat import (
@@ -45,6 +46,7 @@ from ringflash.kernels.hopper.forward_work import (
     tile_span,
 )
 from ringflash.kernels.hopper.fp32_rows import load_rows, store_rows
+from ringflash.kernels.hopper.listed_blocks import bits_of_rows, hide_unlisted, list_of_tile, row_of_entry
 from ringflash.kernels.hopper.schedule import (
     Schedule,
     allocate_tickets,
@@ -70,6 +72,7 @@ LOWEST = gl.constexpr(-1e30)
     do_not_specialize=[
         "query_rows", "tiles", "heads", "section", "query_head_stride", "key_head_stride", "value_head_stride",
         "slopes_row", "slopes_head", "threshold", "first_head",
+        "list_length", "list_heads", "list_words", "list_rows",
     ]
 )  # fmt: skip
 def attend_kernel(
@@ -77,8 +80,10 @@ def attend_kernel(
     out_ptr, lse_ptr, carry_desc, carry_out_ptr, carry_lse_ptr,
     start_ptr, stop_ptr, token_start_ptr, token_stop_ptr, token_pieces_ptr, counter_ptr, sinks_ptr,
     query_positions_ptr, slopes_ptr, key_numbers_desc, seed_ptr, dropout_queries_ptr, dropout_keys_desc,
+    entries_ptr, bits_ptr, row_block_ptr,
     query_rows, tiles, heads, section, query_head_stride, key_head_stride, value_head_stride, scale_log2,
     bend, slopes_row, slopes_head, inverse_unit, threshold, kept, first_head,
+    list_length, list_heads, list_words, list_rows,
     GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, HAS_CARRY: gl.constexpr,
     HIDES_KEYS: gl.constexpr, OWN_STAGING: gl.constexpr, DIRECT_OUT: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
@@ -106,9 +111,11 @@ def attend_kernel(
         mbarrier.init(begun.index(i), count=WARPGROUP)
     fence_async_shared()
     tokens = SinkTokens(token_start_ptr, token_stop_ptr, token_pieces_ptr)
+    lists = ListOperands(entries_ptr, list_length, list_heads, bits_ptr, list_words, list_rows, row_block_ptr)
+    gl.static_assert(token_pieces_ptr is None or entries_ptr is None)
     dropout = Dropout(seed_ptr, threshold, kept, first_head, dropout_queries_ptr, dropout_keys_desc)
     schedule = Schedule(tiles, heads, section)
-    problem = Problem(start_ptr, stop_ptr, query_rows, schedule, tickets, begun, changes, tokens, dropout)
+    problem = Problem(start_ptr, stop_ptr, query_rows, schedule, tickets, begun, changes, tokens, lists, dropout)
     gl.static_assert(CONSUMERS == 2 or CONSUMERS == 3)
     KEY_REST: gl.constexpr = key_rest_desc is not None
     VALUE_REST: gl.constexpr = value_rest_desc is not None
@@ -150,6 +157,7 @@ def consume(
     M: gl.constexpr = memory.query.blocks.shape[0] * ROWS
     N: gl.constexpr = memory.key.blocks.shape[1]
     TOKENS: gl.constexpr = problem.tokens.pieces_ptr is not None
+    LISTS: gl.constexpr = problem.lists.entries is not None
     step = 0
     tiles_done = 0
     ticket = gl.program_id(0)
@@ -161,9 +169,13 @@ def consume(
         pieces = span  # stands for none
         if TOKENS:
             pieces = tile_pieces(problem.tokens, tile, N)
+        listed = problem.start_ptr  # stands for none
+        if LISTS:
+            listed = list_of_tile(problem.lists, tile, problem.schedule.tiles, head)
+            blocks = gl.load(listed)
         attend_tile(
-            problem, result, memory, pieces, span, blocks, first_row + PART * ROWS, head, step, tiles_done, scale_log2,
-            PART, HAS_CARRY, HIDES_KEYS, OWN_STAGING, DIRECT_OUT, KEY_REST, VALUE_REST,
+            problem, result, memory, pieces, listed, span, blocks, first_row + PART * ROWS, head, step, tiles_done,
+            scale_log2, PART, HAS_CARRY, HIDES_KEYS, OWN_STAGING, DIRECT_OUT, KEY_REST, VALUE_REST,
         )  # fmt: skip
         step += blocks
         if TOKENS:
@@ -176,7 +188,7 @@ def consume(
 
 @gluon.jit
 def attend_tile(
-    problem, result, memory, pieces, span, blocks, first_row, head, step, tiles_done, scale_log2,
+    problem, result, memory, pieces, listed, span, blocks, first_row, head, step, tiles_done, scale_log2,
     PART: gl.constexpr, HAS_CARRY: gl.constexpr, HIDES_KEYS: gl.constexpr, OWN_STAGING: gl.constexpr,
     DIRECT_OUT: gl.constexpr, KEY_REST: gl.constexpr, VALUE_REST: gl.constexpr,
 ):  # fmt: skip
@@ -194,6 +206,8 @@ def attend_tile(
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2)
     CARRY_LANDS: gl.constexpr = HAS_CARRY and OWN_STAGING
     TOKENS: gl.constexpr = problem.tokens.pieces_ptr is not None
+    LISTS: gl.constexpr = problem.lists.entries is not None
+    BITS: gl.constexpr = problem.lists.bits is not None
     DROPS: gl.constexpr = problem.dropout.seed_ptr is not None
 
     rows = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
@@ -222,10 +236,17 @@ def attend_tile(
         step += pieces.blocks
     own = key_span(problem.start_ptr, problem.stop_ptr, first_row, problem.query_rows, ROWS)
     first, last = own_blocks(span, own, blocks, N)
+    if LISTS:
+        first, last = blocks * 0, blocks
     pass_over(keys, values, step, step + first, STAGES)
 
     # The first block has no earlier one to overlap with.
     first_key = span.begin + first * N
+    entry, bits = first_key, rows  # stand for none
+    if LISTS:
+        bits = bits_of_rows(problem.lists, rows, inside, head)
+        entry = gl.load(listed + 1)
+        first_key = row_of_entry(entry)
     stage, parity = stage_and_parity(step + first, STAGES)
     mbarrier.wait(queries.full.index(PART), tiles_done & 1)
     mbarrier.wait(keys.full.index(stage), parity)
@@ -239,6 +260,8 @@ def attend_tile(
     if CARRY_LANDS and queries.blocks.shape[0] > PART + 1:
         release(problem.begun.index(PART))
     scores = hide(scores, own, row_start, row_stop, first_key, N, SCORES)
+    if BITS and (entry & 1) != 0:
+        scores = hide_unlisted(scores, bits, first_key, float("-inf"))
     weights, rescale, maximum, total = softmax_of_changed(scores, problem.changes, maximum, total, scale_log2)
     if DROPS:
         weights = drop_block(weights, problem, memory, draw, words, stage, parity)
@@ -251,12 +274,19 @@ def attend_tile(
         store_wait(0)
         release(carries.empty.index(PART))
 
+    if LISTS:
+        entry = gl.load(listed + gl.minimum(2, blocks))
     for block in range(first + 1, last):
         earlier = stage
         stage, parity = stage_and_parity(step + block, STAGES)
+        first_key = span.begin + block * N
+        this_entry = entry
+        if LISTS:
+            first_key = row_of_entry(entry)
+            entry = gl.load(listed + gl.minimum(block + 2, blocks))  # for the next step
         out, out_rest, weights, maximum, total = attend_block(
-            problem, memory, query, own, row_start, row_stop, position, slope, draw, words, no_scores,
-            span.begin + block * N, stage, parity, earlier, weights, out, out_rest, maximum, total, scale_log2,
+            problem, memory, query, own, row_start, row_stop, position, slope, draw, words, bits, this_entry, no_scores,
+            first_key, stage, parity, earlier, weights, out, out_rest, maximum, total, scale_log2,
             PART, HIDES_KEYS, KEY_REST, VALUE_REST,
         )  # fmt: skip
 
@@ -320,8 +350,8 @@ def attend_tile(
 
 @gluon.jit
 def attend_block(
-    problem, memory, query, own, row_start, row_stop, position, slope, draw, words, no_scores, first_key, stage,
-    parity, earlier, weights, out, out_rest, maximum, total, scale_log2,
+    problem, memory, query, own, row_start, row_stop, position, slope, draw, words, bits, entry, no_scores, first_key,
+    stage, parity, earlier, weights, out, out_rest, maximum, total, scale_log2,
     PART: gl.constexpr, HIDES_KEYS: gl.constexpr, KEY_REST: gl.constexpr, VALUE_REST: gl.constexpr,
 ):  # fmt: skip
     """A step of the key loop: this block's scores and weights, and the weights times values of the block `earlier`."""
@@ -338,6 +368,9 @@ def attend_block(
     scores = change_scores(scores, problem.changes, memory.key_numbers.index(stage), position, slope, HIDES_KEYS)
     release(keys.empty.index(stage))
     scores = hide(scores, own, row_start, row_stop, first_key, N, SCORES)
+    BITS: gl.constexpr = problem.lists.bits is not None
+    if BITS and (entry & 1) != 0:
+        scores = hide_unlisted(scores, bits, first_key, float("-inf"))
     weights, rescale, maximum, total = softmax_of_changed(scores, problem.changes, maximum, total, scale_log2)
     if problem.dropout.seed_ptr is not None:
         weights = drop_block(weights, problem, memory, draw, words, stage, parity)
@@ -398,7 +431,7 @@ def attend_tokens(
             earlier = stage
             stage, parity = stage_and_parity(step + block, STAGES)
             out, out_rest, weights, maximum, total = attend_block(
-                problem, memory, query, own, row_start, row_stop, position, slope, draw, words, no_scores,
+                problem, memory, query, own, row_start, row_stop, position, slope, draw, words, rows, block, no_scores,
                 token_key(pieces, block, N), stage, parity, earlier, weights, out, out_rest, maximum, total,
                 scale_log2, PART, HIDES_KEYS, KEY_REST, VALUE_REST,
             )  # fmt: skip

@@ -11,10 +11,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from ringflash.kernels.gpu.block_lists import ListOperands
 from ringflash.kernels.hopper.blocks import FIRST, block_columns, block_rows, flat_layout, head_place, load_block
 from ringflash.kernels.hopper.compat import WARPGROUP, async_load
 from ringflash.kernels.hopper.dropout import Dropout
 from ringflash.kernels.hopper.fp32_rows import prefetch_rows
+from ringflash.kernels.hopper.listed_blocks import list_of_tile, row_of_entry
 from ringflash.kernels.hopper.schedule import (
     Schedule,
     Span,
@@ -44,6 +46,7 @@ class Problem(NamedTuple):
     begun: gl.shared_memory_descriptor
     changes: ScoreChanges
     tokens: SinkTokens
+    lists: ListOperands
     dropout: Dropout
 
 
@@ -215,7 +218,7 @@ def produce(
 ):  # fmt: skip
     """The producer warp: queries of all warpgroups, then key and value blocks in turn, tile after tile.
 
-    Of sink tokens first, if there are any.
+    Of sink tokens first, if there are any. With lists, the blocks of the tile's list.
     """
     queries, keys, values, carries = memory.query, memory.key, memory.value, memory.carry
     CONSUMERS: gl.constexpr = queries.blocks.shape[0]
@@ -225,6 +228,7 @@ def produce(
     REST: gl.constexpr = 0 if inputs.value_rest_desc is None else memory.value_rest.shape[2]
     WIDTH: gl.constexpr = values.blocks.shape[2] + REST
     TOKENS: gl.constexpr = problem.tokens.pieces_ptr is not None
+    LISTS: gl.constexpr = problem.lists.entries is not None
     step = 0
     tiles_done = 0
     ticket = gl.program_id(0)
@@ -244,11 +248,17 @@ def produce(
         if TOKENS:
             pieces = tile_pieces(problem.tokens, tile, N)
             blocks += pieces.blocks
+        if LISTS:
+            listed = list_of_tile(problem.lists, tile, problem.schedule.tiles, head)
+            blocks, entry = gl.load(listed), gl.load(listed + 1)
         for block in range(blocks):
             stage, parity = stage_and_parity(step, STAGES)
             row = span.begin + block * N
             if TOKENS:
                 row = gl.where(block < pieces.blocks, token_key(pieces, block, N), row - pieces.blocks * N)
+            if LISTS:
+                row = row_of_entry(entry)
+                entry = gl.load(listed + gl.minimum(block + 2, blocks))
             fill_keys(memory, inputs, problem.changes.key_numbers_desc, row, key_place, stage, parity)
             fill_values(memory, inputs, problem.dropout.key_positions, row, value_place, stage, parity)
             step += 1

@@ -80,6 +80,8 @@ class Inputs(NamedTuple):
         slopes: fp32 ALiBi slopes (H,), (B, H) or (documents, H), or None.
         seed: (1,) int64 where the query is, for dropout; the same on every rank.
         key_visible: (Tk,) uint8, 0 for keys that are padding, or None.
+        blocks: (groups, query blocks, key blocks) bool where the query is, the layout of a mask with blocks that the
+            host does not read; groups of the H heads. Or None.
         sinks: (H,) learned logits that join each row's softmax without a value, or None.
     """
 
@@ -92,7 +94,27 @@ class Inputs(NamedTuple):
     slopes: Tensor | None
     seed: Tensor | None
     key_visible: Tensor | None
+    blocks: Tensor | None
     sinks: Tensor | None
+
+    def of_heads(self, first: int, last: int, key_heads: int) -> dict[str, Tensor | None]:
+        """What belongs to heads, for query heads first to last, which see so many key heads."""
+        return {
+            "slopes": None if self.slopes is None else self.slopes[..., first:last],
+            "blocks": None if self.blocks is None else self._blocks_of(first, last, key_heads),
+            "sinks": None if self.sinks is None else self.sinks[first:last],
+        }
+
+    def _blocks_of(self, first: int, last: int, key_heads: int) -> Tensor:
+        """The layouts of some heads: of the groups that they are of, or if these end within them, of each key head."""
+        blocks: Any = self.blocks
+        each = self.query.shape[1] // len(blocks)
+        if first % each == last % each == 0:
+            return blocks[first // each : last // each]
+        if first // each == (last - 1) // each:
+            return blocks[first // each : first // each + 1]
+        heads = torch.arange(first, last, (last - first) // key_heads, device=blocks.device)
+        return blocks[heads // each]
 
     def modified(self, settings: Settings) -> bool:
         """Whether something is done to scores and weights, see `ringflash.kernels.modifiers`."""
@@ -415,10 +437,10 @@ def shape_of_table(inputs: Inputs, settings: Settings) -> tuple[int, int]:
         return rows, Sections(crossing_kinds(inputs, ranks)).width // torch.int32.itemsize
     if not inputs.on_device():
         return 0, 0
-    batch, seqlen, _ = settings.sizes
+    batch, seqlen, key_seqlen = settings.sizes
     mask = Request.read(settings.request)[0]
     assert mask is not None
-    return table_shape(mask, inputs.query_boundaries is not None, batch * seqlen)
+    return table_shape(mask, inputs.query_boundaries is not None, batch * seqlen, batch * key_seqlen)
 
 
 def _program_on_device(inputs: Inputs, settings: Settings, table: Tensor) -> Program:

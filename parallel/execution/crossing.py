@@ -74,8 +74,7 @@ class Crossing:
             key=found[1],
             value=found[2],
             key_visible=None if visible is None else found[3][:, 0, 0],
-            slopes=None if inputs.slopes is None else inputs.slopes[..., self.heads],
-            sinks=None if inputs.sinks is None else inputs.sinks[self.heads],
+            **inputs.of_heads(self.heads.start, self.heads.stop, self.shares.keys),
         )
         self.table = self._outward[0].arriving.view(torch.int32) if keeps_inputs and of_rows is None else None
         expected = self._expected(settings.needs)

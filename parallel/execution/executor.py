@@ -19,7 +19,6 @@ from ringflash.parallel.execution.gradients import KeyGradients
 from ringflash.parallel.execution.row_crossing import RowCrossing
 from ringflash.parallel.execution.rows import Rows
 from ringflash.parallel.execution.walk import Walk
-from ringflash.parallel.planning.launches import attend, attend_backward
 from ringflash.parallel.planning.stage_program import StageProgram
 from ringflash.parallel.positions.segments import count
 from ringflash.parallel.transport.row_exchange import RowExchange
@@ -52,11 +51,10 @@ def forward(
         modifiers = ready.modifiers(stage, at_hand)
         for launch in stage.launches:
             last = stage.is_last and launch is stage.launches[-1]
-            carry = attend(
-                ready.kernels,
-                launch,
+            carry = ready.kernels.attend(
                 ready.inputs.query,
                 *at_hand[:2],
+                launch.intervals if launch.places is None else launch.showing(ready.inputs.blocks),
                 scale=settings.scale,
                 modifiers=modifiers,
                 carry=carry,
@@ -127,13 +125,12 @@ def backward(
         nonlocal dquery, parts
         modifiers = ready.modifiers(stage, at_hand)
         for launch in stage.launches:
-            dquery, dkey, dvalue = attend_backward(
-                ready.kernels,
-                launch,
+            dquery, dkey, dvalue = ready.kernels.attend_backward(
                 of_rows[0],
                 ready.inputs.query,
                 *at_hand[:2],
                 *of_rows[1:],
+                launch.intervals if launch.places is None else launch.showing(ready.inputs.blocks),
                 scale=settings.scale,
                 modifiers=modifiers,
                 carry=dquery,

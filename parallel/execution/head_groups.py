@@ -104,7 +104,6 @@ def _split(inputs: Inputs, settings: Settings, groups: int) -> Iterator[Group]:
             query=inputs.query[:, queries],
             key=inputs.key[:, keys],
             value=inputs.value[:, keys],
-            slopes=None if inputs.slopes is None else inputs.slopes[..., queries],
-            sinks=None if inputs.sinks is None else inputs.sinks[queries],
+            **inputs.of_heads(queries.start, queries.stop, keys.stop - keys.start),
         )
         yield Group(queries, keys, own, settings)

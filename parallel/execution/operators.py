@@ -42,6 +42,7 @@ def attention(
     slopes: Tensor | None,
     seed: Tensor | None,
     key_visible: Tensor | None,
+    blocks: Tensor | None,
     sinks: Tensor | None,
     request: str,
     sizes: Sequence[int],
@@ -53,7 +54,7 @@ def attention(
     needs: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of this rank's queries to the keys of all ranks; see `head_groups.forward`."""
-    inputs = Inputs(query, key, value, handle, boundaries, query_boundaries, slopes, seed, key_visible, sinks)
+    inputs = Inputs(query, key, value, handle, boundaries, query_boundaries, slopes, seed, key_visible, blocks, sinks)
     settings = Settings(request, sizes, scale, softcap, dropout, kernel, deterministic, needs)
     with on_device_without_autocast(query):
         return forward(inputs, settings)
@@ -74,6 +75,7 @@ def attention_backward(
     slopes: Tensor | None,
     seed: Tensor | None,
     key_visible: Tensor | None,
+    blocks: Tensor | None,
     sinks: Tensor | None,
     request: str,
     sizes: Sequence[int],
@@ -85,7 +87,7 @@ def attention_backward(
     needs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `attention` by query, key, value and sinks, those in `needs`; see `head_groups.backward`."""
-    inputs = Inputs(query, key, value, handle, boundaries, query_boundaries, slopes, seed, key_visible, sinks)
+    inputs = Inputs(query, key, value, handle, boundaries, query_boundaries, slopes, seed, key_visible, blocks, sinks)
     settings = Settings(request, sizes, scale, softcap, dropout, kernel, deterministic, needs)
     with on_device_without_autocast(query):
         return backward(dout, dlse, out, lse, table, inputs, settings)

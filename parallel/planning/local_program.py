@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from ringflash.kernels.intervals import KeyIntervals
-from ringflash.parallel.planning.launches import Launch, launches
+from ringflash.kernels.key_blocks import BlockPlaces
+from ringflash.parallel.planning.launches import Launch, launches, with_layout
 from ringflash.parallel.planning.plan import Buffers
 from ringflash.parallel.planning.program import Program
 from ringflash.parallel.planning.row_places import aligned
 from ringflash.parallel.planning.stage_program import StageProgram
 from ringflash.parallel.positions.mask import Mask
-from ringflash.parallel.positions.visibility import places, position_bounds
+from ringflash.parallel.positions.visibility import block_places, places, position_bounds
 
 
 def local_program(
@@ -33,17 +34,18 @@ def local_program(
 
     Args:
         mask: rules; its own document boundaries are not read.
-        boundaries: as in `visibility.position_bounds`, on the device. The host reads them of masks of several layers.
+        boundaries: as in `visibility.position_bounds`: on the device, or where the mask has a layout of blocks and the
+            host knows them, on the CPU.
         query_boundaries: likewise.
         queries: T.
         keys: S.
         device: of all tensors.
     """
-    if len(mask.layers) > 1:
-        query, key = torch.arange(queries, device=device), torch.arange(keys, device=device)
+    if mask.has_layout and (boundaries is None or boundaries.device.type == "cpu"):
+        query, key = torch.arange(queries), torch.arange(keys)
         work = launches(mask, boundaries, query, key, query_boundaries) if queries and keys else ()
-        among_keys = None if query_boundaries is None else places(boundaries, query, query_boundaries)
-        return _whole(work, queries, keys, among_keys, device)
+        among_keys = None if query_boundaries is None else places(boundaries, query, query_boundaries).to(device)
+        return _whole(tuple(launch.to(device) for launch in work), queries, keys, among_keys, device)
     table = document_table(mask, boundaries, query_boundaries, queries, keys, device)
     return table_program(mask, table, queries, keys)
 
@@ -58,35 +60,45 @@ def document_table(
 ) -> Tensor:
     """All that one rank's program owes to boundaries that the host must not read, (R, T rounded up) int32.
 
-    Rows are start, stop and, with two intervals, sink_start and sink_stop of each layer of the mask, then, where
-    queries have boundaries of their own, each query's place among the keys.
+    Rows are start, stop and, with two intervals, sink_start and sink_stop; then, where the mask has a layout of blocks,
+    the block of each query and that of each key; then, where queries have boundaries of their own, each query's place
+    among the keys.
     """
-    table = torch.zeros(table_shape(mask, query_boundaries is not None, queries), dtype=torch.int32, device=device)
+    table = torch.zeros(
+        table_shape(mask, query_boundaries is not None, queries, keys), dtype=torch.int32, device=device
+    )
     query = torch.arange(queries, device=device)
-    bounds = []
-    for layer in mask.layers:
-        bounds += position_bounds(layer, boundaries, query, query_boundaries)[: 4 if mask.two_intervals else 2]
+    bounds = position_bounds(mask.without_layout, boundaries, query, query_boundaries)[: _columns(mask)]
     table[: len(bounds), :queries] = torch.stack(bounds).clamp_(0, keys)
+    if mask.has_layout:
+        found = block_places(mask, boundaries, query, torch.arange(keys, device=device), query_boundaries)
+        table[len(bounds), :queries], table[len(bounds) + 1, :keys] = found.query_block, found.key_block
     if query_boundaries is not None:
         table[-1, :queries] = places(boundaries, query, query_boundaries)
     return table
 
 
-def table_shape(mask: Mask, with_places: bool, queries: int) -> tuple[int, int]:
+def table_shape(mask: Mask, with_places: bool, queries: int, keys: int) -> tuple[int, int]:
     """Shape of `document_table`."""
-    return len(mask.layers) * (4 if mask.two_intervals else 2) + with_places, aligned(queries)
+    longest = max(queries, keys) if mask.has_layout else queries
+    return _columns(mask) + 2 * mask.has_layout + with_places, aligned(longest)
+
+
+def _columns(mask: Mask) -> int:
+    return 4 if mask.two_intervals else 2
 
 
 def table_program(mask: Mask, table: Tensor, queries: int, keys: int) -> Program:
     """The program of a `document_table`."""
-    rows = table[:, :queries].unbind()
-    columns = 4 if mask.two_intervals else 2
-    work = [
-        Launch(KeyIntervals(rows[i], rows[i + 1], keys, *rows[i + 2 : i + columns]))
-        for i in range(0, len(mask.layers) * columns, columns)
-    ]
-    among_keys = rows[-1] if len(rows) % columns else None
-    return _whole(tuple(work) if queries and keys else (), queries, keys, among_keys, table.device)
+    columns = _columns(mask)
+    start, stop, *sinks = table[:columns, :queries].unbind()
+    found, behind = None, columns
+    if mask.has_layout:
+        found = BlockPlaces(table[columns, :queries], table[columns + 1, :keys], (1, 1))
+        behind += 2
+    work = with_layout(mask, KeyIntervals(start, stop, keys, *sinks), found)
+    among_keys = table[behind, :queries] if len(table) > behind else None
+    return _whole(work if queries and keys else (), queries, keys, among_keys, table.device)
 
 
 def _whole(

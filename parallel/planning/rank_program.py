@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ringflash.kernels.intervals import KeyIntervals
-from ringflash.parallel.planning.launches import Launch, launches
+from ringflash.parallel.planning.launches import Launch, with_layout
 from ringflash.parallel.planning.plan import Move, RankPlan, Stage
 from ringflash.parallel.planning.program import Program
 from ringflash.parallel.planning.pulls import Share
@@ -18,7 +18,7 @@ from ringflash.parallel.planning.row_places import aligned, rows_at, runs_at, se
 from ringflash.parallel.planning.stage_program import Shipment, StageProgram
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.segments import Segments, count, intersect, normalize
-from ringflash.parallel.positions.visibility import places, position_bounds
+from ringflash.parallel.positions.visibility import block_places, places, position_bounds
 
 MOST_RUNS = 4
 """Runs of rows for one rank that leave as they lie; of more, the host has more to ask for than a GPU has to copy."""
@@ -37,16 +37,7 @@ def rank_program(plan: RankPlan, mask: Mask, device: torch.device, shares: tuple
     boundaries, query_boundaries = (
         None if x is None else torch.tensor(x) for x in (mask.boundaries, mask.query_boundaries)
     )
-    if len(mask.layers) > 1:
-        work = [
-            launches(mask, boundaries, queries, segment_positions(stage.work), query_boundaries)
-            if stage.work and len(queries)
-            else ()
-            for stage in plan.stages
-        ]
-        work = [tuple(launch.to(device) for launch in each) for each in work]
-    else:
-        work = _interval_launches(plan, mask.layers[0], boundaries, queries, query_boundaries, device)
+    work = _launches(plan, mask, boundaries, queries, query_boundaries, device)
     last = max((i for i, stage in enumerate(plan.stages) if stage.work), default=-1)
     stages, arrived = [], ()
     for index, (stage, here) in enumerate(zip(plan.stages, work, strict=True)):
@@ -131,17 +122,17 @@ def _shipment(move: Move, held: Segments, device: torch.device) -> Shipment:
     return Shipment(move.peer, rows, count(move.segments), move.relayed, runs if len(runs) <= MOST_RUNS else ())
 
 
-def _interval_launches(
+def _launches(
     plan: RankPlan,
-    layer: Mask,
+    mask: Mask,
     boundaries: Tensor | None,
     queries: Tensor,
     query_boundaries: Tensor | None,
     device: torch.device,
 ) -> list[tuple[Launch, ...]]:
-    """One launch for each stage with work, all of their intervals in one table that is copied to the device once."""
-    columns = 4 if layer.two_intervals else 2
-    bounds = position_bounds(layer, boundaries, queries, query_boundaries)[:columns]
+    """Those of each stage, all of their intervals in one table that is copied to the device once."""
+    columns = 4 if mask.two_intervals else 2
+    bounds = position_bounds(mask.without_layout, boundaries, queries, query_boundaries)[:columns]
     bounds = [bound.int().numpy() for bound in bounds]
     working = [index for index, stage in enumerate(plan.stages) if stage.work and len(queries)]
     table = np.empty((len(working), columns, aligned(len(queries))), dtype=np.int32)
@@ -152,7 +143,10 @@ def _interval_launches(
     launches_of: list[tuple[Launch, ...]] = [()] * len(plan.stages)
     for rows, index in zip(on_device.unbind(), working, strict=True):
         start, stop, *sinks = rows.unbind()
-        launches_of[index] = (Launch(KeyIntervals(start, stop, count(plan.stages[index].work), *sinks)),)
+        keys, places = plan.stages[index].work, None
+        if mask.has_layout:
+            places = block_places(mask, boundaries, queries, segment_positions(keys), query_boundaries).to(device)
+        launches_of[index] = with_layout(mask, KeyIntervals(start, stop, count(keys), *sinks), places)
     return launches_of
 
 

@@ -1,18 +1,22 @@
-"""Which blocks of keys each block of queries sees, and its decomposition into what kernels can launch.
+"""Which blocks of keys each block of queries sees.
 
-A row of a layout may show any number of runs of keys. Kernels take one run for each query, whose ends never decrease
-(ringflash/kernels/intervals.py), so a layout is cut into layers of that form. Each run is in exactly one layer, and
-attention over all layers is merged by their log-sum-exp, as it is over the stages of a ring.
+Kernels read a layout as it is (ringflash/kernels/key_blocks.py). What counts pairs, to plan or to balance, asks a mask
+for one run of keys of each query, whose ends never decrease. So a layout that the host may read is cut into layers of
+that form, with each run in exactly one of them.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right, insort
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import gcd
 from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from ringflash.errors import ArgumentError
 from ringflash.parallel.positions.segments import Interval, Segments, count, intersect
@@ -51,12 +55,7 @@ class BlockLayout:
     @staticmethod
     def of_blocks(layout: Any, block_size: int | tuple[int, int]) -> BlockLayout:
         """From a (query blocks, key blocks) matrix of booleans; arguments as in `Mask.blocks`."""
-        sizes = block_size if isinstance(block_size, Sequence) else (block_size, block_size)
-        if len(sizes) != 2 or not all(isinstance(x, int) and x > 0 for x in sizes):
-            raise ArgumentError(
-                f"blocks: block_size={block_size}; allowed is 1 and more, or two such numbers, for queries and for keys"
-            )
-        query_block, key_block = sizes
+        query_block, key_block = sizes_of(block_size)
         rows = layout.tolist() if hasattr(layout, "tolist") else layout
         if not isinstance(rows, Sequence) or not rows or not all(isinstance(row, Sequence) and row for row in rows):
             raise ArgumentError("blocks: layout has no rows and columns; allowed is (query blocks, key blocks)")
@@ -66,8 +65,8 @@ class BlockLayout:
         if kinds != {bool}:
             other = next(x for row in rows for x in row if type(x) is not bool)
             raise ArgumentError(
-                f"blocks: layout holds {other!r}; allowed are True and False of (query blocks, key blocks), the same "
-                "for all heads: call attention once for the heads of each layout"
+                f"blocks: layout holds {other!r}; allowed are True and False of (query blocks, key blocks), or a "
+                "tensor (groups of heads, query blocks, key blocks) of them"
             )
         runs = tuple(tuple((a * key_block, b * key_block) for a, b in _runs(bytes(row))) for row in rows)
         return BlockLayout(query_block, widths.pop() * key_block, runs)
@@ -85,12 +84,7 @@ class BlockLayout:
 
     def check_reach(self, tokens: str, length: int) -> None:
         """Raise ArgumentError unless the layout reaches over the "queries" or "keys" of a document of that length."""
-        reach = getattr(self, tokens)
-        if length > reach:
-            raise ArgumentError(
-                f"blocks: layout reaches over {reach} {tokens}, a document or sequence has {length}; allowed is a "
-                "layout that reaches over the longest"
-            )
+        _check_reach(getattr(self, tokens), tokens, length)
 
     def row_of(self, query: int) -> int:
         """Index of the row for a query token, counted from the start of its document."""
@@ -118,6 +112,21 @@ class BlockLayout:
         return BlockLayout(self.size, self.keys, tuple(rows))
 
     @cached_property
+    def key_size(self) -> int:
+        """Key tokens of a block: the most that all runs begin and end at multiples of."""
+        return gcd(*(edge for runs in self.rows for run in runs for edge in run)) or self.keys
+
+    @cached_property
+    def matrix(self) -> np.ndarray:
+        """Which blocks of `key_size` keys each block of queries sees, (query blocks, key blocks) bool."""
+        size = self.key_size
+        shown = np.zeros((len(self.rows), -(-self.keys // size)), dtype=bool)
+        for row, runs in zip(shown, self.rows, strict=True):
+            for start, stop in runs:
+                row[start // size : stop // size] = True
+        return shown
+
+    @cached_property
     def layers(self) -> tuple[BlockLayout, ...]:
         """Few layouts with one run in a row, whose ends never decrease; together they hold each run once."""
         chains = _chains(self.rows)
@@ -137,6 +146,75 @@ class BlockLayout:
         if any(len(runs) > 1 for runs in self.rows) or any(list(x) != sorted(x) for x in (starts, stops)):
             raise ArgumentError(f"{self} shows several intervals to a query; ask each of its layers")
         return starts, stops
+
+
+@dataclass(frozen=True)
+class RoutedLayout:
+    """A layout that nothing but the kernels reads: a router's, on its device, with one for each group of heads.
+
+    Attributes:
+        sizes: query tokens and key tokens of a block.
+        shape: groups of heads, query blocks, key blocks.
+        shown: (shape) bool; None where only the others are known. Layouts are equal that differ in it alone, so what is
+            planned for one serves all of a model's.
+    """
+
+    sizes: tuple[int, int]
+    shape: tuple[int, int, int]
+    shown: Tensor | None = field(default=None, compare=False, repr=False)
+
+    @staticmethod
+    def of_tensor(shown: Tensor, block_size: int | tuple[int, int]) -> RoutedLayout:
+        """Arguments as in `Mask.blocks`."""
+        shown = shown[None] if shown.dim() == 2 else shown
+        if shown.dtype != torch.bool or shown.dim() != 3 or not shown.numel():
+            raise ArgumentError(
+                f"blocks: layout is {shown.dtype} {tuple(shown.shape)}; allowed is bool (query blocks, key blocks) or "
+                "(groups of heads, query blocks, key blocks)"
+            )
+        groups, rows, columns = shown.shape
+        return RoutedLayout(sizes_of(block_size), (groups, rows, columns), shown)
+
+    @property
+    def queries(self) -> int:
+        """Query tokens that the layout speaks of."""
+        return self.sizes[0] * self.shape[1]
+
+    @property
+    def keys(self) -> int:
+        """Key tokens that it speaks of."""
+        return self.sizes[1] * self.shape[2]
+
+    def check_reach(self, tokens: str, length: int) -> None:
+        """As of `BlockLayout`."""
+        _check_reach(getattr(self, tokens), tokens, length)
+
+    def __and__(self, other: RoutedLayout) -> RoutedLayout:
+        """Pairs that both show."""
+        if self.sizes != other.sizes or self.shape != other.shape or self.shown is None or other.shown is None:
+            raise ArgumentError(
+                f"cannot intersect layouts of {self.shape} blocks of {self.sizes} and {other.shape} of {other.sizes} "
+                "tokens, which the host does not read; allowed are such of the same blocks"
+            )
+        return replace(self, shown=self.shown & other.shown)
+
+
+def sizes_of(block_size: int | tuple[int, int]) -> tuple[int, int]:
+    """Tokens of a query block and of a key block, checked."""
+    sizes = block_size if isinstance(block_size, Sequence) else (block_size, block_size)
+    if len(sizes) != 2 or not all(isinstance(x, int) and x > 0 for x in sizes):
+        raise ArgumentError(
+            f"blocks: block_size={block_size}; allowed is 1 and more, or two such numbers, for queries and for keys"
+        )
+    return sizes[0], sizes[1]
+
+
+def _check_reach(reach: int, tokens: str, length: int) -> None:
+    if length > reach:
+        raise ArgumentError(
+            f"blocks: layout reaches over {reach} {tokens}, a document or sequence has {length}; allowed is a layout "
+            "that reaches over the longest"
+        )
 
 
 def _runs(row: bytes) -> list[Interval]:

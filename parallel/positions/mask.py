@@ -2,7 +2,7 @@
 
 Every mask here but one gives a query at position p one key interval [start(p), stop(p)), both ends never decreasing in
 p, and, where sink tokens are asked for or several branches share a prompt, one interval in front of it. The one is
-`Mask.blocks`: it is a union of such masks, its `layers`. Masks compose by intersection (`&`). A mask knows nothing of
+`Mask.blocks`, which hides blocks of what the others show. Masks compose by intersection (`&`). A mask knows nothing of
 ranks or devices: partitions, plans and kernels ask it about positions.
 
     mask = Mask.causal() & Mask.documents([0, 700, 4096]) & Mask.sliding_window(left=511)
@@ -19,8 +19,10 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
+from torch import Tensor
+
 from ringflash.errors import ArgumentError
-from ringflash.parallel.positions.blocks import BlockLayout
+from ringflash.parallel.positions.blocks import BlockLayout, RoutedLayout
 from ringflash.parallel.positions.branches import Branches
 from ringflash.parallel.positions.documents import boundaries_of, document_at, longest, refine
 from ringflash.parallel.positions.integers import integers
@@ -48,6 +50,7 @@ class Mask:
             longer than the queries). Document i of the queries sees document i of the keys, aligned at their ends: the
             last query stands at the position of the last key.
         layout: blocks of keys that each block of queries sees, counted from each document's start.
+        routed: the same, of which the host knows nothing but the sizes; plans take it for one that shows everything.
         spans: a query sees no key behind itself but those of the span that holds it; without a bound `right`.
         branches: a query sees its own branch or prompt, and the prompt in front of its branch.
     """
@@ -61,6 +64,7 @@ class Mask:
     boundaries: tuple[int, ...] | None = None
     query_boundaries: tuple[int, ...] | None = None
     layout: BlockLayout | None = None
+    routed: RoutedLayout | None = None
     spans: Segments | None = None
     branches: Branches | None = None
 
@@ -70,9 +74,15 @@ class Mask:
                 f"prefix_lm has {len(self.prefix)} lengths for {len(self.boundaries) - 1} documents; "
                 "allowed is one length for all, or one for each document"
             )
-        if self.layout is not None and self.boundaries is not None:
-            self.layout.check_reach("queries", longest(self.query_boundaries or self.boundaries))
-            self.layout.check_reach("keys", longest(self.boundaries))
+        if self.layout is not None and self.routed is not None:
+            raise ArgumentError(
+                "cannot intersect a layout of blocks that the host reads with one that it does not; allowed are two "
+                "of a kind: give both as tensors (groups of heads, query blocks, key blocks)"
+            )
+        for layout in (self.layout, self.routed):
+            if layout is not None and self.boundaries is not None:
+                layout.check_reach("queries", longest(self.query_boundaries or self.boundaries))
+                layout.check_reach("keys", longest(self.boundaries))
         if self.spans is not None and self.right is not None:
             raise ArgumentError(
                 f"cannot intersect spans with a bound right={self.right}, as of causal() and sliding_window(left): it "
@@ -199,29 +209,37 @@ class Mask:
         return Mask(boundaries=lengths.boundaries, branches=lengths) & Mask.causal(spans)
 
     @staticmethod
-    def blocks(layout: Sequence[Sequence[bool]], block_size: int | tuple[int, int]) -> Mask:
+    def blocks(layout: Sequence[Sequence[bool]] | Tensor, block_size: int | tuple[int, int]) -> Mask:
         """Any pattern of blocks: a query in block i sees the keys in block j where layout[i][j] is True.
 
-        The way out for masks that no other constructor describes: selected blocks, strides, global and random blocks.
-        It is exact, and works like other masks with every feature, on one device and under every partition. The price:
-        where a query sees several runs of blocks, attention takes several launches of the kernels. A window, a stripe
-        down the layout and a diagonal are one each; n random blocks in each row are about n, or with cu_seqlens on the
-        device or sinks about 2 sqrt(n times the rows). Make the mask once, outside of what torch.compile traces.
+        The way out for masks that no other constructor describes: selected blocks, strides, global and random blocks,
+        and what a model's own router chooses. It is exact, and works like other masks with every feature, on one device
+        and under every partition. Kernels visit the blocks that are shown and no others; multiples of 128 tokens suit
+        them best.
+
+        A layout on the host, as two dimensions, is part of the mask: plans move the keys that it shows, and to
+        torch.compile it is a constant. A tensor on a device, or of three dimensions, the host does not read: it comes
+        with each call, as queries do, may be made in code that torch.compile traces, and plans move keys as if it
+        showed all. All ranks give the same one, of the whole sequence.
 
         Args:
-            layout: (query blocks, key blocks) booleans, as a tensor, an array or lists; for all heads. Rows count the
-                queries of a document from its first one, columns its keys, so that all documents, and all sequences of
-                a batch, have the same layout. It must reach over the longest of them; the last block may be cut off.
-                Where documents differ in layout, give one layout over all of them instead of their boundaries.
+            layout: (query blocks, key blocks) booleans for all heads, as a tensor, an array or lists; or a tensor
+                (groups, query blocks, key blocks), the first group for the first key heads and their queries, and so
+                on; groups divide the key heads. Rows count the queries of a document from its first one, columns its
+                keys, so that all documents, and all sequences of a batch, have the same layout. It must reach over the
+                longest of them; the last block may be cut off. Where documents differ in layout, give one layout over
+                all of them instead of their boundaries.
             block_size: tokens of a block, at least 1; or (tokens of a query block, tokens of a key block).
 
         Example:
             >>> near = torch.ones(64, 64).tril().triu(-3)  # each block and the 3 blocks before it,
             >>> near[:, ::16] = 1  # and 4 blocks that every later one sees
             >>> mask = Mask.causal() & Mask.blocks(near.tril().bool(), block_size=64)
-            >>> len(mask.layers)
-            5
+            >>> mask.keys_needed((2048, 2050))
+            ((0, 64), (1024, 1088), (1856, 2050))
         """
+        if isinstance(layout, Tensor) and (layout.dim() > 2 or layout.device.type != "cpu"):
+            return Mask(routed=RoutedLayout.of_tensor(layout, block_size))
         return Mask(layout=BlockLayout.of_blocks(layout, block_size))
 
     def __and__(self, other: Mask) -> Mask:
@@ -246,6 +264,7 @@ class Mask:
             boundaries=boundaries,
             query_boundaries=query_boundaries,
             layout=self.layout & other.layout if self.layout and other.layout else self.layout or other.layout,
+            routed=self.routed & other.routed if self.routed and other.routed else self.routed or other.routed,
             spans=spans,
             branches=self.branches or other.branches,
         )
@@ -253,7 +272,10 @@ class Mask:
     # Text form
 
     def spec(self, documents: bool = True) -> str:
-        """The mask as text, with or without the document boundaries; `from_spec` reads it."""
+        """The mask as text, with or without the document boundaries; `from_spec` reads it.
+
+        Of a layout that the host does not read it says the sizes alone.
+        """
         rules = {
             "left": self.left,
             "right": self.right,
@@ -268,6 +290,8 @@ class Mask:
         # JSON written by hand, because torch.compile traces this and cannot trace the json module.
         texts = [f'"{name}": {_constant(value)}' for name, value in rules.items() if value is not None]
         texts += [] if self.layout is None else [f'"layout": {self.layout.text}']
+        if self.routed is not None:
+            texts.append(f'"routed": {_constant((*self.routed.sizes, *self.routed.shape))}')
         if self.branches is not None:
             texts.append(f'"branches": {[_constant(group) for group in self.branches.groups]}')
         return "{" + ", ".join(texts) + "}"
@@ -277,11 +301,12 @@ class Mask:
     def from_spec(spec: str) -> Mask:
         """The mask that `spec` wrote."""
         rules = json.loads(spec)
-        layout, spans, branches = (rules.pop(name, None) for name in ("layout", "spans", "branches"))
+        layout, routed, spans, branches = (rules.pop(x, None) for x in ("layout", "routed", "spans", "branches"))
         rules: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in rules.items()}
         return Mask(
             **rules,
             layout=None if layout is None else BlockLayout.from_json(layout),
+            routed=None if routed is None else RoutedLayout((routed[0], routed[1]), (routed[2], routed[3], routed[4])),
             spans=None if spans is None else tuple(zip(spans[::2], spans[1::2], strict=True)),
             branches=None if branches is None else Branches(tuple(map(tuple, branches))),
         )
@@ -294,14 +319,49 @@ class Mask:
         return self.sink > 0 or self.branches is not None
 
     @property
+    def has_layout(self) -> bool:
+        """Whether a layout of blocks hides some of what the other rules show."""
+        return self.layout is not None or self.routed is not None
+
+    @property
+    def block_sizes(self) -> tuple[int, int]:
+        """Query tokens and key tokens of a block of the layout."""
+        if self.routed is not None:
+            return self.routed.sizes
+        assert self.layout is not None
+        return self.layout.size, self.layout.key_size
+
+    @property
+    def block_counts(self) -> tuple[int, int]:
+        """Rows and columns of the layout."""
+        if self.routed is not None:
+            return self.routed.shape[1:]
+        assert self.layout is not None
+        return self.layout.matrix.shape
+
+    @property
+    def blocks_given(self) -> Tensor | None:
+        """A layout that the host does not read, (groups of heads, query blocks, key blocks) bool."""
+        return None if self.routed is None else self.routed.shown
+
+    def planned(self) -> Mask:
+        """The mask without what the host does not read: what is planned for it serves every layout of these sizes."""
+        if self.routed is None or self.routed.shown is None:
+            return self
+        return replace(self, routed=replace(self.routed, shown=None))
+
+    @property
     def layers(self) -> tuple[Mask, ...]:
-        """Masks of one interval, beside sinks, for each query; they show each pair of this mask once. Often itself."""
+        """Masks of one interval, beside sinks, for each query; they show each pair of this mask once. Often itself.
+
+        Pairs are counted by them. A layout that the host does not read is taken for one that shows everything.
+        """
         return (self,) if self.layout is None else self._layers
 
     @cached_property
     def _layers(self) -> tuple[Mask, ...]:
-        # Blocks that other rules hide would cost launches. Where queries may stand elsewhere than their numbers in the
-        # layout say, a bound may hide any block.
+        # Without blocks that other rules hide there are fewer. Where queries may stand elsewhere than their numbers in
+        # the layout say, a bound may hide any block.
         aligned = self.boundaries is not None and self.query_boundaries is None
         assert self.layout is not None
         layout = self.layout.near(self.left, self.right) if aligned else self.layout
@@ -340,7 +400,7 @@ class Mask:
             query_begin, key_begin = self._origins(query)
             if not self.layout.sees(query - query_begin, key - key_begin):
                 return False
-        return any(start <= key < stop for start, stop in self._without_layout._intervals(query))
+        return any(start <= key < stop for start, stop in self.without_layout._intervals(query))
 
     def keys_needed(self, queries: Interval) -> tuple[Interval, ...]:
         """Disjoint ascending key intervals that hold every key seen by any query of the interval."""
@@ -396,8 +456,9 @@ class Mask:
     # Blocks
 
     @cached_property
-    def _without_layout(self) -> Mask:
-        return replace(self, layout=None) if self.layout else self
+    def without_layout(self) -> Mask:
+        """What the other rules show."""
+        return replace(self, layout=None, routed=None) if self.has_layout else self
 
     def _origins(self, query: int) -> tuple[int, int]:
         """Where the document of a query position begins among the queries and among the keys."""
@@ -420,7 +481,7 @@ class Mask:
             end = stop if bounds is None else min(stop, bounds[document + 1])
             end = min(end, query_begin + (row + 1) * self.layout.size)
             runs = tuple((key_begin + a, key_begin + b) for a, b in self.layout.rows[row])
-            yield intersect(self._without_layout.keys_needed((first, end)), runs)
+            yield intersect(self.without_layout.keys_needed((first, end)), runs)
             first = end
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.kept import Kept, build_to_keep, hold_if_captured
+from ringflash.kernels.key_blocks import BlockPlaces, unit_of
 from ringflash.parallel.positions.blocks import BlockLayout
 from ringflash.parallel.positions.branches import Branches
 from ringflash.parallel.positions.mask import UNBOUNDED, Mask
@@ -157,6 +158,44 @@ def key_intervals(
     rows = [torch.searchsorted(key_positions, bound).to(torch.int32) for bound in bounds]
     sink = rows[2:] if mask.two_intervals else (None, None)
     return KeyIntervals(rows[0], rows[1], key_positions.shape[0], *sink)
+
+
+def block_places(
+    mask: Mask,
+    boundaries: Tensor | None,
+    query_positions: Tensor,
+    key_positions: Tensor,
+    query_boundaries: Tensor | None = None,
+) -> BlockPlaces:
+    """Where rows stand in a mask's layout of blocks, which counts from each document's start; see `key_intervals`.
+
+    Arguments are as there. Positions on a device are not read, so nothing is known of units there.
+    """
+    (rows, columns), sizes = mask.block_counts, mask.block_sizes
+    own = boundaries if query_boundaries is None else query_boundaries
+    query_block = _blocks_of(query_positions, own, sizes[0], rows)
+    key_block = _blocks_of(key_positions, boundaries, sizes[1], columns)
+    known = query_block.device.type == "cpu"
+    return BlockPlaces(query_block, key_block, (unit_of(query_block), unit_of(key_block)) if known else (1, 1))
+
+
+def _blocks_of(positions: Tensor, boundaries: Tensor | None, size: int, count: int) -> Tensor:
+    """Block of each position in its document, (positions,) int32."""
+    if boundaries is not None:
+        positions = positions - boundaries[torch.searchsorted(boundaries, positions, right=True) - 1]
+    # A tail behind the documents may reach beyond the layout; it sees nothing, whichever block it is said to be in.
+    return (positions // size).clamp_(max=count - 1).int()
+
+
+def layout_on_device(layout: BlockLayout, device: torch.device) -> Tensor:
+    """`layout.matrix` for all heads, (1, query blocks, key blocks) bool."""
+
+    def build() -> tuple[Tensor]:
+        return (torch.from_numpy(layout.matrix)[None].to(device),)
+
+    name = "matrix", layout, device
+    found = _tensors.get(name) or _tensors.add(name, build_to_keep(build, device))
+    return hold_if_captured(found, device)[0]
 
 
 def visible_pairs(mask: Mask, queries: Tensor, keys: int) -> int:

@@ -6,7 +6,10 @@ on tensors without storage, and a stand-in for the kernel catches its arguments.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from unittest import mock
 
@@ -15,6 +18,9 @@ import triton
 from ptxas import reporting, serialised, spilled
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from ringflash.kernels.gpu import block_lists
+from ringflash.kernels.key_blocks import KeyBlocks
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -40,6 +46,28 @@ _POINTERS = {
     torch.int64: "*i64",
     torch.uint8: "*u8",
 }
+
+
+class Unlaunched:
+    """Stands for a kernel that is not to be launched, and not looked at."""
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **keywords: None
+
+
+@contextlib.contextmanager
+def lists_on_paper() -> Iterator[None]:
+    """Lists of blocks are made without storage, by no kernel."""
+    names = ("rows_together_kernel", "list_blocks_kernel", "bits_kernel")
+    with mock.patch.multiple(block_lists, **{name: Unlaunched() for name in names}):
+        yield
+
+
+def blocks_on_paper(queries: int, keys: int, size: int, device: str = "meta") -> KeyBlocks:
+    """A layout of blocks of `size` rows and keys for two groups of heads."""
+    empty = functools.partial(torch.empty, device=device)
+    places = (empty(n, dtype=torch.int32) for n in (queries, keys))
+    return KeyBlocks(*places, (size, size), empty(2, queries // size + 1, keys // size + 1, dtype=torch.bool))
 
 
 @dataclass(frozen=True)

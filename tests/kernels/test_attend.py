@@ -18,6 +18,7 @@ from oracle import (
     LAYOUTS,
     Problem,
     Results,
+    any_blocks,
     any_intervals,
     any_modifiers,
     assert_accurate,
@@ -34,6 +35,7 @@ from oracle import (
     to_device,
     torch_own,
     torch_own_out_with_sinks,
+    with_blocks,
 )
 
 from ringflash.errors import ArgumentError
@@ -60,8 +62,11 @@ def problems(draw: st.DrawFn, dtype: torch.dtype, longest: int) -> Problem:
     dims = st.sampled_from([16, 24, 32, 64, 40, 72, 128, 136, 256])
     dim = draw(dims)
     value_dim = draw(st.just(dim) | dims)
+    intervals = draw(any_intervals(longest))
+    if not intervals.has_sink_tokens and draw(st.integers(0, 3)) == 0:
+        intervals = with_blocks(intervals, *draw(any_blocks(key_heads)))
     return draw_problem(
-        draw(any_intervals(longest)),
+        intervals,
         (key_heads * group, key_heads),
         (dim, value_dim),
         dtype,
@@ -96,7 +101,7 @@ def test_blockwise_with_modifiers_is_as_accurate_as_torch(dtype: torch.dtype, da
     problem = data.draw(problems(dtype, 150))
     modifiers = data.draw(any_modifiers(problem.intervals, problem.query.shape[1]))
     problem = replace(problem, modifiers=modifiers)
-    check(blockwise, replace(problem, dlse=problem.dlse * problem.visible().any(1)), data)
+    check(blockwise, replace(problem, dlse=problem.dlse * problem.visible().any(-1)), data)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=named)
@@ -323,6 +328,35 @@ def test_hopper_kernels_drop_the_pairs_of_the_definition(dim: int, dropout: floa
     assert torch.equal(out.transpose(0, 1) != 0, of_keys != 0)
     assert torch.equal(dquery.transpose(0, 1) != 0, of_keys != 0)
     assert torch.equal(dvalue.transpose(0, 1) != 0, of_queries != 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", HOPPER_CASES.values(), ids=HOPPER_CASES)
+@settings(max_examples=10)
+@given(st.data())
+def test_hopper_kernels_take_listed_blocks_as_accurately_as_torch(case: tuple, data: st.DataObject) -> None:
+    """Whole blocks of the kernels', and blocks that begin and end within them."""
+    dtype, heads, dims, cut_count, kinds = case
+    intervals, seed = data.draw(any_intervals(1000, False)), data.draw(st.integers(0, 2**32 - 1))
+    intervals = to_device(with_blocks(intervals, *data.draw(any_blocks(heads[1]))), "cuda")
+    modifiers = None if kinds is None else draw_modifiers(intervals, heads[0], seed, *kinds)
+    problem = draw_problem(intervals, heads, dims, dtype, seed=seed, modifiers=modifiers)
+    cuts = [data.draw(st.integers(0, intervals.key_count)) for _ in range(cut_count)]
+    assert_accurate(run(hopper_itself(), problem, cuts, backwards=data.draw(st.booleans())), problem)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 128])
+def test_results_with_listed_blocks_repeat_bit_for_bit_on_hopper(dim: int) -> None:
+    """But for dQ, unless asked, when the portable kernels give gradients."""
+    kernels = hopper_itself()
+    intervals = to_device(with_blocks(causal_intervals(3001, 3001), 2, (128, 128), seed=0), "cuda")
+    problem = draw_problem(intervals, (4, 2), (dim, dim), torch.bfloat16)
+    first, exactly = run(kernels, problem), run(kernels, problem, deterministic=True)
+    for _ in range(100):
+        again = run(kernels, problem)
+        assert_same(replace(again, dquery=first.dquery), first)
+    assert_same(run(kernels, problem, deterministic=True), exactly)
 
 
 @pytest.mark.gpu

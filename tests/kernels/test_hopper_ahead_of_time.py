@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from aot import blocks_on_paper, lists_on_paper
 from hopper_aot import Compiled, catch, compile_call
 
 from ringflash.kernels.hopper import backward, forward
@@ -40,9 +41,11 @@ def modifiers_named(names: str) -> Modifiers | None:
     return Modifiers(**found) if found else None
 
 
-def masked(sink_tokens: bool) -> KeyIntervals:
-    """A causal mask, with room for sink tokens if asked."""
+def masked(sink_tokens: bool, block: int | None = None) -> KeyIntervals:
+    """A causal mask, with room for sink tokens if asked, or with a layout of blocks of some size."""
     intervals = causal_intervals(QUERIES, KEYS, "meta")
+    if block is not None:
+        return intervals.with_blocks(blocks_on_paper(QUERIES, KEYS, block))
     if not sink_tokens:
         return intervals
     tokens = (on_paper(QUERIES, dtype=torch.int32) for _ in range(2))
@@ -58,6 +61,7 @@ def compile_forward(
     modifiers: Modifiers | None = None,
     sinks: bool = False,
     sink_tokens: bool = False,
+    block: int | None = None,
 ) -> Compiled:
     query, key = on_paper(QUERIES, HEADS, dims[0], dtype=dtype), on_paper(KEYS, KEY_HEADS, dims[0], dtype=dtype)
     value = on_paper(KEYS, KEY_HEADS, dims[1], dtype=dtype)
@@ -68,11 +72,12 @@ def compile_forward(
         return None if modifiers.slopes is None and modifiers.key_visible is None else on_paper(KEYS)
 
     def launch():
-        operands = (query, key, value, masked(sink_tokens))
+        operands = (query, key, value, masked(sink_tokens, block))
         prepared = forward.PreparedForward(*operands, 0.1, state, out_dtype, tiles, modifiers, logits)
         prepared(*operands, state, modifiers, logits)
 
     with (
+        lists_on_paper(),
         mock.patch.object(forward, "multiprocessors", return_value=132),
         mock.patch.object(forward, "key_numbers", numbers),
     ):
@@ -88,6 +93,7 @@ def compile_backward(
     modifiers: Modifiers | None = None,
     width: str | None = None,
     sink_tokens: bool = False,
+    block: int | None = None,
 ) -> Compiled:
     """Compile a launch with the kernel in use, or that of the width given."""
     query, key = on_paper(QUERIES, HEADS, dims[0], dtype=dtype), on_paper(KEYS, KEY_HEADS, dims[0], dtype=dtype)
@@ -96,16 +102,18 @@ def compile_backward(
 
     def launch():
         operands, sums = (dout, query, key, value), (numbers, numbers, None)
+        intervals = masked(sink_tokens, block)
         prepared = backward.PreparedBackward(
-            operands, sums, 0.1, dkey_dtype, tiles, deterministic, modifiers, sink_tokens
+            operands, sums, intervals, 0.1, dkey_dtype, tiles, deterministic, modifiers
         )
         prepared.launch_slopes = lambda *arguments: None
-        prepared(operands, sums, masked(sink_tokens), dtype, modifiers)
+        prepared(operands, sums, intervals, dtype, modifiers)
 
     kernels = {"256": "attend_backward_wide_kernel", "192/128": "attend_backward_split_kernel"}
-    width = width or backward.backward_width(*dims, not (deterministic or modifiers or sink_tokens))
+    width = width or backward.backward_width(*dims, not (deterministic or modifiers or sink_tokens or block))
     name = kernels.get(width, "attend_backward_kernel")
     with (
+        lists_on_paper(),
         mock.patch.object(backward, "backward_width", return_value=width),
         mock.patch.object(backward, "prepare_rows", return_value=(numbers, numbers)),
         mock.patch.object(backward, "multiprocessors", return_value=132),
@@ -189,6 +197,14 @@ def test_forward_fits_with_sink_tokens(width, tiles):
     assert_forward_fits(compiled, tiles, loops=2)
 
 
+@pytest.mark.parametrize("width", forward.MODIFIED_FORWARD_TILES)
+@pytest.mark.parametrize("block", [128, 32], ids=["whole blocks", "parts of blocks"])
+def test_forward_fits_with_lists_of_blocks(width, block):
+    tiles = forward.MODIFIED_FORWARD_TILES[width]
+    compiled = compile_forward(dims_of(width), tiles, torch.bfloat16, True, torch.bfloat16, block=block)
+    assert_forward_fits(compiled, tiles)
+
+
 # Two accumulators for keys and values fill most of the registers; what spills is read once a step or less.
 SPILLED = {"64": 64, "128": 80, "192/128": 96, "256": 192}
 
@@ -258,6 +274,17 @@ def test_backward_fits_with_sink_tokens(width, names, more):
     compiled = compile_backward(
         dims_of(width), tiles, torch.bfloat16, torch.bfloat16, False, modifiers, sink_tokens=True
     )
+    assert compiled.warnings == []
+    assert compiled.spilled <= SPILLED[width] + more
+    assert compiled.shared < SHARED_LIMIT
+
+
+# Which pairs are to be hidden is read where a block has some, and takes registers then.
+@pytest.mark.parametrize("width", ["64", "128", "256"])
+@pytest.mark.parametrize(("block", "more"), [(128, 32), (32, 140)], ids=["whole blocks", "parts of blocks"])
+def test_backward_fits_with_lists_of_blocks(width, block, more):
+    tiles = backward.BACKWARD_TILES[width]
+    compiled = compile_backward(dims_of(width), tiles, torch.bfloat16, torch.bfloat16, False, block=block)
     assert compiled.warnings == []
     assert compiled.spilled <= SPILLED[width] + more
     assert compiled.shared < SHARED_LIMIT

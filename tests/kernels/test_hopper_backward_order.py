@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import any_intervals
 
-from ringflash.kernels.hopper.backward_order import order_of_programs
+from ringflash.kernels.hopper.backward_order import LONG, SHORT, order_of_lists, order_of_programs
 from ringflash.kernels.intervals import KeyIntervals, causal_intervals
 
 PROCESSORS = st.integers(1, 40)
@@ -52,3 +52,28 @@ def test_as_many_heads_go_together_as_fill_the_processors_and_all_where_a_docume
         _, head = _order(causal_intervals(4, 4), 1, 4, processors)
         assert head[: 4 * together].sort().values.tolist() == [j for j in range(together) for _ in range(4)]
         assert head[:together].tolist() == list(range(together))
+
+
+@given(st.data(), st.integers(1, 9), st.sampled_from([(1, 3), (2, 2), (4, 2)]), PROCESSORS)
+def test_of_lists_long_ones_begin_then_heads_follow_each_other_and_short_ones_fill_up_the_end(
+    data, tiles, heads, processors
+):
+    groups, per_group = heads
+    counts = torch.tensor(
+        data.draw(
+            st.lists(st.lists(st.integers(1, 40), min_size=tiles, max_size=tiles), min_size=groups, max_size=groups)
+        )
+    )
+    key_heads = groups * per_group
+    order = order_of_lists(counts, key_heads, processors)
+    tile, head = order // key_heads, order % key_heads
+    assert order.sort().values.tolist() == list(range(tiles * key_heads))
+    length = counts[head // per_group, tile]
+    share = length.sum() / processors
+    band = 1 + (length * SHORT < share).int() - (length * LONG > share).int()
+    assert torch.equal(band, band.sort().values)
+    for which in (0, 2):
+        assert (length[band == which].diff() <= 0).all()
+    for own in range(key_heads):
+        assert (length[(band == 1) & (head == own)].diff() <= 0).all()
+    assert torch.equal(head[band == 1], head[band == 1].sort().values)

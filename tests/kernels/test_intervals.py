@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from oracle import any_intervals, dense_intervals
+from oracle import any_intervals, dense_intervals, with_blocks
 
+from ringflash.errors import ArgumentError
+from ringflash.kernels import reference
+from ringflash.kernels.cpu import blockwise
+from ringflash.kernels.cpu.rectangles import Kind, rectangles, visible
 from ringflash.kernels.intervals import KeyIntervals, causal_intervals
 
 BLOCKS = st.sampled_from([1, 3, 16, 32])
@@ -101,3 +107,35 @@ def test_bounds_may_come_strided_and_in_any_integer_type() -> None:
     assert all(bound.is_contiguous() and bound.dtype == torch.int32 for bound in (intervals.start, intervals.stop))
     assert torch.equal(intervals.visible(), plain.visible())
     assert torch.equal(intervals.key_tile_rows(4), plain.key_tile_rows(4))
+
+
+def test_blocks_beside_sink_tokens_are_refused() -> None:
+    with pytest.raises(ArgumentError, match="blocks and sink tokens"):
+        with_blocks(KeyIntervals(*torch.zeros(2, 4).int(), 9, *torch.zeros(2, 4).int()), 1, (2, 2), seed=0)
+
+
+@pytest.mark.parametrize("kernels", [blockwise, reference], ids=["blockwise", "reference"])
+def test_blocks_of_groups_that_do_not_divide_the_key_heads_are_refused(kernels: ModuleType) -> None:
+    intervals = with_blocks(causal_intervals(4, 4), 3, (2, 2), seed=0)
+    with pytest.raises(ArgumentError, match="3 groups of heads; allowed are divisors of the 2 key heads"):
+        kernels.attend(*torch.zeros(3, 4, 2, 8), intervals, scale=1.0)
+
+
+def test_what_was_worked_out_of_intervals_alone_serves_them_with_other_blocks() -> None:
+    """A router's layout is new in each call; where rows lie is not."""
+    first = with_blocks(causal_intervals(40, 40), 1, (8, 8), seed=0)
+    second = first.with_blocks(with_blocks(causal_intervals(40, 40), 1, (8, 8), seed=1).blocks)
+    assert first.key_tile_rows(16) is second.key_tile_rows(16)
+    for intervals in (first, second):
+        assert torch.equal(of_rectangles(intervals), intervals.visible()[0])
+
+
+def of_rectangles(intervals: KeyIntervals) -> torch.Tensor:
+    shown = torch.zeros(intervals.query_count, intervals.key_count, dtype=torch.bool)
+    for rectangle in rectangles(intervals, large=True):
+        pairs = visible(rectangle, intervals)
+        rows, keys = (s.stop - s.start for s in (rectangle.rows, rectangle.keys))
+        if rectangle.kind is Kind.CAUSAL:
+            pairs = torch.ones(rows, keys).tril().bool()
+        shown[rectangle.rows, rectangle.keys] |= torch.ones(rows, keys).bool() if pairs is None else pairs
+    return shown

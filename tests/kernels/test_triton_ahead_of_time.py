@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from aot import SHARED_LIMIT, Resources, catch, compile_for
+from aot import SHARED_LIMIT, Resources, blocks_on_paper, catch, compile_for, lists_on_paper
 
 from ringflash.errors import ArgumentError
 from ringflash.kernels.gpu import chips, row_delta
@@ -35,14 +35,17 @@ SPILLED_KNOWINGLY = {
 
 
 def launch(
-    kernel: str, chip: str, dim: int, dtype: torch.dtype, sink: bool, carried: bool, modifiers: Modifiers | None = None
-):
+    kernel: str, chip: str, dim: int, dtype: torch.dtype, sink: bool, carried: bool, modifiers: Modifiers | None = None,
+    block: int | None = None,
+):  # fmt: skip
     """The call that launches a kernel for 16 query and 4 key heads; the tensors are never read."""
     rows = 4096
     query, dout, out = (torch.empty(rows, 16, dim, dtype=dtype) for _ in range(3))
     key, value = (torch.empty(rows, 4, dim, dtype=dtype) for _ in range(2))
     bounds = torch.arange(rows, dtype=torch.int32)
     intervals = KeyIntervals(bounds, bounds + 1, rows, *((bounds, bounds) if sink else ()))
+    if block is not None:
+        intervals = intervals.with_blocks(blocks_on_paper(rows, rows, block, "cpu"))
     lse = torch.empty(16, rows)
     modified = modifier_operands(modifiers, 1.0)
     row = (chip, dtype, dim, modified.seed is not None)
@@ -82,6 +85,17 @@ def test_kernels_compile_for_every_chip_without_spills(target: str, dim: int, ke
 def test_kernels_with_sink_and_carry_fit_hopper(kernel: str) -> None:
     call = launch(kernel, "hopper", 128, torch.bfloat16, sink=True, carried=True)
     check(compile_for("sm_90", call), "sm_90", kernel, 128, torch.bfloat16)
+
+
+@pytest.mark.parametrize("kernel", ["attend", "dkey", "dquery"])
+@pytest.mark.parametrize("target", CHIPS)
+def test_kernels_with_lists_of_blocks_compile_for_every_chip(target: str, kernel: str) -> None:
+    """Of blocks of which some pairs have to be hidden."""
+    with lists_on_paper():
+        resources = compile_for(target, launch(kernel, CHIPS[target], 128, torch.bfloat16, False, False, block=32))
+    assert resources.spilled <= SPILLED
+    assert resources.shared <= SHARED_LIMIT[target]
+    assert not resources.warnings
 
 
 @pytest.mark.parametrize("kernel", ["attend", "dkey", "dquery"])

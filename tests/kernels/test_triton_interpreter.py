@@ -6,6 +6,7 @@ test of the ordinary run starts. bfloat16 products are wrong in the interpreter;
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from oracle import (
     LAYOUTS,
     Problem,
+    any_blocks,
     any_intervals,
     any_modifiers,
     assert_accurate,
@@ -28,17 +30,17 @@ from oracle import (
     draw_modifiers,
     draw_problem,
     run,
+    with_blocks,
 )
 
 from ringflash.errors import ArgumentError
-from ringflash.kernels import reference
+from ringflash.kernels.gpu.block_lists import WORD, BlockLists, key_lists, query_lists
 from ringflash.kernels.intervals import KeyIntervals, causal_intervals
 from ringflash.kernels.kept import Kept
 from ringflash.kernels.modifiers import Modifiers, keep_mask
 from ringflash.kernels.triton import attend as kernels
 from ringflash.kernels.triton.attend import backward, forward
 from ringflash.kernels.triton.attend.tile_sizes import Tiles
-from ringflash.parallel.planning.launches import attend, attend_backward, launches
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.visibility import key_intervals
 
@@ -105,6 +107,53 @@ else:
         cuts = data.draw(st.lists(st.integers(0, problem.intervals.key_count), max_size=1))
         assert_accurate(run(kernels, problem, cuts), problem)
 
+    @settings(max_examples=5)
+    @given(data=st.data())
+    def test_listed_blocks_are_as_accurate_as_torch(tiles: Tiles, data: st.DataObject) -> None:
+        """Blocks that are whole ones of the kernels', and others that begin and end within them."""
+        intervals = data.draw(any_intervals(70, sink=False))
+        intervals = with_blocks(intervals, *data.draw(any_blocks(key_heads=2)))
+        cuts = data.draw(st.lists(st.integers(0, intervals.key_count), max_size=1))
+        problem = draw_problem(intervals, (4, 2), (16, 24), torch.float32)
+        assert_accurate(run(kernels, problem, cuts), problem)
+
+    def test_listed_blocks_take_modifiers(tiles: Tiles) -> None:
+        intervals = with_blocks(causal_intervals(90, 100), 2, (32, 16), seed=1)
+        drawn = draw_modifiers(intervals, 4, 3, softcap=3.0, slopes="of each row", dropout=0.3, padding=True)
+        problem = draw_problem(intervals, (4, 2), (16, 16), torch.float32, modifiers=drawn)
+        assert_accurate(run(kernels, problem), problem)
+
+    @settings(max_examples=10)
+    @given(data=st.data())
+    def test_lists_have_each_block_with_a_visible_pair_once_and_bits_say_which_pairs(data: st.DataObject) -> None:
+        intervals = data.draw(any_intervals(200, sink=False))
+        intervals = with_blocks(intervals, *data.draw(any_blocks(key_heads=2)))
+        rows, keys = (data.draw(st.sampled_from([16, 32, 64])) for _ in range(2))
+        visible, shown = intervals.visible(), intervals.blocks.visible()
+        assert_listed(key_lists(intervals, rows, keys), visible, shown, rows, keys)
+        swapped = (x.transpose(1, 2) for x in (visible, shown))
+        assert_listed(query_lists(intervals, keys, rows), *swapped, keys, rows)
+
+    def assert_listed(lists: BlockLists, visible: torch.Tensor, shown: torch.Tensor, tile: int, block: int) -> None:
+        columns = visible.shape[2]
+        for group, index in itertools.product(range(len(visible)), range(lists.entries.shape[1])):
+            count, *entries = lists.entries[group, index].tolist()
+            firsts, rows = [entry & -2 for entry in entries[:count]], slice(index * tile, (index + 1) * tile)
+            assert count
+            assert firsts == sorted(set(firsts))
+            walked = torch.zeros(columns, dtype=torch.bool)
+            for first, entry in zip(firsts, entries, strict=False):
+                assert first % block == 0
+                here = shown[group, rows, first : first + block]
+                walked[first : first + block] = True
+                assert bool(entry & 1) == (not here.all())
+                assert here.any() or (count == 1 and first >= columns)
+            assert not (visible[group, rows] & ~walked).any()
+        if lists.bits is None:
+            return
+        bits = (lists.bits[..., None] >> torch.arange(WORD) & 1).flatten(2)[..., :columns]
+        assert torch.equal(bits[:, lists.row_block.long()] != 0, shown)
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
     def test_nan_reaches_out_and_lse_through_later_launches(tiles: Tiles, dtype: torch.dtype) -> None:
         assert_nan_stays(kernels, dtype, "cpu")
@@ -118,36 +167,6 @@ else:
         results = run(kernels, problem)
         assert_accurate(results, problem)
         assert results.lse.isneginf().all() == (not visible.any())
-
-    @pytest.mark.parametrize("modified", [False, True], ids=["plain", "modified"])
-    def test_launches_over_picked_rows_give_what_the_reference_gives(tiles: Tiles, modified: bool) -> None:
-        """The layers of a mask of random blocks, packed into launches whose rows are picked from the query."""
-        random = torch.Generator().manual_seed(2)
-        mask = Mask.causal() & Mask.blocks(torch.rand(14, 14, generator=random) < 0.3, 5)
-        positions, edges = torch.arange(70), torch.tensor([0, 22, 70])
-        work = launches(mask & Mask.documents([0, 22, 70]), edges, positions, positions)
-        assert len(work) > 1
-        assert all(launch.rows is not None for launch in work)
-        problem = draw_problem(dense_intervals(70, 70), (4, 2), (16, 24), torch.float32)
-        operands = (problem.query, problem.key, problem.value)
-        drawn = draw_modifiers(problem.intervals, 4, 3, softcap=3.0, slopes="of each row", dropout=0.3, padding=True)
-        settings = {"scale": 0.25, "modifiers": drawn if modified else None}
-        results = []
-        for implementation in (kernels, reference):
-            carry = dquery = None
-            for launch in work:
-                carry = attend(implementation, launch, *operands, carry=carry, out_dtype=torch.float32, **settings)
-            of_rows = (carry[1], implementation.row_delta(problem.dout, carry[0]))
-            results += [[*carry]]
-            for launch in work:
-                carries = {"carry": dquery, "dquery_dtype": torch.float32}
-                dquery, *of_keys = attend_backward(
-                    implementation, launch, problem.dout, *operands, *of_rows, **settings, **carries
-                )
-                results[-1] += of_keys
-            results[-1].append(dquery)
-        for found, expected in zip(*results, strict=True):
-            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
     @pytest.mark.parametrize(("dropout", "first_head"), [(0.1, 0), (0.5, 0), (0.9, 0), (0.5, 1), (0.5, 32)])
     def test_dropout_drops_the_pairs_of_its_definition(tiles: Tiles, dropout: float, first_head: int) -> None:

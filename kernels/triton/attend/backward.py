@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ringflash.errors import ArgumentError
+from ringflash.kernels.gpu.block_lists import NO_LISTS
 from ringflash.kernels.gpu.chips import chip_of
 from ringflash.kernels.gpu.launcher import aligned
 from ringflash.kernels.gpu.modifiers_given import modifiers_aligned, modifiers_metadata
@@ -51,7 +52,8 @@ def attend_backward(
     direct = aligned(query, key, value, dout, lse, delta, carry, *ranges) and modifiers_aligned(modifiers)
     call = (
         *map(metadata, (dout, query, key, value, lse, delta, carry)), dquery_dtype, dkey_dtype,
-        intervals.start.shape, intervals.key_count, intervals.has_sink_tokens, scale,
+        intervals.start.shape, intervals.key_count, intervals.has_sink_tokens,
+        intervals.blocks and intervals.blocks.metadata(), scale,
         modifiers_metadata(modifiers), direct,
     )  # fmt: skip
     operands = (query, key, value, dout)
@@ -105,9 +107,9 @@ class PreparedQueryGradient(PreparedKernel):
         tensors = (
             *map(operand, operands, self.descriptions), lse, delta, dquery, carry, pairs,
             intervals.start, intervals.stop, intervals.sink_start, intervals.sink_stop,
-            intervals.query_order(self.tile_rows),
+            self.list_order(intervals) if self.has_lists else intervals.query_order(self.sizes[0]),
         )  # fmt: skip
-        self.launch(dquery_kernel, tensors, modifiers)
+        self.launch(dquery_kernel, tensors, modifiers, self.lists(intervals) if self.has_lists else NO_LISTS)
         return dquery, pairs
 
 
@@ -134,9 +136,9 @@ class PreparedKeyGradient(PreparedKernel):
         tensors = (
             *map(operand, operands, self.descriptions), pairs, dkey, dvalue,
             intervals.start, intervals.stop, intervals.sink_start, intervals.sink_stop,
-            intervals.key_tile_rows(self.tile_rows),
-            intervals.key_tile_rows(self.tile_rows, sink_tokens=True) if intervals.has_sink_tokens else None,
-            intervals.key_order(self.tile_rows),
+            intervals.key_tile_rows(self.sizes[0]),
+            intervals.key_tile_rows(self.sizes[0], sink_tokens=True) if intervals.has_sink_tokens else None,
+            self.list_order(intervals) if self.has_lists else intervals.key_order(self.sizes[0]),
         )  # fmt: skip
-        self.launch(dkey_kernel, tensors, modifiers)
+        self.launch(dkey_kernel, tensors, modifiers, self.lists(intervals) if self.has_lists else NO_LISTS)
         return dkey, dvalue

@@ -11,7 +11,15 @@ import triton
 import triton.language as tl
 from ringflash.kernels.gpu.compile_once import compiled_once
 from ringflash.kernels.gpu.row_blocks import LOG2_E, block_inside, block_offsets, load_block
-from ringflash.kernels.triton.attend.key_stretches import key_stretches, visible
+from ringflash.kernels.triton.attend.key_stretches import (
+    bits_of_rows,
+    entry_at,
+    key_stretches,
+    list_of_tile,
+    row_of_entry,
+    unlisted_hidden,
+    visible,
+)
 from ringflash.kernels.triton.attend.modify_scores import (
     biased,
     blind_rows_aside,
@@ -28,12 +36,14 @@ from ringflash.kernels.triton.attend.modify_scores import (
 def dquery_stretch(
     dq_MD, q_MD, do_MV, lse_M, delta_M, begin, end, interior, right,
     key, value, key_head, key_count, k_row, k_head, v_row, v_head,
-    row_start_M, row_stop_M, scale_log2, modifiers, head, position_M, slope_M,
+    row_start_M, row_stop_M, scale_log2, modifiers, head, position_M, slope_M, lists, listed, bits_M,
     MASK: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Adds what the keys [begin, end) give to the gradient of a tile of query rows; MASK as in attend_stretch."""
-    for column in tl.range(begin, end, N):
+    for place in tl.range(begin, end, N if lists.entries is None else 1):
+        entry = entry_at(lists, listed, place)
+        column = row_of_entry(lists, entry)
         k_ND = load_block(key, key_head, column, key_count, k_row, k_head, N, DIM, PADDED_DIM, DESCRIPTORS)
         capped_MN = capped(tl.dot(q_MD, k_ND.T, input_precision="ieee"), modifiers)
         position_N, shown_N = of_keys(modifiers, column + tl.arange(0, N), key_count)
@@ -48,6 +58,7 @@ def dquery_stretch(
         if MASK == "all" or (MASK == "edges" and (column < interior or column >= right)):
             seen_MN = visible(column + tl.arange(0, N), row_start_M, row_stop_M)
             weights_MN = tl.where(seen_MN, weights_MN, 0.0)
+        weights_MN = unlisted_hidden(weights_MN, lists, entry, bits_M, 0.0)
         if modifiers.seed is not None:
             kept_MN = kept_pairs(modifiers, head, position_M[:, None], position_N[None, :])
             dweights_MN = dropped(dweights_MN, kept_MN, modifiers)
@@ -61,7 +72,7 @@ def dquery_stretch(
 def dquery_kernel(
     query, key, value, dout, lse, delta, dquery, carry, lse_and_delta, start, stop, sink_start, sink_stop, order,
     query_count, key_count, tile_count, heads, scale, scale_log2,
-    q_row, q_head, k_row, k_head, v_row, v_head, do_row, do_head, modifiers,
+    q_row, q_head, k_row, k_head, v_row, v_head, do_row, do_head, modifiers, lists,
     GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr,
     HAS_CARRY: tl.constexpr, HAS_SINK_TOKENS: tl.constexpr, SPLIT: tl.constexpr, DESCRIPTORS: tl.constexpr,
@@ -89,6 +100,10 @@ def dquery_kernel(
     do_MV = load_block(dout, head, first_row, query_count, do_row, do_head, M, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS)
     dq_MD = tl.zeros([M, PADDED_DIM], tl.float32)
     begin, interior, right, end = key_stretches(start, stop, first_row, last_row, N)
+    listed, bits_M = list_of_tile(lists, tile, tile_count, head), bits_of_rows(lists, row_M, exists_M, head)
+    if lists.entries is not None:
+        begin, end = 0, tl.load(listed)
+        interior, right = tl.load(start + last_row), tl.load(stop + first_row) - (N - 1)
     if HAS_SINK_TOKENS:
         row_start_M = tl.load(sink_start + row_M, mask=exists_M, other=0)
         row_stop_M = tl.load(sink_stop + row_M, mask=exists_M, other=0)
@@ -97,18 +112,19 @@ def dquery_kernel(
         dq_MD = dquery_stretch(
             dq_MD, q_MD, do_MV, lse_M, delta_M, sink_begin, sink_end, sink_end, sink_end,
             key, value, key_head, key_count, k_row, k_head, v_row, v_head, row_start_M, row_stop_M, scale_log2,
-            modifiers, head, position_M, slope_M,
+            modifiers, head, position_M, slope_M, lists, listed, bits_M,
             "all", N, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
         )  # fmt: skip
     row_start_M = tl.load(start + row_M, mask=exists_M, other=0)
     row_stop_M = tl.load(stop + row_M, mask=exists_M, other=0)
-    bounds = (begin, interior, right, end) if SPLIT else (begin, end)
-    for part in tl.static_range(3 if SPLIT else 1):
+    IN_PARTS: tl.constexpr = SPLIT and lists.entries is None
+    bounds = (begin, interior, right, end) if IN_PARTS else (begin, end)
+    for part in tl.static_range(3 if IN_PARTS else 1):
         dq_MD = dquery_stretch(
             dq_MD, q_MD, do_MV, lse_M, delta_M, bounds[part], bounds[part + 1], interior, right,
             key, value, key_head, key_count, k_row, k_head, v_row, v_head, row_start_M, row_stop_M, scale_log2,
-            modifiers, head, position_M, slope_M,
-            ("none" if part == 1 else "all") if SPLIT else "edges",
+            modifiers, head, position_M, slope_M, lists, listed, bits_M,
+            ("none" if part == 1 else "all") if IN_PARTS else "edges",
             N, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
         )  # fmt: skip
 
@@ -124,13 +140,17 @@ def dquery_kernel(
 def dkey_stretch(
     dk_ND, dv_NV, k_ND, v_NV, begin, end, interior, right, column_N, start, stop,
     query, dout, lse_and_delta, head, query_count, q_row, q_head, do_row, do_head, scale_log2,
-    modifiers, position_N, shown_N,
+    modifiers, position_N, shown_N, lists, listed, bits_N,
     MASK: tl.constexpr, M: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Adds what the query rows [begin, end) of a head give to the gradients of a key tile. MASK: see attend_stretch."""
     head_rows = tl.cast(head, tl.int64) * query_count
-    for row in tl.range(begin, end, M):
+    STEP: tl.constexpr = M if lists.entries is None else 1
+    STAGES: tl.constexpr = None if lists.entries is None else 1  # with entries loaded ahead as well it would spill
+    for place in tl.range(begin, end, STEP, num_stages=STAGES):
+        entry = entry_at(lists, listed, place)
+        row = row_of_entry(lists, entry)
         row_M = row + tl.arange(0, M)
         exists_M = row_M < query_count
         q_MD = load_block(query, head, row, query_count, q_row, q_head, M, DIM, PADDED_DIM, DESCRIPTORS)
@@ -150,6 +170,7 @@ def dkey_stretch(
             row_start_M = tl.load(start + row_M, mask=exists_M, other=0)
             row_stop_M = tl.load(stop + row_M, mask=exists_M, other=0)
             weights_NM = tl.where(visible(column_N, row_start_M, row_stop_M).T, weights_NM, 0.0)
+        weights_NM = unlisted_hidden(weights_NM, lists, entry, bits_N, 0.0)
         do_MV = load_block(dout, head, row, query_count, do_row, do_head, M, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS)
         dropped_NM = weights_NM
         if modifiers.seed is not None:
@@ -169,7 +190,7 @@ def dkey_stretch(
 def dkey_kernel(
     query, key, value, dout, lse_and_delta, dkey, dvalue, start, stop, sink_start, sink_stop, rows, sink_token_rows,
     order, query_count, key_count, tile_count, key_heads, scale, scale_log2,
-    q_row, q_head, k_row, k_head, v_row, v_head, do_row, do_head, modifiers,
+    q_row, q_head, k_row, k_head, v_row, v_head, do_row, do_head, modifiers, lists,
     GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr,
     HAS_SINK_TOKENS: tl.constexpr, SPLIT: tl.constexpr, DESCRIPTORS: tl.constexpr,
@@ -191,7 +212,13 @@ def dkey_kernel(
     any_end = tl.load(rows + tile * 4 + 3)
     interior = any_begin + tl.cdiv(all_begin - any_begin, M) * M
     right = interior + tl.maximum(all_end - interior, 0) // M * M
-    bounds = (any_begin, interior, right, any_end) if SPLIT else (any_begin, any_end)
+    listed = list_of_tile(lists, tile, tile_count, key_head)
+    bits_N = bits_of_rows(lists, column_N, column_N < key_count, key_head)
+    if lists.entries is not None:
+        any_begin, any_end = 0, tl.load(listed)
+        interior, right = all_begin, all_end - (M - 1)
+    IN_PARTS: tl.constexpr = SPLIT and lists.entries is None
+    bounds = (any_begin, interior, right, any_end) if IN_PARTS else (any_begin, any_end)
     for member in tl.range(0, GROUP):
         head = key_head * GROUP + member
         if HAS_SINK_TOKENS:
@@ -200,15 +227,15 @@ def dkey_kernel(
             dk_ND, dv_NV = dkey_stretch(
                 dk_ND, dv_NV, k_ND, v_NV, sink_begin, sink_end, sink_end, sink_end, column_N, sink_start, sink_stop,
                 query, dout, lse_and_delta, head, query_count, q_row, q_head, do_row, do_head, scale_log2,
-                modifiers, position_N, shown_N,
+                modifiers, position_N, shown_N, lists, listed, bits_N,
                 "all", M, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
             )  # fmt: skip
-        for part in tl.static_range(3 if SPLIT else 1):
+        for part in tl.static_range(3 if IN_PARTS else 1):
             dk_ND, dv_NV = dkey_stretch(
                 dk_ND, dv_NV, k_ND, v_NV, bounds[part], bounds[part + 1], interior, right, column_N, start, stop,
                 query, dout, lse_and_delta, head, query_count, q_row, q_head, do_row, do_head, scale_log2,
-                modifiers, position_N, shown_N,
-                ("none" if part == 1 else "all") if SPLIT else "edges",
+                modifiers, position_N, shown_N, lists, listed, bits_N,
+                ("none" if part == 1 else "all") if IN_PARTS else "edges",
                 M, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
             )  # fmt: skip
 

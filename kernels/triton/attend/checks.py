@@ -9,6 +9,7 @@ from ringflash.errors import ArgumentError
 from ringflash.kernels.gpu.chips import DTYPES, chip_of
 from ringflash.kernels.gpu.modifiers_given import check_modifiers
 from ringflash.kernels.intervals import KeyIntervals
+from ringflash.kernels.key_blocks import check_blocks
 from ringflash.kernels.modifiers import Modifiers
 from ringflash.kernels.triton.attend.tile_sizes import widest
 
@@ -54,6 +55,9 @@ def check_operands(
             f"intervals are for {intervals.query_count} query and {intervals.key_count} key rows; "
             f"query has {query.shape[0]}, key has {key.shape[0]}"
         )
+    blocks = intervals.blocks
+    if blocks is not None:
+        check_blocks(blocks, query, key)
     if not 0.0 < scale < float("inf"):
         raise ArgumentError(f"scale={scale}; allowed are positive finite numbers")
     if modifiers is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import triton
 import triton.language as tl
+from ringflash.kernels.gpu.block_lists import NO_LISTS
 from ringflash.kernels.gpu.chips import chip_of
 from ringflash.kernels.gpu.compile_once import compiled_once
 from ringflash.kernels.gpu.launcher import aligned
@@ -26,7 +27,15 @@ from ringflash.kernels.reference import Carry
 from ringflash.kernels.sinks import with_sinks
 from ringflash.kernels.triton.attend.checks import check_operands
 from ringflash.kernels.triton.attend.descriptors import operand
-from ringflash.kernels.triton.attend.key_stretches import key_stretches, visible
+from ringflash.kernels.triton.attend.key_stretches import (
+    bits_of_rows,
+    entry_at,
+    key_stretches,
+    list_of_tile,
+    row_of_entry,
+    unlisted_hidden,
+    visible,
+)
 from ringflash.kernels.triton.attend.modify_scores import (
     ModifierOperands,
     biased,
@@ -48,15 +57,17 @@ Operands = tuple[Tensor, Tensor, Tensor]
 def attend_stretch(
     acc_MV, maximum_M, sum_M, q_MD, begin, end, interior, right,
     key, value, key_head, key_count, k_row, k_head, v_row, v_head,
-    row_start_M, row_stop_M, scale_log2, modifiers, head, position_M, slope_M,
+    row_start_M, row_stop_M, scale_log2, modifiers, head, position_M, slope_M, lists, listed, bits_M,
     MASK: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the keys [begin, end).
+    """Online softmax over the keys [begin, end), or with lists over the blocks at these places of the tile's list.
 
     MASK says which blocks are masked: "all", "none", or "edges", which are those outside [interior, right).
     """
-    for column in tl.range(begin, end, N):
+    for place in tl.range(begin, end, N if lists.entries is None else 1):
+        entry = entry_at(lists, listed, place)
+        column = row_of_entry(lists, entry)
         k_ND = load_block(key, key_head, column, key_count, k_row, k_head, N, DIM, PADDED_DIM, DESCRIPTORS)
         scores_MN = tl.dot(q_MD, k_ND.T, input_precision="ieee")
         position_N, shown_N = of_keys(modifiers, column + tl.arange(0, N), key_count)
@@ -67,10 +78,11 @@ def attend_stretch(
         if MASK == "all" or (MASK == "edges" and (column < interior or column >= right)):
             seen_MN = visible(column + tl.arange(0, N), row_start_M, row_stop_M)
             scores_MN = tl.where(seen_MN, scores_MN, float("-inf"))
+        scores_MN = unlisted_hidden(scores_MN, lists, entry, bits_M, float("-inf"))
         new_maximum_M = tl.maximum(maximum_M, tl.max(scores_MN, 1) * scale_log2)
         offset_M = new_maximum_M
         if (
-            MASK != "none" or modifiers.key_visible is not None
+            MASK != "none" or modifiers.key_visible is not None or lists.bits is not None
         ):  # a row may have seen no key so far: -inf - -inf is not a number
             offset_M = tl.where(new_maximum_M == float("-inf"), 0.0, new_maximum_M)
         weights_MN = tl.exp2(scores_MN * scale_log2 - offset_M[:, None])
@@ -92,7 +104,8 @@ def attend_stretch(
 @triton.jit(do_not_specialize=["query_count", "key_count", "tile_count"])
 def attend_kernel(
     query, key, value, out, lse, carry_out, carry_lse, start, stop, sink_start, sink_stop, order,
-    query_count, key_count, tile_count, heads, scale_log2, q_row, q_head, k_row, k_head, v_row, v_head, modifiers,
+    query_count, key_count, tile_count, heads, scale_log2, q_row, q_head, k_row, k_head, v_row, v_head,
+    modifiers, lists,
     GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr,
     HAS_CARRY: tl.constexpr, HAS_SINK_TOKENS: tl.constexpr, SPLIT: tl.constexpr, DESCRIPTORS: tl.constexpr,
@@ -125,6 +138,10 @@ def attend_kernel(
     q_MD = load_block(query, head, first_row, query_count, q_row, q_head, M, DIM, PADDED_DIM, DESCRIPTORS)
     position_M, slope_M = of_rows(modifiers, head, row_M, exists_M)
     begin, interior, right, end = key_stretches(start, stop, first_row, last_row, N)
+    listed, bits_M = list_of_tile(lists, tile, tile_count, head), bits_of_rows(lists, row_M, exists_M, head)
+    if lists.entries is not None:
+        begin, end = 0, tl.load(listed)
+        interior, right = tl.load(start + last_row), tl.load(stop + first_row) - (N - 1)
     if HAS_SINK_TOKENS:
         row_start_M = tl.load(sink_start + row_M, mask=exists_M, other=0)
         row_stop_M = tl.load(sink_stop + row_M, mask=exists_M, other=0)
@@ -133,18 +150,19 @@ def attend_kernel(
         acc_MV, maximum_M, sum_M = attend_stretch(
             acc_MV, maximum_M, sum_M, q_MD, sink_begin, sink_end, sink_end, sink_end,
             key, value, key_head, key_count, k_row, k_head, v_row, v_head, row_start_M, row_stop_M, scale_log2,
-            modifiers, head, position_M, slope_M,
+            modifiers, head, position_M, slope_M, lists, listed, bits_M,
             "all", N, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
         )  # fmt: skip
     row_start_M = tl.load(start + row_M, mask=exists_M, other=0)
     row_stop_M = tl.load(stop + row_M, mask=exists_M, other=0)
-    bounds = (begin, interior, right, end) if SPLIT else (begin, end)
-    for part in tl.static_range(3 if SPLIT else 1):
+    IN_PARTS: tl.constexpr = SPLIT and lists.entries is None
+    bounds = (begin, interior, right, end) if IN_PARTS else (begin, end)
+    for part in tl.static_range(3 if IN_PARTS else 1):
         acc_MV, maximum_M, sum_M = attend_stretch(
             acc_MV, maximum_M, sum_M, q_MD, bounds[part], bounds[part + 1], interior, right,
             key, value, key_head, key_count, k_row, k_head, v_row, v_head, row_start_M, row_stop_M, scale_log2,
-            modifiers, head, position_M, slope_M,
-            ("none" if part == 1 else "all") if SPLIT else "edges",
+            modifiers, head, position_M, slope_M, lists, listed, bits_M,
+            ("none" if part == 1 else "all") if IN_PARTS else "edges",
             N, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
         )  # fmt: skip
 
@@ -177,7 +195,8 @@ def attend(
     direct = aligned(query, key, value, carry_out, carry_lse, *ranges) and modifiers_aligned(modifiers)
     call = (
         *map(metadata, (query, key, value, carry_out, carry_lse)), out_dtype,
-        intervals.start.shape, intervals.key_count, intervals.has_sink_tokens, scale,
+        intervals.start.shape, intervals.key_count, intervals.has_sink_tokens,
+        intervals.blocks and intervals.blocks.metadata(), scale,
         modifiers_metadata(modifiers), direct,
     )  # fmt: skip
     operands = (query, key, value)
@@ -230,7 +249,7 @@ class PreparedForward(PreparedKernel):
             operand(query, query_blocks), operand(key, key_blocks), operand(value, value_blocks),
             out, lse, *(carry or (None, None)),
             intervals.start, intervals.stop, intervals.sink_start, intervals.sink_stop,
-            intervals.query_order(self.tile_rows),
+            self.list_order(intervals) if self.has_lists else intervals.query_order(self.sizes[0]),
         )  # fmt: skip
-        self.launch(attend_kernel, tensors, modifiers)
+        self.launch(attend_kernel, tensors, modifiers, self.lists(intervals) if self.has_lists else NO_LISTS)
         return out, lse

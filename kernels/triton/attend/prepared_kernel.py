@@ -5,6 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 import triton
+from ringflash.kernels.gpu.block_lists import (
+    BlockLists,
+    ListOperands,
+    key_lists,
+    list_operands,
+    longest_lists_first,
+    query_lists,
+)
 from ringflash.kernels.gpu.launcher import Launcher
 from ringflash.kernels.gpu.row_blocks import padded
 from ringflash.kernels.intervals import KeyIntervals
@@ -27,7 +35,8 @@ class PreparedKernel:
     Attributes:
         empty: whether there are no query rows or no keys, hence nothing to launch.
         descriptions: what `operand` needs for each of the operands.
-        tile_rows: rows of a tile.
+        sizes: rows of a tile and of the blocks that it visits.
+        has_lists: whether tiles visit blocks of lists.
         launch: to be given the tensors.
     """
 
@@ -48,9 +57,11 @@ class PreparedKernel:
         self.descriptions = tuple(
             described(x, block) if descriptors else None for x, block in zip(operands, blocks, strict=True)
         )
-        self.tile_rows = tiles.keys if owns_keys else tiles.queries
+        self.sizes = (tiles.keys, tiles.queries) if owns_keys else (tiles.queries, tiles.keys)
+        self._owns_keys, self.has_lists = owns_keys, intervals.blocks is not None
         owned_rows, owned_heads = (key_count, key_heads) if owns_keys else (query_count, heads)
-        tile_count = triton.cdiv(owned_rows, self.tile_rows)
+        self._heads = owned_heads
+        tile_count = triton.cdiv(owned_rows, self.sizes[0])
         strides = [stride for x in operands for stride in x.stride()[:2]]
         self.launch = Launcher(
             tile_count * owned_heads,
@@ -63,3 +74,15 @@ class PreparedKernel:
             tiles.options(),
             direct,
         )  # fmt: skip
+
+    def list_order(self, intervals: KeyIntervals) -> Tensor:
+        """Tiles, those with the most blocks first."""
+        name = ("list_order", self._owns_keys, *self.sizes)
+        return intervals.kept(name, lambda: longest_lists_first(self._lists(intervals)), of_blocks=True)
+
+    def lists(self, intervals: KeyIntervals) -> ListOperands:
+        """Blocks that tiles visit."""
+        return list_operands(self._lists(intervals), self._heads)
+
+    def _lists(self, intervals: KeyIntervals) -> BlockLists:
+        return (query_lists if self._owns_keys else key_lists)(intervals, *self.sizes)
