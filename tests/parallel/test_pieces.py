@@ -16,7 +16,7 @@ from sharded_cases import ShardedCase, any_sharding, solve_share
 
 from ringflash import Mask, Sharding
 from ringflash.functional import attention
-from ringflash.parallel.execution import executor
+from ringflash.kernels.cpu import blockwise
 from ringflash.parallel.lookup import shardings
 from ringflash.parallel.planning import program, ring
 from ringflash.parallel.planning.verify import verify
@@ -75,7 +75,7 @@ def _units_alive(piece: int) -> float:
             found = (x for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.dim() == 3 and x.shape[-1] == 64)
             return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in found}.values())
 
-        kernel = executor.attend_backward
+        kernel = blockwise.attend_backward
 
         def watched(*arguments, **settings):
             nonlocal most
@@ -86,7 +86,7 @@ def _units_alive(piece: int) -> float:
             most = max(most, alive() - sum(dquery.values()))  # which this kernel does not write in place
             return found
 
-        patch.setattr(executor, "attend_backward", watched)
+        patch.setattr(blockwise, "attend_backward", watched)
         gc.collect()
         before = alive()
         out.backward(dout)

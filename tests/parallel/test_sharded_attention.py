@@ -302,7 +302,7 @@ def test_a_handle_whose_sharding_is_gone_is_an_error_in_words():
     gc.collect()
     with pytest.raises(ArgumentError, match="stands for a Sharding that is gone; hold it until the backward pass"):
         torch.ops.ringflash.attention(
-            *[x[0]] * 3, handle, None, None, None, None, None, None, "", [], 1.0, 0.0, 0.0, "auto", False, 0
+            *[x[0]] * 3, handle, None, None, None, None, None, None, None, "", [], 1.0, 0.0, 0.0, "auto", False, 0
         )
 
 
