@@ -54,8 +54,8 @@ LONG, SHORT = 4, 16
 def order_of_lists(counts: Tensor, key_heads: int, processors: int) -> Tensor:
     """The same for tiles that visit blocks of lists, of any number each.
 
-    Head by head, the longest first: tiles of a head that are equally long walk through the same rows together. But long
-    ones of all heads begin before that, and short ones fill up the end.
+    As many heads together as fill the multiprocessors with their tiles, the longest first: tiles that are equally long
+    walk through the same rows together. But long ones of all heads begin before that, and short ones fill up the end.
 
     Args:
         counts: (G, tiles) int32, blocks of each tile for each group of heads.
@@ -70,8 +70,9 @@ def order_of_lists(counts: Tensor, key_heads: int, processors: int) -> Tensor:
     groups, tiles = counts.shape
     counts = counts.repeat_interleave(key_heads // groups, 0).long()
     total = counts.sum()
-    head = torch.arange(1, key_heads + 1, device=counts.device)[:, None]
-    band = torch.where(counts * (processors * LONG) > total, 0, head)
-    band = torch.where(counts * (processors * SHORT) < total, key_heads + 1, band)
+    fitting = (n for n in range(1, key_heads) if key_heads % n == 0 and n * tiles >= processors)
+    heads = torch.arange(key_heads, device=counts.device)[:, None] // next(fitting, key_heads)
+    band = torch.where(counts * (processors * LONG) > total, -1, heads)
+    band = torch.where(counts * (processors * SHORT) < total, key_heads, band)
     order = torch.argsort(((band << 32) - counts).flatten(), stable=True)
     return (order % tiles * key_heads + order // tiles).to(torch.int32)
