@@ -18,7 +18,16 @@ os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from oracle import Problem, dense_intervals, draw_modifiers, draw_problem, monotone_intervals, run, to_device
+from oracle import (
+    Problem,
+    dense_intervals,
+    draw_modifiers,
+    draw_problem,
+    monotone_intervals,
+    run,
+    to_device,
+    with_blocks,
+)
 
 from ringflash import flash_attn_with_kvcache
 from ringflash.kernels.intervals import KeyIntervals, causal_intervals
@@ -74,6 +83,16 @@ def check_chunks() -> None:
         print(f"hopper {dim} chunks", flush=True)
 
 
+def check_blocks(name: str, dim: int) -> None:
+    """Listed blocks, whole ones of the kernels' and parts of them."""
+    for sizes, first in (((128, 128), (0, 0)), ((50, 24), (7, 3))):
+        x = to_device(with_blocks(causal_intervals(397, 461), 2, sizes, 0, first), "cuda")
+        problem = draw_problem(x, HEADS, (dim, dim), torch.bfloat16)
+        check(name, problem)
+        check(name, problem, cuts=(200,))
+        print(f"{name} {dim} blocks of {sizes}", flush=True)
+
+
 def check_decoding() -> None:
     """A new token appended to a cache and to a paged one."""
     for page in (None, 16):
@@ -102,6 +121,8 @@ PARTS = {
     "modifiers": functools.partial(check_modifiers, "triton", 64),
     "hopper-modifiers": functools.partial(check_modifiers, "hopper", 128),
     "hopper-chunks": check_chunks,
+    "blocks": functools.partial(check_blocks, "triton", 64),
+    "hopper-blocks": lambda: [check_blocks("hopper", dim) for dim in (64, 128, 256)],
     "decoding": check_decoding,
 }
 
