@@ -5,10 +5,10 @@ It also states the contract that all kernels share. They differ in speed and mem
     out[t, h] = sum_s softmax_s(scale * query[t, h] . key[s, h // group]) value[s, h // group],  s visible to t
     lse[h, t] = log sum_s exp(scale * query[t, h] . key[s, h // group])
 
-`modifiers` change scores and weights as ringflash.kernels.modifiers says. Rows that see no key have out 0, lse -inf
-and zero gradients. `carry` is the state after earlier launches over other keys: the result is then the attention over
-all keys so far, merged by their log-sum-exp (Liu et al., Ring Attention, arXiv 2310.01889; Milakov & Gimelshein,
-arXiv 1805.02867).
+`modifiers` change scores and weights as ringflash.kernels.modifiers says. Rows that see no key have out 0, lse -inf and
+zero gradients. With blocks in `intervals`, keys visible to t are those visible to it for the group of heads of h.
+`carry` is the state after earlier launches over other keys: the result is then the attention over all keys so far,
+merged by their log-sum-exp (Liu et al., Ring Attention, arXiv 2310.01889; Milakov & Gimelshein, arXiv 1805.02867).
 
 Legend: T query rows, S key rows, H query heads, Hk key heads (H a multiple of Hk), D head dimension, Dv value's.
 """

@@ -178,6 +178,42 @@ def test_a_captured_graph_reads_its_own_program_after_many_other_lengths() -> No
     assert torch.equal(captured, expected), len(junk)
 
 
+def routed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention to four blocks of keys for each block of queries and key head, whose means are the nearest."""
+    means = [x.detach().unflatten(1, (-1, 128)).mean(2) for x in (query, key)]
+    scores = torch.einsum("bqhd,bkhd->hqk", means[0].unflatten(2, (key.shape[2], -1)).mean(3), means[1])
+    layout = torch.zeros_like(scores, dtype=torch.bool).scatter(2, scores.topk(4, dim=2).indices, True)
+    return attention(query, key, value, mask=Mask.causal() & Mask.blocks(layout, 128), group=ONE_DEVICE)[0]
+
+
+@pytest.mark.gpu
+def test_blocks_that_a_model_chooses_are_not_read_by_the_host_and_are_chosen_anew_by_a_graph() -> None:
+    leaves = [
+        torch.randn(1, 2048, heads, 64, device="cuda", dtype=torch.bfloat16).requires_grad_() for heads in (4, 2, 2)
+    ]
+    expected = routed(*leaves)
+    expected.sum().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = routed(*leaves)
+        found.sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found, expected)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            routed(*leaves)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            captured = routed(*leaves)
+        for _ in range(2):
+            leaves[0].copy_(torch.randn_like(leaves[0]))
+            graph.replay()
+            assert torch.equal(captured, routed(*leaves))
+
+
 @pytest.mark.gpu
 def test_packings_that_never_come_again_do_not_stay_on_the_gpu() -> None:
     tokens = 2**20

@@ -197,8 +197,7 @@ def test_forward_fits_with_sink_tokens(width, tiles):
     assert_forward_fits(compiled, tiles, loops=2)
 
 
-@pytest.mark.parametrize("width", forward.MODIFIED_FORWARD_TILES)
-@pytest.mark.parametrize("block", [128, 32], ids=["whole blocks", "parts of blocks"])
+@pytest.mark.parametrize(("width", "block"), [("128", 128), *((x, 32) for x in forward.MODIFIED_FORWARD_TILES)])
 def test_forward_fits_with_lists_of_blocks(width, block):
     tiles = forward.MODIFIED_FORWARD_TILES[width]
     compiled = compile_forward(dims_of(width), tiles, torch.bfloat16, True, torch.bfloat16, block=block)
@@ -280,8 +279,9 @@ def test_backward_fits_with_sink_tokens(width, names, more):
 
 
 # Which pairs are to be hidden is read where a block has some, and takes registers then.
-@pytest.mark.parametrize("width", ["64", "128", "256"])
-@pytest.mark.parametrize(("block", "more"), [(128, 32), (32, 140)], ids=["whole blocks", "parts of blocks"])
+@pytest.mark.parametrize(
+    ("width", "block", "more"), [("128", 128, 32), ("64", 32, 140), ("128", 32, 140), ("256", 32, 140)]
+)
 def test_backward_fits_with_lists_of_blocks(width, block, more):
     tiles = backward.BACKWARD_TILES[width]
     compiled = compile_backward(dims_of(width), tiles, torch.bfloat16, torch.bfloat16, False, block=block)
