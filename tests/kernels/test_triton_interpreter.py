@@ -53,22 +53,25 @@ if not triton.knobs.runtime.interpret:
         assert result.returncode == 0, result.stdout + result.stderr
 
 else:
-    # Blocks of unequal sides, so that many fit into small problems and a mistaken side shows.
+    # Blocks of unequal sides, so that many fit into small problems and a mistaken side shows; and those of the kernel
+    # for the gradient of value alone, if there is one.
     TILES = {
-        "three-loops": Tiles(32, 16, 4, 1),
-        "one-loop": Tiles(16, 32, 4, 1, split=False),
-        "descriptors": Tiles(32, 16, 4, 1, descriptors=True),
+        "three-loops": (Tiles(32, 16, 4, 1), None),
+        "one-loop, values apart": (Tiles(16, 32, 4, 1, split=False), Tiles(32, 16, 4, 1, split=False)),
+        "descriptors": (Tiles(32, 16, 4, 1, descriptors=True), None),
     }
 
     @pytest.fixture(params=TILES.values(), ids=TILES, scope="module")
     def tiles(request: pytest.FixtureRequest):
+        tiles, of_values = request.param
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(forward, "forward_tiles", lambda *row: request.param)
-            patch.setattr(backward, "key_gradient_tiles", lambda *row: request.param)
-            patch.setattr(backward, "query_gradient_tiles", lambda *row: request.param)
+            patch.setattr(forward, "forward_tiles", lambda *row: tiles)
+            patch.setattr(backward, "key_gradient_tiles", lambda *row: tiles)
+            patch.setattr(backward, "value_gradient_tiles", lambda *row: of_values)
+            patch.setattr(backward, "query_gradient_tiles", lambda *row: tiles)
             patch.setattr(forward, "prepared_calls", Kept())
             patch.setattr(backward, "prepared_calls", Kept())
-            yield request.param
+            yield tiles
 
     @st.composite
     def problems(draw: st.DrawFn, dtype: torch.dtype) -> Problem:

@@ -22,7 +22,12 @@ from ringflash.kernels.triton.attend.modify_scores import (
     modifier_operands,
 )
 from ringflash.kernels.triton.attend.prepared_kernel import PreparedKernel
-from ringflash.kernels.triton.attend.tile_sizes import Tiles, key_gradient_tiles, query_gradient_tiles
+from ringflash.kernels.triton.attend.tile_sizes import (
+    Tiles,
+    key_gradient_tiles,
+    query_gradient_tiles,
+    value_gradient_tiles,
+)
 
 Operands = tuple[Tensor, Tensor, Tensor, Tensor]
 """query, key, value, dout"""
@@ -64,19 +69,25 @@ def attend_backward(
             raise ArgumentError(f"dout is {dout.dtype}; allowed is the query's dtype, {query.dtype}")
         dropout = modifiers is not None and bool(modifiers.dropout)
         row = (chip_of(query.device), query.dtype, max(query.shape[2], value.shape[2]), dropout)
-        query_tiles, key_tiles = query_gradient_tiles(*row), key_gradient_tiles(*row)
+        query_tiles, key_tiles, value_tiles = (
+            tiles(*row) for tiles in (query_gradient_tiles, key_gradient_tiles, value_gradient_tiles)
+        )
         of_query = PreparedQueryGradient(operands, intervals, scale, query_tiles, direct, carry is not None)
-        of_keys = PreparedKeyGradient(operands, intervals, scale, key_tiles, direct)
-        prepared = prepared_calls.add(call, (of_query, of_keys))
-    of_query, of_keys = prepared
+        sums = "both" if value_tiles is None else "key"
+        of_keys = PreparedKeyGradient(operands, intervals, scale, key_tiles, direct, sums)
+        of_values = value_tiles and PreparedKeyGradient(operands, intervals, scale, value_tiles, direct, "value")
+        prepared = prepared_calls.add(call, (of_query, of_keys, of_values))
+    of_query, of_keys, of_values = prepared
     modified = modifier_operands(modifiers, scale)
     dquery, pairs = of_query(operands, lse, delta, intervals, modified, carry, dquery_dtype)
     dkey, dvalue = of_keys(operands, pairs, intervals, modified, dkey_dtype)
+    if of_values is not None:
+        _, dvalue = of_values(operands, pairs, intervals, modified, dkey_dtype)
     return dquery, dkey, dvalue
 
 
 prepared_calls = Kept()
-"""`PreparedQueryGradient` and `PreparedKeyGradient` by what `attend_backward` was asked for."""
+"""`PreparedQueryGradient`, `PreparedKeyGradient` and perhaps another one for values alone, by what `attend_backward` was asked for."""
 
 
 class PreparedQueryGradient(PreparedKernel):
@@ -114,11 +125,20 @@ class PreparedQueryGradient(PreparedKernel):
 
 
 class PreparedKeyGradient(PreparedKernel):
-    """The kernel that gives the gradients of key and value."""
+    """The kernel that gives the gradients of key and value, or with `sums` "key" or "value" that one alone."""
 
-    def __init__(self, operands: Operands, intervals: KeyIntervals, scale: float, tiles: Tiles, direct: bool) -> None:
+    def __init__(
+        self,
+        operands: Operands,
+        intervals: KeyIntervals,
+        scale: float,
+        tiles: Tiles,
+        direct: bool,
+        sums: str = "both",
+    ) -> None:
         scales = (scale, scale * LOG2_E.value)
-        super().__init__(operands, intervals, scales, tiles, direct, owns_keys=True)
+        super().__init__(operands, intervals, scales, tiles, direct, owns_keys=True, SUMS=sums)
+        self.sums = sums
 
     def __call__(
         self,
@@ -127,12 +147,13 @@ class PreparedKeyGradient(PreparedKernel):
         intervals: KeyIntervals,
         modifiers: ModifierOperands,
         dkey_dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients of key and value; `pairs` as `PreparedQueryGradient` leaves them."""
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of key and value, None for one that is not summed; `pairs` as `PreparedQueryGradient` leaves them."""
         _, key, value, _ = operands
-        dkey, dvalue = (x.new_empty(x.shape, dtype=dkey_dtype) for x in (key, value))
+        dkey = None if self.sums == "value" else key.new_empty(key.shape, dtype=dkey_dtype)
+        dvalue = None if self.sums == "key" else value.new_empty(value.shape, dtype=dkey_dtype)
         if self.empty:
-            return dkey.zero_(), dvalue.zero_()
+            return tuple(x if x is None else x.zero_() for x in (dkey, dvalue))
         tensors = (
             *map(operand, operands, self.descriptions), pairs, dkey, dvalue,
             intervals.start, intervals.stop, intervals.sink_start, intervals.sink_stop,

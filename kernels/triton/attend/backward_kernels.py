@@ -2,7 +2,8 @@
 
 Each owner sums all that concerns its rows in registers, over the query heads of a group as well, in a fixed order: no
 atomics, the same bits every time, at the price of computing scores and their gradients twice (Dao, arXiv 2307.08691,
-algorithm 2, split in two).
+algorithm 2, split in two). Where the sums of key and value do not fit registers together, each has a launch of its own,
+which computes scores once more.
 
 Legend: M query rows, N key rows, D head dimension of keys, V of values.
 """
@@ -142,9 +143,12 @@ def dkey_stretch(
     query, dout, lse_and_delta, head, query_count, q_row, q_head, do_row, do_head, scale_log2,
     modifiers, position_N, shown_N, lists, listed, bits_N,
     MASK: tl.constexpr, M: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr, DESCRIPTORS: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the query rows [begin, end) of a head give to the gradients of a key tile. MASK: see attend_stretch."""
+    """Adds what the query rows [begin, end) of a head give to the gradients of a key tile. MASK: see attend_stretch.
+
+    SUMS: "both", or the gradient that alone is summed, "key" or "value".
+    """
     head_rows = tl.cast(head, tl.int64) * query_count
     STEP: tl.constexpr = M if lists.entries is None else 1
     STAGES: tl.constexpr = None if lists.entries is None else 1  # with entries loaded ahead as well it would spill
@@ -176,12 +180,14 @@ def dkey_stretch(
         if modifiers.seed is not None:
             kept_NM = kept_pairs(modifiers, head, position_M[None, :], position_N[:, None])
             dropped_NM = dropped(weights_NM, kept_NM, modifiers)
-        dv_NV = tl.dot(dropped_NM.to(do_MV.dtype), do_MV, dv_NV, input_precision="ieee")
-        dweights_NM = tl.dot(v_NV, do_MV.T, input_precision="ieee")
-        if modifiers.seed is not None:
-            dweights_NM = dropped(dweights_NM, kept_NM, modifiers)
-        dscores_NM = through_cap(weights_NM * (dweights_NM - delta_M[None, :]), capped_NM, modifiers)
-        dk_ND = tl.dot(dscores_NM.to(q_MD.dtype), q_MD, dk_ND, input_precision="ieee")
+        if SUMS != "key":
+            dv_NV = tl.dot(dropped_NM.to(do_MV.dtype), do_MV, dv_NV, input_precision="ieee")
+        if SUMS != "value":
+            dweights_NM = tl.dot(v_NV, do_MV.T, input_precision="ieee")
+            if modifiers.seed is not None:
+                dweights_NM = dropped(dweights_NM, kept_NM, modifiers)
+            dscores_NM = through_cap(weights_NM * (dweights_NM - delta_M[None, :]), capped_NM, modifiers)
+            dk_ND = tl.dot(dscores_NM.to(q_MD.dtype), q_MD, dk_ND, input_precision="ieee")
     return dk_ND, dv_NV
 
 
@@ -193,7 +199,7 @@ def dkey_kernel(
     q_row, q_head, k_row, k_head, v_row, v_head, do_row, do_head, modifiers, lists,
     GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr,
-    HAS_SINK_TOKENS: tl.constexpr, SPLIT: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    HAS_SINK_TOKENS: tl.constexpr, SPLIT: tl.constexpr, DESCRIPTORS: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """Program = (key head, tile in `order`), the last fastest; walks over the query rows that see the tile."""
     key_head = tl.program_id(0) // tile_count
@@ -201,10 +207,15 @@ def dkey_kernel(
     column = tile * N
     column_N = column + tl.arange(0, N)
     k_ND = load_block(key, key_head, column, key_count, k_row, k_head, N, DIM, PADDED_DIM, DESCRIPTORS)
-    v_NV = load_block(value, key_head, column, key_count, v_row, v_head, N, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS)
+    v_NV = k_ND  # stands for none
+    if SUMS != "value":
+        v_NV = load_block(
+            value, key_head, column, key_count, v_row, v_head, N, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS
+        )
     position_N, shown_N = of_keys(modifiers, column_N, key_count)
-    dk_ND = tl.zeros([N, PADDED_DIM], tl.float32)
-    dv_NV = tl.zeros([N, PADDED_VALUE_DIM], tl.float32)
+    NONE: tl.constexpr = 16  # the fewest columns, of a sum that is not asked for
+    dk_ND = tl.zeros([N, NONE if SUMS == "value" else PADDED_DIM], tl.float32)
+    dv_NV = tl.zeros([N, NONE if SUMS == "key" else PADDED_VALUE_DIM], tl.float32)
 
     any_begin = tl.load(rows + tile * 4)
     all_begin = tl.load(rows + tile * 4 + 1)
@@ -228,7 +239,7 @@ def dkey_kernel(
                 dk_ND, dv_NV, k_ND, v_NV, sink_begin, sink_end, sink_end, sink_end, column_N, sink_start, sink_stop,
                 query, dout, lse_and_delta, head, query_count, q_row, q_head, do_row, do_head, scale_log2,
                 modifiers, position_N, shown_N, lists, listed, bits_N,
-                "all", M, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
+                "all", M, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS, SUMS,
             )  # fmt: skip
         for part in tl.static_range(3 if IN_PARTS else 1):
             dk_ND, dv_NV = dkey_stretch(
@@ -236,12 +247,14 @@ def dkey_kernel(
                 query, dout, lse_and_delta, head, query_count, q_row, q_head, do_row, do_head, scale_log2,
                 modifiers, position_N, shown_N, lists, listed, bits_N,
                 ("none" if part == 1 else "all") if IN_PARTS else "edges",
-                M, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS,
+                M, DIM, PADDED_DIM, VALUE_DIM, PADDED_VALUE_DIM, DESCRIPTORS, SUMS,
             )  # fmt: skip
 
-    dk_offsets = block_offsets(key_head, column, key_heads, N, DIM, PADDED_DIM)
-    dk_inside = block_inside(column, key_count, N, DIM, PADDED_DIM)
-    tl.store(dkey + dk_offsets, (dk_ND * scale).to(dkey.dtype.element_ty), mask=dk_inside)
-    dv_offsets = block_offsets(key_head, column, key_heads, N, VALUE_DIM, PADDED_VALUE_DIM)
-    dv_inside = block_inside(column, key_count, N, VALUE_DIM, PADDED_VALUE_DIM)
-    tl.store(dvalue + dv_offsets, dv_NV.to(dvalue.dtype.element_ty), mask=dv_inside)
+    if SUMS != "value":
+        dk_offsets = block_offsets(key_head, column, key_heads, N, DIM, PADDED_DIM)
+        dk_inside = block_inside(column, key_count, N, DIM, PADDED_DIM)
+        tl.store(dkey + dk_offsets, (dk_ND * scale).to(dkey.dtype.element_ty), mask=dk_inside)
+    if SUMS != "key":
+        dv_offsets = block_offsets(key_head, column, key_heads, N, VALUE_DIM, PADDED_VALUE_DIM)
+        dv_inside = block_inside(column, key_count, N, VALUE_DIM, PADDED_VALUE_DIM)
+        tl.store(dvalue + dv_offsets, dv_NV.to(dvalue.dtype.element_ty), mask=dv_inside)

@@ -48,7 +48,7 @@ class PreparedKernel:
         tiles: Tiles,
         direct: bool,
         owns_keys: bool = False,
-        **constants: bool,
+        **constants: bool | str,
     ) -> None:
         (query_count, heads, dim), (key_count, key_heads, value_dim) = operands[0].shape, operands[2].shape
         self.empty = not query_count or not key_count

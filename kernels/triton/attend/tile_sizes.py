@@ -52,6 +52,15 @@ def key_gradient_tiles(chip: str, dtype: torch.dtype, dim: int, dropout: bool = 
     return (dropout and _KEY_GRADIENT_DROPOUT.get((chip, row))) or _KEY_GRADIENT[chip][row]
 
 
+def value_gradient_tiles(chip: str, dtype: torch.dtype, dim: int, dropout: bool = False) -> Tiles | None:
+    """Tiles of a kernel for the gradient of value alone; None where that of keys sums both.
+
+    `dim` is the larger head dimension.
+    """
+    row = _row(dtype, dim)
+    return (dropout and _VALUE_GRADIENT_DROPOUT.get((chip, row))) or _VALUE_GRADIENT.get((chip, row))
+
+
 def query_gradient_tiles(chip: str, dtype: torch.dtype, dim: int, dropout: bool = False) -> Tiles:
     """Tiles of the kernel for the gradient of query; `dim` is the larger head dimension."""
     row = _row(dtype, dim)
@@ -76,7 +85,7 @@ _FORWARD = {
         64: Tiles(128, 64, 4, 4, True),
         128: Tiles(128, 128, 8, 3, True, split=False),
         256: Tiles(128, 64, 8, 2, True),
-        512: Tiles(64, 32, 8, 2, True),
+        512: Tiles(64, 128, 8, 1, True, split=False),
         "fp32": Tiles(32, 32, 8, 1),
         "fp32 wide": Tiles(16, 32, 8, 1),
         "fp32 widest": Tiles(16, 16, 8, 1),
@@ -113,7 +122,7 @@ _KEY_GRADIENT = {
         64: Tiles(64, 64, 4, 3, True, split=False),
         128: Tiles(64, 64, 4, 2, True, split=False),
         256: Tiles(64, 64, 8, 2, True),
-        512: Tiles(32, 32, 8, 1),
+        512: Tiles(32, 64, 8, 1, split=False),
         "fp32": Tiles(16, 32, 8, 1),
         "fp32 wide": Tiles(16, 16, 8, 1),
         "fp32 widest": Tiles(16, 16, 8, 1),
@@ -150,7 +159,7 @@ _QUERY_GRADIENT = {
         64: Tiles(128, 64, 8, 3, True),
         128: Tiles(128, 64, 8, 3, True),
         256: Tiles(128, 32, 8, 3, True),
-        512: Tiles(32, 32, 8, 1),
+        512: Tiles(64, 32, 8, 1, True, split=False),
         "fp32": Tiles(16, 16, 8, 1),
         "fp32 wide": Tiles(16, 16, 8, 1),
         "fp32 widest": Tiles(16, 16, 8, 1),
@@ -183,11 +192,14 @@ _QUERY_GRADIENT = {
     "interpreter": dict.fromkeys((64, 128, 256, 512, "fp32", "fp32 wide", "fp32 widest"), Tiles(32, 16, 4, 1)),
 }
 
+# Where the sums of key and value together would leave blocks of too few rows for the fast products.
+_VALUE_GRADIENT = {("hopper", 512): Tiles(128, 64, 8, 1, True, split=False)}
+
 # Blackwell takes Hopper's rows where they fit: its products pass operands through shared memory that Hopper's keep in
 # registers. Not measured on a chip.
-_FORWARD["blackwell"] = _FORWARD["hopper"]
-_KEY_GRADIENT["blackwell"] = {**_KEY_GRADIENT["hopper"], 256: Tiles(64, 64, 8, 1, True)}
-_QUERY_GRADIENT["blackwell"] = {**_QUERY_GRADIENT["hopper"], 256: Tiles(64, 64, 8, 1, True)}
+_FORWARD["blackwell"] = {**_FORWARD["hopper"], 512: Tiles(64, 32, 8, 2, True)}
+_KEY_GRADIENT["blackwell"] = {**_KEY_GRADIENT["hopper"], 256: Tiles(64, 64, 8, 1, True), 512: Tiles(32, 32, 8, 1)}
+_QUERY_GRADIENT["blackwell"] = {**_QUERY_GRADIENT["hopper"], 256: Tiles(64, 64, 8, 1, True), 512: Tiles(32, 32, 8, 1)}
 
 # Random words of ten rounds want registers, so dropout takes smaller blocks or more warps where it would spill.
 _FORWARD_DROPOUT = {
@@ -199,6 +211,7 @@ _FORWARD_DROPOUT = {
     ("consumer", 64): Tiles(128, 64, 8, 3),
     ("consumer", 128): Tiles(128, 32, 8, 2),
 }
+_VALUE_GRADIENT_DROPOUT = {}
 _KEY_GRADIENT_DROPOUT = {
     ("hopper", 128): Tiles(64, 64, 8, 2, True, split=False),
     ("hopper", 256): Tiles(32, 64, 8, 2, True, split=False),
