@@ -31,7 +31,7 @@ ONCE = {
     # masks, plans, programs
     "spec", "from_spec", "__and__", "key_intervals", "position_bounds", "local_program", "rank_program", "rows_apart",
     # launches: tiles, what is prepared once, Triton's search for the program, checks of descriptors
-    "forward_tiles", "key_gradient_tiles", "query_gradient_tiles", "__init__:PreparedForward",
+    "forward_tiles", "key_gradient_tiles", "value_gradient_tiles", "query_gradient_tiles", "__init__:PreparedForward",
     "__init__:PreparedBackward", "__init__:PreparedQueryGradient", "__init__:PreparedKeyGradient",
     "__init__:Launcher", "described", "descriptor",
     "list_descriptor", "part_descriptors", "description_of", "addressable", "supports", "runs_on", "width_of",

@@ -21,6 +21,7 @@ from ringflash.kernels.gpu.chips import multiprocessors
 from ringflash.kernels.gpu.compile_once import compiled_once
 from ringflash.kernels.gpu.launcher import Launcher, aligned
 from ringflash.kernels.gpu.modifiers_given import modifiers_aligned, modifiers_metadata
+from ringflash.kernels.hopper import widest
 from ringflash.kernels.hopper.backward_kernel import attend_backward_kernel
 from ringflash.kernels.hopper.backward_order import order_of_lists, order_of_programs
 from ringflash.kernels.hopper.backward_split_kernel import attend_backward_split_kernel
@@ -46,7 +47,7 @@ from ringflash.kernels.hopper.dquery_accumulate import HALF
 from ringflash.kernels.hopper.dquery_in_turn import PARTS, heads_in_turn, turns_of_tiles
 from ringflash.kernels.hopper.dropout import dropout_numbers, listed
 from ringflash.kernels.hopper.listed_blocks import list_numbers, list_tensors
-from ringflash.kernels.hopper.widths import WIDTHS, width_of
+from ringflash.kernels.hopper.widths import WIDEST, WIDTHS, width_of
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.kept import Kept, metadata
 from ringflash.kernels.modifiers import Modifiers
@@ -141,15 +142,22 @@ def attend_backward(
     """See ringflash.kernels.reference.attend_backward. A carry is overwritten; dout is rounded to query's dtype.
 
     With sink tokens or blocks, whose tiles are not visited in an order in which programs could wait for one another,
-    gradients that have to repeat bit for bit come from the portable kernels.
+    gradients that have to repeat bit for bit come from the portable kernels. So do those with modifiers, sink tokens or
+    blocks at head dimension 512.
     """
     simple = not intervals.has_sink_tokens and intervals.blocks is None
-    if deterministic and not simple:
+    is_widest = query.shape[2] == WIDEST
+    if (deterministic and not simple) or (is_widest and not widest.takes(intervals, modifiers)):
         return portable.attend_backward(
             dout.to(query.dtype), query, key, value, lse, delta, intervals, scale=scale, modifiers=modifiers,
             carry=carry, dquery_dtype=dquery_dtype, dkey_dtype=dkey_dtype,
         )  # fmt: skip
     dquery_dtype, dkey_dtype = dquery_dtype or query.dtype, dkey_dtype or key.dtype
+    if is_widest:
+        return widest.attend_backward(
+            dout, query, key, value, lse, delta, intervals, scale=scale, carry=carry,
+            dquery_dtype=dquery_dtype, dkey_dtype=dkey_dtype,
+        )  # fmt: skip
     operands = (dout, query, key, value)
     numbers = (lse, delta, carry)
     call = _call(operands, numbers, intervals, scale, modifiers, dkey_dtype, deterministic)

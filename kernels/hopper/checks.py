@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ringflash.errors import ArgumentError
 from ringflash.kernels.gpu.modifiers_given import check_modifiers
-from ringflash.kernels.hopper.widths import width_of
+from ringflash.kernels.hopper.widths import WIDEST, width_of
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.key_blocks import check_blocks
 from ringflash.kernels.modifiers import Modifiers
@@ -29,12 +29,17 @@ def supports(
     if missing is not None:
         return missing
     dims = head_dim, value_head_dim or head_dim
-    if min(dims) < LEAST_DIM or width_of(*dims) is None:
+    if min(dims) < LEAST_DIM or not taken(*dims):
         return (
             f"head_dim={dims[0]}, value_head_dim={dims[1]}; it takes multiples of 8 from {LEAST_DIM} to 128, keys' up "
-            "to 192 with values' of 128, and 192 and 256 for both"
+            f"to 192 with values' of 128, and 192, 256 and {WIDEST} for both"
         )
     return None
+
+
+def taken(head_dim: int, value_head_dim: int) -> bool:
+    """Whether some kernel of this package takes these head dimensions."""
+    return width_of(head_dim, value_head_dim) is not None or head_dim == value_head_dim == WIDEST
 
 
 def runs_on(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -62,7 +67,7 @@ def check_operands(
         )
     if missing := runs_on(query.device, query.dtype):
         raise ArgumentError(f"kernel='hopper' cannot run: {missing}")
-    if width_of(query.shape[2], value.shape[2]) is None:
+    if not taken(query.shape[2], value.shape[2]):
         raise ArgumentError(f"head dimensions {query.shape[2]} and {value.shape[2]}; allowed are those of `widths`")
     if intervals.query_count != query.shape[0] or intervals.key_count != key.shape[0]:
         raise ArgumentError(

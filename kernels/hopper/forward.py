@@ -14,6 +14,7 @@ from ringflash.kernels.gpu.block_lists import NO_LISTS, ListOperands, key_lists,
 from ringflash.kernels.gpu.chips import multiprocessors
 from ringflash.kernels.gpu.launcher import Launcher, aligned
 from ringflash.kernels.gpu.modifiers_given import modifiers_aligned, modifiers_metadata
+from ringflash.kernels.hopper import widest
 from ringflash.kernels.hopper.checks import check_operands
 from ringflash.kernels.hopper.descriptors import (
     addressable,
@@ -29,12 +30,13 @@ from ringflash.kernels.hopper.listed_blocks import list_numbers, list_tensors
 from ringflash.kernels.hopper.schedule import head_section
 from ringflash.kernels.hopper.score_changes import key_numbers
 from ringflash.kernels.hopper.sink_tokens import token_pieces
-from ringflash.kernels.hopper.widths import WIDTHS, width_of
+from ringflash.kernels.hopper.widths import WIDEST, WIDTHS, width_of
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.kept import Kept, metadata
 from ringflash.kernels.modifiers import Modifiers
 from ringflash.kernels.reference import Carry
 from ringflash.kernels.sinks import with_sinks
+from ringflash.kernels.triton import attend as portable
 
 
 @dataclass(frozen=True)
@@ -85,13 +87,21 @@ def attend(
     out_dtype: torch.dtype | None = None,
     sinks: Tensor | None = None,
 ) -> Carry:
-    """See ringflash.kernels.reference.attend. A carry is overwritten where its tensors can hold the result."""
+    """See ringflash.kernels.reference.attend. A carry is overwritten where its tensors can hold the result.
+
+    Modifiers and sink tokens at head dimension 512 come from the portable kernels.
+    """
     out_dtype = out_dtype or query.dtype
     if sinks is not None and (modifiers is not None or query.shape[2:] + value.shape[2:] not in SINKS_JOIN):
         settings = {"scale": scale, "modifiers": modifiers, "carry": carry, "out_dtype": torch.float32}
         out, lse = with_sinks(*attend(query, key, value, intervals, **settings), sinks)
         return out.to(out_dtype), lse
     carry = carry and (addressable_carry(carry[0]), carry[1].contiguous())
+    if query.shape[2] == WIDEST:
+        if not widest.takes(intervals, modifiers):
+            settings = {"scale": scale, "modifiers": modifiers, "carry": carry, "out_dtype": out_dtype}
+            return portable.attend(query, key, value, intervals, **settings)
+        return widest.attend(query, key, value, intervals, scale=scale, carry=carry, out_dtype=out_dtype)
     sinks = None if sinks is None else sinks.contiguous()
     call = _call(query, key, value, intervals, scale, modifiers, carry, out_dtype, sinks)
     prepared = prepared_calls.get(call)

@@ -1,4 +1,4 @@
-"""Launches of the kernels for head dimension 512."""
+"""Launches of the kernels for head dimension 512, which take no modifiers and no sink tokens: portable kernels do."""
 
 from __future__ import annotations
 
@@ -9,40 +9,160 @@ from torch import Tensor
 
 from ringflash.kernels.gpu.launcher import Launcher, aligned
 from ringflash.kernels.hopper.checks import check_operands
-from ringflash.kernels.hopper.descriptors import addressable, description_of, descriptor, descriptor_of, without_memory
+from ringflash.kernels.hopper.descriptors import (
+    Description,
+    addressable,
+    description_of,
+    descriptor,
+    descriptor_of,
+    without_memory,
+)
 from ringflash.kernels.hopper.softmax import ROWS
 from ringflash.kernels.hopper.widest_backward_kernel import dscores_widest_kernel, dvalue_widest_kernel
 from ringflash.kernels.hopper.widest_forward_kernel import LOG2_E, attend_widest_kernel
+from ringflash.kernels.hopper.widths import WIDEST
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.kept import Kept, metadata
+from ringflash.kernels.modifiers import Modifiers
 from ringflash.kernels.reference import Carry
-
-WIDTH = 512
-"""Columns of queries, keys and values."""
 
 
 @dataclass(frozen=True)
-class ForwardTiles:
-    """Sizes of a forward launch.
+class WeightsTiles:
+    """Sizes of a launch that sums weights times rows: the forward pass, and the gradient of values.
 
     Attributes:
-        keys: key rows of a block.
-        key_piece: columns of the keys that are loaded at a time, and how many such pieces have room.
-        value_piece: rows of the values that are loaded at a time, and how many such pieces of half of the columns each.
+        rows: rows of a block: keys, or queries for the gradient.
+        scored: columns that are loaded at a time of what scores are computed from, and how many such pieces have room.
+        summed: rows that are loaded at a time of what is summed, and how many such pieces of half of the columns each.
         registers: of a thread of the warpgroups that sum, of the one with the scores, and of the warps that load.
     """
 
-    keys: int = 64
-    key_piece: tuple[int, int] = (128, 5)
-    value_piece: tuple[int, int] = (32, 2)
-    registers: tuple[int, int, int] = (168, 152, 24)
+    rows: int
+    scored: tuple[int, int]
+    summed: tuple[int, int]
+    registers: tuple[int, int, int]
 
 
-FORWARD_TILES = ForwardTiles()
+@dataclass(frozen=True)
+class DscoresTiles:
+    """Sizes of a launch that sums scores' gradients times rows: the gradients of queries, and of keys.
+
+    Attributes:
+        rows: rows of a block: keys for queries, queries for keys.
+        stages: blocks that have room.
+        other: columns that are loaded at a time of values or dout, and how many such pieces have room.
+        registers: see WeightsTiles.
+    """
+
+    rows: int
+    stages: int
+    other: tuple[int, int]
+    registers: tuple[int, int, int]
+
+
+FORWARD_TILES = WeightsTiles(rows=128, scored=(64, 4), summed=(32, 2), registers=(160, 168, 24))
+DVALUE_TILES = WeightsTiles(rows=64, scored=(128, 5), summed=(32, 2), registers=(160, 168, 24))
+DSCORES_TILES = DscoresTiles(rows=32, stages=2, other=(128, 3), registers=(160, 168, 24))
+"""docs/benchmarks/kernels.md has the measurements behind them."""
+
+
+def takes(intervals: KeyIntervals, modifiers: Modifiers | None) -> bool:
+    """Whether these kernels do; the portable ones take the rest."""
+    return modifiers is None and not intervals.has_sink_tokens
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    intervals: KeyIntervals,
+    *,
+    scale: float,
+    carry: Carry | None,
+    out_dtype: torch.dtype,
+) -> Carry:
+    """See ringflash.kernels.reference.attend. A carry, contiguous, is overwritten where it can hold the result."""
+    carry_out, carry_lse = carry or (None, None)
+    tensors = (query, key, value, carry_out, carry_lse)
+    call = (*_form(tensors, intervals, (query, key, value)), scale, out_dtype)
+    prepared = prepared_calls.get(call)
+    if prepared is None:
+        check_operands(query, key, value, intervals, scale, None)
+        prepared = PreparedForward(query, key, value, intervals, scale, carry, out_dtype, FORWARD_TILES)
+        prepared_calls.add(call, prepared)
+    return prepared(query, key, value, intervals, carry)
+
+
+def attend_backward(
+    dout: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    intervals: KeyIntervals,
+    *,
+    scale: float,
+    carry: Tensor | None,
+    dquery_dtype: torch.dtype,
+    dkey_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ringflash.kernels.reference.attend_backward; dout is rounded to query's dtype. Gradients always repeat."""
+    operands = (dout.to(query.dtype), query, key, value)
+    numbers = (lse.contiguous(), delta.contiguous(), None if carry is None else carry.contiguous())
+    call = (*_form((*operands, *numbers), intervals, operands), scale, dquery_dtype, dkey_dtype)
+    prepared = prepared_calls.get(call)
+    if prepared is None:
+        check_operands(query, key, value, intervals, scale, None)
+        prepared = PreparedBackward(operands, numbers, intervals, scale, dquery_dtype, dkey_dtype)
+        prepared_calls.add(call, prepared)
+    return prepared(operands, numbers, intervals)
+
+
+prepared_calls = Kept()
+"""`PreparedForward` and `PreparedBackward` by what the functions above were asked for."""
+
+
+def _form(tensors: tuple[Tensor | None, ...], intervals: KeyIntervals, operands: tuple[Tensor, ...]) -> tuple:
+    """What launches depend on, of the tensors; operands may have to be copied first."""
+    bounds = intervals.start, intervals.stop
+    return (
+        *map(metadata, tensors), intervals.start.shape, intervals.key_count,
+        aligned(*tensors, *bounds) or tuple(map(aligned, operands)),
+    )  # fmt: skip
+
+
+def described(x: Tensor, rows: int, columns: int) -> Description:
+    """`descriptor` of blocks of a tensor, without the tensor."""
+    return description_of(descriptor(x, rows, columns))
+
+
+class Addressable:
+    """Operands as the tensor memory engine takes them, which calls alike need a copy for or not."""
+
+    def __init__(self, operands: tuple[Tensor, ...]) -> None:
+        self.first = tuple(map(addressable, operands))
+        self.all = all(x is y for x, y in zip(operands, self.first, strict=True))
+
+    def __call__(self, operands: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Those of another call."""
+        return operands if self.all else tuple(map(addressable, operands))
 
 
 class PreparedForward:
-    """What is worked out once for calls alike, and their launch; arguments as of `forward.PreparedForward`."""
+    """What is worked out once for calls alike, and their launch.
+
+    Args:
+        query: as in `attend`, of the first call and checked; so are the others.
+        key: see query.
+        value: see query.
+        intervals: see query.
+        scale: see query.
+        carry: see query.
+        out_dtype: see query.
+        tiles: sizes of the launch.
+    """
 
     def __init__(
         self,
@@ -53,34 +173,33 @@ class PreparedForward:
         scale: float,
         carry: Carry | None,
         out_dtype: torch.dtype,
-        tiles: ForwardTiles = FORWARD_TILES,
+        tiles: WeightsTiles,
     ) -> None:
         (query_rows, heads, _), (key_rows, key_heads, _) = query.shape, value.shape
-        self.out_shape, self.lse_shape = (query_rows, heads, WIDTH), (heads, query_rows)
+        self.lse_shape = (heads, query_rows)
         self.out_dtype, self.float_out = out_dtype, out_dtype != query.dtype
         self.stored_dtype = torch.float32 if self.float_out else out_dtype
         self.empty = key_rows == 0 or query_rows == 0
         if self.empty:
             return
         direct = aligned(query, key, value, *(carry or ()), intervals.start, intervals.stop)
-        query, key, value = map(addressable, (query, key, value))
+        self.addressable = Addressable((query, key, value))
+        first_query, first_key, first_value = self.addressable.first
+        rows = ROWS.value
         self.descriptions = (
-            description_of(descriptor(query, ROWS.value, WIDTH)),
-            description_of(descriptor(key, tiles.keys, tiles.key_piece[0])),
-            description_of(descriptor(value, tiles.value_piece[0], WIDTH // 2)),
+            described(first_query, rows, WIDEST),
+            described(first_key, tiles.rows, tiles.scored[0]),
+            described(first_value, tiles.summed[0], WIDEST // 2),
         )
-        self.out_description = None
-        if not self.float_out:
-            out = without_memory(self.out_shape, self.stored_dtype)
-            self.out_description = description_of(descriptor(out, ROWS.value, WIDTH // 2))
-        tile_count = -(-query_rows // ROWS.value)
+        out = without_memory(query.shape, self.stored_dtype)
+        self.out_description = None if self.float_out else described(out, rows, WIDEST // 2)
+        tile_count = -(-query_rows // rows)
+        head_strides = [x.stride(1) for x in self.addressable.first]
         self.launch = Launcher(
             tile_count * heads,
-            (
-                query_rows, tile_count, heads, query.stride(1), key.stride(1), value.stride(1), scale * LOG2_E.value,
-            ),
+            (query_rows, tile_count, heads, *head_strides, scale * LOG2_E.value),
             dict(
-                GROUP=heads // key_heads, KEY_STAGES=tiles.key_piece[1], VALUE_STAGES=tiles.value_piece[1],
+                GROUP=heads // key_heads, KEY_STAGES=tiles.scored[1], VALUE_STAGES=tiles.summed[1],
                 FLOAT_OUT=self.float_out, REGISTERS=tiles.registers,
             ),
             {"num_warps": 4},
@@ -92,152 +211,136 @@ class PreparedForward:
     ) -> Carry:
         """Result and lse."""
         carry_out, carry_lse = carry or (None, None)
-        out = carry_out if carry and self.float_out else query.new_empty(self.out_shape, dtype=self.stored_dtype)
+        out = carry_out if carry and self.float_out else query.new_empty(query.shape, dtype=self.stored_dtype)
         lse = carry_lse if carry else query.new_empty(self.lse_shape, dtype=torch.float32)
         if self.empty:
             out, lse = carry or (out.zero_(), lse.fill_(-torch.inf))
             return out.to(self.out_dtype), lse
-        operands = map(addressable, (query, key, value))
-        self.launch(
-            attend_widest_kernel,
-            (
-                *map(descriptor_of, operands, self.descriptions), descriptor_of(out, self.out_description),
-                out if self.float_out else None, lse, carry_out, carry_lse,
-                intervals.start, intervals.stop, intervals.query_order(ROWS.value),
-            ),
+        operands = self.addressable((query, key, value))
+        tensors = (
+            *map(descriptor_of, operands, self.descriptions),
+            descriptor_of(out, self.out_description), out if self.float_out else None, lse, carry_out, carry_lse,
+            intervals.start, intervals.stop, intervals.query_order(ROWS.value),
         )  # fmt: skip
+        self.launch(attend_widest_kernel, tensors)
         return out.to(self.out_dtype), lse
 
 
-@dataclass(frozen=True)
-class BackwardTiles:
-    """Sizes of the launches for one gradient each.
-
-    Attributes:
-        dvalue: of the gradient of values, with queries for keys and dout for values.
-        rows: rows of a block of the other two.
-        stages: blocks that have room.
-        piece: columns that are loaded at a time of what is multiplied beside, and how many such pieces have room.
-        registers: as of `ForwardTiles`.
-    """
-
-    dvalue: ForwardTiles = FORWARD_TILES
-    rows: int = 32
-    stages: int = 2
-    piece: tuple[int, int] = (128, 3)
-    registers: tuple[int, int, int] = (168, 152, 24)
-
-
-BACKWARD_TILES = BackwardTiles()
-
 Operands = tuple[Tensor, Tensor, Tensor, Tensor]
 """Dout, query, key, value."""
+Numbers = tuple[Tensor, Tensor, Tensor | None]
+"""Lse, delta, carry."""
 
 
 class PreparedBackward:
-    """What is worked out once for calls alike, and their launches; arguments as of `backward.PreparedBackward`."""
+    """What is worked out once for calls alike, and their launches: one for each gradient.
+
+    Args:
+        operands: dout, query, key and value of the first call, checked.
+        numbers: lse, delta and carry of the first call.
+        intervals: as in `attend_backward`, of the first call; so are the others.
+        scale: see intervals.
+        dquery_dtype: see intervals.
+        dkey_dtype: see intervals.
+        dvalue_tiles: sizes of the launch for the gradient of values.
+        dscores_tiles: sizes of the other launches.
+    """
 
     def __init__(
         self,
         operands: Operands,
-        numbers: tuple[Tensor, Tensor, Tensor | None],
+        numbers: Numbers,
+        intervals: KeyIntervals,
         scale: float,
         dquery_dtype: torch.dtype,
         dkey_dtype: torch.dtype,
-        tiles: BackwardTiles = BACKWARD_TILES,
+        dvalue_tiles: WeightsTiles = DVALUE_TILES,
+        dscores_tiles: DscoresTiles = DSCORES_TILES,
     ) -> None:
         _, query, key, _ = operands
         (query_rows, heads, _), (key_rows, key_heads, _) = query.shape, key.shape
-        self.dtypes = (dquery_dtype, dkey_dtype)
+        self.dtypes, self.dtype = (dquery_dtype, dkey_dtype), query.dtype
         self.empty = key_rows == 0 or query_rows == 0
         if self.empty:
             return
-        direct = aligned(*operands, *numbers)
-        reachable = tuple(map(addressable, operands))
-        dout, query, key, value = reachable
-        group, rows = heads // key_heads, ROWS.value
-        query_tiles, key_tiles = -(-query_rows // rows), -(-key_rows // rows)
-        (of_dout, of_query, of_key, of_value) = (x.stride(1) for x in reachable)
-        self.owned = [description_of(descriptor(x, rows, WIDTH)) for x in reachable]
-        self.blocks = [description_of(descriptor(x, tiles.rows, WIDTH)) for x in (query, key)]
-        self.others = [description_of(descriptor(x, tiles.rows, tiles.piece[0])) for x in (dout, value)]
+        direct = aligned(*operands, *numbers, intervals.start, intervals.stop)
+        self.addressable = Addressable(operands)
+        dout, query, key, value = self.addressable.first
+        rows = ROWS.value
+        self.owned = [described(x, rows, WIDEST) for x in (dout, query, key, value)]
+        self.blocks = [described(x, dscores_tiles.rows, WIDEST) for x in (query, key)]
+        self.others = [described(x, dscores_tiles.rows, dscores_tiles.other[0]) for x in (dout, value)]
         self.weighed = (
-            description_of(descriptor(query, tiles.dvalue.keys, tiles.dvalue.key_piece[0])),
-            description_of(descriptor(dout, tiles.dvalue.value_piece[0], WIDTH // 2)),
+            described(query, dvalue_tiles.rows, dvalue_tiles.scored[0]),
+            described(dout, dvalue_tiles.summed[0], WIDEST // 2),
         )
-        self.float_out = [dtype != query.dtype for dtype in self.dtypes]
-        self.descriptions = [
-            None if float_out else description_of(descriptor(without_memory(x.shape, query.dtype), rows, WIDTH // 2))
-            for x, float_out in zip((query, key), self.float_out, strict=True)
+        self.gradients = [
+            described(without_memory(x.shape, x.dtype), rows, WIDEST // 2) if dtype == x.dtype else None
+            for x, dtype in zip((query, key), self.dtypes, strict=True)
         ]
-        sizes = {"GROUP": group, "STAGES": tiles.stages, "OTHER_STAGES": tiles.piece[1]}
-        self.launch_dquery = Launcher(
-            query_tiles * heads,
-            (query_rows, query_rows, query_tiles, heads, of_query, of_dout, of_key, of_value, scale),
-            dict(**sizes, FLOAT_OUT=self.float_out[0], OWNS_KEYS=False, REGISTERS=tiles.registers),
-            {"num_warps": 4},
-            direct,
-        )
-        self.launch_dkey = Launcher(
-            key_tiles * key_heads,
-            (query_rows, key_rows, key_tiles, key_heads, of_key, of_value, of_query, of_dout, scale),
-            dict(**sizes, FLOAT_OUT=self.float_out[1], OWNS_KEYS=True, REGISTERS=tiles.registers),
-            {"num_warps": 4},
-            direct,
-        )
-        self.launch_dvalue = Launcher(
-            key_tiles * key_heads,
-            (query_rows, key_rows, key_tiles, key_heads, of_query, of_dout, of_key, scale),
-            dict(
-                GROUP=group, QUERY_STAGES=tiles.dvalue.key_piece[1], DOUT_STAGES=tiles.dvalue.value_piece[1],
-                FLOAT_OUT=self.float_out[1], REGISTERS=tiles.dvalue.registers,
-            ),
-            {"num_warps": 4},
-            direct,
-        )  # fmt: skip
+        of_dout, of_query, of_key, of_value = (x.stride(1) for x in (dout, query, key, value))
+        of_queries, of_keys = (query_rows, -(-query_rows // rows), heads), (key_rows, -(-key_rows // rows), key_heads)
+        group = {"GROUP": heads // key_heads}
+        sizes = {"STAGES": dscores_tiles.stages, "OTHER_STAGES": dscores_tiles.other[1]}
+        float_dquery, float_dkey = ({"FLOAT_OUT": x is None} for x in self.gradients)
 
-    def __call__(
-        self, operands: Operands, numbers: tuple[Tensor, Tensor, Tensor | None], intervals: KeyIntervals
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        def launcher(owned: tuple[int, int, int], numbers: tuple, constants: dict[str, object]) -> Launcher:
+            _, tiles, owners = owned
+            return Launcher(tiles * owners, (query_rows, *owned, *numbers, scale), constants, {"num_warps": 4}, direct)
+
+        self.launch_dquery = launcher(
+            of_queries,
+            (of_query, of_dout, of_key, of_value),
+            {**group, **sizes, **float_dquery, "OWNS_KEYS": False, "REGISTERS": dscores_tiles.registers},
+        )
+        self.launch_dkey = launcher(
+            of_keys,
+            (of_key, of_value, of_query, of_dout),
+            {**group, **sizes, **float_dkey, "OWNS_KEYS": True, "REGISTERS": dscores_tiles.registers},
+        )
+        stages = {"QUERY_STAGES": dvalue_tiles.scored[1], "DOUT_STAGES": dvalue_tiles.summed[1]}
+        self.launch_dvalue = launcher(
+            of_keys,
+            (of_query, of_dout, of_key),
+            {**group, **stages, **float_dkey, "REGISTERS": dvalue_tiles.registers},
+        )
+
+    def __call__(self, operands: Operands, numbers: Numbers, intervals: KeyIntervals) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of query, key and value."""
         _, query, key, value = operands
         lse, delta, carry = numbers
-        in_place = carry is not None and self.dtypes[0] == torch.float32
-        dquery = carry if in_place else query.new_empty(query.shape, dtype=self._stored(0))
-        dkey, dvalue = (x.new_empty(x.shape, dtype=self._stored(1)) for x in (key, value))
+        stored = [dtype if dtype == self.dtype else torch.float32 for dtype in self.dtypes]
+        in_place = carry is not None and stored[0] == torch.float32
+        dquery = carry if in_place else query.new_empty(query.shape, dtype=stored[0])
+        dkey, dvalue = (x.new_empty(x.shape, dtype=stored[1]) for x in (key, value))
         if self.empty:
             dquery = dquery.zero_() if carry is None else carry
             return dquery.to(self.dtypes[0]), dkey.zero_().to(self.dtypes[1]), dvalue.zero_().to(self.dtypes[1])
-        dout, query, key, value = operands = tuple(map(addressable, operands))
+        dout, query, key, value = operands = self.addressable(operands)
         owned_dout, owned_query, owned_key, owned_value = map(descriptor_of, operands, self.owned)
         query_blocks, key_blocks = map(descriptor_of, (query, key), self.blocks)
         other_douts, other_values = map(descriptor_of, (dout, value), self.others)
+        bounds = intervals.start, intervals.stop
         seeing = intervals.key_tile_rows(1), intervals.key_tile_rows(ROWS.value)
-        key_order = intervals.key_order(ROWS.value)
+        query_order, key_order = intervals.query_order(ROWS.value), intervals.key_order(ROWS.value)
+        visited = key_blocks, other_values
+        written = self._written(dquery, 0)
         self.launch_dquery(
             dscores_widest_kernel,
-            (
-                owned_query, owned_dout, key_blocks, other_values, *self._written(dquery, 0), carry, lse, delta,
-                intervals.start, intervals.stop, None, None, intervals.query_order(ROWS.value),
-            ),
-        )  # fmt: skip
+            (owned_query, owned_dout, *visited, *written, carry, lse, delta, *bounds, None, None, query_order),
+        )
+        visited = query_blocks, other_douts
+        written = self._written(dkey, 1)
         self.launch_dkey(
             dscores_widest_kernel,
-            (
-                owned_key, owned_value, query_blocks, other_douts, *self._written(dkey, 1), None, lse, delta,
-                None, None, *seeing, key_order,
-            ),
-        )  # fmt: skip
-        weighed = map(descriptor_of, (query, dout), self.weighed)
-        self.launch_dvalue(
-            dvalue_widest_kernel, (owned_key, *weighed, *self._written(dvalue, 1), lse, *seeing, key_order)
+            (owned_key, owned_value, *visited, *written, None, lse, delta, None, None, *seeing, key_order),
         )
+        weighed = map(descriptor_of, (query, dout), self.weighed)
+        written = self._written(dvalue, 1)
+        self.launch_dvalue(dvalue_widest_kernel, (owned_key, *weighed, *written, lse, *seeing, key_order))
         return dquery.to(self.dtypes[0]), dkey.to(self.dtypes[1]), dvalue.to(self.dtypes[1])
 
-    def _stored(self, of: int) -> torch.dtype:
-        """What the kernels store: the operands' dtype or float32."""
-        return torch.float32 if self.float_out[of] else self.dtypes[of]
-
     def _written(self, x: Tensor, of: int) -> tuple:
-        """A result as the kernels take it: a descriptor, or the tensor itself if that is in fp32."""
-        return (None, x) if self.float_out[of] else (descriptor_of(x, self.descriptions[of]), None)
+        """A gradient as the kernels take it: a descriptor, or the tensor itself if that is in fp32."""
+        description = self.gradients[of]
+        return (None, x) if description is None else (descriptor_of(x, description), None)

@@ -131,8 +131,8 @@ def weigh_again(walk, numbers, key_rows, key, loaded, queries, weights, rows_of_
         for block in range(walk.blocks):
             first = walk.begin + block * N
             index = first + gl.arange(0, N, gl.SliceLayout(0, SCORES))
-            lse = load_lse(numbers, walk.first_head + member, index)
             scores = multiply_pieces(key, queries, step, no_scores)
+            lse = load_lse(numbers, walk.first_head + member, index)
             scores = hide(scores, walk, first, low, high)
             tile = gl.exp2(scores * (scale * LOG2_E) - lse[None, :])
             hand_over(weights, tile.to(key.dtype), step)
@@ -180,7 +180,7 @@ def dscores_widest_kernel(
     query_rows, owned_rows, tiles, owned_heads,
     owned_head_stride, other_owned_head_stride, block_head_stride, other_head_stride, scale,
     GROUP: gl.constexpr, STAGES: gl.constexpr, OTHER_STAGES: gl.constexpr, FLOAT_OUT: gl.constexpr,
-    OWNS_KEYS: gl.constexpr, REGISTERS: gl.constexpr,
+    OWNS_KEYS: gl.constexpr, REGISTERS: gl.constexpr, AHEAD: gl.constexpr = False,
 ):  # fmt: skip
     """Gradient of queries, or of keys if they own: see `widest.PreparedBackward` for the arguments.
 
@@ -209,8 +209,8 @@ def dscores_widest_kernel(
         [
             (sum_gradient, (walk, gradient, owned, dscores, blocks, scale, 0, FLOAT_OUT)),
             (sum_gradient, (walk, gradient, owned, dscores, blocks, scale, 1, FLOAT_OUT)),
-            (differentiate, (walk, numbers, seen, owned_rows, owned, other_owned, loaded, blocks, others, dscores,
-                             scale, OWNS_KEYS)),
+            (either, (walk, numbers, seen, owned_rows, owned, other_owned, loaded, blocks, others, dscores,
+                             scale, OWNS_KEYS, AHEAD)),
             (load_blocks, (walk, owned_desc, owned, loaded.index(0), owned_head_stride, block_desc, blocks,
                            block_head_stride)),
             (load_scored, (walk, other_owned_desc, other_owned, loaded.index(1), other_owned_head_stride, other_desc,
@@ -231,6 +231,14 @@ def load_blocks(walk, owned_desc, owned, loaded, owned_head_stride, desc, blocks
         for block in range(walk.blocks):
             fill(blocks, desc, walk.begin + block * block_rows(desc), place, step)
             step += 1
+
+
+@gluon.jit
+def either(walk, numbers, seen, owned_rows, owned, other_owned, loaded, blocks, others, dscores, scale, OWNS_KEYS: gl.constexpr, AHEAD: gl.constexpr):
+    if AHEAD:
+        differentiate_ahead(walk, numbers, seen, owned_rows, owned, other_owned, loaded, blocks, others, dscores, scale, OWNS_KEYS)
+    else:
+        differentiate(walk, numbers, seen, owned_rows, owned, other_owned, loaded, blocks, others, dscores, scale, OWNS_KEYS)
 
 
 @gluon.jit
@@ -299,6 +307,97 @@ def start_products(owned, other_owned, blocks, others, step, no_scores):
         before = stage
     scores = warpgroup_mma_wait(1, deps=[scores_token])
     return scores, token, before
+
+
+@gluon.jit
+def differentiate_ahead(
+    walk, numbers, seen, owned_rows, owned, other_owned, loaded, blocks, others, dscores, scale,
+    OWNS_KEYS: gl.constexpr,
+):  # fmt: skip
+    """A warpgroup: scores, and their gradients under the next block's products."""
+    N: gl.constexpr = blocks.blocks.shape[1]
+    STAGES: gl.constexpr = blocks.blocks.shape[0]
+    OTHER_STAGES: gl.constexpr = others.blocks.shape[0]
+    WIDTH: gl.constexpr = others.blocks.shape[2]
+    PIECES: gl.constexpr = owned.shape[1] // WIDTH
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    row = walk.first_row + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
+    if OWNS_KEYS:
+        low, high = rows_seeing(seen.rows_of_key_ptr, row, owned_rows)
+    else:
+        low = gl.load(seen.begin_ptr + row, mask=row < owned_rows, other=0)
+        high = gl.load(seen.end_ptr + row, mask=row < owned_rows, other=0)
+        lse, delta = load_lse(numbers, walk.head, row)[:, None], load_delta(numbers, walk.head, row)[:, None]
+    no_scores = gl.zeros([ROWS, N], gl.float32, SCORES)
+    for i in gl.static_range(2):
+        mbarrier.wait(loaded.index(i), 0)
+    scores_token, token = start_most(owned, other_owned, blocks, others, 0, True, no_scores)
+    scores, dweights = finish(other_owned, blocks, others, 0, True, scores_token, token)
+    steps = walk.blocks * walk.members
+    block, member = 0, 0
+    for step in range(steps):
+        first = walk.begin + block * N
+        if OWNS_KEYS:
+            index = first + gl.arange(0, N, gl.SliceLayout(0, SCORES))
+            head = walk.first_head + member
+            lse, delta = load_lse(numbers, head, index)[None, :], load_delta(numbers, head, index)[None, :]
+        # The last step has no next one: its products are of old rows and unused.
+        more = step + 1 < steps
+        scores_token, token = start_most(owned, other_owned, blocks, others, step + 1, more, no_scores)
+        scores = hide(scores, walk, first, low, high)
+        weights = gl.exp2(scores * (scale * LOG2_E) - lse)
+        hand_over(dscores, (weights * (dweights - delta)).to(owned.dtype), step)
+        scores, dweights = finish(other_owned, blocks, others, step + 1, more, scores_token, token)
+        last = block + 1 == walk.blocks
+        member = gl.where(last, member + 1, member)
+        block = gl.where(last, 0, block + 1)
+
+
+@gluon.jit
+def start_most(owned, other_owned, blocks, others, step, more, no_scores):
+    """A block's products but for the last piece of one, which there is no room for yet."""
+    STAGES: gl.constexpr = others.blocks.shape[0]
+    WIDTH: gl.constexpr = others.blocks.shape[2]
+    PIECES: gl.constexpr = owned.shape[1] // WIDTH
+    token = no_scores
+    before = step  # stands for none
+    for piece in gl.static_range(PIECES - 1):
+        stage, parity = place_in(step * PIECES + piece, STAGES)
+        mbarrier.wait(others.full.index(stage), parity, pred=more)
+        token = warpgroup_mma(
+            other_owned.slice(piece * WIDTH, WIDTH, 1), others.blocks.index(stage).permute((1, 0)), token,
+            use_acc=piece > 0, is_async=True,
+        )  # fmt: skip
+        if piece > 0:
+            token = warpgroup_mma_wait(1, deps=[token])
+            release(others.empty.index(before))
+        before = stage
+    stage, parity = place_in(step, blocks.blocks.shape[0])
+    mbarrier.wait(blocks.full.index(stage), parity, pred=more)
+    scores_token = warpgroup_mma(
+        owned, blocks.blocks.index(stage).permute((1, 0)), no_scores, use_acc=False, is_async=True
+    )
+    return scores_token, token
+
+
+@gluon.jit
+def finish(other_owned, blocks, others, step, more, scores_token, token):
+    """The products that `start_most` has left under way, with the last piece."""
+    STAGES: gl.constexpr = others.blocks.shape[0]
+    WIDTH: gl.constexpr = others.blocks.shape[2]
+    PIECES: gl.constexpr = other_owned.shape[1] // WIDTH
+    token = warpgroup_mma_wait(1, deps=[token])
+    release(others.empty.index(place_in(step * PIECES + PIECES - 2, STAGES)[0]))
+    stage, parity = place_in(step * PIECES + PIECES - 1, STAGES)
+    mbarrier.wait(others.full.index(stage), parity, pred=more)
+    token = warpgroup_mma(
+        other_owned.slice((PIECES - 1) * WIDTH, WIDTH, 1), others.blocks.index(stage).permute((1, 0)), token,
+        is_async=True,
+    )  # fmt: skip
+    scores, dweights = warpgroup_mma_wait(0, deps=[scores_token, token])
+    release(others.empty.index(stage))
+    release(blocks.empty.index(place_in(step, blocks.blocks.shape[0])[0]))
+    return scores, dweights
 
 
 @gluon.jit

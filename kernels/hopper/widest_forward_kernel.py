@@ -72,7 +72,10 @@ def attend_widest_kernel(
             (accumulate, (walk, result, query, weights, left_values, 0, FLOAT_OUT)),
             (accumulate, (walk, result, query, weights, right_values, 1, FLOAT_OUT)),
             (weigh, (walk, result, query, loaded, keys, weights, start_ptr, stop_ptr, scale_log2)),
-            (load_scored, (walk, query_desc, query, loaded.index(0), query_head_stride, key_desc, keys, key_head_stride, N)),
+            (
+                load_scored,
+                (walk, query_desc, query, loaded.index(0), query_head_stride, key_desc, keys, key_head_stride, N),
+            ),
             (load_summed, (walk, value_desc, left_values, right_values, value_head_stride, N)),
         ],
         [4, 4, 1, 1],

@@ -29,6 +29,10 @@ PADDED_VALUES = ("64", "128")
 """Where values may be narrower than blocks; the others' results go straight between registers and memory at times."""
 
 
+WIDEST = 512
+"""Columns of blocks, and of rows, in kernels of their own; see widest_work."""
+
+
 def width_of(head_dim: int, value_head_dim: int) -> str | None:
     """The narrowest of `WIDTHS` that holds queries and keys, and values, of these head dimensions; None if none does.
 

@@ -56,7 +56,7 @@ def launch(
         return catch(forward, "attend_kernel", lambda: prepared(operands, intervals, modified, carry, dtype))
     operands = (query, key, value, dout)
     if kernel in ("dkey", "dvalue"):
-        value_tiles = tile_sizes.value_gradient_tiles(*row)
+        value_tiles = tile_sizes.value_gradient_tiles(*row[:3])
         sums, tiles = ("both" if value_tiles is None else "key"), tile_sizes.key_gradient_tiles(*row)
         if kernel == "dvalue":
             sums, tiles = "value", value_tiles

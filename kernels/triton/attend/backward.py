@@ -69,9 +69,8 @@ def attend_backward(
             raise ArgumentError(f"dout is {dout.dtype}; allowed is the query's dtype, {query.dtype}")
         dropout = modifiers is not None and bool(modifiers.dropout)
         row = (chip_of(query.device), query.dtype, max(query.shape[2], value.shape[2]), dropout)
-        query_tiles, key_tiles, value_tiles = (
-            tiles(*row) for tiles in (query_gradient_tiles, key_gradient_tiles, value_gradient_tiles)
-        )
+        query_tiles, key_tiles = query_gradient_tiles(*row), key_gradient_tiles(*row)
+        value_tiles = value_gradient_tiles(*row[:3])
         of_query = PreparedQueryGradient(operands, intervals, scale, query_tiles, direct, carry is not None)
         sums = "both" if value_tiles is None else "key"
         of_keys = PreparedKeyGradient(operands, intervals, scale, key_tiles, direct, sums)
@@ -87,7 +86,7 @@ def attend_backward(
 
 
 prepared_calls = Kept()
-"""`PreparedQueryGradient`, `PreparedKeyGradient` and perhaps another one for values alone, by what `attend_backward` was asked for."""
+"""`PreparedQueryGradient` and `PreparedKeyGradient`, perhaps another one for values, by what was asked for."""
 
 
 class PreparedQueryGradient(PreparedKernel):
@@ -148,7 +147,7 @@ class PreparedKeyGradient(PreparedKernel):
         modifiers: ModifierOperands,
         dkey_dtype: torch.dtype,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of key and value, None for one that is not summed; `pairs` as `PreparedQueryGradient` leaves them."""
+        """Gradients of key and value, None for what is not summed; `pairs` as `PreparedQueryGradient` leaves them."""
         _, key, value, _ = operands
         dkey = None if self.sums == "value" else key.new_empty(key.shape, dtype=dkey_dtype)
         dvalue = None if self.sums == "key" else value.new_empty(value.shape, dtype=dkey_dtype)

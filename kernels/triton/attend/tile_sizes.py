@@ -52,13 +52,12 @@ def key_gradient_tiles(chip: str, dtype: torch.dtype, dim: int, dropout: bool = 
     return (dropout and _KEY_GRADIENT_DROPOUT.get((chip, row))) or _KEY_GRADIENT[chip][row]
 
 
-def value_gradient_tiles(chip: str, dtype: torch.dtype, dim: int, dropout: bool = False) -> Tiles | None:
+def value_gradient_tiles(chip: str, dtype: torch.dtype, dim: int) -> Tiles | None:
     """Tiles of a kernel for the gradient of value alone; None where that of keys sums both.
 
     `dim` is the larger head dimension.
     """
-    row = _row(dtype, dim)
-    return (dropout and _VALUE_GRADIENT_DROPOUT.get((chip, row))) or _VALUE_GRADIENT.get((chip, row))
+    return _VALUE_GRADIENT.get((chip, _row(dtype, dim)))
 
 
 def query_gradient_tiles(chip: str, dtype: torch.dtype, dim: int, dropout: bool = False) -> Tiles:
@@ -193,7 +192,7 @@ _QUERY_GRADIENT = {
 }
 
 # Where the sums of key and value together would leave blocks of too few rows for the fast products.
-_VALUE_GRADIENT = {("hopper", 512): Tiles(128, 64, 8, 1, True, split=False)}
+_VALUE_GRADIENT = {("hopper", 512): Tiles(32, 64, 8, 2, True, split=False)}
 
 # Blackwell takes Hopper's rows where they fit: its products pass operands through shared memory that Hopper's keep in
 # registers. Not measured on a chip.
@@ -205,19 +204,18 @@ _QUERY_GRADIENT["blackwell"] = {**_QUERY_GRADIENT["hopper"], 256: Tiles(64, 64, 
 _FORWARD_DROPOUT = {
     ("hopper", 64): Tiles(128, 64, 8, 3, True),
     ("hopper", 128): Tiles(128, 64, 8, 3, True),
+    ("hopper", 512): Tiles(64, 64, 8, 1, True, split=False),
     ("blackwell", 64): Tiles(128, 64, 8, 3, True),
     ("blackwell", 128): Tiles(128, 64, 8, 3, True),
     ("ampere", 64): Tiles(128, 64, 8, 3),
     ("consumer", 64): Tiles(128, 64, 8, 3),
     ("consumer", 128): Tiles(128, 32, 8, 2),
 }
-_VALUE_GRADIENT_DROPOUT = {}
 _KEY_GRADIENT_DROPOUT = {
     ("hopper", 128): Tiles(64, 64, 8, 2, True, split=False),
     ("hopper", 256): Tiles(32, 64, 8, 2, True, split=False),
     ("ampere", 64): Tiles(32, 128, 8, 2, split=False),
     ("ampere", 128): Tiles(32, 64, 8, 2, split=False),
-    ("hopper", 512): Tiles(32, 32, 8, 1, split=False),
     ("blackwell", 256): Tiles(32, 64, 8, 1, True, split=False),
     ("blackwell", 512): Tiles(32, 32, 8, 1, split=False),
     ("ampere", 256): Tiles(32, 64, 8, 1, split=False),
