@@ -27,6 +27,14 @@ from ringflash.kernels.hopper.widest_work import (
 )
 
 
+CARRIED_SUM = gl.constexpr(256.0)
+"""What a carry's row sums to: 2^8, as its maximum is taken to be smaller by 8.
+
+By so much a maximum has to be outgrown before it gives way, see `softmax_step`. Thus a carry's gives way to the first
+keys that have more weight, of which the largest is then 1 and is not rounded.
+"""
+
+
 class Result(NamedTuple):
     """Where the result goes, and where a carry comes from."""
 
@@ -99,12 +107,10 @@ def weigh(walk, result, query, loaded, keys, weights, start_ptr, stop_ptr, scale
     if result.carry_lse_ptr is not None:
         carried = gl.load(result.carry_lse_ptr + lse_rows, mask=inside, other=float("-inf"))
         unseen = carried == float("-inf")
-        maximum = gl.where(unseen, LOWEST, carried * LOG2_E)
+        maximum = gl.where(unseen, LOWEST, carried * LOG2_E - 8.0)
         # Four threads share a row, and add up their sums at the end.
-        quarter = gl.convert_layout(
-            gl.where(unseen, 0.0, 0.25), gl.SliceLayout(1, total.type.layout), assert_trivial=True
-        )
-        total = total + quarter[:, None]
+        quarter = gl.where(unseen, 0.0, CARRIED_SUM / 4)
+        total = total + gl.convert_layout(quarter, gl.SliceLayout(1, total.type.layout), assert_trivial=True)[:, None]
     mbarrier.wait(loaded.index(0), 0)
     for block in range(walk.blocks):
         scores = multiply_pieces(query, keys, block, no_scores)
@@ -135,6 +141,7 @@ def accumulate(walk, result, query, weights, values, PART: gl.constexpr, FLOAT_O
     second = first
     if result.carry_out_ptr is not None:
         first, second = load_carry(result.carry_out_ptr, walk, rows, heads, PART, D, OUT)
+        first, second = first * CARRIED_SUM, second * CARRIED_SUM
     for block in range(walk.blocks):
         first, second = multiply_factors(weights, values, first, second, block, True)
     slot, parity = walk.blocks & 1, walk.blocks >> 1 & 1
