@@ -293,12 +293,12 @@ def largest_error(x: Tensor, right: Tensor) -> float:
     return difference.nan_to_num(nan=torch.inf).max().item()
 
 
-def assert_nan_stays(kernels: ModuleType, dtype: torch.dtype, device: str) -> None:
+def assert_nan_stays(kernels: ModuleType, dtype: torch.dtype, device: str, dim: int = 64) -> None:
     """Rows that see a key of nan are nan, out and lse, through two launches, and only they.
 
     Rows 39 to 59 see no other key of the first launch: an lse of -inf would tell the second that they have seen none.
     """
-    query, key, value = torch.randn(3, 60, 2, 64, device=device).to(dtype)
+    query, key, value = torch.randn(3, 60, 2, dim, device=device).to(dtype)
     key[[20, 39]] = torch.nan
     row, carry = torch.arange(60, dtype=torch.int32, device=device), None
     start = torch.where(row < 39, 0, 39)

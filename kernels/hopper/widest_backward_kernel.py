@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ringflash.kernels.gpu.compile_once import compiled_once
 from ringflash.kernels.hopper.backward_kernel import rows_seeing
+from ringflash.kernels.hopper.backward_work import unseen_zero
 from ringflash.kernels.hopper.blocks import block_columns, block_rows, flat_layout, head_place
 from ringflash.kernels.hopper.compat import release
 from ringflash.kernels.hopper.forward_kernel import LOG2_E
@@ -92,7 +93,7 @@ def dvalue_widest_kernel(
     WEIGHTS: gl.constexpr = gl.NVMMASharedLayout(
         swizzle_byte_width=2 * block_rows(dout_desc), element_bitwidth=16, rank=2
     )
-    key = gl.allocate_shared_memory(key_desc.dtype, [ROWS, D], flat_layout(key_desc))
+    key = gl.allocate_shared_memory(key_desc.dtype, [1, ROWS, D], flat_layout(key_desc))
     loaded = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     mbarrier.init(loaded.index(0), count=1)
     queries = allocate_ring(query_desc, QUERY_STAGES, 1)
@@ -105,10 +106,10 @@ def dvalue_widest_kernel(
     numbers = Numbers(lse_ptr, None, query_rows)
     gl.warp_specialize(
         [
-            (sum_dvalue, (walk, gradient, key, weights, left_douts, 0, FLOAT_OUT)),
-            (sum_dvalue, (walk, gradient, key, weights, right_douts, 1, FLOAT_OUT)),
+            (sum_dvalue, (walk, gradient, key.index(0), weights, left_douts, 0, FLOAT_OUT)),
+            (sum_dvalue, (walk, gradient, key.index(0), weights, right_douts, 1, FLOAT_OUT)),
             (weigh_again, (walk, numbers, key_rows, key, loaded, queries, weights, rows_of_key_ptr, scale)),
-            (load_scored, (walk, key_desc, key, loaded.index(0), key_head_stride, query_desc, queries,
+            (load_scored, (walk, key_desc, key.index(0), loaded.index(0), key_head_stride, query_desc, queries,
                            query_head_stride, N)),
             (load_summed, (walk, dout_desc, left_douts, right_douts, dout_head_stride, N)),
         ],
@@ -131,7 +132,7 @@ def weigh_again(walk, numbers, key_rows, key, loaded, queries, weights, rows_of_
         for block in range(walk.blocks):
             first = walk.begin + block * N
             index = first + gl.arange(0, N, gl.SliceLayout(0, SCORES))
-            scores = multiply_pieces(key, queries, step, no_scores)
+            scores = multiply_pieces(key.index(unseen_zero(first)), queries, step, no_scores)
             lse = load_lse(numbers, walk.first_head + member, index)
             scores = hide(scores, walk, first, low, high)
             tile = gl.exp2(scores * (scale * LOG2_E) - lse[None, :])
@@ -180,7 +181,7 @@ def dscores_widest_kernel(
     query_rows, owned_rows, tiles, owned_heads,
     owned_head_stride, other_owned_head_stride, block_head_stride, other_head_stride, scale,
     GROUP: gl.constexpr, STAGES: gl.constexpr, OTHER_STAGES: gl.constexpr, FLOAT_OUT: gl.constexpr,
-    OWNS_KEYS: gl.constexpr, REGISTERS: gl.constexpr, AHEAD: gl.constexpr = False,
+    OWNS_KEYS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Gradient of queries, or of keys if they own: see `widest.PreparedBackward` for the arguments.
 
@@ -188,8 +189,8 @@ def dscores_widest_kernel(
     """
     D: gl.constexpr = block_columns(owned_desc)
     N: gl.constexpr = block_rows(block_desc)
-    owned = gl.allocate_shared_memory(owned_desc.dtype, [ROWS, D], flat_layout(owned_desc))
-    other_owned = gl.allocate_shared_memory(owned_desc.dtype, [ROWS, D], flat_layout(other_owned_desc))
+    both_owned = gl.allocate_shared_memory(owned_desc.dtype, [2, ROWS, D], flat_layout(owned_desc))
+    owned, other_owned = both_owned.index(0), both_owned.index(1)
     loaded = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
         mbarrier.init(loaded.index(i), count=1)
@@ -209,8 +210,8 @@ def dscores_widest_kernel(
         [
             (sum_gradient, (walk, gradient, owned, dscores, blocks, scale, 0, FLOAT_OUT)),
             (sum_gradient, (walk, gradient, owned, dscores, blocks, scale, 1, FLOAT_OUT)),
-            (either, (walk, numbers, seen, owned_rows, owned, other_owned, loaded, blocks, others, dscores,
-                             scale, OWNS_KEYS, AHEAD)),
+            (differentiate, (walk, numbers, seen, owned_rows, both_owned, loaded, blocks, others, dscores,
+                             scale, OWNS_KEYS)),
             (load_blocks, (walk, owned_desc, owned, loaded.index(0), owned_head_stride, block_desc, blocks,
                            block_head_stride)),
             (load_scored, (walk, other_owned_desc, other_owned, loaded.index(1), other_owned_head_stride, other_desc,
@@ -234,92 +235,12 @@ def load_blocks(walk, owned_desc, owned, loaded, owned_head_stride, desc, blocks
 
 
 @gluon.jit
-def either(walk, numbers, seen, owned_rows, owned, other_owned, loaded, blocks, others, dscores, scale, OWNS_KEYS: gl.constexpr, AHEAD: gl.constexpr):
-    if AHEAD:
-        differentiate_ahead(walk, numbers, seen, owned_rows, owned, other_owned, loaded, blocks, others, dscores, scale, OWNS_KEYS)
-    else:
-        differentiate(walk, numbers, seen, owned_rows, owned, other_owned, loaded, blocks, others, dscores, scale, OWNS_KEYS)
-
-
-@gluon.jit
 def differentiate(
-    walk, numbers, seen, owned_rows, owned, other_owned, loaded, blocks, others, dscores, scale,
-    OWNS_KEYS: gl.constexpr,
-):  # fmt: skip
-    """A warpgroup: scores, and their gradients."""
-    N: gl.constexpr = blocks.blocks.shape[1]
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-    row = walk.first_row + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
-    if OWNS_KEYS:
-        low, high = rows_seeing(seen.rows_of_key_ptr, row, owned_rows)
-    else:
-        low = gl.load(seen.begin_ptr + row, mask=row < owned_rows, other=0)
-        high = gl.load(seen.end_ptr + row, mask=row < owned_rows, other=0)
-        lse, delta = load_lse(numbers, walk.head, row)[:, None], load_delta(numbers, walk.head, row)[:, None]
-    no_scores = gl.zeros([ROWS, N], gl.float32, SCORES)
-    for i in gl.static_range(2):
-        mbarrier.wait(loaded.index(i), 0)
-    step = 0
-    for member in range(walk.members):
-        for block in range(walk.blocks):
-            first = walk.begin + block * N
-            if OWNS_KEYS:
-                index = first + gl.arange(0, N, gl.SliceLayout(0, SCORES))
-                head = walk.first_head + member
-                lse, delta = load_lse(numbers, head, index)[None, :], load_delta(numbers, head, index)[None, :]
-            scores, token, last = start_products(owned, other_owned, blocks, others, step, no_scores)
-            scores = hide(scores, walk, first, low, high)
-            weights = gl.exp2(scores * (scale * LOG2_E) - lse)
-            dweights = warpgroup_mma_wait(0, deps=[token])
-            release(others.empty.index(last))
-            release(blocks.empty.index(place_in(step, blocks.blocks.shape[0])[0]))
-            hand_over(dscores, (weights * (dweights - delta)).to(owned.dtype), step)
-            step += 1
-
-
-@gluon.jit
-def start_products(owned, other_owned, blocks, others, step, no_scores):
-    """A block's scores, and their weights' gradients under way: token, and the stage of the last piece.
-
-    The scores stand before the last piece, so that there is time to load it after the first one is done with.
-    """
-    STAGES: gl.constexpr = others.blocks.shape[0]
-    WIDTH: gl.constexpr = others.blocks.shape[2]
-    PIECES: gl.constexpr = owned.shape[1] // WIDTH
-    token = no_scores
-    before = step  # stands for none
-    for piece in gl.static_range(PIECES):
-        if piece == PIECES - 1:
-            stage, parity = place_in(step, blocks.blocks.shape[0])
-            mbarrier.wait(blocks.full.index(stage), parity)
-            scores_token = warpgroup_mma(
-                owned, blocks.blocks.index(stage).permute((1, 0)), no_scores, use_acc=False, is_async=True
-            )
-        stage, parity = place_in(step * PIECES + piece, STAGES)
-        mbarrier.wait(others.full.index(stage), parity)
-        token = warpgroup_mma(
-            other_owned.slice(piece * WIDTH, WIDTH, 1), others.blocks.index(stage).permute((1, 0)), token,
-            use_acc=piece > 0, is_async=True,
-        )  # fmt: skip
-        if piece > 0:
-            token = warpgroup_mma_wait(2 if piece == PIECES - 1 else 1, deps=[token])
-            release(others.empty.index(before))
-        before = stage
-    scores = warpgroup_mma_wait(1, deps=[scores_token])
-    return scores, token, before
-
-
-@gluon.jit
-def differentiate_ahead(
-    walk, numbers, seen, owned_rows, owned, other_owned, loaded, blocks, others, dscores, scale,
+    walk, numbers, seen, owned_rows, both_owned, loaded, blocks, others, dscores, scale,
     OWNS_KEYS: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: scores, and their gradients under the next block's products."""
     N: gl.constexpr = blocks.blocks.shape[1]
-    STAGES: gl.constexpr = blocks.blocks.shape[0]
-    OTHER_STAGES: gl.constexpr = others.blocks.shape[0]
-    WIDTH: gl.constexpr = others.blocks.shape[2]
-    PIECES: gl.constexpr = owned.shape[1] // WIDTH
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     row = walk.first_row + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
     if OWNS_KEYS:
@@ -331,8 +252,8 @@ def differentiate_ahead(
     no_scores = gl.zeros([ROWS, N], gl.float32, SCORES)
     for i in gl.static_range(2):
         mbarrier.wait(loaded.index(i), 0)
-    scores_token, token = start_most(owned, other_owned, blocks, others, 0, True, no_scores)
-    scores, dweights = finish(other_owned, blocks, others, 0, True, scores_token, token)
+    scores_token, token = start_most(both_owned, 0, blocks, others, 0, True, no_scores)
+    scores, dweights = finish(both_owned, 0, blocks, others, 0, True, scores_token, token)
     steps = walk.blocks * walk.members
     block, member = 0, 0
     for step in range(steps):
@@ -343,19 +264,23 @@ def differentiate_ahead(
             lse, delta = load_lse(numbers, head, index)[None, :], load_delta(numbers, head, index)[None, :]
         # The last step has no next one: its products are of old rows and unused.
         more = step + 1 < steps
-        scores_token, token = start_most(owned, other_owned, blocks, others, step + 1, more, no_scores)
+        scores_token, token = start_most(both_owned, unseen_zero(first), blocks, others, step + 1, more, no_scores)
         scores = hide(scores, walk, first, low, high)
         weights = gl.exp2(scores * (scale * LOG2_E) - lse)
-        hand_over(dscores, (weights * (dweights - delta)).to(owned.dtype), step)
-        scores, dweights = finish(other_owned, blocks, others, step + 1, more, scores_token, token)
+        hand_over(dscores, (weights * (dweights - delta)).to(both_owned.dtype), step)
+        scores, dweights = finish(both_owned, unseen_zero(first), blocks, others, step + 1, more, scores_token, token)
         last = block + 1 == walk.blocks
         member = gl.where(last, member + 1, member)
         block = gl.where(last, 0, block + 1)
 
 
 @gluon.jit
-def start_most(owned, other_owned, blocks, others, step, more, no_scores):
-    """A block's products but for the last piece of one, which there is no room for yet."""
+def start_most(both_owned, zero, blocks, others, step, more, no_scores):
+    """A block's products but for the last piece of one, which there is no room for yet.
+
+    The scores come last, and are under way when this returns: meanwhile that piece is loaded where the first one was.
+    """
+    owned, other_owned = both_owned.index(zero), both_owned.index(zero + 1)
     STAGES: gl.constexpr = others.blocks.shape[0]
     WIDTH: gl.constexpr = others.blocks.shape[2]
     PIECES: gl.constexpr = owned.shape[1] // WIDTH
@@ -381,8 +306,9 @@ def start_most(owned, other_owned, blocks, others, step, more, no_scores):
 
 
 @gluon.jit
-def finish(other_owned, blocks, others, step, more, scores_token, token):
+def finish(both_owned, zero, blocks, others, step, more, scores_token, token):
     """The products that `start_most` has left under way, with the last piece."""
+    other_owned = both_owned.index(zero + 1)
     STAGES: gl.constexpr = others.blocks.shape[0]
     WIDTH: gl.constexpr = others.blocks.shape[2]
     PIECES: gl.constexpr = other_owned.shape[1] // WIDTH

@@ -26,7 +26,6 @@ from ringflash.kernels.hopper.widest_work import (
     walk_of_queries,
 )
 
-
 CARRIED_SUM = gl.constexpr(256.0)
 """What a carry's row sums to: 2^8, as its maximum is taken to be smaller by 8.
 

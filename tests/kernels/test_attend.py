@@ -187,6 +187,10 @@ HOPPER_CASES = {
     "bf16-d24": (torch.bfloat16, (2, 1), (24, 24), 1, None),
     "bf16-d120-v128": (torch.bfloat16, (2, 2), (120, 128), 1, None),
     "bf16-d176-v128": (torch.bfloat16, (2, 2), (176, 128), 1, None),
+    "bf16-d512-ring": (torch.bfloat16, (4, 1), (512, 512), 2, None),
+    "fp16-d512-ring": (torch.float16, (3, 3), (512, 512), 1, None),
+    "bf16-d512-softcap-padding": (torch.bfloat16, (2, 1), (512, 512), 1, (3.0, None, 0.0, True)),
+    "bf16-d512-dropout": (torch.bfloat16, (4, 2), (512, 512), 0, (0.0, None, 0.3, False)),
     "bf16-d64-padding": (torch.bfloat16, (4, 2), (64, 64), 1, (0.0, None, 0.0, True)),
     "bf16-d128-padding": (torch.bfloat16, (4, 1), (128, 128), 1, (0.0, None, 0.0, True)),
     "bf16-d256-slopes-padding": (torch.bfloat16, (2, 1), (256, 256), 1, (0.0, "of each row", 0.0, True)),
@@ -212,6 +216,7 @@ HOPPER_TOKEN_CASES = {
     "d128-ring": ((2, 2), (128, 128), 2, None),
     "d192-v128": ((4, 2), (192, 128), 1, None),
     "d256": ((2, 1), (256, 256), 1, None),
+    "d512-ring": ((2, 1), (512, 512), 1, None),
     "d128-softcap": ((4, 2), (128, 128), 0, (3.0, None, 0.0, False)),
     "d128-dropout-ring": ((4, 2), (128, 128), 1, (0.0, None, 0.3, False)),
     "d64-slopes-padding": ((4, 2), (64, 64), 1, (0.0, "of each row", 0.0, True)),
@@ -405,11 +410,12 @@ def test_learned_sinks_join_in_the_hopper_kernel(dims: tuple[int, int], carried:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dim", [64, 512])
 @on_gpu_kernels
-def test_gpu_kernels_take_any_layout(name: str, layout: str) -> None:
+def test_gpu_kernels_take_any_layout(name: str, dim: int, layout: str) -> None:
     intervals = causal_intervals(517, 1031, "cuda")
-    problem = draw_problem(intervals, (4, 2), (64, 64), torch.bfloat16, layout=layout)
-    assert_accurate(run(kernels_for(name, torch.bfloat16, (64, 64)), problem), problem)
+    problem = draw_problem(intervals, (4, 2), (dim, dim), torch.bfloat16, layout=layout)
+    assert_accurate(run(kernels_for(name, torch.bfloat16, (dim, dim)), problem), problem)
 
 
 @pytest.mark.gpu
@@ -430,11 +436,12 @@ def test_gpu_kernels_take_row_statistics_of_any_stride(name: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("queries", [0, 5])
 @pytest.mark.parametrize("keys", [0, 7])
+@pytest.mark.parametrize("dim", [64, 512])
 @on_gpu_kernels
-def test_no_rows_and_no_keys_give_zeros_on_gpus(name: str, queries: int, keys: int) -> None:
+def test_no_rows_and_no_keys_give_zeros_on_gpus(name: str, dim: int, queries: int, keys: int) -> None:
     intervals = to_device(monotone_intervals(queries, keys, seed=0, sink=False), "cuda")
-    problem = draw_problem(intervals, (4, 2), (64, 64), torch.bfloat16)
-    assert_accurate(run(kernels_for(name, torch.bfloat16, (64, 64)), problem), problem)
+    problem = draw_problem(intervals, (4, 2), (dim, dim), torch.bfloat16)
+    assert_accurate(run(kernels_for(name, torch.bfloat16, (dim, dim)), problem), problem)
 
 
 @pytest.mark.gpu
@@ -445,10 +452,11 @@ def test_gpu_kernels_are_as_accurate_as_torch_on_a_long_ragged_problem(name: str
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dim", [128, 512])
 @on_gpu_kernels
-def test_error_on_gpus_does_not_grow_with_the_number_of_launches(name: str) -> None:
-    problem = draw_problem(causal_intervals(2048, 2048, "cuda"), (4, 1), (128, 128), torch.bfloat16)
-    right, kernels = exact(problem), kernels_for(name, torch.bfloat16, (128, 128))
+def test_error_on_gpus_does_not_grow_with_the_number_of_launches(name: str, dim: int) -> None:
+    problem = draw_problem(causal_intervals(2048, 2048, "cuda"), (4, 1), (dim, dim), torch.bfloat16)
+    right, kernels = exact(problem), kernels_for(name, torch.bfloat16, (dim, dim))
     one, eight = (errors(run(kernels, problem, cuts), right) for cuts in ((), range(256, 2048, 256)))
     for result, error in eight.items():
         assert error <= 1.1 * one[result] + 1e-5, f"{result}: {error:.3g} in eight launches, {one[result]:.3g} in one"
@@ -456,15 +464,16 @@ def test_error_on_gpus_does_not_grow_with_the_number_of_launches(name: str) -> N
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("before", [0, 300], ids=["first keys", "keys behind a longer document's"])
+@pytest.mark.parametrize("dim", [64, 512])
 @on_gpu_kernels
-def test_a_later_launch_does_not_round_the_largest_weight_of_a_row(name: str, before: int) -> None:
+def test_a_later_launch_does_not_round_the_largest_weight_of_a_row(name: str, dim: int, before: int) -> None:
     """99% of the weight is on the second launch's last key: 2^7.2 to 2^7.9 times that of each key of the first launch.
 
     That key may come behind others, which earlier rows of the same tile see and later ones do not.
     """
-    kernels = kernels_for(name, torch.bfloat16, (64, 64))
-    query = torch.zeros(200, 2, 64, device="cuda", dtype=torch.bfloat16)
-    key, value = torch.zeros(2, 3 + before, 2, 64, device="cuda", dtype=torch.bfloat16)
+    kernels = kernels_for(name, torch.bfloat16, (dim, dim))
+    query = torch.zeros(200, 2, dim, device="cuda", dtype=torch.bfloat16)
+    key, value = torch.zeros(2, 3 + before, 2, dim, device="cuda", dtype=torch.bfloat16)
     query[..., 0] = 1 + torch.rand(200, 2, device="cuda") / 10
     key[-1, :, 0] = 40
     value.normal_()
@@ -482,14 +491,17 @@ def test_a_later_launch_does_not_round_the_largest_weight_of_a_row(name: str, be
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 512])
 @on_gpu_kernels
-def test_nan_reaches_out_and_lse_through_later_launches_on_gpus(name: str) -> None:
-    assert_nan_stays(kernels_for(name, torch.bfloat16, (64, 64)), torch.bfloat16, "cuda")
+def test_nan_reaches_out_and_lse_through_later_launches_on_gpus(name: str, dim: int) -> None:
+    assert_nan_stays(kernels_for(name, torch.bfloat16, (dim, dim)), torch.bfloat16, "cuda", dim)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("cut_count", [0, 1])
-@pytest.mark.parametrize("dims", [(40, 40), (64, 64), (128, 128), (192, 128), (192, 192), (256, 256)], ids=str)
+@pytest.mark.parametrize(
+    "dims", [(40, 40), (64, 64), (128, 128), (192, 128), (192, 192), (256, 256), (512, 512)], ids=str
+)
 @on_gpu_kernels
 @settings(max_examples=10)
 @given(st.data())
@@ -538,10 +550,11 @@ def test_hopper_kernels_are_accurate_with_heads_in_sections(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 512])
 @on_gpu_kernels
-def test_deterministic_gradients_repeat_bit_for_bit_on_gpus(name: str) -> None:
-    problem = draw_problem(causal_intervals(3001, 3001, "cuda"), (4, 2), (64, 64), torch.bfloat16)
-    kernels = kernels_for(name, torch.bfloat16, (64, 64))
+def test_deterministic_gradients_repeat_bit_for_bit_on_gpus(name: str, dim: int) -> None:
+    problem = draw_problem(causal_intervals(3001, 3001, "cuda"), (4, 2), (dim, dim), torch.bfloat16)
+    kernels = kernels_for(name, torch.bfloat16, (dim, dim))
     first = run(kernels, problem, deterministic=True)
     for _ in range(100):
         assert_same(run(kernels, problem, deterministic=True), first)
@@ -565,10 +578,11 @@ def test_deterministic_gradients_are_as_accurate_as_torch_over_any_mask(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dim", [128, 512])
 @on_gpu_kernels
-def test_attention_repeats_bit_for_bit_on_gpus(name: str) -> None:
-    problem = draw_problem(causal_intervals(3001, 3001, "cuda"), (4, 2), (128, 128), torch.bfloat16)
-    kernels = kernels_for(name, torch.bfloat16, (128, 128))
+def test_attention_repeats_bit_for_bit_on_gpus(name: str, dim: int) -> None:
+    problem = draw_problem(causal_intervals(3001, 3001, "cuda"), (4, 2), (dim, dim), torch.bfloat16)
+    kernels = kernels_for(name, torch.bfloat16, (dim, dim))
     first, *repeats = (
         kernels.attend(problem.query, problem.key, problem.value, problem.intervals, scale=problem.scale)
         for _ in range(1000)
@@ -589,10 +603,11 @@ def test_offsets_beyond_32_bits_on_gpus(name: str) -> None:
 
 
 @pytest.mark.gpu
-def test_131072_tokens_of_head_dimension_512_on_gpus() -> None:
+@on_gpu_kernels
+def test_131072_tokens_of_head_dimension_512_on_gpus(name: str) -> None:
     """Held against float64 on the last rows, which see all keys, and on the last keys, which only they see."""
     tokens, last = 131_072, 100
-    kernels = kernels_for("triton", torch.bfloat16, (512, 512))
+    kernels = kernels_for(name, torch.bfloat16, (512, 512))
     whole = draw_problem(causal_intervals(tokens, tokens, "cuda"), (2, 1), (512, 512), torch.bfloat16)
     end = replace(
         whole,

@@ -12,8 +12,8 @@ pytest.importorskip("triton")
 from aot import blocks_on_paper, lists_on_paper
 from hopper_aot import Compiled, catch, compile_call
 
-from ringflash.kernels.hopper import backward, forward
-from ringflash.kernels.hopper.widths import WIDTHS, width_of
+from ringflash.kernels.hopper import backward, forward, widest
+from ringflash.kernels.hopper.widths import WIDEST, WIDTHS, width_of
 from ringflash.kernels.intervals import KeyIntervals, causal_intervals
 from ringflash.kernels.modifiers import Modifiers
 
@@ -287,6 +287,44 @@ def test_backward_fits_with_lists_of_blocks(width, block, more):
     compiled = compile_backward(dims_of(width), tiles, torch.bfloat16, torch.bfloat16, False, block=block)
     assert compiled.warnings == []
     assert compiled.spilled <= SPILLED[width] + more
+    assert compiled.shared < SHARED_LIMIT
+
+
+def compile_widest(gradient: str | None, dtype: torch.dtype, carry: bool, out_dtype: torch.dtype) -> Compiled:
+    """Compile the launch at head dimension 512 for the result, or for a gradient."""
+    query, dout = (on_paper(QUERIES, HEADS, WIDEST, dtype=dtype) for _ in range(2))
+    key, value = (on_paper(KEYS, KEY_HEADS, WIDEST, dtype=dtype) for _ in range(2))
+    carried, numbers, intervals = on_paper(QUERIES, HEADS, WIDEST), on_paper(HEADS, QUERIES), masked(False)
+    if gradient is None:
+        operands, state = (query, key, value, intervals), (carried, numbers) if carry else None
+        prepared = widest.PreparedForward(*operands, 0.1, state, out_dtype, widest.FORWARD_TILES)
+        return compile_call(catch(widest, "attend_widest_kernel", lambda: prepared(*operands, state)))
+    operands, sums = (dout, query, key, value), (numbers, numbers, carried if carry else None)
+    prepared = widest.PreparedBackward(operands, sums, intervals, 0.1, out_dtype, out_dtype)
+    for other in {"dquery", "dkey", "dvalue"} - {gradient}:
+        setattr(prepared, f"launch_{other}", lambda *arguments: None)
+    kernel = "dvalue_widest_kernel" if gradient == "dvalue" else "dscores_widest_kernel"
+    return compile_call(catch(widest, kernel, lambda: prepared(operands, sums, intervals)))
+
+
+# Bytes a thread may spill, by ptxas of triton 3.9 in the gradient of values.
+WIDEST_SPILLED = 16
+
+
+@pytest.mark.parametrize("gradient", [None, "dquery", "dkey", "dvalue"])
+@pytest.mark.parametrize(
+    ("dtype", "carry", "out_dtype"),
+    [
+        (torch.bfloat16, False, torch.bfloat16),
+        (torch.bfloat16, True, torch.float32),
+        (torch.float16, True, torch.float16),
+    ],
+    ids=["plain", "carry", "last carry"],
+)
+def test_launches_at_head_dimension_512_fit(gradient, dtype, carry, out_dtype):
+    compiled = compile_widest(gradient, dtype, carry, out_dtype)
+    assert compiled.warnings == []
+    assert compiled.spilled <= WIDEST_SPILLED
     assert compiled.shared < SHARED_LIMIT
 
 

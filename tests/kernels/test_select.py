@@ -75,10 +75,21 @@ def test_gpu_tensors_go_to_hopper_first(monkeypatch: pytest.MonkeyPatch) -> None
     checks = pytest.importorskip("ringflash.kernels.hopper.checks")
     monkeypatch.setattr(checks, "runs_on", lambda device, dtype: None)
     monkeypatch.setattr("ringflash.kernels.hopper.supports", checks.supports)
-    for dims in ((40, 40), (64, 64), (80, 80), (96, 64), (128, 128), (192, 128), (176, 128), (192, 192), (256, 256)):
+    for dims in (
+        (40, 40),
+        (64, 64),
+        (80, 80),
+        (96, 64),
+        (128, 128),
+        (192, 128),
+        (176, 128),
+        (192, 192),
+        (256, 256),
+        (512, 512),
+    ):
         assert chosen("cuda", torch.bfloat16, *dims) == "hopper"
         assert chosen("cuda", torch.bfloat16, *dims, "triton") == "triton"
-    for dims in ((32, 32), (128, 32), (136, 136), (192, 64), (224, 224), (512, 512)):
+    for dims in ((32, 32), (128, 32), (136, 136), (192, 64), (224, 224), (512, 256), (320, 320)):
         assert chosen("cuda", torch.bfloat16, *dims) == "triton"
 
 
