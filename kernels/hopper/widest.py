@@ -62,7 +62,7 @@ class DscoresTiles:
 
 
 FORWARD_TILES = WeightsTiles(rows=128, scored=(64, 4), summed=(32, 2), registers=(160, 168, 24))
-DVALUE_TILES = WeightsTiles(rows=128, scored=(64, 4), summed=(32, 2), registers=(160, 168, 24))
+DVALUE_TILES = WeightsTiles(rows=64, scored=(128, 5), summed=(32, 2), registers=(160, 168, 24))
 DSCORES_TILES = DscoresTiles(rows=32, stages=2, other=(128, 3), registers=(160, 168, 24))
 """docs/benchmarks/kernels.md has the measurements behind them."""
 
