@@ -7,7 +7,8 @@ sink_tokens (which keys beside), listed_blocks (which blocks in place of a range
 to), forward_kernel and forward (the kernel and its launch); backward_order, backward_tokens, rows_visited and
 backward_work (what a program of the backward works on), dquery_accumulate (how the query's gradient leaves it) and
 dquery_in_turn (in which order, where it has to repeat), backward_kernel, backward_wide_kernel, backward_split_kernel
-and backward; compat holds what differs between triton's versions.
+and backward; widest_work, widest_forward_kernel, widest_backward_kernel and widest (all of that at head dimension 512);
+compat holds what differs between triton's versions.
 """
 
 from ringflash.kernels.gpu.row_delta import row_delta

@@ -89,7 +89,7 @@ def attend(
 ) -> Carry:
     """See ringflash.kernels.reference.attend. A carry is overwritten where its tensors can hold the result.
 
-    Modifiers and sink tokens at head dimension 512 come from the portable kernels.
+    Modifiers, sink tokens and blocks at head dimension 512 come from the portable kernels.
     """
     out_dtype = out_dtype or query.dtype
     if sinks is not None and (modifiers is not None or query.shape[2:] + value.shape[2:] not in SINKS_JOIN):

@@ -1,4 +1,4 @@
-"""Launches of the kernels for head dimension 512, which take no modifiers and no sink tokens: portable kernels do."""
+"""Launches of the kernels for head dimension 512, which take no modifiers, sink tokens or blocks: portable ones do."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ class DscoresTiles:
 
 
 FORWARD_TILES = WeightsTiles(rows=128, scored=(64, 4), summed=(32, 2), registers=(160, 168, 24))
-DVALUE_TILES = WeightsTiles(rows=64, scored=(128, 5), summed=(32, 2), registers=(160, 168, 24))
+DVALUE_TILES = WeightsTiles(rows=64, scored=(128, 5), summed=(32, 2), registers=(168, 152, 24))
 DSCORES_TILES = DscoresTiles(rows=32, stages=2, other=(128, 3), registers=(160, 168, 24))
 """docs/benchmarks/kernels.md has the measurements behind them."""
 
 
 def takes(intervals: KeyIntervals, modifiers: Modifiers | None) -> bool:
     """Whether these kernels do; the portable ones take the rest."""
-    return modifiers is None and not intervals.has_sink_tokens
+    return modifiers is None and not intervals.has_sink_tokens and intervals.blocks is None
 
 
 def attend(

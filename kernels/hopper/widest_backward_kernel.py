@@ -93,7 +93,7 @@ def dvalue_widest_kernel(
     WEIGHTS: gl.constexpr = gl.NVMMASharedLayout(
         swizzle_byte_width=2 * block_rows(dout_desc), element_bitwidth=16, rank=2
     )
-    key = gl.allocate_shared_memory(key_desc.dtype, [1, ROWS, D], flat_layout(key_desc))
+    key = gl.allocate_shared_memory(key_desc.dtype, [ROWS, D], flat_layout(key_desc))
     loaded = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     mbarrier.init(loaded.index(0), count=1)
     queries = allocate_ring(query_desc, QUERY_STAGES, 1)
@@ -106,10 +106,10 @@ def dvalue_widest_kernel(
     numbers = Numbers(lse_ptr, None, query_rows)
     gl.warp_specialize(
         [
-            (sum_dvalue, (walk, gradient, key.index(0), weights, left_douts, 0, FLOAT_OUT)),
-            (sum_dvalue, (walk, gradient, key.index(0), weights, right_douts, 1, FLOAT_OUT)),
+            (sum_dvalue, (walk, gradient, key, weights, left_douts, 0, FLOAT_OUT)),
+            (sum_dvalue, (walk, gradient, key, weights, right_douts, 1, FLOAT_OUT)),
             (weigh_again, (walk, numbers, key_rows, key, loaded, queries, weights, rows_of_key_ptr, scale)),
-            (load_scored, (walk, key_desc, key.index(0), loaded.index(0), key_head_stride, query_desc, queries,
+            (load_scored, (walk, key_desc, key, loaded.index(0), key_head_stride, query_desc, queries,
                            query_head_stride, N)),
             (load_summed, (walk, dout_desc, left_douts, right_douts, dout_head_stride, N)),
         ],
@@ -132,8 +132,8 @@ def weigh_again(walk, numbers, key_rows, key, loaded, queries, weights, rows_of_
         for block in range(walk.blocks):
             first = walk.begin + block * N
             index = first + gl.arange(0, N, gl.SliceLayout(0, SCORES))
-            scores = multiply_pieces(key.index(unseen_zero(first)), queries, step, no_scores)
             lse = load_lse(numbers, walk.first_head + member, index)
+            scores = multiply_pieces(key, queries, step, no_scores)
             scores = hide(scores, walk, first, low, high)
             tile = gl.exp2(scores * (scale * LOG2_E) - lse[None, :])
             hand_over(weights, tile.to(key.dtype), step)

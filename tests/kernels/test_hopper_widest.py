@@ -1,0 +1,66 @@
+"""Which kernels the Hopper package launches at head dimension 512, without a GPU."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from ringflash.errors import ArgumentError
+from ringflash.kernels import hopper
+from ringflash.kernels.hopper import backward, checks, forward, widest
+from ringflash.kernels.intervals import KeyIntervals, causal_intervals
+from ringflash.kernels.modifiers import Modifiers
+
+PLAIN = causal_intervals(8, 8)
+TOKENS = KeyIntervals(PLAIN.start + 1, PLAIN.stop + 1, 8, torch.zeros(8), torch.ones(8))
+
+
+def operands(dim: int, value_dim: int) -> tuple[torch.Tensor, ...]:
+    return torch.zeros(8, 2, dim), torch.zeros(8, 1, dim), torch.zeros(8, 1, value_dim)
+
+
+@pytest.mark.parametrize(
+    ("intervals", "modifiers", "portable"),
+    [(PLAIN, None, False), (TOKENS, None, True), (PLAIN, Modifiers(softcap=3.0), True)],
+    ids=["plain", "sink tokens", "softcap"],
+)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_modifiers_and_sink_tokens_go_to_the_portable_kernels(
+    intervals: KeyIntervals, modifiers: Modifiers | None, portable: bool, deterministic: bool
+) -> None:
+    query, key, value = operands(512, 512)
+    numbers = torch.zeros(2, 8)
+    settings = {"scale": 0.1, "modifiers": modifiers}
+    with mock.patch.object(forward, "widest") as ours, mock.patch.object(forward, "portable") as theirs:
+        ours.takes = widest.takes
+        hopper.attend(query, key, value, intervals, **settings)
+    assert (ours.attend.called, theirs.attend.called) == (not portable, portable)
+    with mock.patch.object(backward, "widest") as ours, mock.patch.object(backward, "portable") as theirs:
+        ours.takes = widest.takes
+        gradients = (query, query, key, value, numbers, numbers, intervals)
+        hopper.attend_backward(*gradients, **settings, deterministic=deterministic)
+    assert (ours.attend_backward.called, theirs.attend_backward.called) == (not portable, portable)
+
+
+def test_values_of_another_head_dimension_are_refused() -> None:
+    with (
+        mock.patch.object(checks, "runs_on", return_value=None),
+        pytest.raises(ArgumentError, match="head dimensions 512 and 256"),
+    ):
+        hopper.attend(*operands(512, 256), PLAIN, scale=0.1)
+
+
+def test_copies_are_made_for_the_tensor_memory_engine_alone() -> None:
+    """Of tensors that it cannot address, in each call; others are taken as they are."""
+    query, key, _ = operands(512, 512)
+    odd = torch.zeros(8, 1, 513)[..., 1:]
+    taken = widest.Addressable((query, key, odd))((query, key, odd))
+    assert taken[0] is query
+    assert taken[1] is key
+    assert taken[2].is_contiguous()
+    assert torch.equal(taken[2], odd)
+    assert widest.Addressable((query, key))((query, key))[0] is query
