@@ -9,6 +9,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from aot import blocks_on_paper
+
 from ringflash.errors import ArgumentError
 from ringflash.kernels import hopper
 from ringflash.kernels.hopper import backward, checks, forward, widest
@@ -18,6 +20,8 @@ from ringflash.kernels.modifiers import Modifiers
 PLAIN = causal_intervals(8, 8)
 TOKENS = KeyIntervals(PLAIN.start + 1, PLAIN.stop + 1, 8, torch.zeros(8), torch.ones(8))
 
+BLOCKS = PLAIN.with_blocks(blocks_on_paper(8, 8, 4, device="cpu"))
+
 
 def operands(dim: int, value_dim: int) -> tuple[torch.Tensor, ...]:
     return torch.zeros(8, 2, dim), torch.zeros(8, 1, dim), torch.zeros(8, 1, value_dim)
@@ -25,11 +29,11 @@ def operands(dim: int, value_dim: int) -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.parametrize(
     ("intervals", "modifiers", "portable"),
-    [(PLAIN, None, False), (TOKENS, None, True), (PLAIN, Modifiers(softcap=3.0), True)],
-    ids=["plain", "sink tokens", "softcap"],
+    [(PLAIN, None, False), (TOKENS, None, True), (BLOCKS, None, True), (PLAIN, Modifiers(softcap=3.0), True)],
+    ids=["plain", "sink tokens", "blocks", "softcap"],
 )
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_modifiers_and_sink_tokens_go_to_the_portable_kernels(
+def test_modifiers_sink_tokens_and_blocks_go_to_the_portable_kernels(
     intervals: KeyIntervals, modifiers: Modifiers | None, portable: bool, deterministic: bool
 ) -> None:
     query, key, value = operands(512, 512)
