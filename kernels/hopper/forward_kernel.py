@@ -192,7 +192,10 @@ def attend_tile(
     PART: gl.constexpr, HAS_CARRY: gl.constexpr, HIDES_KEYS: gl.constexpr, OWN_STAGING: gl.constexpr,
     DIRECT_OUT: gl.constexpr, KEY_REST: gl.constexpr, VALUE_REST: gl.constexpr,
 ):  # fmt: skip
-    """One warpgroup's 64 rows over the tile's key blocks that they see, from the initial state to the stored result."""
+    """One warpgroup's 64 rows over the tile's key blocks that they see, from the initial state to the stored result.
+
+    With lists, these are the blocks of the one at `listed`.
+    """
     queries, keys, values, carries = memory.query, memory.key, memory.value, memory.carry
     STAGES: gl.constexpr = keys.blocks.shape[0]
     N: gl.constexpr = keys.blocks.shape[1]
@@ -275,7 +278,7 @@ def attend_tile(
         release(carries.empty.index(PART))
 
     if LISTS:
-        entry = gl.load(listed + gl.minimum(2, blocks))
+        entry = gl.load(listed + gl.minimum(2, blocks))  # the last once more, where there is no next one
     for block in range(first + 1, last):
         earlier = stage
         stage, parity = stage_and_parity(step + block, STAGES)
@@ -354,7 +357,10 @@ def attend_block(
     stage, parity, earlier, weights, out, out_rest, maximum, total, scale_log2,
     PART: gl.constexpr, HIDES_KEYS: gl.constexpr, KEY_REST: gl.constexpr, VALUE_REST: gl.constexpr,
 ):  # fmt: skip
-    """A step of the key loop: this block's scores and weights, and the weights times values of the block `earlier`."""
+    """A step of the key loop: this block's scores and weights, and the weights times values of the block `earlier`.
+
+    With lists, entry is what the list says of this block, and bits are from `bits_of_rows`; else of no meaning.
+    """
     keys, values = memory.key, memory.value
     N: gl.constexpr = keys.blocks.shape[1]
     SCORES: gl.constexpr = no_scores.type.layout
