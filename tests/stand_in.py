@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
 from types import ModuleType, SimpleNamespace
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -16,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from ringflash.kernels import select
-from ringflash.kernels.gpu import row_delta
+from ringflash.kernels.gpu import direct_launch, row_delta
 from ringflash.kernels.hopper import backward as hopper_backward
 from ringflash.kernels.hopper import checks as hopper_checks
 from ringflash.kernels.hopper import forward as hopper_forward
@@ -28,12 +29,46 @@ DEVICES = count(1000)
 """Triton keeps programs by device: what is compiled for a stand-in must be nobody else's."""
 
 
+class CudaLauncher:
+    """Triton's launcher of a compiled program, in which nothing is out of the ordinary.
+
+    Args:
+        launches: where each launch is noted.
+    """
+
+    def __init__(self, launches: list) -> None:
+        self.launch = launches
+        vars(self).update(direct_launch.PLAIN)
+
+    def __call__(self, *arguments: object) -> None:
+        self.launch.append(arguments)
+
+
+class Launched(NamedTuple):
+    """A launch by CUDA's driver itself.
+
+    Attributes:
+        function: the loaded program.
+        grid: how many programs.
+        stream: in whose order.
+        parameters: address of an array of their addresses.
+        maps: (address, what it is of) by the address of each tensor map.
+    """
+
+    function: int
+    grid: tuple[int, ...]
+    stream: int
+    parameters: int
+    maps: dict[int, tuple[int, direct_launch.TensorMap]]
+
+
 class StandIn:
-    """What Triton asks of a driver.
+    """What Triton asks of a driver, and what is asked of CUDA's own.
 
     Attributes:
         device: number of the device that is not there.
-        launches: arguments of each launch, beginning with the grid, the stream and the loaded program.
+        launches: of each launch by Triton the arguments, beginning with the grid, the stream and the loaded program; of
+            each by CUDA's driver what it was.
     """
 
     def __init__(self) -> None:
@@ -45,9 +80,31 @@ class StandIn:
             get_device_properties=lambda device: {"max_shared_mem": 227 * 1024},
         )
 
-    def launcher_cls(self, source: object, metadata: object):
+        self.maps = {}
+
+    def launcher_cls(self, source: object, metadata: object) -> CudaLauncher:
         """The launcher of a compiled program."""
-        return lambda *arguments: self.launches.append(arguments)
+        return CudaLauncher(self)
+
+    def append(self, launch: object) -> None:
+        """Note a launch."""
+        self.launches.append(launch)
+
+    def functions(self) -> direct_launch.Functions:
+        """What is asked of CUDA's driver."""
+        return direct_launch.Functions(self._launch, self._encode, self._move)
+
+    def _launch(self, config: int, function: int, parameters: int, _: None) -> None:
+        of = direct_launch.Config.from_address(config)
+        self.append(Launched(function, tuple(of.grid), of.stream or 0, parameters, dict(self.maps)))
+
+    def _encode(self, place: int, dtype: int, rank: int, address: int, *arrays_and_numbers: object) -> None:
+        shape, strides, block, _, _, swizzle, _, fill = arrays_and_numbers
+        of = direct_launch.TensorMap(dtype, (*shape,), (*strides,)[: rank - 1], (*block,), swizzle, fill)
+        self.maps[place] = address, of
+
+    def _move(self, place: int, address: int) -> None:
+        self.maps[place] = address, self.maps[place][1]
 
     def get_current_device(self) -> int:
         """See `device`."""
@@ -75,21 +132,24 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 @contextmanager
-def stand_in(kernels: ModuleType = triton) -> Iterator[StandIn]:
+def stand_in(kernels: ModuleType = triton, by_driver: bool = True) -> Iterator[StandIn]:
     """Triton's driver while this lasts.
 
     Args:
         kernels: the package that calls choose, `ringflash.kernels.triton.attend` or `ringflash.kernels.hopper`; both
             take tensors on the CPU for Hopper's.
+        by_driver: whether repeated launches are made by CUDA's driver itself; by Triton otherwise.
     """
 
     def choice(*problem: object) -> ModuleType:
         return kernels
 
     found = StandIn()
+    no_functions = mock.Mock(side_effect=OSError)
     chip = {"chip_of": _hopper}
     with (
         mock.patch.object(driver, "_active", found),
+        mock.patch.object(direct_launch, "functions", found.functions if by_driver else no_functions),
         mock.patch.object(select, "_select", choice),
         mock.patch.multiple(checks, **chip),
         mock.patch.multiple(forward, **chip, prepared_calls=Kept()),

@@ -7,12 +7,14 @@ arguments of the same types it is the same one, so a `Launcher` keeps the one th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
+
+from ringflash.kernels.gpu.direct_launch import DirectLaunch, direct_launch, flat, hooked
 
 ALIGNMENT = 16
 """Bytes. Triton compiles another kernel for addresses that are no multiple of it."""
@@ -27,6 +29,30 @@ def aligned(*tensors: Tensor | None) -> bool:
     return address % ALIGNMENT == 0
 
 
+class Description(NamedTuple):
+    """All that a descriptor holds but the tensor.
+
+    Attributes:
+        kind: class of the descriptor.
+        attributes: its attributes, which have been checked.
+    """
+
+    kind: type
+    attributes: dict[str, object]
+
+
+def description_of(found: Any) -> Description:
+    """What other tensors with the metadata of a descriptor's are described with, see `descriptor_of`."""
+    return Description(type(found), {**vars(found), "base": None})
+
+
+def descriptor_of(x: Tensor, description: Description) -> Any:
+    """A tensor's descriptor, from a description that has been checked. It holds an address: each call makes its own."""
+    found = object.__new__(description.kind)
+    found.__dict__.update(description.attributes, base=x)
+    return found
+
+
 class Launcher:
     """Launches one kernel, with everything given but the tensors.
 
@@ -37,9 +63,13 @@ class Launcher:
         constants: compile-time constants.
         options: what the compiler is told.
         direct: whether tensors will be `aligned`, so that one compiled kernel serves all calls.
+        descriptions: of the first of the tensors, by which those are handed over as descriptors; None for pointers.
     """
 
-    __slots__ = ("_compiled", "_constants", "_device", "_direct", "_grid", "_kernel", "_numbers", "_options")
+    __slots__ = (
+        "_by_driver", "_compiled", "_constants", "_descriptions", "_device", "_direct", "_grid", "_kernel", "_numbers",
+        "_options",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -48,8 +78,11 @@ class Launcher:
         constants: Mapping[str, object],
         options: Mapping[str, object],
         direct: bool,
+        descriptions: Sequence[Description | None] = (),
     ) -> None:
         self._direct = direct
+        self._descriptions = [(index, x) for index, x in enumerate(descriptions) if x is not None]
+        self._by_driver: DirectLaunch | None = None
         self._grid = (programs, 1, 1)
         self._numbers = numbers
         self._constants = dict(constants)
@@ -68,14 +101,29 @@ class Launcher:
             rest: what follows the numbers.
         """
         # pyrefly: ignore[missing-attribute]  # stub: a GPU's driver has it
-        if self._kernel is kernel and self._device == driver.active.get_current_device():
-            self._compiled[self._grid](*tensors, *self._numbers, *rest, *self._constants.values())
+        device = driver.active.get_current_device()
+        if self._kernel is kernel and self._device == device:
+            by_driver = self._by_driver
+            if by_driver is not None and not hooked():
+                arguments = tensors if by_driver.reach <= len(tensors) else flat((*tensors, *self._numbers, *rest))
+                # pyrefly: ignore[missing-attribute]  # stub: a GPU's driver has it
+                if by_driver(driver.active.get_current_stream(device), arguments):
+                    return
+            self._compiled[self._grid](*self._described(tensors), *self._numbers, *rest, *self._constants.values())
             return
-        arguments = (*tensors, *self._numbers, *rest)
+        arguments = (*self._described(tensors), *self._numbers, *rest)
         compiled = kernel[self._grid[:1]](*arguments, **self._constants, **self._options)
         if self._direct and isinstance(compiled, CompiledKernel):  # the interpreter returns none
             last = kernel.params[len(arguments) :]  # with those left to their defaults: the launcher counts
             self._constants = {x.name: self._constants.get(x.name, x.default) for x in last}
+            self._by_driver = direct_launch(compiled, self._grid, (*arguments, *self._constants.values()))
+            if self._by_driver is not None:
+                self._by_driver.prepare(flat((*tensors, *self._numbers, *rest)))
             # The kernel last: another thread may be looking.
-            # pyrefly: ignore[missing-attribute]  # stub: a GPU's driver has it
-            self._compiled, self._device, self._kernel = compiled, driver.active.get_current_device(), kernel
+            self._compiled, self._device, self._kernel = compiled, device, kernel
+
+    def _described(self, tensors: tuple) -> list:
+        found = list(tensors)
+        for index, description in self._descriptions:
+            found[index] = descriptor_of(found[index], description)
+        return found

@@ -19,7 +19,7 @@ from ringflash.kernels.gpu.block_lists import (
 )
 from ringflash.kernels.gpu.chips import multiprocessors
 from ringflash.kernels.gpu.compile_once import compiled_once
-from ringflash.kernels.gpu.launcher import Launcher, aligned
+from ringflash.kernels.gpu.launcher import Description, Launcher, aligned, description_of
 from ringflash.kernels.gpu.modifiers_given import modifiers_aligned, modifiers_metadata
 from ringflash.kernels.hopper import widest
 from ringflash.kernels.hopper.backward_kernel import attend_backward_kernel
@@ -36,9 +36,7 @@ from ringflash.kernels.hopper.backward_wide_kernel import attend_backward_wide_k
 from ringflash.kernels.hopper.checks import check_operands
 from ringflash.kernels.hopper.descriptors import (
     addressable,
-    description_of,
     descriptor,
-    descriptor_of,
     list_descriptor,
     part_descriptors,
     without_memory,
@@ -243,23 +241,24 @@ class PreparedBackward:
         width = BACKWARD_WIDTHS[self.width]
         blocks = (tiles.queries, tiles.queries, tiles.keys, tiles.keys)
         parts = (width.values, width.keys, width.keys, width.values)
-        self.descriptions, rest = zip(*map(part_descriptors, reachable, blocks, parts), strict=True)
-        self.rest_descriptions = rest[1:3] if any(rest) else None
+        of_operands, rest = zip(*map(part_descriptors, reachable, blocks, parts), strict=True)
         dquery = without_memory(query.shape, torch.float32) if numbers[2] is None else numbers[2].contiguous()
         padded = sum(width.keys) > dim
-        self.dquery_description = description_of(descriptor(dquery, HALF.value, HALF.value, padded))
-        self.dkey_descriptions = None
+        dquery_description = description_of(descriptor(dquery, HALF.value, HALF.value, padded))
+        of_dkey: list[Description | None] = [None, None]
+        of_dvalue: list[Description | None] = [None, None]
         if not self.float_out:
-            self.dkey_descriptions = [
+            of_dkey, of_dvalue = (
                 part_descriptors(
                     without_memory(x.shape, dkey_dtype), HALF.value, parts, stored_parts(parts, x.shape[2])
                 )
                 for x, parts in ((key, width.keys), (value, width.values))
-            ]
+            )
+        self.has_dkey_rest = of_dkey[1] is not None
 
         # A block may reach as many rows behind the last.
         padded_rows = -(-(query_rows + tiles.queries) // 128) * 128
-        self.number_description = description_of(
+        number_description = description_of(
             list_descriptor(without_memory((heads * padded_rows,), torch.float32), tiles.queries)
         )
         self.number_count = heads * padded_rows
@@ -267,10 +266,10 @@ class PreparedBackward:
         drops = dropout_numbers(modifiers)
         kept = 1.0 if drops[1] is None else drops[1]
         self.launch_rows = Launcher(row_blocks * heads, (query_rows, padded_rows, row_blocks, kept), {}, {}, direct)
-        self.dropout_description = None
-        if modifiers is not None and modifiers.dropout:
+        self.dropout, dropout_description = modifiers is not None and bool(modifiers.dropout), None
+        if self.dropout:
             positions = without_memory((query_rows,), torch.float32)
-            self.dropout_description = description_of(list_descriptor(positions, tiles.queries))
+            dropout_description = description_of(list_descriptor(positions, tiles.queries))
         self.alibi = modifiers is not None and modifiers.slopes is not None
         if self.alibi:
             self.slope_strides = modifiers.slopes.stride()
@@ -286,6 +285,18 @@ class PreparedBackward:
             chunks = chunk_count(programs, query_rows, key_heads, multiprocessors(query.device))
             programs += 2 * chunks
             self.slot_shapes = [(3 * chunks * tiles.keys, *x.shape[1:]) for x in (key, value)]
+        row_description = number_description if self.alibi else None
+        if self.width == "192/128":
+            described = (
+                *(of_operands[i] for i in (1, 0, 2, 3)), *rest[1:3], number_description, number_description,
+                dquery_description, *of_dkey, of_dvalue[0], *(None,) * 5, row_description, row_description,
+            )  # fmt: skip
+        else:
+            described = (
+                *(of_operands[i] for i in (1, 0, 2, 3)), number_description, number_description,
+                dquery_description, of_dkey[0], of_dvalue[0], *(None,) * 13, row_description, row_description,
+                None, None, dropout_description,
+            )  # fmt: skip
         self.launch = Launcher(
             programs * key_heads,
             (*(x.stride(1) for x in (reachable[1], reachable[0], *reachable[2:])), float(scale), bend,
@@ -298,6 +309,7 @@ class PreparedBackward:
             ),
             {"num_warps": 4},
             direct,
+            described,
         )  # fmt: skip
 
     def __call__(
@@ -330,33 +342,26 @@ class PreparedBackward:
             order = programs_in_order(intervals, self.tiles.keys, self.heads[1])
         if not self.all_addressable:
             operands = _reachable(operands)
-        dout_desc, query_desc, key_desc, value_desc = map(descriptor_of, operands, self.descriptions)
-        pointers, dkey_desc, dkey_rest, dvalue_desc = (dkey, dvalue), None, None, None
-        if self.dkey_descriptions is not None:
-            (of_dkey, of_rest), (of_dvalue, _) = self.dkey_descriptions
-            dkey_desc, dvalue_desc = descriptor_of(dkey, of_dkey), descriptor_of(dvalue, of_dvalue)
-            pointers, dkey_rest = (None, None), of_rest and descriptor_of(dkey, of_rest)
-        rows = map(descriptor_of, (scaled_lse, minus_delta), (self.number_description,) * 2)
-        dquery_desc = descriptor_of(dquery, self.dquery_description)
+        dout, query, key, value = operands
+        dkey_rest = dkey if self.has_dkey_rest else None
+        written, pointers = ((None,) * 3, (dkey, dvalue)) if self.float_out else ((dkey, dkey_rest, dvalue), (None, None))
         visible = None if modifiers is None else modifiers.key_visible
         seeing, tokens = rows_seeing(intervals, self.tiles.keys, visible), (None,) * 5
         if programs is not None:
             tokens = programs.work, *rows_seeing(intervals, self.tiles.keys, visible, sink_tokens=True), *slots
         positions = self._positions(modifiers) if self.alibi else (None, None, None)
         dropping = (None,) * 3
-        if self.dropout_description is not None:
-            query_positions = descriptor_of(listed(modifiers.query_positions), self.dropout_description)
-            dropping = modifiers.seed, query_positions, modifiers.key_positions.contiguous()
+        if self.dropout:
+            dropping = modifiers.seed, listed(modifiers.query_positions), modifiers.key_positions.contiguous()
         if self.width == "192/128":
             tensors = (
-                query_desc, dout_desc, key_desc, value_desc, *map(descriptor_of, operands[1:3], self.rest_descriptions),
-                *rows, dquery_desc, dkey_desc, dkey_rest, dvalue_desc,
-                *pointers, *seeing, order, *positions, *self.shape,
+                query, dout, key, value, query, key, scaled_lse, minus_delta, dquery,
+                *written, *pointers, *seeing, order, *positions, *self.shape,
             )  # fmt: skip
             self.launch(attend_backward_split_kernel, tensors)
         else:
             tensors = (
-                query_desc, dout_desc, key_desc, value_desc, *rows, dquery_desc, dkey_desc, dvalue_desc,
+                query, dout, key, value, scaled_lse, minus_delta, dquery, written[0], written[2],
                 *pointers, *seeing, order, turns, turn_now, section, *tokens, *positions, *dropping,
                 *(list_tensors(self._lists(intervals)) if self.has_lists else (None,) * 3), *self.shape,
             )  # fmt: skip
@@ -380,11 +385,7 @@ class PreparedBackward:
         positions, scaled_slopes = slopes.new_empty(self.number_count), slopes.new_empty(self.number_count)
         rows = modifiers.query_positions.contiguous(), slopes
         self.launch_slopes(prepare_slopes_kernel, (*rows, positions, scaled_slopes))
-        description = self.number_description
-        return (
-            descriptor_of(positions, description), descriptor_of(scaled_slopes, description),
-            modifiers.key_positions.contiguous(),
-        )  # fmt: skip
+        return positions, scaled_slopes, modifiers.key_positions.contiguous()
 
 
 def _reachable(operands: Operands) -> Operands:

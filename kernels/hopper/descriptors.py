@@ -9,6 +9,8 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ringflash.kernels.gpu.launcher import Description, description_of
+
 GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 
 
@@ -43,10 +45,6 @@ def descriptor(x: Tensor, rows: int, columns: int, padded: bool = False) -> Tens
     )
 
 
-Description = dict[str, object]
-"""All that a descriptor holds but the tensor."""
-
-
 def part_descriptors(
     x: Tensor, rows: int, parts: tuple[int, ...], stored: tuple[int, ...] | None = None
 ) -> list[Description | None]:
@@ -67,23 +65,6 @@ def list_descriptor(x: Tensor, block: int) -> TensorDescriptor:
     """Blocks of a flat tensor of float32."""
     layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
     return TensorDescriptor(x, [x.numel()], [1], [block], layout)
-
-
-def description_of(found: TensorDescriptor) -> Description:
-    """What other tensors with the metadata of `found`'s are described with, see `descriptor_of`."""
-    return {**vars(found), "base": None}
-
-
-def descriptor_of(x: Tensor, description: Description | None) -> TensorDescriptor | None:
-    """A tensor's descriptor, as `descriptor` makes it, from a description that has been checked; None from None.
-
-    A descriptor holds an address, so each call makes its own.
-    """
-    if description is None:
-        return None
-    found = object.__new__(TensorDescriptor)
-    found.__dict__.update(description, base=x)
-    return found
 
 
 def without_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

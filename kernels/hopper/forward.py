@@ -12,14 +12,12 @@ from triton.runtime import driver
 
 from ringflash.kernels.gpu.block_lists import NO_LISTS, ListOperands, key_lists, list_operands
 from ringflash.kernels.gpu.chips import multiprocessors
-from ringflash.kernels.gpu.launcher import Launcher, aligned
+from ringflash.kernels.gpu.launcher import Description, Launcher, aligned, description_of
 from ringflash.kernels.gpu.modifiers_given import modifiers_aligned, modifiers_metadata
 from ringflash.kernels.hopper import widest
 from ringflash.kernels.hopper.checks import check_operands
 from ringflash.kernels.hopper.descriptors import (
     addressable,
-    description_of,
-    descriptor_of,
     list_descriptor,
     part_descriptors,
     without_memory,
@@ -197,26 +195,27 @@ class PreparedForward:
         self.tiles = tiles.consumers * ROWS.value, tiles.keys
         self.has_tokens, self.has_lists = intervals.has_sink_tokens, intervals.blocks is not None
         rows, width = ROWS.value, WIDTHS[width_of(dim, value_dim)]
-        self.descriptions, rest = zip(
+        first, rest = zip(
             part_descriptors(query, rows, width.keys),
             part_descriptors(key, tiles.keys, width.keys),
             part_descriptors(value, tiles.keys, width.values),
             strict=True,
         )
-        self.rest_descriptions = rest if any(rest) else None
+        self.has_rest = [x is not None for x in rest]
         # Without staging neither a carry nor a result in fp32 has room in shared memory.
         direct_out = self.float_out and not tiles.own_staging
-        self.carry_description = self.out_descriptions = None
+        carried: Description | None = None
+        written: list[Description | None] = [None, None]
         if carry is not None and tiles.own_staging:
-            self.carry_description, _ = part_descriptors(carry[0], rows, width.values)
+            carried, _ = part_descriptors(carry[0], rows, width.values)
         if not direct_out:
-            out = without_memory(self.out_shape, self.stored_dtype)
-            self.out_descriptions = part_descriptors(out, rows, width.values)
+            written = part_descriptors(without_memory(self.out_shape, self.stored_dtype), rows, width.values)
+        self.carry_described, self.out_described = carried is not None, [x is not None for x in written]
         tile_count = -(-query_rows // (tiles.consumers * rows))
         programs = min(tile_count * heads, multiprocessors(query.device))
         group = heads // key_heads
         unit, bend, slopes_row, slopes_head = scale, None, None, None
-        self.key_numbers_description = self.positions_description = None
+        key_numbers_description = positions_description = None
         if modifiers is not None:
             if modifiers.softcap:
                 unit, bend = modifiers.softcap, scale / modifiers.softcap
@@ -224,9 +223,9 @@ class PreparedForward:
                 slopes_row, slopes_head = modifiers.slopes.stride()
             list_description = description_of(list_descriptor(without_memory((key_rows,), torch.float32), tiles.keys))
             if modifiers.slopes is not None or modifiers.key_visible is not None:
-                self.key_numbers_description = list_description
+                key_numbers_description = list_description
             if modifiers.dropout:
-                self.positions_description = list_description
+                positions_description = list_description
         self.launch = Launcher(
             programs,
             (
@@ -243,6 +242,8 @@ class PreparedForward:
             ),
             {"num_warps": 4},
             direct,
+            (*first, *rest, *written, None, None, carried, *(None,) * 11, key_numbers_description, None, None,
+             positions_description),
         )  # fmt: skip
 
     def __call__(
@@ -264,18 +265,13 @@ class PreparedForward:
             out, lse = so_far if sinks is None else with_sinks(*so_far, sinks)
             return out.to(self.out_dtype), lse
         operands = (query, key, value) if self.all_addressable else tuple(map(addressable, (query, key, value)))
-        first, rest = map(descriptor_of, operands, self.descriptions), (None, None, None)
-        if self.rest_descriptions is not None:
-            rest = map(descriptor_of, operands, self.rest_descriptions)
-        written = (None, None, out)
-        if self.out_descriptions is not None:
-            out_description, out_rest = self.out_descriptions
-            written = (descriptor_of(out, out_description), out_rest and descriptor_of(out, out_rest), None)
-        carried = self.carry_description and descriptor_of(carry_out, self.carry_description)
+        rest = [x if there else None for x, there in zip(operands, self.has_rest, strict=True)]
+        written = (out, out if self.out_described[1] else None, None) if self.out_described[0] else (None, None, out)
+        carried = carry_out if self.carry_described else None
         modifying = (None,) * 6 if modifiers is None else self._modifying(modifiers)
         pieces = token_pieces(intervals, *self.tiles) if self.has_tokens else None
         tensors = (
-            *first, *rest, *written, lse, carried, carry_out, carry_lse,
+            *operands, *rest, *written, lse, carried, carry_out, carry_lse,
             *bounds_of(intervals), pieces, first_ticket(query.device), sinks, *modifying,
             *(list_tensors(self._lists(intervals)) if self.has_lists else (None,) * 3),
         )  # fmt: skip
@@ -288,10 +284,10 @@ class PreparedForward:
     def _modifying(self, modifiers: Modifiers) -> tuple:
         """For slopes and padding, and for dropout; None for what there is not."""
         positions = None if modifiers.slopes is None else modifiers.query_positions.contiguous()
-        changes = positions, modifiers.slopes, descriptor_of(key_numbers(modifiers), self.key_numbers_description)
+        changes = positions, modifiers.slopes, key_numbers(modifiers)
         if not modifiers.dropout:
             return *changes, None, None, None
-        keys = descriptor_of(listed(modifiers.key_positions), self.positions_description)
+        keys = listed(modifiers.key_positions)
         return *changes, modifiers.seed, modifiers.query_positions.contiguous(), keys
 
 

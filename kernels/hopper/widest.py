@@ -7,16 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ringflash.kernels.gpu.launcher import Launcher, aligned
+from ringflash.kernels.gpu.launcher import Description, Launcher, aligned, description_of
 from ringflash.kernels.hopper.checks import check_operands
-from ringflash.kernels.hopper.descriptors import (
-    Description,
-    addressable,
-    description_of,
-    descriptor,
-    descriptor_of,
-    without_memory,
-)
+from ringflash.kernels.hopper.descriptors import addressable, descriptor, without_memory
 from ringflash.kernels.hopper.softmax import ROWS
 from ringflash.kernels.hopper.widest_backward_kernel import dscores_widest_kernel, dvalue_widest_kernel
 from ringflash.kernels.hopper.widest_forward_kernel import LOG2_E, attend_widest_kernel
@@ -186,13 +179,13 @@ class PreparedForward:
         self.addressable = Addressable((query, key, value))
         first_query, first_key, first_value = self.addressable.first
         rows = ROWS.value
-        self.descriptions = (
+        out = without_memory(query.shape, self.stored_dtype)
+        descriptions = (
             described(first_query, rows, WIDEST),
             described(first_key, tiles.rows, tiles.scored[0]),
             described(first_value, tiles.summed[0], WIDEST // 2),
+            None if self.float_out else described(out, rows, WIDEST // 2),
         )
-        out = without_memory(query.shape, self.stored_dtype)
-        self.out_description = None if self.float_out else described(out, rows, WIDEST // 2)
         tile_count = -(-query_rows // rows)
         head_strides = [x.stride(1) for x in self.addressable.first]
         self.launch = Launcher(
@@ -204,6 +197,7 @@ class PreparedForward:
             ),
             {"num_warps": 4},
             direct,
+            descriptions,
         )  # fmt: skip
 
     def __call__(
@@ -218,8 +212,7 @@ class PreparedForward:
             return out.to(self.out_dtype), lse
         operands = self.addressable((query, key, value))
         tensors = (
-            *map(descriptor_of, operands, self.descriptions),
-            descriptor_of(out, self.out_description), out if self.float_out else None, lse, carry_out, carry_lse,
+            *operands, *((None, out) if self.float_out else (out, None)), lse, carry_out, carry_lse,
             intervals.start, intervals.stop, intervals.query_order(ROWS.value),
         )  # fmt: skip
         self.launch(attend_widest_kernel, tensors)
@@ -267,39 +260,48 @@ class PreparedBackward:
         self.addressable = Addressable(operands)
         dout, query, key, value = self.addressable.first
         rows = ROWS.value
-        self.owned = [described(x, rows, WIDEST) for x in (dout, query, key, value)]
-        self.blocks = [described(x, dscores_tiles.rows, WIDEST) for x in (query, key)]
-        self.others = [described(x, dscores_tiles.rows, dscores_tiles.other[0]) for x in (dout, value)]
-        self.weighed = (
+        owned_dout, owned_query, owned_key, owned_value = (described(x, rows, WIDEST) for x in self.addressable.first)
+        query_blocks, key_blocks = (described(x, dscores_tiles.rows, WIDEST) for x in (query, key))
+        other_douts, other_values = (described(x, dscores_tiles.rows, dscores_tiles.other[0]) for x in (dout, value))
+        weighed = (
             described(query, dvalue_tiles.rows, dvalue_tiles.scored[0]),
             described(dout, dvalue_tiles.summed[0], WIDEST // 2),
         )
-        self.gradients = [
+        of_dquery, of_dkey = (
             described(without_memory(x.shape, x.dtype), rows, WIDEST // 2) if dtype == x.dtype else None
             for x, dtype in zip((query, key), self.dtypes, strict=True)
-        ]
+        )
         of_dout, of_query, of_key, of_value = (x.stride(1) for x in (dout, query, key, value))
         of_queries, of_keys = (query_rows, -(-query_rows // rows), heads), (key_rows, -(-key_rows // rows), key_heads)
         group = {"GROUP": heads // key_heads}
         sizes = {"STAGES": dscores_tiles.stages, "OTHER_STAGES": dscores_tiles.other[1]}
-        float_dquery, float_dkey = ({"FLOAT_OUT": x is None} for x in self.gradients)
+        float_dquery, float_dkey = ({"FLOAT_OUT": x is None} for x in (of_dquery, of_dkey))
 
-        def launcher(owned: tuple[int, int, int], numbers: tuple, constants: dict[str, object]) -> Launcher:
+        def launcher(
+            descriptions: tuple[Description | None, ...],
+            owned: tuple[int, int, int],
+            numbers: tuple,
+            constants: dict[str, object],
+        ) -> Launcher:
             _, tiles, owners = owned
-            return Launcher(tiles * owners, (query_rows, *owned, *numbers, scale), constants, {"num_warps": 4}, direct)
+            numbers = (query_rows, *owned, *numbers, scale)
+            return Launcher(tiles * owners, numbers, constants, {"num_warps": 4}, direct, descriptions)
 
         self.launch_dquery = launcher(
+            (owned_query, owned_dout, key_blocks, other_values, of_dquery),
             of_queries,
             (of_query, of_dout, of_key, of_value),
             {**group, **sizes, **float_dquery, "OWNS_KEYS": False, "REGISTERS": dscores_tiles.registers},
         )
         self.launch_dkey = launcher(
+            (owned_key, owned_value, query_blocks, other_douts, of_dkey),
             of_keys,
             (of_key, of_value, of_query, of_dout),
             {**group, **sizes, **float_dkey, "OWNS_KEYS": True, "REGISTERS": dscores_tiles.registers},
         )
         stages = {"QUERY_STAGES": dvalue_tiles.scored[1], "DOUT_STAGES": dvalue_tiles.summed[1]}
         self.launch_dvalue = launcher(
+            (owned_key, *weighed, of_dkey),
             of_keys,
             (of_query, of_dout, of_key),
             {**group, **stages, **float_dkey, "REGISTERS": dvalue_tiles.registers},
@@ -316,31 +318,24 @@ class PreparedBackward:
         if self.empty:
             dquery = dquery.zero_() if carry is None else carry
             return dquery.to(self.dtypes[0]), dkey.zero_().to(self.dtypes[1]), dvalue.zero_().to(self.dtypes[1])
-        dout, query, key, value = operands = self.addressable(operands)
-        owned_dout, owned_query, owned_key, owned_value = map(descriptor_of, operands, self.owned)
-        query_blocks, key_blocks = map(descriptor_of, (query, key), self.blocks)
-        other_douts, other_values = map(descriptor_of, (dout, value), self.others)
+        dout, query, key, value = self.addressable(operands)
         bounds = intervals.start, intervals.stop
         seeing = intervals.key_tile_rows(1), intervals.key_tile_rows(ROWS.value)
         query_order, key_order = intervals.query_order(ROWS.value), intervals.key_order(ROWS.value)
-        visited = key_blocks, other_values
-        written = self._written(dquery, 0)
+        written = self._written(dquery)
         self.launch_dquery(
             dscores_widest_kernel,
-            (owned_query, owned_dout, *visited, *written, carry, lse, delta, *bounds, None, None, query_order),
+            (query, dout, key, value, *written, carry, lse, delta, *bounds, None, None, query_order),
         )
-        visited = query_blocks, other_douts
-        written = self._written(dkey, 1)
+        written = self._written(dkey)
         self.launch_dkey(
             dscores_widest_kernel,
-            (owned_key, owned_value, *visited, *written, None, lse, delta, None, None, *seeing, key_order),
+            (key, value, query, dout, *written, None, lse, delta, None, None, *seeing, key_order),
         )
-        weighed = map(descriptor_of, (query, dout), self.weighed)
-        written = self._written(dvalue, 1)
-        self.launch_dvalue(dvalue_widest_kernel, (owned_key, *weighed, *written, lse, *seeing, key_order))
+        written = self._written(dvalue)
+        self.launch_dvalue(dvalue_widest_kernel, (key, query, dout, *written, lse, *seeing, key_order))
         return dquery.to(self.dtypes[0]), dkey.to(self.dtypes[1]), dvalue.to(self.dtypes[1])
 
-    def _written(self, x: Tensor, of: int) -> tuple:
-        """A gradient as the kernels take it: a descriptor, or the tensor itself if that is in fp32."""
-        description = self.gradients[of]
-        return (None, x) if description is None else (descriptor_of(x, description), None)
+    def _written(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """A gradient as the kernels take it: with a descriptor, or by its address if it is in fp32."""
+        return (x, None) if x.dtype == self.dtype else (None, x)

@@ -26,7 +26,7 @@ ROWS = 64
 
 @pytest.fixture
 def driver() -> Iterator[StandIn]:
-    with stand_in() as driver:
+    with stand_in(by_driver=False) as driver:
         yield driver
 
 

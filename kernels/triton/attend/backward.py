@@ -16,7 +16,6 @@ from ringflash.kernels.kept import Kept, metadata
 from ringflash.kernels.modifiers import Modifiers
 from ringflash.kernels.triton.attend.backward_kernels import dkey_kernel, dquery_kernel
 from ringflash.kernels.triton.attend.checks import check_operands
-from ringflash.kernels.triton.attend.descriptors import operand
 from ringflash.kernels.triton.attend.modify_scores import (
     ModifierOperands,
     modifier_operands,
@@ -115,7 +114,7 @@ class PreparedQueryGradient(PreparedKernel):
         if self.empty:
             return dquery.zero_() if carry is None else carry.to(dquery_dtype), pairs
         tensors = (
-            *map(operand, operands, self.descriptions), lse, delta, dquery, carry, pairs,
+            *operands, lse, delta, dquery, carry, pairs,
             intervals.start, intervals.stop, intervals.sink_start, intervals.sink_stop,
             self.list_order(intervals) if self.has_lists else intervals.query_order(self.sizes[0]),
         )  # fmt: skip
@@ -154,7 +153,7 @@ class PreparedKeyGradient(PreparedKernel):
         if self.empty:
             return tuple(x if x is None else x.zero_() for x in (dkey, dvalue))
         tensors = (
-            *map(operand, operands, self.descriptions), pairs, dkey, dvalue,
+            *operands, pairs, dkey, dvalue,
             intervals.start, intervals.stop, intervals.sink_start, intervals.sink_stop,
             intervals.key_tile_rows(self.sizes[0]),
             intervals.key_tile_rows(self.sizes[0], sink_tokens=True) if intervals.has_sink_tokens else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ringflash.kernels.gpu.launcher import Description, description_of
 from ringflash.kernels.gpu.row_blocks import padded
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -16,24 +17,9 @@ def describable(*tensors: Tensor) -> bool:
     )
 
 
-def described(x: Tensor, block: int) -> dict[str, object]:
-    """All that a describable (rows, heads, columns) tensor's descriptor holds, for blocks of `block` rows."""
+def described(x: Tensor, block: int) -> Description:
+    """What a describable (rows, heads, columns) tensor's descriptor is of, for blocks of `block` rows."""
     rows, heads, dim = x.shape
     row_stride, head_stride, _ = x.stride()
     checked = TensorDescriptor(x, [heads, rows, dim], [head_stride, row_stride, 1], [1, block, padded(dim)])
-    return {**vars(checked), "base": None}
-
-
-def operand(x: Tensor, description: dict[str, object] | None) -> Tensor | TensorDescriptor:
-    """A (rows, heads, columns) tensor as load_block takes it.
-
-    Args:
-        x: aligned, if there is a description.
-        description: what `described` gave for a tensor with the same metadata, to be read so; None for pointers.
-    """
-    if description is None:
-        return x
-    # A descriptor holds an address, so each call makes its own; what was checked before need not be checked again.
-    descriptor = object.__new__(TensorDescriptor)
-    descriptor.__dict__.update(description, base=x)
-    return descriptor
+    return description_of(checked)

@@ -26,7 +26,6 @@ from ringflash.kernels.modifiers import Modifiers
 from ringflash.kernels.reference import Carry
 from ringflash.kernels.sinks import with_sinks
 from ringflash.kernels.triton.attend.checks import check_operands
-from ringflash.kernels.triton.attend.descriptors import operand
 from ringflash.kernels.triton.attend.key_stretches import (
     bits_of_rows,
     entry_at,
@@ -234,7 +233,7 @@ class PreparedForward(PreparedKernel):
         out_dtype: torch.dtype,
     ) -> Carry:
         """Result and lse."""
-        query, key, value = operands
+        query = operands[0]
         if carry and out_dtype == torch.float32:
             out, lse = carry
         else:
@@ -244,10 +243,8 @@ class PreparedForward(PreparedKernel):
             if carry:
                 return carry[0].to(out_dtype), lse
             return out.zero_(), lse.fill_(-torch.inf)
-        query_blocks, key_blocks, value_blocks = self.descriptions
         tensors = (
-            operand(query, query_blocks), operand(key, key_blocks), operand(value, value_blocks),
-            out, lse, *(carry or (None, None)),
+            *operands, out, lse, *(carry or (None, None)),
             intervals.start, intervals.stop, intervals.sink_start, intervals.sink_stop,
             self.list_order(intervals) if self.has_lists else intervals.query_order(self.sizes[0]),
         )  # fmt: skip

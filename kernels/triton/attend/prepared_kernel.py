@@ -34,10 +34,9 @@ class PreparedKernel:
 
     Attributes:
         empty: whether there are no query rows or no keys, hence nothing to launch.
-        descriptions: what `operand` needs for each of the operands.
         sizes: rows of a tile and of the blocks that it visits.
         has_lists: whether tiles visit blocks of lists.
-        launch: to be given the tensors.
+        launch: to be given the tensors, the operands first.
     """
 
     def __init__(
@@ -54,9 +53,7 @@ class PreparedKernel:
         self.empty = not query_count or not key_count
         descriptors = not self.empty and tiles.descriptors and describable(*operands)
         blocks = (tiles.queries, tiles.keys, tiles.keys, tiles.queries)[: len(operands)]
-        self.descriptions = tuple(
-            described(x, block) if descriptors else None for x, block in zip(operands, blocks, strict=True)
-        )
+        descriptions = [described(x, block) for x, block in zip(operands, blocks, strict=True)] if descriptors else ()
         self.sizes = (tiles.keys, tiles.queries) if owns_keys else (tiles.queries, tiles.keys)
         self._owns_keys, self.has_lists = owns_keys, intervals.blocks is not None
         owned_rows, owned_heads = (key_count, key_heads) if owns_keys else (query_count, heads)
@@ -73,6 +70,7 @@ class PreparedKernel:
             ),
             tiles.options(),
             direct,
+            descriptions,
         )  # fmt: skip
 
     def list_order(self, intervals: KeyIntervals) -> Tensor:
