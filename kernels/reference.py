@@ -21,6 +21,7 @@ from torch import Tensor
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.key_blocks import check_blocks
 from ringflash.kernels.modifiers import Modifiers, keep_mask
+from ringflash.kernels.sums import add_rows as add_rows
 
 Carry = tuple[Tensor, Tensor]
 """(out (T, H, Dv) fp32, lse (H, T) fp32) after the launches so far."""

@@ -207,9 +207,8 @@ def _link(after: int, before: int, device: torch.device, shape: Shape, tokens: i
         if shelf is None:
             return transport.transfer([(after, sent[:size])], [(before, received[:size])], what)
         shelf.publish([sent[:size]], ((0, size),))
-        ticket = shelf.pull([Pull(before, size, ((0, 0, size),))], [received[:size]], what, shelf.mark())
-        shelf.release()
-        return ticket
+        pulls = (Pull(before, size, ((0, 0, size),)),)
+        return shelf.pull(pulls, [received[:size]], what, shelf.mark(), last=True)
 
     def move(size: int) -> None:
         asked(size).wait()

@@ -30,6 +30,7 @@ from ringflash.errors import ArgumentError
 from ringflash.kernels.intervals import KeyIntervals, causal_intervals
 from ringflash.kernels.modifiers import Modifiers
 from ringflash.kernels.select import select
+from ringflash.kernels.sums import Part as SumPart
 from ringflash.launch.doctor import usable_cores
 from ringflash.launch.flags import as_flags
 
@@ -185,11 +186,14 @@ def _launch(kernels: ModuleType, part: Part, device: torch.device) -> None:
         return
     dout = zeros(ROWS, heads, value_dim)
     delta = kernels.row_delta(dout, dout)
-    kernels.attend_backward(
+    _, *sums = kernels.attend_backward(
         dout, query, key, value, lse, delta, intervals,
         carry=zeros(*query.shape, dtype=exact) if part.carried else None,
         dquery_dtype=dtype, dkey_dtype=dtype, deterministic=form.deterministic, **settings,
     )  # fmt: skip
+    if part.kept_exact:  # gradients of keys are sums of what several ranks find
+        rows = slice(0, ROWS)
+        kernels.add_rows(sums, [SumPart(i, rows, x.data_ptr(), lambda x=x: x) for i, x in enumerate(sums)])
 
 
 def _intervals(form: Form, device: torch.device) -> KeyIntervals:

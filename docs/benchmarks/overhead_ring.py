@@ -69,7 +69,7 @@ class NoTransport:
     def mark(self) -> str:
         return "now"
 
-    def pull(self, pulls: list, targets: object, what: str, free: object) -> Ticket:
+    def pull(self, pulls: tuple, targets: object, what: str, free: object, last: bool) -> Ticket:
         return Ticket([], [], what)
 
     def release(self) -> None:
@@ -93,6 +93,7 @@ def no_kernels(leaves: list[Tensor]) -> SimpleNamespace:
         attend=lambda *_, carry, **__: carry or (query, rows),
         attend_backward=lambda dout, q, k, v, *_, **__: (query, torch.empty_like(k), torch.empty_like(v)),
         row_delta=lambda *_: rows,
+        add_rows=lambda *_: None,
     )
 
 

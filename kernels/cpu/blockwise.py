@@ -23,8 +23,9 @@ from ringflash.kernels.key_blocks import check_blocks
 from ringflash.kernels.modifiers import Modifiers
 from ringflash.kernels.reference import Carry
 from ringflash.kernels.sinks import sink_gradient, with_sinks
+from ringflash.kernels.sums import add_rows
 
-__all__ = ["attend", "attend_backward", "row_delta", "sink_gradient"]
+__all__ = ["add_rows", "attend", "attend_backward", "row_delta", "sink_gradient"]
 
 
 def attend(

@@ -1,9 +1,9 @@
 """Launches of compiled kernels by CUDA's driver itself, with arguments that have been laid out once.
 
-What Triton does for a launch, beside asking the driver, takes 15 to 30 us of host time: for each tensor it asks the
-driver whether the address is one of a GPU, for each descriptor it encodes a tensor map, and it calls hooks. For launches
-that differ in addresses only, these are all there is to do anew: addresses are written where the driver reads them, and a
-tensor map that has been encoded once is told another one (`cuTensorMapReplaceAddress`).
+What Triton does for a launch, beside asking the driver, takes 10 to 30 us of host time: for each tensor it asks the
+driver whether the address is one of a GPU, for each descriptor it encodes a tensor map, and it calls hooks. Where
+launches differ in addresses only, these are all there is to do anew: they are written where the driver reads them, and
+a tensor map that has been encoded once is told another one (`cuTensorMapReplaceAddress`).
 
 The order of a kernel's parameters and how tensor maps are encoded is Triton's own affair (`CudaLauncher`). Where it
 does anything that is not known here, launches are left to it.
@@ -47,8 +47,8 @@ class Config(ctypes.Structure):
     """`CUlaunchConfig`."""
 
     _fields_ = [
-        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint), ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.c_void_p), ("attribute_count", ctypes.c_uint),
+        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p), ("attributes", ctypes.c_void_p), ("attribute_count", ctypes.c_uint),
     ]  # fmt: skip
 
 
@@ -142,10 +142,10 @@ def tensor_map(x: Any, compiled: dict[str, Any] | None) -> TensorMap | None:
     """What a descriptor's tensor map is of, as Triton's launchers encode it; None where it is not known how."""
     from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
 
-    known = compiled is not None and not compiled["fp4_padded"] and not getattr(x, "round_f32_to_tf32", False)
-    if not known or "im2col" in type(x).__name__.lower() or compiled.get("is_im2col") or x.strides[-1] != 1:
+    if compiled is None or compiled["fp4_padded"] or compiled.get("is_im2col") or x.strides[-1] != 1:
         return None
-    assert compiled is not None
+    if getattr(x, "round_f32_to_tf32", False):
+        return None
     return TensorMap(
         dtype=TMA_DTYPE_DEVICE_TO_HOST[compiled["elem_type"]],
         shape=tuple(reversed(x.shape)),
@@ -236,7 +236,9 @@ class DirectLaunch:
         driver: its functions.
     """
 
-    def __init__(self, function: int, config: tuple[tuple[int, ...], int, int], of: Parameters, driver: Functions) -> None:
+    def __init__(
+        self, function: int, config: tuple[tuple[int, ...], int, int], of: Parameters, driver: Functions
+    ) -> None:
         self._function, self._config, self._of, self._driver = function, config, of, driver
         pointers = [index for _, index in of.pointers]
         self._pointed = itemgetter(*pointers) if len(pointers) > 1 else lambda x: [x[i] for i in pointers]
@@ -267,6 +269,17 @@ class DirectLaunch:
         self._driver.launch(address, self._function, laid.address, None)
         return True
 
+    def at(self, stream: int, addresses: Sequence[int]) -> bool:
+        """The same for addresses of all tensors, in their order, where there are no descriptors."""
+        ready = getattr(self._of_thread, "ready", None)
+        if ready is None or len(addresses) != len(ready[1].pointers):
+            return False
+        config, laid, address = ready
+        laid.pointers[:] = addresses
+        config.stream = stream
+        self._driver.launch(address, self._function, laid.address, None)
+        return True
+
     def prepare(self, arguments: Sequence[Any]) -> None:
         """Be ready for launches of this thread, which has launched by Triton, or is about to; arguments as there."""
         grid, threads, shared = self._config
@@ -290,8 +303,10 @@ def direct_launch(compiled: Any, grid: tuple[int, ...], arguments: Sequence[Any]
     warps, _, shared = compiled.packed_metadata
     types = list(compiled.src.signature.values())
     of = parameters(types, arguments, getattr(compiled.metadata, "tensordesc_meta", None) or ())
+    if of is None:
+        return None
     try:
-        return of and DirectLaunch(compiled.function, (grid, 32 * warps, shared), of, functions())
+        return DirectLaunch(compiled.function, (grid, 32 * warps, shared), of, functions())
     except (OSError, AttributeError):
         return None
 
@@ -300,5 +315,3 @@ def hooked() -> bool:
     """Whether somebody wants to hear of launches, as profilers do; Triton tells them."""
     before, behind = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     return bool(getattr(before, "calls", before) or getattr(behind, "calls", behind))
-
-

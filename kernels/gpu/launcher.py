@@ -122,6 +122,20 @@ class Launcher:
             # The kernel last: another thread may be looking.
             self._compiled, self._device, self._kernel = compiled, device, kernel
 
+    def at(self, kernel: Any, addresses: Sequence[int]) -> bool:
+        """Launch like an earlier call, which had no descriptors, with other addresses of its tensors.
+
+        Returns:
+            Whether that can be: not before there was a call.
+        """
+        by_driver = self._by_driver
+        if by_driver is None or self._kernel is not kernel or hooked():
+            return False
+        # pyrefly: ignore[missing-attribute]  # stub: a GPU's driver has it
+        device = driver.active.get_current_device()
+        # pyrefly: ignore[missing-attribute]  # stub: a GPU's driver has it
+        return self._device == device and by_driver.at(driver.active.get_current_stream(device), addresses)
+
     def _described(self, tensors: tuple) -> list:
         found = list(tensors)
         for index, description in self._descriptions:

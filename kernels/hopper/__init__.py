@@ -11,10 +11,11 @@ and backward; widest_work, widest_forward_kernel, widest_backward_kernel and wid
 compat holds what differs between triton's versions.
 """
 
+from ringflash.kernels.gpu.add_rows import add_rows
 from ringflash.kernels.gpu.row_delta import row_delta
 from ringflash.kernels.gpu.sink_gradient import sink_gradient
 from ringflash.kernels.hopper.backward import attend_backward
 from ringflash.kernels.hopper.checks import supports
 from ringflash.kernels.hopper.forward import attend
 
-__all__ = ["attend", "attend_backward", "row_delta", "sink_gradient", "supports"]
+__all__ = ["add_rows", "attend", "attend_backward", "row_delta", "sink_gradient", "supports"]

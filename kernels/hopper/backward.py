@@ -344,7 +344,9 @@ class PreparedBackward:
             operands = _reachable(operands)
         dout, query, key, value = operands
         dkey_rest = dkey if self.has_dkey_rest else None
-        written, pointers = ((None,) * 3, (dkey, dvalue)) if self.float_out else ((dkey, dkey_rest, dvalue), (None, None))
+        written, pointers = (
+            ((None,) * 3, (dkey, dvalue)) if self.float_out else ((dkey, dkey_rest, dvalue), (None, None))
+        )
         visible = None if modifiers is None else modifiers.key_visible
         seeing, tokens = rows_seeing(intervals, self.tiles.keys, visible), (None,) * 5
         if programs is not None:

@@ -158,7 +158,7 @@ def backward(
         at = ready.inputs
         wanted = ([at.key] if needs_key else []) + ([at.value] if needs_value else [])
         copied = crossing is not None and crossing.copied
-        gradients = KeyGradients(wanted, ready.program, ready.transport, copied)
+        gradients = KeyGradients(wanted, ready.kernels, ready.program, ready.transport, copied)
         walk = Walk(ready, body, settle)
     except Exception as error:
         ready.refuse(error)

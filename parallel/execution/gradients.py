@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
+from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from ringflash.kernels.sums import Part
 from ringflash.parallel.execution.rows import rows_beside
 from ringflash.parallel.planning.program import Program
-from ringflash.parallel.planning.row_places import Rows, part_of
-from ringflash.parallel.planning.stage_program import Shipment, StageProgram, picked, runs_of
-from ringflash.parallel.transport.base import Delivery
+from ringflash.parallel.planning.row_places import part_of
+from ringflash.parallel.planning.stage_program import Shipment, StageProgram, runs_of
+from ringflash.parallel.transport.base import Arrived, Delivery
 from ringflash.parallel.transport.select import GroupTransport
 
 
@@ -23,15 +27,21 @@ class KeyGradients:
 
     Args:
         wanted: key and value, or one of them, or neither: those whose gradients somebody needs.
+        kernels: from `ringflash.kernels.select`.
         program: what this rank does.
         transport: between ranks; None on one device.
         partial: what `finish` gives is added to that of other ranks, and not rounded before.
     """
 
     def __init__(
-        self, wanted: list[Tensor], program: Program, transport: GroupTransport | None, partial: bool = False
+        self,
+        wanted: list[Tensor],
+        kernels: ModuleType,
+        program: Program,
+        transport: GroupTransport | None,
+        partial: bool = False,
     ) -> None:
-        self._wanted, self._transport = wanted, transport
+        self._wanted, self._kernels, self._transport = wanted, kernels, transport
         dtype = wanted[0].dtype if wanted else torch.float32  # value's is key's
         accumulator = torch.promote_types(dtype, torch.float32)
         self.dtype = accumulator if program.sums_parts or partial else dtype
@@ -106,22 +116,28 @@ class KeyGradients:
             for total, part in zip(self._sums, own, strict=True):
                 total[: stage.own.start], total[stage.own], total[stage.own.stop :] = 0, part, 0
         else:
-            for index, part in enumerate(own):
-                self._add(index, stage.own, part)
+            rows = slice(0, len(own[0])) if stage.own is None else stage.own
+            added = [x.to(self.dtype).contiguous() for x in own]
+            self._add([Part(index, rows, x.data_ptr(), functools.partial(_itself, x)) for index, x in enumerate(added)])
 
     def _collect(self) -> None:
         delivery, shipments = self._pending.popleft()
 
-        def add(which: int, index: int, first: int, rows: Tensor) -> None:
-            self._add(index, part_of(shipments[which].rows, first, first + len(rows)), rows)
+        def add(arrived: Sequence[Arrived]) -> None:
+            self._add(
+                [
+                    Part(tensor, part_of(shipments[which].rows, first, first + count), address, rows)
+                    for which, tensor, first, count, address, rows in arrived
+                ]
+            )
 
         delivery.collect(add)
 
-    def _add(self, index: int, rows: Rows | None, part: Tensor) -> None:
+    def _add(self, parts: Sequence[Part]) -> None:
         if self._sums is None:
             self._sums = [torch.zeros_like(x, dtype=self.dtype) for x in self._wanted]
-        total = self._sums[index]
-        if isinstance(rows, Tensor):
-            total.index_add_(0, rows, part.to(total.dtype))
-        else:
-            picked(total, rows).add_(part)
+        self._kernels.add_rows(self._sums, parts)
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ringflash.parallel.execution.rows import Rows, rows_beside, rows_of
+from ringflash.parallel.execution.rows import Rows, memory_for, one_behind_another, row_by_row, rows_of
 from ringflash.parallel.planning.program import Program
 from ringflash.parallel.planning.stage_program import picked
 from ringflash.parallel.transport.base import Shelf, Ticket, Transport
@@ -36,13 +36,18 @@ class TravellingKeys:
         self._coming: Rows = ()
         self._index = self._filled = 0
         self._sent = tuple([x.contiguous() for x in own])
-        needed = min(2, sum([bool(stage.receives) for stage in program.stages]))
-        self._buffers = [rows_beside(own, program.buffers.arrivals) for _ in range(needed)]
+        receiving = [index for index, stage in enumerate(program.stages) if stage.receives]
+        self._last = receiving[-1] if receiving else -1
+        needed = min(2, len(receiving))
+        self._memory = [memory_for(own, program.buffers.arrivals) for _ in range(needed)]
+        self._buffers: list[Rows] = []
 
     def start(self) -> None:
         """Ranks begin, and own keys are there."""
         self._shelf = self._transport.shelf  # known since they begin
         self.pulled = self._shelf is not None
+        tensors, count = row_by_row if self.pulled else one_behind_another, self._program.buffers.arrivals
+        self._buffers = [tensors(memory, self._sent, count) for memory in self._memory]
         if self._shelf is not None:
             self._shelf.publish(self._sent, self._program.given)
 
@@ -62,8 +67,8 @@ class TravellingKeys:
     def work_begun(self) -> None:
         """The first launch of the stage was asked for, if it has one."""
         if self._shelf is not None and self._free is not None:
-            pulls = self._program.pulls[self._index]
-            self._ticket, self._free = self._shelf.pull(pulls, self._coming, self._what, self._free), None
+            pulls, last = self._program.pulls[self._index], self._index == self._last
+            self._ticket, self._free = self._shelf.pull(pulls, self._coming, self._what, self._free, last), None
 
     @property
     def _what(self) -> str:
@@ -81,4 +86,4 @@ class TravellingKeys:
         """Nothing more comes."""
         if self._shelf is not None:
             self._shelf.release()
-        self._buffers, self._coming, self.arrived = [], (), ()
+        self._memory, self._buffers, self._coming, self.arrived = [], [], (), ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,8 +19,28 @@ class Ticket(Protocol):
         ...
 
 
-Add = Callable[[int, int, int, Tensor], None]
-"""Of rows that came: which of the expected, which of the tensors, the number of their first row, and the rows."""
+class Arrived(NamedTuple):
+    """Rows that came.
+
+    Attributes:
+        which: of the expected.
+        tensor: which of its tensors.
+        first: number of the first row.
+        count: of rows.
+        address: of the contiguous rows.
+        rows: makes a tensor of them.
+    """
+
+    which: int
+    tensor: int
+    first: int
+    count: int
+    address: int
+    rows: Callable[[], Tensor]
+
+
+Add = Callable[[Sequence[Arrived]], None]
+"""Adds rows that came to sums, one after another."""
 
 
 Parts = Sequence[tuple[int, Sequence[Sequence[Tensor]]]]
@@ -61,21 +81,24 @@ class Shelf(Protocol):
         """What the current stream has been asked for so far."""
         ...
 
-    def pull(self, pulls: Sequence[Pull], targets: Sequence[Tensor], what: str, free: torch.Event) -> Ticket:
+    def pull(
+        self, pulls: tuple[Pull, ...], targets: Sequence[Tensor], what: str, free: torch.Event, last: bool
+    ) -> Ticket:
         """Take rows from their owners' tensors, and return without waiting.
 
         It can be asked for behind the work that it runs beside, so that a GPU does not wait for the host.
 
         Args:
             pulls: which rows.
-            targets: for each published tensor the one that they fill.
+            targets: for each published tensor the one that they fill; their rows lie beside each other, see `shelves`.
             what: is taken and when, for errors.
             free: when nobody read any more what is filled.
+            last: whether it is the last that is taken in this call.
         """
         ...
 
     def release(self) -> None:
-        """Nothing more is taken in this call; every rank says so, behind all that it takes."""
+        """Nothing more is taken in this call; every rank says so, behind all that it takes, or with the last of it."""
         ...
 
 

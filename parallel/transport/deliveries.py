@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
 from ringflash.kernels.kept import Kept
-from ringflash.parallel.transport.base import Add
-from ringflash.parallel.transport.mailboxes import CHUNKS, Block, Mailboxes, Piece, chunks
+from ringflash.parallel.transport.base import Add, Arrived
+from ringflash.parallel.transport.mailboxes import CHUNKS, TOGETHER, Block, Filled, Mailboxes, chunks
 
 
 class Portion(NamedTuple):
@@ -70,14 +70,6 @@ def rows_together(row_bytes: int, room: int) -> int:
     return room // row_bytes
 
 
-class Written(NamedTuple):
-    """A chunk to write: to which rank, from which memory, and where it lies there and in the chunk."""
-
-    owner: int
-    blocks: list[Block]
-    chunk: tuple[Piece, ...]
-
-
 class PushedParts:
     """What one rank pushes, and what it expects, in one delivery.
 
@@ -97,9 +89,9 @@ class PushedParts:
     ) -> None:
         self._mailboxes = mailboxes
         self._owners = list(dict.fromkeys(owner for owner, *_ in outgoing))
-        self._incoming = [(sender, rows) for sender, rows, _ in incoming]
+        self._incoming = [(sender, row_bytes) for sender, _, row_bytes in incoming]
         self.levels = levels(tuple([(rows, row_bytes) for _, rows, row_bytes in incoming]), room)
-        self._later: dict[int, list[Written]] = {}
+        self._later: dict[int, list[tuple[int, Filled]]] = {}
         """By the level behind which there is room for them at their owner."""
         cut = [
             (owner, blocks, chunks(tuple([n for _, n in blocks]), rows_together(row_bytes, room) * row_bytes))
@@ -107,6 +99,7 @@ class PushedParts:
         ]
         used: Counter[int] = Counter()
         level_of: dict[tuple[int, int], int] = {}
+        now: list[Filled] = []
         for level in range(max([len(found) for *_, found in cut], default=0)):
             for owner, blocks, found in cut:
                 if level >= len(found):
@@ -114,11 +107,14 @@ class PushedParts:
                 number = used[owner]
                 level_of[owner, number] = level
                 used[owner] += 1
+                filled = Filled(mailboxes.to[owner], blocks, found[level])
                 if number < CHUNKS:
-                    mailboxes.fill(mailboxes.to[owner], blocks, found[level])
+                    now.append(filled)
                 else:
                     behind = level_of[owner, number - CHUNKS]
-                    self._later.setdefault(behind, []).append(Written(owner, blocks, found[level]))
+                    self._later.setdefault(behind, []).append((owner, filled))
+        mailboxes.fill(now)
+        mailboxes.go()
 
     def collect(
         self, add: Add, memory: Tensor, like: Sequence[Tensor], stream: int
@@ -137,30 +133,54 @@ class PushedParts:
             added since, and all has travelled.
         """
         boxes, failure = self._mailboxes, None
+        requests = boxes.requests(stream)
         for level in range(max(len(self.levels), 1 + max(self._later, default=-1))):
-            for message, first, rows in self.levels[level] if level < len(self.levels) else ():
-                which, tensor = divmod(message, len(like))
-                sender, _ = self._incoming[message]
+            for portions in self._together(level):
+                emptied = boxes.arrived([boxes.from_[self._incoming[x.message][0]] for x in portions], requests)
+                requests.go()
                 try:
-                    with boxes.arrived(boxes.from_[sender], stream) as box:
-                        if failure is None:
-                            add(which, tensor, first, _view(memory, box, rows, like[tensor]))
+                    if failure is None:
+                        add([_arrived(*x, box, memory, like) for x, box in zip(portions, emptied.boxes, strict=True)])
                 except Exception as error:  # others wait for what is still to be written, and for room
                     failure = error
-            for written in self._later.get(level, ()):
-                boxes.fill(boxes.to[written.owner], written.blocks, written.chunk)
+                emptied.tell(requests)
+            if level in self._later:
+                requests.go()
+                boxes.fill([filled for _, filled in self._later[level]])
+                boxes.go()
         senders = dict.fromkeys(sender for sender, _ in self._incoming)
-        ends = [(sender, *boxes.received(sender, stream), True) for sender in senders]
-        return ends + [(owner, *boxes.sent(owner), False) for owner in self._owners], failure
+        ends = [(sender, *boxes.received(sender, requests), True) for sender in senders]
+        requests.go()
+        ends += [(owner, *end, False) for owner, end in zip(self._owners, boxes.sent(self._owners), strict=True)]
+        return ends, failure
+
+    def _together(self, level: int) -> Iterator[list[Portion]]:
+        """Portions of a level, as many at a time as are waited for together."""
+        some, nbytes = [], 0
+        for x in self.levels[level] if level < len(self.levels) else ():
+            size = x.rows * self._incoming[x.message][1]
+            if some and nbytes + size > TOGETHER:
+                yield some
+                some, nbytes = [], 0
+            some.append(x)
+            nbytes += size
+        if some:
+            yield some
 
     @property
     def peers(self) -> frozenset[int]:
         """Ranks whose next delivery, or to which the next one, must wait until this one is collected."""
-        later = (written.owner for found in self._later.values() for written in found)
+        later = (owner for found in self._later.values() for owner, _ in found)
         return frozenset([*(sender for sender, _ in self._incoming), *later])
 
 
-def _view(memory: Tensor, address: int, rows: int, like: Tensor) -> Tensor:
+def _arrived(message: int, first: int, count: int, address: int, memory: Tensor, like: Sequence[Tensor]) -> Arrived:
     """Rows at an address in some memory."""
-    place, shape = address - memory.data_ptr(), (rows, *like.shape[1:])
-    return memory[place : place + math.prod(shape) * like.element_size()].view(like.dtype).view(shape)
+    which, tensor = divmod(message, len(like))
+    x, place = like[tensor], address - memory.data_ptr()
+
+    def rows() -> Tensor:
+        shape = count, *x.shape[1:]
+        return memory[place : place + math.prod(shape) * x.element_size()].view(x.dtype).view(shape)
+
+    return Arrived(which, tensor, first, count, address, rows)

@@ -16,13 +16,12 @@ the same; so there is no deadlock even where all streams share one queue (CUDA_D
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from ringflash.parallel.transport.driver import Driver
+from ringflash.parallel.transport.driver import Driver, Requests
 
 CHUNKS = 3
 """In each mailbox: one is filled, one is read, and one is on its way to be emptied."""
@@ -39,6 +38,10 @@ ALIGNED = 256
 MOST_ROOM, LEAST_ROOM, ROOMS = 24 << 20, 4 << 20, 96 << 20
 """Bytes of a chunk, and of a chunk for each rank. Of more, a message would wait longer for its first; of fewer, the
 host has more to ask for than the copy engines to do, and less of a message leaves at once."""
+
+TOGETHER = 8 << 20
+"""Bytes of chunks that are asked for together, with one request for what streams wait for and one for their flags. Copy
+engines take 25 us for as many, longer than it takes to ask; of more, the first would wait for the last."""
 
 Block = tuple[int, int]
 """Address and bytes of some memory."""
@@ -142,8 +145,9 @@ class Mailboxes:
         reader: int,
         driver: Driver,
     ) -> None:
-        self._room, self._progress, self._writer, self._reader = room, progress, writer, reader
-        self._copy, self._wait, self._write = driver.copy, driver.wait, driver.write
+        self._room, self._progress = room, progress
+        self._driver = driver
+        self._out, self._in = Requests(driver, writer), Requests(driver, reader)
         ranks = range(len(bases))
         self._asked = [0] * (2 * len(bases))
         self.to = [Way(*_addresses(bases, rank, peer, room)) for peer in ranks]
@@ -170,55 +174,109 @@ class Mailboxes:
         incoming = [(self.from_[p], blocks, self._chunks(blocks)) for p, blocks in receives.items()]
         levels = max([len(found) for *_, found in outgoing + incoming], default=0)
         for level in range(levels):
-            for way, blocks, found in outgoing:
-                if level < len(found):
-                    self.fill(way, blocks, found[level])
-            for way, blocks, found in incoming:
-                if level < len(found):
-                    self._empty(way, blocks, found[level])
-        ends = [self.received(peer, self._reader) for peer in receives]
-        return ends + [self.sent(peer) for peer in sends]
+            self.fill([Filled(way, blocks, found[level]) for way, blocks, found in outgoing if level < len(found)])
+            self._out.go()
+            self._empty([Filled(way, blocks, found[level]) for way, blocks, found in incoming if level < len(found)])
+            if level + 1 < levels:
+                self._in.go()
+        ends = [self.received(peer, self._in) for peer in receives]
+        self._in.go()
+        return ends + self.sent(list(sends))
 
-    def received(self, peer: int, stream: int) -> tuple[int, int]:
+    def received(self, peer: int, requests: Requests) -> tuple[int, int]:
         """A message from a rank is over, behind this in a stream: its place among progress, and the number there."""
-        return self._over(2 * peer, stream)
+        return self._over(2 * peer, requests)
 
-    def sent(self, peer: int) -> tuple[int, int]:
-        """The same of a message to a rank."""
-        return self._over(2 * peer + 1, self._writer)
+    def sent(self, peers: Sequence[int]) -> list[tuple[int, int]]:
+        """The same of messages to ranks, and all that the writer was told to ask for is asked for."""
+        ends = [self._over(2 * peer + 1, self._out) for peer in peers]
+        self._out.go()
+        return ends
 
-    def _over(self, place: int, stream: int) -> tuple[int, int]:
+    def _over(self, place: int, requests: Requests) -> tuple[int, int]:
         self._asked[place] += 1
         number = number_of(self._asked[place])
-        self._write(stream, self._progress + 4 * place, number)
+        requests.write(self._progress + 4 * place, number)
         return place, number
 
     def _chunks(self, blocks: list[Block]) -> tuple[tuple[Piece, ...], ...]:
         return chunks(tuple([nbytes for _, nbytes in blocks]), self._room)
 
-    def fill(self, way: Way, blocks: list[Block], chunk: tuple[Piece, ...]) -> None:
-        """Write the next chunk of a message, in the order of the writer."""
-        number, times = way.turn()
-        if times:
-            self._wait(self._writer, way.emptied[number], number_of(times - 1))
-        for x in chunk:
-            self._copy(way.boxes[number] + x.place, blocks[x.block][0] + x.offset, x.nbytes, self._writer)
-        self._write(self._writer, way.filled[number], number_of(times))
+    def fill(self, filled: Sequence[Filled]) -> None:
+        """Write next chunks of messages, in the order of the writer; nothing is sure to be asked for before `sent`."""
+        for some in together(filled):
+            turns = [x.way.turn() for x in some]
+            for (way, *_), (number, times) in zip(some, turns, strict=True):
+                if times:
+                    self._out.wait(way.emptied[number], number_of(times - 1))
+            for (way, blocks, chunk), (number, _) in zip(some, turns, strict=True):
+                for x in chunk:
+                    self._out.copy(way.boxes[number] + x.place, blocks[x.block][0] + x.offset, x.nbytes)
+            for (way, *_), (number, times) in zip(some, turns, strict=True):
+                self._out.write(way.filled[number], number_of(times))
 
-    @contextmanager
-    def arrived(self, way: Way, stream: int) -> Generator[int]:
-        """Address of the next chunk of a message: it is there for what a stream is asked for meanwhile."""
-        number, times = way.turn()
-        self._wait(stream, way.filled[number], number_of(times))
-        try:
-            yield way.boxes[number]
-        finally:  # others wait for it
-            self._write(stream, way.emptied[number], number_of(times))
+    def requests(self, stream: int) -> Requests:
+        """To ask for what a stream does with messages that arrive."""
+        return Requests(self._driver, stream)
 
-    def _empty(self, way: Way, blocks: list[Block], chunk: tuple[Piece, ...]) -> None:
-        with self.arrived(way, self._reader) as box:
-            for x in chunk:
-                self._copy(blocks[x.block][0] + x.offset, box + x.place, x.nbytes, self._reader)
+    def go(self) -> None:
+        """All that the writer was told to ask for is asked for."""
+        self._out.go()
+
+    def arrived(self, ways: Sequence[Way], requests: Requests) -> Emptied:
+        """The next chunks of messages, in the order of a stream. They are there until they are told to be emptied."""
+        turns = [way.turn() for way in ways]
+        for way, (number, times) in zip(ways, turns, strict=True):
+            requests.wait(way.filled[number], number_of(times))
+        flags = [(way.emptied[number], number_of(times)) for way, (number, times) in zip(ways, turns, strict=True)]
+        return Emptied([way.boxes[number] for way, (number, _) in zip(ways, turns, strict=True)], flags)
+
+    def _empty(self, filled: Sequence[Filled]) -> None:
+        for some in together(filled):
+            emptied = self.arrived([way for way, *_ in some], self._in)
+            for box, (_, blocks, chunk) in zip(emptied.boxes, some, strict=True):
+                for x in chunk:
+                    self._in.copy(blocks[x.block][0] + x.offset, box + x.place, x.nbytes)
+            emptied.tell(self._in)
+
+
+class Filled(NamedTuple):
+    """A chunk of a message, of these blocks of memory."""
+
+    way: Way
+    blocks: list[Block]
+    chunk: tuple[Piece, ...]
+
+
+class Emptied(NamedTuple):
+    """Chunks that are read.
+
+    Attributes:
+        boxes: their addresses.
+        flags: what tells their writers that they may be filled again.
+    """
+
+    boxes: list[int]
+    flags: list[tuple[int, int]]
+
+    def tell(self, requests: Requests) -> None:
+        """Behind all that a stream was asked for, nobody reads them any more."""
+        for flag in self.flags:
+            requests.write(*flag)
+
+
+def together(filled: Sequence[Filled]) -> Iterator[list[Filled]]:
+    """Chunks in their order, some at a time: as many as are `TOGETHER`, and one where it is more."""
+    some, nbytes = [], 0
+    for x in filled:
+        size = sum([piece.nbytes for piece in x.chunk])
+        if some and nbytes + size > TOGETHER:
+            yield some
+            some, nbytes = [], 0
+        some.append(x)
+        nbytes += size
+    if some:
+        yield some
 
 
 def _addresses(

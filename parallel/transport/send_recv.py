@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringflash.parallel.transport.base import Add, Expected, Parts
+from ringflash.parallel.transport.base import Add, Arrived, Expected, Parts
 from ringflash.parallel.transport.deliveries import levels
 from ringflash.parallel.transport.mailboxes import room_of
 from ringflash.parallel.transport.shelves import row_bytes
@@ -45,9 +45,12 @@ class Delivery:
         self._ticket.wait()
         sizes = tuple([(len(x), row_bytes(x)) for x in self._arriving])
         for level in levels(sizes, self._room):
-            for message, first, rows in level:
-                add(*divmod(message, self._tensors), first, self._arriving[message][first : first + rows])
+            add([self._arrived(*portion) for portion in level])
         self._arriving = []
+
+    def _arrived(self, message: int, first: int, count: int) -> Arrived:
+        rows = self._arriving[message][first : first + count]
+        return Arrived(*divmod(message, self._tensors), first, count, rows.data_ptr(), lambda: rows)
 
 
 class SendRecv:

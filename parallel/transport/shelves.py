@@ -4,19 +4,24 @@ In each call a rank puts its rows on its shelf, memory that the others can read,
 take what they need, when they need it and have room for it, and at last raise a flag at the rank, which may then lay
 out its next rows. No rank waits for another's work, only for its rows to be there.
 
+Rows of key and value lie beside each other, there and where they arrive: rows that lie together are one copy.
+
 Flags count calls, so a wait is for a number that is reached, in a circle of 2^32.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ringflash.parallel.planning.pulls import Pull
-from ringflash.parallel.transport.driver import Driver
+from ringflash.parallel.transport.driver import Driver, Rectangle, Requests
 
 APART = 64
 """Bytes from flag to flag."""
@@ -27,7 +32,10 @@ MOST_RUNS = 4
 """Of rows that are laid out by a copy each."""
 
 ALIGNED = 256
-"""Bytes at whose multiples each tensor begins."""
+"""Bytes at whose multiples tensors begin."""
+
+ALIGNED_ROWS = 16
+"""Bytes of which rows are multiples that lie beside others: kernels read others slowly, or copy them first."""
 
 
 def flag_bytes(ranks: int) -> int:
@@ -41,40 +49,48 @@ class Shelves:
     Args:
         rank: of this process.
         flags: for each rank where its flags are, as this process sees it: `flag_bytes(ranks)`, zeros at first.
-        stream: in whose order something is taken from others.
+        taker: what the stream is asked for in whose order something is taken from others.
         driver: copies, waits and writes.
     """
 
-    def __init__(self, rank: int, flags: Sequence[int], stream: int, driver: Driver) -> None:
-        self._rank, self._flags, self._stream, self._driver = rank, flags, stream, driver
+    def __init__(self, rank: int, flags: Sequence[int], taker: Requests, driver: Driver) -> None:
+        self._rank, self._flags, self._taker, self._driver = rank, flags, taker, driver
         self._peers = [peer for peer in range(len(flags)) if peer != rank]
-        self._calls = 0
+        self._calls = self._released = 0
         self._seen: set[int] = set()
 
-    def clear(self, stream: int) -> None:
-        """Behind this in a stream, nobody reads any more what was laid out in the last call."""
+    def publish(self, stream: int, rectangles: Sequence[Rectangle]) -> None:
+        """Lay out rows of this rank in the order of a stream, when nobody reads any more what was there before."""
+        requests = Requests(self._driver, stream)
         for peer in self._peers:
-            self._driver.wait_from(stream, self._taken(self._rank, peer), self._calls % CIRCLE)
-
-    def publish(self, stream: int) -> None:
-        """What a stream was asked for so far lies there."""
+            requests.wait_from(self._taken(self._rank, peer), self._calls % CIRCLE)
+        for rectangle in rectangles:
+            requests.copy_rows(rectangle)
         self._calls += 1
         self._seen.clear()
         for peer in self._peers:
-            self._driver.write(stream, self._there(peer, self._rank), self._calls % CIRCLE)
+            requests.write(self._there(peer, self._rank), self._calls % CIRCLE)
+        requests.go()
 
-    def take(self, owner: int, copies: Iterable[tuple[int, int, int]]) -> None:
-        """Take something from a rank's shelf: (target, source, nbytes) of each copy."""
+    def expect(self, owner: int) -> None:
+        """Go on when a rank's rows are there."""
         if owner not in self._seen:
             self._seen.add(owner)
-            self._driver.wait_from(self._stream, self._there(self._rank, owner), self._calls % CIRCLE)
-        for target, source, nbytes in copies:
-            self._driver.copy(target, source, nbytes, self._stream)
+            self._taker.wait_from(self._there(self._rank, owner), self._calls % CIRCLE)
+
+    def take(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        """Take something of ranks whose rows are expected: (target, source, nbytes) of each copy."""
+        for copy in copies:
+            self._taker.copy(*copy)
 
     def release(self) -> None:
         """Nothing more is taken in this call."""
+        if self._released == self._calls:
+            return
+        self._released = self._calls
         for peer in self._peers:
-            self._driver.write(self._stream, self._taken(peer, self._rank), self._calls % CIRCLE)
+            self._taker.write(self._taken(peer, self._rank), self._calls % CIRCLE)
+        self._taker.go()
 
     def _there(self, at: int, of: int) -> int:
         """Address of the flag at a rank that says what another has laid out."""
@@ -88,45 +104,97 @@ class Shelves:
 # What lies where
 
 
+Kind = tuple[int, torch.dtype]
+"""Bytes of a tensor's row, and what they are."""
+
+
+class Group(NamedTuple):
+    """Tensors whose rows lie beside each other.
+
+    Attributes:
+        members: which of the tensors.
+        offsets: where each one's part of a row begins.
+        row: bytes of a row of all.
+    """
+
+    members: tuple[int, ...]
+    offsets: tuple[int, ...]
+    row: int
+
+
+@lru_cache(maxsize=256)
+def groups(kinds: tuple[Kind, ...]) -> tuple[Group, ...]:
+    """Which of some tensors lie together: those of one dtype, where kernels read them as well so."""
+    together: dict[object, list[int]] = {}
+    for index, (nbytes, dtype) in enumerate(kinds):
+        together.setdefault(index if nbytes % ALIGNED_ROWS else dtype, []).append(index)
+    found = []
+    for members in together.values():
+        *offsets, row = accumulate((kinds[i][0] for i in members), initial=0)
+        found.append(Group(tuple(members), tuple(offsets), row))
+    return tuple(found)
+
+
+def kinds_of(rows: Sequence[Tensor]) -> tuple[Kind, ...]:
+    """Of tensors (rows, ...)."""
+    return tuple([(row_bytes(x), x.dtype) for x in rows])
+
+
+def places(count: int, found: Sequence[Group]) -> list[int]:
+    """Where the rows of each group begin, so many of each, and where the last ones end."""
+    return list(accumulate((-(-count * group.row // ALIGNED) * ALIGNED for group in found), initial=0))
+
+
 def bytes_to_publish(rows: Sequence[Tensor]) -> int:
     """What tensors take on a shelf."""
-    return _places(len(rows[0]), rows)[-1] if rows else 0
+    return places(len(rows[0]), groups(kinds_of(rows)))[-1] if rows else 0
 
 
-def lay_out(rows: Sequence[Tensor], shelf: Tensor, given: Sequence[tuple[int, int]]) -> None:
-    """Copy some rows of tensors (rows, ...) into bytes of memory, each to where it lies if all do.
+def laid_out(rows: Sequence[Tensor], shelf: int, given: Sequence[tuple[int, int]]) -> list[Rectangle]:
+    """What brings some rows of tensors to memory, each to where it lies if all do.
 
     Args:
-        rows: the tensors.
-        shelf: memory.
+        rows: contiguous tensors (rows, ...).
+        shelf: address of the memory.
         given: runs of rows to copy; many are copied as one, with what lies between them.
     """
-    if not given:
-        return
+    kinds = kinds_of(rows)
+    return [
+        Rectangle(shelf + target, pitch, rows[which].data_ptr() + source, width, width, count)
+        for which, target, pitch, source, width, count in _laid_out(kinds, len(rows[0]), tuple(given))
+    ]
+
+
+@lru_cache(maxsize=1024)
+def _laid_out(
+    kinds: tuple[Kind, ...], count: int, given: tuple[tuple[int, int], ...]
+) -> list[tuple[int, int, int, int, int, int]]:
+    """Of each copy: which tensor, its place on the shelf, bytes from row to row there, place in it, width and rows."""
     runs = given if len(given) <= MOST_RUNS else ((given[0][0], given[-1][1]),)
-    for x, place in zip(rows, _places(len(rows[0]), rows), strict=False):
-        there = shelf[place : place + x.nbytes].view(x.dtype).view(x.shape)
-        for first, last in runs:
-            there[first:last].copy_(x[first:last])
+    found, copied = groups(kinds), []
+    for group, place in zip(found, places(count, found), strict=False):
+        for which, offset in zip(group.members, group.offsets, strict=True):
+            width = kinds[which][0]
+            for first, last in runs:
+                size = (width, last - first) if len(group.members) > 1 else (width * (last - first), 1)
+                copied.append((which, place + first * group.row + offset, group.row, first * width, *size))
+    return copied
 
 
-def copies(pull: Pull, shelf: int, targets: Sequence[Tensor]) -> Iterator[tuple[int, int, int]]:
-    """Target, source and bytes of what brings rows from an owner's shelf.
+@lru_cache(maxsize=4096)
+def copies(pulled: tuple[Pull, ...], kinds: tuple[Kind, ...]) -> list[tuple[int, int, int, int, int]]:
+    """What brings rows from owners' shelves.
 
-    Args:
-        pull: which rows.
-        shelf: address of the owner's.
-        targets: contiguous tensors, like those that lie there but for the number of rows.
+    Returns:
+        Of each copy: which group it fills, where from its first row on, the owner, the place on its shelf, and bytes.
     """
-    for target, place in zip(targets, _places(pull.keys, targets), strict=False):
-        row, to = row_bytes(target), target.data_ptr()
-        for source, filled, count in pull.runs:
-            yield to + filled * row, shelf + place + source * row, count * row
-
-
-def _places(count: int, like: Sequence[Tensor]) -> list[int]:
-    """Where each tensor of so many rows lies, and where the last one ends."""
-    return list(accumulate((-(-count * row_bytes(x) // ALIGNED) * ALIGNED for x in like), initial=0))
+    found = groups(kinds)
+    return [
+        (index, filled * group.row, pull.owner, place + source * group.row, count * group.row)
+        for pull in pulled
+        for index, (group, place) in enumerate(zip(found, places(pull.keys, found), strict=False))
+        for source, filled, count in pull.runs
+    ]
 
 
 def row_bytes(x: Tensor) -> int:

@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import NamedTuple
@@ -28,9 +28,9 @@ from ringflash.kernels.torch_private import symmetric_memory
 from ringflash.parallel.planning.pulls import Pull
 from ringflash.parallel.transport.base import Add, Expected, Parts
 from ringflash.parallel.transport.deliveries import PushedParts
-from ringflash.parallel.transport.driver import driver
+from ringflash.parallel.transport.driver import BEHIND_ALL, EQUAL, WAIT, WRITE, Requests, driver
 from ringflash.parallel.transport.mailboxes import APART, Block, Mailboxes, bytes_of, number_of, room_of
-from ringflash.parallel.transport.shelves import Shelves, copies, flag_bytes, lay_out, row_bytes
+from ringflash.parallel.transport.shelves import Shelves, copies, flag_bytes, groups, kinds_of, laid_out, row_bytes
 
 LEAST_SHELF, LARGE_SHELF, PAGE = 16 << 20, 512 << 20, 2 << 20
 """Bytes to publish in: at least, from where on hardly more than needed, and multiples of."""
@@ -49,8 +49,8 @@ class UnavailableError(RuntimeError):
 class Posted:
     """A transfer by copy engines."""
 
-    def __init__(self, current: Callable[[], torch.cuda.Stream], events: Sequence[torch.Event], tensors: tuple) -> None:
-        self._current, self._events, self._tensors = current, events, tensors
+    def __init__(self, memory: SymmetricMemory, events: Sequence[torch.Event], tensors: tuple) -> None:
+        self._memory, self._events, self._tensors = memory, events, tensors
 
     def __del__(self) -> None:
         self.wait()  # nobody may have, where a call fails; the memory is not to serve again before
@@ -58,9 +58,7 @@ class Posted:
     def wait(self) -> None:
         """See `Ticket`."""
         if self._events:
-            stream = self._current()
-            for event in self._events:
-                stream.wait_event(event)
+            self._memory.wait(self._events)
         self._events, self._tensors = (), ()
 
 
@@ -80,9 +78,9 @@ class _Pushed:
         self._tensors = tensors
 
     def __del__(self) -> None:
-        self.collect(
-            lambda *_: None
-        )  # nobody may have, where a call fails; others wait for what is still to be written
+        if self._pushed is not None:  # as where a call fails; others wait for what is still to be written
+            with torch.cuda.device(self._memory.device):
+                self.collect(lambda _: None)
 
     def collect(self, add: Add) -> None:
         """See `Delivery`."""
@@ -95,6 +93,8 @@ class _Pushed:
 class SymmetricMemory:
     """Copies between the GPUs of a group's ranks, which are all on one host. Made by all of them together.
 
+    This rank's GPU is the current device wherever something is asked for.
+
     Args:
         group: the process group.
         memory: this rank's, from `allocate`.
@@ -106,11 +106,13 @@ class SymmetricMemory:
     """
 
     def __init__(self, group: dist.ProcessGroup, memory: Tensor, timeout: timedelta) -> None:
-        self._rank, ranks, self._device, self._memory = group.rank(), group.size(), memory.device, memory
+        self._rank, ranks, self.device, self._memory = group.rank(), group.size(), memory.device, memory
         device = memory.device
         self._peers = _of_all_ranks(memory, group)
         self._shelf, self._shelves = memory.new_empty(0), [memory.new_empty(0)] * ranks
         self._streams: dict[int, torch.cuda.Stream] = {}
+        self._events: list[torch.Event] = []
+        """That nobody is going to wait for any more."""
         self._progress = torch.zeros(3 * ranks, dtype=torch.int32, device="cpu", pin_memory=True)
         self._asked = [0] * ranks
         # No more: a GPU has eight queues for streams by default, and streams that share one wait for each other.
@@ -118,27 +120,39 @@ class SymmetricMemory:
         """Of messages to and from others, and of what is published, which must not wait behind those."""
         with torch.cuda.device(device):
             for peer in self._peers:
-                driver().write(self._writer.cuda_stream, peer.data_ptr(), 0)  # what is there already
+                write = WRITE, peer.data_ptr(), 0, BEHIND_ALL  # what is there already
+                driver().operate(self._writer.cuda_stream, [write])
         torch.cuda.synchronize(device)
         bases = [x.data_ptr() for x in self._peers]
         both = self._writer.cuda_stream, self._taker.cuda_stream
         self._mailboxes = Mailboxes(self._rank, bases, room_of(ranks), self._progress.data_ptr(), *both, driver())
         flags = [base + bytes_of(ranks, room_of(ranks)) for base in bases]
-        self._published = Shelves(self._rank, flags, self._puller.cuda_stream, driver())
+        self._taking = Requests(driver(), self._puller.cuda_stream)
+        self._published = Shelves(self._rank, flags, self._taking, driver())
         self._watch = _Watch(self._rank, self._progress, timeout)
         weakref.finalize(self, self._watch.over.set)
 
     def _current(self) -> torch.cuda.Stream:
         """The current stream; torch's own function takes longer than to record an event in it."""
-        raw = triton_driver.active.get_current_stream(self._device.index)  # pyrefly: ignore[missing-attribute]  # stub
+        raw = triton_driver.active.get_current_stream(self.device.index)  # pyrefly: ignore[missing-attribute]  # stub
         found = self._streams.get(raw)
         if found is None:
-            found = self._streams[raw] = torch.cuda.current_stream(self._device)
+            found = self._streams[raw] = torch.cuda.current_stream(self.device)
         return found
 
     def mark(self) -> torch.Event:
         """See `Shelf`."""
-        return self._current().record_event()
+        return self._record(self._current())
+
+    def _record(self, stream: torch.cuda.Stream) -> torch.Event:
+        return stream.record_event(self._events.pop() if self._events else None)
+
+    def wait(self, events: Sequence[torch.Event]) -> None:
+        """Let the current stream wait for what `mark` and transfers recorded, for which nobody else waits."""
+        stream = self._current()
+        for event in events:
+            stream.wait_event(event)
+        self._events += events
 
     # Messages
 
@@ -148,21 +162,18 @@ class SymmetricMemory:
         """See `Transport`."""
         outgoing, incoming = blocks(sends), blocks(receives)
         if not outgoing and not incoming:
-            return Posted(self._current, (), ())
+            return Posted(self, (), ())
         streams = [self._writer] * bool(outgoing) + [self._taker] * bool(incoming)
-        with torch.cuda.device(self._device):
-            now = self.mark()
-            for stream in streams:
-                stream.wait_event(now)  # what is sent is there, and nobody reads what is filled
-            ends = self._mailboxes.transfer(outgoing, incoming)
-            events = [stream.record_event() for stream in streams]
+        now = self.mark()
+        for stream in streams:
+            stream.wait_event(now)  # what is sent is there, and nobody reads what is filled
+        self._events.append(now)
+        ends = self._mailboxes.transfer(outgoing, incoming)
+        events = [self._record(stream) for stream in streams]
         senders = len(incoming)
         for i, (peer, end) in enumerate(zip((*incoming, *outgoing), ends, strict=True)):
-            self._expect(peer, *end, i < senders, what)
-        return Posted(self._current, events, (sends, receives))
-
-    def _expect(self, peer: int, place: int, number: int, came: bool, what: str) -> None:
-        self._watch.expect(place, number, f"{what} from rank {peer}" if came else f"rank {peer} to take {what}")
+            self._watch.expect(*end, what, peer, i < senders)
+        return Posted(self, events, (sends, receives))
 
     def deliver(self, parts: Parts, expected: Expected, room: Sequence[Tensor], what: str) -> _Pushed:
         """See `Transport`; `room` says what rows are like, and is not used."""
@@ -173,21 +184,20 @@ class SymmetricMemory:
             for runs, size in zip(tensors, sizes, strict=True)
         ]
         incoming = [(sender, rows, size) for sender, rows in expected for size in sizes]
-        with torch.cuda.device(self._device):
-            if outgoing:
-                self._writer.wait_event(self.mark())
-            pushed = PushedParts(self._mailboxes, room_of(len(self._peers)), outgoing, incoming)
+        if outgoing:
+            now = self.mark()
+            self._writer.wait_event(now)
+            self._events.append(now)
+        pushed = PushedParts(self._mailboxes, room_of(len(self._peers)), outgoing, incoming)
         return _Pushed(self, pushed, (parts, room), what)
 
     def collect(self, pushed: PushedParts, like: Sequence[Tensor], add: Add, what: str) -> None:
         """See `Delivery`."""
-        with torch.cuda.device(self._device):
-            stream = self._current()
-            ends, failure = pushed.collect(add, self._peers[self._rank], like, stream.cuda_stream)
-            if not all(came for *_, came in ends):
-                stream.wait_event(self._writer.record_event())  # the memory of parts may serve again
-        for end in ends:
-            self._expect(*end, what)
+        ends, failure = pushed.collect(add, self._peers[self._rank], like, self._current().cuda_stream)
+        if not all(came for *_, came in ends):
+            self.wait([self._record(self._writer)])  # the memory of parts may serve again
+        for peer, place, number, came in ends:
+            self._watch.expect(place, number, what, peer, came)
         if failure is not None:
             raise failure
 
@@ -209,10 +219,10 @@ class SymmetricMemory:
         Raises:
             UnavailableError: there is none.
         """
-        torch.cuda.synchronize(self._device)
+        torch.cuda.synchronize(self.device)
         self._shelf, self._shelves = self._memory.new_empty(0), []
         try:
-            return symmetric_memory().empty(shelf_size(nbytes), dtype=torch.uint8, device=self._device)
+            return symmetric_memory().empty(shelf_size(nbytes), dtype=torch.uint8, device=self.device)
         except RuntimeError as error:
             raise UnavailableError(f"torch's symmetric memory: {_first_line(error)}") from error
 
@@ -223,24 +233,36 @@ class SymmetricMemory:
 
     def publish(self, rows: Sequence[Tensor], given: Sequence[tuple[int, int]]) -> None:
         """See `Shelf`."""
-        stream = self._current().cuda_stream
-        self._published.clear(stream)
-        lay_out(rows, self._shelf, given)
-        self._published.publish(stream)
+        rectangles = laid_out(rows, self._shelf.data_ptr(), given) if given else ()
+        self._published.publish(self._current().cuda_stream, rectangles)
 
-    def pull(self, pulls: Sequence[Pull], targets: Sequence[Tensor], what: str, free: torch.Event) -> Posted:
+    def pull(
+        self, pulls: tuple[Pull, ...], targets: Sequence[Tensor], what: str, free: torch.Event, last: bool
+    ) -> Posted:
         """See `Shelf`."""
-        stream = self._puller.cuda_stream
-        with torch.cuda.device(self._device):
-            self._puller.wait_event(free)
-            for pull in pulls:
-                self._published.take(pull.owner, copies(pull, self._shelves[pull.owner].data_ptr(), targets))
-                self._asked[pull.owner] += 1
-                place, number = 2 * len(self._peers) + pull.owner, number_of(self._asked[pull.owner])
-                driver().write(stream, self._progress.data_ptr() + 4 * place, number)
-                self._watch.expect(place, number, f"{what} from rank {pull.owner}")
-            event = self._puller.record_event()
-        return Posted(self._current, [event], (targets,))
+        self._puller.wait_event(free)
+        self._events.append(free)
+        progress = self._progress.data_ptr() + 8 * len(self._peers)
+        for pull in pulls:
+            owner = pull.owner
+            self._published.expect(owner)
+            self._asked[owner] += 1
+            number = number_of(self._asked[owner])
+            self._taking.write(progress + 4 * owner, number)
+            self._watch.expect(2 * len(self._peers) + owner, number, what, owner, True)
+        kinds = kinds_of(targets)
+        filled = [targets[group.members[0]].data_ptr() for group in groups(kinds)]
+        shelves = [x.data_ptr() for x in self._shelves]
+        self._published.take(
+            [
+                (filled[group] + target, shelves[owner] + source, nbytes)
+                for group, target, owner, source, nbytes in copies(pulls, kinds)
+            ]
+        )
+        if last:
+            self._published.release()
+        self._taking.go()
+        return Posted(self, [self._record(self._puller)], (targets,))
 
     def release(self) -> None:
         """See `Shelf`."""
@@ -267,8 +289,7 @@ def allocate(ranks: int, device: torch.device) -> Tensor:
         with torch.cuda.device(device):
             stream, address = torch.cuda.Stream().cuda_stream, memory.data_ptr()
             driver().copy(address + APART, address, 4, stream)  # a machine may not be able to
-            driver().write(stream, address, 0)
-            driver().wait(stream, address, 0)
+            driver().operate(stream, [(WRITE, address, 0, BEHIND_ALL), (WAIT, address, 0, EQUAL)])
         torch.cuda.synchronize(device)
     except (RuntimeError, ImportError, OSError, AttributeError) as error:
         raise UnavailableError(f"torch's symmetric memory: {_first_line(error)}") from error
@@ -328,6 +349,12 @@ class _Expected(NamedTuple):
     number: int
     since: float
     what: str
+    peer: int
+    comes: bool
+
+    def text(self) -> str:
+        """What is waited for."""
+        return f"{self.what} from rank {self.peer}" if self.comes else f"rank {self.peer} to take {self.what}"
 
 
 class _Watch:
@@ -341,9 +368,9 @@ class _Watch:
         """Nothing more is expected."""
         threading.Thread(target=self._look_again, daemon=True, name="ringflash transfers").start()
 
-    def expect(self, index: int, number: int, what: str) -> None:
-        """Progress at `index` is to become this number."""
-        self._expected[index].append(_Expected(number, time.monotonic(), what))
+    def expect(self, index: int, number: int, what: str, peer: int, comes: bool) -> None:
+        """Progress at `index` is to become this number, when something has come from a rank, or was taken by it."""
+        self._expected[index].append(_Expected(number, time.monotonic(), what, peer, comes))
 
     def _look_again(self) -> None:
         while not self.over.wait(LOOKS_EVERY):
@@ -356,7 +383,7 @@ class _Watch:
                 pass
         if expected and time.monotonic() - expected[0].since > self._timeout.total_seconds() + GRACE:
             print(
-                f"ringflash: rank {self._rank} ends, having waited more than {self._timeout} for {expected[0].what}",
+                f"ringflash: rank {self._rank} ends, having waited more than {self._timeout} for {expected[0].text()}",
                 file=sys.stderr,
                 flush=True,
             )

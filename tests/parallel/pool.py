@@ -80,6 +80,7 @@ class Pool:
         group_timeout: float = 60.0,
         backend: str = "gloo",
         ends_on_error: bool = False,
+        one_gpu: bool = False,
     ) -> None:
         """Describe a pool; nothing starts yet.
 
@@ -91,9 +92,11 @@ class Pool:
             backend: of the default process group; one that names nccl gives rank r the CUDA device r.
             ends_on_error: a rank that raises ends behind its answer, as a program does that catches nothing; its peers
                 then lose their connections to it.
+            one_gpu: all ranks have the first CUDA device, and may share its memory.
         """
         self.size, self.timeout, self.grace = size, timeout, grace
         self.group_timeout, self.backend, self.ends_on_error = group_timeout, backend, ends_on_error
+        self.one_gpu = one_gpu
         self._folder: str | None = None
         self._workers: list[multiprocessing.process.BaseProcess] = []
         self._pipes: list[Connection] = []
@@ -150,7 +153,8 @@ class Pool:
         self._folder = tempfile.mkdtemp(prefix="ringflash-pool-")
         for rank in range(self.size):
             pipe, end = context.Pipe()
-            args = (rank, self.size, self._folder, self.group_timeout, self.backend, self.ends_on_error, end)
+            settings = self.group_timeout, self.backend, self.ends_on_error, self.one_gpu
+            args = (rank, self.size, self._folder, *settings, end)
             worker = context.Process(target=_serve, args=args, daemon=True)
             worker.start()
             end.close()
@@ -225,7 +229,14 @@ class Pools:
 
 
 def _serve(
-    rank: int, size: int, folder: str, group_timeout: float, backend: str, ends_on_error: bool, pipe: Connection
+    rank: int,
+    size: int,
+    folder: str,
+    group_timeout: float,
+    backend: str,
+    ends_on_error: bool,
+    one_gpu: bool,
+    pipe: Connection,
 ) -> None:
     """Body of a worker: join the group, then answer calls until the parent goes away."""
     gc.freeze()  # half a million objects of imports, which each collection would look through
@@ -236,7 +247,10 @@ def _serve(
         import torch.distributed as dist
 
         torch.set_num_threads(1)
-        if "nccl" in backend:
+        if one_gpu:
+            os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+            torch.cuda.set_device(0)
+        elif "nccl" in backend:
             torch.cuda.set_device(rank)
         dist.init_process_group(
             backend,

@@ -50,7 +50,7 @@ class Rank:
         self.host, self.boxes, self.rank, self.room, self.tensors, self.ahead = host, boxes, rank, room, tensors, ahead
         self.pending, self.found = [], []
         self.fails = False
-        self.main = host.stream() if boxes._reader != boxes._writer else boxes._writer
+        self.main = boxes._out._stream if boxes._in._stream == boxes._out._stream else host.stream()
         self.like = [torch.empty(0, ROW, dtype=torch.uint8)] * tensors
 
     def settle(self, stage, parts):
@@ -81,12 +81,14 @@ class Rank:
         stage, parts, pushed = self.pending.pop(0)
         senders = [(a, rows) for (a, b), (rows, _) in parts.items() if b == self.rank]
 
-        def add(which, tensor, first, rows):
-            if self.fails:
-                raise RuntimeError("no memory")
-            target = self.host.allocate(rows.numel())
-            self.host.copy(target, rows.data_ptr(), rows.numel(), self.main)
-            self.found.append((stage, senders[which][0], tensor, first, rows.numel(), target))
+        def add(arrived):
+            for which, tensor, first, count, address, rows in arrived:
+                if self.fails:
+                    raise RuntimeError("no memory")
+                assert (rows().data_ptr(), rows().shape) == (address, (count, ROW))
+                target = self.host.allocate(count * ROW)
+                self.host.copy(target, address, count * ROW, self.main)
+                self.found.append((stage, senders[which][0], tensor, first, count * ROW, target))
 
         _, failure = pushed.collect(add, self.host.tensor, self.like, self.main)
         assert (failure is not None) == (self.fails and any(rows for _, rows in senders))

@@ -293,9 +293,11 @@ class GatheredShelf:
 
     def __init__(self):
         self.laid_out = None
+        self.taken = False
 
     def publish(self, rows, given):
         assert self.laid_out is None
+        self.taken = False
         self.laid_out = [None] * dist.get_world_size()
         mine = [torch.full_like(x, 5) for x in rows]  # what is not laid out is wrong
         for first, last in given:
@@ -306,8 +308,10 @@ class GatheredShelf:
     def mark(self):
         return "now"
 
-    def pull(self, pulls, targets, what, free):
+    def pull(self, pulls, targets, what, free, last):
         assert free == "now"
+        assert not self.taken
+        self.taken = last
         for target in targets:
             target.fill_(5)  # what is not taken is wrong
         filled = 0

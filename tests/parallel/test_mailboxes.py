@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ringflash.parallel.transport.driver import Driver
+from ringflash.parallel.transport.driver import EQUAL, WRITE, Driver, Operation, Rectangle
 from ringflash.parallel.transport.mailboxes import (
     CHUNKS,
     CIRCLE,
@@ -78,18 +79,25 @@ class Host:
 
         self.queues[stream].append(run)
 
-    def wait(self, stream: int, address: int, number: int) -> None:
-        self.queues[stream].append(lambda: self.number(address) == number)
+    def copy_rows(self, x: Rectangle, stream: int) -> None:
+        for row in range(x.rows):
+            self.copy(x.target + row * x.target_pitch, x.source + row * x.source_pitch, x.width, stream)
 
-    def wait_from(self, stream: int, address: int, number: int) -> None:
-        self.queues[stream].append(lambda: (self.number(address) - number) % 2**32 < 2**31)
+    def operate(self, stream: int, operations: list[Operation]) -> None:
+        for operation in operations:
+            self.queues[stream].append(partial(self._operate, *operation))
 
-    def raise_flag(self, stream: int, address: int, number: int) -> None:
-        def run() -> bool:
+    def _operate(self, kind: int, address: int, number: int, how: int) -> bool:
+        if kind == WRITE:
             self.write(address, number.to_bytes(4, "little"))
             return True
+        there = self.number(address)
+        return there == number if how == EQUAL else (there - number) % 2**32 < 2**31
 
-        self.queues[stream].append(run)
+    @property
+    def driver(self) -> Driver:
+        """What is asked of its streams."""
+        return Driver(self.copy, self.copy_rows, self.operate)
 
     def number(self, address: int) -> int:
         return int.from_bytes(self.memory[address : address + 4], "little")
@@ -119,11 +127,7 @@ def _ranks(host: Host, ranks: int, room: int, shared_queue: bool) -> list[Mailbo
         out = host.stream()
         inward = out if shared_queue else host.stream()
         progress = host.allocate(16 * ranks)
-        found.append(
-            Mailboxes(
-                rank, bases, room, progress, out, inward, Driver(host.copy, host.wait, host.wait_from, host.raise_flag)
-            )
-        )
+        found.append(Mailboxes(rank, bases, room, progress, out, inward, host.driver))
         found[-1].progress_at = progress
     return found
 
@@ -182,7 +186,7 @@ def test_chunks_begin_where_numbers_of_any_size_can_be_read(ranks):
 @pytest.mark.parametrize("ranks", [2, 8])
 def test_addresses_of_two_ranks_mailboxes_do_not_meet(ranks):
     bases, room = [ALIGNED * 10_000 * rank for rank in range(ranks)], ALIGNED
-    boxes = [Mailboxes(rank, bases, room, 0, 0, 0, Driver(None, None, None, None)) for rank in range(ranks)]
+    boxes = [Mailboxes(rank, bases, room, 0, 0, 0, Driver(None, None, None)) for rank in range(ranks)]
     used = set()
     for rank in range(ranks):
         for peer in range(ranks):

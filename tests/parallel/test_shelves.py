@@ -10,10 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_mailboxes import Host
 
+from ringflash.parallel.execution.rows import memory_for, row_by_row
 from ringflash.parallel.planning.pulls import pulls
 from ringflash.parallel.positions.segments import count, normalize
-from ringflash.parallel.transport.driver import Driver
-from ringflash.parallel.transport.shelves import Shelves, bytes_to_publish, copies, flag_bytes, lay_out
+from ringflash.parallel.transport.driver import Rectangle, Requests
+from ringflash.parallel.transport.shelves import (
+    Shelves,
+    bytes_to_publish,
+    copies,
+    flag_bytes,
+    groups,
+    kinds_of,
+    laid_out,
+)
 
 BYTES = 64
 
@@ -26,25 +35,24 @@ def _text(rank, call):
 @given(ranks=st.integers(2, 4), calls=st.integers(1, 12), seed=st.integers(0, 999), shared_queue=st.booleans())
 def test_ranks_take_what_was_laid_out_in_the_same_call_whoever_takes_what_and_when(ranks, calls, seed, shared_queue):
     host, pace = Host(), random.Random(seed)
-    driver = Driver(host.copy, host.wait, host.wait_from, host.raise_flag)
     flags = [host.allocate(flag_bytes(ranks)) for _ in range(ranks)]
     shelves = [host.allocate(BYTES) for _ in range(ranks)]
     main = [host.stream() for _ in range(ranks)]
     streams = [main[rank] if shared_queue else host.stream() for rank in range(ranks)]
-    parts = [Shelves(rank, flags, streams[rank], driver) for rank in range(ranks)]
+    takers = [Requests(host.driver, stream) for stream in streams]
+    parts = [Shelves(rank, flags, takers[rank], host.driver) for rank in range(ranks)]
     expected = []
 
     def make_call(rank, call):
         laid_out = host.allocate(BYTES)
         host.write(laid_out, _text(rank, call))
-        parts[rank].clear(main[rank])
-        host.copy(shelves[rank], laid_out, BYTES, main[rank])
-        parts[rank].publish(main[rank])
+        parts[rank].publish(main[rank], [Rectangle(shelves[rank], 8, laid_out, 8, 8, BYTES // 8)])
         for owner in range(ranks):
             for _ in range(0 if owner == rank else pace.choice((0, 1, 2))):
                 first = pace.randrange(BYTES)
                 target = host.allocate(BYTES - first)
-                parts[rank].take(owner, [(target, shelves[owner] + first, BYTES - first)])
+                parts[rank].expect(owner)
+                parts[rank].take([(target, shelves[owner] + first, BYTES - first)])
                 expected.append((target, _text(owner, call)[first:]))
         parts[rank].release()
 
@@ -67,17 +75,37 @@ def test_copies_bring_the_rows_that_a_stage_reads_from_wherever_they_lie(data, r
     whole = [torch.randn(length, 2, 3, generator=generator), torch.randn(length, 2, 5, generator=generator).bfloat16()]
     whole += [torch.randint(2, (length,), dtype=torch.uint8, generator=generator)] if with_visible else []
     own = [[x[[i for i in range(length) if owner_of[i] == rank]] for x in whole] for rank in range(ranks)]
-    room = max(map(bytes_to_publish, own))
-    shelves = [torch.zeros(room, dtype=torch.uint8) for _ in range(ranks)]
+    shelves = [torch.zeros(max(map(bytes_to_publish, own)), dtype=torch.uint8) for _ in range(ranks)]
     wanted = data.draw(st.lists(st.booleans(), min_size=length, max_size=length))
     for rank, (rows, shelf) in enumerate(zip(own, shelves, strict=True)):
         mine = [wanted[i] for i in range(length) if owner_of[i] == rank]
-        lay_out(rows, shelf, normalize((i, i + 1) for i, x in enumerate(mine) if x))
+        given = normalize((i, i + 1) for i, x in enumerate(mine) if x)
+        for x in laid_out(rows, shelf.data_ptr(), given) if given else ():
+            for row in range(x.rows):
+                ctypes.memmove(x.target + row * x.target_pitch, x.source + row * x.source_pitch, x.width)
     coming = normalize((i, i + 1) for i in range(length) if wanted[i])
-    targets = [x.new_zeros(count(coming), *x.shape[1:]) for x in whole]
-    for pull in pulls(shares, coming):
-        assert pull.keys == len(own[pull.owner][0])
-        for target, source, nbytes in copies(pull, shelves[pull.owner].data_ptr(), targets):
-            ctypes.memmove(target, source, nbytes)
+    targets = row_by_row(memory_for(whole, count(coming)), whole, count(coming))
+    found, kinds = pulls(shares, coming), kinds_of(whole)
+    assert all(pull.keys == len(own[pull.owner][0]) for pull in found)
+    for group, target, owner, source, nbytes in copies(found, kinds):
+        first = targets[groups(kinds)[group].members[0]].data_ptr()
+        ctypes.memmove(first + target, shelves[owner].data_ptr() + source, nbytes)
     for x, target in zip(whole, targets, strict=True):
         assert torch.equal(target, x[torch.tensor(wanted)])
+
+
+@given(
+    kinds=st.lists(st.tuples(st.integers(1, 40), st.sampled_from([torch.float32, torch.bfloat16])), min_size=1),
+    rows=st.integers(0, 9),
+)
+def test_rows_that_lie_beside_each_other_share_no_memory_and_begin_where_kernels_read_them(kinds, rows):
+    like = [torch.empty(3, width, dtype=dtype) for width, dtype in kinds]
+    memory = memory_for(like, rows)
+    found = row_by_row(memory, like, rows)
+    for index, x in enumerate(found):
+        x.view(torch.int16 if x.dtype == torch.bfloat16 else torch.int32).fill_(index)
+    for index, x in enumerate(found):
+        assert (x.view(torch.int16 if x.dtype == torch.bfloat16 else torch.int32) == index).all()
+        assert (x.shape, x.dtype) == ((rows, *like[index].shape[1:]), like[index].dtype)
+        if like[index][0].nbytes % 16 == 0:
+            assert x.stride(0) * x.itemsize % 16 == x.storage_offset() * x.itemsize % 16 == 0
