@@ -254,7 +254,7 @@ class DirectLaunch:
             arguments: `flat`, tensors where they have descriptors; `reach` of them or more.
         """
         try:
-            config, laid, address = self._of_thread.ready
+            config, laid, config_address = self._of_thread.ready
         except AttributeError:
             self.prepare(arguments)
             return False
@@ -266,7 +266,7 @@ class DirectLaunch:
                 self._driver.move(place, address)
                 found[2] = address
         config.stream = stream
-        self._driver.launch(address, self._function, laid.address, None)
+        self._driver.launch(config_address, self._function, laid.address, None)
         return True
 
     def at(self, stream: int, addresses: Sequence[int]) -> bool:
@@ -274,10 +274,10 @@ class DirectLaunch:
         ready = getattr(self._of_thread, "ready", None)
         if ready is None or len(addresses) != len(ready[1].pointers):
             return False
-        config, laid, address = ready
+        config, laid, config_address = ready
         laid.pointers[:] = addresses
         config.stream = stream
-        self._driver.launch(address, self._function, laid.address, None)
+        self._driver.launch(config_address, self._function, laid.address, None)
         return True
 
     def prepare(self, arguments: Sequence[Any]) -> None:

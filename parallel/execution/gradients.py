@@ -56,7 +56,10 @@ class KeyGradients:
         if transport is not None and wanted:
             self._room = program.reduced_ahead
             self._size = program.buffers.reduces if transport.needs_room(wanted[0].device) else 0
-            self._buffers = rows_beside(wanted, self._room * self._size, accumulator)
+            if self._size:
+                self._buffers = rows_beside(wanted, self._room * self._size, accumulator)
+            else:
+                self._buffers = tuple([_no_rows(x.shape[1:], accumulator, x.device) for x in wanted])
 
     def settle(self, stage: StageProgram, parts: list[Tensor] | None) -> None:
         """Keep the part of own keys, send the others off, and add what has to be added for new ones to have room.
@@ -141,3 +144,9 @@ class KeyGradients:
 
 def _itself(x: Tensor) -> Tensor:
     return x
+
+
+@functools.lru_cache(maxsize=64)
+def _no_rows(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What rows would be like."""
+    return torch.empty((0, *shape), dtype=dtype, device=device)

@@ -40,9 +40,14 @@ def picked(x: Tensor, rows: Rows | None) -> Tensor:
     return x if rows is None else x[rows]
 
 
-def runs_of(x: Tensor, shipment: Shipment) -> list[Tensor]:
-    """The rows of a shipment, one run behind another; in one piece where they are many."""
-    return [x[first:last] for first, last in shipment.runs] or [picked(x, shipment.rows)]
+def runs_of(x: Tensor, shipment: Shipment) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
+    """A tensor that has the rows of a shipment, and where, one run behind another; in one piece where they are many."""
+    if shipment.runs:
+        return x, shipment.runs
+    if isinstance(shipment.rows, slice):
+        return x, ((shipment.rows.start, shipment.rows.stop),)
+    rows = picked(x, shipment.rows)
+    return rows, ((0, len(rows)),)
 
 
 @dataclass(frozen=True)

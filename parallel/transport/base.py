@@ -43,8 +43,11 @@ Add = Callable[[Sequence[Arrived]], None]
 """Adds rows that came to sums, one after another."""
 
 
-Parts = Sequence[tuple[int, Sequence[Sequence[Tensor]]]]
-"""What leaves: (rank in the group, for each tensor the contiguous rows that make it up, one behind another)."""
+Runs = tuple[tuple[int, int], ...]
+"""Rows of a tensor: first and one behind the last of each stretch."""
+
+Parts = Sequence[tuple[int, Sequence[tuple[Tensor, Runs]]]]
+"""What leaves: (rank in the group, for each tensor a contiguous one and which of its rows, one run behind another)."""
 
 Expected = Sequence[tuple[int, int]]
 """What comes: (rank in the group, rows of each of its tensors)."""

@@ -13,14 +13,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from itertools import zip_longest
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ringflash.kernels.kept import Kept
 from ringflash.parallel.transport.base import Add, Arrived
-from ringflash.parallel.transport.mailboxes import CHUNKS, TOGETHER, Block, Filled, Mailboxes, chunks
+from ringflash.parallel.transport.mailboxes import CHUNKS, Filled, Mailboxes, chunks, together
 
 
 class Portion(NamedTuple):
@@ -70,55 +73,165 @@ def rows_together(row_bytes: int, room: int) -> int:
     return room // row_bytes
 
 
+class Coming(NamedTuple):
+    """A message that is expected: from which rank, how many rows, and bytes of a row."""
+
+    sender: int
+    rows: int
+    row_bytes: int
+
+
+@lru_cache(maxsize=1024)
+def portions_together(coming: tuple[Coming, ...], room: int) -> tuple[tuple[tuple[Portion, ...], ...], ...]:
+    """The portions of each level, as many at a time as are waited for together."""
+    found = levels(tuple([(x.rows, x.row_bytes) for x in coming]), room)
+    return tuple(tuple(map(tuple, together(x, lambda p: p.rows * coming[p.message].row_bytes))) for x in found)
+
+
+class Leaving(NamedTuple):
+    """A message that is pushed.
+
+    Attributes:
+        owner: rank that it is for.
+        address: of a contiguous tensor.
+        runs: of rows that make it up: first and one behind the last of each.
+        row_bytes: of a row.
+    """
+
+    owner: int
+    address: int
+    runs: tuple[tuple[int, int], ...]
+    row_bytes: int
+
+
+class Written(NamedTuple):
+    """A chunk to write.
+
+    Attributes:
+        owner: rank that it is for.
+        message: which one.
+        copies: (place in the message's tensor, place in the chunk, bytes) of what lies together.
+    """
+
+    owner: int
+    message: int
+    copies: tuple[tuple[int, int, int], ...]
+
+    def nbytes(self) -> int:
+        """All that is written."""
+        return sum([nbytes for *_, nbytes in self.copies])
+
+
+Groups = tuple[tuple[Written, ...], ...]
+"""Chunks in their order, those that are asked for together."""
+
+
+class Order(NamedTuple):
+    """In which order chunks are written.
+
+    Attributes:
+        now: what their owners have room for.
+        later: the others, by the level behind which there is room for them.
+    """
+
+    now: Groups
+    later: dict[int, Groups]
+
+
+@lru_cache(maxsize=1024)
+def order_of(messages: tuple[tuple[int, tuple[tuple[int, int], ...], int], ...], room: int) -> Order:
+    """What is written when.
+
+    Args:
+        messages: owner, runs and bytes of a row of each.
+        room: bytes of a chunk.
+    """
+    cut = []
+    for message, (owner, runs, row_bytes) in enumerate(messages):
+        blocks = [(first * row_bytes, (last - first) * row_bytes) for first, last in runs if first < last]
+        found = chunks(tuple([nbytes for _, nbytes in blocks]), rows_together(row_bytes, room) * row_bytes)
+        cut.append(
+            [
+                Written(owner, message, tuple([(blocks[x.block][0] + x.offset, x.place, x.nbytes) for x in chunk]))
+                for chunk in found
+            ]
+        )
+    used: Counter[int] = Counter()
+    level_of: dict[tuple[int, int], int] = {}
+    now: list[Written] = []
+    later: dict[int, list[Written]] = {}
+    for level, of_level in enumerate(zip_longest(*cut)):
+        for x in filter(None, of_level):
+            number = used[x.owner]
+            level_of[x.owner, number] = level
+            used[x.owner] += 1
+            there = now if number < CHUNKS else later.setdefault(level_of[x.owner, number - CHUNKS], [])
+            there.append(x)
+    return Order(_grouped(now), {level: _grouped(found) for level, found in later.items()})
+
+
+def _grouped(found: list[Written]) -> Groups:
+    return tuple(map(tuple, together(found, Written.nbytes)))
+
+
+class End(NamedTuple):
+    """When messages that were exchanged with a rank are over.
+
+    Attributes:
+        peer: the rank.
+        place: in the memory of progress.
+        number: that is there then.
+        comes: whether they come from it.
+    """
+
+    peer: int
+    place: int
+    number: int
+    comes: bool
+
+
 class PushedParts:
     """What one rank pushes, and what it expects, in one delivery.
 
     Args:
         mailboxes: of this rank.
         room: bytes of a chunk.
-        outgoing: for each message the rank that it is for, the memory that makes it up and bytes of a row.
-        incoming: for each message the rank that it comes from, its rows and bytes of a row.
+        outgoing: messages that it pushes.
+        incoming: messages that it expects.
     """
 
     def __init__(
-        self,
-        mailboxes: Mailboxes,
-        room: int,
-        outgoing: Sequence[tuple[int, list[Block], int]],
-        incoming: Sequence[tuple[int, int, int]],
+        self, mailboxes: Mailboxes, room: int, outgoing: Sequence[Leaving], incoming: Sequence[Coming]
     ) -> None:
-        self._mailboxes = mailboxes
-        self._owners = list(dict.fromkeys(owner for owner, *_ in outgoing))
-        self._incoming = [(sender, row_bytes) for sender, _, row_bytes in incoming]
-        self.levels = levels(tuple([(rows, row_bytes) for _, rows, row_bytes in incoming]), room)
-        self._later: dict[int, list[tuple[int, Filled]]] = {}
-        """By the level behind which there is room for them at their owner."""
-        cut = [
-            (owner, blocks, chunks(tuple([n for _, n in blocks]), rows_together(row_bytes, room) * row_bytes))
-            for owner, blocks, row_bytes in outgoing
-        ]
-        used: Counter[int] = Counter()
-        level_of: dict[tuple[int, int], int] = {}
-        now: list[Filled] = []
-        for level in range(max([len(found) for *_, found in cut], default=0)):
-            for owner, blocks, found in cut:
-                if level >= len(found):
-                    continue
-                number = used[owner]
-                level_of[owner, number] = level
-                used[owner] += 1
-                filled = Filled(mailboxes.to[owner], blocks, found[level])
-                if number < CHUNKS:
-                    now.append(filled)
-                else:
-                    behind = level_of[owner, number - CHUNKS]
-                    self._later.setdefault(behind, []).append((owner, filled))
-        mailboxes.fill(now)
-        mailboxes.go()
+        self._mailboxes, self._outgoing = mailboxes, outgoing
+        self._senders = [x.sender for x in incoming]
+        self._portions = portions_together(tuple(incoming), room)
+        order = order_of(tuple([(owner, runs, row_bytes) for owner, _, runs, row_bytes in outgoing]), room)
+        self._later = order.later
+        self.writes = bool(outgoing)
+        """Whether there is anything to push."""
+        self._owners = list(dict.fromkeys([x.owner for x in outgoing]))
+        for some in order.now:
+            self._write(some)
+        self.sent = [] if self._later else self._end_writing()
+        """Of each rank to which everything was pushed at once what `collect` says of it otherwise."""
+
+    def _end_writing(self) -> list[End]:
+        ends = zip(self._owners, self._mailboxes.sent(self._owners), strict=True)
+        return [End(owner, *end, comes=False) for owner, end in ends]
+
+    def _write(self, some: Sequence[Written]) -> None:
+        boxes, outgoing = self._mailboxes, self._outgoing
+        boxes.fill(
+            [
+                Filled(boxes.to[owner], [(outgoing[message].address + x, place, n) for x, place, n in copies])
+                for owner, message, copies in some
+            ]
+        )
 
     def collect(
         self, add: Add, memory: Tensor, like: Sequence[Tensor], stream: int
-    ) -> tuple[list[tuple[int, int, int, bool]], Exception | None]:
+    ) -> tuple[list[End], Exception | None]:
         """See `Delivery`.
 
         Args:
@@ -128,15 +241,14 @@ class PushedParts:
             stream: the current one.
 
         Returns:
-            Of each rank with which messages were exchanged: itself, the place in the memory of progress and what is
-            there when its messages are over, and whether they came. And what `add` failed with, if it did; nothing was
-            added since, and all has travelled.
+            When messages are over. And what `add` failed with, if it did; nothing was added since, and all has
+            travelled.
         """
         boxes, failure = self._mailboxes, None
         requests = boxes.requests(stream)
-        for level in range(max(len(self.levels), 1 + max(self._later, default=-1))):
-            for portions in self._together(level):
-                emptied = boxes.arrived([boxes.from_[self._incoming[x.message][0]] for x in portions], requests)
+        for level in range(max(len(self._portions), 1 + max(self._later, default=-1))):
+            for portions in self._portions[level] if level < len(self._portions) else ():
+                emptied = boxes.arrived([boxes.from_[self._senders[message]] for message, *_ in portions], requests)
                 requests.go()
                 try:
                     if failure is None:
@@ -146,41 +258,25 @@ class PushedParts:
                 emptied.tell(requests)
             if level in self._later:
                 requests.go()
-                boxes.fill([filled for _, filled in self._later[level]])
+                for some in self._later[level]:
+                    self._write(some)
                 boxes.go()
-        senders = dict.fromkeys(sender for sender, _ in self._incoming)
-        ends = [(sender, *boxes.received(sender, requests), True) for sender in senders]
+        ends = [End(x, *boxes.received(x, requests), comes=True) for x in dict.fromkeys(self._senders)]
         requests.go()
-        ends += [(owner, *end, False) for owner, end in zip(self._owners, boxes.sent(self._owners), strict=True)]
-        return ends, failure
-
-    def _together(self, level: int) -> Iterator[list[Portion]]:
-        """Portions of a level, as many at a time as are waited for together."""
-        some, nbytes = [], 0
-        for x in self.levels[level] if level < len(self.levels) else ():
-            size = x.rows * self._incoming[x.message][1]
-            if some and nbytes + size > TOGETHER:
-                yield some
-                some, nbytes = [], 0
-            some.append(x)
-            nbytes += size
-        if some:
-            yield some
+        return ends + (self._end_writing() if self._later else []), failure
 
     @property
     def peers(self) -> frozenset[int]:
         """Ranks whose next delivery, or to which the next one, must wait until this one is collected."""
-        later = (owner for found in self._later.values() for owner, _ in found)
-        return frozenset([*(sender for sender, _ in self._incoming), *later])
+        return frozenset([*self._senders, *(x.owner for found in self._later.values() for some in found for x in some)])
 
 
 def _arrived(message: int, first: int, count: int, address: int, memory: Tensor, like: Sequence[Tensor]) -> Arrived:
     """Rows at an address in some memory."""
     which, tensor = divmod(message, len(like))
-    x, place = like[tensor], address - memory.data_ptr()
-
-    def rows() -> Tensor:
-        shape = count, *x.shape[1:]
-        return memory[place : place + math.prod(shape) * x.element_size()].view(x.dtype).view(shape)
-
+    rows = partial(_view, memory, address - memory.data_ptr(), (count, *like[tensor].shape[1:]), like[tensor].dtype)
     return Arrived(which, tensor, first, count, address, rows)
+
+
+def _view(memory: Tensor, place: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return memory[place : place + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -31,14 +31,8 @@ REACHED, EQUAL = 0, 1
 BEHIND_ALL = 0
 """CU_STREAM_WRITE_VALUE_DEFAULT: what was written before is visible to the whole system first."""
 
-Operation = tuple[int, int, int, int]
-"""`WAIT` or `WRITE`, address of 4 bytes, number, and how."""
-
 MOST_TOGETHER = 128
 """Operations of a request; the driver takes 255."""
-
-_PARAMS = struct.Struct("<QQQQ16x")
-"""`CUstreamBatchMemOpParams`."""
 
 
 class Rectangle(NamedTuple):
@@ -67,14 +61,15 @@ class Driver(NamedTuple):
     Attributes:
         copy: (target, source, nbytes, stream): copy bytes between addresses of any GPU, in the order of a stream.
         copy_rows: (rectangle, stream): the same of rows that lie apart.
-        operate: (stream, operations): waits and writes, in this order. What is behind a wait in the stream waits until
-            4 bytes of this GPU's memory hold a number, or have reached it; a write of 4 bytes of any GPU's memory, or
-            of pinned memory, comes behind all that the stream was asked for.
+        operate: (stream, operations): waits and writes, in this order, four numbers each: `WAIT` or `WRITE`, address of
+            4 bytes, number, and how. What is behind a wait in the stream waits until 4 bytes of this GPU's memory hold
+            the number, or have reached it; a write of 4 bytes of any GPU's memory, or of pinned memory, comes behind
+            all that the stream was asked for.
     """
 
     copy: Callable[[int, int, int, int], None]
     copy_rows: Callable[[Rectangle, int], None]
-    operate: Callable[[int, Sequence[Operation]], None]
+    operate: Callable[[int, list[int]], None]
 
 
 class Requests:
@@ -89,19 +84,19 @@ class Requests:
 
     def __init__(self, driver: Driver, stream: int) -> None:
         self._driver, self._stream = driver, stream
-        self._operations: list[Operation] = []
+        self._operations: list[int] = []
 
     def wait(self, address: int, number: int) -> None:
         """Go on when this number is there."""
-        self._operations.append((WAIT, address, number, EQUAL))
+        self._operations += WAIT, address, number, EQUAL
 
     def wait_from(self, address: int, number: int) -> None:
         """Go on when this number is there, or one behind it in a circle of 2^32."""
-        self._operations.append((WAIT, address, number, REACHED))
+        self._operations += WAIT, address, number, REACHED
 
     def write(self, address: int, number: int) -> None:
         """Write a number."""
-        self._operations.append((WRITE, address, number, BEHIND_ALL))
+        self._operations += WRITE, address, number, BEHIND_ALL
 
     def copy(self, target: int, source: int, nbytes: int) -> None:
         """Copy bytes."""
@@ -158,9 +153,16 @@ def driver() -> Driver:
         of.target_type, of.target, of.target_pitch = _DEVICE, x.target, x.target_pitch
         copy_2d(ctypes.addressof(of), stream)
 
-    def operate(stream: int, operations: Sequence[Operation]) -> None:
-        for first in range(0, len(operations), MOST_TOGETHER):
-            some = operations[first : first + MOST_TOGETHER]
-            batch(stream, len(some), b"".join([_PARAMS.pack(*x) for x in some]), 0)
+    def operate(stream: int, operations: list[int]) -> None:
+        for first in range(0, len(operations), 4 * MOST_TOGETHER):
+            some = operations[first : first + 4 * MOST_TOGETHER]
+            count = len(some) // 4
+            batch(stream, count, _params(count).pack(*some), 0)
 
     return Driver(copy, copy_rows, operate)
+
+
+@cache
+def _params(count: int) -> struct.Struct:
+    """So many `CUstreamBatchMemOpParams`."""
+    return struct.Struct("<" + count * "QQQQ16x")

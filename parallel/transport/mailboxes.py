@@ -16,10 +16,10 @@ the same; so there is no deadlock even where all streams share one queue (CUDA_D
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from ringflash.parallel.transport.driver import Driver, Requests
 
@@ -45,6 +45,8 @@ engines take 25 us for as many, longer than it takes to ask; of more, the first 
 
 Block = tuple[int, int]
 """Address and bytes of some memory."""
+
+Item = TypeVar("Item")
 
 
 class Piece(NamedTuple):
@@ -170,13 +172,15 @@ class Mailboxes:
             Of each message, first those received, the place in the memory of progress, and what is there when it is
             over.
         """
-        outgoing = [(self.to[p], blocks, self._chunks(blocks)) for p, blocks in sends.items()]
-        incoming = [(self.from_[p], blocks, self._chunks(blocks)) for p, blocks in receives.items()]
-        levels = max([len(found) for *_, found in outgoing + incoming], default=0)
+        outgoing = [self._filled(self.to[p], blocks) for p, blocks in sends.items()]
+        incoming = [self._filled(self.from_[p], blocks) for p, blocks in receives.items()]
+        levels = max(map(len, outgoing + incoming), default=0)
         for level in range(levels):
-            self.fill([Filled(way, blocks, found[level]) for way, blocks, found in outgoing if level < len(found)])
+            for some in together([found[level] for found in outgoing if level < len(found)], Filled.nbytes):
+                self.fill(some)
             self._out.go()
-            self._empty([Filled(way, blocks, found[level]) for way, blocks, found in incoming if level < len(found)])
+            for some in together([found[level] for found in incoming if level < len(found)], Filled.nbytes):
+                self._empty(some)
             if level + 1 < levels:
                 self._in.go()
         ends = [self.received(peer, self._in) for peer in receives]
@@ -199,21 +203,27 @@ class Mailboxes:
         requests.write(self._progress + 4 * place, number)
         return place, number
 
-    def _chunks(self, blocks: list[Block]) -> tuple[tuple[Piece, ...], ...]:
-        return chunks(tuple([nbytes for _, nbytes in blocks]), self._room)
+    def _filled(self, way: Way, blocks: list[Block]) -> list[Filled]:
+        """The chunks of a message."""
+        return [
+            Filled(way, [(blocks[x.block][0] + x.offset, x.place, x.nbytes) for x in chunk])
+            for chunk in chunks(tuple([nbytes for _, nbytes in blocks]), self._room)
+        ]
 
     def fill(self, filled: Sequence[Filled]) -> None:
-        """Write next chunks of messages, in the order of the writer; nothing is sure to be asked for before `sent`."""
-        for some in together(filled):
-            turns = [x.way.turn() for x in some]
-            for (way, *_), (number, times) in zip(some, turns, strict=True):
-                if times:
-                    self._out.wait(way.emptied[number], number_of(times - 1))
-            for (way, blocks, chunk), (number, _) in zip(some, turns, strict=True):
-                for x in chunk:
-                    self._out.copy(way.boxes[number] + x.place, blocks[x.block][0] + x.offset, x.nbytes)
-            for (way, *_), (number, times) in zip(some, turns, strict=True):
-                self._out.write(way.filled[number], number_of(times))
+        """Write next chunks of messages together, in the order of the writer; it is all asked for behind `go`."""
+        turns = []
+        for way, _ in filled:
+            chunk, times = way.turn()
+            turns.append((chunk, number_of(times)))
+            if times:
+                self._out.wait(way.emptied[chunk], number_of(times - 1))
+        for (way, copies), (chunk, _) in zip(filled, turns, strict=True):
+            box = way.boxes[chunk]
+            for address, place, nbytes in copies:
+                self._out.copy(box + place, address, nbytes)
+        for (way, _), (chunk, number) in zip(filled, turns, strict=True):
+            self._out.write(way.filled[chunk], number)
 
     def requests(self, stream: int) -> Requests:
         """To ask for what a stream does with messages that arrive."""
@@ -225,27 +235,32 @@ class Mailboxes:
 
     def arrived(self, ways: Sequence[Way], requests: Requests) -> Emptied:
         """The next chunks of messages, in the order of a stream. They are there until they are told to be emptied."""
-        turns = [way.turn() for way in ways]
-        for way, (number, times) in zip(ways, turns, strict=True):
-            requests.wait(way.filled[number], number_of(times))
-        flags = [(way.emptied[number], number_of(times)) for way, (number, times) in zip(ways, turns, strict=True)]
-        return Emptied([way.boxes[number] for way, (number, _) in zip(ways, turns, strict=True)], flags)
+        boxes, flags = [], []
+        for way in ways:
+            chunk, times = way.turn()
+            number = number_of(times)
+            requests.wait(way.filled[chunk], number)
+            boxes.append(way.boxes[chunk])
+            flags.append((way.emptied[chunk], number))
+        return Emptied(boxes, flags)
 
     def _empty(self, filled: Sequence[Filled]) -> None:
-        for some in together(filled):
-            emptied = self.arrived([way for way, *_ in some], self._in)
-            for box, (_, blocks, chunk) in zip(emptied.boxes, some, strict=True):
-                for x in chunk:
-                    self._in.copy(blocks[x.block][0] + x.offset, box + x.place, x.nbytes)
-            emptied.tell(self._in)
+        emptied = self.arrived([way for way, _ in filled], self._in)
+        for box, (_, copies) in zip(emptied.boxes, filled, strict=True):
+            for address, place, nbytes in copies:
+                self._in.copy(address, box + place, nbytes)
+        emptied.tell(self._in)
 
 
 class Filled(NamedTuple):
-    """A chunk of a message, of these blocks of memory."""
+    """A chunk of a message: whose, and (address, place in the chunk, bytes) of what makes it up, or takes it."""
 
     way: Way
-    blocks: list[Block]
-    chunk: tuple[Piece, ...]
+    copies: list[tuple[int, int, int]]
+
+    def nbytes(self) -> int:
+        """All that is copied."""
+        return sum([nbytes for *_, nbytes in self.copies])
 
 
 class Emptied(NamedTuple):
@@ -265,16 +280,16 @@ class Emptied(NamedTuple):
             requests.write(*flag)
 
 
-def together(filled: Sequence[Filled]) -> Iterator[list[Filled]]:
-    """Chunks in their order, some at a time: as many as are `TOGETHER`, and one where it is more."""
-    some, nbytes = [], 0
-    for x in filled:
-        size = sum([piece.nbytes for piece in x.chunk])
-        if some and nbytes + size > TOGETHER:
+def together(items: Sequence[Item], nbytes: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """Items in their order, some at a time: as many as are `TOGETHER`, and one where it is more."""
+    some, total = [], 0
+    for x in items:
+        size = nbytes(x)
+        if some and total + size > TOGETHER:
             yield some
-            some, nbytes = [], 0
+            some, total = [], 0
         some.append(x)
-        nbytes += size
+        total += size
     if some:
         yield some
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringflash.parallel.transport.base import Add, Arrived, Expected, Parts
+from ringflash.parallel.transport.base import Add, Arrived, Expected, Parts, Runs
 from ringflash.parallel.transport.deliveries import levels
 from ringflash.parallel.transport.mailboxes import room_of
 from ringflash.parallel.transport.shelves import row_bytes
@@ -81,11 +81,7 @@ class SendRecv:
 
     def deliver(self, parts: Parts, expected: Expected, room: Sequence[Tensor], what: str) -> Delivery:
         """See `Transport`."""
-        sends = [
-            (owner, runs[0] if len(runs) == 1 else torch.cat(list(runs)))
-            for owner, tensors in parts
-            for runs in tensors
-        ]
+        sends = [(owner, _joined(x, runs)) for owner, tensors in parts for x, runs in tensors]
         receives, filled = [], 0
         for sender, rows in expected:
             receives += [(sender, x[filled : filled + rows]) for x in room]
@@ -95,3 +91,8 @@ class SendRecv:
 
     def _operation(self, function: Callable, rank: int, tensor: Tensor) -> dist.P2POp:
         return dist.P2POp(function, tensor, self._global_rank[rank], self._group())
+
+
+def _joined(x: Tensor, runs: Runs) -> Tensor:
+    rows = [x[first:last] for first, last in runs]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)

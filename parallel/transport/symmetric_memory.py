@@ -27,7 +27,7 @@ from triton.runtime import driver as triton_driver
 from ringflash.kernels.torch_private import symmetric_memory
 from ringflash.parallel.planning.pulls import Pull
 from ringflash.parallel.transport.base import Add, Expected, Parts
-from ringflash.parallel.transport.deliveries import PushedParts
+from ringflash.parallel.transport.deliveries import Coming, End, Leaving, PushedParts
 from ringflash.parallel.transport.driver import BEHIND_ALL, EQUAL, WAIT, WRITE, Requests, driver
 from ringflash.parallel.transport.mailboxes import APART, Block, Mailboxes, bytes_of, number_of, room_of
 from ringflash.parallel.transport.shelves import Shelves, copies, flag_bytes, groups, kinds_of, laid_out, row_bytes
@@ -120,8 +120,8 @@ class SymmetricMemory:
         """Of messages to and from others, and of what is published, which must not wait behind those."""
         with torch.cuda.device(device):
             for peer in self._peers:
-                write = WRITE, peer.data_ptr(), 0, BEHIND_ALL  # what is there already
-                driver().operate(self._writer.cuda_stream, [write])
+                write = [WRITE, peer.data_ptr(), 0, BEHIND_ALL]  # what is there already
+                driver().operate(self._writer.cuda_stream, write)
         torch.cuda.synchronize(device)
         bases = [x.data_ptr() for x in self._peers]
         both = self._writer.cuda_stream, self._taker.cuda_stream
@@ -179,27 +179,31 @@ class SymmetricMemory:
         """See `Transport`; `room` says what rows are like, and is not used."""
         sizes = [row_bytes(x) for x in room]
         outgoing = [
-            (owner, [(x.data_ptr(), x.nbytes) for x in runs if x.nbytes], size)
+            Leaving(owner, x.data_ptr(), runs, size)
             for owner, tensors in parts
-            for runs, size in zip(tensors, sizes, strict=True)
+            for (x, runs), size in zip(tensors, sizes, strict=True)
         ]
-        incoming = [(sender, rows, size) for sender, rows in expected for size in sizes]
+        incoming = [Coming(sender, rows, size) for sender, rows in expected for size in sizes]
         if outgoing:
             now = self.mark()
             self._writer.wait_event(now)
             self._events.append(now)
         pushed = PushedParts(self._mailboxes, room_of(len(self._peers)), outgoing, incoming)
+        self._expect(pushed.sent, what)
         return _Pushed(self, pushed, (parts, room), what)
 
     def collect(self, pushed: PushedParts, like: Sequence[Tensor], add: Add, what: str) -> None:
         """See `Delivery`."""
         ends, failure = pushed.collect(add, self._peers[self._rank], like, self._current().cuda_stream)
-        if not all(came for *_, came in ends):
+        if pushed.writes:
             self.wait([self._record(self._writer)])  # the memory of parts may serve again
-        for peer, place, number, came in ends:
-            self._watch.expect(place, number, what, peer, came)
+        self._expect(ends, what)
         if failure is not None:
             raise failure
+
+    def _expect(self, ends: Sequence[End], what: str) -> None:
+        for peer, place, number, comes in ends:
+            self._watch.expect(place, number, what, peer, comes)
 
     # What is laid out
 
@@ -289,7 +293,7 @@ def allocate(ranks: int, device: torch.device) -> Tensor:
         with torch.cuda.device(device):
             stream, address = torch.cuda.Stream().cuda_stream, memory.data_ptr()
             driver().copy(address + APART, address, 4, stream)  # a machine may not be able to
-            driver().operate(stream, [(WRITE, address, 0, BEHIND_ALL), (WAIT, address, 0, EQUAL)])
+            driver().operate(stream, [WRITE, address, 0, BEHIND_ALL, WAIT, address, 0, EQUAL])
         torch.cuda.synchronize(device)
     except (RuntimeError, ImportError, OSError, AttributeError) as error:
         raise UnavailableError(f"torch's symmetric memory: {_first_line(error)}") from error

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_mailboxes import ALIGNED, Host, _ranks
 
-from ringflash.parallel.transport.deliveries import PushedParts, levels
+from ringflash.parallel.transport.deliveries import Coming, Leaving, PushedParts, levels
 
 ROW = 8
 """Bytes of a row."""
@@ -61,21 +61,22 @@ class Rank:
         for (writer, reader), (rows, runs) in parts.items():
             for tensor in range(self.tensors):
                 if writer == self.rank:
-                    outgoing.append((reader, self._lie(_text(stage, writer, reader, tensor, rows), runs), ROW))
+                    lies = self._lie(_text(stage, writer, reader, tensor, rows), runs)
+                    outgoing.append(Leaving(reader, *lies, ROW))
                 if reader == self.rank:
-                    incoming.append((writer, rows, ROW))
+                    incoming.append(Coming(writer, rows, ROW))
         pushed = PushedParts(self.boxes, self.room, outgoing, incoming)
         self.pending.append((stage, parts, pushed))
 
     def _lie(self, text, runs):
-        blocks, rows = [], len(text) // ROW
-        edges = [rows * i // runs * ROW for i in range(runs + 1)]
-        for first, last in pairwise(edges):
-            if last > first:
-                address = self.host.allocate(last - first)
-                self.host.write(address, text[first:last])
-                blocks.append((address, last - first))
-        return blocks
+        """Text in runs that lie two rows apart: address of the first row and where they are."""
+        rows = len(text) // ROW
+        edges = [rows * i // runs for i in range(runs + 1)]
+        found = tuple((first + 2 * i, last + 2 * i) for i, (first, last) in enumerate(pairwise(edges)))
+        address = self.host.allocate((rows + 2 * runs) * ROW)
+        for (first, _), (begin, end) in zip(found, pairwise(edges), strict=True):
+            self.host.write(address + first * ROW, text[begin * ROW : end * ROW])
+        return address, found
 
     def collect(self):
         stage, parts, pushed = self.pending.pop(0)

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ringflash.parallel.transport.driver import EQUAL, WRITE, Driver, Operation, Rectangle
+from ringflash.parallel.transport.driver import EQUAL, WRITE, Driver, Rectangle
 from ringflash.parallel.transport.mailboxes import (
     CHUNKS,
     CIRCLE,
@@ -83,9 +83,9 @@ class Host:
         for row in range(x.rows):
             self.copy(x.target + row * x.target_pitch, x.source + row * x.source_pitch, x.width, stream)
 
-    def operate(self, stream: int, operations: list[Operation]) -> None:
-        for operation in operations:
-            self.queues[stream].append(partial(self._operate, *operation))
+    def operate(self, stream: int, operations: list[int]) -> None:
+        for first in range(0, len(operations), 4):
+            self.queues[stream].append(partial(self._operate, *operations[first : first + 4]))
 
     def _operate(self, kind: int, address: int, number: int, how: int) -> bool:
         if kind == WRITE:
