@@ -370,7 +370,9 @@ class PreparedBackward:
             self.launch(attend_backward_wide_kernel if self.width == "256" else attend_backward_kernel, tensors)
         if programs is not None:
             add_slots(programs, slots, dkey, dvalue, self.tiles.keys)
-        return dquery.to(dquery_dtype), dkey.to(self.dkey_dtype), dvalue.to(self.dkey_dtype)
+        if self.stored_dtype != self.dkey_dtype:
+            dkey, dvalue = dkey.to(self.dkey_dtype), dvalue.to(self.dkey_dtype)
+        return dquery if dquery_dtype == torch.float32 else dquery.to(dquery_dtype), dkey, dvalue
 
     def _lists(self, intervals: KeyIntervals) -> ListOperands:
         """Blocks of queries; bits are of keys, or of queries where these are the rows of scores."""

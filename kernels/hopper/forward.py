@@ -276,7 +276,7 @@ class PreparedForward:
             *(list_tensors(self._lists(intervals)) if self.has_lists else (None,) * 3),
         )  # fmt: skip
         self.launch(attend_kernel, tensors)
-        return out.to(self.out_dtype), lse
+        return out if self.stored_dtype == self.out_dtype else out.to(self.out_dtype), lse
 
     def _lists(self, intervals: KeyIntervals) -> ListOperands:
         return list_operands(key_lists(intervals, *self.tiles), self.lse_shape[0]) if self.has_lists else NO_LISTS

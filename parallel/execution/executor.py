@@ -80,7 +80,7 @@ def forward(
             carry = out, out.new_full(at.query.shape[1::-1], -torch.inf, dtype=torch.float32)
             carry = carry if at.sinks is None else with_sinks(*carry, at.sinks)
         out, lse = carry
-        found = [out.to(query.dtype), lse]
+        found = [out if out.dtype == query.dtype else out.to(query.dtype), lse]
     except Exception as error:
         if ready.transport is None:
             raise
