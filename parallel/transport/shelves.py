@@ -54,51 +54,53 @@ class Shelves:
     """
 
     def __init__(self, rank: int, flags: Sequence[int], taker: Requests, driver: Driver) -> None:
-        self._rank, self._flags, self._taker, self._driver = rank, flags, taker, driver
-        self._peers = [peer for peer in range(len(flags)) if peer != rank]
-        self._calls = self._released = 0
+        self._taker, self._driver = taker, driver
+
+        def there(at: int, of: int) -> int:
+            """Address of the flag at a rank that says what another has laid out."""
+            return flags[at] + 2 * of * APART
+
+        def taken(at: int, by: int) -> int:
+            """Of the flag that says that another has taken all."""
+            return flags[at] + (2 * by + 1) * APART
+
+        peers = [peer for peer in range(len(flags)) if peer != rank]
+        self._there = [there(rank, peer) for peer in range(len(flags))]
+        self._told = [there(peer, rank) for peer in peers]
+        self._taken = [taken(rank, peer) for peer in peers]
+        self._released = [taken(peer, rank) for peer in peers]
+        self._calls = self._last_released = 0
         self._seen: set[int] = set()
 
     def publish(self, stream: int, rectangles: Sequence[Rectangle]) -> None:
         """Lay out rows of this rank in the order of a stream, when nobody reads any more what was there before."""
-        requests = Requests(self._driver, stream)
-        for peer in self._peers:
-            requests.wait_from(self._taken(self._rank, peer), self._calls % CIRCLE)
+        requests, number = Requests(self._driver, stream), self._calls % CIRCLE
+        for address in self._taken:
+            requests.wait_from(address, number)
         for rectangle in rectangles:
             requests.copy_rows(rectangle)
         self._calls += 1
         self._seen.clear()
-        for peer in self._peers:
-            requests.write(self._there(peer, self._rank), self._calls % CIRCLE)
+        number = self._calls % CIRCLE
+        for address in self._told:
+            requests.write(address, number)
         requests.go()
 
     def expect(self, owner: int) -> None:
         """Go on when a rank's rows are there."""
         if owner not in self._seen:
             self._seen.add(owner)
-            self._taker.wait_from(self._there(self._rank, owner), self._calls % CIRCLE)
-
-    def take(self, copies: Sequence[tuple[int, int, int]]) -> None:
-        """Take something of ranks whose rows are expected: (target, source, nbytes) of each copy."""
-        for copy in copies:
-            self._taker.copy(*copy)
+            self._taker.wait_from(self._there[owner], self._calls % CIRCLE)
 
     def release(self) -> None:
         """Nothing more is taken in this call."""
-        if self._released == self._calls:
+        if self._last_released == self._calls:
             return
-        self._released = self._calls
-        for peer in self._peers:
-            self._taker.write(self._taken(peer, self._rank), self._calls % CIRCLE)
+        self._last_released = self._calls
+        number = self._calls % CIRCLE
+        for address in self._released:
+            self._taker.write(address, number)
         self._taker.go()
-
-    def _there(self, at: int, of: int) -> int:
-        """Address of the flag at a rank that says what another has laid out."""
-        return self._flags[at] + 2 * of * APART
-
-    def _taken(self, at: int, by: int) -> int:
-        """Of the flag that says that another has taken all."""
-        return self._flags[at] + (2 * by + 1) * APART
 
 
 # What lies where
@@ -181,7 +183,6 @@ def _laid_out(
     return copied
 
 
-@lru_cache(maxsize=4096)
 def copies(pulled: tuple[Pull, ...], kinds: tuple[Kind, ...]) -> list[tuple[int, int, int, int, int]]:
     """What brings rows from owners' shelves.
 

@@ -24,13 +24,23 @@ import torch.distributed as dist
 from torch import Tensor
 from triton.runtime import driver as triton_driver
 
+from ringflash.kernels.kept import Kept
 from ringflash.kernels.torch_private import symmetric_memory
 from ringflash.parallel.planning.pulls import Pull
 from ringflash.parallel.transport.base import Add, Expected, Parts
 from ringflash.parallel.transport.deliveries import Coming, End, Leaving, PushedParts
 from ringflash.parallel.transport.driver import BEHIND_ALL, EQUAL, WAIT, WRITE, Requests, driver
 from ringflash.parallel.transport.mailboxes import APART, Block, Mailboxes, bytes_of, number_of, room_of
-from ringflash.parallel.transport.shelves import Shelves, copies, flag_bytes, groups, kinds_of, laid_out, row_bytes
+from ringflash.parallel.transport.shelves import (
+    Kind,
+    Shelves,
+    copies,
+    flag_bytes,
+    groups,
+    kinds_of,
+    laid_out,
+    row_bytes,
+)
 
 LEAST_SHELF, LARGE_SHELF, PAGE = 16 << 20, 512 << 20, 2 << 20
 """Bytes to publish in: at least, from where on hardly more than needed, and multiples of."""
@@ -113,6 +123,8 @@ class SymmetricMemory:
         self._streams: dict[int, torch.cuda.Stream] = {}
         self._events: list[torch.Event] = []
         """That nobody is going to wait for any more."""
+        self._shelf_addresses = [0] * ranks
+        self._kept = Kept(256)
         self._progress = torch.zeros(3 * ranks, dtype=torch.int32, device="cpu", pin_memory=True)
         self._asked = [0] * ranks
         # No more: a GPU has eight queues for streams by default, and streams that share one wait for each other.
@@ -233,6 +245,7 @@ class SymmetricMemory:
     def use_shelf(self, memory: Tensor, group: dist.ProcessGroup) -> None:
         """Publish there from now on; all ranks of the group do."""
         self._shelves = _of_all_ranks(memory, group)
+        self._shelf_addresses = [x.data_ptr() for x in self._shelves]
         self._shelf = memory
 
     def publish(self, rows: Sequence[Tensor], given: Sequence[tuple[int, int]]) -> None:
@@ -256,17 +269,20 @@ class SymmetricMemory:
             self._watch.expect(2 * len(self._peers) + owner, number, what, owner, True)
         kinds = kinds_of(targets)
         filled = [targets[group.members[0]].data_ptr() for group in groups(kinds)]
-        shelves = [x.data_ptr() for x in self._shelves]
-        self._published.take(
-            [
-                (filled[group] + target, shelves[owner] + source, nbytes)
-                for group, target, owner, source, nbytes in copies(pulls, kinds)
-            ]
-        )
+        shelves = self._shelf_addresses
+        for group, target, owner, source, nbytes in self._copies(pulls, kinds):
+            self._taking.copy(filled[group] + target, shelves[owner] + source, nbytes)
         if last:
             self._published.release()
         self._taking.go()
         return Posted(self, [self._record(self._puller)], (targets,))
+
+    def _copies(self, pulls: tuple[Pull, ...], kinds: tuple[Kind, ...]) -> list[tuple[int, int, int, int, int]]:
+        """See `copies`; found again by the object, as the plan's own are."""
+        found = self._kept.get(id(pulls))
+        if found is None or found[0] is not pulls or found[1] != kinds:
+            found = self._kept.add(id(pulls), (pulls, kinds, copies(pulls, kinds)))
+        return found[2]
 
     def release(self) -> None:
         """See `Shelf`."""
