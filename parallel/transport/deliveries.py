@@ -214,6 +214,7 @@ class PushedParts:
         for some in order.now:
             self._write(some)
         self.sent = [] if self._later else self._end_writing()
+        mailboxes.go()
         """Of each rank to which everything was pushed at once what `collect` says of it otherwise."""
 
     def _end_writing(self) -> list[End]:
