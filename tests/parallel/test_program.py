@@ -67,7 +67,8 @@ def check_rows(moves, shipments, sources):
         assert (shipment.peer, shipment.relayed) == (move.peer, move.relayed)
         assert picked(source, shipment.rows).tolist() == positions(move.segments)
         assert shipment.count == len(positions(move.segments))
-        assert torch.cat(runs_of(source, shipment)).tolist() == positions(move.segments)
+        x, runs = runs_of(source, shipment)
+        assert torch.cat([x[first:last] for first, last in runs]).tolist() == positions(move.segments)
 
 
 def shown(made: StageProgram, queries: int, keys: int) -> Tensor:
