@@ -82,14 +82,13 @@ class KeyGradients:
             raise failure
 
     def _reduce(self, stage: StageProgram, parts: list[Tensor] | None, transport: GroupTransport) -> None:
-        peers = {s.peer for s in (*stage.returns, *stage.reduces)}
-        while any(not peers.isdisjoint(delivery.peers) for delivery, _ in self._pending):
+        while self._pending and any([not stage.peers.isdisjoint(delivery.peers) for delivery, _ in self._pending]):
             self._collect()
         # pyrefly: ignore[not-iterable]  # there are parts where there are returns, and a missing one is to be an error
         leaving = [(s.peer, [runs_of(part, s) for part in parts]) for s in stage.returns]
         first = self._used % self._room * self._size
         self._used += bool(stage.reduces)
-        room = [x[first : first + self._size] for x in self._buffers]
+        room = [x[first : first + self._size] for x in self._buffers] if self._size else self._buffers
         expected = [(s.peer, s.count) for s in stage.reduces]
         delivery = transport.deliver(leaving, expected, room, f"gradients of stage {stage.index}")
         self._pending.append((delivery, stage.reduces))

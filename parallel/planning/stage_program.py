@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -94,6 +95,11 @@ class StageProgram:
     everything: bool = False
     index: int = 0
     offset: int = 0
+
+    @cached_property
+    def peers(self) -> frozenset[int]:
+        """Ranks to which gradient parts go, and from which some come."""
+        return frozenset([s.peer for s in (*self.returns, *self.reduces)])
 
     def pieces(self, size: int) -> tuple[StageProgram, ...]:
         """The stage for the backward pass, so many keys at a time; transfers of keys are the whole stage's."""
