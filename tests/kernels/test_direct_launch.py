@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import inspect
 import re
 import struct
 import threading
@@ -13,6 +14,7 @@ import torch
 import triton
 from stand_in import Launched, stand_in
 from test_triton_launch import ROWS, call, plain, with_everything
+from triton.backends.nvidia.driver import CudaLauncher
 
 from ringflash.kernels import hopper
 from ringflash.kernels.gpu import direct_launch, launcher
@@ -121,6 +123,12 @@ def test_numbers_lie_as_triton_names_their_types() -> None:
         of = direct_launch.parameters([kind], [value], ())
         assert of.numbers[0] == (0, struct.pack(NUMBERS[kind], value))
     assert direct_launch.parameters(["fp16"], [0.5], ()) is None  # Triton rounds it
+
+
+def test_what_tritons_launchers_hold_is_known() -> None:
+    """Or launches are left to them, which is slower: `KNOWN` and `PLAIN` are to say what a new one is."""
+    held = set(re.findall(r"self\.(\w+)\s*=", inspect.getsource(CudaLauncher.__init__)))
+    assert direct_launch.PLAIN.keys() - {"gsan_enabled"} <= held <= direct_launch.KNOWN
 
 
 @pytest.mark.parametrize("changed", [{"launch_pdl": True}, {"num_ctas": 2}, {"something_new": 0}])
