@@ -51,6 +51,29 @@ def apply_unbound(function: type[torch.autograd.Function], *inputs: object) -> A
     return super(torch.autograd.Function, function).apply(*inputs)  # pyrefly: ignore[missing-attribute]  # stub lacks it
 
 
+_PLAIN = frozenset([Tensor, torch.nn.Parameter, type(None)])
+
+
+def nobody_listens(tensors: tuple) -> bool:
+    """Whether a call of an operator is its functions' alone, so that these may as well be called by themselves.
+
+    The dispatcher takes 20 arguments apart and puts them together again, each time that an operator calls another, for
+    5 to 10 us. It need not where nothing looks at operators: no mode of dispatch (torch.compile's tracing, selective
+    checkpoints) or of functions (a default device), no transformation of torch.func, no profiler, and no tensor of
+    another class. No public name asks for any of these.
+
+    Args:
+        tensors: the operator's arguments that are tensors, or None.
+    """
+    return (
+        not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and not transforms_active()
+        and not torch.autograd._profiler_enabled()
+        and _PLAIN.issuperset(map(type, tensors))
+    )
+
+
 # torch.func
 
 

@@ -100,7 +100,15 @@ class Launcher:
                 numbers, the same in every call.
             rest: what follows the numbers.
         """
-        if self._kernel is kernel and self._launch_again(tensors, rest):
+        # pyrefly: ignore[missing-attribute]  # stub: a GPU's driver has it
+        if self._kernel is kernel and self._device == (device := driver.active.get_current_device()):
+            by_driver = self._by_driver
+            if by_driver is not None and not hooked():
+                arguments = tensors if by_driver.reach <= len(tensors) else flat((*tensors, *self._numbers, *rest))
+                # pyrefly: ignore[missing-attribute]  # stub: a GPU's driver has it
+                if by_driver(driver.active.get_current_stream(device), arguments):
+                    return
+            self._compiled[self._grid](*self._described(tensors), *self._numbers, *rest, *self._constants.values())
             return
         arguments = (*self._described(tensors), *self._numbers, *rest)
         compiled = kernel[self._grid[:1]](*arguments, **self._constants, **self._options)
@@ -113,21 +121,6 @@ class Launcher:
             # The kernel last: another thread may be looking.
             # pyrefly: ignore[missing-attribute]  # stub: a GPU's driver has it
             self._compiled, self._device, self._kernel = compiled, driver.active.get_current_device(), kernel
-
-    def _launch_again(self, tensors: tuple, rest: tuple) -> bool:
-        """Launch like the first call; False on another device."""
-        # pyrefly: ignore[missing-attribute]  # stub: a GPU's driver has it
-        device = driver.active.get_current_device()
-        if self._device != device:
-            return False
-        by_driver = self._by_driver
-        if by_driver is not None and not hooked():
-            arguments = tensors if by_driver.reach <= len(tensors) else flat((*tensors, *self._numbers, *rest))
-            # pyrefly: ignore[missing-attribute]  # stub: a GPU's driver has it
-            if by_driver(driver.active.get_current_stream(device), arguments):
-                return True
-        self._compiled[self._grid](*self._described(tensors), *self._numbers, *rest, *self._constants.values())
-        return True
 
     def at(self, kernel: Any, addresses: Sequence[int]) -> bool:
         """Launch like an earlier call, which had no descriptors, with other addresses of its tensors.

@@ -24,6 +24,7 @@ from ringflash.kernels.torch_private import (
     apply_unbound,
     below_autograd,
     never_compiled,
+    nobody_listens,
     only_functionalized,
     transforms_active,
 )
@@ -135,7 +136,7 @@ class _Refusing(torch.autograd.Function):
 class _Attention(_Refusing):
     @staticmethod
     def forward(*inputs):  # noqa: ANN002, ANN205
-        return _below_autograd(_attention, inputs)
+        return _below_autograd(_attention, _attend, inputs, TENSORS)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
@@ -163,7 +164,7 @@ class _Attention(_Refusing):
         elif torch.is_grad_enabled():
             gradients = _attention_backward(*inputs)
         else:  # without a graph of the gradients, which is as good as always, nobody has to look for one
-            gradients = _below_autograd(_attention_backward, inputs)
+            gradients = _below_autograd(_attention_backward, _attend_backward, inputs, TENSORS + 5)
         needs = Settings(*ctx.settings).needs
         of_query, of_key, of_value, of_sinks = [
             x if needs & bit else None for x, bit in zip(gradients, NEEDS.values(), strict=True)
@@ -174,7 +175,7 @@ class _Attention(_Refusing):
 class _AttentionBackward(_Refusing):
     @staticmethod
     def forward(*inputs):  # noqa: ANN002, ANN205
-        return _below_autograd(_attention_backward, inputs)
+        return _below_autograd(_attention_backward, _attend_backward, inputs, TENSORS + 5)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
@@ -193,9 +194,11 @@ def transformed() -> bool:
     return not torch.compiler.is_compiling() and transforms_active() and not only_functionalized()
 
 
-def _below_autograd(operator: OpOverload, inputs: tuple) -> tuple[Tensor, ...]:
+def _below_autograd(operator: OpOverload, function: Callable, inputs: tuple, tensors: int) -> tuple[Tensor, ...]:
+    """What an operator gives, of whose arguments so many are tensors; from its function where nobody listens."""
+    alone = not torch.compiler.is_compiling() and nobody_listens(inputs[:tensors])
     with below_autograd():
-        return operator(*inputs)
+        return function(*inputs) if alone else operator(*inputs)
 
 
 def _refuse_vmap(info, in_dims, *_) -> None:  # noqa: ANN001, ANN002
@@ -205,8 +208,14 @@ def _refuse_vmap(info, in_dims, *_) -> None:  # noqa: ANN001, ANN002
 _library = torch.library.Library("ringflash", "FRAGMENT")
 
 
-def _register(function: Callable, shapes: Callable, differentiable: type[torch.autograd.Function]) -> OpOverload:
-    """Make an operator of a function, with shapes for tracing, a gradient, and a refusal under vmap."""
+def _register(
+    function: Callable, shapes: Callable, differentiable: type[torch.autograd.Function]
+) -> tuple[OpOverload, Callable]:
+    """Make an operator of a function, with shapes for tracing, a gradient, and a refusal under vmap.
+
+    Returns:
+        The operator, and the function as it is called below autograd.
+    """
     name = function.__name__
     schema = torch.library.infer_schema(function, mutates_args=())
     _library.define(name + schema, tags=[torch.Tag.pt2_compliant_tag])
@@ -217,21 +226,28 @@ def _register(function: Callable, shapes: Callable, differentiable: type[torch.a
             if transformed():
                 raise UnsupportedError(f"torch.ops.ringflash.{name} under torch.func; call ringflash's functions there")
             return apply_unbound(differentiable, *inputs)
-        return _below_autograd(operator, inputs)
+        with below_autograd():
+            return operator(*inputs)
 
-    # Code that runs below a compiled frame is not to be compiled in turn.
-    _library.impl(name, never_compiled(function), "CompositeExplicitAutograd")
+    below = never_compiled(function)  # code that runs below a compiled frame is not to be compiled in turn
+    _library.impl(name, below, "CompositeExplicitAutograd")
     _library.impl(name, with_gradient, "Autograd")
     torch.library.register_fake(f"ringflash::{name}", shapes, lib=_library)
     torch.library.register_vmap(f"ringflash::{name}", _refuse_vmap, lib=_library)
-    return operator
+    return operator, below
 
 
-_attention = _register(attention, _attention_shapes, _Attention)
-_attention_backward = _register(attention_backward, _attention_backward_shapes, _AttentionBackward)
+_attention, _attend = _register(attention, _attention_shapes, _Attention)
+_attention_backward, _attend_backward = _register(attention_backward, _attention_backward_shapes, _AttentionBackward)
 
 
 def call_attention(*arguments):  # noqa: ANN002, ANN201
     """`torch.ops.ringflash.attention`, also under the transformations of torch.func, of which `grad` and `vjp` work."""
-    operator = _Attention.apply if transformed() else torch.ops.ringflash.attention.default
-    return operator(*arguments)
+    if transformed():
+        return _Attention.apply(*arguments)
+    if torch.compiler.is_compiling() or not nobody_listens(arguments[:TENSORS]):
+        return torch.ops.ringflash.attention.default(*arguments)
+    if torch.is_grad_enabled() and any_requires_grad(*arguments):
+        return apply_unbound(_Attention, *arguments)
+    with below_autograd():
+        return _attend(*arguments)

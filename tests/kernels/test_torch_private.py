@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from ringflash.kernels import torch_private
 
@@ -56,6 +58,24 @@ def test_below_autograd_an_operator_goes_to_its_value_at_once(doubled: list[str]
     assert doubled[1:] == ["gradient", "value"]
     assert out.tolist() == [2, 2]
     assert not out.requires_grad
+
+
+class OfAnotherClass(Tensor):
+    """As DTensor and tensors that stand for others while code is traced."""
+
+
+def test_nobody_listens_but_modes_transformations_profilers_and_tensors_of_other_classes() -> None:
+    tensors = torch.ones(1), torch.nn.Parameter(torch.ones(1)), None
+    listens = torch_private.nobody_listens
+    assert listens(tensors)
+    assert not listens((*tensors, torch.ones(1).as_subclass(OfAnotherClass)))
+    for listening in (FlopCounterMode(display=False), torch.device("cpu"), torch.profiler.profile(), FakeTensorMode()):
+        with listening:
+            assert not listens(tensors)
+    heard = []
+    torch.func.vmap(lambda x: heard.append(listens(())) or x)(torch.ones(2))
+    assert heard == [False]
+    assert listens(tensors)
 
 
 def test_any_requires_grad_looks_at_tensors_among_other_arguments() -> None:
