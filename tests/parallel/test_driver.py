@@ -1,0 +1,131 @@
+"""What CUDA's driver is handed: structures as its header has them, and no more requests than it takes."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Callable, Iterator
+from itertools import zip_longest
+from unittest import mock
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ringflash.kernels.gpu import cuda_driver
+from ringflash.parallel.transport import driver as transport_driver
+from ringflash.parallel.transport.driver import MOST_TOGETHER, WAIT, WRITE, Rectangle, Requests
+
+STREAM = 77
+
+
+class Library:
+    """Functions of the driver, by name, with what they were handed."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple] = []
+        self.fails = 0
+        for name, read in READ.items():
+            setattr(self, name, self._function(name, read))
+
+    def _function(self, name: str, read: Callable) -> object:
+        def call(*arguments: object) -> None:
+            self.asked.append((name, *read(*arguments)))
+            function.restype(self.fails)
+
+        function = mock.Mock(side_effect=call)
+        function.__name__ = name
+        return function
+
+
+def _operations(stream: int, count: int, params: bytes, flags: int) -> tuple:
+    """`CUstreamBatchMemOpParams`: 48 bytes each, a union of operations; operation, address, value and flags."""
+    assert flags == 0
+    assert len(params) == 48 * count <= 48 * 255
+    assert all(set(params[first + 32 : first + 48]) == {0} for first in range(0, len(params), 48))
+    return stream, [
+        (*struct.unpack_from("<I4xQ", params, first), *struct.unpack_from("<QI", params, first + 16))
+        for first in range(0, len(params), 48)
+    ]
+
+
+def _copy_2d(address: int, stream: int) -> tuple:
+    """`CUDA_MEMCPY2D`: x, y, memory type, host, device, array and pitch of the source, of the target; width, height."""
+    there = struct.unpack("<" + 2 * "QQI4xQQQQ" + "QQ", ctypes.string_at(address, 128))
+    device = 2
+    assert there[:4] == there[7:11] == (0, 0, device, 0)
+    assert there[5] == there[12] == 0
+    return stream, Rectangle(there[11], there[13], there[4], there[6], *there[14:])
+
+
+READ = {
+    "cuMemcpyAsync": lambda *arguments: arguments,
+    "cuMemcpy2DAsync_v2": _copy_2d,
+    "cuStreamBatchMemOp_v2": _operations,
+}
+
+
+@pytest.fixture(scope="module")
+def library() -> Iterator[Library]:
+    found = Library()
+    found.cuGetErrorString = lambda code, text: None
+    with (
+        mock.patch.object(transport_driver, "library", return_value=found),
+        mock.patch.object(cuda_driver, "library", return_value=found),
+    ):
+        transport_driver.driver.cache_clear()
+        yield found
+    transport_driver.driver.cache_clear()
+
+
+requests = st.lists(
+    st.one_of(
+        st.tuples(st.sampled_from(["wait", "wait_from", "write"]), st.integers(0, 2**60), st.integers(0, 2**32 - 1)),
+        st.tuples(st.just("copy"), st.integers(0, 2**60), st.integers(0, 2**60), st.integers(1, 2**40)),
+        st.builds(Rectangle, *[st.integers(1, 2**40)] * 5, st.integers(1, 3)).map(lambda x: ("copy_rows", x)),
+    ),
+    max_size=30,
+)
+
+
+@given(asked=requests, times=st.sampled_from([1, 40]))
+def test_a_stream_is_asked_for_everything_in_order_numbers_together(library: Library, asked: list, times: int) -> None:
+    library.asked = []
+    stream = Requests(transport_driver.driver(), STREAM)
+    for name, *arguments in times * asked:
+        getattr(stream, name)(*arguments)
+    stream.go()
+    stream.go()
+    found = []
+    for name, *arguments in library.asked:
+        if name == "cuStreamBatchMemOp_v2":
+            where, operations = arguments
+            kinds = {(WAIT, 1): "wait", (WAIT, 0): "wait_from", (WRITE, 0): "write"}
+            found += [(kinds[kind, how], address, number) for kind, address, number, how in operations]
+        elif name == "cuMemcpyAsync":
+            *copied, where = arguments
+            found.append(("copy", *copied))
+        else:
+            where, rectangle = arguments
+            found.append(("copy_rows", rectangle))
+        assert where == STREAM
+    rows_of_one = [
+        ("copy", x[1].target, x[1].source, x[1].width) if x[0] == "copy_rows" and x[1].rows == 1 else x
+        for x in times * asked
+    ]
+    assert found == rows_of_one
+    batches = [len(x[2]) for x in library.asked if x[0] == "cuStreamBatchMemOp_v2"]
+    assert all(size <= MOST_TOGETHER for size in batches)
+    numbers = [x[0].startswith("w") for x in found]
+    runs = sum(here and not behind for here, behind in zip_longest(numbers, numbers[1:]))
+    assert len(batches) <= runs + sum(batches) // MOST_TOGETHER
+
+
+def test_what_the_driver_refuses_is_an_error_by_name(library: Library) -> None:
+    stream = Requests(transport_driver.driver(), STREAM)
+    with mock.patch.object(library, "fails", 700):
+        stream.write(1, 2)
+        with pytest.raises(RuntimeError, match="cuStreamBatchMemOp failed with 700"):
+            stream.go()
+        with pytest.raises(RuntimeError, match="cuMemcpyAsync failed with 700"):
+            stream.copy(1, 2, 3)
