@@ -21,12 +21,21 @@ from ringflash.kernels.gpu import direct_launch, launcher
 from ringflash.kernels.gpu.add_rows import BLOCK, add_rows
 from ringflash.kernels.gpu.direct_launch import NUMBERS, DirectLaunch, Parameters, flat
 from ringflash.kernels.intervals import causal_intervals
+from ringflash.kernels.key_blocks import KeyBlocks
 from ringflash.kernels.sums import Part
 from ringflash.kernels.sums import add_rows as add_rows_by_torch
 from ringflash.kernels.triton import attend as portable
 
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter launches nothing", allow_module_level=True)
+
+
+def with_blocks() -> dict:
+    """Of which some pairs are to be hidden."""
+    places = torch.arange(ROWS, dtype=torch.int32) // 8
+    blocks = KeyBlocks(places, places, (8, 8), torch.ones(2, ROWS // 8, ROWS // 8, dtype=torch.bool))
+    return plain(64) | {"intervals": causal_intervals(ROWS, ROWS).with_blocks(blocks)}
+
 
 FORMS = {
     "D64": plain(64),
@@ -36,6 +45,8 @@ FORMS = {
     "hopper D192/128": plain(192) | {"kernels": hopper},
     "hopper D256": plain(256) | {"kernels": hopper},
     "hopper, everything": with_everything() | {"kernels": hopper},
+    "blocks": with_blocks(),
+    "hopper, blocks": with_blocks() | {"kernels": hopper},
 }
 
 
