@@ -17,10 +17,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from ringflash.kernels import select
-from ringflash.kernels.gpu import direct_launch, row_delta
+from ringflash.kernels.gpu import add_rows, block_lists, direct_launch, row_delta
 from ringflash.kernels.hopper import backward as hopper_backward
 from ringflash.kernels.hopper import checks as hopper_checks
 from ringflash.kernels.hopper import forward as hopper_forward
+from ringflash.kernels.hopper import widest
 from ringflash.kernels.kept import Kept
 from ringflash.kernels.triton import attend as triton
 from ringflash.kernels.triton.attend import backward, checks, forward
@@ -159,5 +160,8 @@ def stand_in(kernels: ModuleType = triton, by_driver: bool = True) -> Iterator[S
         mock.patch.object(hopper_checks, "runs_on", _supported),
         mock.patch.multiple(hopper_forward, multiprocessors=_multiprocessors, prepared_calls=Kept()),
         mock.patch.multiple(hopper_backward, prepared_calls=Kept()),
+        mock.patch.multiple(widest, prepared_calls=Kept()),
+        mock.patch.multiple(add_rows, launchers=Kept()),
+        mock.patch.multiple(block_lists, _kept=Kept()),
     ):
         yield found

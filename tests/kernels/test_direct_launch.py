@@ -44,6 +44,8 @@ FORMS = {
     "hopper D128, carried": plain(128) | {"kernels": hopper, "carried": True, "deterministic": True},
     "hopper D192/128": plain(192) | {"kernels": hopper},
     "hopper D256": plain(256) | {"kernels": hopper},
+    "hopper D512": plain(512) | {"kernels": hopper},
+    "hopper D512, carried": plain(512) | {"kernels": hopper, "carried": True},
     "hopper, everything": with_everything() | {"kernels": hopper},
     "blocks": with_blocks(),
     "hopper, blocks": with_blocks() | {"kernels": hopper},
