@@ -78,6 +78,7 @@ def test_bands_of_ranks_hold(problem: tuple) -> None:
         (Mask.causal() & Mask.chunked(16), 16),
         (Mask.prefix_lm(4) & Mask.chunked(16), 19),
         (Mask.causal([(2, 9), (20, 25)]) & Mask.sliding_window(9, None), 16),
+        (Mask(boundaries=(0,)), 1),
         (Mask.sliding_window(9, sink=2), None),
         (Mask.shared_prefix([3], [[2, 2]]), None),
         (Mask.documents([0, 5], [0, 4]), None),
