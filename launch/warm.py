@@ -4,8 +4,9 @@
     python launch/warm.py head_dims=64,192/128 heads=16/4,8 dtypes=bfloat16,float32 processes=16
     python launch/warm.py head_dims=128 heads=32/8 dropout=0.1 alibi=true
 
-Every option is also taken as --key value. Any mask, window, documents and length launch the same kernels; only sink
-tokens, softcap, ALiBi slopes, dropout and key padding have their own. Run it on a GPU of the kind that the job will
+Every option is also taken as --key value. Any mask, window, documents and length launch the same kernels; only
+windows of about 128 tokens or less (window=127), documents as short as that (window=their longest - 1), sink tokens,
+softcap, ALiBi slopes, dropout and key padding have their own. Run it on a GPU of the kind that the job will
 have, with the same torch, triton and ringflash, and the same cache: TRITON_CACHE_DIR, or else ~/.triton/cache.
 """
 
@@ -31,6 +32,7 @@ from ringflash.kernels.intervals import KeyIntervals, causal_intervals
 from ringflash.kernels.modifiers import Modifiers
 from ringflash.kernels.select import select
 from ringflash.kernels.sums import Part as SumPart
+from ringflash.kernels.whole_backward import whole_backward
 from ringflash.launch.doctor import usable_cores
 from ringflash.launch.flags import as_flags
 
@@ -48,6 +50,7 @@ class Form:
         dtype: of query, key and value.
         head_dims: of query and key, and of value.
         heads: of query, and of key and value.
+        window: tokens in front of a query that it sees, where they are few; 0 for any mask.
         sink_tokens: whether the mask has them.
         softcap: as in `attention`; and so are the others.
         alibi: whether there are slopes.
@@ -59,6 +62,7 @@ class Form:
     dtype: torch.dtype
     head_dims: tuple[int, int]
     heads: tuple[int, int]
+    window: int = 0
     sink_tokens: bool = False
     softcap: float = 0.0
     alibi: bool = False
@@ -85,16 +89,19 @@ class Part:
         backward: which pass.
         carried: whether it goes on with the result of an earlier stage.
         kept_exact: whether its result, and so the gradient of keys, stays in float32 for a later stage or another rank.
+        whole: whether it is all that a call does, as on one GPU.
     """
 
     form: Form
     backward: bool
     carried: bool
     kept_exact: bool
+    whole: bool = False
 
     def __str__(self) -> str:
         stage = {(False, False): "alone", (False, True): "first", (True, True): "between", (True, False): "last"}
-        return f"{self.form}: {'backward' if self.backward else 'forward'}, {stage[self.carried, self.kept_exact]}"
+        name = "on one GPU" if self.whole else stage[self.carried, self.kept_exact]
+        return f"{self.form}: {'backward' if self.backward else 'forward'}, {name}"
 
 
 @dataclass(frozen=True)
@@ -119,7 +126,7 @@ def parts_of(forms: Sequence[Form], ranks: bool = True) -> list[Part]:
         forms: of the job.
         ranks: whether there are several, so that stages follow each other; otherwise on one GPU only.
     """
-    stages = itertools.product((False, True), repeat=2) if ranks else [(False, False)]
+    stages = [(False, False, True), *itertools.product((False, True), (False, True), (False,))][: 5 if ranks else 1]
     parts = [Part(form, backward, *stage) for stage in stages for form in forms for backward in (False, True)]
     return sorted(parts, key=lambda part: part.backward)
 
@@ -184,20 +191,27 @@ def _launch(kernels: ModuleType, part: Part, device: torch.device) -> None:
         carry = (zeros(ROWS, heads, value_dim, dtype=exact), lse) if part.carried else None
         kernels.attend(query, key, value, intervals, carry=carry, out_dtype=dtype, **settings)
         return
-    dout = zeros(ROWS, heads, value_dim)
+    dout, settings = zeros(ROWS, heads, value_dim), {**settings, "deterministic": form.deterministic}
+    if part.whole:
+        whole_backward(kernels, dout, query, key, value, dout, lse, None, intervals, **settings)
+        return
     delta = kernels.row_delta(dout, dout)
-    _, *sums = kernels.attend_backward(
-        dout, query, key, value, lse, delta, intervals,
-        carry=zeros(*query.shape, dtype=exact) if part.carried else None,
-        dquery_dtype=dtype, dkey_dtype=dtype, deterministic=form.deterministic, **settings,
-    )  # fmt: skip
-    if part.kept_exact:  # gradients of keys are sums of what several ranks find
-        rows = slice(0, ROWS)
-        kernels.add_rows(sums, [SumPart(i, rows, x.data_ptr(), lambda x=x: x) for i, x in enumerate(sums)])
+    # Of a narrow window one launch may have all keys, some of which are another rank's.
+    for dkey_dtype in dict.fromkeys((dtype, exact if form.window else dtype)):
+        _, *sums = kernels.attend_backward(
+            dout, query, key, value, lse, delta, intervals,
+            carry=zeros(*query.shape, dtype=exact) if part.carried else None,
+            dquery_dtype=dtype, dkey_dtype=dkey_dtype, **settings,
+        )  # fmt: skip
+        if dkey_dtype == exact != form.dtype:  # gradients of keys are sums of what several ranks find
+            rows = slice(0, ROWS)
+            kernels.add_rows(sums, [SumPart(i, rows, x.data_ptr(), lambda x=x: x) for i, x in enumerate(sums)])
 
 
 def _intervals(form: Form, device: torch.device) -> KeyIntervals:
     intervals = causal_intervals(ROWS, ROWS, device)
+    if form.window:
+        return KeyIntervals((intervals.stop - 1 - form.window).clamp(min=0), intervals.stop, ROWS, band=form.window + 1)
     if not form.sink_tokens:
         return intervals
     none = torch.zeros(ROWS, dtype=torch.int32, device=device)
@@ -243,6 +257,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--heads", type=_pairs, required=True, help="query's/key's: 32/8; of one rank, if split")
     parser.add_argument("--dtypes", type=_dtypes, default=[torch.bfloat16], help=f"{', '.join(DTYPES)} (bfloat16)")
     parser.add_argument("--one-gpu", action="store_true", help="nothing for several ranks")
+    parser.add_argument("--window", type=int, default=0, help="tokens in front of a query, where they are few (any)")
     parser.add_argument("--sink-tokens", action="store_true", help="first tokens stay visible behind a window")
     parser.add_argument("--softcap", type=float, default=0.0, help="bound of the scores (none)")
     parser.add_argument("--alibi", action="store_true", help="with ALiBi slopes")
@@ -254,7 +269,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _forms(options: argparse.Namespace) -> list[Form]:
-    names = ("sink_tokens", "softcap", "alibi", "dropout", "padding", "deterministic")
+    names = ("window", "sink_tokens", "softcap", "alibi", "dropout", "padding", "deterministic")
     features = {name: getattr(options, name) for name in names}
     chosen = itertools.product(options.dtypes, options.head_dims, options.heads)
     return [Form(dtype, head_dims, heads, **features) for dtype, head_dims, heads in chosen]

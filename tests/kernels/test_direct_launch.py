@@ -7,6 +7,7 @@ import inspect
 import re
 import struct
 import threading
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -49,6 +50,7 @@ FORMS = {
     "hopper, everything": with_everything() | {"kernels": hopper},
     "blocks": with_blocks(),
     "hopper, blocks": with_blocks() | {"kernels": hopper},
+    "hopper, narrow": plain(64) | {"kernels": hopper, "intervals": replace(causal_intervals(ROWS, ROWS), band=ROWS)},
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -88,8 +89,9 @@ def shown(x: object) -> object:
         plain(64) | {"kernels": hopper},
         plain(128) | {"kernels": hopper, "carried": True, "deterministic": True},
         plain(256) | {"kernels": hopper},
+        plain(64) | {"kernels": hopper, "intervals": replace(causal_intervals(ROWS, ROWS), band=ROWS)},
     ],
-    ids=["D64", "D128", "everything", "hopper D64", "hopper D128, everything", "hopper D256"],
+    ids=["D64", "D128", "everything", "hopper D64", "hopper D128, everything", "hopper D256", "hopper, narrow"],
 )
 def test_repeated_launches_hand_the_driver_what_tritons_own_launches_do(driver: StandIn, form: dict) -> None:
     call(**form)
