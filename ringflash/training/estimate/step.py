@@ -81,13 +81,13 @@ def estimate(config: Config, hardware: Hardware, vocab_size: int | None = None, 
     if config.engine.host_gib is not None:
         of_host = min(of_host, config.engine.host_gib * 2**30)
     # As the first step finds it.
-    free = hardware.room - sum(engine.device.values()) - sizes.transient(attended.memory, moved=True)
+    free = hardware.room - sum(engine.device.values()) - sizes.transient(attended.memory, moved=True, pairs=False)
     placements, pairs = _placements(config.engine.memory, sizes, free, of_host)
     kept = sizes.kept(pairs)
     moved = placements.count(OFFLOAD) * kept
     stays = max(0.0, moved - of_host)  # what has no room there
     on_device = placements.count(RECOMPUTE) * kept + stays + placements.count(KEEP) * (kept + sizes.again)
-    transient = sizes.transient(attended.memory, moved=OFFLOAD in placements)
+    transient = sizes.transient(attended.memory, OFFLOAD in placements, pairs)
     if all(each == KEEP for each in placements):
         transient = sizes.transient_kept(attended.memory)
     device = {**engine.device, "kept for the backward pass": on_device, "at work": transient}
