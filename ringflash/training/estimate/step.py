@@ -13,6 +13,7 @@ from ringflash.training.estimate.hardware import Hardware
 from ringflash.training.estimate.lasting import BUFFERS, held
 from ringflash.training.estimate.seconds import attention, seconds
 from ringflash.training.estimate.sizes import Load, Sizes
+from ringflash.training.memory.first_step import ON_DEVICE
 from ringflash.training.memory.host import USED
 from ringflash.training.memory.plan import AUTO, KEEP, OFFLOAD, PAIRS, RECOMPUTE, Measured, placed
 
@@ -77,12 +78,11 @@ def estimate(config: Config, hardware: Hardware, vocab_size: int | None = None, 
     engine = held(config.engine, sizes.weights, hardware.gpus, config.optimizer.name)
     attended = attention(config, sizes, hardware)
     copy = _copy(config, sizes.weights.trained, hardware)
-    of_host = USED * (hardware.host_share - sum(copy.values()))
+    of_host = max(0.0, USED * (hardware.host_share - sum(copy.values()) - sum(engine.host.values())))
     if config.engine.host_gib is not None:
         of_host = min(of_host, config.engine.host_gib * 2**30)
-    # As the first step finds it.
-    free = hardware.room - sum(engine.device.values()) - sizes.transient(attended.memory, moved=True, pairs=False)
-    placements, pairs = _placements(config.engine.memory, sizes, free, of_host)
+    free = hardware.room - sum(engine.device.values())
+    placements, pairs = _placements(config.engine.memory, sizes, attended.memory, free, of_host)
     kept = sizes.kept(pairs)
     moved = placements.count(OFFLOAD) * kept
     stays = max(0.0, moved - of_host)  # what has no room there
@@ -136,10 +136,19 @@ def _copy(config: Config, weights: int, hardware: Hardware) -> dict[str, float]:
     return {COPY: size} if wanted else {}
 
 
-def _placements(policy: str, sizes: Sizes, free: float, of_host: float) -> tuple[list[str], bool]:
-    """As `BlockMemory` has them behind the first step."""
+def _placements(policy: str, sizes: Sizes, plan_memory: float, free: float, of_host: float) -> tuple[list[str], bool]:
+    """As `BlockMemory` has them behind the first step, and whether they are in pairs.
+
+    Args:
+        policy: `engine.memory`.
+        sizes: of the model and its tokens.
+        plan_memory: as in `Sizes.transient`.
+        free: bytes of the device that the engine leaves.
+        of_host: bytes of the host that blocks may have.
+    """
     if policy != AUTO:
         return [OFFLOAD if policy == PAIRS else policy] * sizes.blocks, policy == PAIRS
-    pairs = sizes.blocks * sizes.kept(False) > of_host + max(0.0, free)
-    kept = sizes.kept(pairs)
-    return placed(sizes.blocks, Measured(int(free), sizes.blocks, int(kept), sizes.again)), pairs
+    left = {pairs: free - sizes.transient(plan_memory, True, pairs) for pairs in (False, True)}
+    pairs = sizes.blocks * sizes.kept(False) > of_host + ON_DEVICE * max(0.0, free)
+    measured = Measured(int(left[pairs]), sizes.blocks, int(sizes.kept(pairs)), sizes.again)
+    return placed(sizes.blocks, measured), pairs

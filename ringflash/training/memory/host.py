@@ -188,9 +188,14 @@ def _copy(tensor: Tensor, pages: list[Tensor], to_pages: bool) -> None:
         target.copy_(source, non_blocking=True)
 
 
-def share_of_host() -> int:
-    """Bytes of host memory that this process may use: its part of most of what is free on this machine."""
-    return int(USED * available_bytes()) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # as torchrun sets it
+def share_of_host(others: float = 0) -> int:
+    """Bytes of host memory that this process may use: its part of most of what is free on this machine.
+
+    Args:
+        others: of its part, what something else in this process is to take.
+    """
+    part = available_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # as torchrun sets it
+    return max(0, int(USED * (part - others)))
 
 
 USED = 0.85
