@@ -176,7 +176,7 @@ class Sizes:
         """In how many rounds blocks are computed again, see `memory.rounds`."""
         return -(-self.tokens // self.rows_of_round)
 
-    def transient(self, plan_memory: float, moved: bool, pairs: bool) -> float:
+    def transient(self, plan_memory: float, moved: bool, pairs: bool = False) -> float:
         """Bytes at work, at most, where blocks are computed again.
 
         Args:

@@ -24,10 +24,9 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from ringflash.errors import RingflashError
 from ringflash.recomputed import Region, within
 from ringflash.training.memory.first_step import FirstStep
-from ringflash.training.memory.host import Handle, HostMemory, Kept, Moved, share_of_host, store
+from ringflash.training.memory.host import Handle, HostMemory, Kept, Moved, share_of_host, store, twice
 from ringflash.training.memory.plan import AUTO, KEEP, OFFLOAD, PAIRS, RECOMPUTE, placed, said
 from ringflash.training.memory.rounds import Parts, RoundBlock, in_rounds
 
@@ -84,14 +83,14 @@ class BlockMemory:
             self.placements = placed(len(self.placements), measured)
             if OFFLOAD not in self.placements:
                 self.host = None
-            self.decision = said(self.placements, self.pairs, self._rounds, measured)
+            self.decision = said(self.placements, self.pairs, measured, self._rounds)
 
     def _see(self, parts: Parts) -> None:
         """A block works in rounds, which is said once."""
         if not self._rounds:
             self._rounds = len(parts.rounds)
             if self._first_step is None:
-                self.decision = said(self.placements, self.pairs, self._rounds)
+                self.decision = said(self.placements, self.pairs, rounds=self._rounds)
 
     def begin(self) -> None:
         """A forward pass begins; the first block comes next."""
@@ -228,7 +227,7 @@ class _Block(Region):
     def output(self) -> Tensor:
         """The output once more, without a graph; everything stays as it is kept."""
         if self._input is None:
-            raise _twice()
+            raise twice()
         x = self._input.get()
         with torch.no_grad(), within(_Seen(self._attended)), _drawing(self._random, x.device):
             found = self._module(x, *self._others)
@@ -247,7 +246,7 @@ class _Block(Region):
             return self._attend(operator, arguments)
         call = self._attended[self._calls - 1]
         if call.out is None or call.lse is None:
-            raise _twice()
+            raise twice()
         call.inputs = [x.detach() for x in arguments[:3]]
         out, lse = call.out.get().requires_grad_(call.needs_gradient), call.lse.get()
         call.out = call.lse = None
@@ -295,7 +294,7 @@ class _Block(Region):
         elif self._input is not None:
             found, self._input = self._input.get(), None
         else:
-            raise _twice()
+            raise twice()
         return found.requires_grad_(needs_gradient)
 
     def _store(self, x: Tensor) -> Handle:
@@ -319,7 +318,7 @@ class _Seen(Region):
         """See Region."""
         call = next(self._attended)
         if call.out is None or call.lse is None:
-            raise _twice()
+            raise twice()
         return call.out.get(), call.lse.get()
 
     def spared(self, size: int) -> None:
@@ -397,10 +396,6 @@ def _drawing(states: tuple[Tensor, Tensor | None] | None, device: torch.device) 
         if of_device is not None:
             torch.cuda.set_rng_state(of_device, device)
         yield
-
-
-def _twice() -> RingflashError:
-    return RingflashError("the backward pass of a block ran twice; engine.memory=keep allows that")
 
 
 def _place(x: Tensor) -> tuple:

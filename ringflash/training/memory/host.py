@@ -169,6 +169,11 @@ def store(tensor: Tensor, host: HostMemory | None) -> Handle:
     return (None if host is None else host.move(tensor)) or Kept(tensor)
 
 
+def twice() -> RingflashError:
+    """What was kept for a backward pass is gone."""
+    return RingflashError("the backward pass of a block ran twice; engine.memory=keep allows that")
+
+
 def _check_unchanged(tensor: Tensor, version: int) -> None:
     if tensor._version != version:
         raise RingflashError(

@@ -27,7 +27,7 @@ from ringflash.parallel.execution.query_rounds import RoundAttention
 from ringflash.parallel.planning.query_rounds import QueryRound
 from ringflash.recomputed import Region, here, within
 from ringflash.training.memory.first_step import FirstStep
-from ringflash.training.memory.host import Handle, HostMemory, Kept, Moved, store
+from ringflash.training.memory.host import Handle, HostMemory, Kept, Moved, store, twice
 from ringflash.training.memory.rows import WeightSum, swiglu, swiglu_backward, weight_sums
 
 
@@ -148,6 +148,8 @@ class RoundBlock:
             dy_BTC: gradient of the output.
             needs: which of these somebody needs.
         """
+        if not self._attended:
+            raise twice()
         parts, dy = self._parts, dy_BTC.flatten(0, 1)
         inputs, attended, self._inputs, self._attended = self._take_inputs(), self._attended, [], []
         needed, rows = iter(needs[1:]), len(dy)
