@@ -70,10 +70,12 @@ def in_rounds(parts: Parts, x_BTC: Tensor, keep: Callable[[Tensor, Tensor], None
         whole = whole or [part.new_empty(len(rows), *part.shape[1:]) for part in keys]
         for all_rows, part in zip(whole, keys, strict=True):
             all_rows[around.rows] = part
-        attend, region = parts.attention.forward, here.region
-        arguments = query, *whole, around
-        out, lse = attend(*arguments) if region is None else region.attention(attend, arguments)
-        del query, keys, arguments  # before the feed-forward
+        (key, value), attend, region = whole, parts.attention.forward, here.region
+        if region is None:
+            out, lse = attend(query, key, value, around)
+        else:
+            out, lse = region.attention(attend, (query, key, value, around))
+        del query, keys  # before the feed-forward
         if keep is not None:
             keep(out, lse)
         stream, normed = parts.between(rows[around.rows], out)
@@ -161,14 +163,15 @@ class RoundBlock:
         del inputs, attended
         for index in order:
             backward.round(parts.rounds[index], *kept.take())
-        of_weights = [total and total.take() for part in sums for total in part]
+        of_weights = [None if total is None else total.take() for part in sums for total in part]
         return [None if dx is None else dx.view(self._shape), *of_weights]
 
     def _keys(self, inputs: list[Handle]) -> tuple[Tensor, Tensor]:
         found: list[Tensor] = []
         ahead = _Ahead([[each] for each in inputs], range(len(inputs)), again=True)
         for around in self._parts.rounds:
-            keys = self._parts.keys(*ahead.take(), around.rows)
+            (x,) = ahead.take()
+            keys = self._parts.keys(x, around.rows)
             found = found or [part.new_empty(self._shape[:-1].numel(), *part.shape[1:]) for part in keys]
             for whole, part in zip(found, keys, strict=True):
                 whole[around.rows] = part
@@ -250,7 +253,7 @@ class _Backward:
         del dout
         douts = dquery, *(whole[rows].to(dtype) for whole in self._dkeys)
         found = self._gradients(projected, (x,), douts, 0, len(x))[0]
-        if self._dx is not None and dstream is not None:
+        if self._dx is not None and dstream is not None and found is not None:
             torch.add(dstream, found, out=self._dx[rows])
 
     def _behind_attention(self, around: QueryRound, x: Tensor, out: Tensor) -> tuple[Tensor | None, Tensor]:
