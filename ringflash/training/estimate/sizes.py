@@ -185,15 +185,21 @@ class Sizes:
             pairs: see `memory.blocks.BlockMemory`.
         """
         if self.rounds > 1:
-            return max(self._loss, self._in_rounds(moved, pairs))
+            return max(self._loss, self._head_gradient + self._in_rounds(moved, pairs))
         came_back = 2 * self.tokens * self.element * (self.model.hidden_size + self.query) if moved else 0
         again = self.tokens * self.element * (self.model.hidden_size + self._projected)  # a norm's output, q, k, v
         between = 2 * self.tokens * self.element * self.model.hidden_size  # the stream, and a norm's output
-        return max(self._loss, came_back + again + max(self._attention(plan_memory), between + self._feed_forward))
+        block = came_back + again + max(self._attention(plan_memory), between + self._feed_forward)
+        return max(self._loss, self._head_gradient + block)
 
     def transient_kept(self, plan_memory: float) -> float:
         """Bytes at work, at most, where everything is kept; see `transient`."""
-        return max(self._loss, self._attention(plan_memory), self._feed_forward)
+        return max(self._loss, self._head_gradient + max(self._attention(plan_memory), self._feed_forward))
+
+    @property
+    def _head_gradient(self) -> int:
+        """What waits, of a head that is the embedding, for the embedding's own gradient behind all blocks."""
+        return self.weight * self.weights.head if self.model.tie_word_embeddings else 0
 
     def _attention(self, plan_memory: float) -> float:
         """Its backward pass: gradients of stream, out, q, k, v, the last three in fp32 first, and what a plan has.
