@@ -78,7 +78,7 @@ _causal_whole = functools.cache(_whole)
 @pytest.mark.parametrize("attention", MASKS, ids=lambda x: x.mask)
 def test_losses_and_gradients_are_those_of_whole_blocks_and_repeat_bit_for_bit(attention, policy):
     model, found = _learned(policy, attention)
-    assert "in 5 rounds of queries" in model.memory.decision
+    assert f"recomputed in rounds of {ROUND} queries" in model.memory.decision
     _assert_close(found, _whole(attention))
     assert all(torch.equal(a, b) for a, b in zip(found, _learned(policy, attention)[1], strict=True))
 

@@ -36,7 +36,7 @@ class Estimate:
         host: likewise, of its host.
         placements: of the blocks.
         pairs: see `memory.blocks.BlockMemory`.
-        rounds: in which blocks are computed again, see `memory.rounds`.
+        queries: of a round in which blocks are computed again, see `memory.rounds`; 0 where there is one round.
         tokens_per_second: of each GPU; nan where the time is.
         seconds: of a step; nan where nobody knows how fast the card is.
         mfu: useful operations by what the cards could do.
@@ -47,7 +47,7 @@ class Estimate:
     host: dict[str, float]
     placements: list[str]
     pairs: bool
-    rounds: int
+    queries: int
     seconds: float
     tokens_per_second: float
     mfu: float
@@ -100,7 +100,7 @@ def estimate(config: Config, hardware: Hardware, vocab_size: int | None = None, 
         host=host,
         placements=placements,
         pairs=pairs,
-        rounds=sizes.rounds,
+        queries=sizes.rows_of_round if sizes.rounds > 1 else 0,
         seconds=took,
         tokens_per_second=sizes.step_tokens / took / hardware.gpus,
         mfu=sizes.useful / (took * hardware.gpus * hardware.card.peak),

@@ -47,7 +47,7 @@ class BlockMemory:
         self.host: HostMemory | None = None
         self.decision: str | None = None
         self._first_step: FirstStep | None = None
-        self._rounds = 0
+        self._queries = 0
         self._running = 0
         self._before: _Block | RoundBlock | None = None
         self._result: tuple[Tensor, int] | None = None
@@ -83,14 +83,14 @@ class BlockMemory:
             self.placements = placed(len(self.placements), measured)
             if OFFLOAD not in self.placements:
                 self.host = None
-            self.decision = said(self.placements, self.pairs, measured, self._rounds)
+            self.decision = said(self.placements, self.pairs, measured, self._queries)
 
     def _see(self, parts: Parts) -> None:
         """A block works in rounds, which is said once."""
-        if not self._rounds:
-            self._rounds = len(parts.rounds)
+        if not self._queries:
+            self._queries = parts.rounds[0].rows.stop
             if self._first_step is None:
-                self.decision = said(self.placements, self.pairs, rounds=self._rounds)
+                self.decision = said(self.placements, self.pairs, queries=self._queries)
 
     def begin(self) -> None:
         """A forward pass begins; the first block comes next."""
