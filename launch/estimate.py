@@ -31,7 +31,7 @@ def as_text(config: Config, hardware: Hardware, found: Estimate, fitting: int) -
     width = max(map(len, (*found.device, *found.host)))
     lines = [
         f"{seqlen:,} tokens, {config.engine.name}, engine.memory={config.engine.memory}, {hardware.gpus} GPUs",
-        said(found.placements, found.pairs),
+        said(found.placements, found.pairs, queries=found.queries),
         "",
         "of each GPU, GiB",
         *(f"  {name:<{width}}  {size / GIB:8.2f}" for name, size in found.device.items()),

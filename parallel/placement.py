@@ -31,6 +31,7 @@ from ringflash.parallel.planning.local_program import local_program
 from ringflash.parallel.planning.plan import RankPlan
 from ringflash.parallel.planning.program import Program
 from ringflash.parallel.planning.pulls import Share
+from ringflash.parallel.planning.query_rounds import QueryRound, query_rounds
 from ringflash.parallel.planning.rank_program import rank_program
 from ringflash.parallel.positions.documents import rows_apart
 from ringflash.parallel.positions.mask import Mask
@@ -105,6 +106,7 @@ class Placement:
         self._crossings: dict[int, tuple[int, ...]] = {}
         self._plans: dict[int, RankPlan] = {}
         self._programs: dict[tuple[int, torch.device], Program] = {}
+        self._rounds: dict[tuple[int, int, torch.device], tuple[QueryRound, ...] | None] = {}
         self._slope_rows: dict[tuple[bytes, int, torch.device], Tensor] = {}
         self._unions: dict[torch.device, tuple[UnionRows, UnionRows]] = {}
         self._exchanges: dict[bytes | torch.device, HeadExchange | RowExchange] = {}
@@ -159,8 +161,8 @@ class Placement:
     def __getstate__(self) -> dict[str, object]:
         if self.on_device is not None:
             raise ArgumentError("a Sharding of boundaries on a device does not travel to another process")
-        without = {"_programs": {}, "_slope_rows": {}, "_unions": {}, "_exchanges": {}, "_of_heads": {}}
-        return vars(self) | {"group": None} | without
+        without = ("_programs", "_rounds", "_slope_rows", "_unions", "_exchanges", "_of_heads")
+        return vars(self) | {"group": None} | {name: {} for name in without}
 
     @cached_property
     def partition(self) -> Partition:
@@ -357,6 +359,18 @@ class Placement:
         keys, queries = (x if x is None or isinstance(x, Tensor) else torch.tensor(x, device=where) for x in bounds)
         return local_program(mask, keys, queries, self.batch * self.seqlen, self.batch * self.key_seqlen, device)
 
+    def query_rounds(self, index: int, most: int, device: torch.device) -> tuple[QueryRound, ...] | None:
+        """Queries of one device in rounds of at most so many under one of the masks; None where that cannot be."""
+        mask, name = self.masks[index], (index, most, device)
+        if self.ranks > 1 or self.on_device is not None or mask.query_boundaries is not None:
+            return None
+        if self.seqlen != self.key_seqlen:
+            return None
+        if name not in self._rounds:
+            rows = self.batch * self.seqlen
+            self._rounds[name] = build_to_keep(lambda: query_rounds(mask, rows, most, device), device)
+        return self._rounds[name]
+
     def _on_device(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
         assert self.on_device is not None
         keys, queries = (None if x is None else x.to(device, torch.int64) for x in self.on_device)
@@ -468,6 +482,8 @@ class Placement:
         programs = sum(program.nbytes() for program in self._programs.values())
         rows = sum(x.nbytes for x in self._slope_rows.values())
         rows += sum(x.nbytes() for x in self._of_heads.values())
+        every = (each for found in self._rounds.values() for each in found or ())
+        rows += sum(x.nbytes for each in every for shown in each.shown for x in shown.tensors())
         rows += sum(x.nbytes for both in self._unions.values() for union in set(both) for x in union.tensors())
         return programs + rows + NUMBER_BYTES * len(self.masks[0].boundaries or ())
 

@@ -32,6 +32,7 @@ from ringflash.parallel.mesh import ONE_DEVICE, Group, process_group
 from ringflash.parallel.placement import LONGEST_SHOWN, Placement
 from ringflash.parallel.planning.generators import in_words
 from ringflash.parallel.planning.heads import check_head_ranks
+from ringflash.parallel.planning.query_rounds import QueryRound
 from ringflash.parallel.positions.balance import TOKEN_WORK
 from ringflash.parallel.positions.integers import integers
 from ringflash.parallel.positions.mask import Mask
@@ -379,6 +380,19 @@ class Sharding:
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         self._placement.prepare(device)
+
+    def query_rounds(self, mask: Mask | None, most: int, device: torch.device) -> tuple[QueryRound, ...] | None:
+        """Queries of all B sequences, of one device, in rounds of at most so many; None where that cannot be.
+
+        It can be where one rank has whole sequences, whose boundaries the host may read, and no query sees keys behind
+        its round.
+
+        Args:
+            mask: as in `handle`.
+            most: how many.
+            device: where the rounds are to attend.
+        """
+        return self._placement.query_rounds(self._placement.index_of(mask), most, device)
 
     def bind(self, group: Group) -> None:
         """Say which group communicates, where that was not known when it was made.

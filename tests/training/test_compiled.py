@@ -80,6 +80,15 @@ def test_what_is_kept_of_compiled_blocks_changes_no_bit_and_attention_runs_once(
         assert calls[name] == plain[name] >= 2
 
 
+@pytest.mark.parametrize("memory", ["recompute", "offload_pairs"])
+def test_compiled_blocks_train_in_rounds_as_one_device_does_whole(pool, memory):
+    job = {"degree": 1, "memory": memory, "settings": COMPILE, "tile": 128 * 48}  # 404 tokens in four rounds
+    ((found, calls),) = pool(1).run(_counted, recipe.steps, "fsdp2", **job)
+    assert_same(found, recipe.plain())
+    assert calls["breaks"] == 0
+    assert calls["attend"] == calls["attend_backward"] == 2 * 2 * 4  # steps, blocks, rounds
+
+
 def _lengths(*lengths):
     model = recipe.build(dist.group.WORLD, device="meta")
     engine = create_engine(model, CPU, EngineConfig("fsdp2", compile=True), recipe.OPTIMIZER)

@@ -215,6 +215,44 @@ def test_a_million_tokens_on_four_gpus_pass_every_check_and_take_what_the_page_s
     assert [int(x) for x in said.groups()] == [round(found.peak / GIB), round(found.host[BLOCKS] / GIB)]
 
 
+def _rows_of_page(first, last):
+    """Cells of a table of the page, from the row that begins with one word to the row that begins with another."""
+    lines = (Path(__file__).parents[2] / "docs" / "training.md").read_text().splitlines()
+    found = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    firsts = [row[0] for row in found]
+    return found[firsts.index(first) : firsts.index(last) + 1]
+
+
+def test_one_card_takes_of_each_token_what_the_page_says():
+    together, pairs, whole, at_loss, kept = _rows_of_page("together", "what blocks keep, in host memory; in pairs")
+    for column, name in enumerate(("llama3_1b", "llama3_8b"), start=1):
+
+        def of_token(take, name=name):
+            """KiB that a token more takes."""
+            sizes = [Sizes.of(load([f"model={name}", f"train.seqlen={1 << 20 << more}"]), 1) for more in (0, 1)]
+            return (take(sizes[1]) - take(sizes[0])) / 2**30
+
+        in_rounds = of_token(lambda x: x.transient(0, moved=True))
+        assert float(together[column]) == in_rounds
+        assert float(pairs[column]) == of_token(lambda x: x.transient(0, moved=True, pairs=True)) - in_rounds
+        shared = of_token(lambda x: dataclasses.replace(x, alone=False).transient(0, moved=True))
+        assert float(whole[column]) == shared
+        assert float(at_loss[column]) == of_token(lambda x: x._loss)
+        both = [of_token(lambda x, pairs=pairs: x.blocks * x.kept(pairs)) for pairs in (False, True)]
+        assert [float(x) for x in kept[column].split(";")] == both
+
+
+def test_one_card_trains_as_long_sequences_as_the_page_says():
+    first = "Llama-3.1-8B, `engine=fsdp2 engine.offload=true`, which takes 120 GiB of it"
+    hosts, _, *models = _rows_of_page("host memory, GiB", first)
+    engines = (["model=llama3_1b", "engine=ddp"], ["model=llama3_8b", "engine=fsdp2", "engine.offload=true"])
+    for (_, *said), engine in zip(models, engines, strict=True):
+        config = load([*engine, "engine.precision=bf16", "checkpoint.every=never"])
+        for host, tokens in zip(hosts[1:], said, strict=True):
+            found = longest(config, Hardware(1, CARDS["h100"], int(host) * GIB))
+            assert f"{found:,}" == tokens
+
+
 @pytest.mark.parametrize("policy", ["auto", "recompute"])
 def test_the_longest_that_fits_does_and_a_little_more_does_not(policy):
     config = dataclasses.replace(LONG, engine=dataclasses.replace(LONG.engine, memory=policy))

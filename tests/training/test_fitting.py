@@ -94,7 +94,7 @@ def test_what_is_certain_is_well_below_what_is_estimated_and_without_what_an_eng
         (["model=llama3_1b", "train.seqlen=524288", "engine.memory=keep"], "it fits with engine.memory=auto"),
         (["experiment=llama3_8b_long", "train.seqlen=8388608"], r"such GPUs; or with train\.seqlen=\d+"),
         (
-            ["model=llama3_1b", "train.seqlen=2097152", "train.sequence_degree=1", "train.global_batch=4"],
+            ["model=llama3_1b", "train.seqlen=6291456", "train.sequence_degree=1", "train.global_batch=4"],
             r"train\.sequence_degree=null",
         ),
     ],

@@ -14,6 +14,7 @@ from ringflash import shard_batch
 from ringflash.training.checkpoint.reading import Checkpoint
 from ringflash.training.checkpoint.saving import Saver
 from ringflash.training.engines.base import Piece
+from ringflash.training.memory import rows
 
 pytestmark = pytest.mark.gpu
 
@@ -51,6 +52,13 @@ def test_zero_on_the_host_follows_the_cpu_run_and_resumes(tmp_path, name):
     path = tmp_path / "deepspeed.json"
     path.write_text(json.dumps({"zero_optimization": on_host}))
     _follows_and_resumes(tmp_path, name, "offload", {"deepspeed": str(path)})
+
+
+@pytest.mark.usefixtures("_one_gpu")
+@pytest.mark.parametrize(("name", "memory"), [("ddp", "auto"), ("fsdp2", "offload_pairs"), ("zero3", "offload")])
+def test_blocks_in_rounds_follow_the_cpu_run_and_resume(tmp_path, monkeypatch, name, memory):
+    monkeypatch.setitem(rows.TILE_ELEMENTS, "cuda", 128 * 48)  # 404 tokens in four rounds
+    _follows_and_resumes(tmp_path, name, memory)
 
 
 def _follows_and_resumes(tmp_path, name, memory, settings=None):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ringflash.configs.schema import EngineConfig, OptimizerConfig
@@ -12,6 +13,8 @@ from ringflash.training.engines.fsdp2 import Fsdp2Engine
 from ringflash.training.engines.materialise import materialise
 from ringflash.training.engines.optimizer import trained
 from ringflash.training.engines.zero import ZeroEngine
+from ringflash.training.estimate.lasting import held, weights_of
+from ringflash.training.memory.host import share_of_host
 from ringflash.training.model.decoder import Decoder
 
 DIVIDE_WEIGHTS = ("fsdp2", "zero3")
@@ -43,7 +46,7 @@ def create_engine(
     shapes = parameter_shapes(model)
     if config.compile:
         model.compile_blocks()
-    model.keep(config.memory, device, None if config.host_gib is None else int(config.host_gib * 2**30))
+    model.keep(config.memory, device, _host_bytes(model, config, optimizer))
 
     read = state or weights
 
@@ -67,6 +70,14 @@ def create_engine(
     if read is not None:
         engine.load(read, step, moments=state is not None)
     return engine
+
+
+def _host_bytes(model: Decoder, config: EngineConfig, optimizer: OptimizerConfig) -> int:
+    """Host memory for blocks: of what is free, not what the engine is to have there."""
+    if config.host_gib is not None:
+        return int(config.host_gib * 2**30)
+    engine = held(config, weights_of(model), dist.get_world_size(), optimizer.name)
+    return share_of_host(sum(engine.host.values()))
 
 
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

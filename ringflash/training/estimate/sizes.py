@@ -18,6 +18,8 @@ from ringflash.loss import CHUNK_ELEMENTS
 from ringflash.parallel.planning.cost import Shape
 from ringflash.parallel.planning.heads import rows_in_groups
 from ringflash.parallel.planning.loads import loads
+from ringflash.parallel.planning.query_rounds import size_of_rounds
+from ringflash.parallel.planning.ring import PIECE
 from ringflash.parallel.positions.partition import resolve
 from ringflash.parallel.positions.visibility import needed_keys
 from ringflash.training.config.checks import SMALLEST_VOCABULARY
@@ -25,7 +27,7 @@ from ringflash.training.config.derived import sequence_degree, vocabulary
 from ringflash.training.estimate.lasting import FP32, Weights, weights_of
 from ringflash.training.estimate.operations import Operations, operations_of
 from ringflash.training.memory.rows import TILE_ELEMENTS
-from ringflash.training.model.shape import head_dim
+from ringflash.training.model.shape import elements_again, head_dim, query_width
 from ringflash.training.model.transformer import Transformer, attention_mask
 
 AT_ONCE = 8
@@ -61,6 +63,7 @@ class Sizes:
         whole_pairs: what `load.pairs` is where each sequence is one document.
         operations: the useful ones.
         exchanging: ranks that exchange heads.
+        alone: each rank has whole sequences.
     """
 
     model: ModelConfig
@@ -74,6 +77,7 @@ class Sizes:
     whole_pairs: float
     operations: Operations
     exchanging: int
+    alone: bool
 
     @staticmethod
     def of(config: Config, gpus: int, vocab_size: int | None = None, load: Load | None = None) -> Sizes:
@@ -113,6 +117,7 @@ class Sizes:
             whole_pairs=pairs,
             operations=operations,
             exchanging=config.attention.head_ranks or 1,
+            alone=degree == 1,
         )
 
     @property
@@ -140,7 +145,7 @@ class Sizes:
     @property
     def query(self) -> int:
         """H D."""
-        return self.model.num_attention_heads * head_dim(self.model)
+        return query_width(self.model)
 
     @property
     def key(self) -> int:
@@ -155,28 +160,46 @@ class Sizes:
     @property
     def again(self) -> int:
         """Bytes beside these of a block that is kept whole: outputs of norms, q, k, v, stream between, gate and up."""
-        model = self.model
-        return self.tokens * self.element * (3 * model.hidden_size + self._projected + 2 * model.intermediate_size)
+        return self.tokens * self.element * elements_again(self.model)
 
     @property
     def _projected(self) -> int:
         return self.query + 2 * self.key
 
-    def transient(self, plan_memory: float, moved: bool) -> float:
+    @property
+    def rows_of_round(self) -> int:
+        """Tokens of a round of queries; T, or more, where there is one round."""
+        return size_of_rounds(self.tokens, TILE_ELEMENTS["cuda"] // self.query) if self.alone else self.tokens
+
+    @property
+    def rounds(self) -> int:
+        """In how many rounds blocks are computed again, see `memory.rounds`."""
+        return -(-self.tokens // self.rows_of_round)
+
+    def transient(self, plan_memory: float, moved: bool, pairs: bool = False) -> float:
         """Bytes at work, at most, where blocks are computed again.
 
         Args:
             plan_memory: bytes of the buffers of attention's plan.
             moved: what they keep comes back, one block ahead.
+            pairs: see `memory.blocks.BlockMemory`.
         """
+        if self.rounds > 1:
+            return max(self._loss, self._head_gradient + self._in_rounds(moved, pairs))
         came_back = 2 * self.tokens * self.element * (self.model.hidden_size + self.query) if moved else 0
         again = self.tokens * self.element * (self.model.hidden_size + self._projected)  # a norm's output, q, k, v
         between = 2 * self.tokens * self.element * self.model.hidden_size  # the stream, and a norm's output
-        return max(self._loss, came_back + again + max(self._attention(plan_memory), between + self._feed_forward))
+        block = came_back + again + max(self._attention(plan_memory), between + self._feed_forward)
+        return max(self._loss, self._head_gradient + block)
 
     def transient_kept(self, plan_memory: float) -> float:
         """Bytes at work, at most, where everything is kept; see `transient`."""
-        return max(self._loss, self._attention(plan_memory), self._feed_forward)
+        return max(self._loss, self._head_gradient + max(self._attention(plan_memory), self._feed_forward))
+
+    @property
+    def _head_gradient(self) -> int:
+        """What waits, of a head that is the embedding, for the embedding's own gradient behind all blocks."""
+        return self.weight * self.weights.head if self.model.tie_word_embeddings else 0
 
     def _attention(self, plan_memory: float) -> float:
         """Its backward pass: gradients of stream, out, q, k, v, the last three in fp32 first, and what a plan has.
@@ -187,11 +210,30 @@ class Sizes:
         aside = (FP32 + self.element * (groups > 1)) * self._projected / groups
         return self.tokens * (streams + aside + self.element * self._projected) + plan_memory
 
+    def _in_rounds(self, moved: bool, pairs: bool) -> float:
+        """A block's backward pass in rounds: what is as long as the sequence, then of one round."""
+        rows, stream = self.rows_of_round, self.model.hidden_size
+        # Gradients of the output and the input, of pairs the input, keys, their gradients, and angles of positions.
+        whole = self.element * ((3 if pairs else 2) * stream + 2 * self.key) + FP32 * 2 * self.key
+        whole += FP32 * head_dim(self.model)
+        kept = self.element * (stream + self.query) + FP32 * self.model.num_attention_heads
+        # One round ahead, and the first input of the block before.
+        came_back = 2 * kept + self.element * stream if moved else 0
+        # The stream and its norm with gradients, and the feed-forward; then gradients of stream and out, a norm, query,
+        # key and value, their gradients, and a part of those of all keys.
+        behind = self.element * 4 * stream * rows + AT_ONCE * self.element * self._tile(rows)
+        before = self.element * (2 * stream + 2 * self.query + 2 * self._projected) + FP32 * self.query
+        before = rows * before + FP32 * 2 * self.key * min(PIECE, self.tokens)
+        return self.tokens * whole + rows * came_back + FP32 * self.weights.block + max(behind, before)
+
+    def _tile(self, rows: int) -> int:
+        """Elements of one tensor of the feed-forward's tiles."""
+        return min(TILE_ELEMENTS["cuda"], rows * self.model.intermediate_size)
+
     @property
     def _feed_forward(self) -> float:
         """Its backward pass: gradients of its output and input, a tile, and gradients of its weights."""
-        model = self.model
-        tile = min(TILE_ELEMENTS["cuda"], self.tokens * model.intermediate_size)
+        model, tile = self.model, self._tile(self.tokens)
         streams = 2 * self.tokens * self.element * model.hidden_size
         return streams + AT_ONCE * self.element * tile + 3 * FP32 * model.hidden_size * model.intermediate_size
 

@@ -13,6 +13,7 @@ from ringflash.training.estimate.hardware import Hardware
 from ringflash.training.estimate.lasting import BUFFERS, held
 from ringflash.training.estimate.seconds import attention, seconds
 from ringflash.training.estimate.sizes import Load, Sizes
+from ringflash.training.memory.first_step import ON_DEVICE
 from ringflash.training.memory.host import USED
 from ringflash.training.memory.plan import AUTO, KEEP, OFFLOAD, PAIRS, RECOMPUTE, Measured, placed
 
@@ -35,6 +36,7 @@ class Estimate:
         host: likewise, of its host.
         placements: of the blocks.
         pairs: see `memory.blocks.BlockMemory`.
+        queries: of a round in which blocks are computed again, see `memory.rounds`; 0 where there is one round.
         tokens_per_second: of each GPU; nan where the time is.
         seconds: of a step; nan where nobody knows how fast the card is.
         mfu: useful operations by what the cards could do.
@@ -45,6 +47,7 @@ class Estimate:
     host: dict[str, float]
     placements: list[str]
     pairs: bool
+    queries: int
     seconds: float
     tokens_per_second: float
     mfu: float
@@ -77,17 +80,16 @@ def estimate(config: Config, hardware: Hardware, vocab_size: int | None = None, 
     engine = held(config.engine, sizes.weights, hardware.gpus, config.optimizer.name)
     attended = attention(config, sizes, hardware)
     copy = _copy(config, sizes.weights.trained, hardware)
-    of_host = USED * (hardware.host_share - sum(copy.values()))
+    of_host = max(0.0, USED * (hardware.host_share - sum(copy.values()) - sum(engine.host.values())))
     if config.engine.host_gib is not None:
         of_host = min(of_host, config.engine.host_gib * 2**30)
-    # As the first step finds it.
-    free = hardware.room - sum(engine.device.values()) - sizes.transient(attended.memory, moved=True)
-    placements, pairs = _placements(config.engine.memory, sizes, free, of_host)
+    free = hardware.room - sum(engine.device.values())
+    placements, pairs = _placements(config.engine.memory, sizes, attended.memory, free, of_host)
     kept = sizes.kept(pairs)
     moved = placements.count(OFFLOAD) * kept
     stays = max(0.0, moved - of_host)  # what has no room there
     on_device = placements.count(RECOMPUTE) * kept + stays + placements.count(KEEP) * (kept + sizes.again)
-    transient = sizes.transient(attended.memory, moved=OFFLOAD in placements)
+    transient = sizes.transient(attended.memory, OFFLOAD in placements, pairs)
     if all(each == KEEP for each in placements):
         transient = sizes.transient_kept(attended.memory)
     device = {**engine.device, "kept for the backward pass": on_device, "at work": transient}
@@ -98,6 +100,7 @@ def estimate(config: Config, hardware: Hardware, vocab_size: int | None = None, 
         host=host,
         placements=placements,
         pairs=pairs,
+        queries=sizes.rows_of_round if sizes.rounds > 1 else 0,
         seconds=took,
         tokens_per_second=sizes.step_tokens / took / hardware.gpus,
         mfu=sizes.useful / (took * hardware.gpus * hardware.card.peak),
@@ -136,10 +139,19 @@ def _copy(config: Config, weights: int, hardware: Hardware) -> dict[str, float]:
     return {COPY: size} if wanted else {}
 
 
-def _placements(policy: str, sizes: Sizes, free: float, of_host: float) -> tuple[list[str], bool]:
-    """As `BlockMemory` has them behind the first step."""
+def _placements(policy: str, sizes: Sizes, plan_memory: float, free: float, of_host: float) -> tuple[list[str], bool]:
+    """As `BlockMemory` has them behind the first step, and whether they are in pairs.
+
+    Args:
+        policy: `engine.memory`.
+        sizes: of the model and its tokens.
+        plan_memory: as in `Sizes.transient`.
+        free: bytes of the device that the engine leaves.
+        of_host: bytes of the host that blocks may have.
+    """
     if policy != AUTO:
         return [OFFLOAD if policy == PAIRS else policy] * sizes.blocks, policy == PAIRS
-    pairs = sizes.blocks * sizes.kept(False) > of_host + max(0.0, free)
-    kept = sizes.kept(pairs)
-    return placed(sizes.blocks, Measured(int(free), sizes.blocks, int(kept), sizes.again)), pairs
+    left = {pairs: free - sizes.transient(plan_memory, True, pairs) for pairs in (False, True)}
+    pairs = sizes.blocks * sizes.kept(False) > of_host + ON_DEVICE * max(0.0, free)
+    measured = Measured(int(left[pairs]), sizes.blocks, int(sizes.kept(pairs)), sizes.again)
+    return placed(sizes.blocks, measured), pairs

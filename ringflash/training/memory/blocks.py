@@ -3,7 +3,8 @@
 A block that is recomputed leaves its input, and attention's out and log-sum-exp, on the device or in host memory. All
 else is computed again when the first of it is wanted; query, key and value are then handed to attention's backward
 pass, and attention itself, with its communication, gives what it gave the first time. torch's `checkpoint` does the
-recomputing, in which `ringflash.recomputed` stands in for attention.
+recomputing, in which `ringflash.recomputed` stands in for attention. Where one device has a sequence that is long, a
+block is computed again round by round in place of that, see `rounds`.
 
 What moved to the host comes back one block ahead: when the gradient of a block's output is there, the block before it
 is asked for.
@@ -23,13 +24,11 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from ringflash.errors import RingflashError
 from ringflash.recomputed import Region, within
 from ringflash.training.memory.first_step import FirstStep
-from ringflash.training.memory.host import HostMemory, Kept, Moved, share_of_host
+from ringflash.training.memory.host import Handle, HostMemory, Kept, Moved, share_of_host, store, twice
 from ringflash.training.memory.plan import AUTO, KEEP, OFFLOAD, PAIRS, RECOMPUTE, placed, said
-
-Handle = Kept | Moved
+from ringflash.training.memory.rounds import Parts, RoundBlock, in_rounds
 
 
 class BlockMemory:
@@ -48,8 +47,9 @@ class BlockMemory:
         self.host: HostMemory | None = None
         self.decision: str | None = None
         self._first_step: FirstStep | None = None
+        self._queries = 0
         self._running = 0
-        self._before: _Block | None = None
+        self._before: _Block | RoundBlock | None = None
         self._result: tuple[Tensor, int] | None = None
 
     def start(self, policy: str, device: torch.device, host_bytes: int | None = None) -> None:
@@ -83,7 +83,14 @@ class BlockMemory:
             self.placements = placed(len(self.placements), measured)
             if OFFLOAD not in self.placements:
                 self.host = None
-            self.decision = said(self.placements, self.pairs, measured)
+            self.decision = said(self.placements, self.pairs, measured, self._queries)
+
+    def _see(self, parts: Parts) -> None:
+        """A block works in rounds, which is said once."""
+        if not self._queries:
+            self._queries = parts.rounds[0].rows.stop
+            if self._first_step is None:
+                self.decision = said(self.placements, self.pairs, queries=self._queries)
 
     def begin(self) -> None:
         """A forward pass begins; the first block comes next."""
@@ -95,7 +102,13 @@ class BlockMemory:
             self.host.let_go()
         self._before = self._result = None
 
-    def run(self, function: Callable[..., Any], *inputs: Any, module: Callable[..., Any] | None = None) -> Any:
+    def run(
+        self,
+        function: Callable[..., Any],
+        *inputs: Any,
+        module: Callable[..., Any] | None = None,
+        parts: Parts | None = None,
+    ) -> Any:
         """What a block gives.
 
         Args:
@@ -103,9 +116,11 @@ class BlockMemory:
             inputs: of it. The first is the stream of tokens (B, T, C).
             module: the same with the module's hooks, by which weights are there, where these are outside of the
                 function; it ends up here again.
+            parts: the same in rounds, where it can work in several; then the stream is the only input. It does unless
+                it is kept whole.
         """
         if not torch.is_grad_enabled():
-            return function(*inputs)
+            return function(*inputs) if parts is None else in_rounds(parts, *inputs)
         number, self._running = self._running, self._running + 1
         placement, first = self.placements[number % len(self.placements)], self._first_step
         if first is not None:
@@ -117,11 +132,18 @@ class BlockMemory:
         if placement == KEEP:
             result = function(*inputs)
         else:
-            self._before = block = _Block(self.host if placement == OFFLOAD else None, first, module or function)
             paired = self.pairs and result_before is not None and _same(*result_before, inputs)
-            if self.pairs or first is not None:  # it may be the first of a pair
-                block.keep_random_numbers()
-            result = block.run(before if paired else None, function, *inputs)
+            source = before.output if paired and before is not None and before.keeps_input else None
+            place = self.host if placement == OFFLOAD else None, first, module or function
+            if parts is None:
+                self._before = block = _Block(*place)
+                if self.pairs or first is not None:  # it may be the first of a pair
+                    block.keep_random_numbers()
+                result = block.run(source, function, *inputs)
+            else:
+                self._before = block = RoundBlock(*place, parts)
+                result = block.run(source, *inputs)
+                self._see(parts)
             if first is not None:
                 self.pairs = first.pairs
         stream = next((x for x in (result if isinstance(result, tuple) else (result,)) if isinstance(x, Tensor)), None)
@@ -147,25 +169,29 @@ class _Block(Region):
         self._first = True
         self._stream: Tensor | None = None
         self._input: Handle | None = None
-        self._source: _Block | None = None
+        self._source: Callable[[], Tensor] | None = None
         self._others: tuple[Any, ...] = ()
         self._random: tuple[Tensor, Tensor | None] | None = None
         self._attended: list[_Attended] = []
         self._calls = 0
 
-    def run(self, before: _Block | None, function: Callable[..., Any], *inputs: Any) -> Any:
+    @property
+    def keeps_input(self) -> bool:
+        """Whether it does, so that it may be run again for its output."""
+        return self._input is not None
+
+    def run(self, source: Callable[[], Tensor] | None, function: Callable[..., Any], *inputs: Any) -> Any:
         """What the block gives; the graph of it holds what is kept.
 
         Args:
-            before: the block whose output is the input, if it may be run again for that.
+            source: gives the first input in the backward pass; None to keep it.
             function: the block.
             inputs: of it.
         """
         if inputs and isinstance(inputs[0], Tensor):
             self._stream, self._others = inputs[0], inputs[1:]
-            if before is not None and before._input is not None:
-                self._source = before
-            else:
+            self._source = source
+            if source is None:
                 self._input = self._store(inputs[0])
             needs, stream, inputs = inputs[0].requires_grad, self._stream_of, (inputs[0].new_empty(0), *inputs[1:])
 
@@ -201,7 +227,7 @@ class _Block(Region):
     def output(self) -> Tensor:
         """The output once more, without a graph; everything stays as it is kept."""
         if self._input is None:
-            raise _twice()
+            raise twice()
         x = self._input.get()
         with torch.no_grad(), within(_Seen(self._attended)), _drawing(self._random, x.device):
             found = self._module(x, *self._others)
@@ -220,7 +246,7 @@ class _Block(Region):
             return self._attend(operator, arguments)
         call = self._attended[self._calls - 1]
         if call.out is None or call.lse is None:
-            raise _twice()
+            raise twice()
         call.inputs = [x.detach() for x in arguments[:3]]
         out, lse = call.out.get().requires_grad_(call.needs_gradient), call.lse.get()
         call.out = call.lse = None
@@ -264,18 +290,18 @@ class _Block(Region):
             assert found is not None
             return found
         if self._source is not None:
-            found, self._source = self._source.output(), None
+            found, self._source = self._source(), None
         elif self._input is not None:
             found, self._input = self._input.get(), None
         else:
-            raise _twice()
+            raise twice()
         return found.requires_grad_(needs_gradient)
 
     def _store(self, x: Tensor) -> Handle:
-        moved = None if self._host is None else self._host.move(x)
+        handle = store(x, self._host)
         self._kept += x.nbytes
-        self._moved += 0 if moved is None else x.nbytes
-        return moved or Kept(x)
+        self._moved += x.nbytes if isinstance(handle, Moved) else 0
+        return handle
 
 
 class _Seen(Region):
@@ -292,7 +318,7 @@ class _Seen(Region):
         """See Region."""
         call = next(self._attended)
         if call.out is None or call.lse is None:
-            raise _twice()
+            raise twice()
         return call.out.get(), call.lse.get()
 
     def spared(self, size: int) -> None:
@@ -370,10 +396,6 @@ def _drawing(states: tuple[Tensor, Tensor | None] | None, device: torch.device) 
         if of_device is not None:
             torch.cuda.set_rng_state(of_device, device)
         yield
-
-
-def _twice() -> RingflashError:
-    return RingflashError("the backward pass of a block ran twice; engine.memory=keep allows that")
 
 
 def _place(x: Tensor) -> tuple:

@@ -101,8 +101,12 @@ class Moved:
         self._there: Tensor | None = None
         self._arrived: torch.Event | None = None
 
-    def fetch(self) -> None:
-        """Begin to bring it back."""
+    def fetch(self, again: bool = False) -> None:
+        """Begin to bring it back.
+
+        Args:
+            again: it stays in host memory, too, from where it is to be brought back again.
+        """
         if self._there is not None:
             return
         host = self._host
@@ -114,7 +118,8 @@ class Moved:
             with torch.cuda.stream(host.stream):
                 _copy(_bytes(self._there), self._pages, to_pages=False)
                 self._arrived = host.stream.record_event()
-        self.release()
+        if not again:
+            self.release()
 
     def get(self) -> Tensor:
         """The tensor, on the device."""
@@ -122,8 +127,11 @@ class Moved:
         if self._arrived is not None:
             torch.cuda.current_stream(self._host.device).wait_event(self._arrived)
             self._arrived = None
-        assert self._there is not None
-        return self._there.detach()
+        found = self._there
+        assert found is not None
+        if self._pages:  # where it still is
+            self._there = None
+        return found.detach()
 
     def release(self) -> None:
         """Give its pages back."""
@@ -143,13 +151,27 @@ class Kept:
     def __init__(self, tensor: Tensor) -> None:
         self._tensor, self._version = tensor.detach(), tensor._version
 
-    def fetch(self) -> None:
+    def fetch(self, again: bool = False) -> None:
         """Nothing: it is there."""
 
     def get(self) -> Tensor:
         """The tensor."""
         _check_unchanged(self._tensor, self._version)
         return self._tensor.detach()
+
+
+Handle = Kept | Moved
+"""A tensor that is kept somewhere."""
+
+
+def store(tensor: Tensor, host: HostMemory | None) -> Handle:
+    """Keep a tensor: in host memory if there is room, else on the device."""
+    return (None if host is None else host.move(tensor)) or Kept(tensor)
+
+
+def twice() -> RingflashError:
+    """What was kept for a backward pass is gone."""
+    return RingflashError("the backward pass of a block ran twice; engine.memory=keep allows that")
 
 
 def _check_unchanged(tensor: Tensor, version: int) -> None:
@@ -171,9 +193,14 @@ def _copy(tensor: Tensor, pages: list[Tensor], to_pages: bool) -> None:
         target.copy_(source, non_blocking=True)
 
 
-def share_of_host() -> int:
-    """Bytes of host memory that this process may use: its part of most of what is free on this machine."""
-    return int(USED * available_bytes()) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # as torchrun sets it
+def share_of_host(others: float = 0) -> int:
+    """Bytes of host memory that this process may use: its part of most of what is free on this machine.
+
+    Args:
+        others: of its part, what something else in this process is to take.
+    """
+    part = available_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # as torchrun sets it
+    return max(0, int(USED * (part - others)))
 
 
 USED = 0.85

@@ -54,8 +54,8 @@ def placed(blocks: int, measured: Measured) -> list[str]:
     return [OFFLOAD] * moved + [RECOMPUTE] * (blocks - moved - whole) + [KEEP] * whole
 
 
-def said(placements: list[str], pairs: bool = False, measured: Measured | None = None) -> str:
-    """A line about placements, and about what they were decided by."""
+def said(placements: list[str], pairs: bool = False, measured: Measured | None = None, queries: int = 0) -> str:
+    """A line about placements, what they were decided by, and how many queries are in a round (see `rounds`)."""
     names = {
         KEEP: "kept whole",
         RECOMPUTE: "recomputed from what stays on the device",
@@ -64,6 +64,8 @@ def said(placements: list[str], pairs: bool = False, measured: Measured | None =
     counts = {name: placements.count(name) for name in names}
     parts = [f"{count} {names[name]}" for name, count in counts.items() if count]
     line = f"of {len(placements)} blocks {', '.join(parts)}{', in pairs' if pairs else ''}"
+    if queries and placements.count(KEEP) < len(placements):
+        line += f", those that are recomputed in rounds of {queries:,} queries"
     if measured is None:
         return line
     free, kept, again = (x / 2**30 for x in (measured.free, measured.kept_bytes, measured.recomputed_bytes))

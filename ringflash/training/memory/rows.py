@@ -39,7 +39,41 @@ def swiglu(x_BTC: Tensor, gate_FC: Tensor, up_FC: Tensor, down_CF: Tensor) -> Te
         down_CF: likewise.
     """
     held = _Box()
-    return _SwiGLU.apply(_Held.apply(x_BTC, held), gate_FC, up_FC, down_CF, held)
+    return _SwiGLU.apply(_Held.apply(x_BTC, held), gate_FC, up_FC, down_CF, held, torch.is_grad_enabled())
+
+
+def swiglu_backward(
+    rows: Tensor,
+    weights: Sequence[Tensor],
+    dout: Tensor,
+    sums: Sequence[WeightSum | None],
+    kept: Sequence[Tensor] = (),
+    need_x: bool = True,
+) -> Tensor | None:
+    """Gradient of the rows (T, C) of `swiglu`; those of the weights are added to their sums.
+
+    Args:
+        rows: x.
+        weights: of gate, up and down.
+        dout: (T, C).
+        sums: of gate, up and down; None for those whose gradient nobody needs.
+        kept: products of x with gate and up, (T, F) each; none if they are to be computed again.
+        need_x: whether somebody needs the rows' gradient.
+    """
+    gate, up, down = (weight.to(rows.dtype) for weight in weights)
+    dx = torch.empty_like(rows) if need_x else None
+    for tile in tiles(len(rows), gate.shape[0], rows.device):
+        gated, raised = [each[tile] for each in kept] or [rows[tile] @ weight.T for weight in (gate, up)]
+        activated, dgated, draised = _silu_product_backward(gated, raised, dout[tile] @ down)
+        for total, left, right in zip(
+            sums, (dgated, draised, dout[tile]), (rows[tile], rows[tile], activated), strict=True
+        ):
+            if total is not None:
+                total.add(left.T @ right, of_all=len(left))
+        if dx is not None:
+            torch.mm(dgated, gate, out=dx[tile])
+            dx[tile].addmm_(draised, up)
+    return dx
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -114,7 +148,7 @@ class _Held(torch.autograd.Function):
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, held: _Box) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, held: _Box, backward: bool) -> Tensor:
         ctx.held, ctx.weights = held, (gate, up, down)
         rows, width = x.flatten(0, -2), gate.shape[0]
         gate, up, down = (weight.to(x.dtype) for weight in ctx.weights)
@@ -123,7 +157,7 @@ class _SwiGLU(torch.autograd.Function):
         region, size = here.region, 2 * len(rows) * width * x.element_size()
         if region is not None:
             region.spared(size)
-        wanted = region is None and any(ctx.needs_input_grad)
+        wanted = region is None and backward and any(ctx.needs_input_grad)  # these say nothing of torch.no_grad
         kept = [x.new_empty(len(rows), width) for _ in range(2 if wanted else 0)]
         for tile in tiles(len(rows), width, x.device):
             gated, raised = (rows[tile] @ weight.T for weight in (gate, up))
@@ -137,22 +171,10 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple:  # pyrefly: ignore[bad-override]  # torch's `*grads`: one here
         (x,), kept = ctx.held.context.saved_tensors, ctx.saved_tensors
         rows, dout = x.flatten(0, -2), dout.flatten(0, -2)
-        gate, up, down = (weight.to(x.dtype) for weight in ctx.weights)
-        need_x, *need = ctx.needs_input_grad[:4]
-        dx = torch.empty_like(rows) if need_x else None
-        sums = [_Sum(weight, len(rows)) if wanted else None for weight, wanted in zip(ctx.weights, need, strict=True)]
-        for tile in tiles(len(rows), gate.shape[0], x.device):
-            gated, raised = [each[tile] for each in kept] or [rows[tile] @ weight.T for weight in (gate, up)]
-            activated, dgated, draised = _silu_product_backward(gated, raised, dout[tile] @ down)
-            for total, left, right in zip(
-                sums, (dgated, draised, dout[tile]), (rows[tile], rows[tile], activated), strict=True
-            ):
-                if total is not None:
-                    total.add(left, right)
-            if dx is not None:
-                torch.mm(dgated, gate, out=dx[tile])
-                dx[tile].addmm_(draised, up)
-        return (None if dx is None else dx.view(x.shape), *(total and total.take() for total in sums), None)
+        need_x, *need = ctx.needs_input_grad
+        sums = weight_sums(ctx.weights, need[:3], len(rows))
+        dx = swiglu_backward(rows, ctx.weights, dout, sums, kept, need_x)
+        return (None if dx is None else dx.view(x.shape), *(total and total.take() for total in sums), None, None)
 
 
 def _silu_product(gated: Tensor, raised: Tensor) -> Tensor:
@@ -171,25 +193,34 @@ def _silu_product_backward(gated: Tensor, raised: Tensor, dout: Tensor) -> tuple
     return activated.detach(), dgated, draised
 
 
-class _Sum:
-    """The gradient of a weight, tile by tile; in fp32 at least if there are several tiles."""
+class WeightSum:
+    """The gradient of a weight, part by part; in fp32 at least if there are several parts.
+
+    Args:
+        weight: whose.
+        rows: tokens that it is the sum over.
+    """
 
     def __init__(self, weight: Tensor, rows: int) -> None:
         self._weight, self._rows = weight, rows
         self._whole: Tensor | None = None
 
-    def add(self, left: Tensor, right: Tensor) -> None:
-        """Add left^T right."""
-        product = left.T @ right
+    def add(self, part: Tensor, of_all: int) -> None:
+        """Add the gradient over so many of the tokens."""
         if self._whole is None:
-            more = torch.promote_types(product.dtype, torch.float32)
-            self._whole = product if len(left) == self._rows else product.to(more)
+            more = torch.promote_types(part.dtype, torch.float32)
+            self._whole = part if of_all == self._rows else part.to(more)
         else:
-            self._whole += product
+            self._whole += part
 
     def take(self) -> Tensor:
         """The gradient, in the weight's dtype; zeros of no tokens, as engines sum what all ranks have."""
         return torch.zeros_like(self._weight) if self._whole is None else self._whole.to(self._weight.dtype)
+
+
+def weight_sums(weights: Sequence[Tensor], need: Sequence[bool], rows: int) -> list[WeightSum | None]:
+    """Sums over so many tokens for those weights whose gradients somebody needs."""
+    return [WeightSum(weight, rows) if wanted else None for weight, wanted in zip(weights, need, strict=True)]
 
 
 class _Call:

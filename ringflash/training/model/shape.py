@@ -28,3 +28,14 @@ def check_shape(model: ModelConfig) -> None:
 def head_dim(model: ModelConfig) -> int:
     """Width of one attention head."""
     return model.head_dim or model.hidden_size // model.num_attention_heads
+
+
+def query_width(model: ModelConfig) -> int:
+    """Elements of a token's queries, and of what attention gives."""
+    return model.num_attention_heads * head_dim(model)
+
+
+def elements_again(model: ModelConfig) -> int:
+    """Elements of a token that a block is computed again for: of norms, query, key, value, the stream, gate and up."""
+    key = model.num_key_value_heads * head_dim(model)
+    return 3 * model.hidden_size + query_width(model) + 2 * key + 2 * model.intermediate_size

@@ -31,12 +31,14 @@ from torch.distributed import ProcessGroup
 from ringflash import DistributedFlashAttention, Mask, Sharding, shard_batch
 from ringflash.configs.schema import AttentionConfig, ModelConfig
 from ringflash.loss import cross_entropy, cross_entropy_sum
+from ringflash.parallel.execution.query_rounds import RoundAttention
 from ringflash.parallel.positions.balance import token_work
 from ringflash.training.memory.blocks import BlockMemory
-from ringflash.training.memory.rows import rms_norm, rotate, swiglu
+from ringflash.training.memory.rounds import Parts
+from ringflash.training.memory.rows import TILE_ELEMENTS, rms_norm, rotate, swiglu
 from ringflash.training.model.decoder import Decoder
 from ringflash.training.model.rope import rotary
-from ringflash.training.model.shape import check_shape, head_dim
+from ringflash.training.model.shape import check_shape, elements_again, head_dim, query_width
 
 
 class Linear(nn.Module):
@@ -79,11 +81,15 @@ class Attention(nn.Module):
 
     def heads(self, x_BTC: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, C) -> query (B, T, H, D), key and value (B, T, K, D)."""
-        q_BTHD, k_BTKD, v_BTKD = (
-            rearrange(project(x_BTC), "B T (H D) -> B T H D", D=self.head_dim)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return rotate(q_BTHD, *rotation), rotate(k_BTKD, *rotation), v_BTKD
+        return rotate(self._in_heads(self.q_proj(x_BTC)), *rotation), *self.keys(x_BTC, rotation)
+
+    def keys(self, x_BTC: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """(B, T, C) -> key and value (B, T, K, D)."""
+        key_BTKD, value_BTKD = (self._in_heads(project(x_BTC)) for project in (self.k_proj, self.v_proj))
+        return rotate(key_BTKD, *rotation), value_BTKD
+
+    def _in_heads(self, x: Tensor) -> Tensor:
+        return rearrange(x, "B T (H D) -> B T H D", D=self.head_dim)
 
     def joined(self, out_BTHD: Tensor) -> Tensor:
         """(B, T, H, D) -> (B, T, C)."""
@@ -109,7 +115,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, attend: DistributedFlashAttention, memory: BlockMemory) -> None:
         super().__init__()
-        self.memory = memory
+        self.memory, self._query_width, self._elements_again = memory, query_width(config), elements_again(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, attend)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -119,7 +125,8 @@ class Block(nn.Module):
         """(B, T, C) -> (B, T, C)."""
         given = {"rotation": rotation, "attention_arguments": attention_arguments}
         function, module = (functools.partial(call, **given) for call in (self._run, self))
-        return self.memory.run(function, x_BTC, module=module)
+        parts = self._parts(rotation, attention_arguments.get("sharding"), x_BTC)
+        return self.memory.run(function, x_BTC, module=module, parts=parts)
 
     def compile_parts(self) -> None:
         """Compile what is before attention, and between it and the feed-forward.
@@ -129,6 +136,39 @@ class Block(nn.Module):
         """
         self._before = torch.compile(self._before, fullgraph=True)
         self._between = torch.compile(self._between, fullgraph=True)
+
+    def _parts(self, rotation: tuple[Tensor, Tensor], sharding: Sharding | None, x_BTC: Tensor) -> Parts | None:
+        """The block in rounds, whose queries are a tile; None where it cannot work in several."""
+        attention, mlp, device = self.self_attn, self.mlp, x_BTC.device
+        attend = attention.attend
+        if sharding is None:
+            return None
+        rounds = sharding.query_rounds(attend.mask, TILE_ELEMENTS[device.type] // self._query_width, device)
+        if rounds is None or len(rounds) < 2:
+            return None
+        flat = tuple(angles.flatten(0, 1)[None] for angles in rotation)
+
+        def before(x_RC: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+            q_RHD, k_RKD, v_RKD = self._before(x_RC[None], (flat[0][:, rows], flat[1][:, rows]))
+            return q_RHD[0], k_RKD[0], v_RKD[0]
+
+        def keys(x_RC: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+            k_RKD, v_RKD = attention.keys(self.input_layernorm(x_RC[None]), (flat[0][:, rows], flat[1][:, rows]))
+            return k_RKD[0], v_RKD[0]
+
+        def between(x_RC: Tensor, out_RHD: Tensor) -> tuple[Tensor, Tensor]:
+            stream_RC, normed_RC = self._between(x_RC[None], out_RHD[None])
+            return stream_RC[0], normed_RC[0]
+
+        projections = (part.weight for part in (attention.q_proj, attention.k_proj, attention.v_proj))
+        weights = (
+            (self.input_layernorm.weight, *projections),
+            (self.post_attention_layernorm.weight, attention.o_proj.weight),
+            (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight),
+        )
+        how = RoundAttention(attend.scale, attend.kernel, attend.deterministic)
+        whole = x_BTC.element_size() * sharding.batch * sharding.tokens * self._elements_again
+        return Parts(rounds, how, before, keys, between, weights, whole)
 
     def _run(self, x_BTC: Tensor, rotation: tuple[Tensor, Tensor], attention_arguments: dict) -> Tensor:
         out_BTHD = self.self_attn.attend(*self._before(x_BTC, rotation), **attention_arguments)

@@ -1,0 +1,277 @@
+"""Blocks in rounds of queries: the same model, what they keep and where, and how little is there at once."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import gc
+import itertools
+
+import pytest
+import recipe
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_engine import assert_same
+from test_estimate import _sized
+from test_memory import _peak_of
+
+from ringflash import RingflashError, loss
+from ringflash.configs.schema import AttentionConfig, ModelConfig
+from ringflash.kernels.cpu import blockwise
+from ringflash.parallel.execution.query_rounds import RoundAttention
+from ringflash.training.estimate import sizes as estimate_sizes
+from ringflash.training.memory import rows
+from ringflash.training.memory.host import Moved
+from ringflash.training.memory.plan import KEEP, OFFLOAD, PAIRS, RECOMPUTE
+
+CPU = torch.device("cpu")
+SHAPE = ModelConfig(33, 50, 3, 4, 2, head_dim=16)
+ROUND = 128
+MASKS = (
+    AttentionConfig(),
+    AttentionConfig(mask="sliding_window", window=50, sink=4),
+    AttentionConfig(mask="chunked", chunk=100),
+)
+LENGTH, BOUNDS = 300, [0, 130, 300, 301, 600]
+
+
+@pytest.fixture
+def short_rounds(monkeypatch):
+    """Rounds of `ROUND` queries, so that 600 tokens have five, in place of tens of thousands."""
+    monkeypatch.setitem(rows.TILE_ELEMENTS, "cpu", ROUND * 64)
+
+
+def _model(policy, attention=None, dtype=torch.float32, model=SHAPE, host_bytes=None):
+    built = recipe.build(model=model, attention=attention, dtype=dtype)
+    built.keep(policy, CPU, host_bytes)
+    ids = torch.randint(recipe.VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(0))
+    return built, built.shard({"input_ids": ids, "cu_seqlens": BOUNDS})
+
+
+def _learned(policy, *args, **options):
+    """Loss, that of an evaluation, and gradients."""
+    model, shard = _model(policy, *args, **options)
+    value = model(**shard)
+    value.backward()
+    with torch.no_grad():
+        evaluated = model(**shard)
+    return model, [value.detach(), evaluated, *(weight.grad for weight in model.parameters())]
+
+
+def _assert_close(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6 * float(b.abs().max()))
+
+
+def _whole(*args, **options):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(rows.TILE_ELEMENTS, "cpu", 2**21)
+        return _learned(KEEP, *args, **options)[1]
+
+
+_causal_whole = functools.cache(_whole)
+
+
+@pytest.mark.usefixtures("short_rounds")
+@pytest.mark.parametrize("policy", [RECOMPUTE, OFFLOAD, PAIRS])
+@pytest.mark.parametrize("attention", MASKS, ids=lambda x: x.mask)
+def test_losses_and_gradients_are_those_of_whole_blocks_and_repeat_bit_for_bit(attention, policy):
+    model, found = _learned(policy, attention)
+    assert f"recomputed in rounds of {ROUND} queries" in model.memory.decision
+    _assert_close(found, _whole(attention))
+    assert all(torch.equal(a, b) for a, b in zip(found, _learned(policy, attention)[1], strict=True))
+
+
+@pytest.mark.usefixtures("short_rounds")
+@settings(max_examples=10)
+@given(placements=st.lists(st.sampled_from([KEEP, RECOMPUTE, OFFLOAD]), min_size=3, max_size=3), pairs=st.booleans())
+def test_any_mixture_of_placements_learns_the_same(placements, pairs):
+    model, shard = _model(OFFLOAD)
+    model.memory.placements, model.memory.pairs = list(placements), pairs
+    value = model(**shard)
+    value.backward()
+    expected, _, *gradients = _causal_whole()
+    _assert_close([value.detach(), *(weight.grad for weight in model.parameters())], [expected, *gradients])
+    assert model.memory.host.used == 0
+
+
+@pytest.mark.usefixtures("short_rounds")
+@pytest.mark.parametrize("frozen", ["embed_tokens", "layers.0", "q_proj", "mlp", "layernorm", "layers"])
+def test_weights_that_do_not_learn_have_no_gradient_and_the_others_the_same(frozen):
+    gradients = []
+    for policy, tile in ((KEEP, 2**21), (RECOMPUTE, ROUND * 64)):
+        model, shard = _model(policy)
+        for name, weight in model.named_parameters():
+            weight.requires_grad_(frozen not in name)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(rows.TILE_ELEMENTS, "cpu", tile)
+            model(**shard).backward()
+        gradients.append({name: weight.grad for name, weight in model.named_parameters()})
+    for name, expected in gradients[0].items():
+        assert (gradients[1][name] is None) == (expected is None)
+        if expected is not None:
+            _assert_close([gradients[1][name]], [expected])
+
+
+def _steps_in_rounds(tile, **options):
+    """What training leaves, and how many rounds had a backward pass."""
+    taken, backward = [], RoundAttention.backward
+
+    def counted(*arguments):
+        taken.append(None)
+        return backward(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(rows.TILE_ELEMENTS, "cpu", tile)
+        patch.setattr(RoundAttention, "backward", counted)
+        return recipe.steps(**options), len(taken)
+
+
+@pytest.mark.parametrize(
+    ("engine", "policy"), [("ddp", OFFLOAD), ("fsdp2", PAIRS), ("zero3", PAIRS), ("zero1", RECOMPUTE)]
+)
+def test_every_engine_trains_in_rounds_as_one_device_does_whole(pool, engine, policy):
+    expected = recipe.plain()
+    for found, rounds in pool(2).run(_steps_in_rounds, ROUND * 48, name=engine, degree=1, micro_batch=2, memory=policy):
+        assert_same(found, expected)
+        assert rounds == 2 * 2 * 2  # of 202 tokens, in 2 blocks and 2 steps
+
+
+def _calls(policy):
+    counts = collections.Counter()
+
+    def counting(name, function):
+        def counted(*args, **kwargs):
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        return counted
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("attend", "attend_backward"):
+            patch.setattr(blockwise, name, counting(name, getattr(blockwise, name)))
+        model, shard = _model(policy)
+        model(**shard).backward()
+    return counts, model
+
+
+@pytest.mark.usefixtures("short_rounds")
+@pytest.mark.parametrize("policy", [RECOMPUTE, OFFLOAD, PAIRS])
+def test_attention_runs_once_for_each_round_and_never_again(policy):
+    counts, model = _calls(policy)
+    assert counts == {"attend": 5 * 3, "attend_backward": 5 * 3}
+    tokens, size = 2 * LENGTH, 4
+    inputs = 33 * {RECOMPUTE: 0, OFFLOAD: 3, PAIRS: 2}[policy]  # of pairs the first and, alone, the third
+    attended = (64 + 4) * (0 if policy == RECOMPUTE else 3)  # out and log-sum-exp
+    moved = 0 if model.memory.host is None else model.memory.host.moved
+    assert moved == tokens * size * (inputs + attended)
+
+
+@pytest.mark.usefixtures("short_rounds")
+def test_without_room_in_host_memory_rounds_are_kept_where_they_are():
+    model, found = _learned(OFFLOAD, host_bytes=0)
+    assert model.memory.host.moved == 0
+    _assert_close(found, _causal_whole())
+
+
+@pytest.mark.usefixtures("short_rounds")
+def test_pages_of_a_pass_without_a_backward_pass_are_used_again():
+    model, shard = _model(PAIRS)
+    for _ in range(2):
+        value = model(**shard)
+        assert model.memory.host.used > 0
+        del value
+        gc.collect()
+        assert model.memory.host.used == 0
+
+
+@pytest.mark.usefixtures("short_rounds")
+@pytest.mark.parametrize("policy", [RECOMPUTE, OFFLOAD])
+def test_a_second_backward_pass_is_refused(policy):
+    model, shard = _model(policy)
+    value = model(**shard)
+    value.backward(retain_graph=True)
+    with pytest.raises(RingflashError, match=r"ran twice; engine\.memory=keep"):
+        value.backward()
+
+
+@pytest.mark.usefixtures("short_rounds")
+def test_what_moved_comes_back_one_round_ahead(monkeypatch):
+    model, shard = _model(OFFLOAD, model=ModelConfig(33, 50, 1, 4, 2, head_dim=16))
+    value = model(**shard)
+    order, fetch, silu = [], Moved.fetch, torch.nn.functional.silu
+
+    def fetched(self, again=False):
+        if self._there is None and not again:
+            order.append("back")
+        fetch(self, again)
+
+    monkeypatch.setattr(Moved, "fetch", fetched)
+    monkeypatch.setattr(torch.nn.functional, "silu", lambda x: order.append("feed-forward") or silu(x))
+    value.backward()
+    # Of each round come back its input, out and log-sum-exp, as the feed-forward of the round before it begins.
+    places = [place for place, what in enumerate(order) if what == "feed-forward"]
+    assert [order[:place].count("back") for place in places] == [6, 9, 12, 15, 15]
+
+
+# Memory at once
+
+
+def _peak(policy, tokens, dtype=torch.float32, blocks=2, train=True):
+    """Bytes at once, and what is said of them; documents are short, as attention on CPUs has tensors of its own."""
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2}
+    model = recipe.build(model=ModelConfig(**shape, num_hidden_layers=blocks, head_dim=32), dtype=dtype)
+    model.keep(policy, CPU)
+    shard = model.shard(
+        {"input_ids": torch.zeros(1, tokens, dtype=torch.int64), "cu_seqlens": range(0, tokens + 1, 256)}
+    )
+    model(**shard).backward()  # gradients, pages of the host and rounds are there from now on
+    peak = _peak_of(lambda: model(**shard).backward()) if train else _peak_of(lambda: _evaluate(model, shard))
+    keys = [f"model.{name}={value}" for name, value in {**shape, "num_hidden_layers": blocks, "head_dim": 32}.items()]
+    precision = "fp32" if dtype == torch.float32 else "bf16"
+    sizes = _sized([f"engine.precision={precision}", f"train.seqlen={tokens}", *keys], 1)
+    kept = blocks * sizes.kept(False) if policy == RECOMPUTE else 0
+    return peak, kept + sizes.transient(0, policy != RECOMPUTE, policy == PAIRS), sizes
+
+
+@torch.no_grad()
+def _evaluate(model, shard):
+    model(**shard)
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    """Tiles of 2^17 elements, rounds of 512 tokens, and parts of keys' gradients of as many: documents are shorter."""
+    monkeypatch.setattr(estimate_sizes, "PIECE", 512)
+    for elements, device in itertools.product((rows.TILE_ELEMENTS, loss.CHUNK_ELEMENTS), ("cpu", "cuda")):
+        monkeypatch.setitem(elements, device, 1 << 17)
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("policy", [RECOMPUTE, OFFLOAD, PAIRS])
+def test_a_pass_has_as_much_in_use_at_once_as_is_said(policy):
+    found, said, sizes = _peak(policy, 8192)
+    assert sizes.rounds == 16
+    assert found == pytest.approx(said, rel=0.1)
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_a_longer_sequence_only_streams_keys_and_their_gradients_take_more(dtype):
+    (less, said, _), (more, said_of_more, _) = (_peak(OFFLOAD, tokens, dtype) for tokens in (4096, 8192))
+    grown, stream = more - less, 4096 * 256 * dtype.itemsize
+    assert grown == pytest.approx(said_of_more - said, rel=0.05)
+    assert grown < (2 + 0.5) * stream + 4096 * 128 * 4 * 1.3  # keys, their gradients in fp32, angles
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ringflash.training.model.transformer.Block._parts", lambda *_: None)
+        whole = _peak(OFFLOAD, 8192, dtype)[0] - _peak(OFFLOAD, 4096, dtype)[0]
+    assert whole > 2 * grown
+
+
+@pytest.mark.usefixtures("tiles")
+def test_evaluation_is_in_rounds_too_and_keeps_nothing_as_wide_as_the_feed_forward():
+    stream = 4096 * 256 * 4
+    for policy, most in ((RECOMPUTE, 3.5), (KEEP, 3.5)):  # a stream in and out, keys and values, angles
+        grown = _peak(policy, 8192, train=False)[0] - _peak(policy, 4096, train=False)[0]
+        assert grown < most * stream
