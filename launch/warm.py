@@ -5,9 +5,10 @@
     python launch/warm.py head_dims=128 heads=32/8 dropout=0.1 alibi=true
 
 Every option is also taken as --key value. Any mask, window, documents and length launch the same kernels; only
-windows of about 128 tokens or less (window=127), documents as short as that (window=their longest - 1), sink tokens,
-softcap, ALiBi slopes, dropout and key padding have their own. Run it on a GPU of the kind that the job will
-have, with the same torch, triton and ringflash, and the same cache: TRITON_CACHE_DIR, or else ~/.triton/cache.
+windows of about 128 tokens or less (window=127), documents as short as that (window=their longest - 1), layouts of
+blocks (blocks=128, tokens of one), sink tokens, learned sinks, softcap, ALiBi slopes, dropout and key padding have
+their own. Run it on a GPU of the kind that the job will have, with the same torch, triton and ringflash, and the same
+cache: TRITON_CACHE_DIR, or else ~/.triton/cache.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from ringflash.errors import ArgumentError
 from ringflash.kernels.intervals import KeyIntervals, causal_intervals
+from ringflash.kernels.key_blocks import BlockPlaces, unit_of
 from ringflash.kernels.modifiers import Modifiers
 from ringflash.kernels.select import select
 from ringflash.kernels.sums import Part as SumPart
@@ -51,7 +53,10 @@ class Form:
         head_dims: of query and key, and of value.
         heads: of query, and of key and value.
         window: tokens in front of a query that it sees, where they are few; 0 for any mask.
-        sink_tokens: whether the mask has them.
+        blocks: tokens of a block of the mask's layout, into multiples of which ranks and documents divide the sequence;
+            0 for none.
+        sink_tokens: whether the mask has them; not beside blocks.
+        sinks: whether learned sinks join the softmax, of the dtype of query.
         softcap: as in `attention`; and so are the others.
         alibi: whether there are slopes.
         dropout: probability.
@@ -63,7 +68,9 @@ class Form:
     head_dims: tuple[int, int]
     heads: tuple[int, int]
     window: int = 0
+    blocks: int = 0
     sink_tokens: bool = False
+    sinks: bool = False
     softcap: float = 0.0
     alibi: bool = False
     dropout: float = 0.0
@@ -126,6 +133,9 @@ def parts_of(forms: Sequence[Form], ranks: bool = True) -> list[Part]:
         forms: of the job.
         ranks: whether there are several, so that stages follow each other; otherwise on one GPU only.
     """
+    if ranks:  # where a rank's tokens leap, rows behind see twice as many keys together, or too many
+        windows = ([replace(form, window=n) for n in (form.window, 2 * form.window, 0)] for form in forms)
+        forms = list(dict.fromkeys(itertools.chain.from_iterable(windows)))
     stages = [(False, False, True), *itertools.product((False, True), (False, True), (False,))][: 5 if ranks else 1]
     parts = [Part(form, backward, *stage) for stage in stages for form in forms for backward in (False, True)]
     return sorted(parts, key=lambda part: part.backward)
@@ -187,10 +197,13 @@ def _launch(kernels: ModuleType, part: Part, device: torch.device) -> None:
     lse, intervals, modifiers = zeros(heads, ROWS, dtype=exact), _intervals(form, device), _modifiers(form, device)
     dtype = exact if part.kept_exact else form.dtype
     settings: dict[str, Any] = {"scale": dim**-0.5, "modifiers": modifiers}
+    sinks = zeros(heads) if form.sinks and not part.kept_exact else None  # they join the last launch
     if not part.backward:
         carry = (zeros(ROWS, heads, value_dim, dtype=exact), lse) if part.carried else None
-        kernels.attend(query, key, value, intervals, carry=carry, out_dtype=dtype, **settings)
+        kernels.attend(query, key, value, intervals, carry=carry, out_dtype=dtype, sinks=sinks, **settings)
         return
+    if sinks is not None:
+        kernels.sink_gradient(sinks, lse, lse)
     dout, settings = zeros(ROWS, heads, value_dim), {**settings, "deterministic": form.deterministic}
     if part.whole:
         whole_backward(kernels, dout, query, key, value, dout, lse, None, intervals, **settings)
@@ -209,13 +222,15 @@ def _launch(kernels: ModuleType, part: Part, device: torch.device) -> None:
 
 
 def _intervals(form: Form, device: torch.device) -> KeyIntervals:
-    intervals = causal_intervals(ROWS, ROWS, device)
-    if form.window:
-        return KeyIntervals((intervals.stop - 1 - form.window).clamp(min=0), intervals.stop, ROWS, band=form.window + 1)
-    if not form.sink_tokens:
+    start, stop = (getattr(causal_intervals(ROWS, ROWS, device), name) for name in ("start", "stop"))
+    tokens = [torch.zeros(ROWS, dtype=torch.int32, device=device) for _ in range(2 * form.sink_tokens)]
+    band = form.window + 1 if form.window else None
+    intervals = KeyIntervals((stop - band).clamp(min=0) if band else start, stop, ROWS, *tokens, band=band)
+    if not form.blocks:
         return intervals
-    none = torch.zeros(ROWS, dtype=torch.int32, device=device)
-    return KeyIntervals(intervals.start, intervals.stop, ROWS, none, none.clone())
+    count, place = -(-ROWS // form.blocks), torch.arange(ROWS, dtype=torch.int32) // form.blocks
+    places = BlockPlaces(place, place, (unit_of(place), unit_of(place))).to(device)
+    return intervals.with_blocks(places.showing(torch.ones(1, count, count, dtype=torch.bool, device=device)))
 
 
 def _modifiers(form: Form, device: torch.device) -> Modifiers | None:
@@ -258,7 +273,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtypes", type=_dtypes, default=[torch.bfloat16], help=f"{', '.join(DTYPES)} (bfloat16)")
     parser.add_argument("--one-gpu", action="store_true", help="nothing for several ranks")
     parser.add_argument("--window", type=int, default=0, help="tokens in front of a query, where they are few (any)")
+    parser.add_argument("--blocks", type=int, default=0, help="tokens of a block of the mask's layout (none)")
     parser.add_argument("--sink-tokens", action="store_true", help="first tokens stay visible behind a window")
+    parser.add_argument("--sinks", action="store_true", help="learned sinks, of query's dtype")
     parser.add_argument("--softcap", type=float, default=0.0, help="bound of the scores (none)")
     parser.add_argument("--alibi", action="store_true", help="with ALiBi slopes")
     parser.add_argument("--dropout", type=float, default=0.0, help="probability (0)")
@@ -269,7 +286,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _forms(options: argparse.Namespace) -> list[Form]:
-    names = ("window", "sink_tokens", "softcap", "alibi", "dropout", "padding", "deterministic")
+    names = ("window", "blocks", "sink_tokens", "sinks", "softcap", "alibi", "dropout", "padding", "deterministic")
     features = {name: getattr(options, name) for name in names}
     chosen = itertools.product(options.dtypes, options.head_dims, options.heads)
     return [Form(dtype, head_dims, heads, **features) for dtype, head_dims, heads in chosen]
