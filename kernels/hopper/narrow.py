@@ -61,7 +61,8 @@ CHOSEN = {(64, torch.bfloat16), (128, torch.bfloat16)}
 """Head dimensions and dtypes that these kernels are chosen for: those that were held against float64 on a GPU."""
 
 CHOSEN_WITH_MORE = {(64, torch.bfloat16)}
-"""The same with learned sinks, and for gradients of rows that see keys of other launches, or of other ranks' keys."""
+"""The same where learned sinks join, which gradients do not hear of, and for gradients of rows that see keys of other
+launches, or of other ranks' keys."""
 
 KEY_TILE = 64
 """Key rows whose gradients a program owns."""
