@@ -193,6 +193,19 @@ def test_modifiers_and_carries_go_to_other_kernels() -> None:
     assert len(driver.launches) >= 6
 
 
+def test_one_row_for_all_heads_is_copied_for_boxes() -> None:
+    """As the gradient of a mean over heads is, and keys that were expanded."""
+    query, one = (torch.empty(300, n, 64, dtype=torch.bfloat16) for n in (8, 1))
+    same, lse = one.expand(300, 8, 64), torch.empty(8, 300)
+    with stand_in(hopper, by_driver=False) as driver:
+        for _ in range(2):
+            hopper.attend(query, same, same, WINDOW, scale=1.0)
+            assert hopper.whole_backward(same, query, one, one, query, lse, None, WINDOW, scale=1.0)
+    described = [y for launch in driver.launches for y in launch if hasattr(y, "block_shape") and len(y.shape) == 3]
+    assert len(described) > 30
+    assert all(0 not in y.strides and 0 not in y.base.stride() for y in described)
+
+
 @given(st.integers(1, 400), st.sampled_from([1, 2, 3, 4, 5, 6, 8, 12, 16, 64]), st.sampled_from([40, 64, 96, 128]))
 def test_tiles_have_room_for_all_keys_of_their_rows(band: int, group: int, dim: int) -> None:
     tiles = narrow.narrow_tiles(band, group, dim)
