@@ -60,7 +60,9 @@ def nobody_listens(tensors: tuple) -> bool:
     The dispatcher takes 20 arguments apart and puts them together again, each time that an operator calls another, for
     5 to 10 us. It need not where nothing looks at operators: no mode of dispatch (torch.compile's tracing, selective
     checkpoints) or of functions (a default device), no transformation of torch.func, no profiler, and no tensor of
-    another class. No public name asks for any of these.
+    another class, or whose memory does not hold what it stands for: on the meta device there is none, zeros that a
+    gradient gives may have none, and a negative may be what lies there with its sign changed. The dispatcher has other
+    functions for the first, and makes ordinary tensors of the others. No public name asks for any of these.
 
     Args:
         tensors: the operator's arguments that are tensors, or None.
@@ -71,6 +73,7 @@ def nobody_listens(tensors: tuple) -> bool:
         and not transforms_active()
         and not torch.autograd._profiler_enabled()
         and _PLAIN.issuperset(map(type, tensors))
+        and not any([x.is_meta or x._is_zerotensor() or x.is_neg() for x in tensors if x is not None])
     )
 
 

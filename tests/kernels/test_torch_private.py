@@ -64,7 +64,7 @@ class OfAnotherClass(Tensor):
     """As DTensor and tensors that stand for others while code is traced."""
 
 
-def test_nobody_listens_but_modes_transformations_profilers_and_tensors_of_other_classes() -> None:
+def test_nobody_listens_but_modes_transformations_profilers_and_tensors_out_of_the_ordinary() -> None:
     tensors = torch.ones(1), torch.nn.Parameter(torch.ones(1)), None
     listens = torch_private.nobody_listens
     assert listens(tensors)
@@ -72,6 +72,8 @@ def test_nobody_listens_but_modes_transformations_profilers_and_tensors_of_other
     for listening in (FlopCounterMode(display=False), torch.device("cpu"), torch.profiler.profile(), FakeTensorMode()):
         with listening:
             assert not listens(tensors)
+    for without in (torch.empty(1, device="meta"), torch._efficientzerotensor(1), torch._neg_view(torch.ones(1))):
+        assert not listens((*tensors, without))
     heard = []
     torch.func.vmap(lambda x: heard.append(listens(())) or x)(torch.ones(2))
     assert heard == [False]
