@@ -114,6 +114,48 @@ def test_weights_that_do_not_learn_have_no_gradient_and_the_others_the_same(froz
             _assert_close([gradients[1][name]], [expected])
 
 
+class _Adapted(torch.nn.Module):
+    """A projection that learns by an adapter of low rank."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, (outputs, inputs) = base, base.weight.shape
+        generator = torch.Generator().manual_seed(1)
+        self.down = torch.nn.Parameter(torch.randn(2, inputs, generator=generator))
+        self.up = torch.nn.Parameter(torch.randn(outputs, 2, generator=generator))
+
+    @property
+    def weight(self):
+        return self.base.weight
+
+    def forward(self, x):
+        return self.base(x) + x @ self.down.T @ self.up.T
+
+
+def _adapted(model):
+    for block in model.layers:
+        block.self_attn.q_proj = _Adapted(block.self_attn.q_proj)
+
+
+def _capped(model):
+    model.layers[0].self_attn.attend.softcap = 0.1
+
+
+@pytest.mark.usefixtures("short_rounds")
+@pytest.mark.parametrize("change", [_adapted, _capped])
+def test_a_block_of_which_rounds_do_not_know_everything_learns_as_a_whole(change):
+    found = []
+    for policy in (KEEP, RECOMPUTE):
+        model, shard = _model(policy)
+        change(model)
+        value = model(**shard)
+        value.backward()
+        with torch.no_grad():
+            found.append([value.detach(), model(**shard), *(weight.grad for weight in model.parameters())])
+    assert all(x is not None for x in found[0])
+    _assert_close(*found)
+
+
 def _steps_in_rounds(tile, **options):
     """What training leaves, and how many rounds had a backward pass."""
     taken, backward = [], RoundAttention.backward
