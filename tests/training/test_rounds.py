@@ -156,6 +156,24 @@ def test_a_block_of_which_rounds_do_not_know_everything_learns_as_a_whole(change
     _assert_close(*found)
 
 
+@pytest.mark.parametrize("within", [False, True], ids=["behind", "within"])
+def test_a_backward_pass_behind_or_within_autocast_is_of_whole_blocks(within):
+    found = []
+    for policy, tile in ((KEEP, 2**21), (RECOMPUTE, ROUND * 64)):
+        model, shard = _model(policy)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(rows.TILE_ELEMENTS, "cpu", tile)
+            with torch.autocast("cpu", torch.bfloat16):
+                value = model(**shard)
+                if within:
+                    value.backward()
+            if not within:
+                value.backward()
+        found.append([value.detach(), *(weight.grad for weight in model.parameters())])
+    for a, b in zip(*found, strict=True):
+        assert (a - b).norm() < 0.01 * b.norm()
+
+
 def _steps_in_rounds(tile, **options):
     """What training leaves, and how many rounds had a backward pass."""
     taken, backward = [], RoundAttention.backward

@@ -141,15 +141,19 @@ class Block(nn.Module):
         """The block in rounds, whose queries are a tile; None where it cannot work in several."""
         attention, mlp, device = self.self_attn, self.mlp, x_BTC.device
         attend = attention.attend
+        if sharding is None:
+            return None
         projections = (part.weight for part in (attention.q_proj, attention.k_proj, attention.v_proj))
         weights = (
             (self.input_layernorm.weight, *projections),
             (self.post_attention_layernorm.weight, attention.o_proj.weight),
             (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight),
         )
-        # Somebody may have given a block more to learn, or attention more to do, of which rounds know nothing.
+        # Somebody may have given a block more to learn, or attention more to do, of which rounds know nothing. Nor does
+        # their backward pass know of autocast, within which the forward pass may be.
         known = {id(weight) for part in weights for weight in part} == set(map(id, self.parameters()))
-        if sharding is None or not known or attend.softcap or attend.dropout:
+        casting = torch.is_autocast_enabled(device.type)
+        if not known or casting or attend.softcap or attend.dropout:
             return None
         rounds = sharding.query_rounds(attend.mask, TILE_ELEMENTS[device.type] // self._query_width, device)
         if rounds is None or len(rounds) < 2:
