@@ -77,6 +77,13 @@ def nobody_listens(tensors: tuple) -> bool:
     )
 
 
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether something is to happen when a module is called, or in its backward pass. No public name asks."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 # torch.func
 
 

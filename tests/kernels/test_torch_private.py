@@ -80,6 +80,21 @@ def test_nobody_listens_but_modes_transformations_profilers_and_tensors_out_of_t
     assert listens(tensors)
 
 
+def test_a_module_has_hooks_of_any_kind_until_they_are_removed() -> None:
+    module = torch.nn.Identity()
+    assert not torch_private.has_hooks(module)
+    for register in (
+        module.register_forward_hook,
+        module.register_forward_pre_hook,
+        module.register_full_backward_hook,
+        module.register_full_backward_pre_hook,
+    ):
+        hook = register(lambda *_: None)
+        assert torch_private.has_hooks(module)
+        hook.remove()
+        assert not torch_private.has_hooks(module)
+
+
 def test_any_requires_grad_looks_at_tensors_among_other_arguments() -> None:
     plain, leaf = torch.ones(1), torch.ones(1, requires_grad=True)
     assert torch_private.any_requires_grad(None, 3, "text", plain, leaf)

@@ -21,7 +21,7 @@ from ringflash.configs.schema import AttentionConfig, ModelConfig
 from ringflash.kernels.cpu import blockwise
 from ringflash.parallel.execution.query_rounds import RoundAttention
 from ringflash.training.estimate import sizes as estimate_sizes
-from ringflash.training.memory import rows
+from ringflash.training.memory import blocks, rows
 from ringflash.training.memory.host import Moved
 from ringflash.training.memory.plan import KEEP, OFFLOAD, PAIRS, RECOMPUTE
 
@@ -141,8 +141,12 @@ def _capped(model):
     model.layers[0].self_attn.attend.softcap = 0.1
 
 
+def _hooked(model):
+    model.layers[0].mlp.register_forward_hook(lambda module, inputs, out: out * 2)
+
+
 @pytest.mark.usefixtures("short_rounds")
-@pytest.mark.parametrize("change", [_adapted, _capped])
+@pytest.mark.parametrize("change", [_adapted, _capped, _hooked])
 def test_a_block_of_which_rounds_do_not_know_everything_learns_as_a_whole(change):
     found = []
     for policy in (KEEP, RECOMPUTE):
@@ -156,11 +160,22 @@ def test_a_block_of_which_rounds_do_not_know_everything_learns_as_a_whole(change
     _assert_close(*found)
 
 
+@pytest.mark.usefixtures("short_rounds")
+def test_a_model_that_is_compiled_whole_evaluates_whole_blocks(monkeypatch):
+    model, shard = _model(KEEP, model=ModelConfig(33, 50, 1, 4, 2, head_dim=16))
+    torch.compiler.reset()
+    with torch.no_grad():
+        expected = model(**shard)
+        monkeypatch.setattr(blocks, "in_rounds", None)
+        torch.testing.assert_close(torch.compile(model, backend="eager")(**shard), expected)
+
+
 @pytest.mark.parametrize("within", [False, True], ids=["behind", "within"])
-def test_a_backward_pass_behind_or_within_autocast_is_of_whole_blocks(within):
+@pytest.mark.parametrize("policy", [RECOMPUTE, PAIRS])
+def test_a_backward_pass_behind_or_within_autocast_is_of_whole_blocks(policy, within):
     found = []
-    for policy, tile in ((KEEP, 2**21), (RECOMPUTE, ROUND * 64)):
-        model, shard = _model(policy)
+    for each, tile in ((KEEP, 2**21), (policy, ROUND * 64)):
+        model, shard = _model(each)
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(rows.TILE_ELEMENTS, "cpu", tile)
             with torch.autocast("cpu", torch.bfloat16):
