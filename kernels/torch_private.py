@@ -67,14 +67,18 @@ def nobody_listens(tensors: tuple) -> bool:
     Args:
         tensors: the operator's arguments that are tensors, or None.
     """
-    return (
-        not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
-        and not transforms_active()
-        and not torch.autograd._profiler_enabled()
-        and _PLAIN.issuperset(map(type, tensors))
-        and not any([x.is_meta or x._is_zerotensor() or x.is_neg() for x in tensors if x is not None])
-    )
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or transforms_active()
+        or torch.autograd._profiler_enabled()
+        or not _PLAIN.issuperset(map(type, tensors))
+    ):
+        return False
+    for x in tensors:  # noqa: SIM110 - a generator would be a call for each
+        if x is not None and (x.is_meta or x._is_zerotensor() or x.is_neg()):
+            return False
+    return True
 
 
 def has_hooks(module: torch.nn.Module) -> bool:
