@@ -30,6 +30,7 @@ from torch.distributed import ProcessGroup
 
 from ringflash import DistributedFlashAttention, Mask, Sharding, shard_batch
 from ringflash.configs.schema import AttentionConfig, ModelConfig
+from ringflash.kernels.torch_private import has_hooks
 from ringflash.loss import cross_entropy, cross_entropy_sum
 from ringflash.parallel.execution.query_rounds import RoundAttention
 from ringflash.parallel.positions.balance import token_work
@@ -143,6 +144,14 @@ class Block(nn.Module):
         attend = attention.attend
         if sharding is None:
             return None
+        projections = (part.weight for part in (attention.q_proj, attention.k_proj, attention.v_proj))
+        weights = (
+            (self.input_layernorm.weight, *projections),
+            (self.post_attention_layernorm.weight, attention.o_proj.weight),
+            (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight),
+        )
+        if not self._is_all(weights, device):
+            return None
         rounds = sharding.query_rounds(attend.mask, TILE_ELEMENTS[device.type] // self._query_width, device)
         if rounds is None or len(rounds) < 2:
             return None
@@ -160,15 +169,26 @@ class Block(nn.Module):
             stream_RC, normed_RC = self._between(x_RC[None], out_RHD[None])
             return stream_RC[0], normed_RC[0]
 
-        projections = (part.weight for part in (attention.q_proj, attention.k_proj, attention.v_proj))
-        weights = (
-            (self.input_layernorm.weight, *projections),
-            (self.post_attention_layernorm.weight, attention.o_proj.weight),
-            (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight),
-        )
         how = RoundAttention(attend.scale, attend.kernel, attend.deterministic)
         whole = x_BTC.element_size() * sharding.batch * sharding.tokens * self._elements_again
         return Parts(rounds, how, before, keys, between, weights, whole)
+
+    def _is_all(self, weights: Sequence[Sequence[Tensor]], device: torch.device) -> bool:
+        """Whether rounds know of everything that the block does.
+
+        They do not of what somebody has given it more to learn, attention more to do, or to be called behind its parts.
+        Nor does their backward pass know of autocast within which the forward pass is, or torch.compile of them.
+        """
+        attend, inside = self.self_attn.attend, self.modules()
+        next(inside)  # the block itself, which is called
+        return not (
+            torch.compiler.is_compiling()
+            or torch.is_autocast_enabled(device.type)
+            or attend.softcap
+            or attend.dropout
+            or {id(weight) for part in weights for weight in part} != set(map(id, self.parameters()))
+            or any(map(has_hooks, inside))
+        )
 
     def _run(self, x_BTC: Tensor, rotation: tuple[Tensor, Tensor], attention_arguments: dict) -> Tensor:
         out_BTHD = self.self_attn.attend(*self._before(x_BTC, rotation), **attention_arguments)
