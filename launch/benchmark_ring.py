@@ -200,10 +200,12 @@ def _attending(sharding: Sharding) -> Attend:
 
 
 def _alone(case: Case) -> Entry:
-    """As many pairs as a rank has, of documents like the case's."""
+    """As many pairs as a rank has; of documents all, as a part of them would be of other lengths."""
     ranks = dist.get_world_size()
-    tokens = case.tokens // ranks if case.mean or case.window else round(case.tokens / math.sqrt(ranks))
-    lengths = case.documents(tokens, seed=1)
+    tokens = case.tokens
+    if not case.mean:
+        tokens = case.tokens // ranks if case.window else round(case.tokens / math.sqrt(ranks))
+    lengths = case.documents(tokens, seed=0)
     sharding = case.sharding(lengths, group=ONE_DEVICE)
     return Entry("one GPU", _attending(sharding), tokens, case.pairs(lengths))
 

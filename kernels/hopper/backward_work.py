@@ -217,6 +217,8 @@ def rows_and_tokens(
     begin, token_begin = gl.load(work + 1) // 4 * 4, gl.load(work + 3)
     own_blocks = gl.maximum((gl.load(work + 2) - begin + M - 1) // M, 0)
     blocks = own_blocks + gl.maximum((gl.load(work + 4) - token_begin + M - 1) // M, 0)
+    # The one block of a program without rows is of the tile's own range, which no row sees: as sink tokens it is seen.
+    own_blocks = gl.where(blocks == 0, 1, own_blocks)
     entry = gl.maximum(key_tile, 0) * 4 + 1
     ragged = (key_tile + 1) * N > key_rows
     return Rows(

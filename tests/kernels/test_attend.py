@@ -305,6 +305,18 @@ def test_hopper_kernels_take_sink_tokens_as_accurately_as_torch(case: tuple, chu
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("rows", [300, 1025, 5000])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_hopper_kernels_count_rows_once_that_see_a_tile_as_sink_tokens_alone(dim: int, rows: int) -> None:
+    """As in a ring, where a launch has the sink tokens and windows far behind them."""
+    row = torch.arange(rows, dtype=torch.int32, device="cuda")
+    start = row.clamp(max=150) + 300
+    sinks = torch.zeros_like(row), torch.full_like(row, 4)
+    problem = draw_problem(KeyIntervals(start, start + 20, 470, *sinks), (4, 2), (dim, dim), torch.bfloat16)
+    assert_accurate(run(hopper_itself(), problem), problem)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize(("dropout", "first_head"), [(0.1, 0), (0.5, 32), (0.9, 1)])
 def test_hopper_kernels_drop_the_pairs_of_the_definition(dim: int, dropout: float, first_head: int) -> None:
