@@ -14,16 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_engine import assert_same
 from test_estimate import _sized
-from test_memory import _peak_of
+from test_memory import _counts, _peak_of
 
 from ringflash import RingflashError, loss
 from ringflash.configs.schema import AttentionConfig, ModelConfig
 from ringflash.kernels.cpu import blockwise
-from ringflash.parallel.execution.query_rounds import RoundAttention
 from ringflash.training.estimate import sizes as estimate_sizes
 from ringflash.training.memory import rows
+from ringflash.training.memory.at_once import OnceBlock
 from ringflash.training.memory.host import Moved
 from ringflash.training.memory.plan import KEEP, OFFLOAD, PAIRS, RECOMPUTE
+from ringflash.training.memory.rounds import RoundBlock
 
 CPU = torch.device("cpu")
 SHAPE = ModelConfig(33, 50, 3, 4, 2, head_dim=16)
@@ -114,28 +115,48 @@ def test_weights_that_do_not_learn_have_no_gradient_and_the_others_the_same(froz
             _assert_close([gradients[1][name]], [expected])
 
 
-def _steps_in_rounds(tile, **options):
-    """What training leaves, and how many rounds had a backward pass."""
-    taken, backward = [], RoundAttention.backward
+def _steps_by_rows(kind, **options):
+    """What training leaves, and how many blocks of a kind had a backward pass, in several tiles of rows each."""
+    taken, backward = [], kind.backward_of
 
-    def counted(*arguments):
-        taken.append(None)
-        return backward(*arguments)
+    def counted(self, inputs, gradients):
+        taken.append(len(inputs))
+        return backward(self, inputs, gradients)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(rows.TILE_ELEMENTS, "cpu", tile)
-        patch.setattr(RoundAttention, "backward", counted)
-        return recipe.steps(**options), len(taken)
+        patch.setitem(rows.TILE_ELEMENTS, "cpu", ROUND * 48)
+        patch.setattr(kind, "backward_of", counted)
+        return recipe.steps(**options), taken
 
 
 @pytest.mark.parametrize(
     ("engine", "policy"), [("ddp", OFFLOAD), ("fsdp2", PAIRS), ("zero3", PAIRS), ("zero1", RECOMPUTE)]
 )
-def test_every_engine_trains_in_rounds_as_one_device_does_whole(pool, engine, policy):
+@pytest.mark.parametrize(("degree", "kind"), [(1, RoundBlock), (2, OnceBlock)])
+def test_every_engine_trains_by_rows_as_one_device_does_whole(pool, engine, policy, degree, kind):
     expected = recipe.plain()
-    for found, rounds in pool(2).run(_steps_in_rounds, ROUND * 48, name=engine, degree=1, micro_batch=2, memory=policy):
+    job = {"name": engine, "degree": degree, "micro_batch": 2 * degree, "memory": policy}
+    for found, tiles in pool(2).run(_steps_by_rows, kind, **job):
         assert_same(found, expected)
-        assert rounds == 2 * 2 * 2  # of 202 tokens, in 2 blocks and 2 steps
+        assert tiles == [2] * 4  # of 202 tokens, in 2 blocks and 2 steps
+
+
+def _calls_of_two(policy, tile):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(rows.TILE_ELEMENTS, "cpu", tile)
+        return _counts(policy)
+
+
+@pytest.mark.parametrize("policy", [RECOMPUTE, OFFLOAD, PAIRS])
+def test_ranks_that_share_a_sequence_attend_and_communicate_as_often_and_move_as_much_by_rows(pool, policy):
+    by_rows = pool(2).run(_calls_of_two, policy, ROUND * 48)
+    for (calls, moved, gradients), (expected, as_much, same) in zip(
+        by_rows, pool(2).run(_calls_of_two, policy, 2**21), strict=True
+    ):
+        for name in ("attend", "attend_backward", "transfer"):
+            assert calls[name] == expected[name] >= 2
+        assert moved == as_much
+        _assert_close(gradients, same)
 
 
 def _calls(policy):
