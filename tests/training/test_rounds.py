@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import gc
 import itertools
@@ -10,13 +11,14 @@ import itertools
 import pytest
 import recipe
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_engine import assert_same
 from test_estimate import _sized
 from test_memory import _counts, _peak_of
 
-from ringflash import RingflashError, loss
+from ringflash import RingflashError, Sharding, loss
 from ringflash.configs.schema import AttentionConfig, ModelConfig
 from ringflash.kernels.cpu import blockwise
 from ringflash.training.estimate import sizes as estimate_sizes
@@ -141,15 +143,17 @@ def test_every_engine_trains_by_rows_as_one_device_does_whole(pool, engine, poli
         assert tiles == [2] * 4  # of 202 tokens, in 2 blocks and 2 steps
 
 
-def _calls_of_two(policy, tile):
+def _calls_of_two(policy, *tiles):
+    tile = tiles[dist.get_rank() % len(tiles)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(rows.TILE_ELEMENTS, "cpu", tile)
         return _counts(policy)
 
 
+@pytest.mark.parametrize("tiles", [(ROUND * 48,), (ROUND * 48, 2**21)], ids=["both", "one of them"])
 @pytest.mark.parametrize("policy", [RECOMPUTE, OFFLOAD, PAIRS])
-def test_ranks_that_share_a_sequence_attend_and_communicate_as_often_and_move_as_much_by_rows(pool, policy):
-    by_rows = pool(2).run(_calls_of_two, policy, ROUND * 48)
+def test_ranks_that_share_a_sequence_attend_and_communicate_as_often_and_move_as_much_by_rows(pool, policy, tiles):
+    by_rows = pool(2).run(_calls_of_two, policy, *tiles)
     for (calls, moved, gradients), (expected, as_much, same) in zip(
         by_rows, pool(2).run(_calls_of_two, policy, 2**21), strict=True
     ):
@@ -239,9 +243,10 @@ def test_what_moved_comes_back_one_round_ahead(monkeypatch):
 # Memory at once
 
 
-def _peak(policy, tokens, dtype=torch.float32, blocks=2, train=True):
+def _peak(policy, tokens, dtype=torch.float32, blocks=2, train=True, alone=True):
     """Bytes at once, and what is said of them; documents are short, as attention on CPUs has tensors of its own."""
-    shape = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2}
+    heads = 2 if alone else 8  # to all queries at once, kernels on CPUs have keys for each query head
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": heads}
     model = recipe.build(model=ModelConfig(**shape, num_hidden_layers=blocks, head_dim=32), dtype=dtype)
     model.keep(policy, CPU)
     shard = model.shard(
@@ -252,6 +257,7 @@ def _peak(policy, tokens, dtype=torch.float32, blocks=2, train=True):
     keys = [f"model.{name}={value}" for name, value in {**shape, "num_hidden_layers": blocks, "head_dim": 32}.items()]
     precision = "fp32" if dtype == torch.float32 else "bf16"
     sizes = _sized([f"engine.precision={precision}", f"train.seqlen={tokens}", *keys], 1)
+    sizes = dataclasses.replace(sizes, alone=alone)
     kept = blocks * sizes.kept(False) if policy == RECOMPUTE else 0
     return peak, kept + sizes.transient(0, policy != RECOMPUTE, policy == PAIRS), sizes
 
@@ -270,10 +276,13 @@ def tiles(monkeypatch):
 
 
 @pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("alone", [True, False], ids=["in rounds", "at once"])
 @pytest.mark.parametrize("policy", [RECOMPUTE, OFFLOAD, PAIRS])
-def test_a_pass_has_as_much_in_use_at_once_as_is_said(policy):
-    found, said, sizes = _peak(policy, 8192)
-    assert sizes.rounds == 16
+def test_a_pass_has_as_much_in_use_at_once_as_is_said(monkeypatch, policy, alone):
+    if not alone:  # as on ranks that share the sequence
+        monkeypatch.setattr(Sharding, "query_rounds", lambda *_: None)
+    found, said, sizes = _peak(policy, 8192, alone=alone)
+    assert sizes.tokens == 16 * sizes.rows
     assert found == pytest.approx(said, rel=0.1)
 
 

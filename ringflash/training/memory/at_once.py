@@ -60,7 +60,7 @@ class OnceBlock(RowBlock):
 
     def output_of(self, x_BTC: Tensor) -> Tensor:
         """See RowBlock."""
-        out, lse = (handle.get() for handle in self._attended)
+        out, lse = Ahead([self._attended], again=True).take()
         with within(_Given(out, lse)):
             return self._module(x_BTC)
 
