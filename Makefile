@@ -49,7 +49,7 @@ test-torch:
 test-triton: $(INSTALLED)
 	@[ -n "$(TRITON)" ] || { echo 'which version? make test-triton TRITON=3.6.0' >&2; exit 1; }
 	[ -d .triton-$(TRITON) ] || $(BIN)/python -m pip install --no-deps --target .triton-$(TRITON) triton==$(TRITON)
-	PYTHONPATH=.triton-$(TRITON) TRITON_CACHE_DIR=.triton-$(TRITON)/cache $(BIN)/python -m pytest tests/kernels/test_hopper_ahead_of_time.py
+	PYTHONPATH=.triton-$(TRITON) TRITON_CACHE_DIR=.triton-$(TRITON)/cache $(BIN)/python -m pytest tests/kernels/test_hopper_ahead_of_time.py tests/kernels/test_hopper_narrow.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

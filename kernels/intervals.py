@@ -45,6 +45,8 @@ class KeyIntervals:
         sink_start: (T,) int32 or None, first visible sink token, wholly before `start`; never decreases.
         sink_stop: (T,) int32 or None, one behind the last visible sink token; never decreases.
         blocks: which keys of their intervals rows see, if not all of them; not beside sink tokens.
+        band: keys that a few rows see together, for kernels that hold all of them at once: of any rows t <= u,
+            stop[u] - start[t] <= band + u - t. None where that is not known to the host, or not bounded.
     """
 
     start: Tensor
@@ -53,6 +55,7 @@ class KeyIntervals:
     sink_start: Tensor | None = None
     sink_stop: Tensor | None = None
     blocks: KeyBlocks | None = field(default=None, kw_only=True)
+    band: int | None = field(default=None, kw_only=True)
     _cache: dict = field(default_factory=dict, repr=False, kw_only=True)
     _cache_of_blocks: dict = field(default_factory=dict, init=False, repr=False)
 
@@ -91,12 +94,13 @@ class KeyIntervals:
         """The same over some of the key rows."""
         start, stop, *sinks = [x.clamp(first, last) - first for pair in self.ranges() for x in pair]
         blocks = self.blocks and self.blocks.of_keys(first, last)
-        return KeyIntervals(start, stop, last - first, *sinks, blocks=blocks)
+        return KeyIntervals(start, stop, last - first, *sinks, blocks=blocks, band=self.band)
 
     def to(self, device: torch.device) -> KeyIntervals:
         """The same on another device."""
         start, stop, *sinks = [x.to(device) for pair in self.ranges() for x in pair]
-        return KeyIntervals(start, stop, self.key_count, *sinks, blocks=self.blocks and self.blocks.to(device))
+        blocks = self.blocks and self.blocks.to(device)
+        return KeyIntervals(start, stop, self.key_count, *sinks, blocks=blocks, band=self.band)
 
     def visible(self) -> Tensor:
         """Dense boolean (T, S) matrix of visible pairs, or with blocks (G, T, S), for the dense reference."""

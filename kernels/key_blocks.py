@@ -43,9 +43,9 @@ class BlockPlaces:
         yield from (x for x in vars(self).values() if isinstance(x, Tensor))
 
     def of_keys(self, first: int, last: int) -> Self:
-        """The same over some of the key rows."""
+        """The same over some of the key rows, in memory of their own: kernels rely on where tensors begin."""
         units = self.units[0], math.gcd(self.units[1], first)
-        return replace(self, key_block=self.key_block[first:last], units=units)
+        return replace(self, key_block=self.key_block[first:last].clone(), units=units)
 
     def to(self, device: torch.device) -> Self:
         """The same on another device."""

@@ -60,17 +60,31 @@ def nobody_listens(tensors: tuple) -> bool:
     The dispatcher takes 20 arguments apart and puts them together again, each time that an operator calls another, for
     5 to 10 us. It need not where nothing looks at operators: no mode of dispatch (torch.compile's tracing, selective
     checkpoints) or of functions (a default device), no transformation of torch.func, no profiler, and no tensor of
-    another class. No public name asks for any of these.
+    another class, or whose memory does not hold what it stands for: on the meta device there is none, zeros that a
+    gradient gives may have none, and a negative may be what lies there with its sign changed. The dispatcher has other
+    functions for the first, and makes ordinary tensors of the others. No public name asks for any of these.
 
     Args:
         tensors: the operator's arguments that are tensors, or None.
     """
-    return (
-        not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
-        and not transforms_active()
-        and not torch.autograd._profiler_enabled()
-        and _PLAIN.issuperset(map(type, tensors))
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or transforms_active()
+        or torch.autograd._profiler_enabled()
+        or not _PLAIN.issuperset(map(type, tensors))
+    ):
+        return False
+    for x in tensors:  # noqa: SIM110 - a generator would be a call for each
+        if x is not None and (x.is_meta or x._is_zerotensor() or x.is_neg()):
+            return False
+    return True
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether something is to happen when a module is called, or in its backward pass. No public name asks."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 

@@ -4,9 +4,11 @@
     python launch/warm.py head_dims=64,192/128 heads=16/4,8 dtypes=bfloat16,float32 processes=16
     python launch/warm.py head_dims=128 heads=32/8 dropout=0.1 alibi=true
 
-Every option is also taken as --key value. Any mask, window, documents and length launch the same kernels; only sink
-tokens, softcap, ALiBi slopes, dropout and key padding have their own. Run it on a GPU of the kind that the job will
-have, with the same torch, triton and ringflash, and the same cache: TRITON_CACHE_DIR, or else ~/.triton/cache.
+Every option is also taken as --key value. Any mask, window, documents and length launch the same kernels; only
+windows of about 128 tokens or less (window=127), documents as short as that (window=their longest - 1), layouts of
+blocks (blocks=128, tokens of one), sink tokens, learned sinks, softcap, ALiBi slopes, dropout and key padding have
+their own. Run it on a GPU of the kind that the job will have, with the same torch, triton and ringflash, and the same
+cache: TRITON_CACHE_DIR, or else ~/.triton/cache.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -28,9 +30,11 @@ from torch import Tensor
 
 from ringflash.errors import ArgumentError
 from ringflash.kernels.intervals import KeyIntervals, causal_intervals
+from ringflash.kernels.key_blocks import BlockPlaces, unit_of
 from ringflash.kernels.modifiers import Modifiers
 from ringflash.kernels.select import select
 from ringflash.kernels.sums import Part as SumPart
+from ringflash.kernels.whole_backward import whole_backward
 from ringflash.launch.doctor import usable_cores
 from ringflash.launch.flags import as_flags
 
@@ -48,7 +52,11 @@ class Form:
         dtype: of query, key and value.
         head_dims: of query and key, and of value.
         heads: of query, and of key and value.
-        sink_tokens: whether the mask has them.
+        window: tokens in front of a query that it sees, where they are few; 0 for any mask.
+        blocks: tokens of a block of the mask's layout, into multiples of which ranks and documents divide the sequence;
+            0 for none.
+        sink_tokens: whether the mask has them; not beside blocks.
+        sinks: whether learned sinks join the softmax, of the dtype of query.
         softcap: as in `attention`; and so are the others.
         alibi: whether there are slopes.
         dropout: probability.
@@ -59,7 +67,10 @@ class Form:
     dtype: torch.dtype
     head_dims: tuple[int, int]
     heads: tuple[int, int]
+    window: int = 0
+    blocks: int = 0
     sink_tokens: bool = False
+    sinks: bool = False
     softcap: float = 0.0
     alibi: bool = False
     dropout: float = 0.0
@@ -85,16 +96,19 @@ class Part:
         backward: which pass.
         carried: whether it goes on with the result of an earlier stage.
         kept_exact: whether its result, and so the gradient of keys, stays in float32 for a later stage or another rank.
+        whole: whether it is all that a call does, as on one GPU.
     """
 
     form: Form
     backward: bool
     carried: bool
     kept_exact: bool
+    whole: bool = False
 
     def __str__(self) -> str:
         stage = {(False, False): "alone", (False, True): "first", (True, True): "between", (True, False): "last"}
-        return f"{self.form}: {'backward' if self.backward else 'forward'}, {stage[self.carried, self.kept_exact]}"
+        name = "on one GPU" if self.whole else stage[self.carried, self.kept_exact]
+        return f"{self.form}: {'backward' if self.backward else 'forward'}, {name}"
 
 
 @dataclass(frozen=True)
@@ -119,7 +133,10 @@ def parts_of(forms: Sequence[Form], ranks: bool = True) -> list[Part]:
         forms: of the job.
         ranks: whether there are several, so that stages follow each other; otherwise on one GPU only.
     """
-    stages = itertools.product((False, True), repeat=2) if ranks else [(False, False)]
+    if ranks:  # where a rank's tokens leap, rows behind see twice as many keys together, or too many
+        windows = ([replace(form, window=n) for n in (form.window, 2 * form.window, 0)] for form in forms)
+        forms = list(dict.fromkeys(itertools.chain.from_iterable(windows)))
+    stages = [(False, False, True), *itertools.product((False, True), (False, True), (False,))][: 5 if ranks else 1]
     parts = [Part(form, backward, *stage) for stage in stages for form in forms for backward in (False, True)]
     return sorted(parts, key=lambda part: part.backward)
 
@@ -180,28 +197,40 @@ def _launch(kernels: ModuleType, part: Part, device: torch.device) -> None:
     lse, intervals, modifiers = zeros(heads, ROWS, dtype=exact), _intervals(form, device), _modifiers(form, device)
     dtype = exact if part.kept_exact else form.dtype
     settings: dict[str, Any] = {"scale": dim**-0.5, "modifiers": modifiers}
+    sinks = zeros(heads) if form.sinks and not part.kept_exact else None  # they join the last launch
     if not part.backward:
         carry = (zeros(ROWS, heads, value_dim, dtype=exact), lse) if part.carried else None
-        kernels.attend(query, key, value, intervals, carry=carry, out_dtype=dtype, **settings)
+        kernels.attend(query, key, value, intervals, carry=carry, out_dtype=dtype, sinks=sinks, **settings)
         return
-    dout = zeros(ROWS, heads, value_dim)
+    if sinks is not None:
+        kernels.sink_gradient(sinks, lse, lse)
+    dout, settings = zeros(ROWS, heads, value_dim), {**settings, "deterministic": form.deterministic}
+    if part.whole:
+        whole_backward(kernels, dout, query, key, value, dout, lse, None, intervals, **settings)
+        return
     delta = kernels.row_delta(dout, dout)
-    _, *sums = kernels.attend_backward(
-        dout, query, key, value, lse, delta, intervals,
-        carry=zeros(*query.shape, dtype=exact) if part.carried else None,
-        dquery_dtype=dtype, dkey_dtype=dtype, deterministic=form.deterministic, **settings,
-    )  # fmt: skip
-    if part.kept_exact:  # gradients of keys are sums of what several ranks find
-        rows = slice(0, ROWS)
-        kernels.add_rows(sums, [SumPart(i, rows, x.data_ptr(), lambda x=x: x) for i, x in enumerate(sums)])
+    # Of a narrow window one launch may have all keys, some of which are another rank's.
+    for dkey_dtype in dict.fromkeys((dtype, exact if form.window else dtype)):
+        _, *sums = kernels.attend_backward(
+            dout, query, key, value, lse, delta, intervals,
+            carry=zeros(*query.shape, dtype=exact) if part.carried else None,
+            dquery_dtype=dtype, dkey_dtype=dkey_dtype, **settings,
+        )  # fmt: skip
+        if dkey_dtype == exact != form.dtype:  # gradients of keys are sums of what several ranks find
+            rows = slice(0, ROWS)
+            kernels.add_rows(sums, [SumPart(i, rows, x.data_ptr(), lambda x=x: x) for i, x in enumerate(sums)])
 
 
 def _intervals(form: Form, device: torch.device) -> KeyIntervals:
-    intervals = causal_intervals(ROWS, ROWS, device)
-    if not form.sink_tokens:
+    start, stop = (getattr(causal_intervals(ROWS, ROWS, device), name) for name in ("start", "stop"))
+    tokens = [torch.zeros(ROWS, dtype=torch.int32, device=device) for _ in range(2 * form.sink_tokens)]
+    band = form.window + 1 if form.window else None
+    intervals = KeyIntervals((stop - band).clamp(min=0) if band else start, stop, ROWS, *tokens, band=band)
+    if not form.blocks:
         return intervals
-    none = torch.zeros(ROWS, dtype=torch.int32, device=device)
-    return KeyIntervals(intervals.start, intervals.stop, ROWS, none, none.clone())
+    count, place = -(-ROWS // form.blocks), torch.arange(ROWS, dtype=torch.int32) // form.blocks
+    places = BlockPlaces(place, place, (unit_of(place), unit_of(place))).to(device)
+    return intervals.with_blocks(places.showing(torch.ones(1, count, count, dtype=torch.bool, device=device)))
 
 
 def _modifiers(form: Form, device: torch.device) -> Modifiers | None:
@@ -243,7 +272,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--heads", type=_pairs, required=True, help="query's/key's: 32/8; of one rank, if split")
     parser.add_argument("--dtypes", type=_dtypes, default=[torch.bfloat16], help=f"{', '.join(DTYPES)} (bfloat16)")
     parser.add_argument("--one-gpu", action="store_true", help="nothing for several ranks")
+    parser.add_argument("--window", type=int, default=0, help="tokens in front of a query, where they are few (any)")
+    parser.add_argument("--blocks", type=int, default=0, help="tokens of a block of the mask's layout (none)")
     parser.add_argument("--sink-tokens", action="store_true", help="first tokens stay visible behind a window")
+    parser.add_argument("--sinks", action="store_true", help="learned sinks, of query's dtype")
     parser.add_argument("--softcap", type=float, default=0.0, help="bound of the scores (none)")
     parser.add_argument("--alibi", action="store_true", help="with ALiBi slopes")
     parser.add_argument("--dropout", type=float, default=0.0, help="probability (0)")
@@ -254,7 +286,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _forms(options: argparse.Namespace) -> list[Form]:
-    names = ("sink_tokens", "softcap", "alibi", "dropout", "padding", "deterministic")
+    names = ("window", "blocks", "sink_tokens", "sinks", "softcap", "alibi", "dropout", "padding", "deterministic")
     features = {name: getattr(options, name) for name in names}
     chosen = itertools.product(options.dtypes, options.head_dims, options.heads)
     return [Form(dtype, head_dims, heads, **features) for dtype, head_dims, heads in chosen]

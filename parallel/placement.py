@@ -213,7 +213,7 @@ class Placement:
         for index, rules in enumerate(self.rules):
             if rules is mask or rules == mask:
                 return index
-        self._add(mask)
+        self._add(mask.planned())  # a layout that a call brings is not kept
         return len(self.masks) - 1
 
     @cached_property

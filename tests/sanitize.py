@@ -32,6 +32,7 @@ from oracle import (
 from ringflash import flash_attn_with_kvcache
 from ringflash.kernels.intervals import KeyIntervals, causal_intervals
 from ringflash.kernels.select import select
+from ringflash.kernels.whole_backward import whole_backward
 
 HEADS = (4, 2)
 
@@ -93,6 +94,22 @@ def check_blocks(name: str, dim: int) -> None:
         print(f"{name} {dim} blocks of {sizes}", flush=True)
 
 
+def check_narrow() -> None:
+    """Rows that see few keys, of which the host knows; tiles and passes of every kind."""
+    row = torch.arange(301, device="cuda")
+    for dim, heads, window in ((64, (16, 2), 128), (64, (4, 2), 30), (128, (3, 3), 128), (128, (8, 1), 40)):
+        intervals = KeyIntervals((row + 1 - window).clamp(min=0), row + 1, len(row), band=window)
+        problem = draw_problem(intervals, heads, (dim, dim), torch.bfloat16)
+        kernels = select("cuda", torch.bfloat16, dim, dim, "hopper")
+        operands = problem.query, problem.key, problem.value
+        out, lse = kernels.attend(*operands, intervals, scale=problem.scale, sinks=torch.zeros(heads[0], device="cuda"))
+        of_rows = out, lse, problem.dlse, intervals
+        gradients = whole_backward(kernels, problem.dout, *operands, *of_rows, scale=problem.scale)
+        for x in (out, lse, *gradients):
+            assert x.isfinite().all()
+        print(f"hopper {dim} narrow", flush=True)
+
+
 def check_decoding() -> None:
     """A new token appended to a cache and to a paged one."""
     for page in (None, 16):
@@ -123,6 +140,7 @@ PARTS = {
     "hopper-chunks": check_chunks,
     "blocks": functools.partial(check_blocks, "triton", 64),
     "hopper-blocks": lambda: [check_blocks("hopper", dim) for dim in (64, 128, 256)],
+    "hopper-narrow": check_narrow,
     "decoding": check_decoding,
 }
 

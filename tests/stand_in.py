@@ -21,7 +21,7 @@ from ringflash.kernels.gpu import add_rows, block_lists, direct_launch, row_delt
 from ringflash.kernels.hopper import backward as hopper_backward
 from ringflash.kernels.hopper import checks as hopper_checks
 from ringflash.kernels.hopper import forward as hopper_forward
-from ringflash.kernels.hopper import widest
+from ringflash.kernels.hopper import narrow, widest
 from ringflash.kernels.kept import Kept
 from ringflash.kernels.triton import attend as triton
 from ringflash.kernels.triton.attend import backward, checks, forward
@@ -163,5 +163,6 @@ def stand_in(kernels: ModuleType = triton, by_driver: bool = True) -> Iterator[S
         mock.patch.multiple(widest, prepared_calls=Kept()),
         mock.patch.multiple(add_rows, launchers=Kept()),
         mock.patch.multiple(block_lists, _kept=Kept()),
+        mock.patch.multiple(narrow, prepared_forwards=Kept(), prepared_backwards=Kept()),
     ):
         yield found

@@ -430,6 +430,31 @@ def test_opcheck_of_the_operator(features: dict) -> None:
     torch.library.opcheck(operator, (*leaves, *arguments[3:]))
 
 
+def test_on_the_meta_device_there_are_shapes_alone() -> None:
+    query = torch.empty(1, 6, 4, 8, device="meta", requires_grad=True)
+    key = torch.empty(1, 6, 2, 8, device="meta", requires_grad=True)
+    out, lse = attention(query, key, key)
+    assert (out.shape, lse.shape, out.device.type) == ((1, 6, 4, 8), (1, 4, 6), "meta")
+    out.sum().backward()
+    assert (query.grad.shape, key.grad.shape) == (query.shape, key.shape)
+
+
+def test_a_gradient_of_zeros_without_memory_comes_to_kernels_as_one_with_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given, backward = [], operators.backward
+
+    def noted(dout: Tensor, *others: object) -> tuple[Tensor, ...]:
+        given.append(dout.data_ptr())
+        return backward(dout, *others)
+
+    monkeypatch.setattr(operators, "backward", noted)
+    query = torch.randn(1, 6, 4, 8, requires_grad=True)
+    attention(query, query, query)[0].sgn().sum().backward()  # torch gives a sign's gradient as such zeros
+    assert given[0]
+    assert not query.grad.any()
+
+
 # Refusals
 
 GOOD = Case(((6, 6),) * 2)

@@ -19,7 +19,11 @@ LEAD = "lead of "
 METADATA = "ringflash"
 """Key of a trace under which timeline.py notes what the profiler does not know."""
 
-ATTENTION = ("attend_kernel", "attend_backward_kernel", "attend_backward_wide_kernel", "dquery_kernel", "dkey_kernel")
+ATTENTION = (
+    "attend_kernel", "attend_backward_kernel", "attend_backward_wide_kernel", "attend_backward_split_kernel",
+    "attend_narrow_kernel", "dquery_narrow_kernel", "dkey_narrow_kernel",
+    "attend_widest_kernel", "dvalue_widest_kernel", "dscores_widest_kernel", "dquery_kernel", "dkey_kernel",
+)  # fmt: skip
 KERNELS = ("attention", "other kernel")
 """Kinds of events that hold SMs; NCCL's hold some of them, and count as copies."""
 COPIES = ("copy", "nccl", "own copy")

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from triton import knobs
 
-from ringflash.kernels.gpu.cuda_driver import checked, library
+from ringflash.kernels.cuda_driver import checked, library
 
 NUMBERS = {"i32": "<i", "u32": "<I", "i64": "<q", "u64": "<Q", "fp32": "<f", "fp64": "<d"}
 """How numbers lie among parameters, by Triton's names of their types; others are left to Triton."""

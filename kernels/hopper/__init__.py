@@ -7,15 +7,16 @@ sink_tokens (which keys beside), listed_blocks (which blocks in place of a range
 to), forward_kernel and forward (the kernel and its launch); backward_order, backward_tokens, rows_visited and
 backward_work (what a program of the backward works on), dquery_accumulate (how the query's gradient leaves it) and
 dquery_in_turn (in which order, where it has to repeat), backward_kernel, backward_wide_kernel, backward_split_kernel
-and backward; widest_work, widest_forward_kernel, widest_backward_kernel and widest (all of that at head dimension 512);
-compat holds what differs between triton's versions.
+and backward; narrow_kernels and narrow (rows that see few keys); widest_work, widest_forward_kernel,
+widest_backward_kernel and widest (all of that at head dimension 512); compat holds what differs between triton's
+versions.
 """
 
 from ringflash.kernels.gpu.add_rows import add_rows
 from ringflash.kernels.gpu.row_delta import row_delta
 from ringflash.kernels.gpu.sink_gradient import sink_gradient
-from ringflash.kernels.hopper.backward import attend_backward
+from ringflash.kernels.hopper.backward import attend_backward, whole_backward
 from ringflash.kernels.hopper.checks import supports
 from ringflash.kernels.hopper.forward import attend
 
-__all__ = ["add_rows", "attend", "attend_backward", "row_delta", "sink_gradient", "supports"]
+__all__ = ["add_rows", "attend", "attend_backward", "row_delta", "sink_gradient", "supports", "whole_backward"]

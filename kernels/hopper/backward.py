@@ -45,11 +45,13 @@ from ringflash.kernels.hopper.dquery_accumulate import HALF
 from ringflash.kernels.hopper.dquery_in_turn import PARTS, heads_in_turn, turns_of_tiles
 from ringflash.kernels.hopper.dropout import dropout_numbers, listed
 from ringflash.kernels.hopper.listed_blocks import list_numbers, list_tensors
+from ringflash.kernels.hopper.narrow import backward_narrow, tiles_for
 from ringflash.kernels.hopper.widths import WIDEST, WIDTHS, width_of
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.kept import Kept, metadata
 from ringflash.kernels.modifiers import Modifiers
 from ringflash.kernels.triton import attend as portable
+from ringflash.kernels.whole_backward import Gradients
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,11 @@ def attend_backward(
     gradients that have to repeat bit for bit come from the portable kernels. So do those with modifiers, sink tokens or
     blocks at head dimension 512.
     """
+    if carry is None and modifiers is None and dkey_dtype in (None, key.dtype, torch.float32):
+        narrow = tiles_for(query, value, intervals, dquery_dtype, more=True)
+        if narrow is not None:
+            operands = dout, query, key, value
+            return backward_narrow(operands, (lse, delta, None), intervals, scale, dkey_dtype, narrow)[:3]
     simple = not intervals.has_sink_tokens and intervals.blocks is None
     is_widest = query.shape[2] == WIDEST
     if (deterministic and not simple) or (is_widest and not widest.takes(intervals, modifiers)):
@@ -167,6 +174,30 @@ def attend_backward(
         prepared = PreparedBackward(operands, numbers, intervals, scale, dkey_dtype, tiles, deterministic, modifiers)
         prepared_calls.add(call, prepared)
     return prepared(operands, numbers, intervals, dquery_dtype, modifiers)
+
+
+def whole_backward(
+    dout: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    intervals: KeyIntervals,
+    *,
+    scale: float,
+    modifiers: Modifiers | None = None,
+    dquery_dtype: torch.dtype | None = None,
+    dkey_dtype: torch.dtype | None = None,
+    deterministic: bool = False,
+) -> Gradients | None:
+    """See `ringflash.kernels.whole_backward`. The gradients of narrow kernels repeat bit for bit in any case."""
+    if modifiers is not None or dkey_dtype not in (None, key.dtype, torch.float32):
+        return None
+    narrow = tiles_for(query, value, intervals, dquery_dtype, more=dkey_dtype not in (None, key.dtype))
+    operands = dout, query, key, value
+    return narrow and backward_narrow(operands, (lse, None, dlse), intervals, scale, dkey_dtype, narrow)
 
 
 prepared_calls = Kept()

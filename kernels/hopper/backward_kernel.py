@@ -29,7 +29,7 @@ from ringflash.kernels.gpu.block_lists import ListOperands
 from ringflash.kernels.gpu.compile_once import compiled_once
 from ringflash.kernels.hopper.backward_tokens import Tokens, mask_of
 from ringflash.kernels.hopper.backward_work import Inputs, Sums, allocate_buffers, find_work, produce, unseen_zero
-from ringflash.kernels.hopper.blocks import block_columns, block_rows, flat_layout, head_place, store_block
+from ringflash.kernels.hopper.blocks import block_columns, block_rows, flat_layout, head_place, store_part
 from ringflash.kernels.hopper.compat import meet, release, store_wait
 from ringflash.kernels.hopper.dquery_accumulate import HALF, add_earlier, lay_down
 from ringflash.kernels.hopper.dquery_in_turn import (
@@ -274,19 +274,28 @@ def consume(
         store_float(tokens.dvalue_slots_ptr, dvalue, row, row + HALF, heads, head, DIMS[1], 0, SUMS)
         store_float(tokens.dkey_slots_ptr, dkey * gradient_scale, row, row + HALF, heads, head, DIMS[0], 0, SUMS)
     else:
-        store_sums(work, sums, dkey, dvalue, gradient_scale, own_key, own_value, PART, FLOAT_OUT, DIMS, SUMS)
+        store_sums(
+            work, sums, dkey, dvalue, gradient_scale, key.index(0), value.index(0), own_key, own_value,
+            PART, FLOAT_OUT, DIMS, SUMS,
+        )  # fmt: skip
     store_wait(0)  # shared memory must outlive the reading of it
 
 
 @gluon.jit
 def store_sums(
-    work, sums, dkey, dvalue, scale, own_key, own_value,
+    work, sums, dkey, dvalue, scale, key, value, own_key, own_value,
     PART: gl.constexpr, FLOAT_OUT: gl.constexpr, DIMS: gl.constexpr, SUMS: gl.constexpr,
 ):  # fmt: skip
     """Write a warpgroup's 64 rows of both gradients."""
     first_row, head = work.first_key + PART * HALF, work.key_head
-    store_sum(sums, sums.dvalue_desc, sums.dvalue_ptr, dvalue, own_value, first_row, head, DIMS[1], FLOAT_OUT, SUMS)
-    store_sum(sums, sums.dkey_desc, sums.dkey_ptr, dkey * scale, own_key, first_row, head, DIMS[0], FLOAT_OUT, SUMS)
+    store_sum(
+        sums, sums.dvalue_desc, sums.dvalue_ptr, dvalue, value, own_value, first_row, head,
+        PART, DIMS[1], FLOAT_OUT, SUMS,
+    )  # fmt: skip
+    store_sum(
+        sums, sums.dkey_desc, sums.dkey_ptr, dkey * scale, key, own_key, first_row, head,
+        PART, DIMS[0], FLOAT_OUT, SUMS,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -348,26 +357,28 @@ def weigh(scores, lse, scale_log2, bend, positions, slopes, key_position, ALIBI:
 
 @gluon.jit
 def store_sum(
-    sums, desc, ptr, total, staging, first_row, key_head,
-    DIM: gl.constexpr, FLOAT_OUT: gl.constexpr, SUMS: gl.constexpr, COLUMN: gl.constexpr = 0,
+    sums, desc, ptr, total, whole, own, first_row, key_head,
+    PART: gl.constexpr, DIM: gl.constexpr, FLOAT_OUT: gl.constexpr, SUMS: gl.constexpr, COLUMN: gl.constexpr = 0,
 ):  # fmt: skip
     """Write columns from COLUMN on of 64 key rows' gradient.
 
-    In fp32 straight from registers, in 16 bits through the rows' own place: whole, or by the columns of desc's blocks.
+    In fp32 straight from registers, in 16 bits through the rows' own place in `whole`, by the columns of desc's blocks.
     """
-    D: gl.constexpr = staging.shape[1]
+    D: gl.constexpr = own.shape[1]
     if FLOAT_OUT:
         store_float(ptr, total, first_row, sums.key_rows, sums.key_heads, key_head, DIM, COLUMN, SUMS)
     else:
         BLOCK: gl.constexpr = block_columns(desc)
-        staging.store(total.to(staging.dtype))
+        PARTS: gl.constexpr = whole.shape[0] // HALF
+        own.store(total.to(own.dtype))
         fence_async_shared()
         place = head_place(desc, key_head, DIM)
         if BLOCK == D:
-            store_block(desc, first_row, place, COLUMN, staging)
+            store_part(desc, first_row, place, COLUMN, whole, own, PART)
         else:
-            for column in gl.static_range(0, D, BLOCK):
-                store_block(desc, first_row, place, COLUMN + column, staging.slice(column, BLOCK, 1))
+            for i in gl.static_range(D // BLOCK):
+                columns = own.slice(i * BLOCK, BLOCK, 1)
+                store_part(desc, first_row, place, COLUMN + i * BLOCK, whole, columns, i * PARTS + PART)
 
 
 @gluon.jit

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ringflash.kernels.gpu.block_lists import ListOperands
 from ringflash.kernels.gpu.compile_once import compiled_once
-from ringflash.kernels.hopper.backward_kernel import hide, rows_seeing, store_sum, weigh
+from ringflash.kernels.hopper.backward_kernel import hide, rows_seeing, store_sum, store_sums, weigh
 from ringflash.kernels.hopper.backward_tokens import Tokens
 from ringflash.kernels.hopper.backward_work import Inputs, Sums, allocate_buffers, find_work, produce, unseen_zero
 from ringflash.kernels.hopper.blocks import FIRST, add_block, block_rows, flat_layout, head_place
@@ -183,12 +183,13 @@ def consume_split(
     add_columns(sums.dquery_desc, dquery.index(PART), row, head, DIMS[0], FIRST)
     first_row, head = work.first_key + PART * HALF, work.key_head
     own_key, own_value = key.index(0).slice(PART * HALF, HALF, 0), value.index(0).slice(PART * HALF, HALF, 0)
-    own_rest = buffers.key_rest.index(0).slice(PART * HALF, HALF, 0)
-    store_sum(sums, sums.dvalue_desc, sums.dvalue_ptr, dvalue, own_value, first_row, head, DIMS[1], FLOAT_OUT, SUMS)
-    store_sum(sums, sums.dkey_desc, sums.dkey_ptr, dkey * scale, own_key, first_row, head, DIMS[0], FLOAT_OUT, SUMS)
+    whole_rest = buffers.key_rest.index(0)
+    store_sums(
+        work, sums, dkey, dvalue, scale, key.index(0), value.index(0), own_key, own_value, PART, FLOAT_OUT, DIMS, SUMS
+    )
     store_sum(
-        sums, dkey_rest_desc, sums.dkey_ptr, dkey_rest * scale, own_rest, first_row, head, DIMS[0], FLOAT_OUT,
-        SUMS_REST, FIRST,
+        sums, dkey_rest_desc, sums.dkey_ptr, dkey_rest * scale, whole_rest, whole_rest.slice(PART * HALF, HALF, 0),
+        first_row, head, PART, DIMS[0], FLOAT_OUT, SUMS_REST, FIRST,
     )  # fmt: skip
     store_wait(0)
 

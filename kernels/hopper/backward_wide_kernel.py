@@ -23,7 +23,7 @@ from ringflash.kernels.gpu.compile_once import compiled_once
 from ringflash.kernels.hopper.backward_kernel import store_float
 from ringflash.kernels.hopper.backward_tokens import Tokens, mask_of
 from ringflash.kernels.hopper.backward_work import Inputs, Sums, allocate_buffers, find_work, produce, unseen_zero
-from ringflash.kernels.hopper.blocks import block_rows, flat_layout, head_place, store_block
+from ringflash.kernels.hopper.blocks import block_rows, flat_layout, head_place, store_part
 from ringflash.kernels.hopper.compat import meet, release, store_wait
 from ringflash.kernels.hopper.dquery_accumulate import HALF, add_earlier, add_part, lay_down
 from ringflash.kernels.hopper.dquery_in_turn import (
@@ -303,4 +303,4 @@ def store_columns(
         half = staging.slice(PART * (D // 2), D // 2, 1)
         half.store(total.to(staging.dtype))
         fence_async_shared()
-        store_block(desc, first_row, head_place(desc, key_head, DIM), PART * (D // 2), half)
+        store_part(desc, first_row, head_place(desc, key_head, DIM), PART * (D // 2), staging, half, PART)

@@ -48,10 +48,7 @@ def flat_layout(desc):
 
 @gluon.jit
 def with_head(desc, block):
-    """A block of rows and columns as the engine wants it.
-
-    If it is some rows of a larger block, then of 64 columns: those next to them lie as far as the larger one has rows.
-    """
+    """A block of rows and columns as the engine wants it."""
     if has_head_dimension(desc):
         block = reinterpret(block, desc.dtype, desc.block_type.shape, desc.layout)
     return block
@@ -82,6 +79,23 @@ def store_block(desc, row, place, column, block):
         async_store(desc, [place, row, column], with_head(desc, block))
     else:
         async_store(desc, [row, place + column], block)
+
+
+@gluon.jit
+def store_part(desc, row, place, column, whole, own, part):
+    """As `store_block`, of the part `own` of a block `whole`.
+
+    It is the part of that number as they lie in memory: some rows of 64 columns, then those of the next 64; or columns
+    of all rows.
+    """
+    if has_head_dimension(desc):
+        # Of the whole, as triton 3.8 does not reinterpret a part.
+        count: gl.constexpr = whole.shape[0] * whole.shape[1] // (block_rows(desc) * block_columns(desc))
+        shape: gl.constexpr = [count, 1, block_rows(desc), block_columns(desc)]
+        parts = reinterpret(whole, desc.dtype, shape, desc.layout)
+        async_store(desc, [place, row, column], parts.index(part))
+    else:
+        async_store(desc, [row, place + column], own)
 
 
 @gluon.jit

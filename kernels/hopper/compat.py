@@ -60,3 +60,6 @@ def meet(NAME: gl.constexpr):
     gl.inline_asm_elementwise(
         "bar.sync " + NAME + ", 256; mov.b32 $0, $1;", "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1
     )
+
+
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # renamed in 3.7

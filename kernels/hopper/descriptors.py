@@ -45,6 +45,16 @@ def descriptor(x: Tensor, rows: int, columns: int, padded: bool = False) -> Tens
     )
 
 
+def box_descriptor(x: Tensor, rows: int, heads: int, columns: int) -> TensorDescriptor:
+    """Boxes of rows of several neighbouring heads of an addressable (rows, heads, dim) tensor.
+
+    In shared memory the heads of a row follow each other, as one row of a head after another. Rows, heads and columns
+    behind the last are read as zeros and not written.
+    """
+    layout = gl.NVMMASharedLayout.get_default_for([rows, heads, columns], GLUON_DTYPES[x.dtype])
+    return TensorDescriptor(x, list(x.shape), [x.stride(0), x.stride(1), 1], [rows, heads, columns], layout)
+
+
 def part_descriptors(
     x: Tensor, rows: int, parts: tuple[int, ...], stored: tuple[int, ...] | None = None
 ) -> list[Description | None]:

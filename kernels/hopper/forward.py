@@ -25,6 +25,7 @@ from ringflash.kernels.hopper.descriptors import (
 from ringflash.kernels.hopper.dropout import dropout_numbers, listed
 from ringflash.kernels.hopper.forward_kernel import LOG2_E, ROWS, attend_kernel
 from ringflash.kernels.hopper.listed_blocks import list_numbers, list_tensors
+from ringflash.kernels.hopper.narrow import attend_narrow, tiles_for
 from ringflash.kernels.hopper.schedule import head_section
 from ringflash.kernels.hopper.score_changes import key_numbers
 from ringflash.kernels.hopper.sink_tokens import token_pieces
@@ -89,6 +90,10 @@ def attend(
 
     Modifiers, sink tokens and blocks at head dimension 512 come from the portable kernels.
     """
+    if carry is None and modifiers is None:
+        narrow = tiles_for(query, value, intervals, out_dtype, more=sinks is not None)
+        if narrow is not None:
+            return attend_narrow(query, key, value, intervals, scale, sinks, narrow)
     out_dtype = out_dtype or query.dtype
     if sinks is not None and (modifiers is not None or query.shape[2:] + value.shape[2:] not in SINKS_JOIN):
         settings = {"scale": scale, "modifiers": modifiers, "carry": carry, "out_dtype": torch.float32}

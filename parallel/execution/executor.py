@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ringflash.kernels.reference import Carry
 from ringflash.kernels.sinks import with_sinks
+from ringflash.kernels.whole_backward import whole_backward
 from ringflash.parallel.execution.call import NEEDS, Inputs, Located, Ready, Settings, prepare
 from ringflash.parallel.execution.crossing import Crossing
 from ringflash.parallel.execution.gradients import KeyGradients
@@ -120,6 +121,8 @@ def backward(
     accumulator = torch.promote_types(query.dtype, torch.float32)
     dquery: Tensor | None = None
     parts: list[Tensor] | None = None
+    alone = ready.transport is None and ready.program.is_one_launch
+    delta: Tensor | None = None
 
     def body(stage: StageProgram, at_hand: Rows) -> None:
         nonlocal dquery, parts
@@ -141,6 +144,25 @@ def backward(
             found = ([dkey] if needs_key else []) + ([dvalue] if needs_value else [])
             parts = found if parts is None else [a.add_(b) for a, b in zip(parts, found, strict=True)]
 
+    def only_body(stage: StageProgram, at_hand: Rows) -> None:
+        nonlocal dquery, parts, delta
+        [launch] = stage.launches
+        dquery, dkey, dvalue, delta = whole_backward(
+            ready.kernels,
+            dout,
+            query,
+            at_hand[0],
+            at_hand[1],
+            out,
+            lse,
+            dlse,
+            launch.intervals if launch.places is None else launch.showing(ready.inputs.blocks),
+            scale=settings.scale,
+            modifiers=ready.modifiers(stage, at_hand),
+            deterministic=settings.deterministic,
+        )
+        parts = ([dkey] if needs_key else []) + ([dvalue] if needs_value else [])
+
     def settle(stage: StageProgram) -> None:
         nonlocal parts
         if parts is None and stage.returns:  # the body failed, and others wait for what this rank owes them
@@ -150,16 +172,17 @@ def backward(
 
     try:
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-        delta = ready.kernels.row_delta(dout, out, dlse)
-        of_rows = dout, lse, delta
-        if ready.exchange is not None:
-            ready, crossing = cross(ready, of_rows, table)
-            of_rows = crossing.of_rows
+        if not alone:
+            of_rows = dout, lse, ready.kernels.row_delta(dout, out, dlse)
+            delta = of_rows[2]
+            if ready.exchange is not None:
+                ready, crossing = cross(ready, of_rows, table)
+                of_rows = crossing.of_rows
         at = ready.inputs
         wanted = ([at.key] if needs_key else []) + ([at.value] if needs_value else [])
         copied = crossing is not None and crossing.copied
         gradients = KeyGradients(wanted, ready.kernels, ready.program, ready.transport, copied)
-        walk = Walk(ready, body, settle)
+        walk = Walk(ready, only_body if alone else body, settle)
     except Exception as error:
         ready.refuse(error)
         raise

@@ -54,6 +54,12 @@ class Program:
     given: tuple[tuple[int, int], ...] = ()
 
     @cached_property
+    def is_one_launch(self) -> bool:
+        """Whether all work is one launch, of all own keys as they lie."""
+        launches = [launch for pieces in self.backward_stages for piece in pieces for launch in piece.launches]
+        return len(launches) == 1 and self.stages[0].everything
+
+    @cached_property
     def pulls(self) -> tuple[tuple[Pull, ...], ...]:
         """For each stage, where what the next one attends to is to be found at its owners, in ascending order."""
         following = [*(stage.key_segments for stage in self.stages[1:]), ()]

@@ -16,6 +16,7 @@ from ringflash.parallel.planning.program import Program
 from ringflash.parallel.planning.pulls import Share
 from ringflash.parallel.planning.row_places import aligned, rows_at, runs_at, segment_positions
 from ringflash.parallel.planning.stage_program import Shipment, StageProgram
+from ringflash.parallel.positions.band import band_of_bounds, band_of_mask
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.segments import Segments, count, intersect, normalize
 from ringflash.parallel.positions.visibility import block_places, places, position_bounds
@@ -141,12 +142,15 @@ def _launches(
             _keys_before(bound, plan.stages[index].work, row[: len(queries)])
     on_device = torch.from_numpy(table).to(device)[..., : len(queries)]
     launches_of: list[tuple[Launch, ...]] = [()] * len(plan.stages)
-    for rows, index in zip(on_device.unbind(), working, strict=True):
+    of_mask = band_of_mask(mask)
+    for rows, on_host, index in zip(on_device.unbind(), table, working, strict=True):
         start, stop, *sinks = rows.unbind()
         keys, places = plan.stages[index].work, None
         if mask.has_layout:
             places = block_places(mask, boundaries, queries, segment_positions(keys), query_boundaries).to(device)
-        launches_of[index] = with_layout(mask, KeyIntervals(start, stop, count(keys), *sinks), places)
+        # Where positions leap rows see more keys together; that they may see fewer is no reason for another kernel.
+        band = None if of_mask is None else max(of_mask, band_of_bounds(*on_host[:, : len(queries)]))
+        launches_of[index] = with_layout(mask, KeyIntervals(start, stop, count(keys), *sinks, band=band), places)
     return launches_of
 
 

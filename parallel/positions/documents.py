@@ -41,8 +41,8 @@ def document_at(position: int, boundaries: Boundaries) -> int | None:
 
 
 def longest(boundaries: Boundaries) -> int:
-    """Tokens of the longest document."""
-    return max(b - a for a, b in itertools.pairwise(boundaries))
+    """Tokens of the longest document; 0 where there is none."""
+    return max((b - a for a, b in itertools.pairwise(boundaries)), default=0)
 
 
 def refine(

@@ -214,8 +214,8 @@ class Mask:
 
         The way out for masks that no other constructor describes: selected blocks, strides, global and random blocks,
         and what a model's own router chooses. It is exact, and works like other masks with every feature, on one device
-        and under every partition. Kernels visit the blocks that are shown and no others; multiples of 128 tokens suit
-        them best.
+        and under every partition. Kernels visit those of their own blocks of which something is shown and no others;
+        multiples of 128 tokens, of which they see all, suit them best.
 
         A layout on the host, as two dimensions, is part of the mask: plans move the keys that it shows, and to
         torch.compile it is a constant. A tensor on a device, or of three dimensions, the host does not read: it comes

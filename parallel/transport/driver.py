@@ -20,7 +20,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
-from ringflash.kernels.gpu.cuda_driver import checked, library
+from ringflash.kernels.cuda_driver import checked, library
 
 WAIT, WRITE = 1, 2
 """CU_STREAM_MEM_OP_WAIT_VALUE_32 and CU_STREAM_MEM_OP_WRITE_VALUE_32."""

@@ -32,12 +32,14 @@ class Compiled:
     """What one compiled kernel uses.
 
     Attributes:
+        registers: of a thread.
         spilled: bytes of registers that a thread stores to memory.
         shared: bytes of shared memory of a program.
         warnings: what ptxas says about wgmma that it serialised.
         binary: the machine code.
     """
 
+    registers: int
     spilled: int
     shared: int
     warnings: list[str]
@@ -58,11 +60,11 @@ class Caught:
     def __getitem__(self, grid):
         return self._record
 
-    def _record(self, *arguments, num_warps, **constants):
+    def _record(self, *arguments, num_warps, maxnreg=None, **constants):
         defaults = {x.name: x.default for x in self.kernel.params if x.has_default}
         self.constants = defaults | constants
         self.arguments = dict(zip(self.kernel.arg_names, arguments, strict=False)) | self.constants
-        self.num_warps = num_warps
+        self.options = {"num_warps": num_warps} | ({} if maxnreg is None else {"maxnreg": maxnreg})
 
 
 def catch(module, kernel_name: str, launch) -> Caught:
@@ -91,9 +93,12 @@ def compile_call(call: Caught) -> Compiled:
             signature[name], attributes[(index,)] = POINTERS[str(x.dtype)], [["tt.divisibility", 16]]
     source = GluonASTSource(call.kernel, signature, constants, attributes)
     with reporting():
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": call.num_warps})
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=call.options)
     report = compiled.metadata.ptxas
-    return Compiled(spilled(report), compiled.metadata.shared, list(serialised(report)), compiled.asm["cubin"])
+    registers = int(re.search(r"Used (\d+) registers", report)[1])
+    return Compiled(
+        registers, spilled(report), compiled.metadata.shared, list(serialised(report)), compiled.asm["cubin"]
+    )
 
 
 def disassemble(binary: bytes) -> str:

@@ -7,6 +7,7 @@ import inspect
 import re
 import struct
 import threading
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -49,6 +50,7 @@ FORMS = {
     "hopper, everything": with_everything() | {"kernels": hopper},
     "blocks": with_blocks(),
     "hopper, blocks": with_blocks() | {"kernels": hopper},
+    "hopper, narrow": plain(64) | {"kernels": hopper, "intervals": replace(causal_intervals(ROWS, ROWS), band=ROWS)},
 }
 
 
@@ -119,6 +121,28 @@ def test_a_direct_launch_is_given_the_arguments_of_its_own_call(
             assert x.strides == tuple(n * described.base.itemsize for n in reversed(described.strides[:-1]))
             assert len(x.block) == len(described.block_shape)
         assert [values[place] for place, _ in of.numbers] == [value for _, value in of.numbers]
+
+
+@pytest.mark.parametrize("kernels", [portable, hopper], ids=["triton", "hopper"])
+def test_blocks_of_keys_from_any_row_on_are_where_compiled_kernels_take_them_to_be(
+    monkeypatch: pytest.MonkeyPatch, kernels: ModuleType
+) -> None:
+    """Of one form, so that the kernels compiled for the first ones launch with the others."""
+    addresses, launch = [], DirectLaunch.__call__
+
+    def noted(direct: DirectLaunch, stream: int, arguments: list) -> bool:
+        addresses.extend(arguments[index].data_ptr() for _, index in direct._of.pointers)
+        return launch(direct, stream, arguments)
+
+    monkeypatch.setattr(DirectLaunch, "__call__", noted)
+    places = torch.arange(ROWS + 4, dtype=torch.int32) // 8
+    blocks = KeyBlocks(places[:ROWS], places, (1, 1), torch.ones(2, 9, 9, dtype=torch.bool))
+    with stand_in():
+        for first in range(4):
+            intervals = causal_intervals(ROWS, ROWS).with_blocks(blocks.of_keys(first, first + ROWS))
+            call(**plain(64) | {"intervals": intervals, "kernels": kernels})
+    assert addresses
+    assert not any(address % launcher.ALIGNMENT for address in addresses)
 
 
 def _shown(launched: Launched, of: Parameters) -> tuple[Launched, dict, dict]:

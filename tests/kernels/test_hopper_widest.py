@@ -1,7 +1,8 @@
-"""Which kernels the Hopper package launches at head dimension 512, without a GPU."""
+"""Which kernels the Hopper package launches at head dimension 512, and where it has none, without a GPU."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from unittest import mock
 
 import pytest
@@ -48,6 +49,24 @@ def test_modifiers_sink_tokens_and_blocks_go_to_the_portable_kernels(
         gradients = (query, query, key, value, numbers, numbers, intervals)
         hopper.attend_backward(*gradients, **settings, deterministic=deterministic)
     assert (ours.attend_backward.called, theirs.attend_backward.called) == (not portable, portable)
+
+
+@pytest.mark.parametrize("intervals", [TOKENS, BLOCKS], ids=["sink tokens", "blocks"])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_gradients_that_repeat_beside_sink_tokens_and_blocks_come_from_the_portable_kernels(
+    dim: int, intervals: KeyIntervals
+) -> None:
+    query, key, value = operands(dim, dim)
+    numbers = torch.zeros(2, 8)
+    of_rows = (query, query, key, value, numbers, numbers)
+    for shown, deterministic, portable in ((intervals, True, True), (intervals, False, False), (PLAIN, True, False)):
+        with (
+            mock.patch.object(backward, "portable") as theirs,
+            mock.patch.object(backward, "_call", side_effect=KeyError("its own")) as ours,
+            suppress(KeyError),
+        ):
+            hopper.attend_backward(*of_rows, shown, scale=0.1, deterministic=deterministic)
+        assert theirs.attend_backward.called == portable == (not ours.called)
 
 
 def test_values_of_another_head_dimension_are_refused() -> None:

@@ -64,7 +64,7 @@ class OfAnotherClass(Tensor):
     """As DTensor and tensors that stand for others while code is traced."""
 
 
-def test_nobody_listens_but_modes_transformations_profilers_and_tensors_of_other_classes() -> None:
+def test_nobody_listens_but_modes_transformations_profilers_and_tensors_out_of_the_ordinary() -> None:
     tensors = torch.ones(1), torch.nn.Parameter(torch.ones(1)), None
     listens = torch_private.nobody_listens
     assert listens(tensors)
@@ -72,10 +72,27 @@ def test_nobody_listens_but_modes_transformations_profilers_and_tensors_of_other
     for listening in (FlopCounterMode(display=False), torch.device("cpu"), torch.profiler.profile(), FakeTensorMode()):
         with listening:
             assert not listens(tensors)
+    for without in (torch.empty(1, device="meta"), torch._efficientzerotensor(1), torch._neg_view(torch.ones(1))):
+        assert not listens((*tensors, without))
     heard = []
     torch.func.vmap(lambda x: heard.append(listens(())) or x)(torch.ones(2))
     assert heard == [False]
     assert listens(tensors)
+
+
+def test_a_module_has_hooks_of_any_kind_until_they_are_removed() -> None:
+    module = torch.nn.Identity()
+    assert not torch_private.has_hooks(module)
+    for register in (
+        module.register_forward_hook,
+        module.register_forward_pre_hook,
+        module.register_full_backward_hook,
+        module.register_full_backward_pre_hook,
+    ):
+        hook = register(lambda *_: None)
+        assert torch_private.has_hooks(module)
+        hook.remove()
+        assert not torch_private.has_hooks(module)
 
 
 def test_any_requires_grad_looks_at_tensors_among_other_arguments() -> None:

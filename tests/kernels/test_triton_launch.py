@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -88,8 +89,9 @@ def shown(x: object) -> object:
         plain(64) | {"kernels": hopper},
         plain(128) | {"kernels": hopper, "carried": True, "deterministic": True},
         plain(256) | {"kernels": hopper},
+        plain(64) | {"kernels": hopper, "intervals": replace(causal_intervals(ROWS, ROWS), band=ROWS)},
     ],
-    ids=["D64", "D128", "everything", "hopper D64", "hopper D128, everything", "hopper D256"],
+    ids=["D64", "D128", "everything", "hopper D64", "hopper D128, everything", "hopper D256", "hopper, narrow"],
 )
 def test_repeated_launches_hand_the_driver_what_tritons_own_launches_do(driver: StandIn, form: dict) -> None:
     call(**form)
@@ -136,6 +138,18 @@ def test_operands_out_of_the_engines_reach_are_copied_in_every_call(driver: Stan
                 assert described.shape == [rows, (heads - 1) * head_stride + dim]
                 assert described.strides == [row_stride, 1]
     assert len(driver.launches) == 4 * 3 * 2 * 3
+
+
+def test_portable_kernels_describe_no_operand_at_an_odd_address(driver: StandIn) -> None:
+    """Also behind a call of the same form that had another tensor, which has no descriptor, at such an address."""
+    odd_lse, intervals = torch.zeros(1 + 2 * ROWS)[1:].view(2, ROWS), causal_intervals(ROWS, ROWS)
+    for offset in (0, 1, 0):
+        x = torch.zeros(ROWS * 128 + offset, dtype=torch.bfloat16)[offset:].view(ROWS, 2, 64)
+        kernels.attend(x, x, x, intervals, scale=1.0, carry=(x.float(), odd_lse), out_dtype=torch.float32)
+        kernels.attend_backward(x, x, x, x, odd_lse, odd_lse, intervals, scale=1.0)
+    described = [[y.base.data_ptr() % 16 for y in launch if hasattr(y, "block_shape")] for launch in driver.launches]
+    assert [len(x) for x in described] == [3, 4, 4, 0, 0, 0, 3, 4, 4]
+    assert not any(map(any, described))
 
 
 @pytest.mark.parametrize("offset", [1, 8])

@@ -73,7 +73,8 @@ class NoTransport:
 def both_ways(form: warm.Form, rank: int, ranks: int, mask: Mask) -> None:
     """A rank's whole call, forward and backward."""
     (heads, key_heads), (dim, value_dim) = form.heads, form.head_dims
-    length = 4 * (1024 if form.sink_tokens else 96)  # long enough for launches over all that see a sink token
+    # Long enough for launches over all that see a sink token, for shards of whole blocks, and longer than windows.
+    length = 4 * (1024 if form.sink_tokens or form.blocks or form.window > 48 else 96)
     sharding = Sharding(mask, seqlen=length, rank=rank, ranks=ranks)
     shapes = (heads, dim), (key_heads, dim), (key_heads, value_dim)
     leaves = [torch.zeros(1, sharding.tokens, *shape, dtype=form.dtype, requires_grad=True) for shape in shapes]
@@ -84,6 +85,7 @@ def both_ways(form: warm.Form, rank: int, ranks: int, mask: Mask) -> None:
         "dropout_seed": torch.zeros(1, dtype=torch.int64) if form.dropout else None,
         "key_padding_mask": torch.ones(1, sharding.tokens, dtype=torch.bool) if form.padding else None,
         "deterministic": form.deterministic,
+        "sinks": torch.zeros(heads, dtype=form.dtype, requires_grad=True) if form.sinks else None,
     }
     if ranks == 1:
         out, _ = attention(*leaves, mask=mask, group=ONE_DEVICE, **features)
@@ -101,13 +103,21 @@ def both_ways(form: warm.Form, rank: int, ranks: int, mask: Mask) -> None:
 
 
 CAUSAL, WITH_SINKS = Mask.causal(), Mask.sliding_window(40, 0, 4)
+IN_BLOCKS = CAUSAL & Mask.blocks(torch.ones(32, 32).tril().bool(), 128)
 BF16 = torch.bfloat16
 JOBS = {
     "hopper D128": (hopper, warm.Form(BF16, (128, 128), (8, 2)), CAUSAL),
     "hopper D256, fp16": (hopper, warm.Form(torch.float16, (256, 256), (4, 4)), CAUSAL),
     "hopper D256, deterministic": (hopper, warm.Form(BF16, (256, 256), (4, 4), deterministic=True), CAUSAL),
-    "hopper D64, window": (hopper, warm.Form(BF16, (64, 64), (4, 2)), Mask.sliding_window(40, 0)),
+    "hopper D64, narrow window": (hopper, warm.Form(BF16, (64, 64), (4, 2), window=40), Mask.sliding_window(40, 0)),
+    "hopper D64, window": (hopper, warm.Form(BF16, (64, 64), (4, 2)), Mask.sliding_window(300, 0)),
     "hopper D64, documents": (hopper, warm.Form(BF16, (64, 64), (4, 2)), CAUSAL & Mask.documents([0, 100, 384])),
+    "hopper D512": (hopper, warm.Form(BF16, (512, 512), (4, 2)), CAUSAL),
+    "hopper, blocks": (hopper, warm.Form(BF16, (128, 128), (8, 2), blocks=128), IN_BLOCKS),
+    "hopper, learned sinks": (hopper, warm.Form(BF16, (128, 128), (8, 2), sinks=True), CAUSAL),
+    "hopper, learned sinks, narrow window": (
+        hopper, warm.Form(BF16, (64, 64), (8, 2), window=63, sinks=True), Mask.sliding_window(63),
+    ),
     "hopper 192/128": (hopper, warm.Form(BF16, (192, 128), (4, 4)), CAUSAL),
     "hopper, sink tokens": (hopper, warm.Form(BF16, (64, 64), (8, 2), sink_tokens=True), WITH_SINKS),
     "hopper, softcap and ALiBi": (hopper, warm.Form(BF16, (128, 128), (8, 2), softcap=30.0, alibi=True), CAUSAL),
@@ -117,6 +127,8 @@ JOBS = {
     "portable, sink tokens": (portable, warm.Form(BF16, (64, 64), (8, 2), sink_tokens=True), WITH_SINKS),
     "portable, softcap and ALiBi": (portable, warm.Form(BF16, (64, 64), (8, 2), softcap=30.0, alibi=True), CAUSAL),
     "portable, dropout": (portable, warm.Form(BF16, (64, 64), (8, 2), dropout=0.1), CAUSAL),
+    "portable, blocks": (portable, warm.Form(BF16, (64, 64), (8, 2), blocks=128), IN_BLOCKS),
+    "portable, learned sinks": (portable, warm.Form(BF16, (64, 64), (8, 2), sinks=True), CAUSAL),
     "portable, padding": (portable, warm.Form(BF16, (64, 64), (8, 2), padding=True), CAUSAL),
 }  # fmt: skip
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringflash.kernels.gpu import cuda_driver
+from ringflash.kernels import cuda_driver
 from ringflash.parallel.transport import driver as transport_driver
 from ringflash.parallel.transport.driver import MOST_TOGETHER, WAIT, WRITE, Rectangle, Requests
 

@@ -5,6 +5,7 @@ Oracle: each group's heads by themselves on one device, under a mask that has th
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
 from unittest import mock
 
@@ -163,6 +164,16 @@ def _several_layouts() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         found.append(sharding.unshard(out, 1))
     assert len(sharding.masks) == 1
     return found, [group_by_group(problem)[0] for problem in problems]
+
+
+def test_a_sharding_keeps_no_layout_that_comes_with_calls():
+    mask, sharding = Problem(50, 2).mask(), Sharding(Mask.causal(), seqlen=50)
+    of_layout = weakref.ref(mask.blocks_given)
+    sharding.handle(mask)
+    Sharding(mask, seqlen=50).handle(mask)
+    assert [x.routed is not None for x in sharding.masks] == [False, True]
+    del mask
+    assert of_layout() is None
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

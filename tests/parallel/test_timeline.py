@@ -20,7 +20,7 @@ from timeline_trace import Event, Pass, gaps, on_one_clock, read
 
 from ringflash import Mask, Sharding
 from ringflash.functional import attention
-from ringflash.parallel.execution import executor
+from ringflash.kernels.select import select
 
 TORCHS = (
     "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>, std::array<char*, 1ul> >(int)"
@@ -178,8 +178,8 @@ def test_a_case_that_the_suite_does_not_have_is_refused() -> None:
 
 def noted_and_launched(plan: str) -> tuple[dict[str, list[int]], dict[str, int]]:
     """What is noted of stages for a trace, and how many launches there were."""
-    launched = {"attend": 0, "attend_backward": 0}
-    right = {name: getattr(executor, name) for name in launched}
+    launched, kernels = {"attend": 0, "attend_backward": 0}, select("cpu", torch.float32, 8)
+    right = {name: getattr(kernels, name) for name in launched}
 
     def counted(name: str):
         def launch(*arguments: object, **named: object) -> object:
@@ -193,11 +193,11 @@ def noted_and_launched(plan: str) -> tuple[dict[str, list[int]], dict[str, int]]
     query, key, value = (torch.randn(1, sharding.tokens, 2, 8, requires_grad=True) for _ in range(3))
     try:
         for name in launched:
-            setattr(executor, name, counted(name))
+            setattr(kernels, name, counted(name))
         attention(query, key, value, sharding=sharding)[0].sum().backward()
     finally:
         for name, function in right.items():
-            setattr(executor, name, function)
+            setattr(kernels, name, function)
     return timeline.stages_of(sharding, torch.device("cpu")), launched
 
 

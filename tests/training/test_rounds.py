@@ -22,7 +22,7 @@ from ringflash import RingflashError, Sharding, loss
 from ringflash.configs.schema import AttentionConfig, ModelConfig
 from ringflash.kernels.cpu import blockwise
 from ringflash.training.estimate import sizes as estimate_sizes
-from ringflash.training.memory import rows
+from ringflash.training.memory import blocks, rows
 from ringflash.training.memory.at_once import OnceBlock
 from ringflash.training.memory.host import Moved
 from ringflash.training.memory.plan import KEEP, OFFLOAD, PAIRS, RECOMPUTE
@@ -115,6 +115,81 @@ def test_weights_that_do_not_learn_have_no_gradient_and_the_others_the_same(froz
         assert (gradients[1][name] is None) == (expected is None)
         if expected is not None:
             _assert_close([gradients[1][name]], [expected])
+
+
+class _Adapted(torch.nn.Module):
+    """A projection that learns by an adapter of low rank."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, (outputs, inputs) = base, base.weight.shape
+        generator = torch.Generator().manual_seed(1)
+        self.down = torch.nn.Parameter(torch.randn(2, inputs, generator=generator))
+        self.up = torch.nn.Parameter(torch.randn(outputs, 2, generator=generator))
+
+    @property
+    def weight(self):
+        return self.base.weight
+
+    def forward(self, x):
+        return self.base(x) + x @ self.down.T @ self.up.T
+
+
+def _adapted(model):
+    for block in model.layers:
+        block.self_attn.q_proj = _Adapted(block.self_attn.q_proj)
+
+
+def _capped(model):
+    model.layers[0].self_attn.attend.softcap = 0.1
+
+
+def _hooked(model):
+    model.layers[0].mlp.register_forward_hook(lambda module, inputs, out: out * 2)
+
+
+@pytest.mark.usefixtures("short_rounds")
+@pytest.mark.parametrize("change", [_adapted, _capped, _hooked])
+def test_a_block_of_which_rounds_do_not_know_everything_learns_as_a_whole(change):
+    found = []
+    for policy in (KEEP, RECOMPUTE):
+        model, shard = _model(policy)
+        change(model)
+        value = model(**shard)
+        value.backward()
+        with torch.no_grad():
+            found.append([value.detach(), model(**shard), *(weight.grad for weight in model.parameters())])
+    assert all(x is not None for x in found[0])
+    _assert_close(*found)
+
+
+@pytest.mark.usefixtures("short_rounds")
+def test_a_model_that_is_compiled_whole_evaluates_whole_blocks(monkeypatch):
+    model, shard = _model(KEEP, model=ModelConfig(33, 50, 1, 4, 2, head_dim=16))
+    torch.compiler.reset()
+    with torch.no_grad():
+        expected = model(**shard)
+        monkeypatch.setattr(blocks, "in_rounds", None)
+        torch.testing.assert_close(torch.compile(model, backend="eager")(**shard), expected)
+
+
+@pytest.mark.parametrize("within", [False, True], ids=["behind", "within"])
+@pytest.mark.parametrize("policy", [RECOMPUTE, PAIRS])
+def test_a_backward_pass_behind_or_within_autocast_is_of_whole_blocks(policy, within):
+    found = []
+    for each, tile in ((KEEP, 2**21), (policy, ROUND * 64)):
+        model, shard = _model(each)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(rows.TILE_ELEMENTS, "cpu", tile)
+            with torch.autocast("cpu", torch.bfloat16):
+                value = model(**shard)
+                if within:
+                    value.backward()
+            if not within:
+                value.backward()
+        found.append([value.detach(), *(weight.grad for weight in model.parameters())])
+    for a, b in zip(*found, strict=True):
+        assert (a - b).norm() < 0.01 * b.norm()
 
 
 def _steps_by_rows(kind, **options):

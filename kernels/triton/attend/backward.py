@@ -54,13 +54,13 @@ def attend_backward(
     lse, delta, carry = lse.contiguous(), delta.contiguous(), None if carry is None else carry.contiguous()
     ranges = (intervals.start, intervals.stop, intervals.sink_start, intervals.sink_stop)
     direct = aligned(query, key, value, dout, lse, delta, carry, *ranges) and modifiers_aligned(modifiers)
+    operands = (query, key, value, dout)
     call = (
         *map(metadata, (dout, query, key, value, lse, delta, carry)), dquery_dtype, dkey_dtype,
         intervals.start.shape, intervals.key_count, intervals.has_sink_tokens,
         intervals.blocks and intervals.blocks.metadata(), scale,
-        modifiers_metadata(modifiers), direct,
+        modifiers_metadata(modifiers), direct or tuple(map(aligned, operands)),
     )  # fmt: skip
-    operands = (query, key, value, dout)
     prepared = prepared_calls.get(call)
     if prepared is None:
         check_operands(query, key, value, intervals, scale, modifiers)

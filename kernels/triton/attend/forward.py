@@ -192,13 +192,13 @@ def attend(
     carry_out, carry_lse = carry or (None, None)
     ranges = (intervals.start, intervals.stop, intervals.sink_start, intervals.sink_stop)
     direct = aligned(query, key, value, carry_out, carry_lse, *ranges) and modifiers_aligned(modifiers)
+    operands = (query, key, value)
     call = (
         *map(metadata, (query, key, value, carry_out, carry_lse)), out_dtype,
         intervals.start.shape, intervals.key_count, intervals.has_sink_tokens,
         intervals.blocks and intervals.blocks.metadata(), scale,
-        modifiers_metadata(modifiers), direct,
+        modifiers_metadata(modifiers), direct or tuple(map(aligned, operands)),
     )  # fmt: skip
-    operands = (query, key, value)
     prepared = prepared_calls.get(call)
     if prepared is None:
         check_operands(query, key, value, intervals, scale, modifiers)

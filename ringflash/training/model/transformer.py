@@ -30,6 +30,7 @@ from torch.distributed import ProcessGroup
 
 from ringflash import DistributedFlashAttention, Mask, Sharding, shard_batch
 from ringflash.configs.schema import AttentionConfig, ModelConfig
+from ringflash.kernels.torch_private import has_hooks
 from ringflash.loss import cross_entropy, cross_entropy_sum
 from ringflash.parallel.execution.query_rounds import RoundAttention
 from ringflash.parallel.planning.query_rounds import size_of_rounds
@@ -139,11 +140,17 @@ class Block(nn.Module):
         self._between = torch.compile(self._between, fullgraph=True)
 
     def _parts(self, x_BTC: Tensor, rotation: tuple[Tensor, Tensor], attention_arguments: dict) -> Parts | None:
-        """The block by rows, whose queries are a tile; None where all of them are one."""
+        """The block by rows, whose queries are a tile; None where all of them are one, or rows are not all it knows."""
         attention, mlp, device, shape = self.self_attn, self.mlp, x_BTC.device, x_BTC.shape[:-1]
         attend, sharding = attention.attend, attention_arguments.get("sharding")
         most = TILE_ELEMENTS[device.type] // self._query_width
-        if shape.numel() <= most:
+        projections = (part.weight for part in (attention.q_proj, attention.k_proj, attention.v_proj))
+        weights = (
+            (self.input_layernorm.weight, *projections),
+            (self.post_attention_layernorm.weight, attention.o_proj.weight),
+            (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight),
+        )
+        if shape.numel() <= most or not self._is_all(weights, device):
             return None
         rounds = None if sharding is None else sharding.query_rounds(attend.mask, most, device)
         size = size_of_rounds(shape.numel(), most)
@@ -165,15 +172,26 @@ class Block(nn.Module):
         def at_once(*given: Tensor) -> Tensor:
             return attend(*(x.unflatten(0, shape) for x in given), **attention_arguments).flatten(0, 1)
 
-        projections = (part.weight for part in (attention.q_proj, attention.k_proj, attention.v_proj))
-        weights = (
-            (self.input_layernorm.weight, *projections),
-            (self.post_attention_layernorm.weight, attention.o_proj.weight),
-            (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight),
-        )
         how = RoundAttention(attend.scale, attend.kernel, attend.deterministic)
         whole = x_BTC.element_size() * shape.numel() * self._elements_again
         return Parts(rows, before, keys, between, weights, at_once, rounds, how, whole)
+
+    def _is_all(self, weights: Sequence[Sequence[Tensor]], device: torch.device) -> bool:
+        """Whether rounds know of everything that the block does.
+
+        They do not of what somebody has given it more to learn, attention more to do, or to be called behind its parts.
+        Nor does their backward pass know of autocast within which the forward pass is, or torch.compile of them.
+        """
+        attend, inside = self.self_attn.attend, self.modules()
+        next(inside)  # the block itself, which is called
+        return not (
+            torch.compiler.is_compiling()
+            or torch.is_autocast_enabled(device.type)
+            or attend.softcap
+            or attend.dropout
+            or {id(weight) for part in weights for weight in part} != set(map(id, self.parameters()))
+            or any(map(has_hooks, inside))
+        )
 
     def _run(self, x_BTC: Tensor, rotation: tuple[Tensor, Tensor], attention_arguments: dict) -> Tensor:
         out_BTHD = self.self_attn.attend(*self._before(x_BTC, rotation), **attention_arguments)
