@@ -23,12 +23,13 @@ from ringflash.kernels.hopper.descriptors import (
     without_memory,
 )
 from ringflash.kernels.hopper.dropout import dropout_numbers, listed
-from ringflash.kernels.hopper.forward_kernel import LOG2_E, ROWS, attend_kernel
+from ringflash.kernels.hopper.forward_kernel import attend_kernel
 from ringflash.kernels.hopper.listed_blocks import list_numbers, list_tensors
 from ringflash.kernels.hopper.narrow import attend_narrow, tiles_for
 from ringflash.kernels.hopper.schedule import head_section
 from ringflash.kernels.hopper.score_changes import key_numbers
 from ringflash.kernels.hopper.sink_tokens import token_pieces
+from ringflash.kernels.hopper.softmax import LOG2_E, ROWS
 from ringflash.kernels.hopper.widths import WIDEST, WIDTHS, width_of
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.kept import Kept, metadata

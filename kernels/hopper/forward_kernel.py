@@ -59,12 +59,7 @@ from ringflash.kernels.hopper.schedule import (
 )
 from ringflash.kernels.hopper.score_changes import ScoreChanges, change_scores, rows_of_changes, softmax_of_changed
 from ringflash.kernels.hopper.sink_tokens import FEW, SinkTokens, tile_pieces, token_key
-from ringflash.kernels.hopper.softmax import ROWS, hide, own_sums, rescale_if_needed
-
-LN_2 = gl.constexpr(0.6931471805599453)
-LOG2_E = gl.constexpr(1.4426950408889634)
-LOWEST = gl.constexpr(-1e30)
-"""Row maximum before any key: finite, so that a hidden score (-inf) less the maximum is -inf and not nan."""
+from ringflash.kernels.hopper.softmax import LN_2, LOG2_E, LOWEST, ROWS, hide, own_sums, rescale_if_needed
 
 
 @compiled_once

@@ -23,12 +23,12 @@ from ringflash.kernels.hopper.descriptors import (
     without_memory,
 )
 from ringflash.kernels.hopper.narrow_kernels import (
-    LOG2_E,
     ROWS,
     attend_narrow_kernel,
     dkey_narrow_kernel,
     dquery_narrow_kernel,
 )
+from ringflash.kernels.hopper.softmax import LOG2_E
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.kept import Kept, metadata
 

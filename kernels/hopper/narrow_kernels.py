@@ -27,9 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ringflash.kernels.gpu.compile_once import compiled_once
 from ringflash.kernels.hopper.backward_kernel import store_float
 from ringflash.kernels.hopper.compat import async_load, async_store, barrier, reinterpret, store_wait
-
-LOG2_E = gl.constexpr(1.4426950408889634)
-LN_2 = gl.constexpr(0.6931471805599453)
+from ringflash.kernels.hopper.softmax import LN_2, LOG2_E
 
 ROWS = gl.constexpr(64)
 """Query rows of a tile."""

@@ -23,10 +23,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from ringflash.kernels.gpu.compile_once import compiled_once
-from ringflash.kernels.hopper.softmax import outgrown, rescaled, softmax_step
+from ringflash.kernels.hopper.softmax import LOG2_E, outgrown, rescaled, softmax_step
 from ringflash.kernels.modifiers import Modifiers
-
-TWICE_LOG2_E = gl.constexpr(2.8853900817779268)
 
 
 class ScoreChanges(NamedTuple):
@@ -204,7 +202,7 @@ def softmax_of_changed(scores, changes, maximum, total, unit_log2):
     else:
         COUNT: gl.constexpr = scores.shape[0] * scores.shape[1] // 128
         largest = gl.max(scores, 1)
-        bent = 1.0 - 2.0 / (gl.exp2(largest * (changes.bend * TWICE_LOG2_E)) + 1.0)
+        bent = 1.0 - 2.0 / (gl.exp2(largest * (changes.bend * (2.0 * LOG2_E))) + 1.0)
         bent = gl.where(largest == float("-inf"), float("-inf"), bent)  # no score, so none that a cap would bend
         new_maximum = outgrown(bent * unit_log2, maximum)
         scores, maxima = gl.broadcast(scores, new_maximum[:, None])

@@ -5,6 +5,11 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+LN_2 = gl.constexpr(0.6931471805599453)
+LOG2_E = gl.constexpr(1.4426950408889634)
+LOWEST = gl.constexpr(-1e30)
+"""Row maximum before any key: finite, so that a hidden score (-inf) less the maximum is -inf and not nan."""
+
 ROWS = gl.constexpr(64)
 """Query rows of a warpgroup."""
 

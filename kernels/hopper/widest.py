@@ -10,9 +10,9 @@ from torch import Tensor
 from ringflash.kernels.gpu.launcher import Description, Launcher, aligned, description_of
 from ringflash.kernels.hopper.checks import check_operands
 from ringflash.kernels.hopper.descriptors import addressable, descriptor, without_memory
-from ringflash.kernels.hopper.softmax import ROWS
+from ringflash.kernels.hopper.softmax import LOG2_E, ROWS
 from ringflash.kernels.hopper.widest_backward_kernel import dscores_widest_kernel, dvalue_widest_kernel
-from ringflash.kernels.hopper.widest_forward_kernel import LOG2_E, attend_widest_kernel
+from ringflash.kernels.hopper.widest_forward_kernel import attend_widest_kernel
 from ringflash.kernels.hopper.widths import WIDEST
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.kept import Kept, metadata

@@ -27,8 +27,7 @@ from ringflash.kernels.hopper.backward_kernel import rows_seeing
 from ringflash.kernels.hopper.backward_work import unseen_zero
 from ringflash.kernels.hopper.blocks import block_columns, block_rows, flat_layout, head_place
 from ringflash.kernels.hopper.compat import release
-from ringflash.kernels.hopper.forward_kernel import LOG2_E
-from ringflash.kernels.hopper.softmax import ROWS
+from ringflash.kernels.hopper.softmax import LOG2_E, ROWS
 from ringflash.kernels.hopper.widest_work import (
     allocate_factors,
     allocate_ring,

@@ -10,8 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from ringflash.kernels.gpu.compile_once import compiled_once
 from ringflash.kernels.hopper.blocks import block_columns, block_rows, flat_layout
-from ringflash.kernels.hopper.forward_kernel import LN_2, LOG2_E, LOWEST
-from ringflash.kernels.hopper.softmax import ROWS, own_sums, softmax_step
+from ringflash.kernels.hopper.softmax import LN_2, LOG2_E, LOWEST, ROWS, own_sums, softmax_step
 from ringflash.kernels.hopper.widest_work import (
     allocate_factors,
     allocate_ring,
