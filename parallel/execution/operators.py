@@ -251,3 +251,8 @@ def call_attention(*arguments):  # noqa: ANN002, ANN201
         return apply_unbound(_Attention, *arguments)
     with below_autograd():
         return _attend(*arguments)
+
+
+def call_attention_backward(*arguments):  # noqa: ANN002, ANN201
+    """`torch.ops.ringflash.attention_backward`, for who keeps what the forward pass gave outside of autograd."""
+    return _below_autograd(_attention_backward, _attend_backward, arguments, TENSORS + 5)

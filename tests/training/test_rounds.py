@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import gc
 import itertools
@@ -10,20 +11,22 @@ import itertools
 import pytest
 import recipe
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_engine import assert_same
 from test_estimate import _sized
-from test_memory import _peak_of
+from test_memory import _counts, _peak_of
 
-from ringflash import RingflashError, loss
+from ringflash import RingflashError, Sharding, loss
 from ringflash.configs.schema import AttentionConfig, ModelConfig
 from ringflash.kernels.cpu import blockwise
-from ringflash.parallel.execution.query_rounds import RoundAttention
 from ringflash.training.estimate import sizes as estimate_sizes
 from ringflash.training.memory import blocks, rows
+from ringflash.training.memory.at_once import OnceBlock
 from ringflash.training.memory.host import Moved
 from ringflash.training.memory.plan import KEEP, OFFLOAD, PAIRS, RECOMPUTE
+from ringflash.training.memory.rounds import RoundBlock
 
 CPU = torch.device("cpu")
 SHAPE = ModelConfig(33, 50, 3, 4, 2, head_dim=16)
@@ -189,28 +192,50 @@ def test_a_backward_pass_behind_or_within_autocast_is_of_whole_blocks(policy, wi
         assert (a - b).norm() < 0.01 * b.norm()
 
 
-def _steps_in_rounds(tile, **options):
-    """What training leaves, and how many rounds had a backward pass."""
-    taken, backward = [], RoundAttention.backward
+def _steps_by_rows(kind, **options):
+    """What training leaves, and how many blocks of a kind had a backward pass, in several tiles of rows each."""
+    taken, backward = [], kind.backward_of
 
-    def counted(*arguments):
-        taken.append(None)
-        return backward(*arguments)
+    def counted(self, inputs, gradients):
+        taken.append(len(inputs))
+        return backward(self, inputs, gradients)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(rows.TILE_ELEMENTS, "cpu", tile)
-        patch.setattr(RoundAttention, "backward", counted)
-        return recipe.steps(**options), len(taken)
+        patch.setitem(rows.TILE_ELEMENTS, "cpu", ROUND * 48)
+        patch.setattr(kind, "backward_of", counted)
+        return recipe.steps(**options), taken
 
 
 @pytest.mark.parametrize(
     ("engine", "policy"), [("ddp", OFFLOAD), ("fsdp2", PAIRS), ("zero3", PAIRS), ("zero1", RECOMPUTE)]
 )
-def test_every_engine_trains_in_rounds_as_one_device_does_whole(pool, engine, policy):
+@pytest.mark.parametrize(("degree", "kind"), [(1, RoundBlock), (2, OnceBlock)])
+def test_every_engine_trains_by_rows_as_one_device_does_whole(pool, engine, policy, degree, kind):
     expected = recipe.plain()
-    for found, rounds in pool(2).run(_steps_in_rounds, ROUND * 48, name=engine, degree=1, micro_batch=2, memory=policy):
+    job = {"name": engine, "degree": degree, "micro_batch": 2 * degree, "memory": policy}
+    for found, tiles in pool(2).run(_steps_by_rows, kind, **job):
         assert_same(found, expected)
-        assert rounds == 2 * 2 * 2  # of 202 tokens, in 2 blocks and 2 steps
+        assert tiles == [2] * 4  # of 202 tokens, in 2 blocks and 2 steps
+
+
+def _calls_of_two(policy, *tiles):
+    tile = tiles[dist.get_rank() % len(tiles)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(rows.TILE_ELEMENTS, "cpu", tile)
+        return _counts(policy)
+
+
+@pytest.mark.parametrize("tiles", [(ROUND * 48,), (ROUND * 48, 2**21)], ids=["both", "one of them"])
+@pytest.mark.parametrize("policy", [RECOMPUTE, OFFLOAD, PAIRS])
+def test_ranks_that_share_a_sequence_attend_and_communicate_as_often_and_move_as_much_by_rows(pool, policy, tiles):
+    by_rows = pool(2).run(_calls_of_two, policy, *tiles)
+    for (calls, moved, gradients), (expected, as_much, same) in zip(
+        by_rows, pool(2).run(_calls_of_two, policy, 2**21), strict=True
+    ):
+        for name in ("attend", "attend_backward", "transfer"):
+            assert calls[name] == expected[name] >= 2
+        assert moved == as_much
+        _assert_close(gradients, same)
 
 
 def _calls(policy):
@@ -293,9 +318,10 @@ def test_what_moved_comes_back_one_round_ahead(monkeypatch):
 # Memory at once
 
 
-def _peak(policy, tokens, dtype=torch.float32, blocks=2, train=True):
+def _peak(policy, tokens, dtype=torch.float32, blocks=2, train=True, alone=True):
     """Bytes at once, and what is said of them; documents are short, as attention on CPUs has tensors of its own."""
-    shape = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2}
+    heads = 2 if alone else 8  # to all queries at once, kernels on CPUs have keys for each query head
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": heads}
     model = recipe.build(model=ModelConfig(**shape, num_hidden_layers=blocks, head_dim=32), dtype=dtype)
     model.keep(policy, CPU)
     shard = model.shard(
@@ -306,6 +332,7 @@ def _peak(policy, tokens, dtype=torch.float32, blocks=2, train=True):
     keys = [f"model.{name}={value}" for name, value in {**shape, "num_hidden_layers": blocks, "head_dim": 32}.items()]
     precision = "fp32" if dtype == torch.float32 else "bf16"
     sizes = _sized([f"engine.precision={precision}", f"train.seqlen={tokens}", *keys], 1)
+    sizes = dataclasses.replace(sizes, alone=alone)
     kept = blocks * sizes.kept(False) if policy == RECOMPUTE else 0
     return peak, kept + sizes.transient(0, policy != RECOMPUTE, policy == PAIRS), sizes
 
@@ -324,10 +351,13 @@ def tiles(monkeypatch):
 
 
 @pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("alone", [True, False], ids=["in rounds", "at once"])
 @pytest.mark.parametrize("policy", [RECOMPUTE, OFFLOAD, PAIRS])
-def test_a_pass_has_as_much_in_use_at_once_as_is_said(policy):
-    found, said, sizes = _peak(policy, 8192)
-    assert sizes.rounds == 16
+def test_a_pass_has_as_much_in_use_at_once_as_is_said(monkeypatch, policy, alone):
+    if not alone:  # as on ranks that share the sequence
+        monkeypatch.setattr(Sharding, "query_rounds", lambda *_: None)
+    found, said, sizes = _peak(policy, 8192, alone=alone)
+    assert sizes.tokens == 16 * sizes.rows
     assert found == pytest.approx(said, rel=0.1)
 
 

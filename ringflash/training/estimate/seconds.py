@@ -73,8 +73,8 @@ def seconds(
     down = sizes.model.hidden_size * sizes.model.intermediate_size
     products = sizes.operations.token + 2 * again * (sizes.weights.block - down)
     products += again // 2 * 2 * sizes.weights.block if pairs else 0
-    # In rounds keys are made once more, ahead of the backward pass.
-    products += again * 2 * 2 * sizes.key * sizes.model.hidden_size if sizes.rounds > 1 else 0
+    if sizes.by_rows:  # what attention is given is made once more; in rounds, keys alone
+        products += again * 2 * (2 * sizes.key + (0 if sizes.alone else sizes.query)) * sizes.model.hidden_size
     of_pairs = attended.attention * sizes.blocks * sizes.micro_batches * config.train.micro_batch
     of_pairs *= sizes.load.pairs / sizes.whole_pairs
     moved = tokens * (sizes.blocks * _touched(sizes) + again * _touched_again(sizes)) / machine.memory

@@ -167,29 +167,30 @@ class Sizes:
         return self.query + 2 * self.key
 
     @property
-    def rows_of_round(self) -> int:
-        """Tokens of a round of queries; T, or more, where there is one round."""
-        return size_of_rounds(self.tokens, TILE_ELEMENTS["cuda"] // self.query) if self.alone else self.tokens
+    def rows(self) -> int:
+        """Tokens of which blocks are computed again at a time, see `memory.by_rows`; T, or more, where that is once."""
+        return size_of_rounds(self.tokens, TILE_ELEMENTS["cuda"] // self.query)
 
     @property
-    def rounds(self) -> int:
-        """In how many rounds blocks are computed again, see `memory.rounds`."""
-        return -(-self.tokens // self.rows_of_round)
+    def by_rows(self) -> bool:
+        """Whether blocks are computed again by rows: in rounds, where a rank has whole sequences."""
+        return self.rows < self.tokens
 
     def transient(self, plan_memory: float, moved: bool, pairs: bool = False) -> float:
         """Bytes at work, at most, where blocks are computed again.
 
         Args:
             plan_memory: bytes of the buffers of attention's plan.
-            moved: what they keep comes back, one block ahead.
+            moved: what they keep comes back, rows by rows or one block ahead.
             pairs: see `memory.blocks.BlockMemory`.
         """
-        if self.rounds > 1:
-            return max(self._loss, self._head_gradient + self._in_rounds(moved, pairs))
-        came_back = 2 * self.tokens * self.element * (self.model.hidden_size + self.query) if moved else 0
-        again = self.tokens * self.element * (self.model.hidden_size + self._projected)  # a norm's output, q, k, v
-        between = 2 * self.tokens * self.element * self.model.hidden_size  # the stream, and a norm's output
-        block = came_back + again + max(self._attention(plan_memory), between + self._feed_forward)
+        if self.by_rows:
+            block = self._by_rows(plan_memory, moved, pairs)
+        else:
+            came_back = 2 * self.tokens * self.element * (self.model.hidden_size + self.query) if moved else 0
+            again = self.tokens * self.element * (self.model.hidden_size + self._projected)  # a norm's output, q, k, v
+            between = 2 * self.tokens * self.element * self.model.hidden_size  # the stream, and a norm's output
+            block = came_back + again + max(self._attention(plan_memory), between + self._feed_forward)
         return max(self._loss, self._head_gradient + block)
 
     def transient_kept(self, plan_memory: float) -> float:
@@ -202,29 +203,50 @@ class Sizes:
         return self.weight * self.weights.head if self.model.tie_word_embeddings else 0
 
     def _attention(self, plan_memory: float) -> float:
-        """Its backward pass: gradients of stream, out, q, k, v, the last three in fp32 first, and what a plan has.
+        """Its backward pass: gradients of stream, out, q, k, v, and what a plan has."""
+        streams = self.tokens * self.element * (self.model.hidden_size + self.query)
+        return streams + self._gradients + plan_memory
+
+    @property
+    def _gradients(self) -> float:
+        """Of query, key and value of all tokens, in fp32 first.
 
         Heads that are worked on in groups have theirs in fp32 and rounded, beside where those of all lie.
         """
-        groups, streams = self.shape.groups, self.element * (self.model.hidden_size + self.query)
+        groups = self.shape.groups
         aside = (FP32 + self.element * (groups > 1)) * self._projected / groups
-        return self.tokens * (streams + aside + self.element * self._projected) + plan_memory
+        return self.tokens * (aside + self.element * self._projected)
 
-    def _in_rounds(self, moved: bool, pairs: bool) -> float:
-        """A block's backward pass in rounds: what is as long as the sequence, then of one round."""
-        rows, stream = self.rows_of_round, self.model.hidden_size
-        # Gradients of the output and the input, of pairs the input, keys, their gradients, and angles of positions.
-        whole = self.element * ((3 if pairs else 2) * stream + 2 * self.key) + FP32 * 2 * self.key
-        whole += FP32 * head_dim(self.model)
-        kept = self.element * (stream + self.query) + FP32 * self.model.num_attention_heads
-        # One round ahead, and the first input of the block before.
-        came_back = 2 * kept + self.element * stream if moved else 0
-        # The stream and its norm with gradients, and the feed-forward; then gradients of stream and out, a norm, query,
-        # key and value, their gradients, and a part of those of all keys.
-        behind = self.element * 4 * stream * rows + AT_ONCE * self.element * self._tile(rows)
-        before = self.element * (2 * stream + 2 * self.query + 2 * self._projected) + FP32 * self.query
-        before = rows * before + FP32 * 2 * self.key * min(PIECE, self.tokens)
-        return self.tokens * whole + rows * came_back + FP32 * self.weights.block + max(behind, before)
+    def _by_rows(self, plan_memory: float, moved: bool, pairs: bool) -> float:
+        """A block's backward pass by rows: what is there of all tokens, then of some."""
+        rows, stream = self.rows, self.model.hidden_size
+        # Gradients of the output and the input, of pairs the input, and angles of positions.
+        whole = self.tokens * (self.element * (3 if pairs else 2) * stream + FP32 * head_dim(self.model))
+        came_back = self.element * 3 * stream if moved else 0  # one ahead, and the first of the block before
+        # The stream and its norm with gradients, and the feed-forward; then gradients of the stream, a norm, query, key
+        # and value, and their gradients.
+        behind = rows * self.element * 4 * stream + AT_ONCE * self.element * self._tile(rows)
+        before = rows * self.element * (2 * stream + 2 * self._projected)
+        if self.alone:
+            own, came = self._round(behind, before)
+            came_back += came if moved else 0
+        else:
+            own = self._at_once(plan_memory, behind, before)
+        return whole + own + rows * came_back + FP32 * self.weights.block
+
+    def _round(self, behind: float, before: float) -> tuple[float, float]:
+        """Where attention is in rounds: bytes beside what is alike, and what of a token comes back beside its input."""
+        keys = self.tokens * (self.element + FP32) * 2 * self.key  # and their gradients
+        # Out and its gradient, that of the query in fp32, and a part of those of all keys.
+        attention = self.rows * (self.element * 2 * self.query + FP32 * self.query)
+        attention += FP32 * 2 * self.key * min(PIECE, self.tokens)
+        came_back = 2 * (self.element * self.query + FP32 * self.model.num_attention_heads)
+        return keys + max(behind, before + attention), came_back
+
+    def _at_once(self, plan_memory: float, behind: float, before: float) -> float:
+        """Where attention is at once: query, key and value with out and its gradient, or with gradients of them all."""
+        given, out = self.tokens * self.element * self._projected, 2 * self.tokens * self.element * self.query
+        return max(given + out + max(behind, self._gradients + plan_memory), given + before)
 
     def _tile(self, rows: int) -> int:
         """Elements of one tensor of the feed-forward's tiles."""

@@ -3,8 +3,8 @@
 A block that is recomputed leaves its input, and attention's out and log-sum-exp, on the device or in host memory. All
 else is computed again when the first of it is wanted; query, key and value are then handed to attention's backward
 pass, and attention itself, with its communication, gives what it gave the first time. torch's `checkpoint` does the
-recomputing, in which `ringflash.recomputed` stands in for attention. Where one device has a sequence that is long, a
-block is computed again round by round in place of that, see `rounds`.
+recomputing, in which `ringflash.recomputed` stands in for attention. A block that gives its parts as functions of rows
+is computed again by those in place of that, see `by_rows`.
 
 What moved to the host comes back one block ahead: when the gradient of a block's output is there, the block before it
 is asked for.
@@ -25,10 +25,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from ringflash.recomputed import Region, within
+from ringflash.training.memory.at_once import OnceBlock, at_once
+from ringflash.training.memory.by_rows import Parts, RowBlock
 from ringflash.training.memory.first_step import FirstStep
 from ringflash.training.memory.host import Handle, HostMemory, Kept, Moved, share_of_host, store, twice
 from ringflash.training.memory.plan import AUTO, KEEP, OFFLOAD, PAIRS, RECOMPUTE, placed, said
-from ringflash.training.memory.rounds import Parts, RoundBlock, in_rounds
+from ringflash.training.memory.rounds import RoundBlock, in_rounds
 
 
 class BlockMemory:
@@ -49,7 +51,7 @@ class BlockMemory:
         self._first_step: FirstStep | None = None
         self._queries = 0
         self._running = 0
-        self._before: _Block | RoundBlock | None = None
+        self._before: _Block | RowBlock | None = None
         self._result: tuple[Tensor, int] | None = None
 
     def start(self, policy: str, device: torch.device, host_bytes: int | None = None) -> None:
@@ -87,8 +89,8 @@ class BlockMemory:
 
     def _see(self, parts: Parts) -> None:
         """A block works in rounds, which is said once."""
-        if not self._queries:
-            self._queries = parts.rounds[0].rows.stop
+        if parts.rounds and not self._queries:
+            self._queries = parts.rows[0].stop
             if self._first_step is None:
                 self.decision = said(self.placements, self.pairs, queries=self._queries)
 
@@ -116,11 +118,11 @@ class BlockMemory:
             inputs: of it. The first is the stream of tokens (B, T, C).
             module: the same with the module's hooks, by which weights are there, where these are outside of the
                 function; it ends up here again.
-            parts: the same in rounds, where it can work in several; then the stream is the only input. It does unless
-                it is kept whole.
+            parts: the same by rows, where it can work so; then the stream is the only input. It does unless it is kept
+                whole.
         """
         if not torch.is_grad_enabled():
-            return function(*inputs) if parts is None else in_rounds(parts, *inputs)
+            return function(*inputs) if parts is None else _by_rows(parts)[1](parts, *inputs)
         number, self._running = self._running, self._running + 1
         placement, first = self.placements[number % len(self.placements)], self._first_step
         if first is not None:
@@ -141,7 +143,7 @@ class BlockMemory:
                     block.keep_random_numbers()
                 result = block.run(source, function, *inputs)
             else:
-                self._before = block = RoundBlock(*place, parts)
+                self._before = block = _by_rows(parts)[0](*place, parts)
                 result = block.run(source, *inputs)
                 self._see(parts)
             if first is not None:
@@ -152,6 +154,11 @@ class BlockMemory:
                 stream.register_hook(lambda _: before.fetch())
             self._result = stream.detach(), stream._version
         return result
+
+
+def _by_rows(parts: Parts) -> tuple[type[RowBlock], Callable[..., Tensor]]:
+    """What runs a block by rows, with what it keeps and without."""
+    return (RoundBlock, in_rounds) if parts.rounds else (OnceBlock, at_once)
 
 
 class _Block(Region):

@@ -33,9 +33,10 @@ from ringflash.configs.schema import AttentionConfig, ModelConfig
 from ringflash.kernels.torch_private import has_hooks
 from ringflash.loss import cross_entropy, cross_entropy_sum
 from ringflash.parallel.execution.query_rounds import RoundAttention
+from ringflash.parallel.planning.query_rounds import size_of_rounds
 from ringflash.parallel.positions.balance import token_work
 from ringflash.training.memory.blocks import BlockMemory
-from ringflash.training.memory.rounds import Parts
+from ringflash.training.memory.by_rows import Parts
 from ringflash.training.memory.rows import TILE_ELEMENTS, rms_norm, rotate, swiglu
 from ringflash.training.model.decoder import Decoder
 from ringflash.training.model.rope import rotary
@@ -126,7 +127,7 @@ class Block(nn.Module):
         """(B, T, C) -> (B, T, C)."""
         given = {"rotation": rotation, "attention_arguments": attention_arguments}
         function, module = (functools.partial(call, **given) for call in (self._run, self))
-        parts = self._parts(rotation, attention_arguments.get("sharding"), x_BTC)
+        parts = self._parts(x_BTC, rotation, attention_arguments)
         return self.memory.run(function, x_BTC, module=module, parts=parts)
 
     def compile_parts(self) -> None:
@@ -138,23 +139,22 @@ class Block(nn.Module):
         self._before = torch.compile(self._before, fullgraph=True)
         self._between = torch.compile(self._between, fullgraph=True)
 
-    def _parts(self, rotation: tuple[Tensor, Tensor], sharding: Sharding | None, x_BTC: Tensor) -> Parts | None:
-        """The block in rounds, whose queries are a tile; None where it cannot work in several."""
-        attention, mlp, device = self.self_attn, self.mlp, x_BTC.device
-        attend = attention.attend
-        if sharding is None:
-            return None
+    def _parts(self, x_BTC: Tensor, rotation: tuple[Tensor, Tensor], attention_arguments: dict) -> Parts | None:
+        """The block by rows, whose queries are a tile; None where all of them are one, or rows are not all it knows."""
+        attention, mlp, device, shape = self.self_attn, self.mlp, x_BTC.device, x_BTC.shape[:-1]
+        attend, sharding = attention.attend, attention_arguments.get("sharding")
+        most = TILE_ELEMENTS[device.type] // self._query_width
         projections = (part.weight for part in (attention.q_proj, attention.k_proj, attention.v_proj))
         weights = (
             (self.input_layernorm.weight, *projections),
             (self.post_attention_layernorm.weight, attention.o_proj.weight),
             (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight),
         )
-        if not self._is_all(weights, device):
+        if shape.numel() <= most or not self._is_all(weights, device):
             return None
-        rounds = sharding.query_rounds(attend.mask, TILE_ELEMENTS[device.type] // self._query_width, device)
-        if rounds is None or len(rounds) < 2:
-            return None
+        rounds = None if sharding is None else sharding.query_rounds(attend.mask, most, device)
+        size = size_of_rounds(shape.numel(), most)
+        rows = [slice(first, min(first + size, shape.numel())) for first in range(0, shape.numel(), size)]
         flat = tuple(angles.flatten(0, 1)[None] for angles in rotation)
 
         def before(x_RC: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,9 +169,12 @@ class Block(nn.Module):
             stream_RC, normed_RC = self._between(x_RC[None], out_RHD[None])
             return stream_RC[0], normed_RC[0]
 
+        def at_once(*given: Tensor) -> Tensor:
+            return attend(*(x.unflatten(0, shape) for x in given), **attention_arguments).flatten(0, 1)
+
         how = RoundAttention(attend.scale, attend.kernel, attend.deterministic)
-        whole = x_BTC.element_size() * sharding.batch * sharding.tokens * self._elements_again
-        return Parts(rounds, how, before, keys, between, weights, whole)
+        whole = x_BTC.element_size() * shape.numel() * self._elements_again
+        return Parts(rows, before, keys, between, weights, at_once, rounds, how, whole)
 
     def _is_all(self, weights: Sequence[Sequence[Tensor]], device: torch.device) -> bool:
         """Whether rounds know of everything that the block does.
