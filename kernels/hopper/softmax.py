@@ -13,6 +13,13 @@ LOWEST = gl.constexpr(-1e30)
 ROWS = gl.constexpr(64)
 """Query rows of a warpgroup."""
 
+OUTGROWN = gl.constexpr(2.0)
+"""By so much, base 2, a row's scores have to outgrow the maximum in use before another takes its place.
+
+Until then the accumulator needs no rescaling. But a row's largest weight, which is 1 against its own maximum, is rounded
+like the others, which adds as much to the error as rounding out does where that weight is most of the row.
+"""
+
 
 @gluon.jit
 def hide(scores, own, row_start, row_stop, first_key, N: gl.constexpr, SCORES: gl.constexpr):
@@ -37,12 +44,8 @@ def softmax_step(scores, maximum, total, scale_log2):
 
 @gluon.jit
 def outgrown(largest, maximum):
-    """The row maximum in use from now on.
-
-    It stays until it is outgrown by 2^8: the accumulator needs no rescaling meanwhile, and weights up to 256 lose no
-    precision.
-    """
-    return gl.where(largest > maximum + 8.0, largest, maximum)
+    """The row maximum in use from now on."""
+    return gl.where(largest > maximum + OUTGROWN, largest, maximum)
 
 
 @gluon.jit

@@ -10,7 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from ringflash.kernels.gpu.compile_once import compiled_once
 from ringflash.kernels.hopper.blocks import block_columns, block_rows, flat_layout
-from ringflash.kernels.hopper.softmax import LN_2, LOG2_E, LOWEST, ROWS, own_sums, softmax_step
+from ringflash.kernels.hopper.softmax import LN_2, LOG2_E, LOWEST, OUTGROWN, ROWS, own_sums, softmax_step
 from ringflash.kernels.hopper.widest_work import (
     allocate_factors,
     allocate_ring,
@@ -25,11 +25,10 @@ from ringflash.kernels.hopper.widest_work import (
     walk_of_queries,
 )
 
-CARRIED_SUM = gl.constexpr(256.0)
-"""What a carry's row sums to: 2^8, as its maximum is taken to be smaller by 8.
+CARRIED_SUM = gl.constexpr(2.0**OUTGROWN.value)
+"""What a carry's row sums to, as its maximum is taken to be smaller by OUTGROWN.
 
-By so much a maximum has to be outgrown before it gives way, see `softmax_step`. Thus a carry's gives way to the first
-keys that have more weight, of which the largest is then 1 and is not rounded.
+Thus a carry's gives way to the first keys that have more weight, of which the largest is then 1 and is not rounded.
 """
 
 
@@ -105,7 +104,7 @@ def weigh(walk, result, query, loaded, keys, weights, start_ptr, stop_ptr, scale
     if result.carry_lse_ptr is not None:
         carried = gl.load(result.carry_lse_ptr + lse_rows, mask=inside, other=float("-inf"))
         unseen = carried == float("-inf")
-        maximum = gl.where(unseen, LOWEST, carried * LOG2_E - 8.0)
+        maximum = gl.where(unseen, LOWEST, carried * LOG2_E - OUTGROWN)
         # Four threads share a row, and add up their sums at the end.
         quarter = gl.where(unseen, 0.0, CARRIED_SUM / 4)
         total = total + gl.convert_layout(quarter, gl.SliceLayout(1, total.type.layout), assert_trivial=True)[:, None]
