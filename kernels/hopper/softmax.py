@@ -16,7 +16,7 @@ ROWS = gl.constexpr(64)
 OUTGROWN = gl.constexpr(2.0)
 """By so much, base 2, a row's scores have to outgrow the maximum in use before another takes its place.
 
-Until then the accumulator needs no rescaling. But a row's largest weight, which is 1 against its own maximum, is rounded
+Until then sums need no rescaling. But a row's largest weight, which is 1 against its own maximum, is rounded
 like the others, which adds as much to the error as rounding out does where that weight is most of the row.
 """
 
