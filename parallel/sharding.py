@@ -13,7 +13,6 @@ Legend: B sequences; S query and Sk key tokens of one sequence over all ranks, s
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple
@@ -24,7 +23,6 @@ from torch import Tensor
 
 from ringflash.errors import ArgumentError
 from ringflash.kernels.kept import TensorNotes
-from ringflash.parallel.device_boundaries import on_a_device
 from ringflash.parallel.gather import gather_rows
 from ringflash.parallel.handles import new_handle
 from ringflash.parallel.labels import IGNORED_LABEL, as_int64, check_labels
@@ -34,15 +32,18 @@ from ringflash.parallel.planning.generators import in_words
 from ringflash.parallel.planning.heads import check_head_ranks
 from ringflash.parallel.planning.query_rounds import QueryRound
 from ringflash.parallel.positions.balance import TOKEN_WORK
-from ringflash.parallel.positions.integers import integers
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import Partition
 from ringflash.parallel.positions.segments import Interval
-
-Boundaries = Sequence[int] | Tensor
-
-RANKS_A_HOST = 8
-"""Where nobody says how many."""
+from ringflash.parallel.sharding_arguments import (
+    Boundaries,
+    at_least,
+    boundaries_on_host,
+    hosts_of,
+    length_of,
+    masks_and_layers,
+    place_of,
+)
 
 
 class Sharding:
@@ -107,17 +108,17 @@ class Sharding:
         plan: str | None = None,
         hosts: int | None = None,
     ) -> None:
-        masks, weights = _masks(mask)
-        place, found = _place(group, rank, ranks)
+        masks, weights = masks_and_layers(mask)
+        place, found = place_of(group, rank, ranks)
         exchanging = 1 if head_ranks is None else head_ranks
         check_head_ranks(exchanging, place[1])
-        boundaries, on_device = _boundaries(cu_seqlens, query_cu_seqlens, masks, place[1])
+        boundaries, on_device = boundaries_on_host(cu_seqlens, query_cu_seqlens, masks, place[1])
         if seqlen is None:
-            seqlen = _length(boundaries, on_device, masks, batch)
+            seqlen = length_of(boundaries, on_device, masks, batch)
         key_seqlen = seqlen if key_seqlen is None else key_seqlen
-        sizes = _at_least("batch", batch, 1), _at_least("seqlen", seqlen, 0), _at_least("key_seqlen", key_seqlen, 0)
-        token_work = _at_least("token_work", token_work, 0)
-        plans = plan, _hosts(hosts, place[1] // exchanging)
+        sizes = at_least("batch", batch, 1), at_least("seqlen", seqlen, 0), at_least("key_seqlen", key_seqlen, 0)
+        token_work = at_least("token_work", token_work, 0)
+        plans = plan, hosts_of(hosts, place[1] // exchanging)
         self._placement = Placement(
             masks, weights, place, sizes, partition, token_work, plans, boundaries, on_device, head_ranks
         )
@@ -419,112 +420,6 @@ class Sharding:
         while index >= len(self._handles):
             self._handles.append(new_handle(self._placement, len(self._handles)))
         return self._handles[index]
-
-
-def _masks(given: Mask | Sequence[Mask] | Mapping[Mask, int] | None) -> tuple[tuple[Mask, ...], tuple[int, ...]]:
-    given = Mask.causal() if given is None else given
-    masks = (given,) if isinstance(given, Mask) else tuple(given)
-    masks = tuple(mask.planned() if isinstance(mask, Mask) else mask for mask in masks)
-    weights = tuple(given.values()) if isinstance(given, Mapping) else (1,) * len(masks)
-    if not masks or not all(isinstance(mask, Mask) for mask in masks):
-        raise ArgumentError(f"mask={given!r}; allowed are ringflash.Mask, as Mask.causal(), several of them, and None")
-    if any(not isinstance(weight, int) or weight < 1 for weight in weights):
-        raise ArgumentError(f"mask={given!r}; numbers of layers are allowed from 1")
-    return masks, weights
-
-
-def _hosts(given: int | None, ranks: int) -> int:
-    if given is not None:
-        return _at_least("hosts", given, 1)
-    return 1 if ranks % RANKS_A_HOST else max(1, ranks // RANKS_A_HOST)
-
-
-def _at_least(name: str, size: int, least: int) -> int:
-    (found,) = integers(name, (size,))
-    if found < least:
-        raise ArgumentError(f"{name}={size!r}; allowed are integers from {least}")
-    return found
-
-
-def _place(group: Group, rank: int | None, ranks: int | None) -> tuple[tuple[int, int], dist.ProcessGroup | None]:
-    if (rank is None) != (ranks is None):
-        raise ArgumentError(f"rank={rank}, ranks={ranks}; allowed are both or neither")
-    if rank is not None and ranks is not None:
-        if not 0 <= rank < ranks:
-            raise ArgumentError(f"rank={rank}, ranks={ranks}; allowed is 0 <= rank < ranks")
-        if group is None:
-            return (rank, ranks), None
-    found = sharing_group(group)
-    place = (0, 1) if found is None else (found.rank(), found.size())
-    if rank is not None and place != (rank, ranks):
-        raise ArgumentError(f"rank={rank}, ranks={ranks}, but group has this process as rank {place[0]} of {place[1]}")
-    return place, found
-
-
-def sharing_group(group: Group) -> dist.ProcessGroup | None:
-    """The process group meant; refuses to take a process that cannot know for the only one.
-
-    Raises:
-        ArgumentError: there is no group here, and other processes that this one may belong with.
-    """
-    found = process_group(group)
-    if found is None and group is None:
-        if torch.utils.data.get_worker_info() is not None:
-            raise ArgumentError(
-                "group=None in a DataLoader's worker, where torch.distributed is not initialised: pass rank= and "
-                "ranks= to ringflash.Sharding, or group=ringflash.parallel.mesh.ONE_DEVICE"
-            )
-        if int(os.environ.get("WORLD_SIZE") or "1") > 1:
-            raise ArgumentError(
-                f"group=None, WORLD_SIZE={os.environ['WORLD_SIZE']}, and torch.distributed is not initialised: call "
-                "torch.distributed.init_process_group first, or pass rank= and ranks= to ringflash.Sharding"
-            )
-    return None if found is None or found.size() == 1 else found
-
-
-def _boundaries(
-    cu_seqlens: Boundaries | None, query_cu_seqlens: Boundaries | None, masks: Sequence[Mask], ranks: int
-) -> tuple[tuple[tuple[int, ...] | None, tuple[int, ...] | None], tuple[Tensor, Tensor | None] | None]:
-    """Boundaries as numbers, checked; or as tensors on a device."""
-    if query_cu_seqlens is not None and cu_seqlens is None:
-        raise ArgumentError("query_cu_seqlens is given without cu_seqlens, the boundaries of the keys")
-    given = {"cu_seqlens": cu_seqlens, "query_cu_seqlens": query_cu_seqlens}
-    for name, x in given.items():
-        if isinstance(x, Tensor) and (x.dtype not in (torch.int32, torch.int64) or x.dim() != 1):
-            raise ArgumentError(f"{name} is {x.dtype} {tuple(x.shape)}; allowed is int32 or int64 (documents + 1,)")
-        if on_a_device(x) and (ranks > 1 or any(mask.boundaries is not None for mask in masks)):
-            raise ArgumentError(f"{name} is on {x.device}; plans for {ranks} ranks are made on the CPU, pass it there")
-    if any(on_a_device(x) for x in given.values()):
-        device = next(x.device for x in given.values() if on_a_device(x))
-        keys, queries = (
-            None if x is None else x if isinstance(x, Tensor) else torch.tensor(integers(name, x), device=device)
-            for name, x in given.items()
-        )
-        assert keys is not None
-        return (None, None), (keys, queries)
-    keys, queries = (
-        None if x is None else tuple(x.tolist()) if isinstance(x, Tensor) else integers(name, x)
-        for name, x in given.items()
-    )
-    if keys is None:
-        return (None, None), None
-    documents = Mask.documents(keys, queries)
-    return (documents.boundaries, documents.query_boundaries), None
-
-
-def _length(
-    boundaries: tuple[tuple[int, ...] | None, tuple[int, ...] | None],
-    on_device: tuple[Tensor, Tensor | None] | None,
-    masks: Sequence[Mask],
-    batch: int,
-) -> int:
-    keys, queries = boundaries if boundaries[0] is not None else (masks[0].boundaries, masks[0].query_boundaries)
-    if on_device is not None or keys is None:
-        raise ArgumentError("seqlen=None, and no cu_seqlens on the host say how many tokens there are; pass seqlen")
-    total = (keys if queries is None else queries)[-1]
-    if total % batch:
-        raise ArgumentError(f"cu_seqlens end at {total}, which is no multiple of batch={batch}; pass seqlen")
-    return total // batch
 
 
 # Tensors that know how they were sharded

@@ -26,7 +26,8 @@ from ringflash.parallel.planning.heads import check_head_ranks
 from ringflash.parallel.positions.balance import token_work
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import Partition, check_name
-from ringflash.parallel.sharding import IGNORED_LABEL, Sharding, sharing_group
+from ringflash.parallel.sharding import IGNORED_LABEL, Sharding
+from ringflash.parallel.sharding_arguments import sharing_group
 from ringflash.transformers.at_work import alone
 from ringflash.transformers.batches import fingerprint, position_ids_of, shard_targets, shard_tokens, sizes_of
 from ringflash.transformers.documents import Documents, documents_of
