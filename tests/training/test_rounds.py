@@ -192,7 +192,7 @@ def test_a_backward_pass_behind_or_within_autocast_is_of_whole_blocks(policy, wi
         assert (a - b).norm() < 0.01 * b.norm()
 
 
-def _steps_by_rows(kind, **options):
+def _steps_by_rows(kind, tile=ROUND * 48, **options):
     """What training leaves, and how many blocks of a kind had a backward pass, in several tiles of rows each."""
     taken, backward = [], kind.backward_of
 
@@ -201,7 +201,7 @@ def _steps_by_rows(kind, **options):
         return backward(self, inputs, gradients)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(rows.TILE_ELEMENTS, "cpu", ROUND * 48)
+        patch.setitem(rows.TILE_ELEMENTS, "cpu", tile)
         patch.setattr(kind, "backward_of", counted)
         return recipe.steps(**options), taken
 
@@ -218,17 +218,46 @@ def test_every_engine_trains_by_rows_as_one_device_does_whole(pool, engine, poli
         assert tiles == [2] * 4  # of 202 tokens, in 2 blocks and 2 steps
 
 
-def _calls_of_two(policy, *tiles):
-    tile = tiles[dist.get_rank() % len(tiles)]
+@pytest.mark.parametrize(("tile", "expected"), [(201, [2] * 4), (203, [])], ids=["by rows", "whole"])
+@pytest.mark.parametrize("engine", ["zero2", "fsdp2"])
+def test_ranks_of_which_one_has_more_tokens_than_a_tile_train_as_one_device_does(pool, engine, tile, expected):
+    """They have 204 and 200; ZeRO 2 sums gradients in the order in which they are ready, so that is to be the same."""
+    job = {"name": engine, "degree": 2, "memory": RECOMPUTE, "tile": tile * 48}
+    for found, tiles in pool(2).run(_steps_by_rows, OnceBlock, **job):
+        assert_same(found, recipe.plain())
+        assert tiles == expected
+
+
+def _of_few(policy, tile):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(rows.TILE_ELEMENTS, "cpu", tile)
+        model = recipe.build(dist.group.WORLD)
+        model.keep(policy, CPU)
+        shard = model.shard({"input_ids": torch.arange(5)[None]})
+        model(**shard).backward()
+    gradients = [weight.grad for weight in model.parameters()]
+    for each in gradients:
+        dist.all_reduce(each)
+    return shard["input_ids"].numel(), gradients
+
+
+@pytest.mark.parametrize("policy", [OFFLOAD, PAIRS])
+def test_ranks_without_tokens_take_part_by_rows(pool, policy):
+    found, expected = (pool(4).run(_of_few, each, tile) for each, tile in ((policy, 48), (KEEP, 2**21)))
+    assert 0 in [tokens for tokens, _ in found]
+    for (_, gradients), (_, same) in zip(found, expected, strict=True):
+        _assert_close(gradients, same)
+
+
+def _calls_of_two(policy, tile):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(rows.TILE_ELEMENTS, "cpu", tile)
         return _counts(policy)
 
 
-@pytest.mark.parametrize("tiles", [(ROUND * 48,), (ROUND * 48, 2**21)], ids=["both", "one of them"])
 @pytest.mark.parametrize("policy", [RECOMPUTE, OFFLOAD, PAIRS])
-def test_ranks_that_share_a_sequence_attend_and_communicate_as_often_and_move_as_much_by_rows(pool, policy, tiles):
-    by_rows = pool(2).run(_calls_of_two, policy, *tiles)
+def test_ranks_that_share_a_sequence_attend_and_communicate_as_often_and_move_as_much_by_rows(pool, policy):
+    by_rows = pool(2).run(_calls_of_two, policy, ROUND * 48)
     for (calls, moved, gradients), (expected, as_much, same) in zip(
         by_rows, pool(2).run(_calls_of_two, policy, 2**21), strict=True
     ):

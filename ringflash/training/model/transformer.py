@@ -140,21 +140,27 @@ class Block(nn.Module):
         self._between = torch.compile(self._between, fullgraph=True)
 
     def _parts(self, x_BTC: Tensor, rotation: tuple[Tensor, Tensor], attention_arguments: dict) -> Parts | None:
-        """The block by rows, whose queries are a tile; None where all of them are one, or rows are not all it knows."""
+        """The block by rows, whose queries are a tile; None where all of them are one, or rows are not all it knows.
+
+        Whether they are is asked of as many tokens as a rank has on average, and so the same on all ranks: the two ways
+        have weights' gradients ready in another order, in which DeepSpeed sums what ranks have, whatever it is.
+        """
         attention, mlp, device, shape = self.self_attn, self.mlp, x_BTC.device, x_BTC.shape[:-1]
         attend, sharding = attention.attend, attention_arguments.get("sharding")
         most = TILE_ELEMENTS[device.type] // self._query_width
+        if sharding is None or sharding.batch * sharding.seqlen <= most * sharding.ranks:
+            return None
         projections = (part.weight for part in (attention.q_proj, attention.k_proj, attention.v_proj))
         weights = (
             (self.input_layernorm.weight, *projections),
             (self.post_attention_layernorm.weight, attention.o_proj.weight),
             (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight),
         )
-        if shape.numel() <= most or not self._is_all(weights, device):
+        if not self._is_all(weights, device):
             return None
-        rounds = None if sharding is None else sharding.query_rounds(attend.mask, most, device)
-        size = size_of_rounds(shape.numel(), most)
-        rows = [slice(first, min(first + size, shape.numel())) for first in range(0, shape.numel(), size)]
+        rounds = sharding.query_rounds(attend.mask, most, device)
+        tokens, size = shape.numel(), size_of_rounds(shape.numel(), most)
+        rows = [slice(first, min(first + size, tokens)) for first in range(0, max(1, tokens), size)]
         flat = tuple(angles.flatten(0, 1)[None] for angles in rotation)
 
         def before(x_RC: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
@@ -173,7 +179,7 @@ class Block(nn.Module):
             return attend(*(x.unflatten(0, shape) for x in given), **attention_arguments).flatten(0, 1)
 
         how = RoundAttention(attend.scale, attend.kernel, attend.deterministic)
-        whole = x_BTC.element_size() * shape.numel() * self._elements_again
+        whole = x_BTC.element_size() * tokens * self._elements_again
         return Parts(rows, before, keys, between, weights, at_once, rounds, how, whole)
 
     def _is_all(self, weights: Sequence[Sequence[Tensor]], device: torch.device) -> bool:
