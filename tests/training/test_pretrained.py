@@ -196,6 +196,19 @@ def test_what_is_kept_of_blocks_changes_no_bit(pool, folder, name, memory):
     assert all(torch.equal(found[1][key], expected[1][key]) for key in expected[1])
 
 
+def _steps_of_tiles(tokens, *args, **options):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(rows.TILE_ELEMENTS, "cpu", tokens * 48)
+        return _steps(*args, **options)
+
+
+@pytest.mark.parametrize("tile", [201, 203], ids=["in tiles", "whole"])
+def test_ranks_of_which_one_has_more_tokens_than_a_tile_train_as_one_device_does(pool, folder, tile):
+    """They have 204 and 200; ZeRO 2 sums gradients in the order in which they are ready, so that is to be the same."""
+    for result in pool(2).run(_steps_of_tiles, tile, folder, "zero2", 2, memory="recompute"):
+        _assert_same(result, _plain(folder))
+
+
 def _steps_in_tiles(path, name, policy, lora=None):
     calls, run = [], rows.tiled
     with pytest.MonkeyPatch.context() as patch:

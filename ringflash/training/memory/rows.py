@@ -96,18 +96,22 @@ def rotate(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _turned(x_BTHD, cos, sin) if torch.compiler.is_compiling() else _Rotate.apply(x_BTHD, cos, sin)
 
 
-def tiled(function: Callable[[Tensor], Tensor], x: Tensor, weights: Sequence[Tensor], width: int) -> Tensor:
+def tiled(
+    function: Callable[[Tensor], Tensor], x: Tensor, weights: Sequence[Tensor], width: int, tokens: int
+) -> Tensor:
     """What a function of each token gives, tile by tile; in the backward pass each tile is computed again.
 
-    Where all tokens are one tile, this is the function.
+    Where the tokens of a rank are one tile on average, this is the function. Ranks do the same, whatever each has: the
+    two have weights' gradients ready in another order, in which ZeRO 2 sums what ranks have.
 
     Args:
         function: of (1, T, C) for any T, without a word to other ranks.
         x: (B, T, C).
         weights: that it uses.
         width: of the widest that it makes of a token.
+        tokens: of a rank on average.
     """
-    if x.numel() // x.shape[-1] * width <= TILE_ELEMENTS[x.device.type]:
+    if tokens * width <= TILE_ELEMENTS[x.device.type]:
         return function(x)
     held = _Box()
     return _Tiled.apply(_Held.apply(x, held), held, _Call(function, width, x.device), *weights)

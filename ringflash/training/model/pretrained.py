@@ -86,6 +86,7 @@ class Pretrained(Decoder):
             add_adapters(self.model, self._lora)
         _refuse_dropout(self.model, folder)
         self._tiled: list[nn.Module] = []
+        self._mean = 0
         self.memory = BlockMemory(self.config.get_text_config().num_hidden_layers)
         try:
             check_shardable(self.model)  # on one rank too: where a state is carried, packed documents see each other
@@ -96,7 +97,8 @@ class Pretrained(Decoder):
 
     def forward(self, per_token: bool = False, **shard: Any) -> Tensor:
         """See Decoder."""
-        shard["shift_labels"] = shard["labels"]
+        shard["shift_labels"], sharding = shard["labels"], shard["sharding"]
+        self._mean = -(-sharding.batch * sharding.seqlen // sharding.ranks)
         weight = next(weight for weight in self.parameters() if weight.requires_grad)
         # FSDP2 casts what it gathers; a weight that it has divided is not gathered yet.
         cast = self.dtype != torch.float32 and weight.dtype == torch.float32 and not isinstance(weight, DTensor)
@@ -121,13 +123,17 @@ class Pretrained(Decoder):
             raise ArgumentError(f"engine.memory={policy}: {error}; allowed is {KEEP}") from error
         self._tiled = feed_forwards(self.model)
         for module in self._tiled:
-            module.forward = functools.partial(_in_tiles, module, module.forward)
+            module.forward = functools.partial(self._in_tiles, module, module.forward)
         if self._lora is not None:  # else nothing in front of the first adapter has a gradient, which engines wait for
             self.model.enable_input_require_grads()
 
     def whole_blocks(self) -> list[nn.Module]:
         """See Decoder; what is in tiles calls its parts often, and ranks do so a different number of times."""
         return self._tiled
+
+    def _in_tiles(self, module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        width = max(each.out_features for each in module.modules() if isinstance(each, nn.Linear))
+        return tiled(forward, x, tuple(module.parameters()), width, self._mean)
 
     def attention_width(self) -> int | None:
         """See Decoder; some models have heads of other widths in some layers."""
@@ -208,11 +214,6 @@ def feed_forwards(model: nn.Module) -> list[nn.Module]:
     layers = (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
     parts = (part for layer in layers for part in layer.children() if type(part).__name__.endswith("MLP"))
     return [part for part in parts if any(isinstance(each, nn.Linear) for each in part.modules())]
-
-
-def _in_tiles(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    width = max(each.out_features for each in module.modules() if isinstance(each, nn.Linear))
-    return tiled(forward, x, tuple(module.parameters()), width)
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
