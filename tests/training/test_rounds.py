@@ -173,19 +173,18 @@ def test_a_model_that_is_compiled_whole_evaluates_whole_blocks(monkeypatch):
         torch.testing.assert_close(torch.compile(model, backend="eager")(**shard), expected)
 
 
-@pytest.mark.parametrize("within", [False, True], ids=["behind", "within"])
+@pytest.mark.parametrize("within", [(True, False), (True, True), (False, True)], ids=["forward", "both", "backward"])
 @pytest.mark.parametrize("policy", [RECOMPUTE, PAIRS])
-def test_a_backward_pass_behind_or_within_autocast_is_of_whole_blocks(policy, within):
+def test_either_pass_may_run_within_autocast(policy, within):
+    """Of blocks that are whole if it is the forward pass."""
     found = []
     for each, tile in ((KEEP, 2**21), (policy, ROUND * 64)):
         model, shard = _model(each)
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(rows.TILE_ELEMENTS, "cpu", tile)
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=within[0]):
                 value = model(**shard)
-                if within:
-                    value.backward()
-            if not within:
+            with torch.autocast("cpu", torch.bfloat16, enabled=within[1]):
                 value.backward()
         found.append([value.detach(), *(weight.grad for weight in model.parameters())])
     for a, b in zip(*found, strict=True):
@@ -321,6 +320,18 @@ def test_a_second_backward_pass_is_refused(policy):
     model, shard = _model(policy)
     value = model(**shard)
     value.backward(retain_graph=True)
+    with pytest.raises(RingflashError, match=r"ran twice; engine\.memory=keep"):
+        value.backward()
+
+
+@pytest.mark.usefixtures("short_rounds")
+def test_a_backward_pass_of_a_pairs_first_block_before_that_of_the_second_is_refused():
+    model, shard = _model(PAIRS)
+    streams = []
+    model.layers[0].register_forward_hook(lambda module, inputs, out: streams.append(out))
+    model.layers[1].register_forward_pre_hook(lambda module, inputs: (inputs[0].detach(), *inputs[1:]))
+    value = model(**shard)
+    streams[0].sum().backward()
     with pytest.raises(RingflashError, match=r"ran twice; engine\.memory=keep"):
         value.backward()
 

@@ -66,23 +66,26 @@ class OnceBlock(RowBlock):
 
     def backward_of(self, inputs: list[Handle], gradients: Gradients) -> None:
         """See RowBlock."""
-        parts, tokens = self._parts, self._shape[:-1].numel()
-        for handle in self._attended:
-            handle.fetch()
-        ahead = Ahead([[each] for each in inputs], again=True)
-        given = filled(parts, tokens, lambda rows: parts.before(ahead.take_one(), rows))
-        out, lse = (handle.get() for handle in self._attended)
+        given = self._given(inputs)
+        out, lse = Ahead([self._attended]).take()
         self._attended.clear()
         ahead, dout = Ahead([[each] for each in inputs], again=True), torch.empty_like(out)
-        for rows in parts.rows:
+        for rows in self._parts.rows:
             dout[rows] = gradients.behind_attention(rows, ahead.take_one(), out[rows])
         of_attention = self._call.backward(dout, out, lse, given)
         del dout, out, lse, given
         ahead = Ahead([[each] for each in inputs])
         inputs.clear()
-        for rows in parts.rows:
+        for rows in self._parts.rows:
             projected = gradients.projected(rows, ahead.take_one())
             gradients.before_attention(rows, projected, [whole[rows] for whole in of_attention])
+            del projected
+
+    def _given(self, inputs: Sequence[Handle]) -> list[Tensor]:
+        """Query, key and value, while what attention gave comes back."""
+        for handle in self._attended:
+            handle.fetch()
+        return self.of_all_rows(inputs, self._parts.before)
 
     def _keep(self, out: Tensor) -> None:
         self._attended = [self._store(out), self._store(self._call.lse())]

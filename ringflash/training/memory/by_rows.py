@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ringflash.kernels.torch_private import no_autocast
 from ringflash.parallel.execution.query_rounds import RoundAttention
 from ringflash.parallel.planning.query_rounds import QueryRound
 from ringflash.training.memory.first_step import FirstStep
@@ -29,7 +30,7 @@ from ringflash.training.memory.rows import WeightSum, swiglu, swiglu_backward, w
 
 @dataclass(frozen=True)
 class Parts:
-    """A block as it works on rows.
+    """A block as it works on rows, outside of autocast.
 
     Attributes:
         rows: which, from the first to the last.
@@ -104,6 +105,8 @@ class RowBlock(ABC):
 
     def output(self) -> Tensor:
         """The output once more, without a graph; everything stays as it is kept."""
+        if not self._inputs:
+            raise twice()
         inputs = Ahead([[each] for each in self._inputs], again=True)
         x = torch.cat([inputs.take_one() for _ in self._inputs]).view(self._shape)
         with torch.no_grad():
@@ -147,6 +150,18 @@ class RowBlock(ABC):
             gradients: to be found.
         """
 
+    def of_all_rows(
+        self, inputs: Sequence[Handle], of_rows: Callable[[Tensor, slice], Sequence[Tensor]]
+    ) -> list[Tensor]:
+        """What a part of the block makes of the input, (T, ...) each; the input stays as it is kept.
+
+        Args:
+            inputs: the input, rows by rows.
+            of_rows: of rows (R, C) and which they are.
+        """
+        ahead = Ahead([[each] for each in inputs], again=True)
+        return filled(self._parts, self._shape[:-1].numel(), lambda rows: of_rows(ahead.take_one(), rows))
+
     def _take_inputs(self) -> list[Handle]:
         if self._source is None:
             return self._inputs
@@ -169,7 +184,8 @@ class _ByRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple:  # pyrefly: ignore[bad-override]  # torch's `*grads`: one here
         need_x, _, *need = ctx.needs_input_grad
-        dx, *of_weights = ctx.block.backward(dy, [need_x, *need])
+        with no_autocast():  # in which the forward pass was not, see `Parts`
+            dx, *of_weights = ctx.block.backward(dy, [need_x, *need])
         return (dx, None, *of_weights)
 
 

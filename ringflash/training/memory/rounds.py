@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ringflash.recomputed import Region, here, within
-from ringflash.training.memory.by_rows import Ahead, Gradients, Parts, RowBlock, filled
+from ringflash.training.memory.by_rows import Ahead, Gradients, Parts, RowBlock
 from ringflash.training.memory.host import Handle
 
 
@@ -71,7 +71,7 @@ class RoundBlock(RowBlock):
     def backward_of(self, inputs: list[Handle], gradients: Gradients) -> None:
         """See RowBlock."""
         rounds, attention = self._parts.rounds or (), self._parts.in_rounds
-        key, value = self._keys(inputs)
+        key, value = self.of_all_rows(inputs, self._parts.keys)
         more = torch.promote_types(key.dtype, torch.float32)
         of_keys = [torch.zeros_like(x, dtype=more) for x in (key, value)]
         kept = Ahead([(x, *of_attention) for x, of_attention in zip(inputs[::-1], self._attended[::-1], strict=True)])
@@ -88,10 +88,6 @@ class RoundBlock(RowBlock):
             del x, out, lse, dout, query
             gradients.before_attention(rows, projected, (dquery, *dkeys))
             del projected, dquery, dkeys
-
-    def _keys(self, inputs: list[Handle]) -> list[Tensor]:
-        ahead = Ahead([[each] for each in inputs], again=True)
-        return filled(self._parts, self._shape[:-1].numel(), lambda rows: self._parts.keys(ahead.take_one(), rows))
 
     def _keep(self, out: Tensor, lse: Tensor) -> None:
         if self._host is not None:
