@@ -18,7 +18,7 @@ from test_engine import assert_same
 from test_estimate import _sized
 from test_memory import _counts, _peak_of
 
-from ringflash import RingflashError, Sharding, loss
+from ringflash import ArgumentError, RingflashError, Sharding, loss
 from ringflash.configs.schema import AttentionConfig, ModelConfig
 from ringflash.kernels.cpu import blockwise
 from ringflash.training.estimate import sizes as estimate_sizes
@@ -84,6 +84,15 @@ def test_losses_and_gradients_are_those_of_whole_blocks_and_repeat_bit_for_bit(a
     assert f"recomputed in rounds of {ROUND} queries" in model.memory.decision
     _assert_close(found, _whole(attention))
     assert all(torch.equal(a, b) for a, b in zip(found, _learned(policy, attention)[1], strict=True))
+
+
+@pytest.mark.usefixtures("short_rounds")
+@pytest.mark.parametrize("train", [True, False])
+def test_tokens_of_another_batch_than_the_sharding_is_of_are_refused(train):
+    model, shard = _model(RECOMPUTE)
+    shard |= {name: shard[name][:, :-50] for name in ("input_ids", "labels", "position_ids")}
+    with torch.set_grad_enabled(train), pytest.raises(ArgumentError, match="query has -100 and key -100 tokens"):
+        model(**shard)
 
 
 @pytest.mark.usefixtures("short_rounds")

@@ -142,13 +142,16 @@ class Block(nn.Module):
     def _parts(self, x_BTC: Tensor, rotation: tuple[Tensor, Tensor], attention_arguments: dict) -> Parts | None:
         """The block by rows, whose queries are a tile; None where all of them are one, or rows are not all it knows.
 
-        Whether they are is asked of as many tokens as a rank has on average, and so the same on all ranks: the two ways
-        have weights' gradients ready in another order, in which DeepSpeed sums what ranks have, whatever it is.
+        Whether they are one is asked of as many tokens as a rank has on average, and so the same on all ranks: the two
+        ways have weights' gradients ready in another order, in which ZeRO 2 sums what ranks have. torch.compile sees
+        whole blocks.
         """
         attention, mlp, device, shape = self.self_attn, self.mlp, x_BTC.device, x_BTC.shape[:-1]
         attend, sharding = attention.attend, attention_arguments.get("sharding")
         most = TILE_ELEMENTS[device.type] // self._query_width
-        if sharding is None or sharding.batch * sharding.seqlen <= most * sharding.ranks:
+        if torch.compiler.is_compiling() or sharding is None:
+            return None
+        if sharding.batch * sharding.seqlen <= most * sharding.ranks:
             return None
         projections = (part.weight for part in (attention.q_proj, attention.k_proj, attention.v_proj))
         weights = (
@@ -156,10 +159,10 @@ class Block(nn.Module):
             (self.post_attention_layernorm.weight, attention.o_proj.weight),
             (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight),
         )
-        if not self._is_all(weights, device):
-            return None
-        rounds = sharding.query_rounds(attend.mask, most, device)
-        tokens, size = shape.numel(), size_of_rounds(shape.numel(), most)
+        tokens = shape.numel()
+        if tokens != sharding.batch * sharding.tokens or not self._is_all(weights, device):
+            return None  # the first of which attention refuses
+        rounds, size = sharding.query_rounds(attend.mask, most, device), size_of_rounds(tokens, most)
         rows = [slice(first, min(first + size, tokens)) for first in range(0, max(1, tokens), size)]
         flat = tuple(angles.flatten(0, 1)[None] for angles in rotation)
 
@@ -186,13 +189,12 @@ class Block(nn.Module):
         """Whether rounds know of everything that the block does.
 
         They do not of what somebody has given it more to learn, attention more to do, or to be called behind its parts.
-        Nor does their backward pass know of autocast within which the forward pass is, or torch.compile of them.
+        Nor does their backward pass know of autocast within which the forward pass is.
         """
         attend, inside = self.self_attn.attend, self.modules()
         next(inside)  # the block itself, which is called
         return not (
-            torch.compiler.is_compiling()
-            or torch.is_autocast_enabled(device.type)
+            torch.is_autocast_enabled(device.type)
             or attend.softcap
             or attend.dropout
             or {id(weight) for part in weights for weight in part} != set(map(id, self.parameters()))
