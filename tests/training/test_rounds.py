@@ -1,4 +1,4 @@
-"""Blocks in rounds of queries: the same model, what they keep and where, and how little is there at once."""
+"""Blocks by rows, in rounds or at once: the same model, what they keep and where, and how little is there at once."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 Beside their inputs and outputs they have no more at hand than one tile takes, however long a shard is: nothing as wide
 as the feed-forward, and nothing in fp32, exists for all of its tokens. How many tokens make a tile follows from widths
-alone, and no tile communicates, so that ranks with other numbers of tokens need not agree on anything. All weights are
-used once in a pass, so that engines see each gradient once, and whole.
+alone, and no tile communicates, so that ranks with other numbers of tokens need not agree on how many they have. All
+weights are used once in a pass, so that engines see each gradient once, and whole.
 
 Legend: B sequences, T tokens, C hidden size, F width of the feed-forward, H heads, D head width.
 """
