@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import gc
 import itertools
+import re
 
 import pytest
 import recipe
@@ -45,6 +46,14 @@ def short_rounds(monkeypatch):
     monkeypatch.setitem(rows.TILE_ELEMENTS, "cpu", ROUND * 64)
 
 
+@pytest.fixture(params=[RoundBlock, OnceBlock])
+def kind(request, monkeypatch, short_rounds):
+    """How blocks by rows attend; at once, as on ranks that share a sequence."""
+    if request.param is OnceBlock:
+        monkeypatch.setattr(Sharding, "query_rounds", lambda *_: None)
+    return request.param
+
+
 def _model(policy, attention=None, dtype=torch.float32, model=SHAPE, host_bytes=None):
     built = recipe.build(model=model, attention=attention, dtype=dtype)
     built.keep(policy, CPU, host_bytes)
@@ -76,17 +85,16 @@ def _whole(*args, **options):
 _causal_whole = functools.cache(_whole)
 
 
-@pytest.mark.usefixtures("short_rounds")
 @pytest.mark.parametrize("policy", [RECOMPUTE, OFFLOAD, PAIRS])
 @pytest.mark.parametrize("attention", MASKS, ids=lambda x: x.mask)
-def test_losses_and_gradients_are_those_of_whole_blocks_and_repeat_bit_for_bit(attention, policy):
+def test_losses_and_gradients_are_those_of_whole_blocks_and_repeat_bit_for_bit(attention, policy, kind):
     model, found = _learned(policy, attention)
-    assert f"recomputed in rounds of {ROUND} queries" in model.memory.decision
+    assert (f"recomputed in rounds of {ROUND} queries" in model.memory.decision) == (kind is RoundBlock)
     _assert_close(found, _whole(attention))
     assert all(torch.equal(a, b) for a, b in zip(found, _learned(policy, attention)[1], strict=True))
 
 
-@pytest.mark.usefixtures("short_rounds")
+@pytest.mark.usefixtures("kind")
 @pytest.mark.parametrize("train", [True, False])
 def test_tokens_of_another_batch_than_the_sharding_is_of_are_refused(train):
     model, shard = _model(RECOMPUTE)
@@ -95,7 +103,7 @@ def test_tokens_of_another_batch_than_the_sharding_is_of_are_refused(train):
         model(**shard)
 
 
-@pytest.mark.usefixtures("short_rounds")
+@pytest.mark.usefixtures("kind")
 @settings(max_examples=10)
 @given(placements=st.lists(st.sampled_from([KEEP, RECOMPUTE, OFFLOAD]), min_size=3, max_size=3), pairs=st.booleans())
 def test_any_mixture_of_placements_learns_the_same(placements, pairs):
@@ -108,14 +116,26 @@ def test_any_mixture_of_placements_learns_the_same(placements, pairs):
     assert model.memory.host.used == 0
 
 
-@pytest.mark.usefixtures("short_rounds")
-@pytest.mark.parametrize("frozen", ["embed_tokens", "layers.0", "q_proj", "mlp", "layernorm", "layers"])
+@pytest.mark.usefixtures("kind")
+@pytest.mark.parametrize(
+    "frozen",
+    [
+        "embed_tokens",
+        "layers.0",
+        "q_proj",
+        "mlp",
+        "layernorm",
+        "layers",
+        "embed|layers.0",
+        "embed|input_layernorm|[qkv]_",
+    ],
+)
 def test_weights_that_do_not_learn_have_no_gradient_and_the_others_the_same(frozen):
     gradients = []
     for policy, tile in ((KEEP, 2**21), (RECOMPUTE, ROUND * 64)):
         model, shard = _model(policy)
         for name, weight in model.named_parameters():
-            weight.requires_grad_(frozen not in name)
+            weight.requires_grad_(re.search(frozen, name) is None)
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(rows.TILE_ELEMENTS, "cpu", tile)
             model(**shard).backward()
@@ -305,14 +325,14 @@ def test_attention_runs_once_for_each_round_and_never_again(policy):
     assert moved == tokens * size * (inputs + attended)
 
 
-@pytest.mark.usefixtures("short_rounds")
+@pytest.mark.usefixtures("kind")
 def test_without_room_in_host_memory_rounds_are_kept_where_they_are():
     model, found = _learned(OFFLOAD, host_bytes=0)
     assert model.memory.host.moved == 0
     _assert_close(found, _causal_whole())
 
 
-@pytest.mark.usefixtures("short_rounds")
+@pytest.mark.usefixtures("kind")
 def test_pages_of_a_pass_without_a_backward_pass_are_used_again():
     model, shard = _model(PAIRS)
     for _ in range(2):
@@ -323,7 +343,7 @@ def test_pages_of_a_pass_without_a_backward_pass_are_used_again():
         assert model.memory.host.used == 0
 
 
-@pytest.mark.usefixtures("short_rounds")
+@pytest.mark.usefixtures("kind")
 @pytest.mark.parametrize("policy", [RECOMPUTE, OFFLOAD])
 def test_a_second_backward_pass_is_refused(policy):
     model, shard = _model(policy)
@@ -333,7 +353,7 @@ def test_a_second_backward_pass_is_refused(policy):
         value.backward()
 
 
-@pytest.mark.usefixtures("short_rounds")
+@pytest.mark.usefixtures("kind")
 def test_a_backward_pass_of_a_pairs_first_block_before_that_of_the_second_is_refused():
     model, shard = _model(PAIRS)
     streams = []
