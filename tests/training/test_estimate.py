@@ -26,7 +26,7 @@ from ringflash.training.config.composing import load
 from ringflash.training.engines.create import create_engine
 from ringflash.training.estimate.hardware import CARDS, GIB, Hardware
 from ringflash.training.estimate.lasting import held, lasting
-from ringflash.training.estimate.sizes import Sizes
+from ringflash.training.estimate.sizes import Load, Sizes
 from ringflash.training.estimate.step import BLOCKS, COPY, estimate, longest
 from ringflash.training.memory import rows
 from ringflash.training.memory.plan import KEEP, OFFLOAD, RECOMPUTE
@@ -235,8 +235,11 @@ def test_one_card_takes_of_each_token_what_the_page_says():
         in_rounds = of_token(lambda x: x.transient(0, moved=True))
         assert float(together[column]) == in_rounds
         assert float(pairs[column]) == of_token(lambda x: x.transient(0, moved=True, pairs=True)) - in_rounds
-        shared = of_token(lambda x: dataclasses.replace(x, alone=False).transient(0, moved=True))
-        assert float(whole[column]) == shared
+        shared = [
+            of_token(lambda x, given=given: dataclasses.replace(x, alone=False, **given(x)).transient(0, moved=True))
+            for given in (lambda _: {}, lambda x: {"load": Load(x.tokens, 0)})
+        ]
+        assert [float(x) for x in whole[column].split(";")] == shared
         assert float(at_loss[column]) == of_token(lambda x: x._loss)
         both = [of_token(lambda x, pairs=pairs: x.blocks * x.kept(pairs)) for pairs in (False, True)]
         assert [float(x) for x in kept[column].split(";")] == both
