@@ -88,6 +88,14 @@ def has_hooks(module: torch.nn.Module) -> bool:
     )
 
 
+def has_gradient_hooks(x: Tensor) -> bool:
+    """Whether something is to happen to a tensor's gradient, as `register_hook` has it. No public name asks.
+
+    It happens in torch.autograd.grad, too, to what that finds, be it a part of the gradient.
+    """
+    return bool(x._backward_hooks)
+
+
 # torch.func
 
 

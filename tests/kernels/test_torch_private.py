@@ -95,6 +95,18 @@ def test_a_module_has_hooks_of_any_kind_until_they_are_removed() -> None:
         assert not torch_private.has_hooks(module)
 
 
+def test_hooks_of_a_tensors_gradient_are_called_by_autograd_grad_until_they_are_removed() -> None:
+    weight = torch.ones(2, requires_grad=True)
+    weight.register_post_accumulate_grad_hook(lambda _: None)
+    assert not torch_private.has_gradient_hooks(weight)
+    hook = weight.register_hook(lambda gradient: 3 * gradient)
+    assert torch_private.has_gradient_hooks(weight)
+    (found,) = torch.autograd.grad(weight.sum(), weight)
+    assert found.tolist() == [3, 3]
+    hook.remove()
+    assert not torch_private.has_gradient_hooks(weight)
+
+
 def test_any_requires_grad_looks_at_tensors_among_other_arguments() -> None:
     plain, leaf = torch.ones(1), torch.ones(1, requires_grad=True)
     assert torch_private.any_requires_grad(None, 3, "text", plain, leaf)

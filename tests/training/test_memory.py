@@ -365,10 +365,10 @@ def _reference(x, gate, up, down):
     return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
 
 
-@given(tokens=st.integers(0, 40), tile=st.integers(1, 400), twice=st.booleans(), frozen=st.integers(0, 7))
+@given(tokens=st.integers(0, 40), tile=st.integers(1, 400), twice=st.booleans(), frozen=st.integers(0, 14))
 def test_tiled_parts_have_the_values_and_gradients_of_whole_ones(tokens, tile, twice, frozen):
     generator = torch.Generator().manual_seed(tokens)
-    x = torch.randn(1, tokens, 6, dtype=torch.float64, generator=generator).requires_grad_()
+    x = torch.randn(1, tokens, 6, dtype=torch.float64, generator=generator).requires_grad_(not frozen & 8)
     weights = [torch.randn(size, dtype=torch.float64, generator=generator) for size in ((9, 6), (9, 6), (6, 9))]
     for bit, weight in enumerate(weights):
         weight.requires_grad_(not frozen & 1 << bit)
@@ -384,6 +384,16 @@ def test_tiled_parts_have_the_values_and_gradients_of_whole_ones(tokens, tile, t
         gradients = torch.autograd.grad(found, wanted, dout, allow_unused=not tokens, materialize_grads=not tokens)
     for gradient, other in zip(gradients, torch.autograd.grad(expected, wanted, dout), strict=True):
         torch.testing.assert_close(gradient, other, rtol=1e-6, atol=1e-6)  # several tiles are summed in fp32
+
+
+def test_what_somebody_does_with_a_weights_gradient_is_done_once_whatever_the_tiles(monkeypatch):
+    monkeypatch.setitem(rows.TILE_ELEMENTS, "cpu", 8)
+    x, weight = torch.ones(1, 6, 4), torch.ones(4, 4, requires_grad=True)
+    for factor in (1, 2):
+        rows.tiled(lambda x: x @ weight.T, x, (weight,), 4, 6).sum().backward()
+        assert torch.equal(weight.grad, torch.full((4, 4), factor * 6.0))
+        weight.grad = None
+        weight.register_hook(lambda gradient: 2 * gradient)
 
 
 @given(tokens=st.integers(1, 40), tile=st.integers(1, 400))

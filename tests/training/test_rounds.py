@@ -128,6 +128,7 @@ def test_any_mixture_of_placements_learns_the_same(placements, pairs):
         "layers",
         "embed|layers.0",
         "embed|input_layernorm|[qkv]_",
+        "embed|self|norm",
     ],
 )
 def test_weights_that_do_not_learn_have_no_gradient_and_the_others_the_same(frozen):
@@ -177,8 +178,13 @@ def _hooked(model):
     model.layers[0].mlp.register_forward_hook(lambda module, inputs, out: out * 2)
 
 
-@pytest.mark.usefixtures("short_rounds")
-@pytest.mark.parametrize("change", [_adapted, _capped, _hooked])
+def _with_gradients_changed(model):
+    for weight in model.layers[0].parameters():
+        weight.register_hook(lambda gradient: 2 * gradient)
+
+
+@pytest.mark.usefixtures("kind")
+@pytest.mark.parametrize("change", [_adapted, _capped, _hooked, _with_gradients_changed])
 def test_a_block_of_which_rounds_do_not_know_everything_learns_as_a_whole(change):
     found = []
     for policy in (KEEP, RECOMPUTE):

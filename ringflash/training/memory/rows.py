@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own habit
 from torch import Tensor
 
+from ringflash.kernels.torch_private import has_gradient_hooks
 from ringflash.recomputed import here
 
 TILE_ELEMENTS = {"cpu": 2**21, "cuda": 2**27}
@@ -102,7 +103,8 @@ def tiled(
     """What a function of each token gives, tile by tile; in the backward pass each tile is computed again.
 
     Where the tokens of a rank are one tile on average, this is the function. Ranks do the same, whatever each has: the
-    two have weights' gradients ready in another order, in which ZeRO 2 sums what ranks have.
+    two have weights' gradients ready in another order, in which ZeRO 2 sums what ranks have. It is, too, where
+    something is to happen to a weight's gradient, of which tiles find parts.
 
     Args:
         function: of (1, T, C) for any T, without a word to other ranks.
@@ -111,7 +113,7 @@ def tiled(
         width: of the widest that it makes of a token.
         tokens: of a rank on average.
     """
-    if tokens * width <= TILE_ELEMENTS[x.device.type]:
+    if tokens * width <= TILE_ELEMENTS[x.device.type] or any(map(has_gradient_hooks, weights)):
         return function(x)
     held = _Box()
     return _Tiled.apply(_Held.apply(x, held), held, _Call(function, width, x.device), *weights)
@@ -135,14 +137,25 @@ class _Box:
 
     context: Any = None
 
+    def beside(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The input, to be saved by who has it in front of anything else, if it is not kept here."""
+        return (x,) if self.context is None else ()
+
+    def taken(self, saved: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The input, and what else was saved."""
+        return (saved[0], saved[1:]) if self.context is None else (self.context.saved_tensors[0], saved)
+
 
 class _Held(torch.autograd.Function):
-    """Keeps an input before what has it runs: where that is computed again, nothing may want more of it than this."""
+    """Keeps an input before what has it runs: where that is computed again, nothing may want more of it than this.
+
+    It cannot keep what has no gradient, as then it is no part of the graph.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, held: _Box) -> Tensor:
         ctx.save_for_backward(x)
-        held.context = ctx
+        held.context = ctx if ctx.needs_input_grad[0] else None
         return x.view_as(x)
 
     @staticmethod
@@ -168,12 +181,12 @@ class _SwiGLU(torch.autograd.Function):
             if kept:
                 kept[0][tile], kept[1][tile] = gated, raised
             torch.mm(_silu_product(gated, raised), down.T, out=rows_of_out[tile])
-        ctx.save_for_backward(*kept)
+        ctx.save_for_backward(*held.beside(x), *kept)
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple:  # pyrefly: ignore[bad-override]  # torch's `*grads`: one here
-        (x,), kept = ctx.held.context.saved_tensors, ctx.saved_tensors
+        x, kept = ctx.held.taken(ctx.saved_tensors)
         rows, dout = x.flatten(0, -2), dout.flatten(0, -2)
         need_x, *need = ctx.needs_input_grad
         sums = weight_sums(ctx.weights, need[:3], len(rows))
@@ -258,11 +271,12 @@ class _Tiled(torch.autograd.Function):
         rows_of_out[first] = part
         for tile in rest:
             rows_of_out[tile] = call(rows[tile])
+        ctx.save_for_backward(*held.beside(x))
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple:  # pyrefly: ignore[bad-override]  # torch's `*grads`: one here
-        (x,) = ctx.held.context.saved_tensors
+        x, _ = ctx.held.taken(ctx.saved_tensors)
         rows, dout = x.flatten(0, -2), dout.flatten(0, -2)
         need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
         dx = torch.empty_like(rows) if need_x else None

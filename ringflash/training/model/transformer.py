@@ -30,7 +30,7 @@ from torch.distributed import ProcessGroup
 
 from ringflash import DistributedFlashAttention, Mask, Sharding, shard_batch
 from ringflash.configs.schema import AttentionConfig, ModelConfig
-from ringflash.kernels.torch_private import has_hooks
+from ringflash.kernels.torch_private import has_gradient_hooks, has_hooks
 from ringflash.loss import cross_entropy, cross_entropy_sum
 from ringflash.parallel.execution.query_rounds import RoundAttention
 from ringflash.parallel.planning.query_rounds import size_of_rounds
@@ -188,8 +188,8 @@ class Block(nn.Module):
     def _is_all(self, weights: Sequence[Sequence[Tensor]], device: torch.device) -> bool:
         """Whether rounds know of everything that the block does.
 
-        They do not of what somebody has given it more to learn, attention more to do, or to be called behind its parts.
-        Nor does their backward pass know of autocast within which the forward pass is.
+        They do not of what somebody has given it more to learn, attention more to do, or to be called behind its parts
+        or with its weights' gradients. Nor does their backward pass know of autocast within which the forward pass is.
         """
         attend, inside = self.self_attn.attend, self.modules()
         next(inside)  # the block itself, which is called
@@ -199,6 +199,7 @@ class Block(nn.Module):
             or attend.dropout
             or {id(weight) for part in weights for weight in part} != set(map(id, self.parameters()))
             or any(map(has_hooks, inside))
+            or any(map(has_gradient_hooks, self.parameters()))
         )
 
     def _run(self, x_BTC: Tensor, rotation: tuple[Tensor, Tensor], attention_arguments: dict) -> Tensor:
