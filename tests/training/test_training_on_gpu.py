@@ -10,7 +10,7 @@ import recipe
 import torch
 import torch.distributed as dist
 
-from ringflash import shard_batch
+from ringflash import Sharding, shard_batch
 from ringflash.training.checkpoint.reading import Checkpoint
 from ringflash.training.checkpoint.saving import Saver
 from ringflash.training.engines.base import Piece
@@ -56,8 +56,11 @@ def test_zero_on_the_host_follows_the_cpu_run_and_resumes(tmp_path, name):
 
 @pytest.mark.usefixtures("_one_gpu")
 @pytest.mark.parametrize(("name", "memory"), [("ddp", "auto"), ("fsdp2", "offload_pairs"), ("zero3", "offload")])
-def test_blocks_in_rounds_follow_the_cpu_run_and_resume(tmp_path, monkeypatch, name, memory):
-    monkeypatch.setitem(rows.TILE_ELEMENTS, "cuda", 128 * 48)  # 404 tokens in four rounds
+@pytest.mark.parametrize("rounds", [True, False], ids=["in rounds", "at once"])
+def test_blocks_by_rows_follow_the_cpu_run_and_resume(tmp_path, monkeypatch, name, memory, rounds):
+    monkeypatch.setitem(rows.TILE_ELEMENTS, "cuda", 128 * 48)  # 404 tokens in four parts
+    if not rounds:  # as on ranks that share a sequence
+        monkeypatch.setattr(Sharding, "query_rounds", lambda *_: None)
     _follows_and_resumes(tmp_path, name, memory)
 
 
