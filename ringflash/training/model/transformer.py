@@ -159,10 +159,12 @@ class Block(nn.Module):
             (self.post_attention_layernorm.weight, attention.o_proj.weight),
             (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight),
         )
-        tokens = shape.numel()
-        if tokens != sharding.batch * sharding.tokens or not self._is_all(weights, device):
-            return None  # the first of which attention refuses
-        rounds, size = sharding.query_rounds(attend.mask, most, device), size_of_rounds(tokens, most)
+        if not self._is_all(weights, device):
+            return None
+        tokens, rounds = shape.numel(), sharding.query_rounds(attend.mask, most, device)
+        if rounds and tokens != rounds[-1].rows.stop:
+            return None  # tokens of another batch are attention's to refuse
+        size = size_of_rounds(tokens, most)
         rows = [slice(first, min(first + size, tokens)) for first in range(0, max(1, tokens), size)]
         flat = tuple(angles.flatten(0, 1)[None] for angles in rotation)
 
