@@ -35,10 +35,11 @@ def at_once(parts: Parts, x_BTC: Tensor, keep: Callable[[Tensor], None] | None =
         x_BTC: its input.
         keep: is given what attention gave.
     """
-    rows, result = x_BTC.flatten(0, 1), torch.empty_like(x_BTC, memory_format=torch.contiguous_format)
+    rows = x_BTC.flatten(0, 1)
     out = parts.at_once(*filled(parts, len(rows), lambda own: parts.before(rows[own], own)))
     if keep is not None:
         keep(out)
+    result = torch.empty_like(x_BTC, memory_format=torch.contiguous_format)  # behind attention, which needs most
     rows_of_result = result.flatten(0, 1)
     for own in parts.rows:
         rows_of_result[own] = parts.behind(rows[own], out[own])
