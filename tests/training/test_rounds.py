@@ -431,8 +431,8 @@ def tiles(monkeypatch):
 def test_a_pass_has_as_much_in_use_at_once_as_is_said(monkeypatch, policy, alone):
     if not alone:  # as on ranks that share the sequence
         monkeypatch.setattr(Sharding, "query_rounds", lambda *_: None)
-    found, said, sizes = _peak(policy, 8192, alone=alone)
-    assert sizes.tokens == 16 * sizes.rows
+    found, said, sizes = _peak(policy, 4096, alone=alone)
+    assert sizes.tokens == 8 * sizes.rows
     assert found == pytest.approx(said, rel=0.1)
 
 
