@@ -88,11 +88,39 @@ def test_what_is_written_beside_training_is_what_was_there_when_it_began(tmp_pat
         saver.reserve(4 * sum(piece.size for piece in pieces))
         assert saver.news() == []
         saver.begin(1, pieces, sizes, {})
+        saver.protect()
         for piece in pieces:
             piece.take().zero_()
     assert saver.news()[0].startswith(f"saved {tmp_path / 'step-00000001'}: training waited for ")
     found = Checkpoint(tmp_path / "step-00000001")
     assert all(torch.equal(found.read(name), tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.usefixtures("_one_gpu")
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_a_checkpoint_that_the_next_step_is_beside_holds_what_was_there_before_it(tmp_path, name):
+    from ringflash.configs.schema import EngineConfig
+    from ringflash.training.engines.create import create_engine
+
+    if name.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    device = torch.device("cuda", 0)
+    engine = create_engine(
+        recipe.build(device="meta", dtype=torch.bfloat16), device, EngineConfig(name), recipe.OPTIMIZER
+    )
+    batch = recipe.together(recipe.batches(0))
+    batch["input_ids"] = batch["input_ids"].to(device)
+    with Saver(tmp_path, device, keep=1) as saver:
+        saver.reserve(1 << 20)
+        engine.before_update = saver.protect
+        engine.train_step([shard_batch(batch)], 1e-2)
+        expected = {piece.name: piece.take().cpu() for piece in engine.pieces()}
+        torch.cuda._sleep(int(1e9))  # so that the copy begins when the next step has long been asked for
+        saver.begin(1, engine.pieces(), engine.sizes(), {})
+        engine.train_step([shard_batch(batch)], 1e-2)
+    found = recipe.stored(tmp_path / "step-00000001")
+    assert all(torch.equal(found[name].flatten(), tensor) for name, tensor in expected.items())
+    assert not all(torch.equal(piece.take().cpu(), expected[piece.name]) for piece in engine.pieces())
 
 
 @pytest.mark.usefixtures("_one_gpu")
@@ -223,3 +251,24 @@ def test_a_step_takes_as_much_of_a_gpu_as_is_estimated(name, memory):
         torch.cuda.reset_peak_memory_stats()
         engine.train_step([shard], 1e-4)
     assert torch.cuda.max_memory_allocated() - before == pytest.approx(expected.peak, rel=0.1)
+
+
+@pytest.mark.usefixtures("_one_gpu")
+def test_ddp_holds_gradients_once_when_it_lays_them_out_anew_in_its_second_step():
+    from ringflash.training.config.composing import load
+    from ringflash.training.engines.create import create_engine
+    from ringflash.training.model.create import create_model
+
+    tokens, device, peaks = 4096, torch.device("cuda", 0), []
+    config = load(["model=llama3_1b", "model.num_hidden_layers=2", "engine=ddp", "engine.precision=bf16"])
+    model = create_model(config, 257, dist.group.WORLD)
+    engine = create_engine(model, device, config.engine, config.optimizer)
+    ids = torch.randint(1000, (1, tokens), generator=torch.Generator().manual_seed(0))
+    shard = model.shard({"input_ids": ids, "cu_seqlens": [0, tokens]})
+    shard["sharding"].prepare(device)
+    shard = {key: x.to(device) if isinstance(x, torch.Tensor) else x for key, x in shard.items()}
+    for _ in range(3):
+        torch.cuda.reset_peak_memory_stats()
+        engine.train_step([shard], 1e-4)[0].item()
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert peaks[1] < 1.02 * peaks[2]
