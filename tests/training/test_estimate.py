@@ -26,7 +26,7 @@ from ringflash.training.config.composing import load
 from ringflash.training.engines.create import create_engine
 from ringflash.training.estimate.hardware import CARDS, GIB, Hardware
 from ringflash.training.estimate.lasting import held, lasting
-from ringflash.training.estimate.sizes import Sizes
+from ringflash.training.estimate.own import OwnSizes
 from ringflash.training.estimate.step import BLOCKS, COPY, estimate, longest
 from ringflash.training.memory import rows
 from ringflash.training.memory.plan import KEEP, OFFLOAD, RECOMPUTE
@@ -39,7 +39,7 @@ FOUR = Hardware(4, CARDS["h100"], 500 * GIB)
 def _sized(overrides, ranks):
     shape = ("hidden_size=128", "intermediate_size=256", "num_hidden_layers=4", "num_attention_heads=4")
     keys = [f"model.{each}" for each in (*shape, "num_key_value_heads=2", "head_dim=32", "vocab_size=512")]
-    return Sizes.of(load(["data=bytes", *keys, *overrides]), ranks)
+    return OwnSizes.of(load(["data=bytes", *keys, *overrides]), ranks)
 
 
 def _live():
@@ -229,7 +229,7 @@ def test_one_card_takes_of_each_token_what_the_page_says():
 
         def of_token(take, name=name):
             """KiB that a token more takes."""
-            sizes = [Sizes.of(load([f"model={name}", f"train.seqlen={1 << 20 << more}"]), 1) for more in (0, 1)]
+            sizes = [OwnSizes.of(load([f"model={name}", f"train.seqlen={1 << 20 << more}"]), 1) for more in (0, 1)]
             return (take(sizes[1]) - take(sizes[0])) / 2**30
 
         in_rounds = of_token(lambda x: x.transient(0, moved=True))

@@ -28,7 +28,7 @@ def refuse_what_cannot_fit(config: Config, hardware: Hardware, vocab_size: int |
     """Raise ArgumentError if a step takes more than the GPUs have for certain, see `Estimate.least`.
 
     Args:
-        config: of a run with the recipe's own model.
+        config: of a run.
         hardware: on which.
         vocab_size: of the tokenizer; None: as data.tokenizer says.
     """

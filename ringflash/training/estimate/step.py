@@ -1,4 +1,4 @@
-"""What a step of the recipe's own model takes of each GPU, of its host and of time, before anything is started."""
+"""What a step takes of each GPU, of its host and of time, before anything is started."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ringflash.configs.schema import Config
+from ringflash.errors import ArgumentError
 from ringflash.training.checkpoint.host_copy import LEFT, copy_bytes
 from ringflash.training.config.derived import saves_beside_training, sequence_degree
 from ringflash.training.estimate.hardware import Hardware
 from ringflash.training.estimate.lasting import BUFFERS, held
+from ringflash.training.estimate.own import OwnSizes
 from ringflash.training.estimate.seconds import attention, seconds
 from ringflash.training.estimate.sizes import Load, Sizes
 from ringflash.training.memory.first_step import ON_DEVICE
@@ -68,16 +70,18 @@ def estimate(config: Config, hardware: Hardware, vocab_size: int | None = None, 
     """What a step takes.
 
     Args:
-        config: of a run with the recipe's own model.
+        config: of a run.
         hardware: on which.
-        vocab_size: of the tokenizer; None: as data.tokenizer says.
+        vocab_size: of the tokenizer; None: as data.tokenizer says. Of a model of a folder it does not matter.
         load: of the batch; None: each sequence is one document.
 
     Raises:
-        ArgumentError: a model of a folder, whose insides are not known here; or nobody knows the vocabulary.
+        ArgumentError: nobody knows the vocabulary; or what a pass of a model of a folder holds.
     """
-    sizes = Sizes.of(config, hardware.gpus, vocab_size, load)
+    sizes = sizes_of(config, hardware.gpus, vocab_size, load)
     engine = held(config.engine, sizes.weights, hardware.gpus, config.optimizer.name)
+    if sizes.casts and config.engine.name == "ddp":
+        engine.device[BUFFERS] = 0.0
     attended = attention(config, sizes, hardware)
     copy = _copy(config, sizes.weights.trained, hardware)
     of_host = max(0.0, USED * (hardware.host_share - sum(copy.values()) - sum(engine.host.values())))
@@ -100,13 +104,35 @@ def estimate(config: Config, hardware: Hardware, vocab_size: int | None = None, 
         host=host,
         placements=placements,
         pairs=pairs,
-        queries=sizes.rows if sizes.by_rows and sizes.alone else 0,
+        queries=sizes.queries,
         seconds=took,
         tokens_per_second=sizes.step_tokens / took / hardware.gpus,
         mfu=sizes.useful / (took * hardware.gpus * hardware.card.peak),
         fits=sum(device.values()) <= hardware.room
         and sum(engine.host.values()) + sum(copy.values()) <= hardware.host_share,
     )
+
+
+def sizes_of(config: Config, gpus: int, vocab_size: int | None = None, load: Load | None = None) -> Sizes:
+    """Of the model that a configuration names, and of what a rank has of a batch; arguments are those of `estimate`."""
+    if config.model.path is None:
+        return OwnSizes.of(config, gpus, vocab_size, load)
+    from ringflash.training.estimate.folder import FolderSizes  # an optional library
+
+    return FolderSizes.of(config, gpus, load)
+
+
+def unknown(config: Config) -> str | None:
+    """Why nobody can say what a step takes, if so: a model of a folder may do what cannot be counted ahead."""
+    if config.model.path is None:
+        return None
+    try:
+        found = sizes_of(config, 1, load=Load(1, 1.0))
+        found.kept(pairs=False)
+        found.transient_kept(0)
+    except ArgumentError as error:
+        return str(error)
+    return None
 
 
 def longest(config: Config, hardware: Hardware, vocab_size: int | None = None, step: int = 1024) -> int:
@@ -116,14 +142,21 @@ def longest(config: Config, hardware: Hardware, vocab_size: int | None = None, s
         train = dataclasses.replace(config.train, seqlen=count * step)
         return estimate(dataclasses.replace(config, train=train), hardware, vocab_size).fits
 
-    return step * _last(fits, max(1, -(-sequence_degree(config, hardware.gpus) // step)))
+    least = max(1, -(-sequence_degree(config, hardware.gpus) // step))
+    return step * _last(fits, least, max(least, config.train.seqlen // step))
 
 
-def _last(holds: Callable[[int], bool], first: int) -> int:
-    """The largest number from `first` on of which something holds that holds of all smaller ones; 0 for none."""
-    if not holds(first):
-        return 0
-    low, high = first, 2 * first
+def _last(holds: Callable[[int], bool], first: int, near: int) -> int:
+    """The largest number from `first` on of which something holds that holds of all smaller ones; 0 for none.
+
+    It is looked for from `near` on.
+    """
+    low = near
+    while not holds(low):
+        if low == first:
+            return 0
+        low = max(first, low // 2)
+    high = 2 * low
     while holds(high):
         low, high = high, 2 * high
     while high - low > max(1, low // 64):
@@ -149,9 +182,11 @@ def _placements(policy: str, sizes: Sizes, plan_memory: float, free: float, of_h
         free: bytes of the device that the engine leaves.
         of_host: bytes of the host that blocks may have.
     """
+    if policy == AUTO and not sizes.recomputes:
+        policy = KEEP
     if policy != AUTO:
         return [OFFLOAD if policy == PAIRS else policy] * sizes.blocks, policy == PAIRS
     left = {pairs: free - sizes.transient(plan_memory, True, pairs) for pairs in (False, True)}
     pairs = sizes.blocks * sizes.kept(False) > of_host + ON_DEVICE * max(0.0, free)
-    measured = Measured(int(left[pairs]), sizes.blocks, int(sizes.kept(pairs)), sizes.again)
+    measured = Measured(int(left[pairs]), sizes.blocks, int(sizes.kept(pairs)), int(sizes.again))
     return placed(sizes.blocks, measured), pairs

@@ -96,7 +96,9 @@ def rotate(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _turned(x_BTHD, cos, sin) if torch.compiler.is_compiling() else _Rotate.apply(x_BTHD, cos, sin)
 
 
-def tiled(function: Callable[[Tensor], Tensor], x: Tensor, weights: Sequence[Tensor], width: int) -> Tensor:
+def tiled(
+    function: Callable[[Tensor], Tensor], x: Tensor, weights: Sequence[Tensor], width: int, elements: int
+) -> Tensor:
     """What a function of each token gives, tile by tile; in the backward pass each tile is computed again.
 
     Where all tokens are one tile, this is the function.
@@ -106,11 +108,12 @@ def tiled(function: Callable[[Tensor], Tensor], x: Tensor, weights: Sequence[Ten
         x: (B, T, C).
         weights: that it uses.
         width: of the widest that it makes of a token.
+        elements: of that in a tile, see `TILE_ELEMENTS`.
     """
-    if x.numel() // x.shape[-1] * width <= TILE_ELEMENTS[x.device.type]:
+    if x.numel() // x.shape[-1] * width <= elements:
         return function(x)
-    held = _Box()
-    return _Tiled.apply(_Held.apply(x, held), held, _Call(function, width, x.device), *weights)
+    held, call = _Box(), _Call(function, max(1, elements // width), x.device)
+    return _Tiled.apply(_Held.apply(x, held), held, call, *weights)
 
 
 def tiles(rows: int, width: int, device: torch.device, share: int = 1) -> Iterator[slice]:
@@ -122,7 +125,10 @@ def tiles(rows: int, width: int, device: torch.device, share: int = 1) -> Iterat
         device: where they are.
         share: by which tiles are smaller.
     """
-    size = max(1, TILE_ELEMENTS[device.type] // share // width)
+    return _slices(rows, max(1, TILE_ELEMENTS[device.type] // share // width))
+
+
+def _slices(rows: int, size: int) -> Iterator[slice]:
     return (slice(begin, min(begin + size, rows)) for begin in range(0, rows, size))
 
 
@@ -226,8 +232,8 @@ def weight_sums(weights: Sequence[Tensor], need: Sequence[bool], rows: int) -> l
 class _Call:
     """A function as it was called, of tiles of any rows."""
 
-    def __init__(self, function: Callable[[Tensor], Tensor], width: int, device: torch.device) -> None:
-        self._function, self._width, self._device = function, width, device.type
+    def __init__(self, function: Callable[[Tensor], Tensor], size: int, device: torch.device) -> None:
+        self._function, self._size, self._device = function, size, device.type
         self._casts = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
 
     def __call__(self, rows: Tensor) -> Tensor:
@@ -239,7 +245,7 @@ class _Call:
 
     def tiles(self, rows: Tensor) -> Iterator[slice]:
         """Of all rows."""
-        return tiles(len(rows), self._width, rows.device)
+        return _slices(len(rows), self._size)
 
 
 class _Tiled(torch.autograd.Function):
