@@ -52,7 +52,7 @@ def apply_unbound(function: type[torch.autograd.Function], *inputs: object) -> A
     return super(torch.autograd.Function, function).apply(*inputs)  # pyrefly: ignore[missing-attribute]  # stub lacks it
 
 
-FakeTensorMode: type[TorchDispatchMode] = torch._subclasses.FakeTensorMode
+FakeTensorMode = torch._subclasses.FakeTensorMode
 """Makes tensors without memory of all that operators give within a `with`; real tensors come in as such.
 
 Those of the meta device are public, but have no autocast, and libraries look at their values as if they had some.

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from test_memory import _peak
 from torch._subclasses.fake_tensor import is_fake
 
-from ringflash import ArgumentError, loss
+from ringflash import loss
 from ringflash.configs.schema import EngineConfig, ModelConfig
 from ringflash.training.config.checks import check
 from ringflash.training.config.composing import load
@@ -260,11 +260,6 @@ def test_the_longest_that_fits_does_and_a_little_more_does_not(policy):
     for seqlen, fits in ((found, True), (found + found // 32, False)):
         train = dataclasses.replace(config.train, seqlen=seqlen)
         assert estimate(dataclasses.replace(config, train=train), FOUR).fits == fits
-
-
-def test_a_model_of_a_folder_is_refused(tmp_path):
-    with pytest.raises(ArgumentError, match=r"model\.path=.*only the recipe's own"):
-        estimate(load([f"model.path={tmp_path}"]), FOUR)
 
 
 def test_the_command_prints_memory_time_and_the_longest(tmp_path):

@@ -35,6 +35,16 @@ OPERATORS = "ringflash"
 """Namespace of attention's operators."""
 
 
+def _of_groups(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
+    """Operations of products of groups of rows with a matrix each: experts."""
+    groups = len(a) if a.dim() == b.dim() == 3 else 1  # of others the groups are parts of one of the lengths
+    return 2 * groups * a.shape[-2] * a.shape[-1] * b.shape[-1]
+
+
+PRODUCTS = {**flop_registry, torch.ops.aten._grouped_mm: _of_groups}
+"""Products of matrices, and what counts their operations; torch does not know of those of groups."""
+
+
 class Counted(NamedTuple):
     """Of a pass over some tokens; bytes, but for `operations`.
 
@@ -152,8 +162,8 @@ class _Counter(TorchDispatchMode):
         self._most[self._part] = max(self._most[self._part], self._live)
         if func.namespace == OPERATORS:
             self._see_attention(func, args)
-        elif func.overloadpacket in flop_registry:
-            self._operations += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
+        elif func.overloadpacket in PRODUCTS:
+            self._operations += PRODUCTS[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
         elif not func.is_view and "empty" not in func.__name__:
             places = set(map(storage_of, given))
             new = [x for x in made if storage_of(x) not in places]

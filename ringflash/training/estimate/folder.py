@@ -6,7 +6,10 @@ those that are alike, and once what is in tiles has several of them, for each to
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +20,7 @@ from ringflash.training.estimate.counting import GPU, Counted, Heads, count
 from ringflash.training.estimate.lasting import weights_of
 from ringflash.training.estimate.operations import operations_of
 from ringflash.training.estimate.sizes import Load, Sizes, Work, dtype_of, of_batch
-from ringflash.training.memory.plan import AUTO, KEEP, RECOMPUTE
+from ringflash.training.memory.plan import KEEP, RECOMPUTE
 from ringflash.training.memory.rows import TILE_ELEMENTS
 from ringflash.training.model.pretrained import Pretrained, feed_forwards, width_of
 from ringflash.transformers.masks import layer_masks
@@ -177,13 +180,15 @@ class Passes:
     def _model(self, layers: int | None = None) -> Pretrained:
         config = self.config
         given = (config.train.seqlen, config.lora, config.seed)
-        return Pretrained(config.model, None, None, dtype_of(config), *given, read=False, layers=layers)
+        with _quietly():  # it was built before, or will be
+            return Pretrained(config.model, None, None, dtype_of(config), *given, read=False, layers=layers)
 
     def _counted(self, tokens: int, layers: int, policy: str) -> Counted:
         if (tokens, layers, policy) not in self._found:
             model, master = self._model(layers), self.config.engine.name == "ddp"
             try:
-                found, self._heads = count(model, tokens, policy, master)
+                with _quietly():
+                    found, self._heads = count(model, tokens, policy, master)
             except RingflashError:
                 raise
             except Exception as error:  # models may do anything; what one does not do here it may do in a run
@@ -194,6 +199,17 @@ class Passes:
                 ) from error
             self._found[tokens, layers, policy] = found
         return self._found[tokens, layers, policy]
+
+
+@contextlib.contextmanager
+def _quietly() -> Generator[None]:
+    """Without what libraries log: of a pass that fails torch does so in fifty lines."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _further(one: Counted, two: Counted, steps: float) -> Counted:

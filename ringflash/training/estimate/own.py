@@ -230,7 +230,7 @@ class OwnSizes(Sizes):
 
     @property
     def _norm(self) -> float:
-        """A norm: read and written; where weights are in another dtype by way of fp32, which is written and read twice."""
+        """A norm: read and written; with weights in another dtype by way of fp32, which is written and read twice."""
         aside = 0 if self.weight == self.element else 4 * FP32
         return self.model.hidden_size * (2 * self.element + aside)
 
