@@ -148,8 +148,17 @@ class _Counter(TorchDispatchMode):
 
     def counted(self) -> Counted:
         """What was."""
-        work = [most - self._before - self._kept for most in (*self._most.values(), self._attention)]
-        return Counted(self._kept, self._stream, *work, self._operations, self._moved)
+        beside = self._before + self._kept
+        return Counted(
+            kept=self._kept,
+            stream=self._stream,
+            forward=self._most[FORWARD] - beside,
+            head=self._most[HEAD] - beside,
+            backward=self._most[BACKWARD] - beside,
+            attention=self._attention - beside,
+            operations=self._operations,
+            moved=self._moved,
+        )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """See TorchDispatchMode."""

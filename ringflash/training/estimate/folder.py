@@ -159,7 +159,8 @@ class Passes:
         layers, few = len(self.whole.layers), self._fewest
         if few == layers:
             return self._counted(tokens, layers, policy)
-        return _further(*(self._counted(tokens, each, policy) for each in (few, few + 1)), layers - few)
+        one, two = (self._counted(tokens, each, policy) for each in (few, few + 1))
+        return _further(one, two, layers - few)
 
     @functools.cached_property
     def _tile(self) -> int:
