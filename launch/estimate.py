@@ -28,14 +28,15 @@ from ringflash.training.memory.plan import said
 def as_text(config: Config, hardware: Hardware, found: Estimate, fitting: int) -> str:
     """What is to be shown."""
     seqlen = config.train.seqlen
-    width = max(map(len, (*found.device, *found.host)))
+    device = found.device | ({"to reach each other": found.leased} if found.leased else {})
+    width = max(map(len, (*device, *found.host)))
     lines = [
         f"{seqlen:,} tokens, {config.engine.name}, engine.memory={config.engine.memory}, {hardware.gpus} GPUs",
         said(found.placements, found.pairs, queries=found.queries),
         "",
         "of each GPU, GiB",
-        *(f"  {name:<{width}}  {size / GIB:8.2f}" for name, size in found.device.items()),
-        f"  {'together':<{width}}  {found.peak / GIB:8.2f} of {hardware.card.memory / GIB:.1f}",
+        *(f"  {name:<{width}}  {size / GIB:8.2f}" for name, size in device.items()),
+        f"  {'together':<{width}}  {sum(device.values()) / GIB:8.2f} of {hardware.card.memory / GIB:.1f}",
         "of its host, GiB for each GPU",
         *(f"  {name:<{width}}  {size / GIB:8.2f}" for name, size in found.host.items()),
         "",

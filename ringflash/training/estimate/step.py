@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from ringflash.configs.schema import Config
 from ringflash.errors import ArgumentError
+from ringflash.parallel.transport.select import MOST_RANKS
+from ringflash.parallel.transport.symmetric_memory import leased_bytes
 from ringflash.training.checkpoint.host_copy import LEFT, copy_bytes
 from ringflash.training.config.derived import saves_beside_training, sequence_degree
 from ringflash.training.estimate.hardware import Hardware
@@ -34,7 +36,8 @@ class Estimate:
     """Of one rank: bytes on the device and of its host by what they are, and a step's time.
 
     Attributes:
-        device: bytes by name; they are there at once.
+        device: bytes by name of tensors; they are there at once.
+        leased: bytes beside tensors by which ranks that share a sequence reach each other's.
         host: likewise, of its host.
         placements: of the blocks.
         pairs: see `memory.blocks.BlockMemory`.
@@ -46,6 +49,7 @@ class Estimate:
     """
 
     device: dict[str, float]
+    leased: float
     host: dict[str, float]
     placements: list[str]
     pairs: bool
@@ -87,7 +91,8 @@ def estimate(config: Config, hardware: Hardware, vocab_size: int | None = None, 
     of_host = max(0.0, USED * (hardware.host_share - sum(copy.values()) - sum(engine.host.values())))
     if config.engine.host_gib is not None:
         of_host = min(of_host, config.engine.host_gib * 2**30)
-    free = hardware.room - sum(engine.device.values())
+    leased = _leased(config, sizes, hardware)
+    free = hardware.room - leased - sum(engine.device.values())
     placements, pairs = _placements(config.engine.memory, sizes, attended.memory, free, of_host)
     kept = sizes.kept(pairs)
     moved = placements.count(OFFLOAD) * kept
@@ -101,6 +106,7 @@ def estimate(config: Config, hardware: Hardware, vocab_size: int | None = None, 
     took = seconds(config, sizes, hardware, attended, placements, pairs)
     return Estimate(
         device=device,
+        leased=leased,
         host=host,
         placements=placements,
         pairs=pairs,
@@ -108,7 +114,7 @@ def estimate(config: Config, hardware: Hardware, vocab_size: int | None = None, 
         seconds=took,
         tokens_per_second=sizes.step_tokens / took / hardware.gpus,
         mfu=sizes.useful / (took * hardware.gpus * hardware.card.peak),
-        fits=sum(device.values()) <= hardware.room
+        fits=sum(device.values()) + leased <= hardware.room
         and sum(engine.host.values()) + sum(copy.values()) <= hardware.host_share,
     )
 
@@ -163,6 +169,15 @@ def _last(holds: Callable[[int], bool], first: int, near: int) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if holds(middle) else (low, middle)
     return low
+
+
+def _leased(config: Config, sizes: Sizes, hardware: Hardware) -> float:
+    """Of a group that reaches each other's memory: the ranks of a host that share a sequence."""
+    degree = sequence_degree(config, hardware.gpus)
+    if degree == 1 or degree > min(MOST_RANKS, hardware.gpus_per_host):
+        return 0.0
+    shape = sizes.shape
+    return float(leased_bytes(degree, sizes.tokens * shape.key_bytes // shape.groups))
 
 
 def _copy(config: Config, weights: int, hardware: Hardware) -> dict[str, float]:
