@@ -119,6 +119,13 @@ def estimate(config: Config, hardware: Hardware, vocab_size: int | None = None, 
     )
 
 
+def in_seconds(seconds: float) -> str:
+    """As text, however short or long a step is."""
+    return (
+        f"{seconds:.2f} s" if 0.1 <= seconds < 1000 else f"{seconds:,.0f} s" if seconds >= 1000 else f"{seconds:.2g} s"
+    )
+
+
 def sizes_of(config: Config, gpus: int, vocab_size: int | None = None, load: Load | None = None) -> Sizes:
     """Of the model that a configuration names, and of what a rank has of a batch; arguments are those of `estimate`."""
     if config.model.path is None:

@@ -21,7 +21,7 @@ from ringflash.training.estimate.fitting import (
 from ringflash.training.estimate.hardware import GIB, Card, Hardware, card_of
 from ringflash.training.estimate.lasting import weights_of
 from ringflash.training.estimate.sizes import Load
-from ringflash.training.estimate.step import BLOCKS, Estimate, estimate, unknown
+from ringflash.training.estimate.step import BLOCKS, Estimate, estimate, in_seconds, unknown
 from ringflash.training.memory.host import available_bytes
 from ringflash.training.model.decoder import Decoder
 from ringflash.training.ranks import from_all
@@ -159,7 +159,7 @@ def measured(speed: Speed, host: float, expected: Estimate | None) -> str:
 def _line(memory: float, host: float, seconds: float, tokens_per_second: float, mfu: float) -> str:
     parts = [f"{memory / GIB:.1f} GiB of each GPU", f"{host / GIB:.1f} GiB of blocks moved to the host"]
     if not math.isnan(seconds):
-        parts.append(f"{seconds:.2f} s a step, {tokens_per_second:,.0f} tokens/s/GPU")
+        parts.append(f"{in_seconds(seconds)} a step, {tokens_per_second:,.0f} tokens/s/GPU")
     if not math.isnan(mfu):
         parts.append(f"MFU {mfu:.1%}")
     return ", ".join(parts)
