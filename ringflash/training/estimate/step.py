@@ -13,7 +13,7 @@ from ringflash.parallel.transport.symmetric_memory import leased_bytes
 from ringflash.training.checkpoint.host_copy import LEFT, copy_bytes
 from ringflash.training.config.derived import saves_beside_training, sequence_degree
 from ringflash.training.estimate.hardware import Hardware
-from ringflash.training.estimate.lasting import BUFFERS, held
+from ringflash.training.estimate.lasting import BUFFERS, FP32, GRADIENTS, held
 from ringflash.training.estimate.own import OwnSizes
 from ringflash.training.estimate.seconds import attention, seconds
 from ringflash.training.estimate.sizes import Load, Sizes
@@ -101,6 +101,8 @@ def estimate(config: Config, hardware: Hardware, vocab_size: int | None = None, 
     transient = sizes.transient(attended.memory, OFFLOAD in placements, pairs)
     if all(each == KEEP for each in placements):
         transient = sizes.transient_kept(attended.memory)
+    if GRADIENTS in engine.device and config.engine.name == "fsdp2":
+        engine.device[GRADIENTS] = _gradients_of_fsdp2(config, sizes, hardware.gpus, on_device, transient)
     device = {**engine.device, "kept for the backward pass": on_device, "at work": transient}
     host = {**engine.host, **copy, BLOCKS: moved - stays}
     took = seconds(config, sizes, hardware, attended, placements, pairs)
@@ -176,6 +178,27 @@ def _last(holds: Callable[[int], bool], first: int, near: int) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if holds(middle) else (low, middle)
     return low
+
+
+def _gradients_of_fsdp2(config: Config, sizes: Sizes, ranks: int, kept: float, at_work: float) -> float:
+    """Bytes of gradients beside what blocks keep and what is at work.
+
+    They come while what blocks keep goes, those of the embedding when nothing is at work any more, and are no more when
+    the next step begins. Between the micro-batches of a step each rank has those of all weights.
+
+    Args:
+        config: of the run.
+        sizes: of it.
+        ranks: how many.
+        kept: bytes that blocks keep on the device.
+        at_work: bytes at work, at most.
+    """
+    weights = sizes.weights
+    own = FP32 * weights.trained / ranks
+    if sizes.micro_batches > 1:
+        return own + (weights.element if config.engine.reduce == "bf16" else FP32) * weights.trained
+    before_the_last = own if weights.frozen else FP32 * (weights.trained - weights.head) / ranks
+    return max(max(kept, before_the_last) + at_work, own) - kept - at_work
 
 
 def _leased(config: Config, sizes: Sizes, hardware: Hardware) -> float:
