@@ -177,10 +177,10 @@ def test_the_longest_that_fits_does_and_more_is_refused(tmp_path):
 
 def test_of_a_model_whose_passes_depend_on_values_it_is_said_why_nothing_is(tmp_path):
     config = load([f"model.path={_described(tmp_path, rope_parameters={'rope_type': 'dynamic', 'factor': 2.0})}"])
-    said = unknown(config)
+    said = unknown(config, 4)
     assert said is not None
     assert f"model.path={tmp_path}: no pass of a LlamaForCausalLM can be counted without values: " in said
-    assert unknown(load(["model=llama3_1b"])) is None
+    assert unknown(load(["model=llama3_1b"]), 4) is None
 
 
 def test_a_load_of_a_batch_counts_its_own_tokens(tmp_path):
@@ -192,7 +192,7 @@ def test_a_load_of_a_batch_counts_its_own_tokens(tmp_path):
 
 def test_the_command_needs_no_weights(tmp_path):
     words = [
-        f"model.path={_described(tmp_path, intermediate_size=8192)}",
+        f"model.path={_described(tmp_path, intermediate_size=16384)}",
         "engine=fsdp2",
         "lora.rank=4",
         "train.seqlen=65536",

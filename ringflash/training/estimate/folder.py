@@ -106,11 +106,11 @@ class FolderSizes(Sizes):
 
     def work(self, again: int, pairs: bool) -> Work:
         """See Sizes."""
-        once = self._counted(KEEP)
-        if not again:
-            return Work(once.operations, once.moved)
-        twice = self._counted(RECOMPUTE)
         share = (again + (again // 2 if pairs else 0)) / self.blocks
+        if share in (0, 1):
+            found = self._counted(RECOMPUTE if share else KEEP)
+            return Work(found.operations, found.moved)
+        once, twice = self._counted(KEEP), self._counted(RECOMPUTE)
         operations, moved = (
             a + share * (b - a) for a, b in ((once.operations, twice.operations), (once.moved, twice.moved))
         )

@@ -97,10 +97,12 @@ def estimate(config: Config, hardware: Hardware, vocab_size: int | None = None, 
     kept = sizes.kept(pairs)
     moved = placements.count(OFFLOAD) * kept
     stays = max(0.0, moved - of_host)  # what has no room there
-    on_device = placements.count(RECOMPUTE) * kept + stays + placements.count(KEEP) * (kept + sizes.again)
-    transient = sizes.transient(attended.memory, OFFLOAD in placements, pairs)
-    if all(each == KEEP for each in placements):
+    whole = placements.count(KEEP)
+    on_device = placements.count(RECOMPUTE) * kept + stays + (whole * (kept + sizes.again) if whole else 0.0)
+    if whole == len(placements):
         transient = sizes.transient_kept(attended.memory)
+    else:
+        transient = sizes.transient(attended.memory, OFFLOAD in placements, pairs)
     if GRADIENTS in engine.device and config.engine.name == "fsdp2":
         engine.device[GRADIENTS] = _gradients_of_fsdp2(config, sizes, hardware.gpus, on_device, transient)
     device = {**engine.device, "kept for the backward pass": on_device, "at work": transient}
@@ -137,12 +139,17 @@ def sizes_of(config: Config, gpus: int, vocab_size: int | None = None, load: Loa
     return FolderSizes.of(config, gpus, load)
 
 
-def unknown(config: Config) -> str | None:
-    """Why nobody can say what a step takes, if so: a model of a folder may do what cannot be counted ahead."""
+def unknown(config: Config, gpus: int) -> str | None:
+    """Why nobody can say what a step takes, if so: a model of a folder may do what cannot be counted ahead.
+
+    Args:
+        config: of a run.
+        gpus: how many ranks.
+    """
     if config.model.path is None:
         return None
     try:
-        found = sizes_of(config, 1, load=Load(1, 1.0))
+        found = sizes_of(config, gpus)
         found.kept(pairs=False)
         found.transient_kept(0)
     except ArgumentError as error:

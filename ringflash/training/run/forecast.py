@@ -69,7 +69,7 @@ class Forecast:
         if self._hardware is None:
             return
         refuse_weights_that_cannot_fit(self._config, self._hardware, weights_of(model))
-        self._unknown = unknown(self._config)
+        self._unknown = unknown(self._config, self._hardware.gpus)
         if self._config.model.path is not None and self._unknown is None:
             refuse_what_cannot_fit(self._config, self._hardware)
 
