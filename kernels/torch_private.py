@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch._subclasses
 import torch.utils._pytree
 from torch import Tensor
 
@@ -49,6 +50,21 @@ def apply_unbound(function: type[torch.autograd.Function], *inputs: object) -> A
     has need of. The method of its base class is what it calls thereafter.
     """
     return super(torch.autograd.Function, function).apply(*inputs)  # pyrefly: ignore[missing-attribute]  # stub lacks it
+
+
+FakeTensorMode = torch._subclasses.FakeTensorMode
+"""Makes tensors without memory of all that operators give within a `with`; real tensors come in as such.
+
+Those of the meta device are public, but have no autocast, and libraries look at their values as if they had some.
+"""
+
+
+def storage_of(x: Tensor) -> int:
+    """What tells the memory of a tensor from that of others, also where it stands for memory that is not there.
+
+    `data_ptr()` is 0 for all tensors of the latter kind, and a storage is another object each time it is asked for.
+    """
+    return x.untyped_storage()._cdata
 
 
 _PLAIN = frozenset([Tensor, torch.nn.Parameter, type(None)])

@@ -51,6 +51,7 @@ def cross_entropy_sum(
     bias_V: Tensor | None = None,
     scale: float = 1.0,
     softcap: float = 0.0,
+    at_once: int | None = None,
 ) -> Tensor:
     """Sum over valid tokens of -log softmax(logits)[label], scalar fp32, differentiable in x, weight and bias.
 
@@ -61,11 +62,13 @@ def cross_entropy_sum(
         bias_V: (V,) of the head.
         scale: see `Head`.
         softcap: see `Head`.
+        at_once: logits that may exist at once; None: as `CHUNK_ELEMENTS` says for the device of x.
 
     Raises:
         ArgumentError: another label; on a GPU, which is not waited for, a device-side assertion, as torch's own.
     """
-    return _CrossEntropySum.apply(x_TC, weight_VC, _checked(labels_T, weight_VC), bias_V, scale, softcap)
+    labels_T, at_once = _checked(labels_T, weight_VC), at_once or CHUNK_ELEMENTS[x_TC.device.type]
+    return _CrossEntropySum.apply(x_TC, weight_VC, labels_T, bias_V, scale, softcap, at_once)
 
 
 @torch.no_grad()
@@ -85,7 +88,7 @@ def cross_entropy(
     bias_V = None if bias_V is None else bias_V.to(x_TC.dtype)
     head = Head(weight_VC.to(x_TC.dtype), bias_V, scale, softcap)
     losses = x_TC.new_empty(len(x_TC), dtype=torch.float32)
-    for rows in _chunks(x_TC, head):
+    for rows in _chunks(x_TC, head, CHUNK_ELEMENTS[x_TC.device.type]):
         losses[rows] = _chunk(head.logits(x_TC[rows]), labels_T[rows])[0]
     return losses
 
@@ -104,7 +107,14 @@ def _checked(labels: Tensor, weight: Tensor) -> Tensor:
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, scale: float, softcap: float
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        softcap: float,
+        at_once: int,
     ) -> Tensor:
         need_x, need_weight, _, need_bias = ctx.needs_input_grad[:4]
         ctx.weight_dtype = weight.dtype
@@ -113,7 +123,7 @@ class _CrossEntropySum(torch.autograd.Function):
         dweight = torch.zeros_like(head.weight, dtype=torch.float32) if need_weight else None
         dbias = torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
         total = torch.zeros((), dtype=torch.float32, device=x.device)
-        for rows in _chunks(x, head):
+        for rows in _chunks(x, head, at_once):
             logits = head.logits(x[rows])
             slope = 1 - (logits / softcap).square() if softcap else None
             losses, softmax = _chunk(logits, labels[rows])
@@ -138,11 +148,11 @@ class _CrossEntropySum(torch.autograd.Function):
         dx, dweight, dbias = ctx.saved_tensors
         dx = None if dx is None else (dx * dtotal).to(dx.dtype)
         dweight, dbias = (None if d is None else (d * dtotal).to(ctx.weight_dtype) for d in (dweight, dbias))
-        return dx, dweight, None, dbias, None, None
+        return dx, dweight, None, dbias, None, None, None
 
 
-def _chunks(x: Tensor, head: Head) -> list[slice]:
-    size = max(1, CHUNK_ELEMENTS[x.device.type] // head.weight.shape[0])
+def _chunks(x: Tensor, head: Head, at_once: int) -> list[slice]:
+    size = max(1, at_once // head.weight.shape[0])
     return [slice(begin, begin + size) for begin in range(0, x.shape[0], size)]
 
 

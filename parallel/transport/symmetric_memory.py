@@ -295,6 +295,16 @@ def shelf_size(nbytes: int) -> int:
     return -(-max(LEAST_SHELF, generous) // PAGE) * PAGE
 
 
+def leased_bytes(ranks: int, published: int) -> int:
+    """What a group takes of each of its GPUs, from its first call on, and torch does not count among its tensors.
+
+    Args:
+        ranks: of the group.
+        published: bytes of the keys and values of the rank that has most.
+    """
+    return bytes_of(ranks, room_of(ranks)) + flag_bytes(ranks) + shelf_size(published)
+
+
 def allocate(ranks: int, device: torch.device) -> Tensor:
     """Symmetric memory for `SymmetricMemory` over so many ranks; zeros. No other rank takes part.
 

@@ -74,11 +74,13 @@ class Forward:
         scale: factor of the logits that the model's configuration names.
         softcap: their bound, likewise; 0 for none.
         probed: what the model makes of its logits has been compared with that.
+        logits_at_once: of the fused loss, see `ringflash.loss.cross_entropy_sum`.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.call = _Call()
         self.fused = self.probed = self.each_token = False
+        self.logits_at_once: int | None = None
         config = model.config.get_text_config()
         self.scale = float(getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1))
         self.softcap = float(getattr(config, "final_logit_softcapping", None) or 0)
@@ -223,7 +225,7 @@ def _fused_head(forward: Forward, head: nn.Linear, logits_of: Callable[[Tensor],
         call.losses = cross_entropy(x.flatten(0, 1), *rest).view(call.targets.shape)
         total = call.losses.sum()
     else:
-        total = cross_entropy_sum(x.flatten(0, 1), *rest)
+        total = cross_entropy_sum(x.flatten(0, 1), *rest, forward.logits_at_once)
     items = (call.targets != IGNORED_LABEL).sum() if call.items is None else call.items
     call.loss = total / (
         items.to(total.device) if isinstance(items, Tensor) else items

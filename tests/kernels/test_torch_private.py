@@ -304,3 +304,21 @@ def test_symmetric_memory_has_what_makes_and_what_joins_it() -> None:
     found = torch_private.symmetric_memory()
     assert callable(found.empty)
     assert list(inspect.signature(found.rendezvous).parameters) == ["tensor", "group"]
+
+
+def test_tensors_have_one_storage_if_they_are_of_the_same_memory() -> None:
+    with torch_private.FakeTensorMode():
+        without = torch.empty(6), torch.empty(6)
+    for one, other in ((torch.empty(6), torch.empty(6)), without):
+        assert torch_private.storage_of(one) == torch_private.storage_of(one.view(2, 3)[1])
+        assert torch_private.storage_of(one) != torch_private.storage_of(other)
+
+
+def test_tensors_without_memory_have_shapes_gradients_and_autocast() -> None:
+    with torch_private.FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", torch.bfloat16):
+        x = torch.empty(1 << 40, 8, requires_grad=True)
+        found = torch.nn.functional.linear(x, torch.ones(4, 8))
+        (dx,) = torch.autograd.grad(found.sum(), x)
+    assert found.shape == (1 << 40, 4)
+    assert found.dtype == torch.bfloat16
+    assert dx.shape == x.shape

@@ -10,6 +10,7 @@ import peft
 import pytest
 import recipe
 import torch
+import torch.distributed as dist
 from folders import write_folder
 from safetensors.torch import load_file, save_file
 from test_finetuning import _tune
@@ -17,12 +18,13 @@ from test_finetuning import folder as folder
 from test_pretrained import ENGINES, _assert_same, _plain, _steps
 from transformers import AutoModelForCausalLM
 
-from ringflash.configs.schema import LoraConfig, ModelConfig
+from ringflash.configs.schema import EngineConfig, LoraConfig, ModelConfig
 from ringflash.errors import ArgumentError, CheckpointError
 from ringflash.export import export
 from ringflash.training.checkpoint.reading import Checkpoint
 from ringflash.training.config.checks import check
 from ringflash.training.config.composing import load
+from ringflash.training.engines.create import create_engine
 from ringflash.training.model.adapters import initialise_adapter, is_adapter
 from ringflash.training.model.pretrained import Pretrained
 from ringflash.training.model.transformer import generator_of
@@ -65,6 +67,18 @@ def test_bf16_adapters_keep_master_weights_in_fp32_and_the_others_in_bf16(pool, 
         torch.testing.assert_close(torch.tensor(curve), torch.tensor(expected), rtol=0.03, atol=0.03)
         weight = state["weight/model.layers.0.mlp.down_proj.lora_A.default.weight"]
         assert not torch.equal(weight, weight.bfloat16().float())
+
+
+def _dtypes(path, name):
+    model = Pretrained(ModelConfig(path=str(path)), dist.group.WORLD, dtype=torch.bfloat16, lora=LoraConfig(rank=2))
+    engine = create_engine(model, torch.device("cpu"), EngineConfig(name), recipe.OPTIMIZER)
+    return {(weight.requires_grad, weight.dtype) for weight in engine.model.parameters()}
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_weights_that_stay_as_they_are_take_two_bytes_under_every_engine(pool, tmp_path, name):
+    for found in pool(2).run(_dtypes, write_folder(tmp_path), name):
+        assert found == {(True, torch.float32), (False, torch.bfloat16)}
 
 
 def test_all_linear_modules_but_the_head_get_adapters_unless_some_are_named(tmp_path):

@@ -13,8 +13,10 @@ import time
 import pytest
 import recipe
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from ringflash import shard_batch
 from ringflash.configs.schema import EngineConfig
 from ringflash.training.engines.create import create_engine
 from ringflash.training.engines.schedule import learning_rate
@@ -205,3 +207,28 @@ def test_twenty_steps_have_the_losses_of_one_device_whatever_the_engine_and_what
     job = {"memory": "offload" if moved else "keep", "settings": settings}
     for curve in pool(2).run(_in_tiles, 7 if moved else 0, name, **job):
         assert [loss for loss, _ in curve] == pytest.approx([loss for loss, _ in expected], rel=2e-3)
+
+
+def _state_before_updates(name):
+    model = recipe.build(dist.group.WORLD, device="meta")
+    engine = create_engine(model, torch.device("cpu"), EngineConfig(name), recipe.OPTIMIZER)
+    batch, seen = recipe.together(recipe.batches(0)), []
+
+    def state():
+        return [piece.take().clone() for piece in engine.pieces()]
+
+    for _ in range(2):
+        engine.train_step([shard_batch(batch, dist.group.WORLD)], 1e-2)
+        before = state()
+        engine.before_update = lambda: seen.append(state())
+        engine.train_step([shard_batch(batch, dist.group.WORLD)], 1e-2)
+        engine.before_update = None
+        (at_update,), after = seen, state()
+        seen.clear()
+        assert all(torch.equal(*pair) for pair in zip(before, at_update, strict=True))
+        assert not any(torch.equal(*pair) for pair in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_step_changes_nothing_of_the_state_before_its_update(pool, name):
+    pool(2).run(_state_before_updates, name)

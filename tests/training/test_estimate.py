@@ -19,17 +19,18 @@ from hypothesis import strategies as st
 from test_memory import _peak
 from torch._subclasses.fake_tensor import is_fake
 
-from ringflash import ArgumentError, loss
-from ringflash.configs.schema import EngineConfig, ModelConfig
+from ringflash import loss
+from ringflash.configs.schema import AttentionConfig, EngineConfig, ModelConfig
+from ringflash.launch.estimate import main
 from ringflash.training.config.checks import check
 from ringflash.training.config.composing import load
 from ringflash.training.engines.create import create_engine
-from ringflash.training.estimate.hardware import CARDS, GIB, Hardware
-from ringflash.training.estimate.lasting import held, lasting
-from ringflash.training.estimate.sizes import Load, Sizes
+from ringflash.training.estimate.own import OwnSizes
+from ringflash.training.estimate.sizes import Load
 from ringflash.training.estimate.step import BLOCKS, COPY, estimate, longest
 from ringflash.training.memory import rows
-from ringflash.training.memory.plan import KEEP, OFFLOAD, RECOMPUTE
+from ringflash.training.memory.plan import KEEP, OFFLOAD, RECOMPUTE, SPARE
+from ringflash.training.model.transformer import attention_mask
 
 CPU = torch.device("cpu")
 LONG = load(["experiment=llama3_8b_long"])
@@ -39,7 +40,7 @@ FOUR = Hardware(4, CARDS["h100"], 500 * GIB)
 def _sized(overrides, ranks):
     shape = ("hidden_size=128", "intermediate_size=256", "num_hidden_layers=4", "num_attention_heads=4")
     keys = [f"model.{each}" for each in (*shape, "num_key_value_heads=2", "head_dim=32", "vocab_size=512")]
-    return Sizes.of(load(["data=bytes", *keys, *overrides]), ranks)
+    return OwnSizes.of(load(["data=bytes", *keys, *overrides]), ranks)
 
 
 def _live():
@@ -229,7 +230,7 @@ def test_one_card_takes_of_each_token_what_the_page_says():
 
         def of_token(take, name=name):
             """KiB that a token more takes."""
-            sizes = [Sizes.of(load([f"model={name}", f"train.seqlen={1 << 20 << more}"]), 1) for more in (0, 1)]
+            sizes = [OwnSizes.of(load([f"model={name}", f"train.seqlen={1 << 20 << more}"]), 1) for more in (0, 1)]
             return (take(sizes[1]) - take(sizes[0])) / 2**30
 
         in_rounds = of_token(lambda x: x.transient(0, moved=True))
@@ -265,9 +266,81 @@ def test_the_longest_that_fits_does_and_a_little_more_does_not(policy):
         assert estimate(dataclasses.replace(config, train=train), FOUR).fits == fits
 
 
-def test_a_model_of_a_folder_is_refused(tmp_path):
-    with pytest.raises(ArgumentError, match=r"model\.path=.*only the recipe's own"):
-        estimate(load([f"model.path={tmp_path}"]), FOUR)
+def test_what_ranks_lease_to_reach_each_others_memory_is_beside_tensors_and_has_to_fit():
+    sizes = OwnSizes.of(LONG, 4)
+    keys = sizes.tokens * 2 * 8 * 128 * 2 // sizes.shape.groups
+    found = estimate(LONG, FOUR)
+    assert keys + 288 * 2**20 < found.leased < 2 * keys + 320 * 2**20
+    alone = dataclasses.replace(LONG, train=dataclasses.replace(LONG.train, sequence_degree=1, global_batch=4))
+    assert estimate(alone, FOUR).leased == 0
+    assert estimate(LONG, dataclasses.replace(FOUR, gpus_per_host=2)).leased == 0  # by send and receive, in tensors
+    kept = dataclasses.replace(LONG, engine=dataclasses.replace(LONG.engine, memory="keep"))
+    room = estimate(kept, FOUR).peak + found.leased
+    for more, fits in ((1.001, True), (0.999, False)):
+        card = Card((room * more) / (1 - SPARE) + STARTED, CARDS["h100"].peak)
+        assert estimate(kept, dataclasses.replace(FOUR, card=card)).fits == fits
+
+
+def test_no_mask_of_training_is_a_layout_of_blocks_whose_lists_grow_with_the_square_of_the_length():
+    for mask in ("causal", "sliding_window", "chunked"):
+        found = attention_mask(AttentionConfig(mask, window=100, sink=4))
+        assert found.layout is None
+        assert found.routed is None
+
+
+@pytest.mark.parametrize("reduce", ["fp32", "bf16"])
+def test_fsdp2_has_gradients_of_all_weights_between_the_micro_batches_of_a_step(reduce):
+    config = load(["model=llama3_1b", "engine=fsdp2", f"engine.reduce={reduce}", "engine.precision=bf16"])
+    several = dataclasses.replace(config, train=dataclasses.replace(config.train, global_batch=3))
+    once, more = (estimate(each, FOUR).device[GRADIENTS] for each in (config, several))
+    weights = OwnSizes.of(config, 4).weights.trained
+    assert once <= 4 * weights / 4
+    assert more == 4 * weights / 4 + (4 if reduce == "fp32" else 2) * weights
+    ddp = [estimate(load(["model=llama3_1b", "engine=ddp", f"train.global_batch={n}"]), FOUR).peak for n in (1, 3)]
+    assert ddp[0] == ddp[1]
+
+
+def test_gradients_of_fsdp2_come_while_what_blocks_keep_goes():
+    def of(seqlen, memory):
+        keys = ["model=llama3_1b", "engine=fsdp2", "engine.precision=bf16", f"engine.memory={memory}"]
+        found = estimate(load([*keys, f"train.seqlen={seqlen}"]), FOUR)
+        return found.device[GRADIENTS], found.device["kept for the backward pass"]
+
+    weights = OwnSizes.of(load(["model=llama3_1b"]), 4).weights
+    of_blocks = 4 * (weights.trained - weights.head) / 4
+    gradients, kept = of(1 << 20, "keep")
+    assert kept > of_blocks
+    assert gradients == 0
+    assert of(1 << 20, "offload") == (of_blocks, 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "gpus is missing; give the number of ranks, as gpus=4"),
+        (["gpus=0"], "gpus=0; allowed are 1 and more"),
+        (["gpus=16", "gpus_per_host=5"], "gpus=16 on hosts of gpus_per_host=5; all hosts have as many"),
+        (["gpus=4", "host_gib=nan"], "host_gib=nan; allowed are finite numbers from 0 on"),
+        (["gpus=4", "train.seqlen=1M"], "train.seqlen=1M: Value '1M' of type 'str' could not be converted to Integer"),
+        (["gpus=4", "engine.memory=none"], "engine.memory='none'; allowed are auto, keep, recompute, offload"),
+    ],
+)
+def test_the_command_names_what_is_wrong(words, said, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 1
+    assert said in capsys.readouterr().err
+
+
+def test_the_command_says_what_would_fit_and_takes_hosts_without_memory(capsys):
+    main(["experiment=llama3_8b_long", "gpus=1"])
+    said = capsys.readouterr().out
+    assert "it does NOT fit; it would with engine=fsdp2 engine.offload=true; or with 4 such GPUs" in said
+    assert "1 x h100, 1 on a host of 1,024 GiB" in said
+    main(["experiment=llama3_8b_long", "gpus=4", "card=H200", "host_gib=0"])
+    said = capsys.readouterr().out
+    assert "to reach each other" in said
+    assert "it fits" in said
 
 
 def test_the_command_prints_memory_time_and_the_longest(tmp_path):

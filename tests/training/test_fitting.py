@@ -41,7 +41,7 @@ def _replaced(config, remedy):
     for word in (word for word in words if "=" in word):
         key, value = word.split("=")
         part, _, name = (key if "." in key else f"{key}.name").partition(".")
-        read = {"null": None}.get(value, int(value) if value.isdigit() else value)
+        read = {"null": None, "true": True}.get(value, int(value) if value.isdigit() else value)
         config = dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **{name: read})})
     return config, gpus
 
@@ -140,8 +140,12 @@ def test_weights_that_cannot_fit_fit_where_ranks_share_them():
     )
     with pytest.raises(ArgumentError, match="it fits with engine=zero3"):
         refuse_weights_that_cannot_fit(SMALL, FOUR, weights)
+    alone = dataclasses.replace(FOUR, gpus=1)
+    offloaded = r"engine=fsdp2 engine\.offload=true; or with "
+    with pytest.raises(ArgumentError, match=rf"it fits with {offloaded}2 such GPUs and engine=zero3"):
+        refuse_weights_that_cannot_fit(SMALL, alone, weights)
     with pytest.raises(ArgumentError, match=r"it fits with 2 such GPUs and engine=zero3"):
-        refuse_weights_that_cannot_fit(SMALL, dataclasses.replace(FOUR, gpus=1), weights)
+        refuse_weights_that_cannot_fit(SMALL, dataclasses.replace(alone, host_bytes=64 * GIB), weights)
 
 
 def _train_as_on_gpus(folder, memory, *overrides):

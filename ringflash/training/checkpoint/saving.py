@@ -1,8 +1,9 @@
 """Saving a run: each rank writes its pieces, rank 0 makes a checkpoint of them; also while training goes on.
 
 with Saver(folder, device, keep=2) as saver:
-    saver.begin(step, engine.pieces(), engine.sizes(), state)  # copies, then writes beside the next steps
+    saver.begin(step, engine.pieces(), engine.sizes(), state)  # copies and writes beside the next steps
     ...
+    saver.protect()  # ahead of what changes the pieces
     for said in saver.news():
         print(said)
     saver.save(step, engine.pieces(), engine.sizes(), state)  # waits
@@ -35,7 +36,9 @@ from ringflash.training.ranks import from_rank_0
 
 
 class Saver:
-    """Writes the checkpoints of a run into a folder, one at a time. All but `news` is a collective.
+    """Writes the checkpoints of a run into a folder, one at a time.
+
+    All but `news`, `writing` and `protect` is a collective.
 
     Attributes:
         saved: step and path of the newest checkpoint that it knows of; -1 and None before.
@@ -65,7 +68,7 @@ class Saver:
             )
 
     def begin(self, step: int, pieces: Iterable[Piece], sizes: Shapes, state: dict[str, Any]) -> None:
-        """Copy this rank's pieces, and have them written while training goes on.
+        """Have this rank's pieces copied and written while training goes on, which changes them behind `protect`.
 
         Whether that succeeded is among the `news` later. Waits for the checkpoint before, if that is still written.
 
@@ -92,6 +95,10 @@ class Saver:
 
         self._beside = _Beside(job, work)
 
+    def protect(self) -> None:
+        """Have the device wait until all is copied that was begun; no collective."""
+        self._copy.protect()
+
     def save(self, step: int, pieces: Iterable[Piece], sizes: Shapes, state: dict[str, Any]) -> Path:
         """Write a checkpoint, unless this step's is there, and wait for it; arguments are those of `begin`.
 
@@ -113,9 +120,14 @@ class Saver:
             self._stop.set()
             self.finish()
 
+    @property
+    def writing(self) -> bool:
+        """Whether this rank still writes beside training, or waits for others that do."""
+        return self._beside is not None and not self._beside.done()
+
     def news(self) -> list[str]:
         """What there is to say since the last time: checkpoints that were written beside training, or could not be."""
-        if self._beside is not None and self._beside.done():
+        if not self.writing:
             self.finish()
         found, self._news = self._news, []
         return found

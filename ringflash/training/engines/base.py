@@ -62,6 +62,8 @@ class Engine(ABC):
     model: Decoder
     shapes: dict[str, tuple[int, ...]]
     """Shape of each parameter that is trained."""
+    before_update: Callable[[], None] | None = None
+    """Called in each step before anything of the state changes, which may still be copied until then."""
 
     def train_step(
         self, batches: Sequence[dict], lr: float, stop: Callable[[], bool] = lambda: False
@@ -86,6 +88,8 @@ class Engine(ABC):
         total = torch.zeros((), device=valid.device)
         for index, batch in enumerate(batches):
             total += self.accumulate(batch, share * dist.get_world_size(), last=index == len(batches) - 1)
+        if self.before_update is not None:
+            self.before_update()
         norm = self.update(lr)
         sums = torch.stack([total, torch.full_like(total, float(stop()))])
         dist.all_reduce(sums)
@@ -125,7 +129,7 @@ class Engine(ABC):
 
     @abstractmethod
     def pieces(self) -> Iterator[Piece]:
-        """What this rank writes of the state, which no step may change meanwhile; no collective."""
+        """What this rank writes of the state, as it is until the next update; no collective."""
 
     @abstractmethod
     def load(self, read: Read, step: int, moments: bool) -> None:

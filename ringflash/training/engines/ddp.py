@@ -1,11 +1,19 @@
-"""torch's DistributedDataParallel."""
+"""torch's DistributedDataParallel.
+
+Gradients lie in buckets, which DDP lays out anew in the second step, once it has seen in which order they come. NCCL's
+process group holds what it sums until somebody waits for that, or until its watchdog, which looks every tenth of a
+second, finds it done and another collective begins. DDP waits for futures only, so that the buckets of the first step
+were often still there beside those of the second, as many bytes as all gradients. Here each sum is waited for itself.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from ringflash.configs.schema import OptimizerConfig
@@ -21,6 +29,10 @@ class DdpEngine(TorchEngine):
     def __init__(self, model: Decoder, config: OptimizerConfig) -> None:
         # Without device_ids, which would move the host's document boundaries to the GPU on every step.
         self._wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        self._summing: list[dist.Work] = []
+        # DDP reads annotations, and not those that are strings. What it holds is beyond Python's garbage collection, so
+        # the engine must not be in it.
+        self._wrapped.register_comm_hook(self._summing, lambda summing, bucket: _sum(summing, bucket))
         super().__init__(model, config)
 
     @property
@@ -32,7 +44,10 @@ class DdpEngine(TorchEngine):
         """See Engine; gradients are reduced with the last micro-batch only."""
         self._wrapped.require_backward_grad_sync = last
         loss = self._wrapped(**batch)
-        (loss * factor).backward()
+        (loss * factor / dist.get_world_size()).backward()
+        for work in self._summing:
+            work.wait()
+        self._summing.clear()
         return loss.detach()
 
     def clip(self) -> Tensor:
@@ -51,3 +66,11 @@ class DdpEngine(TorchEngine):
     def stored(self, read: Read, name: str, weight: nn.Parameter) -> Tensor:
         """See TorchEngine."""
         return read(name).to(weight.device)
+
+
+def _sum(summing: list[dist.Work], bucket: dist.GradBucket) -> Future[Any]:
+    """Sum the gradients of a bucket over all ranks, in place; they are there when what this returns is."""
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    assert work is not None
+    summing.append(work)
+    return work.get_future().then(lambda future: future.value()[0])

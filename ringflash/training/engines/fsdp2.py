@@ -117,7 +117,7 @@ class Fsdp2Engine(TorchEngine):
         like: Any = weight.data
         shared = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
         # Not `DTensor.from_local`, which takes what lies on the host to the devices of the mesh.
-        own = torch.empty_like(like, device=self._home)
+        own = torch.empty_like(like, dtype=whole.dtype, device=self._home)
         _local(own).copy_(_local(shared))
         return own
 

@@ -1,6 +1,7 @@
 """What a step takes of each GPU, of its host and of time, before it runs, and what of that is useful.
 
-hardware: GPUs and what they could do. operations: the useful ones of a step. sizes: of a model and a rank's tokens, in
-bytes. lasting: what engines hold whatever the length. seconds: how long the device works. step: all of it together.
-fitting: a run that cannot fit, and what would.
+hardware: GPUs and what they could do. operations: the useful ones of a step. lasting: what engines hold whatever the
+length. sizes: what an estimate asks of a model and a rank's tokens. own: that of the recipe's own model. counting,
+folder: that of one of Transformers. seconds: how long the device works. step: all of it together. fitting: a run that
+cannot fit, and what would.
 """

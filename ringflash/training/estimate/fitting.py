@@ -10,7 +10,7 @@ from ringflash.configs.schema import Config
 from ringflash.errors import ArgumentError
 from ringflash.training.config.derived import sequence_degree
 from ringflash.training.estimate.hardware import GIB, Hardware
-from ringflash.training.estimate.lasting import BUFFERS, Weights, held
+from ringflash.training.estimate.lasting import BUFFERS, Held, Weights, held
 from ringflash.training.estimate.step import estimate, longest
 from ringflash.training.memory.plan import AUTO
 
@@ -23,12 +23,15 @@ Fits = Callable[[Config, Hardware], bool]
 Change = tuple[str, str, Any]
 """Part of the configuration, key in it, and its value."""
 
+OFFLOADED: list[Change] = [("engine", "name", "fsdp2"), ("engine", "offload", True)]
+"""What has weights, gradients and optimizer on the host, where steps take longer."""
+
 
 def refuse_what_cannot_fit(config: Config, hardware: Hardware, vocab_size: int | None = None) -> None:
     """Raise ArgumentError if a step takes more than the GPUs have for certain, see `Estimate.least`.
 
     Args:
-        config: of a run with the recipe's own model.
+        config: of a run.
         hardware: on which.
         vocab_size: of the tokenizer; None: as data.tokenizer says.
     """
@@ -47,14 +50,16 @@ def refuse_weights_that_cannot_fit(config: Config, hardware: Hardware, weights: 
         weights: of the model.
     """
 
-    def on_device(config: Config, hardware: Hardware) -> dict[str, float]:
-        return held(config.engine, weights, hardware.gpus, config.optimizer.name).device
+    def of(config: Config, hardware: Hardware) -> Held:
+        return held(config.engine, weights, hardware.gpus, config.optimizer.name)
 
-    found = on_device(config, hardware)
+    def fits(config: Config, hardware: Hardware) -> bool:
+        found = of(config, hardware)
+        return sum(found.device.values()) <= hardware.room and sum(found.host.values()) <= hardware.host_share
+
+    found = of(config, hardware).device
     if sum(found.values()) - found[BUFFERS] > hardware.card.memory:
-        cures = _changes_that_fit(
-            config, hardware, lambda config, more: sum(on_device(config, more).values()) <= more.room
-        )
+        cures = _changes_that_fit(config, hardware, fits)
         raise _refusal(f"{_of_engine(config)}: the model alone takes", found, hardware, cures)
 
 
@@ -91,12 +96,23 @@ def _changes_that_fit(config: Config, hardware: Hardware, fits: Fits) -> list[st
     found = [_said([change]) for change in changes if fits(_changed(config, [change]), hardware)]
     if not found and len(changes) > 1 and fits(_changed(config, changes), hardware):
         found = [_said(changes)]
-    while not found and hardware.gpus < MOST_GPUS:
+    if found:
+        return found
+    away = [change for change in changes if change[:2] != ("engine", "name")] + OFFLOADED
+    if _may_be_offloaded(config) and fits(_changed(config, away), hardware):
+        found.append(_said(away))
+    while hardware.gpus < MOST_GPUS:
         hardware = dataclasses.replace(hardware, gpus=2 * hardware.gpus)
         changes = list(_changes(config, hardware.gpus))
         if fits(_changed(config, changes), hardware):
-            found = [f"{hardware.gpus} such GPUs{_said(changes, first=' and ')}"]
+            return [*found, f"{hardware.gpus} such GPUs{_said(changes, first=' and ')}"]
     return found
+
+
+def _may_be_offloaded(config: Config) -> bool:
+    """Whether the engine may be one that has weights and optimizer on the host, and is none yet."""
+    engine = config.engine
+    return config.optimizer.name == "adamw" and engine.deepspeed is None and not (engine.offload or engine.compile)
 
 
 def _changes(config: Config, gpus: int) -> Iterator[Change]:
@@ -122,7 +138,11 @@ def _changed(config: Config, changes: Sequence[Change]) -> Config:
 def _said(changes: Sequence[Change], first: str = "") -> str:
     """As on a command line; behind something else, with `first` between."""
     words = [
-        f"engine={value}" if (part, key) == ("engine", "name") else f"{part}.{key}={'null' if value is None else value}"
+        f"engine={value}" if (part, key) == ("engine", "name") else f"{part}.{key}={_as_word(value)}"
         for part, key, value in changes
     ]
     return first + " ".join(words) if words else ""
+
+
+def _as_word(value: Any) -> str:
+    return {None: "null", True: "true"}[value] if value is None or value is True else str(value)

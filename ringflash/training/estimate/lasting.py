@@ -134,7 +134,8 @@ def _ddp(weights: Weights, ranks: int, optimizer: str) -> Bytes:
 
 def _fsdp2(weights: Weights, ranks: int, optimizer: str) -> Bytes:
     """A block's gradients are there whole, and once more in the dtype in which they are summed."""
-    own, summed = FP32 * weights.trained / ranks, (weights.element + FP32) * weights.block
+    own = FP32 * weights.trained / ranks
+    summed = (weights.element + FP32) * weights.block * weights.trained / weights.all
     parameters = own + weights.element * weights.frozen / ranks
     return parameters, own, _moments(weights, optimizer) / ranks, _gathered(weights) + summed
 

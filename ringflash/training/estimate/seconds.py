@@ -7,6 +7,7 @@ forward pass, all else by the bytes that it reads and writes. What hosts take to
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from ringflash.parallel.planning.generators import plan_named
 from ringflash.parallel.planning.level_queries import level_queries
 from ringflash.parallel.planning.loads import loads
 from ringflash.parallel.planning.machine import Machine, machine_for, measured_machine
+from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import resolve
 from ringflash.parallel.positions.visibility import needed_keys
 from ringflash.training.config.derived import sequence_degree
@@ -25,14 +27,32 @@ from ringflash.training.estimate.hardware import CARDS, Hardware
 from ringflash.training.estimate.lasting import FP32
 from ringflash.training.estimate.sizes import Sizes
 from ringflash.training.memory.plan import KEEP
-from ringflash.training.model.transformer import attention_mask
 
 
-def attention(config: Config, sizes: Sizes, hardware: Hardware) -> Prediction:
-    """Both passes of a block's attention to one sequence of one document."""
+class Attended(NamedTuple):
+    """What attention takes of a rank.
+
+    Attributes:
+        seconds: of all blocks, both passes, for one sequence of one document.
+        memory: bytes of the buffers of its plan, of the block that needs most.
+    """
+
+    seconds: float
+    memory: float
+
+
+def attention(config: Config, sizes: Sizes, hardware: Hardware) -> Attended:
+    """Both passes of attention to one sequence of one document."""
+    found = [(_of_mask(mask, config, sizes, hardware), blocks) for mask, blocks in sizes.masks.items()]
+    seconds = sum(each.attention * blocks for each, blocks in found)
+    return Attended(seconds, max(each.memory for each, _ in found))
+
+
+def _of_mask(mask: Mask, config: Config, sizes: Sizes, hardware: Hardware) -> Prediction:
+    """Of a block with a mask."""
     degree = sequence_degree(config, hardware.gpus)
     hosts = max(1, -(-degree // hardware.gpus_per_host))
-    mask, name = attention_mask(config.attention), config.attention.partition or "zigzag"
+    name = config.attention.partition or "zigzag"
     partition = resolve("zigzag" if name == "balanced" else name, config.train.seqlen, degree, [mask])
     machine, shape = _machine(hardware), sizes.shape
     stays = hosts > 1 or (config.attention.head_ranks or 1) > 1
@@ -51,7 +71,7 @@ def seconds(
     config: Config,
     sizes: Sizes,
     hardware: Hardware,
-    attended: Prediction,
+    attended: Attended,
     placements: list[str],
     pairs: bool,
 ) -> float:
@@ -68,45 +88,13 @@ def seconds(
     if measured_machine() is None and hardware.card.peak != CARDS["h100"].peak:
         return math.nan  # what stands in for a measurement is of H100s
     machine, gpus = _machine(hardware), hardware.gpus
-    tokens = sizes.tokens * sizes.micro_batches
-    again = sum(each != KEEP for each in placements)
-    down = sizes.model.hidden_size * sizes.model.intermediate_size
-    products = sizes.operations.token + 2 * again * (sizes.weights.block - down)
-    products += again // 2 * 2 * sizes.weights.block if pairs else 0
-    if sizes.by_rows:  # what attention is given is made once more; in rounds, keys alone
-        products += again * 2 * (2 * sizes.key + (0 if sizes.alone else sizes.query)) * sizes.model.hidden_size
-    of_pairs = attended.attention * sizes.blocks * sizes.micro_batches * config.train.micro_batch
+    work = sizes.work(sum(each != KEEP for each in placements), pairs)
+    beside = sizes.micro_batches * (work.operations / machine.forward + work.moved / machine.memory)
+    of_pairs = attended.seconds * sizes.micro_batches * config.train.micro_batch
     of_pairs *= sizes.load.pairs / sizes.whole_pairs
-    moved = tokens * (sizes.blocks * _touched(sizes) + again * _touched_again(sizes)) / machine.memory
     steps = sizes.weights.trained / (1 if config.engine.name == "ddp" else gpus) * 10 * FP32 / machine.memory
-    return products * tokens / machine.forward + of_pairs + moved + steps
+    return beside + of_pairs + steps
 
 
 def _machine(hardware: Hardware) -> Machine:
     return machine_for(hardware.gpus, hardware.hosts)
-
-
-def _touched(sizes: Sizes) -> float:
-    """Bytes that a token's forward and backward pass of a block reads and writes beside products and attention.
-
-    SwiGLU's product has two operands and a result, and in the backward pass three of each; gradients of norms read
-    two tensors and write one; two sums of the stream have gradients that are added too.
-    """
-    wide, stream = sizes.element * sizes.model.intermediate_size, sizes.element * sizes.model.hidden_size
-    return _touched_again(sizes) + 9 * wide + 2 * (_norm(sizes) + stream) + _rotary(sizes) + 3 * 3 * stream
-
-
-def _touched_again(sizes: Sizes) -> float:
-    """The same of what is computed again: both norms, the rotary embedding, one sum of the stream."""
-    return 2 * _norm(sizes) + _rotary(sizes) + 3 * sizes.element * sizes.model.hidden_size
-
-
-def _norm(sizes: Sizes) -> float:
-    """A norm: read and written; where weights are in another dtype by way of fp32, which is written and read twice."""
-    aside = 0 if sizes.weight == sizes.element else 4 * FP32
-    return sizes.model.hidden_size * (2 * sizes.element + aside)
-
-
-def _rotary(sizes: Sizes) -> float:
-    """Queries and keys, read and written."""
-    return 2 * sizes.element * (sizes.query + sizes.key)

@@ -1,37 +1,30 @@
-"""Sizes of the recipe's own model and of what a rank has of a batch, and the bytes of a device that grow with them.
+"""What an estimate asks of a model and of what a rank has of a batch: how many bytes and operations grow with that.
 
-Counted tensor by tensor, as `ringflash.training.model.transformer`, `memory.blocks` and `memory.rows` hold them.
+Of the recipe's own model they are counted tensor by tensor (`own`), of one of Transformers in a pass of tensors without
+memory (`folder`).
 
-Legend: T tokens of a rank, C hidden size, F width of the feed-forward, H heads, K key heads, D head width, V rows of
-the embedding.
+Legend: T tokens of a rank.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from ringflash.configs.schema import Config, ModelConfig
-from ringflash.errors import ArgumentError
-from ringflash.loss import CHUNK_ELEMENTS
+from ringflash.configs.schema import Config
 from ringflash.parallel.planning.cost import Shape
 from ringflash.parallel.planning.heads import rows_in_groups
 from ringflash.parallel.planning.loads import loads
-from ringflash.parallel.planning.query_rounds import size_of_rounds
-from ringflash.parallel.planning.ring import PIECE
+from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import resolve
 from ringflash.parallel.positions.visibility import needed_keys
-from ringflash.training.config.checks import SMALLEST_VOCABULARY
-from ringflash.training.config.derived import sequence_degree, vocabulary
-from ringflash.training.estimate.lasting import FP32, Weights, weights_of
-from ringflash.training.estimate.operations import Operations, operations_of
-from ringflash.training.memory.rows import TILE_ELEMENTS
-from ringflash.training.model.shape import elements_again, head_dim, query_width
-from ringflash.training.model.transformer import Transformer, attention_mask
-
-AT_ONCE = 8
-"""Tensors of a tile of the feed-forward that are there at once in its backward pass."""
+from ringflash.training.config.derived import accumulation, sequence_degree
+from ringflash.training.estimate.lasting import FP32, Weights
+from ringflash.training.estimate.operations import Operations
 
 
 @dataclass(frozen=True)
@@ -47,78 +40,47 @@ class Load:
     pairs: float
 
 
+class Work(NamedTuple):
+    """What a device does of a micro-batch, beside attention.
+
+    Attributes:
+        operations: of products of matrices.
+        moved: bytes that all else reads and writes.
+    """
+
+    operations: float
+    moved: float
+
+
 @dataclass(frozen=True)
-class Sizes:
+class Sizes(ABC):
     """Sizes of a model and of what a rank has of a batch.
 
     Attributes:
-        model: its shape.
         weights: how many.
         blocks: how many.
         element: bytes of an activation.
-        weight: bytes of a weight as the model holds it.
         load: of the batch.
         step_tokens: of a step, over all ranks.
         micro_batches: of a step on a rank.
+        masks: of attention, and how many blocks have each.
         whole_pairs: what `load.pairs` is where each sequence is one document.
-        operations: the useful ones.
+        operations: the useful ones; None where nobody here knows them.
         exchanging: ranks that exchange heads.
         alone: each rank has whole sequences.
     """
 
-    model: ModelConfig
     weights: Weights
     blocks: int
     element: int
-    weight: int
     load: Load
     step_tokens: int
     micro_batches: int
+    masks: Mapping[Mask, int]
     whole_pairs: float
-    operations: Operations
+    operations: Operations | None
     exchanging: int
     alone: bool
-
-    @staticmethod
-    def of(config: Config, gpus: int, vocab_size: int | None = None, load: Load | None = None) -> Sizes:
-        """What a configuration says.
-
-        Args:
-            config: of a run with the recipe's own model.
-            gpus: how many ranks.
-            vocab_size: of the tokenizer; None: as data.tokenizer says.
-            load: of the batch; None: each sequence is one document, and ranks have equally many tokens.
-
-        Raises:
-            ArgumentError: a model of a folder, whose insides are not known here; or nobody knows the vocabulary.
-        """
-        model, train = config.model, config.train
-        if model.path is not None:
-            raise ArgumentError(f"model.path={model.path}: only the recipe's own model can be estimated")
-        rows = vocabulary(model, _tokens_of(config) if vocab_size is None else vocab_size)
-        dtype = torch.float32 if config.engine.precision == "fp32" else torch.bfloat16
-        with torch.device("meta"):
-            built = Transformer(model, rows, dtype=dtype)
-        operations = operations_of(built)
-        assert operations is not None
-        degree, element = sequence_degree(config, gpus), dtype.itemsize
-        mask, whole = attention_mask(config.attention), resolve("zigzag", train.seqlen, 1, [])
-        pairs = loads(mask, whole, whole, needed_keys(mask, whole.segments, train.seqlen)).pairs.sum()
-        pairs = float(pairs) * train.global_batch
-        return Sizes(
-            model=model,
-            weights=weights_of(built),
-            blocks=model.num_hidden_layers,
-            element=element,
-            weight=FP32 if config.engine.name == "ddp" else element,
-            load=load or Load(train.micro_batch * -(-train.seqlen // degree), pairs),
-            step_tokens=train.global_batch * train.seqlen,
-            micro_batches=max(1, train.global_batch * degree // (train.micro_batch * gpus)),
-            whole_pairs=pairs,
-            operations=operations,
-            exchanging=config.attention.head_ranks or 1,
-            alone=degree == 1,
-        )
 
     @property
     def tokens(self) -> int:
@@ -127,15 +89,13 @@ class Sizes:
 
     @property
     def useful(self) -> float:
-        """Useful operations of a step, of all ranks."""
-        return self.operations.of(self.step_tokens, self.load.pairs)
+        """Useful operations of a step, of all ranks; nan where nobody here knows them."""
+        return float("nan") if self.operations is None else self.operations.of(self.step_tokens, self.load.pairs)
 
     @property
     def shape(self) -> Shape:
         """Of a block's attention."""
-        model = self.model
-        whole = Shape(model.num_attention_heads, model.num_key_value_heads, head_dim(model), self.element)
-        return whole.in_groups(self.rows_in_groups, self.exchanging)
+        return self.heads.in_groups(self.rows_in_groups, self.exchanging)
 
     @property
     def rows_in_groups(self) -> int:
@@ -143,39 +103,39 @@ class Sizes:
         return rows_in_groups(self.tokens, self.load.pairs / self.step_tokens)
 
     @property
-    def query(self) -> int:
-        """H D."""
-        return query_width(self.model)
+    def queries(self) -> int:
+        """Of a round in which blocks are computed again, see `memory.rounds`; 0 where there is one round."""
+        return 0
 
     @property
-    def key(self) -> int:
-        """K D."""
-        return self.model.num_key_value_heads * head_dim(self.model)
+    def recomputes(self) -> bool:
+        """Whether blocks can be computed again."""
+        return True
 
+    @property
+    @abstractmethod
+    def heads(self) -> Shape:
+        """Of a block, before they are worked on in groups."""
+
+    @property
+    @abstractmethod
+    def casts(self) -> bool:
+        """Whether what is at work has all casts of weights in it, which DDP makes where they are used."""
+
+    @abstractmethod
     def kept(self, pairs: bool) -> float:
-        """Bytes that a recomputed block keeps: its input, out and log-sum-exp."""
-        stream = self.model.hidden_size / (2 if pairs else 1)
-        return self.tokens * (self.element * (stream + self.query) + FP32 * self.model.num_attention_heads)
+        """Bytes that a recomputed block keeps: its input, out and log-sum-exp.
+
+        Args:
+            pairs: see `memory.blocks.BlockMemory`.
+        """
 
     @property
-    def again(self) -> int:
-        """Bytes beside these of a block that is kept whole: outputs of norms, q, k, v, stream between, gate and up."""
-        return self.tokens * self.element * elements_again(self.model)
+    @abstractmethod
+    def again(self) -> float:
+        """Bytes beside these of a block that is kept whole."""
 
-    @property
-    def _projected(self) -> int:
-        return self.query + 2 * self.key
-
-    @property
-    def rows(self) -> int:
-        """Tokens of which blocks are computed again at a time, see `memory.by_rows`; T, or more, where that is once."""
-        return size_of_rounds(self.tokens, TILE_ELEMENTS["cuda"] // self.query)
-
-    @property
-    def by_rows(self) -> bool:
-        """Whether blocks are computed again by rows: in rounds, where a rank has whole sequences."""
-        return self.rows < self.tokens
-
+    @abstractmethod
     def transient(self, plan_memory: float, moved: bool, pairs: bool = False) -> float:
         """Bytes at work, at most, where blocks are computed again.
 
@@ -184,92 +144,57 @@ class Sizes:
             moved: what they keep comes back, rows by rows or one block ahead.
             pairs: see `memory.blocks.BlockMemory`.
         """
-        if self.by_rows:
-            block = self._by_rows(plan_memory, moved, pairs)
-        else:
-            came_back = 2 * self.tokens * self.element * (self.model.hidden_size + self.query) if moved else 0
-            again = self.tokens * self.element * (self.model.hidden_size + self._projected)  # a norm's output, q, k, v
-            between = 2 * self.tokens * self.element * self.model.hidden_size  # the stream, and a norm's output
-            block = came_back + again + max(self._attention(plan_memory), between + self._feed_forward)
-        return max(self._loss, self._head_gradient + block)
 
+    @abstractmethod
     def transient_kept(self, plan_memory: float) -> float:
         """Bytes at work, at most, where everything is kept; see `transient`."""
-        return max(self._loss, self._head_gradient + max(self._attention(plan_memory), self._feed_forward))
 
-    @property
-    def _head_gradient(self) -> int:
-        """What waits, of a head that is the embedding, for the embedding's own gradient behind all blocks."""
-        return self.weight * self.weights.head if self.model.tie_word_embeddings else 0
+    @abstractmethod
+    def work(self, again: int, pairs: bool) -> Work:
+        """Of a micro-batch, both passes.
 
-    def _attention(self, plan_memory: float) -> float:
-        """Its backward pass: gradients of stream, out, q, k, v, and what a plan has."""
-        streams = self.tokens * self.element * (self.model.hidden_size + self.query)
-        return streams + self._gradients + plan_memory
+        Args:
+            again: blocks that are computed again.
+            pairs: see `memory.blocks.BlockMemory`.
+        """
 
-    @property
-    def _gradients(self) -> float:
-        """Of query, key and value of all tokens, in fp32 first.
+    def aside(self, projected: int) -> float:
+        """Bytes of gradients of query, key and value in attention's backward pass, beside where they lie in the end.
 
-        Heads that are worked on in groups have theirs in fp32 and rounded, beside where those of all lie.
+        They are in fp32 first. Heads that are worked on in groups have theirs in fp32 and rounded.
+
+        Args:
+            projected: elements of a token's query, key and value.
         """
         groups = self.shape.groups
-        aside = (FP32 + self.element * (groups > 1)) * self._projected / groups
-        return self.tokens * (aside + self.element * self._projected)
-
-    def _by_rows(self, plan_memory: float, moved: bool, pairs: bool) -> float:
-        """A block's backward pass by rows: what is there of all tokens, then of some."""
-        rows, stream = self.rows, self.model.hidden_size
-        # Gradients of the output and the input, of pairs the input, and angles of positions.
-        whole = self.tokens * (self.element * (3 if pairs else 2) * stream + FP32 * head_dim(self.model))
-        came_back = self.element * 3 * stream if moved else 0  # one ahead, and the first of the block before
-        # The stream and its norm with gradients, and the feed-forward; then gradients of the stream, a norm, query, key
-        # and value, and their gradients.
-        behind = rows * self.element * 4 * stream + AT_ONCE * self.element * self._tile(rows)
-        before = rows * self.element * (2 * stream + 2 * self._projected)
-        if self.alone:
-            own, came = self._round(behind, before)
-            came_back += came if moved else 0
-        else:
-            own = self._at_once(plan_memory, behind, before)
-        return whole + own + rows * came_back + FP32 * self.weights.block
-
-    def _round(self, behind: float, before: float) -> tuple[float, float]:
-        """Where attention is in rounds: bytes beside what is alike, and what of a token comes back beside its input."""
-        keys = self.tokens * (self.element + FP32) * 2 * self.key  # and their gradients
-        # Out and its gradient, that of the query in fp32, and a part of those of all keys.
-        attention = self.rows * (self.element * 2 * self.query + FP32 * self.query)
-        attention += FP32 * 2 * self.key * min(PIECE, self.tokens)
-        came_back = 2 * (self.element * self.query + FP32 * self.model.num_attention_heads)
-        return keys + max(behind, before + attention), came_back
-
-    def _at_once(self, plan_memory: float, behind: float, before: float) -> float:
-        """Where attention is at once: query, key and value with out and its gradient, or with gradients of them all."""
-        given, out = self.tokens * self.element * self._projected, 2 * self.tokens * self.element * self.query
-        return max(given + out + max(behind, self._gradients + plan_memory), given + before)
-
-    def _tile(self, rows: int) -> int:
-        """Elements of one tensor of the feed-forward's tiles."""
-        return min(TILE_ELEMENTS["cuda"], rows * self.model.intermediate_size)
-
-    @property
-    def _feed_forward(self) -> float:
-        """Its backward pass: gradients of its output and input, a tile, and gradients of its weights."""
-        model, tile = self.model, self._tile(self.tokens)
-        streams = 2 * self.tokens * self.element * model.hidden_size
-        return streams + AT_ONCE * self.element * tile + 3 * FP32 * model.hidden_size * model.intermediate_size
-
-    @property
-    def _loss(self) -> float:
-        """Its forward pass: the last stream, its norm and its gradient, that of the head, and logits of a chunk."""
-        streams = 3 * self.tokens * self.element * self.model.hidden_size
-        logits = min(CHUNK_ELEMENTS["cuda"], self.tokens * self.weights.head // self.model.hidden_size)
-        return streams + (FP32 + self.element) * self.weights.head + 3 * FP32 * logits
+        return self.tokens * (FP32 + self.element * (groups > 1)) * projected / groups
 
 
-def _tokens_of(config: Config) -> int:
-    """Tokens of a tokenizer that is not there yet."""
-    if config.data.tokenizer not in (None, "bpe", "bytes") and config.model.vocab_size is None:
-        raise ArgumentError("model.vocab_size=null; give it, as a folder's tokenizer is not read here")
-    of_bytes = config.data.tokenizer == "bytes" or config.model.vocab_size is not None
-    return SMALLEST_VOCABULARY if of_bytes else config.data.vocab_size
+def of_batch(config: Config, gpus: int, masks: Mapping[Mask, int], load: Load | None) -> dict[str, object]:
+    """What `Sizes` has of the batch.
+
+    Args:
+        config: of the run.
+        gpus: how many ranks.
+        masks: of attention, and how many blocks have each.
+        load: of the batch; None: each sequence is one document, and ranks have equally many tokens.
+    """
+    train, degree = config.train, sequence_degree(config, gpus)
+    whole, pairs = resolve("zigzag", train.seqlen, 1, []), 0.0
+    for mask, blocks in masks.items():
+        found = loads(mask, whole, whole, needed_keys(mask, whole.segments, train.seqlen)).pairs.sum()
+        pairs += float(found) * train.global_batch * blocks / sum(masks.values())
+    return {
+        "load": load or Load(train.micro_batch * -(-train.seqlen // degree), pairs),
+        "step_tokens": train.global_batch * train.seqlen,
+        "micro_batches": max(1, accumulation(config, gpus)),
+        "masks": masks,
+        "whole_pairs": pairs,
+        "exchanging": config.attention.head_ranks or 1,
+        "alone": degree == 1,
+    }
+
+
+def dtype_of(config: Config) -> torch.dtype:
+    """Of the activations on a GPU."""
+    return torch.float32 if config.engine.precision == "fp32" else torch.bfloat16

@@ -1,4 +1,4 @@
-"""What a step of the recipe's own model takes of each GPU, of its host and of time, before anything is started."""
+"""What a step takes of each GPU, of its host and of time, before anything is started."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ringflash.configs.schema import Config
+from ringflash.errors import ArgumentError
+from ringflash.parallel.transport.select import MOST_RANKS
+from ringflash.parallel.transport.symmetric_memory import leased_bytes
 from ringflash.training.checkpoint.host_copy import LEFT, copy_bytes
 from ringflash.training.config.derived import saves_beside_training, sequence_degree
 from ringflash.training.estimate.hardware import Hardware
-from ringflash.training.estimate.lasting import BUFFERS, held
+from ringflash.training.estimate.lasting import BUFFERS, FP32, GRADIENTS, held
+from ringflash.training.estimate.own import OwnSizes
 from ringflash.training.estimate.seconds import attention, seconds
 from ringflash.training.estimate.sizes import Load, Sizes
 from ringflash.training.memory.first_step import ON_DEVICE
@@ -32,7 +36,8 @@ class Estimate:
     """Of one rank: bytes on the device and of its host by what they are, and a step's time.
 
     Attributes:
-        device: bytes by name; they are there at once.
+        device: bytes by name of tensors; they are there at once.
+        leased: bytes beside tensors by which ranks that share a sequence reach each other's.
         host: likewise, of its host.
         placements: of the blocks.
         pairs: see `memory.blocks.BlockMemory`.
@@ -44,6 +49,7 @@ class Estimate:
     """
 
     device: dict[str, float]
+    leased: float
     host: dict[str, float]
     placements: list[str]
     pairs: bool
@@ -68,45 +74,87 @@ def estimate(config: Config, hardware: Hardware, vocab_size: int | None = None, 
     """What a step takes.
 
     Args:
-        config: of a run with the recipe's own model.
+        config: of a run.
         hardware: on which.
-        vocab_size: of the tokenizer; None: as data.tokenizer says.
+        vocab_size: of the tokenizer; None: as data.tokenizer says. Of a model of a folder it does not matter.
         load: of the batch; None: each sequence is one document.
 
     Raises:
-        ArgumentError: a model of a folder, whose insides are not known here; or nobody knows the vocabulary.
+        ArgumentError: nobody knows the vocabulary; or what a pass of a model of a folder holds.
     """
-    sizes = Sizes.of(config, hardware.gpus, vocab_size, load)
+    sizes = sizes_of(config, hardware.gpus, vocab_size, load)
     engine = held(config.engine, sizes.weights, hardware.gpus, config.optimizer.name)
+    if sizes.casts and config.engine.name == "ddp":
+        engine.device[BUFFERS] = 0.0
     attended = attention(config, sizes, hardware)
     copy = _copy(config, sizes.weights.trained, hardware)
     of_host = max(0.0, USED * (hardware.host_share - sum(copy.values()) - sum(engine.host.values())))
     if config.engine.host_gib is not None:
         of_host = min(of_host, config.engine.host_gib * 2**30)
-    free = hardware.room - sum(engine.device.values())
+    leased = _leased(config, sizes, hardware)
+    free = hardware.room - leased - sum(engine.device.values())
     placements, pairs = _placements(config.engine.memory, sizes, attended.memory, free, of_host)
     kept = sizes.kept(pairs)
     moved = placements.count(OFFLOAD) * kept
     stays = max(0.0, moved - of_host)  # what has no room there
-    on_device = placements.count(RECOMPUTE) * kept + stays + placements.count(KEEP) * (kept + sizes.again)
-    transient = sizes.transient(attended.memory, OFFLOAD in placements, pairs)
-    if all(each == KEEP for each in placements):
+    whole = placements.count(KEEP)
+    on_device = placements.count(RECOMPUTE) * kept + stays + (whole * (kept + sizes.again) if whole else 0.0)
+    if whole == len(placements):
         transient = sizes.transient_kept(attended.memory)
+    else:
+        transient = sizes.transient(attended.memory, OFFLOAD in placements, pairs)
+    if GRADIENTS in engine.device and config.engine.name == "fsdp2":
+        engine.device[GRADIENTS] = _gradients_of_fsdp2(config, sizes, hardware.gpus, on_device, transient)
     device = {**engine.device, "kept for the backward pass": on_device, "at work": transient}
     host = {**engine.host, **copy, BLOCKS: moved - stays}
     took = seconds(config, sizes, hardware, attended, placements, pairs)
     return Estimate(
         device=device,
+        leased=leased,
         host=host,
         placements=placements,
         pairs=pairs,
-        queries=sizes.rows if sizes.by_rows and sizes.alone else 0,
+        queries=sizes.queries,
         seconds=took,
         tokens_per_second=sizes.step_tokens / took / hardware.gpus,
         mfu=sizes.useful / (took * hardware.gpus * hardware.card.peak),
-        fits=sum(device.values()) <= hardware.room
+        fits=sum(device.values()) + leased <= hardware.room
         and sum(engine.host.values()) + sum(copy.values()) <= hardware.host_share,
     )
+
+
+def in_seconds(seconds: float) -> str:
+    """As text, however short or long a step is."""
+    return (
+        f"{seconds:.2f} s" if 0.1 <= seconds < 1000 else f"{seconds:,.0f} s" if seconds >= 1000 else f"{seconds:.2g} s"
+    )
+
+
+def sizes_of(config: Config, gpus: int, vocab_size: int | None = None, load: Load | None = None) -> Sizes:
+    """Of the model that a configuration names, and of what a rank has of a batch; arguments are those of `estimate`."""
+    if config.model.path is None:
+        return OwnSizes.of(config, gpus, vocab_size, load)
+    from ringflash.training.estimate.folder import FolderSizes  # an optional library
+
+    return FolderSizes.of(config, gpus, load)
+
+
+def unknown(config: Config, gpus: int) -> str | None:
+    """Why nobody can say what a step takes, if so: a model of a folder may do what cannot be counted ahead.
+
+    Args:
+        config: of a run.
+        gpus: how many ranks.
+    """
+    if config.model.path is None:
+        return None
+    try:
+        found = sizes_of(config, gpus)
+        found.kept(pairs=False)
+        found.transient_kept(0)
+    except ArgumentError as error:
+        return str(error)
+    return None
 
 
 def longest(config: Config, hardware: Hardware, vocab_size: int | None = None, step: int = 1024) -> int:
@@ -116,20 +164,57 @@ def longest(config: Config, hardware: Hardware, vocab_size: int | None = None, s
         train = dataclasses.replace(config.train, seqlen=count * step)
         return estimate(dataclasses.replace(config, train=train), hardware, vocab_size).fits
 
-    return step * _last(fits, max(1, -(-sequence_degree(config, hardware.gpus) // step)))
+    least = max(1, -(-sequence_degree(config, hardware.gpus) // step))
+    return step * _last(fits, least, max(least, config.train.seqlen // step))
 
 
-def _last(holds: Callable[[int], bool], first: int) -> int:
-    """The largest number from `first` on of which something holds that holds of all smaller ones; 0 for none."""
-    if not holds(first):
-        return 0
-    low, high = first, 2 * first
+def _last(holds: Callable[[int], bool], first: int, near: int) -> int:
+    """The largest number from `first` on of which something holds that holds of all smaller ones; 0 for none.
+
+    It is looked for from `near` on.
+    """
+    low = near
+    while not holds(low):
+        if low == first:
+            return 0
+        low = max(first, low // 2)
+    high = 2 * low
     while holds(high):
         low, high = high, 2 * high
     while high - low > max(1, low // 64):
         middle = (low + high) // 2
         low, high = (middle, high) if holds(middle) else (low, middle)
     return low
+
+
+def _gradients_of_fsdp2(config: Config, sizes: Sizes, ranks: int, kept: float, at_work: float) -> float:
+    """Bytes of gradients beside what blocks keep and what is at work.
+
+    They come while what blocks keep goes, those of the embedding when nothing is at work any more, and are no more when
+    the next step begins. Between the micro-batches of a step each rank has those of all weights.
+
+    Args:
+        config: of the run.
+        sizes: of it.
+        ranks: how many.
+        kept: bytes that blocks keep on the device.
+        at_work: bytes at work, at most.
+    """
+    weights = sizes.weights
+    own = FP32 * weights.trained / ranks
+    if sizes.micro_batches > 1:
+        return own + (weights.element if config.engine.reduce == "bf16" else FP32) * weights.trained
+    before_the_last = own if weights.frozen else FP32 * (weights.trained - weights.head) / ranks
+    return max(max(kept, before_the_last) + at_work, own) - kept - at_work
+
+
+def _leased(config: Config, sizes: Sizes, hardware: Hardware) -> float:
+    """Of a group that reaches each other's memory: the ranks of a host that share a sequence."""
+    degree = sequence_degree(config, hardware.gpus)
+    if degree == 1 or degree > min(MOST_RANKS, hardware.gpus_per_host):
+        return 0.0
+    shape = sizes.shape
+    return float(leased_bytes(degree, sizes.tokens * shape.key_bytes // shape.groups))
 
 
 def _copy(config: Config, weights: int, hardware: Hardware) -> dict[str, float]:
@@ -149,9 +234,11 @@ def _placements(policy: str, sizes: Sizes, plan_memory: float, free: float, of_h
         free: bytes of the device that the engine leaves.
         of_host: bytes of the host that blocks may have.
     """
+    if policy == AUTO and not sizes.recomputes:
+        policy = KEEP
     if policy != AUTO:
         return [OFFLOAD if policy == PAIRS else policy] * sizes.blocks, policy == PAIRS
     left = {pairs: free - sizes.transient(plan_memory, True, pairs) for pairs in (False, True)}
     pairs = sizes.blocks * sizes.kept(False) > of_host + ON_DEVICE * max(0.0, free)
-    measured = Measured(int(left[pairs]), sizes.blocks, int(sizes.kept(pairs)), sizes.again)
+    measured = Measured(int(left[pairs]), sizes.blocks, int(sizes.kept(pairs)), int(sizes.again))
     return placed(sizes.blocks, measured), pairs

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from ringflash.kernels.torch_private import storage_of
 from ringflash.recomputed import Region, within
 from ringflash.training.memory.at_once import OnceBlock, at_once
 from ringflash.training.memory.by_rows import Parts, RowBlock
@@ -407,7 +408,7 @@ def _drawing(states: tuple[Tensor, Tensor | None] | None, device: torch.device) 
 
 def _place(x: Tensor) -> tuple:
     """Where a tensor's values are: autograd hands on other objects for the same."""
-    return x.data_ptr(), tuple(x.shape), x.stride(), x.dtype
+    return storage_of(x), x.storage_offset(), tuple(x.shape), x.stride(), x.dtype
 
 
 def _same(result: Tensor, version: int, inputs: Sequence[Any]) -> bool:

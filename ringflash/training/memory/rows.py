@@ -98,7 +98,7 @@ def rotate(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def tiled(
-    function: Callable[[Tensor], Tensor], x: Tensor, weights: Sequence[Tensor], width: int, tokens: int
+    function: Callable[[Tensor], Tensor], x: Tensor, weights: Sequence[Tensor], width: int, tokens: int, elements: int
 ) -> Tensor:
     """What a function of each token gives, tile by tile; in the backward pass each tile is computed again.
 
@@ -112,11 +112,12 @@ def tiled(
         weights: that it uses.
         width: of the widest that it makes of a token.
         tokens: of a rank on average.
+        elements: of that width in a tile, see `TILE_ELEMENTS`.
     """
-    if tokens * width <= TILE_ELEMENTS[x.device.type] or any(map(has_gradient_hooks, weights)):
+    if tokens * width <= elements or any(map(has_gradient_hooks, weights)):
         return function(x)
-    held = _Box()
-    return _Tiled.apply(_Held.apply(x, held), held, _Call(function, width, x.device), *weights)
+    held, call = _Box(), _Call(function, max(1, elements // width), x.device)
+    return _Tiled.apply(_Held.apply(x, held), held, call, *weights)
 
 
 def tiles(rows: int, width: int, device: torch.device, share: int = 1) -> Iterator[slice]:
@@ -128,7 +129,10 @@ def tiles(rows: int, width: int, device: torch.device, share: int = 1) -> Iterat
         device: where they are.
         share: by which tiles are smaller.
     """
-    size = max(1, TILE_ELEMENTS[device.type] // share // width)
+    return _slices(rows, max(1, TILE_ELEMENTS[device.type] // share // width))
+
+
+def _slices(rows: int, size: int) -> Iterator[slice]:
     return (slice(begin, min(begin + size, rows)) for begin in range(0, rows, size))
 
 
@@ -243,8 +247,8 @@ def weight_sums(weights: Sequence[Tensor], need: Sequence[bool], rows: int) -> l
 class _Call:
     """A function as it was called, of tiles of any rows."""
 
-    def __init__(self, function: Callable[[Tensor], Tensor], width: int, device: torch.device) -> None:
-        self._function, self._width, self._device = function, width, device.type
+    def __init__(self, function: Callable[[Tensor], Tensor], size: int, device: torch.device) -> None:
+        self._function, self._size, self._device = function, size, device.type
         self._casts = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
 
     def __call__(self, rows: Tensor) -> Tensor:
@@ -256,7 +260,7 @@ class _Call:
 
     def tiles(self, rows: Tensor) -> Iterator[slice]:
         """Of all rows."""
-        return tiles(len(rows), self._width, rows.device)
+        return _slices(len(rows), self._size)
 
 
 class _Tiled(torch.autograd.Function):

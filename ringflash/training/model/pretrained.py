@@ -28,7 +28,7 @@ from ringflash.errors import ArgumentError, DataError
 from ringflash.parallel.mesh import ONE_DEVICE
 from ringflash.training.memory.blocks import BlockMemory
 from ringflash.training.memory.plan import AUTO, KEEP
-from ringflash.training.memory.rows import tiled
+from ringflash.training.memory.rows import TILE_ELEMENTS, tiled
 from ringflash.training.model.adapters import BASE, add_adapters, initialise_adapter, is_adapter
 from ringflash.training.model.decoder import Decoder
 from ringflash.training.model.folder import FolderWeights
@@ -56,6 +56,8 @@ class Pretrained(Decoder):
         lora: adapters, which alone are trained then.
         seed: of the adapters' initial weights.
         head_ranks: as in `SequenceParallel`.
+        read: its weights are to be read; else config.json is enough, for a model that is only looked at.
+        layers: of these no more than so many; None: all.
 
     Raises:
         ArgumentError: a model that "ring" does not take, or whose loss is another one than cross entropy.
@@ -72,15 +74,20 @@ class Pretrained(Decoder):
         lora: LoraConfig | None = None,
         seed: int = 0,
         head_ranks: int | None = None,
+        read: bool = True,
+        layers: int | None = None,
     ) -> None:
         super().__init__()
         assert config.path is not None
         folder = self._folder = Path(config.path).expanduser()
         self.config = changed(read_config(folder), config, seqlen)
+        if layers is not None:
+            _shorten(self.config.get_text_config(), layers)
         self.dtype, self.vocab_size = dtype, self.config.get_text_config().vocab_size
         self._generation = _generation(folder)
         self.model = empty_model(self.config, f"model.path={folder}")
-        self._weights = FolderWeights(folder, self.model)
+        if read:
+            self._weights = FolderWeights(folder, self.model)
         self._seed, self._lora = seed, lora if lora is not None and lora.rank else None
         if self._lora is not None:
             add_adapters(self.model, self._lora)
@@ -110,9 +117,14 @@ class Pretrained(Decoder):
             self.memory.end()
             return loss
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether its layers can be computed again."""
+        return self.model.supports_gradient_checkpointing
+
     def keep(self, policy: str, device: torch.device, host_bytes: int | None = None) -> None:
         """See Decoder."""
-        if policy == AUTO and not self.model.supports_gradient_checkpointing:
+        if policy == AUTO and not self.recomputes:
             policy = KEEP
         super().keep(policy, device, host_bytes)
         if policy == KEEP:
@@ -123,7 +135,7 @@ class Pretrained(Decoder):
             raise ArgumentError(f"engine.memory={policy}: {error}; allowed is {KEEP}") from error
         self._tiled = feed_forwards(self.model)
         for module in self._tiled:
-            module.forward = functools.partial(self._in_tiles, module, module.forward)
+            module.forward = functools.partial(self._in_tiles, module, module.forward, TILE_ELEMENTS[device.type])
         if self._lora is not None:  # else nothing in front of the first adapter has a gradient, which engines wait for
             self.model.enable_input_require_grads()
 
@@ -131,9 +143,8 @@ class Pretrained(Decoder):
         """See Decoder; what is in tiles calls its parts often, and ranks do so a different number of times."""
         return self._tiled
 
-    def _in_tiles(self, module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        width = max(each.out_features for each in module.modules() if isinstance(each, nn.Linear))
-        return tiled(forward, x, tuple(module.parameters()), width, self._mean)
+    def _in_tiles(self, module: nn.Module, forward: Callable[[Tensor], Tensor], elements: int, x: Tensor) -> Tensor:
+        return tiled(forward, x, tuple(module.parameters()), width_of(module), self._mean, elements)
 
     def attention_width(self) -> int | None:
         """See Decoder; some models have heads of other widths in some layers."""
@@ -159,13 +170,18 @@ class Pretrained(Decoder):
         for module in (*norms, *feed_forwards(self.model)):
             module.forward = torch.compile(module.forward, fullgraph=True)
 
-    def parts(self) -> list[nn.Module]:
-        """See Decoder."""
+    @property
+    def layers(self) -> list[nn.Module]:
+        """Its layers, in the order in which they run."""
         layers = [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
         within = {part for layer in layers for part in layer.modules() if part is not layer}
+        return [layer for layer in layers if layer not in within]
+
+    def parts(self) -> list[nn.Module]:
+        """See Decoder."""
         embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         tied = head is not None and head.weight is embedding.weight
-        return [*([] if tied else [embedding]), *(layer for layer in layers if layer not in within)]
+        return [*([] if tied else [embedding]), *self.layers]
 
     def shard(self, batch: dict[str, Any]) -> dict[str, Any]:
         """See Decoder."""
@@ -216,6 +232,11 @@ def feed_forwards(model: nn.Module) -> list[nn.Module]:
     return [part for part in parts if any(isinstance(each, nn.Linear) for each in part.modules())]
 
 
+def width_of(feed_forward: nn.Module) -> int:
+    """Of the widest that a feed-forward makes of a token."""
+    return max(each.out_features for each in feed_forward.modules() if isinstance(each, nn.Linear))
+
+
 def read_config(folder: Path) -> PreTrainedConfig:
     """The config.json of a folder."""
     try:
@@ -245,6 +266,15 @@ def changed(config: PreTrainedConfig, wanted: ModelConfig, seqlen: int) -> PreTr
     if rope:
         _check_kept(config, text.rope_parameters["rope_type"])
     return config
+
+
+def _shorten(text: Any, layers: int) -> None:
+    """Leave the first layers of a configuration alone; what it says of each layer is a list of as many."""
+    all_layers = text.num_hidden_layers
+    text.num_hidden_layers = layers
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == all_layers:
+            setattr(text, name, value[:layers])
 
 
 def _changed_rope(rope: dict[str, Any], text: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from ringflash.training.estimate.fitting import (
 from ringflash.training.estimate.hardware import GIB, Card, Hardware, card_of
 from ringflash.training.estimate.lasting import weights_of
 from ringflash.training.estimate.sizes import Load
-from ringflash.training.estimate.step import BLOCKS, Estimate, estimate
+from ringflash.training.estimate.step import BLOCKS, Estimate, estimate, in_seconds, unknown
 from ringflash.training.memory.host import available_bytes
 from ringflash.training.model.decoder import Decoder
 from ringflash.training.ranks import from_all
@@ -40,6 +40,8 @@ class Forecast:
 
     Raises:
         ArgumentError: a step of the recipe's own model surely takes more memory than the GPUs have.
+
+    Of a model of a folder that is found out once the model is there.
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
@@ -47,14 +49,10 @@ class Forecast:
         self._config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, precision=precision))
         self._hardware = hardware_of_all(device)
         self._found: Estimate | None = None
+        self._unknown: str | None = None
         self._vocab_size = 1  # at least, of a tokenizer that is not read yet
-        if self._hardware is not None and self._inside_known:
+        if self._hardware is not None and self._config.model.path is None:
             refuse_what_cannot_fit(self._config, self._hardware, self._vocab_size)
-
-    @property
-    def _inside_known(self) -> bool:
-        """Whether it is the recipe's own model."""
-        return self._config.model.path is None
 
     @property
     def peak(self) -> float:
@@ -65,10 +63,15 @@ class Forecast:
         """There is the model, on the meta device.
 
         Raises:
-            ArgumentError: its weights, gradients and optimizer alone take more memory than the GPUs have.
+            ArgumentError: its weights, gradients and optimizer alone take more memory than the GPUs have, or a step of
+                a model of a folder surely does.
         """
-        if self._hardware is not None:
-            refuse_weights_that_cannot_fit(self._config, self._hardware, weights_of(model))
+        if self._hardware is None:
+            return
+        refuse_weights_that_cannot_fit(self._config, self._hardware, weights_of(model))
+        self._unknown = unknown(self._config, self._hardware.gpus)
+        if self._config.model.path is not None and self._unknown is None:
+            refuse_what_cannot_fit(self._config, self._hardware)
 
     def see_batches(self, batches: ShardedBatches, micro_batches: int, vocab_size: int) -> None:
         """There are the batches, of which the first is looked at.
@@ -78,13 +81,15 @@ class Forecast:
             micro_batches: of a step.
             vocab_size: of the tokenizer.
         """
-        if self._hardware is not None and self._inside_known:
+        if self._hardware is not None and self._unknown is None:
             self._vocab_size = vocab_size
             load = load_of_all(batches.peek(), micro_batches)
             self._found = estimate(self._config, self._hardware, vocab_size, load)
 
     def lines(self) -> list[str]:
         """What is expected, with a warning where it may not fit."""
+        if self._unknown is not None:
+            return [f"not estimated: {self._unknown}"]
         if self._found is None or self._hardware is None:
             return []
         found, lines = self._found, [estimated(self._found)]
@@ -154,7 +159,7 @@ def measured(speed: Speed, host: float, expected: Estimate | None) -> str:
 def _line(memory: float, host: float, seconds: float, tokens_per_second: float, mfu: float) -> str:
     parts = [f"{memory / GIB:.1f} GiB of each GPU", f"{host / GIB:.1f} GiB of blocks moved to the host"]
     if not math.isnan(seconds):
-        parts.append(f"{seconds:.2f} s a step, {tokens_per_second:,.0f} tokens/s/GPU")
+        parts.append(f"{in_seconds(seconds)} a step, {tokens_per_second:,.0f} tokens/s/GPU")
     if not math.isnan(mfu):
         parts.append(f"MFU {mfu:.1%}")
     return ", ".join(parts)

@@ -117,6 +117,7 @@ class Trainer:
         self.engine = create_engine(
             self.model, device, config.engine, config.optimizer, self.accumulation, read, self.step, weights
         )
+        self.engine.before_update = self.saver.protect
         if self.resumed is not None:
             self.saver.saved = self.step, self.resumed.path
         self._first_batches: list[dict] | None = None
