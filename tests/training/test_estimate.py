@@ -246,6 +246,13 @@ def test_one_card_takes_of_each_token_what_the_page_says():
         assert [float(x) for x in kept[column].split(";")] == both
 
 
+def test_blocks_go_by_rows_where_ranks_have_more_than_a_tile_on_average_whatever_the_fullest_has():
+    for tokens, by_rows in ((1 << 17, False), ((1 << 17) + 4, True)):
+        config = load(["model=llama3_8b", f"train.seqlen={tokens}", "train.sequence_degree=4"])
+        for fullest in (tokens // 4, tokens // 4 + 999):
+            assert OwnSizes.of(config, 4, load=Load(fullest, 1e9)).by_rows == by_rows
+
+
 def test_one_card_trains_as_long_sequences_as_the_page_says():
     first = "Llama-3.1-8B, `engine=fsdp2 engine.offload=true`, which takes 120 GiB of it"
     hosts, _, *models = _rows_of_page("host memory, GiB", first)

@@ -115,13 +115,17 @@ class OwnSizes(Sizes):
 
     @property
     def rows(self) -> int:
-        """Tokens of which blocks are computed again at a time, see `memory.by_rows`; T, or more, where that is once."""
-        return size_of_rounds(self.tokens, TILE_ELEMENTS["cuda"] // self.query)
+        """Tokens of which blocks are computed again at a time where they go by rows, see `memory.by_rows`."""
+        return size_of_rounds(self.tokens, self._most)
 
     @property
     def by_rows(self) -> bool:
         """Whether blocks are computed again by rows: in rounds, where a rank has whole sequences."""
-        return self.rows < self.tokens
+        return self.mean > self._most
+
+    @property
+    def _most(self) -> int:
+        return TILE_ELEMENTS["cuda"] // self.query
 
     def transient(self, plan_memory: float, moved: bool, pairs: bool = False) -> float:
         """See Sizes."""

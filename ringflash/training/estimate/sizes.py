@@ -61,6 +61,7 @@ class Sizes(ABC):
         blocks: how many.
         element: bytes of an activation.
         load: of the batch.
+        mean: tokens of a micro-batch that a rank has on average.
         step_tokens: of a step, over all ranks.
         micro_batches: of a step on a rank.
         masks: of attention, and how many blocks have each.
@@ -74,6 +75,7 @@ class Sizes(ABC):
     blocks: int
     element: int
     load: Load
+    mean: int
     step_tokens: int
     micro_batches: int
     masks: Mapping[Mask, int]
@@ -186,6 +188,7 @@ def of_batch(config: Config, gpus: int, masks: Mapping[Mask, int], load: Load | 
         pairs += float(found) * train.global_batch * blocks / sum(masks.values())
     return {
         "load": load or Load(train.micro_batch * -(-train.seqlen // degree), pairs),
+        "mean": -(-train.micro_batch * train.seqlen // degree),
         "step_tokens": train.global_batch * train.seqlen,
         "micro_batches": max(1, accumulation(config, gpus)),
         "masks": masks,
