@@ -25,6 +25,8 @@ from ringflash.launch.estimate import main
 from ringflash.training.config.checks import check
 from ringflash.training.config.composing import load
 from ringflash.training.engines.create import create_engine
+from ringflash.training.estimate.hardware import CARDS, GIB, STARTED, Card, Hardware
+from ringflash.training.estimate.lasting import GRADIENTS, held, lasting
 from ringflash.training.estimate.own import OwnSizes
 from ringflash.training.estimate.sizes import Load
 from ringflash.training.estimate.step import BLOCKS, COPY, estimate, longest
