@@ -16,7 +16,7 @@ from ringflash.training.config.composing import load
 from ringflash.training.engines.materialise import materialise
 from ringflash.training.estimate.hardware import CARDS, peak_of
 from ringflash.training.estimate.operations import operations_of
-from ringflash.training.estimate.sizes import Sizes
+from ringflash.training.estimate.own import OwnSizes
 from ringflash.training.memory.plan import RECOMPUTE
 from ringflash.training.model import pretrained
 from ringflash.training.model.pretrained import Pretrained
@@ -100,9 +100,9 @@ def test_a_pair_takes_a_score_and_a_sum_over_all_heads_and_twice_that_backward()
 def test_estimates_count_pairs_as_runs_do():
     keys = ["model=llama3_1b", "engine.precision=bf16", "train.seqlen=20000", "train.global_batch=2"]
     config = load(keys)
-    assert Sizes.of(config, 4).load.pairs == pytest.approx(20000 * 20001, rel=1e-3)
+    assert OwnSizes.of(config, 4).load.pairs == pytest.approx(20000 * 20001, rel=1e-3)
     window = dataclasses.replace(config.attention, mask="sliding_window", window=99)
-    few = Sizes.of(dataclasses.replace(config, attention=window), 4).load.pairs
+    few = OwnSizes.of(dataclasses.replace(config, attention=window), 4).load.pairs
     assert few == pytest.approx(2 * (20000 * 100 - 99 * 50), rel=1e-3)
 
 

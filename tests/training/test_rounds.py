@@ -22,7 +22,7 @@ from test_memory import _counts, _peak_of
 from ringflash import ArgumentError, RingflashError, Sharding, loss
 from ringflash.configs.schema import AttentionConfig, ModelConfig
 from ringflash.kernels.cpu import blockwise
-from ringflash.training.estimate import sizes as estimate_sizes
+from ringflash.training.estimate import own as of_own_model
 from ringflash.training.memory import blocks, rows
 from ringflash.training.memory.at_once import OnceBlock
 from ringflash.training.memory.host import Moved
@@ -420,7 +420,7 @@ def _evaluate(model, shard):
 @pytest.fixture
 def tiles(monkeypatch):
     """Tiles of 2^17 elements, rounds of 512 tokens, and parts of keys' gradients of as many: documents are shorter."""
-    monkeypatch.setattr(estimate_sizes, "PIECE", 512)
+    monkeypatch.setattr(of_own_model, "PIECE", 512)
     for elements, device in itertools.product((rows.TILE_ELEMENTS, loss.CHUNK_ELEMENTS), ("cpu", "cuda")):
         monkeypatch.setitem(elements, device, 1 << 17)
 

@@ -13,6 +13,8 @@ from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from ringflash.configs.schema import Config
 from ringflash.errors import ArgumentError, RingflashError
 from ringflash.parallel.planning.cost import Shape
@@ -181,14 +183,14 @@ class Passes:
     def _model(self, layers: int | None = None) -> Pretrained:
         config = self.config
         given = (config.train.seqlen, config.lora, config.seed)
-        with _quietly():  # it was built before, or will be
+        with _aside():  # it was built before, or will be
             return Pretrained(config.model, None, None, dtype_of(config), *given, read=False, layers=layers)
 
     def _counted(self, tokens: int, layers: int, policy: str) -> Counted:
         if (tokens, layers, policy) not in self._found:
             model, master = self._model(layers), self.config.engine.name == "ddp"
             try:
-                with _quietly():
+                with _aside():
                     found, self._heads = count(model, tokens, policy, master)
             except RingflashError:
                 raise
@@ -203,12 +205,13 @@ class Passes:
 
 
 @contextlib.contextmanager
-def _quietly() -> Generator[None]:
-    """Without what libraries log: of a pass that fails torch does so in fifty lines."""
+def _aside() -> Generator[None]:
+    """Draw no random numbers of the run, and log nothing: of a pass that fails torch does so in fifty lines."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        yield
+        with torch.random.fork_rng(devices=[]):
+            yield
     finally:
         logging.disable(before)
 
