@@ -305,6 +305,8 @@ def test_fsdp2_has_gradients_of_all_weights_between_the_micro_batches_of_a_step(
     weights = OwnSizes.of(config, 4).weights.trained
     assert once <= 4 * weights / 4
     assert more == 4 * weights / 4 + (4 if reduce == "fp32" else 2) * weights
+    away = dataclasses.replace(several, engine=dataclasses.replace(several.engine, offload=True))
+    assert estimate(away, FOUR).device[GRADIENTS] == more - 4 * weights / 4
     ddp = [estimate(load(["model=llama3_1b", "engine=ddp", f"train.global_batch={n}"]), FOUR).peak for n in (1, 3)]
     assert ddp[0] == ddp[1]
 

@@ -108,6 +108,15 @@ def test_a_refusal_names_the_keys_and_what_takes_memory(overrides, cure):
     assert "of each of 4 GPUs" in str(refused.value)
 
 
+def test_where_gradients_of_whole_weights_wait_for_the_last_micro_batch_zero3_is_named():
+    config = load(["model=llama3_8b", "engine=fsdp2", "train.global_batch=4", "engine.precision=bf16"])
+    small = dataclasses.replace(FOUR, card=Card(60e9, CARDS["h100"].peak))
+    assert not estimate(config, small).fits
+    assert remedies(config, small)[0] == "engine=zero3"
+    bf16 = dataclasses.replace(config, engine=dataclasses.replace(config.engine, reduce="bf16"))
+    assert "engine=zero3" not in remedies(bf16, small)  # which does not know the key
+
+
 def test_more_gpus_come_with_the_keys_that_share_among_them_and_what_nothing_helps_is_said():
     tiny = Hardware(1, Card(24e9, math.nan), 8 * GIB)
     config = load(["model=llama3_8b", "engine.precision=bf16", "engine.memory=recompute"])

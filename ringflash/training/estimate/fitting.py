@@ -8,7 +8,7 @@ from typing import Any
 
 from ringflash.configs.schema import Config
 from ringflash.errors import ArgumentError
-from ringflash.training.config.derived import sequence_degree
+from ringflash.training.config.derived import accumulation, sequence_degree
 from ringflash.training.estimate.hardware import GIB, Hardware
 from ringflash.training.estimate.lasting import BUFFERS, Held, Weights, held
 from ringflash.training.estimate.step import estimate, longest
@@ -119,7 +119,7 @@ def _changes(config: Config, gpus: int) -> Iterator[Change]:
     """What needs less memory than what the configuration says."""
     if config.engine.memory != AUTO:
         yield "engine", "memory", AUTO
-    if config.engine.name in ("ddp", "zero1", "zero2") and config.optimizer.name == "adamw" and gpus > 1:
+    if _takes_less_under_zero3(config, gpus) and config.optimizer.name == "adamw" and gpus > 1:
         yield "engine", "name", "zero3"
     if config.engine.host_gib is not None:
         yield "engine", "host_gib", None
@@ -127,6 +127,15 @@ def _changes(config: Config, gpus: int) -> Iterator[Change]:
         yield "train", "micro_batch", 1
     if sequence_degree(config, gpus) < gpus:
         yield "train", "sequence_degree", None
+
+
+def _takes_less_under_zero3(config: Config, gpus: int) -> bool:
+    """Of what engines hold; FSDP2 has gradients of whole weights between the micro-batches of a step."""
+    engine = config.engine
+    if engine.name == "fsdp2":
+        only_its_own = engine.offload or engine.compile or engine.reduce != "fp32"  # keys
+        return accumulation(config, gpus) > 1 and not only_its_own
+    return engine.name in ("ddp", "zero1", "zero2")
 
 
 def _changed(config: Config, changes: Sequence[Change]) -> Config:

@@ -13,7 +13,7 @@ from ringflash.parallel.transport.symmetric_memory import leased_bytes
 from ringflash.training.checkpoint.host_copy import LEFT, copy_bytes
 from ringflash.training.config.derived import saves_beside_training, sequence_degree
 from ringflash.training.estimate.hardware import Hardware
-from ringflash.training.estimate.lasting import BUFFERS, FP32, GRADIENTS, held
+from ringflash.training.estimate.lasting import BUFFERS, FP32, GRADIENTS, Held, Weights, held
 from ringflash.training.estimate.own import OwnSizes
 from ringflash.training.estimate.seconds import attention, seconds
 from ringflash.training.estimate.sizes import Load, Sizes
@@ -83,9 +83,7 @@ def estimate(config: Config, hardware: Hardware, vocab_size: int | None = None, 
         ArgumentError: nobody knows the vocabulary; or what a pass of a model of a folder holds.
     """
     sizes = sizes_of(config, hardware.gpus, vocab_size, load)
-    engine = held(config.engine, sizes.weights, hardware.gpus, config.optimizer.name)
-    if sizes.casts and config.engine.name == "ddp":
-        engine.device[BUFFERS] = 0.0
+    engine = _held(config, sizes, hardware)
     attended = attention(config, sizes, hardware)
     copy = _copy(config, sizes.weights.trained, hardware)
     of_host = max(0.0, USED * (hardware.host_share - sum(copy.values()) - sum(engine.host.values())))
@@ -103,8 +101,8 @@ def estimate(config: Config, hardware: Hardware, vocab_size: int | None = None, 
         transient = sizes.transient_kept(attended.memory)
     else:
         transient = sizes.transient(attended.memory, OFFLOAD in placements, pairs)
-    if GRADIENTS in engine.device and config.engine.name == "fsdp2":
-        engine.device[GRADIENTS] = _gradients_of_fsdp2(config, sizes, hardware.gpus, on_device, transient)
+    if config.engine.name == "fsdp2" and sizes.micro_batches == 1 and GRADIENTS in engine.device:
+        engine.device[GRADIENTS] = _beside(engine.device[GRADIENTS], sizes.weights, on_device, transient)
     device = {**engine.device, "kept for the backward pass": on_device, "at work": transient}
     host = {**engine.host, **copy, BLOCKS: moved - stays}
     took = seconds(config, sizes, hardware, attended, placements, pairs)
@@ -187,25 +185,33 @@ def _last(holds: Callable[[int], bool], first: int, near: int) -> int:
     return low
 
 
-def _gradients_of_fsdp2(config: Config, sizes: Sizes, ranks: int, kept: float, at_work: float) -> float:
-    """Bytes of gradients beside what blocks keep and what is at work.
+def _held(config: Config, sizes: Sizes, hardware: Hardware) -> Held:
+    """What the engine holds, with what depends on the model and on the batch."""
+    found, weights = held(config.engine, sizes.weights, hardware.gpus, config.optimizer.name), sizes.weights
+    if sizes.casts and config.engine.name == "ddp":
+        found.device[BUFFERS] = 0.0
+    if config.engine.name == "fsdp2" and sizes.micro_batches > 1:
+        # Between micro-batches each rank has gradients of whole weights on the device, wherever its own are.
+        whole = (weights.element if config.engine.reduce == "bf16" else FP32) * weights.trained
+        found.device[GRADIENTS] = found.device.get(GRADIENTS, 0.0) + whole
+    return found
+
+
+def _beside(gradients: float, weights: Weights, kept: float, at_work: float) -> float:
+    """Bytes that a rank's gradients under FSDP2 take beside what blocks keep and what is at work.
 
     They come while what blocks keep goes, those of the embedding when nothing is at work any more, and are no more when
-    the next step begins. Between the micro-batches of a step each rank has those of all weights.
+    the next step begins.
 
     Args:
-        config: of the run.
-        sizes: of it.
-        ranks: how many.
+        gradients: bytes of them all.
+        weights: of the model.
         kept: bytes that blocks keep on the device.
         at_work: bytes at work, at most.
     """
-    weights = sizes.weights
-    own = FP32 * weights.trained / ranks
-    if sizes.micro_batches > 1:
-        return own + (weights.element if config.engine.reduce == "bf16" else FP32) * weights.trained
-    before_the_last = own if weights.frozen else FP32 * (weights.trained - weights.head) / ranks
-    return max(max(kept, before_the_last) + at_work, own) - kept - at_work
+    last = 0 if weights.frozen else weights.head
+    before_the_last = gradients * (weights.trained - last) / weights.trained
+    return max(max(kept, before_the_last) + at_work, gradients) - kept - at_work
 
 
 def _leased(config: Config, sizes: Sizes, hardware: Hardware) -> float:
