@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch._subclasses
+import torch.utils._python_dispatch
 import torch.utils._pytree
 from torch import Tensor
 
@@ -95,6 +96,10 @@ def nobody_listens(tensors: tuple) -> bool:
         if x is not None and (x.is_meta or x._is_zerotensor() or x.is_neg()):
             return False
     return True
+
+
+DispatchMode = torch.utils._python_dispatch.TorchDispatchMode
+"""Sees every operator that is called within a `with`; torch documents it, but under a private module only."""
 
 
 def has_hooks(module: torch.nn.Module) -> bool:

@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from types import ModuleType, SimpleNamespace
 from unittest import mock
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -21,8 +22,11 @@ import ringflash
 from ringflash import DistributedFlashAttention, Mask, Sharding, flash_attn_func
 from ringflash.functional import attention
 from ringflash.kernels import hopper
+from ringflash.kernels.cuda_driver import Memory
+from ringflash.kernels.gpu import recording
 from ringflash.kernels.triton import attend as portable
-from ringflash.parallel.execution import call
+from ringflash.parallel.execution import call, known_calls
+from ringflash.parallel.execution.known_calls import UNNOTED
 from ringflash.parallel.mesh import ONE_DEVICE
 from ringflash.parallel.placement import Placement
 from ringflash.parallel.transport import symmetric_memory
@@ -138,6 +142,10 @@ class CopyEngines(SymmetricMemory):
         """As `GroupTransport` says of copy engines."""
         return False
 
+    def copy_engines(self, _: torch.device) -> SymmetricMemory:
+        """As `GroupTransport` says of them."""
+        return self
+
     def _current(self) -> Streams:
         return self._writer
 
@@ -163,9 +171,12 @@ def one_of_four_ranks(sharding: Sharding) -> Iterator[tuple[Counter, list]]:
         mock.patch.object(torch.cuda, "device", return_value=nullcontext()),
         mock.patch.object(torch, "zeros", lambda *size, pin_memory=False, zeros=torch.zeros, **of: zeros(*size, **of)),
         mock.patch.object(call, "agreement", return_value=rounds),
+        mock.patch.object(known_calls, "agreement", return_value=rounds),
+        mock.patch.object(recording, "memory_functions", return_value=Memory(noting("copy within"), noting("zero"))),
         mock.patch.object(Placement, "bind"),
     ):
         engines = CopyEngines(ranks, memory, timedelta(hours=1))
+        engines.known_calls = WeakKeyDictionary()
         engines.use_shelf(torch.zeros(1 << 22, dtype=torch.uint8), ranks)
         sharding._placement.group = ranks
         with mock.patch.object(Placement, "transport", engines):
@@ -178,7 +189,7 @@ def test_a_repeated_call_of_four_ranks_asks_the_driver_and_python_for_little() -
     shapes = (sharding.tokens, 8, 64), (sharding.tokens, 2, 64), (sharding.tokens, 2, 64)
     leaves = [torch.zeros(1, *shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
     with one_of_four_ranks(sharding) as (asked, driver), torch.autograd.set_multithreading_enabled(False):
-        for _ in range(2):
+        for _ in range(UNNOTED + 2):  # the last two are noted
             out, _ = attention(*leaves, sharding=sharding)
             out.backward(torch.ones_like(out))
         asked.clear()

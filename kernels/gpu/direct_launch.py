@@ -23,6 +23,7 @@ from torch import Tensor
 from triton import knobs
 
 from ringflash.kernels.cuda_driver import checked, library
+from ringflash.kernels.requests import cannot_repeat, of_thread
 
 NUMBERS = {"i32": "<i", "u32": "<I", "i64": "<q", "u64": "<Q", "fp32": "<f", "fp64": "<d"}
 """How numbers lie among parameters, by Triton's names of their types; others are left to Triton."""
@@ -267,6 +268,10 @@ class DirectLaunch:
                 found[2] = address
         config.stream = stream
         self._driver.launch(config_address, self._function, laid.address, None)
+        who = of_thread.noting
+        if who is not None:
+            moved = [arguments[index] for index, *_ in laid.maps]
+            who.launched(self, arguments, [x.data_ptr() for x in (*self._pointed(arguments), *moved)], stream)
         return True
 
     def at(self, stream: int, addresses: Sequence[int]) -> bool:
@@ -278,12 +283,44 @@ class DirectLaunch:
         laid.pointers[:] = addresses
         config.stream = stream
         self._driver.launch(config_address, self._function, laid.address, None)
+        who = of_thread.noting
+        if who is not None:
+            who.launched(self, (), addresses, stream)
         return True
+
+    def again(self, arguments: Sequence[Any], stream: int) -> Callable[[list[int]], None]:
+        """A function that launches like this one: of addresses, first of pointers and then of what has tensor maps.
+
+        Not for two threads at once.
+
+        Args:
+            arguments: of an earlier launch; none where there are no descriptors.
+            stream: in whose order.
+        """
+        config, laid = self._config_for(stream), Laid(self._of, arguments, self._driver)
+        pointers, maps, count = laid.pointers, laid.maps, len(laid.pointers)
+        launch, move, function = self._driver.launch, self._driver.move, self._function
+        config_address, parameters_address = ctypes.addressof(config), laid.address
+
+        def launch_again(addresses: list[int], _: object = (config, laid)) -> None:
+            if maps:
+                for found, address in zip(maps, addresses[count:], strict=True):
+                    if address != found[2]:
+                        move(found[1], address)
+                        found[2] = address
+                del addresses[count:]
+            pointers[:] = addresses
+            launch(config_address, function, parameters_address, None)
+
+        return launch_again
+
+    def _config_for(self, stream: int | None) -> Config:
+        grid, threads, shared = self._config
+        return Config((ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(threads, 1, 1), shared, stream, None, 0)
 
     def prepare(self, arguments: Sequence[Any]) -> None:
         """Be ready for launches of this thread, which has launched by Triton, or is about to; arguments as there."""
-        grid, threads, shared = self._config
-        config = Config((ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(threads, 1, 1), shared, None, None, 0)
+        config = self._config_for(None)
         self._of_thread.ready = config, Laid(self._of, arguments, self._driver), ctypes.addressof(config)
 
 
@@ -312,6 +349,15 @@ def direct_launch(compiled: Any, grid: tuple[int, ...], arguments: Sequence[Any]
 
 
 def hooked() -> bool:
-    """Whether somebody wants to hear of launches, as profilers do; Triton tells them."""
+    """Whether somebody else wants to hear of launches, as profilers do; Triton tells them."""
     before, behind = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return bool(getattr(before, "calls", before) or getattr(behind, "calls", behind))
+    calls = getattr(before, "calls", before)
+    return bool((calls and calls != [told]) or getattr(behind, "calls", behind))
+
+
+BY_TRITON = "a launch by Triton"
+
+
+def told(_: object = None) -> None:
+    """What Triton calls at its launches while somebody notes what is asked for."""
+    cannot_repeat(BY_TRITON)

@@ -14,7 +14,8 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-from ringflash.kernels.gpu.direct_launch import DirectLaunch, direct_launch, flat, hooked
+from ringflash.kernels.gpu.direct_launch import BY_TRITON, DirectLaunch, direct_launch, flat, hooked
+from ringflash.kernels.requests import cannot_repeat
 
 ALIGNMENT = 16
 """Bytes. Triton compiles another kernel for addresses that are no multiple of it."""
@@ -108,8 +109,10 @@ class Launcher:
                 # pyrefly: ignore[missing-attribute]  # stub: a GPU's driver has it
                 if by_driver(driver.active.get_current_stream(device), arguments):
                     return
+            cannot_repeat(BY_TRITON)
             self._compiled[self._grid](*self._described(tensors), *self._numbers, *rest, *self._constants.values())
             return
+        cannot_repeat(BY_TRITON)
         arguments = (*self._described(tensors), *self._numbers, *rest)
         compiled = kernel[self._grid[:1]](*arguments, **self._constants, **self._options)
         if self._direct and isinstance(compiled, CompiledKernel):  # the interpreter returns none

@@ -35,6 +35,7 @@ from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.kept import Kept, metadata
 from ringflash.kernels.modifiers import Modifiers
 from ringflash.kernels.reference import Carry
+from ringflash.kernels.requests import draw
 from ringflash.kernels.sinks import with_sinks
 from ringflash.kernels.triton import attend as portable
 
@@ -300,8 +301,20 @@ class PreparedForward:
 def first_ticket(device: torch.device) -> Tensor:
     """An int32 zero for one launch on the current stream."""
     if device.type == "cuda" and driver.active.get_current_stream(device.index) == DEFAULT_STREAM:
-        return zero_of(device)
+        return drawn_zero(device)
     return torch.zeros(1, dtype=torch.int32, device=device)
+
+
+def drawn_zero(device: torch.device) -> Tensor:
+    """`zero_of`, another one in each call that repeats this one."""
+    now: list[Tensor] = []  # it stays alive until there is another
+
+    def another(_: list[int]) -> list[int]:
+        now[:] = [zero_of(device)]
+        return [now[0].data_ptr()]
+
+    draw("zero", another, (torch.int32.itemsize,))
+    return now[0]
 
 
 DEFAULT_STREAM = 0

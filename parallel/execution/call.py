@@ -219,7 +219,7 @@ class Ready:
         placement: Any = self.placement
         most = agreement(placement.group).check(
             placement.call_digest(self.index, self.form),
-            lambda: _described(placement, self.index, self.form),
+            lambda: described(placement, self.index, self.form),
             self.inputs.query.device,
             bytes_to_publish(self.inputs.keys()),
         )
@@ -299,7 +299,7 @@ def prepare(
             raise _surplus(placement, surplus)
         program, kernels = placement.program(index, device), select(*problem)
         return Ready(inputs, settings, program, placement, kernels, modified, None, first_head=first_head)
-    form = _form(inputs, settings, surplus, which)
+    form = form_of(inputs, settings, surplus, which)
     try:
         program, kernels = placement.program(index, device), select(*problem)
         exchange = placement.exchange(index, device)
@@ -341,7 +341,7 @@ def refusals_notified(group: dist.ProcessGroup | None) -> Generator[None]:
         raise
 
 
-def _form(inputs: Inputs, settings: Settings, surplus: tuple[int, int], which: str) -> tuple:
+def form_of(inputs: Inputs, settings: Settings, surplus: tuple[int, int], which: str) -> tuple:
     """What must be the same on all ranks beside the sharding."""
     query, key, value = inputs.query, inputs.key, inputs.value
     return (
@@ -355,7 +355,7 @@ def _form(inputs: Inputs, settings: Settings, surplus: tuple[int, int], which: s
     )
 
 
-def _described(placement: Placement, index: int, form: tuple) -> dict[str, object]:
+def described(placement: Placement, index: int, form: tuple) -> dict[str, object]:
     """Names and values of what must be the same, in the order in which a disagreement is to be reported."""
     which, dtype, heads, head_dims, numbers, given, surplus = form
     scale, softcap, dropout, kernel, deterministic, needs = numbers

@@ -7,6 +7,7 @@ H query heads, Hk key heads, D head dimension, Dv the value's.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,9 +15,10 @@ from torch import Tensor
 from ringflash.kernels.reference import Carry
 from ringflash.kernels.sinks import with_sinks
 from ringflash.kernels.whole_backward import whole_backward
-from ringflash.parallel.execution.call import NEEDS, Inputs, Located, Ready, Settings, prepare
+from ringflash.parallel.execution.call import NEEDS, Inputs, Located, Ready, Settings, prepare, refusals_notified
 from ringflash.parallel.execution.crossing import Crossing
 from ringflash.parallel.execution.gradients import KeyGradients
+from ringflash.parallel.execution.known_calls import as_they_travel, known_call
 from ringflash.parallel.execution.row_crossing import RowCrossing
 from ringflash.parallel.execution.rows import Rows
 from ringflash.parallel.execution.walk import Walk
@@ -42,6 +44,20 @@ def forward(
     Returns:
         out (T, H, Dv) like the query, lse (H, T) fp32, and the table that `backward` wants, see `call.shape_of_table`.
     """
+    if where is None or where[0].group is None:
+        return _forward(inputs, settings, table, where, first_head)
+    inputs = as_they_travel(inputs, where[0])
+    call = known_call("forward", inputs, settings, where, first_head, ())
+    walk = partial(_forward, inputs, settings, table, where, first_head)
+    if call is None:
+        return walk()
+    out, lse = call.results(lambda: walk()[:2])
+    return out, lse, table
+
+
+def _forward(
+    inputs: Inputs, settings: Settings, table: Tensor, where: Located, first_head: int
+) -> tuple[Tensor, Tensor, Tensor]:
     query, value = inputs.query, inputs.value
     ready = prepare(inputs, settings, table, "forward", where, first_head)
     accumulator = torch.promote_types(query.dtype, torch.float32)
@@ -114,6 +130,40 @@ def backward(
         where: what `forward` was given.
         first_head: what `forward` was given.
     """
+    several = where is not None and where[0].group is not None
+    if dout.stride(-1) != 1:
+        with refusals_notified(where[0].group if several else None):
+            dout = dout.contiguous()
+    needs, call = settings.needs, None
+    if several:
+        inputs = as_they_travel(inputs, where[0])
+        call = known_call("backward", inputs, settings, where, first_head, (dout, dlse, out, lse))
+    walk = partial(_backward, dout, dlse, out, lse, table, inputs, settings, where, first_head)
+    if call is not None:
+        found, of_sinks = call.results(lambda: walk()[0]), None
+    else:
+        found, of_sinks = walk()
+    nothing = inputs.query.new_empty(0)
+    return (
+        found[0] if needs & NEEDS["query"] else nothing,
+        found[-1 - bool(needs & NEEDS["value"])] if needs & NEEDS["key"] else nothing,
+        found[-1] if needs & NEEDS["value"] else nothing,
+        nothing if of_sinks is None else of_sinks,
+    )
+
+
+def _backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    table: Tensor,
+    inputs: Inputs,
+    settings: Settings,
+    where: Located,
+    first_head: int,
+) -> tuple[list[Tensor], Tensor | None]:
+    """The gradients of query, key and value that somebody needs, and that of sinks."""
     query, needs = inputs.query, settings.needs
     needs_key, needs_value = needs & NEEDS["key"], needs & NEEDS["value"]
     ready = prepare(inputs, settings, table, "backward", where, first_head)
@@ -171,7 +221,6 @@ def backward(
         parts = None
 
     try:
-        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
         if not alone:
             of_rows = dout, lse, ready.kernels.row_delta(dout, out, dlse)
             delta = of_rows[2]
@@ -199,15 +248,9 @@ def backward(
         failure = failure or error
     if ready.transport is not None:
         found = end(ready, crossing, found, failure)
-    nothing = query.new_empty(0)
-    return (
-        found[0] if needs & NEEDS["query"] else nothing,
-        found[-1 - bool(needs_value)] if needs_key else nothing,
-        found[-1] if needs_value else nothing,
-        ready.kernels.sink_gradient(inputs.sinks, lse, delta)
-        if inputs.sinks is not None and needs & NEEDS["sinks"]
-        else nothing,
-    )
+    if inputs.sinks is None or not needs & NEEDS["sinks"]:
+        return found, None
+    return found, ready.kernels.sink_gradient(inputs.sinks, lse, delta)
 
 
 def cross(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from itertools import zip_longest
 from typing import NamedTuple
@@ -22,8 +22,10 @@ import torch
 from torch import Tensor
 
 from ringflash.kernels.kept import Kept
+from ringflash.kernels.requests import ask, draw
 from ringflash.parallel.transport.base import Add, Arrived
-from ringflash.parallel.transport.mailboxes import CHUNKS, Filled, Mailboxes, chunks, together
+from ringflash.parallel.transport.driver import Requests
+from ringflash.parallel.transport.mailboxes import CHUNKS, Emptied, Filled, Mailboxes, Way, chunks, together
 
 
 class Portion(NamedTuple):
@@ -203,36 +205,52 @@ class PushedParts:
     def __init__(
         self, mailboxes: Mailboxes, room: int, outgoing: Sequence[Leaving], incoming: Sequence[Coming]
     ) -> None:
-        self._mailboxes, self._outgoing = mailboxes, outgoing
+        self._mailboxes, self._room = mailboxes, room
+        self._addresses = [x.address for x in outgoing]
         self._senders = [x.sender for x in incoming]
         self._portions = portions_together(tuple(incoming), room)
         order = order_of(tuple([(owner, runs, row_bytes) for owner, _, runs, row_bytes in outgoing]), room)
-        self._later = order.later
+        self._now, self._later = order.now, order.later
         self.writes = bool(outgoing)
         """Whether there is anything to push."""
         self._owners = list(dict.fromkeys([x.owner for x in outgoing]))
-        for some in order.now:
-            self._write(some)
-        self.sent = [] if self._later else self._end_writing()
-        mailboxes.go()
-        """Of each rank to which everything was pushed at once what `collect` says of it otherwise."""
+
+    def push(self, addresses: Sequence[int]) -> list[End]:
+        """Begin.
+
+        Args:
+            addresses: of the outgoing messages' tensors.
+
+        Returns:
+            Of each rank to which everything was pushed at once what `collect` says of it otherwise.
+        """
+        for some in self._now:
+            self._write(some, addresses)
+        sent = [] if self._later else self._end_writing()
+        self._mailboxes.go()
+        return sent
 
     def _end_writing(self) -> list[End]:
         ends = zip(self._owners, self._mailboxes.sent(self._owners), strict=True)
         return [End(owner, *end, comes=False) for owner, end in ends]
 
-    def _write(self, some: Sequence[Written]) -> None:
-        boxes, outgoing = self._mailboxes, self._outgoing
+    def _write(self, some: Sequence[Written], addresses: Sequence[int]) -> None:
+        boxes = self._mailboxes
         boxes.fill(
             [
-                Filled(boxes.to[owner], [(outgoing[message].address + x, place, n) for x, place, n in copies])
+                Filled(boxes.to[owner], [(addresses[message] + x, place, n) for x, place, n in copies])
                 for owner, message, copies in some
             ]
         )
 
     def collect(
-        self, add: Add, memory: Tensor, like: Sequence[Tensor], stream: int
-    ) -> tuple[list[End], Exception | None]:
+        self,
+        add: Add,
+        memory: Tensor,
+        like: Sequence[Tensor],
+        stream: int,
+        ended: Callable[[list[End]], None],
+    ) -> Exception | None:
         """See `Delivery`.
 
         Args:
@@ -240,36 +258,68 @@ class PushedParts:
             memory: of this rank, in which its mailboxes begin.
             like: for each tensor of a sender, what its rows are like.
             stream: the current one.
+            ended: is told when messages are over.
 
         Returns:
-            When messages are over. And what `add` failed with, if it did; nothing was added since, and all has
-            travelled.
+            What `add` failed with, if it did; nothing was added since, and all has travelled.
         """
         boxes, failure = self._mailboxes, None
         requests = boxes.requests(stream)
         for level in range(max(len(self._portions), 1 + max(self._later, default=-1))):
             for portions in self._portions[level] if level < len(self._portions) else ():
-                emptied = boxes.arrived([boxes.from_[self._senders[message]] for message, *_ in portions], requests)
-                requests.go()
+                reading = Reading(boxes, [boxes.from_[self._senders[message]] for message, *_ in portions], requests)
+                found = draw("chunks", reading.begin, [self._room] * len(portions))
                 try:
                     if failure is None:
-                        add([_arrived(*x, box, memory, like) for x, box in zip(portions, emptied.boxes, strict=True)])
+                        add([_arrived(*x, box, memory, like) for x, box in zip(portions, found, strict=True)])
                 except Exception as error:  # others wait for what is still to be written, and for room
                     failure = error
-                emptied.tell(requests)
+                ask("emptied", reading.end)
             if level in self._later:
-                requests.go()
-                for some in self._later[level]:
-                    self._write(some)
-                boxes.go()
+                ask("later chunks", partial(self._go_on, level, requests), self._addresses)
+        ask("collected", partial(self._end, requests, ended))
+        return failure
+
+    def _go_on(self, level: int, requests: Requests, addresses: Sequence[int]) -> None:
+        requests.go()
+        for some in self._later[level]:
+            self._write(some, addresses)
+        self._mailboxes.go()
+
+    def _end(self, requests: Requests, ended: Callable[[list[End]], None], _: object) -> None:
+        boxes = self._mailboxes
         ends = [End(x, *boxes.received(x, requests), comes=True) for x in dict.fromkeys(self._senders)]
         requests.go()
-        return ends + (self._end_writing() if self._later else []), failure
+        ended(ends + (self._end_writing() if self._later else []))
 
     @property
     def peers(self) -> frozenset[int]:
         """Ranks whose next delivery, or to which the next one, must wait until this one is collected."""
         return frozenset([*self._senders, *(x.owner for found in self._later.values() for some in found for x in some)])
+
+
+class Reading:
+    """Chunks that are read together, in the order of a stream.
+
+    Args:
+        boxes: of this rank.
+        ways: from the ranks that write them.
+        requests: of the stream.
+    """
+
+    def __init__(self, boxes: Mailboxes, ways: Sequence[Way], requests: Requests) -> None:
+        self._boxes, self._ways, self._requests = boxes, ways, requests
+        self._emptied = Emptied([], [])
+
+    def begin(self, _: object = None) -> list[int]:
+        """Their addresses; they are there behind this."""
+        self._emptied = self._boxes.arrived(self._ways, self._requests)
+        self._requests.go()
+        return self._emptied.boxes
+
+    def end(self, _: object = None) -> None:
+        """They have been read."""
+        self._emptied.tell(self._requests)
 
 
 def _arrived(message: int, first: int, count: int, address: int, memory: Tensor, like: Sequence[Tensor]) -> Arrived:

@@ -7,7 +7,7 @@ import warnings
 import weakref
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -44,6 +44,8 @@ class GroupTransport:
         self._plain = SendRecv(group)
         self._now: Transport = self._plain
         self._most_bytes = 0
+        self.known_calls: weakref.WeakKeyDictionary[object, Any] = weakref.WeakKeyDictionary()
+        """What is kept of calls by their placement, as long as the memory that they use; see execution.known_calls."""
         self.why = "not chosen yet: that is done in the first call"
         """The transport's name, and why it is that one."""
 
@@ -73,6 +75,11 @@ class GroupTransport:
                 assert group is not None
                 lease(chosen, self._most_bytes, group)
         self._now = chosen
+
+    def copy_engines(self, device: torch.device) -> SymmetricMemory | None:
+        """What the next call goes by if it is not captured; None where that is something else, or not known."""
+        found = self._by_device.get(device)
+        return found if isinstance(found, SymmetricMemory) and self._most_bytes <= found.published_bytes else None
 
     @property
     def shelf(self) -> Shelf | None:

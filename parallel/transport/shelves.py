@@ -152,26 +152,36 @@ def bytes_to_publish(rows: Sequence[Tensor]) -> int:
     return places(len(rows[0]), groups(kinds_of(rows)))[-1] if rows else 0
 
 
-def laid_out(rows: Sequence[Tensor], shelf: int, given: Sequence[tuple[int, int]]) -> list[Rectangle]:
+Lies = list[tuple[int, int, int, int, int, int]]
+"""Of each copy: which tensor, its place on the shelf, bytes from row to row there, place in it, width and rows."""
+
+
+def laid_out(lies: Lies, addresses: Sequence[int], shelf: int) -> list[Rectangle]:
     """What brings some rows of tensors to memory, each to where it lies if all do.
 
     Args:
-        rows: contiguous tensors (rows, ...).
+        lies: from `lies_of`.
+        addresses: of the tensors.
         shelf: address of the memory.
-        given: runs of rows to copy; many are copied as one, with what lies between them.
     """
-    kinds = kinds_of(rows)
     return [
-        Rectangle(shelf + target, pitch, rows[which].data_ptr() + source, width, width, count)
-        for which, target, pitch, source, width, count in _laid_out(kinds, len(rows[0]), tuple(given))
+        Rectangle(shelf + target, pitch, addresses[which] + source, width, width, count)
+        for which, target, pitch, source, width, count in lies
     ]
 
 
+def lies_of(rows: Sequence[Tensor], given: Sequence[tuple[int, int]]) -> Lies:
+    """Where rows of some tensors lie.
+
+    Args:
+        rows: contiguous tensors (rows, ...).
+        given: runs of rows to copy; many are copied as one, with what lies between them.
+    """
+    return _lies_of(kinds_of(rows), len(rows[0]), tuple(given))
+
+
 @lru_cache(maxsize=1024)
-def _laid_out(
-    kinds: tuple[Kind, ...], count: int, given: tuple[tuple[int, int], ...]
-) -> list[tuple[int, int, int, int, int, int]]:
-    """Of each copy: which tensor, its place on the shelf, bytes from row to row there, place in it, width and rows."""
+def _lies_of(kinds: tuple[Kind, ...], count: int, given: tuple[tuple[int, int], ...]) -> Lies:
     runs = given if len(given) <= MOST_RUNS else ((given[0][0], given[-1][1]),)
     found, copied = groups(kinds), []
     for group, place in zip(found, places(count, found), strict=False):

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 from triton.runtime import driver as triton_driver
 
 from ringflash.kernels.kept import Kept
+from ringflash.kernels.requests import ask, cannot_repeat, of_thread
 from ringflash.kernels.torch_private import symmetric_memory
 from ringflash.parallel.planning.pulls import Pull
 from ringflash.parallel.transport.base import Add, Expected, Parts
@@ -39,6 +41,7 @@ from ringflash.parallel.transport.shelves import (
     groups,
     kinds_of,
     laid_out,
+    lies_of,
     row_bytes,
 )
 
@@ -120,6 +123,8 @@ class SymmetricMemory:
         device = memory.device
         self._peers = _of_all_ranks(memory, group)
         self._shelf, self._shelves = memory.new_empty(0), [memory.new_empty(0)] * ranks
+        self.shelves_so_far = 0
+        """How often ranks have begun to publish elsewhere."""
         self._streams: dict[int, torch.cuda.Stream] = {}
         self._events: list[torch.Event] = []
         """That nobody is going to wait for any more."""
@@ -157,14 +162,22 @@ class SymmetricMemory:
         return self._record(self._current())
 
     def _record(self, stream: torch.cuda.Stream) -> torch.Event:
-        return stream.record_event(self._events.pop() if self._events else None)
+        if of_thread.noting is None:
+            return stream.record_event(self._events.pop() if self._events else None)
+        event = stream.record_event()  # of the calls that repeat this one, where nobody else has it
+        ask("mark", lambda _: stream.record_event(event))
+        return event
+
+    def _wait(self, stream: torch.cuda.Stream, event: torch.Event) -> None:
+        ask("wait", lambda _: stream.wait_event(event))
+        if of_thread.noting is None:
+            self._events.append(event)
 
     def wait(self, events: Sequence[torch.Event]) -> None:
         """Let the current stream wait for what `mark` and transfers recorded, for which nobody else waits."""
         stream = self._current()
         for event in events:
-            stream.wait_event(event)
-        self._events += events
+            self._wait(stream, event)
 
     # Messages
 
@@ -175,6 +188,7 @@ class SymmetricMemory:
         outgoing, incoming = blocks(sends), blocks(receives)
         if not outgoing and not incoming:
             return Posted(self, (), ())
+        cannot_repeat("a transfer")
         streams = [self._writer] * bool(outgoing) + [self._taker] * bool(incoming)
         now = self.mark()
         for stream in streams:
@@ -197,19 +211,17 @@ class SymmetricMemory:
         ]
         incoming = [Coming(sender, rows, size) for sender, rows in expected for size in sizes]
         if outgoing:
-            now = self.mark()
-            self._writer.wait_event(now)
-            self._events.append(now)
+            self._wait(self._writer, self.mark())
         pushed = PushedParts(self._mailboxes, room_of(len(self._peers)), outgoing, incoming)
-        self._expect(pushed.sent, what)
+        ask("push", lambda addresses: self._expect(pushed.push(addresses), what), [x.address for x in outgoing])
         return _Pushed(self, pushed, (parts, room), what)
 
     def collect(self, pushed: PushedParts, like: Sequence[Tensor], add: Add, what: str) -> None:
         """See `Delivery`."""
-        ends, failure = pushed.collect(add, self._peers[self._rank], like, self._current().cuda_stream)
+        stream = self._current().cuda_stream
+        failure = pushed.collect(add, self._peers[self._rank], like, stream, lambda ends: self._expect(ends, what))
         if pushed.writes:
             self.wait([self._record(self._writer)])  # the memory of parts may serve again
-        self._expect(ends, what)
         if failure is not None:
             raise failure
 
@@ -247,18 +259,36 @@ class SymmetricMemory:
         self._shelves = _of_all_ranks(memory, group)
         self._shelf_addresses = [x.data_ptr() for x in self._shelves]
         self._shelf = memory
+        self.shelves_so_far += 1
 
     def publish(self, rows: Sequence[Tensor], given: Sequence[tuple[int, int]]) -> None:
         """See `Shelf`."""
-        rectangles = laid_out(rows, self._shelf.data_ptr(), given) if given else ()
-        self._published.publish(self._current().cuda_stream, rectangles)
+        lies = lies_of(rows, given) if given else ()
+        stream, shelf = self._current().cuda_stream, self._shelf.data_ptr()
+
+        def publish(addresses: Sequence[int]) -> None:
+            self._published.publish(stream, laid_out(lies, addresses, shelf))
+
+        ask("publish", publish, [x.data_ptr() for x in rows])
 
     def pull(
         self, pulls: tuple[Pull, ...], targets: Sequence[Tensor], what: str, free: torch.Event, last: bool
     ) -> Posted:
         """See `Shelf`."""
-        self._puller.wait_event(free)
-        self._events.append(free)
+        self._wait(self._puller, free)
+        kinds = kinds_of(targets)
+        pull = partial(self._pull, pulls, self._copies(pulls, kinds), what, last)
+        ask("pull", pull, [targets[group.members[0]].data_ptr() for group in groups(kinds)])
+        return Posted(self, [self._record(self._puller)], (targets,))
+
+    def _pull(
+        self,
+        pulls: tuple[Pull, ...],
+        copied: list[tuple[int, int, int, int, int]],
+        what: str,
+        last: bool,
+        filled: Sequence[int],
+    ) -> None:
         progress = self._progress.data_ptr() + 8 * len(self._peers)
         for pull in pulls:
             owner = pull.owner
@@ -267,15 +297,12 @@ class SymmetricMemory:
             number = number_of(self._asked[owner])
             self._taking.write(progress + 4 * owner, number)
             self._watch.expect(2 * len(self._peers) + owner, number, what, owner, True)
-        kinds = kinds_of(targets)
-        filled = [targets[group.members[0]].data_ptr() for group in groups(kinds)]
         shelves = self._shelf_addresses
-        for group, target, owner, source, nbytes in self._copies(pulls, kinds):
+        for group, target, owner, source, nbytes in copied:
             self._taking.copy(filled[group] + target, shelves[owner] + source, nbytes)
         if last:
             self._published.release()
         self._taking.go()
-        return Posted(self, [self._record(self._puller)], (targets,))
 
     def _copies(self, pulls: tuple[Pull, ...], kinds: tuple[Kind, ...]) -> list[tuple[int, int, int, int, int]]:
         """See `copies`; found again by the object, as the plan's own are."""
@@ -286,7 +313,7 @@ class SymmetricMemory:
 
     def release(self) -> None:
         """See `Shelf`."""
-        self._published.release()
+        ask("release", lambda _: self._published.release())
 
 
 def shelf_size(nbytes: int) -> int:
