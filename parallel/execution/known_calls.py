@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from triton.runtime import driver
 
