@@ -29,27 +29,74 @@ def checked(name: str) -> Callable[[int], None]:
     return check
 
 
+class Rectangle(NamedTuple):
+    """Rows of bytes to copy.
+
+    Attributes:
+        target: address of the first row.
+        target_pitch: bytes from row to row.
+        source: likewise.
+        source_pitch: likewise.
+        width: bytes of a row.
+        rows: how many.
+    """
+
+    target: int
+    target_pitch: int
+    source: int
+    source_pitch: int
+    width: int
+    rows: int
+
+
 class Memory(NamedTuple):
     """Functions that raise RuntimeError where the driver reports an error.
 
     Attributes:
         copy: (target, source, nbytes, stream): copy bytes between addresses of any GPU, in the order of a stream.
+        copy_rows: (rectangle, stream): the same of rows that lie apart.
         zero: (target, nbytes, stream): fill bytes with zeros.
     """
 
     copy: Callable[[int, int, int, int], None]
+    copy_rows: Callable[[Rectangle, int], None]
     zero: Callable[[int, int, int], None]
+
+
+class _Copy2D(ctypes.Structure):
+    """`CUDA_MEMCPY2D`, between addresses of GPUs."""
+
+    _fields_ = [
+        ("source_x", ctypes.c_size_t), ("source_y", ctypes.c_size_t), ("source_type", ctypes.c_uint),
+        ("source_host", ctypes.c_void_p), ("source", ctypes.c_uint64), ("source_array", ctypes.c_void_p),
+        ("source_pitch", ctypes.c_size_t),
+        ("target_x", ctypes.c_size_t), ("target_y", ctypes.c_size_t), ("target_type", ctypes.c_uint),
+        ("target_host", ctypes.c_void_p), ("target", ctypes.c_uint64), ("target_array", ctypes.c_void_p),
+        ("target_pitch", ctypes.c_size_t), ("width", ctypes.c_size_t), ("rows", ctypes.c_size_t),
+    ]  # fmt: skip
+
+
+_DEVICE = 2
+"""CU_MEMORYTYPE_DEVICE."""
 
 
 @cache
 def memory_functions() -> Memory:
     """The driver's. OSError if this machine has none."""
-    copy, fill = library().cuMemcpyAsync, library().cuMemsetD8Async
-    copy.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
-    fill.argtypes = [ctypes.c_uint64, ctypes.c_ubyte, ctypes.c_size_t, ctypes.c_void_p]
-    copy.restype, fill.restype = checked("cuMemcpyAsync"), checked("cuMemsetD8Async")
+    pointer = ctypes.c_void_p
+    copy, copy_2d, fill = library().cuMemcpyAsync, library().cuMemcpy2DAsync_v2, library().cuMemsetD8Async
+    copy.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, pointer]
+    copy_2d.argtypes = [pointer, pointer]
+    fill.argtypes = [ctypes.c_uint64, ctypes.c_ubyte, ctypes.c_size_t, pointer]
+    for function, name in ((copy, "cuMemcpyAsync"), (copy_2d, "cuMemcpy2DAsync"), (fill, "cuMemsetD8Async")):
+        function.restype = checked(name)
+
+    def copy_rows(x: Rectangle, stream: int) -> None:
+        of = _Copy2D(source_type=_DEVICE, source=x.source, source_pitch=x.source_pitch, width=x.width, rows=x.rows)
+        of.target_type, of.target, of.target_pitch = _DEVICE, x.target, x.target_pitch
+        copy_2d(ctypes.addressof(of), stream)
 
     def zero(target: int, nbytes: int, stream: int) -> None:
         fill(target, 0, nbytes, stream)
 
-    return Memory(copy, zero)
+    return Memory(copy, copy_rows, zero)

@@ -6,7 +6,8 @@ See ringflash.kernels.gpu.recording, which does.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 
@@ -63,6 +64,16 @@ def draw(what: object, function: Callable[[list[int]], list[int]], sizes: Sequen
     """What a function gives: addresses of as many bytes, others in each call."""
     who = of_thread.noting
     return function([]) if who is None else who.draw(what, function, sizes)
+
+
+@contextmanager
+def unnoted() -> Generator[None]:
+    """Within a `with` something is made that stays, and is no part of what calls ask for."""
+    who, of_thread.noting = of_thread.noting, None
+    try:
+        yield
+    finally:
+        of_thread.noting = who
 
 
 def cannot_repeat(why: str) -> None:

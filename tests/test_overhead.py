@@ -5,16 +5,14 @@ from __future__ import annotations
 import pickle
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from datetime import timedelta
-from types import ModuleType, SimpleNamespace
-from unittest import mock
-from weakref import WeakKeyDictionary
+from collections.abc import Callable
+from contextlib import contextmanager
+from types import ModuleType
 
 import pytest
 import torch
 import triton
+from copy_engines import one_of_ranks
 from stand_in import Launched, stand_in
 from torch import Tensor
 
@@ -22,18 +20,9 @@ import ringflash
 from ringflash import DistributedFlashAttention, Mask, Sharding, flash_attn_func
 from ringflash.functional import attention
 from ringflash.kernels import hopper
-from ringflash.kernels.cuda_driver import Memory
-from ringflash.kernels.gpu import recording
 from ringflash.kernels.triton import attend as portable
-from ringflash.parallel.execution import call, known_calls
 from ringflash.parallel.execution.known_calls import UNNOTED
 from ringflash.parallel.mesh import ONE_DEVICE
-from ringflash.parallel.placement import Placement
-from ringflash.parallel.transport import symmetric_memory
-from ringflash.parallel.transport.driver import Driver
-from ringflash.parallel.transport.mailboxes import bytes_of, room_of
-from ringflash.parallel.transport.shelves import flag_bytes
-from ringflash.parallel.transport.symmetric_memory import SymmetricMemory
 
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter launches nothing", allow_module_level=True)
@@ -113,82 +102,12 @@ def test_a_call_of_a_known_form_works_nothing_out_again(kernels: ModuleType, nam
     assert second["ringflash"] < 158
 
 
-RANKS = 4
-
-
-class Streams:
-    """Of a GPU that is not there: what they wait for and record is counted."""
-
-    cuda_stream = 0
-
-    def __init__(self, asked: Counter) -> None:
-        self.asked = asked
-
-    def wait_event(self, _: object) -> None:
-        self.asked["event"] += 1
-
-    def record_event(self, event: object = None) -> object:
-        self.asked["event"] += 1
-        return event or object()
-
-
-class CopyEngines(SymmetricMemory):
-    """Of ranks that are not there, whose memory is this one's."""
-
-    def open(self, *_: object) -> None:
-        """Nothing is to be chosen."""
-
-    def needs_room(self, _: torch.device) -> bool:
-        """As `GroupTransport` says of copy engines."""
-        return False
-
-    def copy_engines(self, _: torch.device) -> SymmetricMemory:
-        """As `GroupTransport` says of them."""
-        return self
-
-    def _current(self) -> Streams:
-        return self._writer
-
-
-@contextmanager
-def one_of_four_ranks(sharding: Sharding) -> Iterator[tuple[Counter, list]]:
-    """What is asked of CUDA's driver for transfers, and what for launches."""
-    asked: Counter[str] = Counter()
-
-    def noting(name: str) -> Callable[..., None]:
-        return lambda *_: asked.update([name])
-
-    ranks = SimpleNamespace(rank=lambda: sharding.rank, size=lambda: RANKS)
-    rounds = SimpleNamespace(check=lambda *_: None, close=lambda *_: None)
-    memory = torch.zeros(bytes_of(RANKS, room_of(RANKS)) + flag_bytes(RANKS), dtype=torch.uint8)
-    nothing = Driver(noting("copy"), noting("copy"), noting("numbers"))
-    with (
-        stand_in(hopper) as launches,
-        mock.patch.object(symmetric_memory, "driver", return_value=nothing),
-        mock.patch.object(symmetric_memory, "_of_all_ranks", lambda x, _: [x] * RANKS),
-        mock.patch.object(torch.cuda, "Stream", return_value=Streams(asked)),
-        mock.patch.object(torch.cuda, "synchronize"),
-        mock.patch.object(torch.cuda, "device", return_value=nullcontext()),
-        mock.patch.object(torch, "zeros", lambda *size, pin_memory=False, zeros=torch.zeros, **of: zeros(*size, **of)),
-        mock.patch.object(call, "agreement", return_value=rounds),
-        mock.patch.object(known_calls, "agreement", return_value=rounds),
-        mock.patch.object(recording, "memory_functions", return_value=Memory(noting("copy within"), noting("zero"))),
-        mock.patch.object(Placement, "bind"),
-    ):
-        engines = CopyEngines(ranks, memory, timedelta(hours=1))
-        engines.known_calls = WeakKeyDictionary()
-        engines.use_shelf(torch.zeros(1 << 22, dtype=torch.uint8), ranks)
-        sharding._placement.group = ranks
-        with mock.patch.object(Placement, "transport", engines):
-            yield asked, launches
-
-
 def test_a_repeated_call_of_four_ranks_asks_the_driver_and_python_for_little() -> None:
     """Of the rank that takes most runs of rows; all that it publishes, takes, pushes and adds."""
-    sharding = Sharding(Mask.causal(), seqlen=4096, rank=0, ranks=RANKS, head_ranks=1)
+    sharding = Sharding(Mask.causal(), seqlen=4096, rank=0, ranks=4, head_ranks=1)
     shapes = (sharding.tokens, 8, 64), (sharding.tokens, 2, 64), (sharding.tokens, 2, 64)
     leaves = [torch.zeros(1, *shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
-    with one_of_four_ranks(sharding) as (asked, driver), torch.autograd.set_multithreading_enabled(False):
+    with one_of_ranks(sharding) as (asked, driver), torch.autograd.set_multithreading_enabled(False):
         for _ in range(UNNOTED + 2):  # the last two are noted
             out, _ = attention(*leaves, sharding=sharding)
             out.backward(torch.ones_like(out))
@@ -196,14 +115,17 @@ def test_a_repeated_call_of_four_ranks_asks_the_driver_and_python_for_little() -
         driver.launches = []
         with calls_counted() as forward:
             out, _ = attention(*leaves, sharding=sharding)
-        assert asked == {"numbers": 4, "copy": 5 + 2, "event": 4}  # 5 runs of rows of three owners, and its own
+        # 5 runs of rows of three owners, and its own
+        assert Counter(kind for kind, *_ in asked) == {"numbers": 4, "copy": 5, "copy rows": 2, "event": 4}
         assert len(driver.launches) == 2
         asked.clear()
         driver.launches = []
         with calls_counted() as backward:
             out.backward(torch.ones_like(out))
-        assert asked == {"numbers": 8, "copy": 5 + 2 + 2 * 5, "event": 8}
-        assert len(driver.launches) == 1 + 2 * 2 + 3  # delta, each stage's rows and gradients, and each peer's parts
+        of_kinds = {"numbers": 8, "copy": 5 + 2 * 5, "copy rows": 2, "event": 8, "zero": 1}
+        assert Counter(kind for kind, *_ in asked) == of_kinds
+        # Delta, each stage's rows and gradients, each peer's parts, and what is rounded.
+        assert len(driver.launches) == 1 + 2 * 2 + 3 + 3
         assert all(isinstance(x, Launched) for x in driver.launches)
     assert not ONCE & (forward | backward).keys()
     assert forward["ringflash"] < 215

@@ -358,6 +358,6 @@ def hooked() -> bool:
 BY_TRITON = "a launch by Triton"
 
 
-def told(_: object = None) -> None:
+def told(metadata: object) -> None:
     """What Triton calls at its launches while somebody notes what is asked for."""
     cannot_repeat(BY_TRITON)

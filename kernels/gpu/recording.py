@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from ringflash.kernels.cuda_driver import memory_functions
+from ringflash.kernels.cuda_driver import Rectangle, memory_functions
 from ringflash.kernels.gpu.compile_once import compiled_once
 from ringflash.kernels.gpu.direct_launch import told
 from ringflash.kernels.gpu.launcher import Launcher, aligned
@@ -121,9 +121,9 @@ class Recording(DispatchMode, Noting):
         of_thread.noting = self
         return super().__enter__()
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
         """End."""
-        super().__exit__(*error)
+        super().__exit__(exc_type, exc_val, exc_tb)
         of_thread.noting = None
         if self._told:
             knobs.runtime.launch_enter_hook.remove(told)
@@ -133,6 +133,8 @@ class Recording(DispatchMode, Noting):
     def __torch_dispatch__(self, func: OpOverload, types: object, args: tuple = (), kwargs: dict | None = None) -> Any:
         """See `torch.utils._python_dispatch.TorchDispatchMode`."""
         found = func(*args, **(kwargs or {}))
+        if of_thread.noting is not self:
+            return found
         if func in LOOKING or func is aten.promote_types.default or (args and found is args[0] and func in COPYING):
             return found
         if func in TAKING or func in ZEROS:
@@ -165,12 +167,24 @@ class Recording(DispatchMode, Noting):
 
     def _copy(self, target: Tensor, source: Tensor) -> None:
         alike = target.dtype == source.dtype and target.shape == source.shape and target.device == source.device
-        if not (alike and target.is_contiguous() and source.is_contiguous()):
-            self.cannot("a copy of rows that lie apart")
+        if not (alike and target.dim() and target[:1].is_contiguous() and source[:1].is_contiguous()):
+            self.cannot("a copy of what lies apart within rows")
             return
-        nbytes, stream = target.nbytes, self._stream
-        addresses = [target.data_ptr(), source.data_ptr()]
-        self._note("copy", lambda at: memory_functions().copy(at[0], at[1], nbytes, stream), addresses, True)
+        if not target.numel():
+            return
+        width, rows, stream = target[0].nbytes, len(target), self._stream
+        target_pitch, source_pitch = (x.stride(0) * x.element_size() for x in (target, source))
+        if target_pitch == source_pitch == width or rows == 1:
+            width, rows = width * rows, 1
+
+        def copy(at: list[int]) -> None:
+            memory = memory_functions()
+            if rows == 1:
+                memory.copy(at[0], at[1], width, stream)
+            else:
+                memory.copy_rows(Rectangle(at[0], target_pitch, at[1], source_pitch, width, rows), stream)
+
+        self._note("copy", copy, [target.data_ptr(), source.data_ptr()], True)
 
     def _round(self, target: Tensor, source: Tensor) -> None:
         alike = target.shape == source.shape and target.device == source.device

@@ -35,7 +35,7 @@ from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.kept import Kept, metadata
 from ringflash.kernels.modifiers import Modifiers
 from ringflash.kernels.reference import Carry
-from ringflash.kernels.requests import draw
+from ringflash.kernels.requests import draw, unnoted
 from ringflash.kernels.sinks import with_sinks
 from ringflash.kernels.triton import attend as portable
 
@@ -336,7 +336,8 @@ def zero_of(device: torch.device) -> Tensor:
     zero = None if zeros is None else next(zeros, None)
     if zero is None:
         # One in 16 bytes: Triton compiles another kernel for other addresses.
-        zeros = iter(torch.zeros(ZEROS, 4, dtype=torch.int32, device=device).unbind())
+        with unnoted():
+            zeros = iter(torch.zeros(ZEROS, 4, dtype=torch.int32, device=device).unbind())
         zero = next(zeros)
         _zeros[device] = zeros
     return zero

@@ -130,12 +130,11 @@ def backward(
         where: what `forward` was given.
         first_head: what `forward` was given.
     """
-    several = where is not None and where[0].group is not None
-    if dout.stride(-1) != 1:
-        with refusals_notified(where[0].group if several else None):
-            dout = dout.contiguous()
     needs, call = settings.needs, None
-    if several:
+    if dout.stride(-1) != 1:
+        with refusals_notified(None if where is None else where[0].group):
+            dout = dout.contiguous()
+    if where is not None and where[0].group is not None:
         inputs = as_they_travel(inputs, where[0])
         call = known_call("backward", inputs, settings, where, first_head, (dout, dlse, out, lse))
     walk = partial(_backward, dout, dlse, out, lse, table, inputs, settings, where, first_head)

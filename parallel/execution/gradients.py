@@ -107,7 +107,7 @@ class KeyGradients:
         return [total.to(self.result_dtype, copy=self._beside) for total in sums]
 
     def _keep(self, stage: StageProgram, parts: list[Tensor]) -> None:
-        own = parts if not stage.returns else [part[stage.kept] for part in parts]
+        own = parts if not stage.returns else [stage.kept_of(part) for part in parts]
         if self._sums is None and stage.everything:
             self._sums = own
         elif self._sums is None and isinstance(stage.own, slice) and isinstance(stage.kept, slice):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from triton.runtime import driver
@@ -105,7 +105,8 @@ class KnownCall(NamedTuple):
         return results
 
     def _again(self, repeated: Repeated) -> Sequence[Tensor]:
-        known, like, rounds = self.known, self.tensors[0], agreement(self.placement.group)
+        group: Any = self.placement.group  # there are several ranks
+        known, like, rounds = self.known, self.tensors[0], agreement(group)
         try:
             memory = repeated.memory(like)
         except Exception as error:

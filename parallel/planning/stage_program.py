@@ -101,6 +101,17 @@ class StageProgram:
         """Ranks to which gradient parts go, and from which some come."""
         return frozenset([s.peer for s in (*self.returns, *self.reduces)])
 
+    def kept_of(self, part: Tensor) -> Tensor:
+        """The own rows of a gradient of the keys attended to."""
+        if not self.beside or isinstance(self.kept, slice):
+            return part[self.kept]
+        own = [(there, size) for there, _, size, is_own in self.beside if is_own]
+        rows, first = part.new_empty(sum(size for _, size in own), *part.shape[1:]), 0
+        for there, size in own:
+            rows[first : first + size].copy_(part[there : there + size])
+            first += size
+        return rows
+
     def pieces(self, size: int) -> tuple[StageProgram, ...]:
         """The stage for the backward pass, so many keys at a time; transfers of keys are the whole stage's."""
         keys = count(self.key_segments) if self.launches else 0

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
-from ringflash.kernels.cuda_driver import checked, library
+from ringflash.kernels.cuda_driver import Rectangle, checked, library, memory_functions
 
 WAIT, WRITE = 1, 2
 """CU_STREAM_MEM_OP_WAIT_VALUE_32 and CU_STREAM_MEM_OP_WRITE_VALUE_32."""
@@ -33,26 +33,6 @@ BEHIND_ALL = 0
 
 MOST_TOGETHER = 128
 """Operations of a request; the driver takes 255."""
-
-
-class Rectangle(NamedTuple):
-    """Rows of bytes to copy.
-
-    Attributes:
-        target: address of the first row.
-        target_pitch: bytes from row to row.
-        source: likewise.
-        source_pitch: likewise.
-        width: bytes of a row.
-        rows: how many.
-    """
-
-    target: int
-    target_pitch: int
-    source: int
-    source_pitch: int
-    width: int
-    rows: int
 
 
 class Driver(NamedTuple):
@@ -120,38 +100,13 @@ class Requests:
             self._driver.operate(self._stream, operations)
 
 
-class _Copy2D(ctypes.Structure):
-    """`CUDA_MEMCPY2D`, between addresses of GPUs."""
-
-    _fields_ = [
-        ("source_x", ctypes.c_size_t), ("source_y", ctypes.c_size_t), ("source_type", ctypes.c_uint),
-        ("source_host", ctypes.c_void_p), ("source", ctypes.c_uint64), ("source_array", ctypes.c_void_p),
-        ("source_pitch", ctypes.c_size_t),
-        ("target_x", ctypes.c_size_t), ("target_y", ctypes.c_size_t), ("target_type", ctypes.c_uint),
-        ("target_host", ctypes.c_void_p), ("target", ctypes.c_uint64), ("target_array", ctypes.c_void_p),
-        ("target_pitch", ctypes.c_size_t), ("width", ctypes.c_size_t), ("rows", ctypes.c_size_t),
-    ]  # fmt: skip
-
-
-_DEVICE = 2
-"""CU_MEMORYTYPE_DEVICE."""
-
-
 @cache
 def driver() -> Driver:
     """The driver of this machine. OSError if it has none."""
     pointer = ctypes.c_void_p
-    copy, copy_2d, batch = library().cuMemcpyAsync, library().cuMemcpy2DAsync_v2, library().cuStreamBatchMemOp_v2
-    copy.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, pointer]
-    copy_2d.argtypes = [pointer, pointer]
+    batch = library().cuStreamBatchMemOp_v2
     batch.argtypes = [pointer, ctypes.c_uint, ctypes.c_char_p, ctypes.c_uint]
-    for function, name in ((copy, "cuMemcpyAsync"), (copy_2d, "cuMemcpy2DAsync"), (batch, "cuStreamBatchMemOp")):
-        function.restype = checked(name)
-
-    def copy_rows(x: Rectangle, stream: int) -> None:
-        of = _Copy2D(source_type=_DEVICE, source=x.source, source_pitch=x.source_pitch, width=x.width, rows=x.rows)
-        of.target_type, of.target, of.target_pitch = _DEVICE, x.target, x.target_pitch
-        copy_2d(ctypes.addressof(of), stream)
+    batch.restype = checked("cuStreamBatchMemOp")
 
     def operate(stream: int, operations: list[int]) -> None:
         for first in range(0, len(operations), 4 * MOST_TOGETHER):
@@ -159,7 +114,8 @@ def driver() -> Driver:
             count = len(some) // 4
             batch(stream, count, _params(count).pack(*some), 0)
 
-    return Driver(copy, copy_rows, operate)
+    memory = memory_functions()
+    return Driver(memory.copy, memory.copy_rows, operate)
 
 
 @cache

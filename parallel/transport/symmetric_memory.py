@@ -263,7 +263,7 @@ class SymmetricMemory:
 
     def publish(self, rows: Sequence[Tensor], given: Sequence[tuple[int, int]]) -> None:
         """See `Shelf`."""
-        lies = lies_of(rows, given) if given else ()
+        lies = lies_of(rows, given) if given else []
         stream, shelf = self._current().cuda_stream, self._shelf.data_ptr()
 
         def publish(addresses: Sequence[int]) -> None:

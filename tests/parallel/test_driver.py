@@ -60,6 +60,7 @@ def _copy_2d(address: int, stream: int) -> tuple:
 
 READ = {
     "cuMemcpyAsync": lambda *arguments: arguments,
+    "cuMemsetD8Async": lambda *arguments: arguments,
     "cuMemcpy2DAsync_v2": _copy_2d,
     "cuStreamBatchMemOp_v2": _operations,
 }
@@ -73,9 +74,11 @@ def library() -> Iterator[Library]:
         mock.patch.object(transport_driver, "library", return_value=found),
         mock.patch.object(cuda_driver, "library", return_value=found),
     ):
-        transport_driver.driver.cache_clear()
+        for cached in (transport_driver.driver, cuda_driver.memory_functions):
+            cached.cache_clear()
         yield found
-    transport_driver.driver.cache_clear()
+    for cached in (transport_driver.driver, cuda_driver.memory_functions):
+        cached.cache_clear()
 
 
 requests = st.lists(
@@ -119,6 +122,12 @@ def test_a_stream_is_asked_for_everything_in_order_numbers_together(library: Lib
     numbers = [x[0].startswith("w") for x in found]
     runs = sum(here and not behind for here, behind in zip_longest(numbers, numbers[1:]))
     assert len(batches) <= runs + sum(batches) // MOST_TOGETHER
+
+
+def test_memory_is_filled_with_zeros_in_the_order_of_a_stream(library: Library) -> None:
+    library.asked = []
+    cuda_driver.memory_functions().zero(1 << 40, 4096, STREAM)
+    assert library.asked == [("cuMemsetD8Async", 1 << 40, 0, 4096, STREAM)]
 
 
 def test_what_the_driver_refuses_is_an_error_by_name(library: Library) -> None:

@@ -81,7 +81,7 @@ def test_copies_bring_the_rows_that_a_stage_reads_from_wherever_they_lie(data, r
     for rank, (rows, shelf) in enumerate(zip(own, shelves, strict=True)):
         mine = [wanted[i] for i in range(length) if owner_of[i] == rank]
         given = normalize((i, i + 1) for i, x in enumerate(mine) if x)
-        lies = lies_of(rows, given) if given else ()
+        lies = lies_of(rows, given) if given else []
         for x in laid_out(lies, [x.data_ptr() for x in rows], shelf.data_ptr()):
             for row in range(x.rows):
                 ctypes.memmove(x.target + row * x.target_pitch, x.source + row * x.source_pitch, x.width)

@@ -1,0 +1,177 @@
+"""Calls that go down a list ask for what they ask for when they find their own way.
+
+Copy engines and kernels are those of GPUs that are not there (`copy_engines`), and all requests are noted. Addresses
+differ from call to call: those in tensors of the call, in memory of the ranks and in gradients are held against each
+other by their place, all others by which requests have the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import pytest
+import torch
+import triton
+from copy_engines import Asked, one_of_ranks
+from stand_in import Launched
+from torch import Tensor
+
+from ringflash import Mask, Sharding
+from ringflash.functional import attention
+from ringflash.kernels.gpu import direct_launch, recording
+from ringflash.parallel.execution import known_calls
+from ringflash.parallel.execution.known_calls import UNNOTED
+
+if triton.knobs.runtime.interpret:
+    pytest.skip("the interpreter launches nothing", allow_module_level=True)
+
+LEAST_ADDRESS = 1 << 32
+
+
+@contextmanager
+def everything_stays(asked: Asked) -> Iterator[None]:
+    """No memory is given back, so that addresses tell tensors apart; and what torch is asked for is noted."""
+    held = []
+
+    def keeping(owner: object, name: str, note: str | None = None):
+        original = getattr(owner, name)
+
+        def run(x: Tensor, *arguments: object, **settings: object) -> Tensor:
+            found = original(x, *arguments, **settings)
+            if isinstance(x, Tensor) and (found is not x or name == "copy_"):
+                held.append(found)
+                source = {"to": x, "copy_": next(iter(arguments), x)}.get(name)
+                if note is not None:
+                    asked.append((note, found.data_ptr(), *([] if source is None else [source.data_ptr()])))
+            return found
+
+        return mock.patch.object(owner, name, run)
+
+    with (
+        keeping(Tensor, "new_empty"),
+        keeping(Tensor, "new_zeros", "zero"),
+        keeping(Tensor, "to", "round"),
+        keeping(Tensor, "copy_", "copy within"),
+        keeping(torch, "empty_like"),
+        keeping(torch, "zeros_like", "zero"),
+    ):
+        yield
+
+
+@contextmanager
+def parameters_known() -> Iterator[dict[int, tuple[int, int]]]:
+    """By the address of a launch's parameters how many there are, and how many of them are addresses."""
+    found = {}
+    original = direct_launch.Laid.__init__
+
+    def init(self, of, *rest) -> None:
+        original(self, of, *rest)
+        found[self.address] = of
+
+    with mock.patch.object(direct_launch.Laid, "__init__", init):
+        yield found
+
+
+def values(launched: Launched, of: direct_launch.Parameters) -> tuple:
+    """What a kernel is handed."""
+    places = (ctypes.c_uint64 * of.count).from_address(launched.parameters)
+    pointers = [ctypes.c_uint64.from_address(places[place]).value for place, _ in of.pointers]
+    numbers = [ctypes.string_at(places[place], len(value)) for place, value in of.numbers]
+    maps = [launched.maps[places[place]] for place, *_ in of.maps]
+    return launched.function, launched.grid, *pointers, *numbers, *maps
+
+
+def requests(sharding: Sharding, shapes: list[tuple[int, ...]], needed: list[bool], repeats: bool) -> tuple[list, int]:
+    """Those of both passes of a call behind some alike, each with tensors of its own; and how many went by a list."""
+    kept, ran = [], []
+    original = recording.Repeated.run
+
+    def run(self, *arguments):
+        ran.append(self)
+        return original(self, *arguments)
+
+    with (
+        one_of_ranks(sharding) as (asked, driver),
+        parameters_known() as known,
+        torch.autograd.set_multithreading_enabled(False),
+        mock.patch.object(recording.Repeated, "run", run),
+        mock.patch.object(known_calls, "UNNOTED", UNNOTED if repeats else 1 << 30),
+    ):
+        rounded = lambda: {x._by_driver._function for x in recording.roundings.values()}  # noqa: E731
+        engines = sharding._placement.transport
+
+        def launch(launched: object) -> None:
+            if not isinstance(launched, Launched):
+                asked.append(("launch by Triton",))
+                return
+            found = values(launched, known[launched.parameters])
+            asked.append(("round", found[3], found[2]) if launched.function in rounded() else ("launch", *found))
+
+        driver.append = launch
+        for _ in range(UNNOTED + 3):
+            of = zip(shapes, needed, strict=True)
+            leaves = [torch.zeros(1, *x, dtype=torch.bfloat16, requires_grad=y) for x, y in of]
+            kept.append(leaves)
+            asked.clear()
+            with everything_stays(asked):
+                out, lse = attention(*leaves, sharding=sharding)
+                dout, dlse = torch.ones_like(out), torch.ones_like(lse)
+                given = [x for x, y in zip(leaves, needed, strict=True) if y]
+                of_lse = [(lse, dlse)] if len(given) == 1 else []
+                outs, douts = zip((out, dout), *of_lse, strict=True)
+                gradients = torch.autograd.grad(outs, given, douts)
+            kept.append((out, lse, dout, dlse, gradients))
+        places = [*leaves, out, lse, dout, dlse, *gradients, engines._memory, engines._shelf, engines._progress]
+        return named(asked, places), len(ran)
+
+
+def named(asked: Asked, tensors: list[Tensor]) -> list:
+    """Requests with places in tensors, or numbers in the order in which they come first, in place of addresses."""
+    others: dict[int, int] = {}
+
+    def name(x: object) -> object:
+        if isinstance(x, (tuple, list)):
+            return tuple(map(name, x))
+        if not isinstance(x, int) or x < LEAST_ADDRESS:
+            return x
+        for number, tensor in enumerate(tensors):
+            behind = x - tensor.data_ptr()
+            if 0 <= behind < tensor.untyped_storage().nbytes():
+                return f"tensor {number} + {behind}"
+        return f"other {others.setdefault(x, len(others))}"
+
+    return [name(within(x)) for x in asked]
+
+
+def within(request: tuple) -> tuple:
+    """What is asked for within a GPU, as torch is asked for it."""
+    what, *arguments = request
+    if what == "copy rows within":
+        return "copy within", arguments[0].target, arguments[0].source
+    return request[:3] if what == "copy within" else request[:2] if what == "zero" else request
+
+
+CASES = {
+    "causal": {},
+    "window": {"mask": Mask.sliding_window(300, 0)},
+    "bidirectional": {"mask": Mask.bidirectional()},
+    "documents": {"cu_seqlens": [0, 100, 1700, 1800, 4096]},
+    "ring": {"plan": "ring"},
+}
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("case", CASES)
+def test_calls_by_a_list_ask_for_the_same(case: str, rank: int) -> None:
+    settings = {"mask": Mask.causal(), "seqlen": 4096} | CASES[case]
+    sharding = Sharding(settings.pop("mask"), rank=rank, ranks=4, head_ranks=1, **settings)
+    shapes = [(sharding.tokens, 4, 64), (sharding.tokens, 2, 64), (sharding.tokens, 2, 64)]
+    for needed in ([True] * 3, [True, False, False], [False, True, False]):
+        walked, none = requests(sharding, shapes, needed, False)
+        repeated, some = requests(sharding, shapes, needed, True)
+        assert none == 0
+        assert some == 2
+        assert repeated == walked
