@@ -6,6 +6,7 @@ Functions are those of the CUDA Driver API, called by ctypes as they are.
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
@@ -63,18 +64,8 @@ class Memory(NamedTuple):
     zero: Callable[[int, int, int], None]
 
 
-class _Copy2D(ctypes.Structure):
-    """`CUDA_MEMCPY2D`, between addresses of GPUs."""
-
-    _fields_ = [
-        ("source_x", ctypes.c_size_t), ("source_y", ctypes.c_size_t), ("source_type", ctypes.c_uint),
-        ("source_host", ctypes.c_void_p), ("source", ctypes.c_uint64), ("source_array", ctypes.c_void_p),
-        ("source_pitch", ctypes.c_size_t),
-        ("target_x", ctypes.c_size_t), ("target_y", ctypes.c_size_t), ("target_type", ctypes.c_uint),
-        ("target_host", ctypes.c_void_p), ("target", ctypes.c_uint64), ("target_array", ctypes.c_void_p),
-        ("target_pitch", ctypes.c_size_t), ("width", ctypes.c_size_t), ("rows", ctypes.c_size_t),
-    ]  # fmt: skip
-
+_COPY_2D = struct.Struct("<" + 2 * "QQI4xQQQQ" + "QQ")
+"""`CUDA_MEMCPY2D`: x, y, memory type, host, device, array and pitch of the source, of the target; width, height."""
 
 _DEVICE = 2
 """CU_MEMORYTYPE_DEVICE."""
@@ -86,15 +77,15 @@ def memory_functions() -> Memory:
     pointer = ctypes.c_void_p
     copy, copy_2d, fill = library().cuMemcpyAsync, library().cuMemcpy2DAsync_v2, library().cuMemsetD8Async
     copy.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, pointer]
-    copy_2d.argtypes = [pointer, pointer]
+    copy_2d.argtypes = [ctypes.c_char_p, pointer]
     fill.argtypes = [ctypes.c_uint64, ctypes.c_ubyte, ctypes.c_size_t, pointer]
     for function, name in ((copy, "cuMemcpyAsync"), (copy_2d, "cuMemcpy2DAsync"), (fill, "cuMemsetD8Async")):
         function.restype = checked(name)
 
-    def copy_rows(x: Rectangle, stream: int) -> None:
-        of = _Copy2D(source_type=_DEVICE, source=x.source, source_pitch=x.source_pitch, width=x.width, rows=x.rows)
-        of.target_type, of.target, of.target_pitch = _DEVICE, x.target, x.target_pitch
-        copy_2d(ctypes.addressof(of), stream)
+    def copy_rows(rectangle: Rectangle, stream: int) -> None:
+        target, target_pitch, source, source_pitch, width, rows = rectangle
+        of_source = 0, 0, _DEVICE, 0, source, 0, source_pitch
+        copy_2d(_COPY_2D.pack(*of_source, 0, 0, _DEVICE, 0, target, 0, target_pitch, width, rows), stream)
 
     def zero(target: int, nbytes: int, stream: int) -> None:
         fill(target, 0, nbytes, stream)

@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from ringflash.errors import RankMismatchError
 from ringflash.kernels.torch_private import process_group as named_group
-from ringflash.kernels.torch_private import without_transforms
+from ringflash.kernels.torch_private import transforms_active, without_transforms
 from ringflash.parallel.agreement.channel import Channel, Herald, Joining, Reduction
 from ringflash.parallel.mesh import Group, group_name, process_group
 
@@ -73,6 +73,8 @@ def _untransformed(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def run(*arguments: object, **settings: object) -> object:
+        if not transforms_active():
+            return function(*arguments, **settings)
         with without_transforms():
             return function(*arguments, **settings)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import struct
 import tempfile
 import time
 from datetime import timedelta
@@ -37,6 +38,12 @@ LOOKS_FOR_LIFE_EVERY = 0.05
 
 MASK = (1 << 62) - 1
 
+NUMBER, BEHIND_NUMBER = struct.Struct("q"), struct.Struct(f"{VALUES + 1}q")
+"""How a slot lies there; in native order, for which Python writes numbers whole."""
+
+SLOT = struct.Struct(f"{VALUES + 2}q")
+"""All of it."""
+
 
 class SharedRounds:
     """One rank's view of the page.
@@ -51,7 +58,7 @@ class SharedRounds:
 
     def __init__(self, file: int, rank: int, ranks: int, timeout: timedelta) -> None:
         self._file, self.rank, self.ranks, self.timeout = file, rank, ranks, timeout
-        self._page = memoryview(mmap.mmap(file, nbytes(ranks))).cast("q")
+        self._page = mmap.mmap(file, nbytes(ranks))
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
         self._number = 0
 
@@ -63,20 +70,15 @@ class SharedRounds:
         number, self._number = self._number, self._number + 1
         at = self._place(self.rank, number)
         page = self._page
-        page[at] = 0  # nobody takes what is half written for this round, or for an earlier one
-        for index, value in enumerate(values, at + 1):
-            page[index] = value
-        page[at + 1 + VALUES] = _sum(number, values)
-        page[at] = number + 1
-        return SharedRound(self, number)
+        NUMBER.pack_into(page, at, 0)  # nobody takes what is half written for this round, or for an earlier one
+        BEHIND_NUMBER.pack_into(page, at + NUMBER.size, *values, _sum(number, values))
+        NUMBER.pack_into(page, at, number + 1)
+        return SharedRound(self, number, values)
 
     def of(self, rank: int, number: int) -> tuple[int, ...] | None:
         """A rank's values in a round; None if it has not come to it."""
-        page, at = self._page, self._place(rank, number)
-        if page[at] != number + 1:
-            return None
-        values = tuple(page[at + 1 : at + 1 + VALUES])
-        return values if page[at + 1 + VALUES] == _sum(number, values) else None
+        there, *values, total = SLOT.unpack_from(self._page, self._place(rank, number))
+        return tuple(values) if there == number + 1 and total == _sum(number, tuple(values)) else None
 
     def has_ended(self, rank: int) -> bool:
         """Whether the process of another rank, never this one, is no more, or has left the group."""
@@ -88,7 +90,7 @@ class SharedRounds:
         return True
 
     def _place(self, rank: int, number: int) -> int:
-        return (rank * SLOTS + number % SLOTS) * WORDS
+        return (rank * SLOTS + number % SLOTS) * WORDS * 8
 
 
 class SharedRound:
@@ -97,12 +99,13 @@ class SharedRound:
     Args:
         rounds: of the group.
         number: which.
+        values: of this rank.
     """
 
-    def __init__(self, rounds: SharedRounds, number: int) -> None:
+    def __init__(self, rounds: SharedRounds, number: int, values: tuple[int, ...]) -> None:
         self._rounds, self._number = rounds, number
-        self._missing = list(range(rounds.ranks))
-        self._most: list[int] = []
+        self._missing = [rank for rank in range(rounds.ranks) if rank != rounds.rank]
+        self._most = values
 
     def is_completed(self) -> bool:
         """Whether all ranks have come."""
@@ -110,7 +113,8 @@ class SharedRound:
             values = self._rounds.of(self._missing[-1], self._number)
             if values is None:
                 return False
-            self._most = list(map(max, self._most, values)) if self._most else list(values)
+            if values != self._most:
+                self._most = tuple(map(max, self._most, values))
             self._missing.pop()
         return True
 
@@ -130,7 +134,7 @@ class SharedRound:
                 self._look_for_life()
             if now - begin > self._rounds.timeout.total_seconds():
                 raise RuntimeError(f"timed out after {self._rounds.timeout}")
-        return self._most
+        return list(self._most)
 
     def _look_for_life(self) -> None:
         for rank in self._missing:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -78,11 +78,23 @@ class Requests:
         """Write a number."""
         self._operations += WRITE, address, number, BEHIND_ALL
 
+    def operate(self, operations: Sequence[int]) -> None:
+        """Several of these, each as `Driver.operate` takes it."""
+        self._operations += operations
+
     def copy(self, target: int, source: int, nbytes: int) -> None:
         """Copy bytes."""
         if self._operations:
             self.go()
         self._driver.copy(target, source, nbytes, self._stream)
+
+    def copies(self, copied: Sequence[tuple[int, int, int]]) -> None:
+        """Several of these: target, source and bytes."""
+        if self._operations:
+            self.go()
+        copy, stream = self._driver.copy, self._stream
+        for target, source, nbytes in copied:
+            copy(target, source, nbytes, stream)
 
     def copy_rows(self, rectangle: Rectangle) -> None:
         """Copy rows of bytes."""

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
-from ringflash.parallel.transport.driver import Driver, Requests
+from ringflash.parallel.transport.driver import BEHIND_ALL, EQUAL, WAIT, WRITE, Driver, Requests
 
 CHUNKS = 3
 """In each mailbox: one is filled, one is read, and one is on its way to be emptied."""
@@ -212,18 +212,20 @@ class Mailboxes:
 
     def fill(self, filled: Sequence[Filled]) -> None:
         """Write next chunks of messages together, in the order of the writer; it is all asked for behind `go`."""
-        turns = []
-        for way, _ in filled:
+        waits: list[int] = []
+        writes: list[int] = []
+        copied: list[tuple[int, int, int]] = []
+        for way, copies in filled:
             chunk, times = way.turn()
-            turns.append((chunk, number_of(times)))
             if times:
-                self._out.wait(way.emptied[chunk], number_of(times - 1))
-        for (way, copies), (chunk, _) in zip(filled, turns, strict=True):
+                waits += WAIT, way.emptied[chunk], number_of(times - 1), EQUAL
+            writes += WRITE, way.filled[chunk], number_of(times), BEHIND_ALL
             box = way.boxes[chunk]
-            for address, place, nbytes in copies:
-                self._out.copy(box + place, address, nbytes)
-        for (way, _), (chunk, number) in zip(filled, turns, strict=True):
-            self._out.write(way.filled[chunk], number)
+            copied += [(box + place, address, nbytes) for address, place, nbytes in copies]
+        out = self._out
+        out.operate(waits)
+        out.copies(copied)
+        out.operate(writes)
 
     def requests(self, stream: int) -> Requests:
         """To ask for what a stream does with messages that arrive."""
@@ -235,14 +237,17 @@ class Mailboxes:
 
     def arrived(self, ways: Sequence[Way], requests: Requests) -> Emptied:
         """The next chunks of messages, in the order of a stream. They are there until they are told to be emptied."""
-        boxes, flags = [], []
+        boxes: list[int] = []
+        waits: list[int] = []
+        emptied: list[int] = []
         for way in ways:
             chunk, times = way.turn()
             number = number_of(times)
-            requests.wait(way.filled[chunk], number)
+            waits += WAIT, way.filled[chunk], number, EQUAL
+            emptied += WRITE, way.emptied[chunk], number, BEHIND_ALL
             boxes.append(way.boxes[chunk])
-            flags.append((way.emptied[chunk], number))
-        return Emptied(boxes, flags)
+        requests.operate(waits)
+        return Emptied(boxes, emptied)
 
     def _empty(self, filled: Sequence[Filled]) -> None:
         emptied = self.arrived([way for way, _ in filled], self._in)
@@ -268,16 +273,15 @@ class Emptied(NamedTuple):
 
     Attributes:
         boxes: their addresses.
-        flags: what tells their writers that they may be filled again.
+        operations: what tells their writers that they may be filled again.
     """
 
     boxes: list[int]
-    flags: list[tuple[int, int]]
+    operations: list[int]
 
     def tell(self, requests: Requests) -> None:
         """Behind all that a stream was asked for, nobody reads them any more."""
-        for flag in self.flags:
-            requests.write(*flag)
+        requests.operate(self.operations)
 
 
 def together(items: Sequence[Item], nbytes: Callable[[Item], int]) -> Iterator[list[Item]]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ringflash.parallel.planning.pulls import Pull
-from ringflash.parallel.transport.driver import Driver, Rectangle, Requests
+from ringflash.parallel.transport.driver import BEHIND_ALL, REACHED, WAIT, WRITE, Driver, Rectangle, Requests
 
 APART = 64
 """Bytes from flag to flag."""
@@ -75,15 +75,13 @@ class Shelves:
     def publish(self, stream: int, rectangles: Sequence[Rectangle]) -> None:
         """Lay out rows of this rank in the order of a stream, when nobody reads any more what was there before."""
         requests, number = Requests(self._driver, stream), self._calls % CIRCLE
-        for address in self._taken:
-            requests.wait_from(address, number)
+        requests.operate([x for address in self._taken for x in (WAIT, address, number, REACHED)])
         for rectangle in rectangles:
             requests.copy_rows(rectangle)
         self._calls += 1
         self._seen.clear()
         number = self._calls % CIRCLE
-        for address in self._told:
-            requests.write(address, number)
+        requests.operate([x for address in self._told for x in (WRITE, address, number, BEHIND_ALL)])
         requests.go()
 
     def expect(self, owner: int) -> None:
@@ -98,8 +96,7 @@ class Shelves:
             return
         self._last_released = self._calls
         number = self._calls % CIRCLE
-        for address in self._released:
-            self._taker.write(address, number)
+        self._taker.operate([x for address in self._released for x in (WRITE, address, number, BEHIND_ALL)])
         self._taker.go()
 
 

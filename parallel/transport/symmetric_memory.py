@@ -131,6 +131,7 @@ class SymmetricMemory:
         self._shelf_addresses = [0] * ranks
         self._kept = Kept(256)
         self._progress = torch.zeros(3 * ranks, dtype=torch.int32, device="cpu", pin_memory=True)
+        self._progress_address = self._progress.data_ptr()
         self._asked = [0] * ranks
         # No more: a GPU has eight queues for streams by default, and streams that share one wait for each other.
         self._writer, self._taker, self._puller = (torch.cuda.Stream(device, priority=-1) for _ in range(3))
@@ -142,7 +143,7 @@ class SymmetricMemory:
         torch.cuda.synchronize(device)
         bases = [x.data_ptr() for x in self._peers]
         both = self._writer.cuda_stream, self._taker.cuda_stream
-        self._mailboxes = Mailboxes(self._rank, bases, room_of(ranks), self._progress.data_ptr(), *both, driver())
+        self._mailboxes = Mailboxes(self._rank, bases, room_of(ranks), self._progress_address, *both, driver())
         flags = [base + bytes_of(ranks, room_of(ranks)) for base in bases]
         self._taking = Requests(driver(), self._puller.cuda_stream)
         self._published = Shelves(self._rank, flags, self._taking, driver())
@@ -289,17 +290,15 @@ class SymmetricMemory:
         last: bool,
         filled: Sequence[int],
     ) -> None:
-        progress = self._progress.data_ptr() + 8 * len(self._peers)
+        first, asked, shelves = 2 * len(self._peers), self._asked, self._shelf_addresses
         for pull in pulls:
             owner = pull.owner
             self._published.expect(owner)
-            self._asked[owner] += 1
-            number = number_of(self._asked[owner])
-            self._taking.write(progress + 4 * owner, number)
-            self._watch.expect(2 * len(self._peers) + owner, number, what, owner, True)
-        shelves = self._shelf_addresses
-        for group, target, owner, source, nbytes in copied:
-            self._taking.copy(filled[group] + target, shelves[owner] + source, nbytes)
+            asked[owner] += 1
+            number = number_of(asked[owner])
+            self._taking.write(self._progress_address + 4 * (first + owner), number)
+            self._watch.expect(first + owner, number, what, owner, True)
+        self._taking.copies([(filled[group] + x, shelves[owner] + y, n) for group, x, owner, y, n in copied])
         if last:
             self._published.release()
         self._taking.go()
@@ -420,27 +419,28 @@ class _Watch:
     def __init__(self, rank: int, progress: Tensor, timeout: timedelta) -> None:
         self._rank, self._timeout = rank, timeout
         self._progress = progress.numpy()  # reading it asks nothing of CUDA, so it disturbs no capture of a graph
-        self._expected: list[deque[_Expected]] = [deque() for _ in range(len(progress))]
+        self._expected: list[deque[tuple]] = [deque() for _ in range(len(progress))]
         self.over = threading.Event()
         """Nothing more is expected."""
         threading.Thread(target=self._look_again, daemon=True, name="ringflash transfers").start()
 
     def expect(self, index: int, number: int, what: str, peer: int, comes: bool) -> None:
         """Progress at `index` is to become this number, when something has come from a rank, or was taken by it."""
-        self._expected[index].append(_Expected(number, time.monotonic(), what, peer, comes))
+        self._expected[index].append((number, time.monotonic(), what, peer, comes))
 
     def _look_again(self) -> None:
         while not self.over.wait(LOOKS_EVERY):
             for index, expected in enumerate(self._expected):
                 self._look(int(self._progress[index]), expected)
 
-    def _look(self, now: int, expected: deque[_Expected]) -> None:
-        if any(x.number == now for x in tuple(expected)):
-            while expected.popleft().number != now:
+    def _look(self, now: int, expected: deque[tuple]) -> None:
+        if any(number == now for number, *_ in tuple(expected)):
+            while expected.popleft()[0] != now:
                 pass
-        if expected and time.monotonic() - expected[0].since > self._timeout.total_seconds() + GRACE:
+        first = _Expected(*expected[0]) if expected else None
+        if first is not None and time.monotonic() - first.since > self._timeout.total_seconds() + GRACE:
             print(
-                f"ringflash: rank {self._rank} ends, having waited more than {self._timeout} for {expected[0].text()}",
+                f"ringflash: rank {self._rank} ends, having waited more than {self._timeout} for {first.text()}",
                 file=sys.stderr,
                 flush=True,
             )
