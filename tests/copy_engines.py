@@ -78,7 +78,7 @@ def one_of_ranks(sharding: Sharding) -> Iterator[tuple[Asked, StandIn]]:
         return lambda *arguments: asked.append((what, *arguments))
 
     group = SimpleNamespace(rank=lambda: sharding.rank, size=lambda: sharding.ranks)
-    rounds = SimpleNamespace(check=lambda *_: None, close=lambda *_: None)
+    rounds = SimpleNamespace(check=lambda *_: None, close=lambda *_: None, refuse=noting("refuse"))
     size = bytes_of(sharding.ranks, room_of(sharding.ranks)) + flag_bytes(sharding.ranks)
     memory = torch.zeros(size, dtype=torch.uint8)
     within = Memory(noting("copy within"), noting("copy rows within"), noting("zero"))
@@ -87,17 +87,17 @@ def one_of_ranks(sharding: Sharding) -> Iterator[tuple[Asked, StandIn]]:
         mock.patch.object(
             symmetric_memory, "driver", return_value=Driver(*map(noting, ("copy", "copy rows", "numbers")))
         ),
-        mock.patch.object(recording, "memory_functions", lambda: within),
+        mock.patch.object(recording, "memory_functions", return_value=within),
         mock.patch.object(recording, "roundings", Kept()),
         mock.patch.object(forward, "first_ticket", forward.drawn_zero),  # as in the default stream
         mock.patch.object(symmetric_memory, "_of_all_ranks", lambda x, _: [x] * sharding.ranks),
         mock.patch.object(torch.cuda, "Stream", return_value=Streams(asked)),
         mock.patch.object(torch.cuda, "synchronize"),
-        mock.patch.object(torch.cuda, "device", lambda _: nullcontext()),
+        mock.patch.object(torch.cuda, "device", return_value=nullcontext()),
         mock.patch.object(torch, "zeros", lambda *size, pin_memory=False, zeros=torch.zeros, **of: zeros(*size, **of)),
-        mock.patch.object(call, "agreement", lambda _: rounds),
-        mock.patch.object(known_calls, "agreement", lambda _: rounds),
-        mock.patch.object(Placement, "bind", lambda *_: None),
+        mock.patch.object(call, "agreement", return_value=rounds),
+        mock.patch.object(known_calls, "agreement", return_value=rounds),
+        mock.patch.object(Placement, "bind"),
     ):
         engines = CopyEngines(group, memory, timedelta(hours=1))
         engines.known_calls = WeakKeyDictionary()

@@ -175,3 +175,99 @@ def test_calls_by_a_list_ask_for_the_same(case: str, rank: int) -> None:
         assert none == 0
         assert some == 2
         assert repeated == walked
+
+
+@contextmanager
+def repeating(sharding: Sharding, attend) -> Iterator[tuple[Asked, list]]:
+    """What is asked for once calls of a form go by a list, and which lists were gone down."""
+    ran = []
+    original = recording.Repeated.run
+
+    def run(self, *arguments):
+        ran.append(self)
+        return original(self, *arguments)
+
+    with one_of_ranks(sharding) as (asked, driver), mock.patch.object(recording.Repeated, "run", run):
+        driver.append = lambda x: asked.append(("launch", x))
+        for _ in range(UNNOTED + 3):
+            attend()
+        assert len(ran) == 1
+        ran.clear()
+        asked.clear()
+        yield asked, ran
+
+
+def causal() -> tuple[Sharding, Tensor]:
+    sharding = Sharding(Mask.causal(), seqlen=1024, rank=0, ranks=4, head_ranks=1)
+    return sharding, torch.zeros(1, sharding.tokens, 2, 64, dtype=torch.bfloat16)
+
+
+def test_tensors_that_are_one_in_some_calls_only_make_other_lists() -> None:
+    sharding, x = causal()
+    with repeating(sharding, lambda: attention(x, x, x, sharding=sharding)) as (_, ran):
+        y, z = torch.zeros_like(x), torch.zeros_like(x)
+        for _ in range(UNNOTED + 2):
+            attention(x, y, z, sharding=sharding)
+        assert not ran
+        attention(x, z, y, sharding=sharding)
+        attention(y, y, y, sharding=sharding)
+        assert len(set(ran)) == 2
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda x, sharding: attention(x, x, x, sharding=sharding, scale=0.5),
+        lambda x, sharding: attention(x.half(), x.half(), x.half(), sharding=sharding),
+        lambda x, sharding: attention(*[torch.zeros(1, *x.shape[1:3], 128).bfloat16()] * 3, sharding=sharding),
+        lambda x, sharding: attention(*[x.transpose(1, 2).contiguous().transpose(1, 2)] * 3, sharding=sharding),
+        lambda x, sharding: attention(x, x, x, sharding=sharding, alibi_slopes=torch.ones(2)),
+        lambda x, sharding: attention(x, x, x, sharding=sharding, softcap=3.0),
+    ],
+)
+def test_calls_of_another_form_find_their_own_way(other) -> None:
+    sharding, x = causal()
+    with repeating(sharding, lambda: attention(x, x, x, sharding=sharding)) as (_, ran):
+        other(x, sharding)
+        assert not ran
+
+
+def test_calls_find_their_way_anew_where_keys_are_laid_out_elsewhere_since() -> None:
+    sharding, x = causal()
+    with repeating(sharding, lambda: attention(x, x, x, sharding=sharding)) as (asked, ran):
+        engines = sharding._placement.transport
+        shelf = torch.zeros(1 << 22, dtype=torch.uint8)
+        engines.use_shelf(shelf, None)
+        for calls in (0, 0, 1):
+            asked.clear()
+            attention(x, x, x, sharding=sharding)
+            assert len(ran) == calls
+            targets = [y.target for what, y, *_ in asked if what == "copy rows"]
+            assert targets
+            assert all(0 <= y - shelf.data_ptr() < shelf.nbytes for y in targets)
+
+
+def test_a_call_without_memory_is_refused_before_anything_is_asked_for() -> None:
+    sharding, x = causal()
+    with repeating(sharding, lambda: attention(x, x, x, sharding=sharding)) as (asked, _):
+        error = MemoryError("none")
+        with mock.patch.object(recording.Repeated, "memory", side_effect=error), pytest.raises(MemoryError):
+            attention(x, x, x, sharding=sharding)
+        [(what, refused, digest)] = asked
+        assert (what, refused) == ("refuse", error)
+        assert digest == next(iter(sharding._placement._call_digests.values()))
+
+
+def test_a_launch_that_fails_is_an_error_once_others_have_what_they_wait_for() -> None:
+    sharding, x = causal()
+    with repeating(sharding, lambda: attention(x, x, x, sharding=sharding)) as (asked, _):
+        attention(x, x, x, sharding=sharding)
+        whole = [what for what, *_ in asked]
+        for list_of in sharding._placement.transport.known_calls[sharding._placement].values():
+            steps = list_of.repeated._steps
+            first = next(i for i, (*_, is_work) in enumerate(steps) if is_work)
+            steps[first] = (mock.Mock(side_effect=RuntimeError("a launch failed")), *steps[first][1:])
+        asked.clear()
+        with pytest.raises(RuntimeError, match="a launch failed"):
+            attention(x, x, x, sharding=sharding)
+        assert [what for what, *_ in asked] == [what for what in whole if what != "launch"]
