@@ -98,6 +98,11 @@ class Agreement:
         self._on_gpu = False
         self._broken: str | None = None
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether no further call can be matched: ranks went ahead with different ones."""
+        return self._broken is not None
+
     @_untransformed
     def check(self, digest: int, describe: Description, device: torch.device, nbytes: int = 0) -> int | None:
         """Make sure that all ranks make the same call, or will notice that they do not.

@@ -6,7 +6,7 @@ H query heads, Hk key heads, D head dimension, Dv the value's.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringflash.errors import ArgumentError
+from ringflash.errors import ArgumentError, RankMismatchError
 from ringflash.kernels.modifiers import Modifiers
 from ringflash.kernels.select import select
 from ringflash.kernels.torch_private import process_group
@@ -217,16 +217,12 @@ class Ready:
     def begin(self) -> None:
         """Make sure that all ranks are about to do the same; nothing is sent before. Everything needed is at hand."""
         placement: Any = self.placement
-        most = agreement(placement.group).check(
-            placement.call_digest(self.index, self.form),
-            lambda: described(placement, self.index, self.form),
-            self.inputs.query.device,
-            bytes_to_publish(self.inputs.keys()),
-        )
+        digest, nbytes = placement.call_digest(self.index, self.form), bytes_to_publish(self.inputs.keys())
+        device = self.inputs.query.device
+        most = agreed(placement, digest, lambda: described(placement, self.index, self.form), device, nbytes)
         if any(self.form[-1]):
             raise _surplus(placement, self.form[-1])
-        assert self.transport is not None  # as there are several ranks
-        self.transport.open(self.inputs.query.device, most)
+        placement.transport.open(device, most)
 
     def refuse(self, error: Exception) -> None:
         """Let the other ranks, if there are any, know that this one cannot begin."""
@@ -353,6 +349,20 @@ def form_of(inputs: Inputs, settings: Settings, surplus: tuple[int, int], which:
         (inputs.sinks is not None, inputs.slopes is not None, inputs.key_visible is not None, keeps(inputs, settings)),
         surplus,
     )
+
+
+def agreed(
+    placement: Placement, digest: int, describe: Callable[[], dict[str, object]], device: torch.device, nbytes: int
+) -> int | None:
+    """See `Agreement.check`. Where no call can be matched any more, nothing waits for others that was asked for."""
+    group: Any = placement.group  # there are several ranks
+    rounds = agreement(group)
+    try:
+        return rounds.check(digest, describe, device, nbytes)
+    except RankMismatchError:
+        if rounds.is_broken:
+            placement.transport.abandon()
+        raise
 
 
 def described(placement: Placement, index: int, form: tuple) -> dict[str, object]:

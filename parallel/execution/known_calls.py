@@ -21,7 +21,7 @@ from ringflash.kernels.gpu.recording import Recording, Repeated
 from ringflash.kernels.kept import Kept, capturing, metadata
 from ringflash.kernels.requests import of_thread
 from ringflash.parallel.agreement.rounds import agreement
-from ringflash.parallel.execution.call import NEEDS, Inputs, Settings, described, form_of, refusals_notified
+from ringflash.parallel.execution.call import NEEDS, Inputs, Settings, agreed, described, form_of, refusals_notified
 from ringflash.parallel.placement import Placement
 from ringflash.parallel.transport.shelves import bytes_to_publish
 from ringflash.parallel.transport.symmetric_memory import SymmetricMemory
@@ -105,16 +105,17 @@ class KnownCall(NamedTuple):
         return results
 
     def _again(self, repeated: Repeated) -> Sequence[Tensor]:
-        group: Any = self.placement.group  # there are several ranks
-        known, like, rounds = self.known, self.tensors[0], agreement(group)
+        known, like, placement = self.known, self.tensors[0], self.placement
+        group: Any = placement.group  # there are several ranks
+        rounds = agreement(group)
         try:
             memory = repeated.memory(like)
         except Exception as error:
             rounds.refuse(error, known.digest)
             raise
         device = like.device
-        most = rounds.check(known.digest, self._described, device, known.nbytes)
-        self.placement.transport.open(device, most)
+        most = agreed(placement, known.digest, self._described, device, known.nbytes)
+        placement.transport.open(device, most)
         failure = repeated.run([x.data_ptr() for x in self.tensors], memory)
         rounds.close(failure, device)
         if failure is not None:

@@ -6,8 +6,8 @@ and raises its `filled` flag at the reader; the reader, whose stream waits for t
 does not depend on it. Copies, flags and waits are asked for in the order of streams, and no host takes part. Writers'
 copies, between GPUs, are carried out by copy engines, whatever kernels are at; readers', within a GPU, are kernels.
 
-Flags count the times that a chunk was used, in a circle. A chunk's two flags are raised in turn, so waiting for the one
-number that comes next is enough.
+Flags count the times that a chunk was used, in a circle of 2^32; a wait is for a number that is reached. A chunk's two
+flags are raised in turn, so none is ever more than one ahead of the other, unless a rank gives up (`awaited`).
 
 Ranks ask for the chunks of a transfer level by level: the first of every message to write, the first of every message
 to read, the second of each, and so on. What waits in one level depends on earlier ones alone, or on what is written in
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
-from ringflash.parallel.transport.driver import BEHIND_ALL, EQUAL, WAIT, WRITE, Driver, Requests
+from ringflash.parallel.transport.driver import BEHIND_ALL, REACHED, WAIT, WRITE, Driver, Requests
 
 CHUNKS = 3
 """In each mailbox: one is filled, one is read, and one is on its way to be emptied."""
@@ -29,8 +29,11 @@ CHUNKS = 3
 APART = 64
 """Bytes from flag to flag."""
 
-CIRCLE = 1 << 15
+CIRCLE = 1 << 32
 """Numbers that flags go through."""
+
+MESSAGES = 1 << 15
+"""Numbers that messages which are over go through."""
 
 ALIGNED = 256
 """Bytes of which chunks are multiples, so that flags and numbers of any size lie where they can be read."""
@@ -117,10 +120,19 @@ class Way:
         self.used += 1
         return chunk, times
 
+    def last_turns(self) -> list[int]:
+        """What the flags of each chunk say of its last use."""
+        return [(self.used - chunk + CHUNKS - 1) // CHUNKS % CIRCLE for chunk in range(CHUNKS)]
 
-def number_of(times: int) -> int:
-    """What a flag says of the use with this number; never what it holds at first, 0."""
-    return times % CIRCLE + 1
+
+def flag_of(times: int) -> int:
+    """What a flag says of the use with this number; at first it holds 0."""
+    return (times + 1) % CIRCLE
+
+
+def number_of(messages: int) -> int:
+    """What progress says of so many messages; never what it holds at first, 0."""
+    return messages % MESSAGES + 1
 
 
 class Mailboxes:
@@ -218,14 +230,23 @@ class Mailboxes:
         for way, copies in filled:
             chunk, times = way.turn()
             if times:
-                waits += WAIT, way.emptied[chunk], number_of(times - 1), EQUAL
-            writes += WRITE, way.filled[chunk], number_of(times), BEHIND_ALL
+                waits += WAIT, way.emptied[chunk], flag_of(times - 1), REACHED
+            writes += WRITE, way.filled[chunk], flag_of(times), BEHIND_ALL
             box = way.boxes[chunk]
             copied += [(box + place, address, nbytes) for address, place, nbytes in copies]
         out = self._out
         out.operate(waits)
         out.copies(copied)
         out.operate(writes)
+
+    def awaited(self) -> list[tuple[int, int]]:
+        """All flags that this rank's streams may be waiting for, and what lets them go on as if all had come."""
+        coming = [(way.filled, way) for way in self.from_]
+        return [
+            flag
+            for flags, way in [*coming, *((way.emptied, way) for way in self.to)]
+            for flag in zip(flags, way.last_turns(), strict=True)
+        ]
 
     def requests(self, stream: int) -> Requests:
         """To ask for what a stream does with messages that arrive."""
@@ -242,8 +263,8 @@ class Mailboxes:
         emptied: list[int] = []
         for way in ways:
             chunk, times = way.turn()
-            number = number_of(times)
-            waits += WAIT, way.filled[chunk], number, EQUAL
+            number = flag_of(times)
+            waits += WAIT, way.filled[chunk], number, REACHED
             emptied += WRITE, way.emptied[chunk], number, BEHIND_ALL
             boxes.append(way.boxes[chunk])
         requests.operate(waits)

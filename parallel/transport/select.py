@@ -90,6 +90,11 @@ class GroupTransport:
         """Whether `deliver` may need memory of the caller in the next call; ahead of the first one, it may."""
         return not isinstance(self._by_device.get(device), SymmetricMemory) or capturing(device)
 
+    def abandon(self) -> None:
+        """What the last calls wait for is not going to come; where the transport can, streams go on all the same."""
+        if isinstance(self._now, SymmetricMemory):
+            self._now.abandon()
+
     def transfer(
         self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]], what: str
     ) -> Ticket:

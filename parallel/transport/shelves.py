@@ -84,6 +84,10 @@ class Shelves:
         requests.operate([x for address in self._told for x in (WRITE, address, number, BEHIND_ALL)])
         requests.go()
 
+    def awaited(self) -> list[tuple[int, int]]:
+        """All flags that this rank's streams may be waiting for, and what lets them go on as if all had come."""
+        return [(address, self._calls % CIRCLE) for address in (*self._there, *self._taken)]
+
     def expect(self, owner: int) -> None:
         """Go on when a rank's rows are there."""
         if owner not in self._seen:

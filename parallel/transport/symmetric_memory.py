@@ -51,6 +51,9 @@ LEAST_SHELF, LARGE_SHELF, PAGE = 16 << 20, 512 << 20, 2 << 20
 LOOKS_EVERY = 0.5
 """Seconds."""
 
+QUEUES = 8
+"""Of a GPU, in which streams are carried out, by default."""
+
 GRACE = 5.0
 """Seconds beyond the limit: ranks that wait on the host, where they can raise an error, have the same limit."""
 
@@ -314,6 +317,28 @@ class SymmetricMemory:
         """See `Shelf`."""
         ask("release", lambda _: self._published.release())
 
+    # The end
+
+    def abandon(self) -> None:
+        """Let streams come to their end where other ranks do not come any more: what they wait for is never sent.
+
+        What they find then is nobody's. No further call can be made.
+        """
+        threading.Thread(target=self._go_on_alone, daemon=True, name="ringflash goes on alone").start()
+
+    def _go_on_alone(self) -> None:
+        awaited = [*self._mailboxes.awaited(), *self._published.awaited()]
+        operations = [x for address, number in awaited for x in (WRITE, address, number, BEHIND_ALL)]
+        with torch.cuda.device(self.device):
+            # One of these shares its queue with no stream that waits.
+            streams = [torch.cuda.Stream(self.device, priority=-1) for _ in range(QUEUES)]
+            give_up = time.monotonic() + GRACE
+            # Again and again: what others were still at may come behind it, with smaller numbers.
+            while self._watch.is_waiting() and time.monotonic() < give_up:
+                for stream in streams:
+                    driver().operate(stream.cuda_stream, operations)
+                time.sleep(LOOKS_EVERY / 10)
+
 
 def shelf_size(nbytes: int) -> int:
     """Bytes of a shelf for so many; somewhat more, because the next packed sequence may take more."""
@@ -427,6 +452,11 @@ class _Watch:
     def expect(self, index: int, number: int, what: str, peer: int, comes: bool) -> None:
         """Progress at `index` is to become this number, when something has come from a rank, or was taken by it."""
         self._expected[index].append((number, time.monotonic(), what, peer, comes))
+
+    def is_waiting(self) -> bool:
+        """Whether something that was expected is not there yet; for any thread."""
+        last = [(index, tuple(expected)[-1:]) for index, expected in enumerate(self._expected)]
+        return any(number != self._progress[index] for index, found in last for number, *_ in found)
 
     def _look_again(self) -> None:
         while not self.over.wait(LOOKS_EVERY):

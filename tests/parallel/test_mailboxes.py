@@ -17,9 +17,11 @@ from ringflash.parallel.transport.driver import EQUAL, WRITE, Driver, Rectangle
 from ringflash.parallel.transport.mailboxes import (
     CHUNKS,
     CIRCLE,
+    MESSAGES,
     Mailboxes,
     bytes_of,
     chunks,
+    flag_of,
     number_of,
     room_of,
 )
@@ -172,9 +174,41 @@ def test_messages_of_any_sizes_arrive_in_order_without_deadlock(problem, room, s
 
 
 def test_flags_count_in_a_circle():
-    """As often as a chunk is used: what is waited for is never what is there from the time before."""
-    assert len({number_of(i) for i in range(CIRCLE)}) == CIRCLE
-    assert number_of(CIRCLE) == number_of(0) != 0
+    """As often as a chunk is used: what is waited for has not been reached the time before."""
+    assert [flag_of(i) for i in (0, 1, CIRCLE - 2, CIRCLE - 1, CIRCLE)] == [1, 2, CIRCLE - 1, 0, 1]
+    assert len({number_of(i) for i in range(MESSAGES)}) == MESSAGES
+    assert number_of(MESSAGES) == number_of(0) != 0
+
+
+@settings(max_examples=20, deadline=None)
+@given(problem=transfers(), stops=st.integers(0, 3), shared_queue=st.booleans())
+def test_streams_of_ranks_that_give_up_come_to_their_end(problem, stops, shared_queue):
+    """A rank stops asking, for good, in the midst of the transfers."""
+    ranks, all_transfers = problem
+    host = Host()
+    boxes = _ranks(host, ranks, ALIGNED, shared_queue)
+    for number, found in enumerate(all_transfers):
+        for rank in range(ranks):
+            if rank == 0 and number >= stops:
+                continue
+            sends, receives = ({}, {})
+            for (writer, reader), sizes in found.items():
+                blocks = [(host.allocate(size), size) for size in sizes]
+                if writer == rank:
+                    sends[reader] = blocks
+                if reader == rank:
+                    receives[writer] = blocks
+            boxes[rank].transfer(sends, receives)
+    other = host.stream()
+    for rank in range(ranks):
+        host.operate(other, [x for address, flag in boxes[rank].awaited() for x in (WRITE, address, flag, 0)])
+    deadline = time.monotonic() + PATIENCE
+    while not host.is_done() and time.monotonic() < deadline:
+        time.sleep(0.001)
+        for rank in range(ranks):
+            host.operate(other, [x for address, flag in boxes[rank].awaited() for x in (WRITE, address, flag, 0)])
+            time.sleep(0.001)
+    host.finish()
 
 
 @pytest.mark.parametrize("ranks", range(2, 17))
