@@ -109,6 +109,8 @@ class Recording(DispatchMode, Noting):
         self._taken: list[Tensor] = []
         self._kept: list[Any] = []
         self._drawn = 0
+        self._rounded: tuple[int, tuple[Tensor, Tensor]] | None = None
+        """How many steps there were behind the last rounding, and of what to what it was."""
         self._ranges = [Range(*_ends(x), "given", number) for number, x in enumerate(given)]
 
     def __enter__(self) -> Recording:
@@ -196,16 +198,25 @@ class Recording(DispatchMode, Noting):
             self._round_by_kernel(target, source)
 
     def _round_by_kernel(self, target: Tensor, source: Tensor) -> None:
-        form = source.numel(), source.dtype, target.dtype, source.device
+        rounded = [(source, target)]
+        if self._rounded and self._rounded[0] == len(self.steps) and self._rounded[1][0].dtype == source.dtype:
+            if self._rounded[1][1].dtype == target.dtype:  # one launch for both
+                rounded.insert(0, self._rounded[1])
+                self.steps.pop()
+        counts = [x.numel() for x, _ in rounded]
+        form = (*counts, source.dtype, target.dtype, source.device)
         launch = roundings.get(form)
         if launch is None:
-            programs, count = -(-source.numel() // ROUNDED), source.numel()
-            launch = roundings.add(form, Launcher(programs, (count,), {"N": ROUNDED}, {"num_warps": 8}, True))
+            blocks = [-(-count // ROUNDED) for count in counts]
+            numbers = (*counts, *(0,) * (2 - len(counts)), blocks[0])
+            launch = roundings.add(form, Launcher(sum(blocks), numbers, {"N": ROUNDED}, {"num_warps": 8}, True))
+        tensors = (*[x for pair in rounded for x in pair], *(None,) * (4 - 2 * len(rounded)))
         before, void = len(self.steps), self.void
-        launch(round_kernel, (source, target))
+        launch(round_kernel, tensors)
         if len(self.steps) == before:  # the first one of this thread, by Triton
             self.void = void
-            launch(round_kernel, (source, target))
+            launch(round_kernel, tensors)
+        self._rounded = (len(self.steps), (source, target)) if len(rounded) == 1 else None
 
     def ask(self, what: object, function: Callable[[list[int]], Any], addresses: Sequence[int]) -> None:
         """See `ringflash.kernels.requests.ask`."""
@@ -295,10 +306,20 @@ ROUNDED = 4096
 
 
 @compiled_once
-@triton.jit(do_not_specialize=["count"])
-def round_kernel(source, target, count, N: tl.constexpr):
-    """Program = N numbers, as a tensor of another dtype."""
-    number_N = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
+@triton.jit(do_not_specialize=["count", "other_count", "blocks"])
+def round_kernel(source, target, other_source, other_target, count, other_count, blocks, N: tl.constexpr):
+    """Program = N numbers of a tensor as one of another dtype, or behind its blocks of another one."""
+    program = tl.program_id(0)
+    if program < blocks:
+        round_block(source, target, program, count, N)
+    elif other_source is not None:
+        round_block(other_source, other_target, program - blocks, other_count, N)
+
+
+@triton.jit
+def round_block(source, target, block, count, N: tl.constexpr):
+    """Round N numbers."""
+    number_N = tl.cast(block, tl.int64) * N + tl.arange(0, N)
     inside_N = number_N < count
     source_N = tl.load(source + number_N, mask=inside_N)
     tl.store(target + number_N, source_N.to(target.dtype.element_ty), mask=inside_N)

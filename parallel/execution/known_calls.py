@@ -18,11 +18,12 @@ from triton.runtime import driver
 from ringflash.kernels.gpu.direct_launch import BY_TRITON, hooked
 from ringflash.kernels.gpu.launcher import ALIGNMENT
 from ringflash.kernels.gpu.recording import Recording, Repeated
-from ringflash.kernels.kept import Kept, capturing, metadata
+from ringflash.kernels.kept import Kept, capturing
 from ringflash.kernels.requests import of_thread
 from ringflash.parallel.agreement.rounds import agreement
 from ringflash.parallel.execution.call import NEEDS, Inputs, Settings, agreed, described, form_of, refusals_notified
 from ringflash.parallel.placement import Placement
+from ringflash.parallel.transport.select import GroupTransport
 from ringflash.parallel.transport.shelves import bytes_to_publish
 from ringflash.parallel.transport.symmetric_memory import SymmetricMemory
 
@@ -77,7 +78,8 @@ class KnownCall(NamedTuple):
         known: what is known of its form.
         placement: of its sharding.
         index: which of the placement's masks it has.
-        memory: between the GPUs.
+        transport: between the GPUs.
+        memory: that it goes by.
         tensors: all that it reads.
         stream: the current one.
     """
@@ -85,6 +87,7 @@ class KnownCall(NamedTuple):
     known: Known
     placement: Placement
     index: int
+    transport: GroupTransport
     memory: SymmetricMemory
     tensors: list[Tensor]
     stream: int
@@ -115,7 +118,7 @@ class KnownCall(NamedTuple):
             raise
         device = like.device
         most = agreed(placement, known.digest, self._described, device, known.nbytes)
-        placement.transport.open(device, most)
+        self.transport.open(device, most)
         failure = repeated.run([x.data_ptr() for x in self.tensors], memory)
         rounds.close(failure, device)
         if failure is not None:
@@ -163,7 +166,8 @@ def known_call(
     request, sizes, *numbers = settings
     call = (
         which, index, first_head, inputs.handle is None, request, (*sizes,), *numbers, threading.get_ident(), stream,
-        (*map(addresses.index, addresses),), *map(metadata, given),
+        (*map(addresses.index, addresses),), device,
+        *[None if x is None else (x.shape, x.stride(), x.dtype) for x in given],
     )  # fmt: skip
     of_placement = transport.known_calls.get(placement)
     if of_placement is None:
@@ -173,7 +177,7 @@ def known_call(
         form = form_of(inputs, settings, (query.shape[0] - placement.rows[0], key.shape[0] - placement.rows[1]), which)
         found = Known(placement.call_digest(index, form), form, bytes_to_publish(inputs.keys()))
         known = of_placement.add(call, found)
-    return KnownCall(known, placement, index, memory, tensors, stream)
+    return KnownCall(known, placement, index, transport, memory, tensors, stream)
 
 
 def as_they_travel(inputs: Inputs, placement: Placement) -> Inputs:

@@ -230,7 +230,8 @@ def parts_of(device: str) -> tuple[list[torch.Tensor], list[Part]]:
     generator = torch.Generator().manual_seed(0)
     shapes = (3 * BLOCK // 64, 2, 64), (3 * BLOCK // 64, 2, 32)
     sums = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
-    rows = [slice(0, 0), slice(3, 90), slice(80, 181), torch.tensor([4, 5, 100], device=device), slice(0, 192)]
+    scattered = torch.tensor([4, 5, 100], device=device)
+    rows = [slice(0, 0), *4 * [slice(3, 90)], *2 * [slice(80, 181)], scattered, *5 * [slice(0, 192)]]
     found = []
     for x in rows:
         for which in range(2):
@@ -249,12 +250,12 @@ def test_rows_are_added_to_sums_as_torch_adds_them_bit_for_bit() -> None:
         assert all(torch.equal(a, b) for a, b in zip(sums, expected, strict=True))
 
 
-def test_rows_of_keys_and_values_from_one_rank_are_one_launch() -> None:
+def test_the_same_rows_of_keys_and_values_from_up_to_four_ranks_are_one_launch() -> None:
     for direct in (False, True):
         sums, parts = parts_of("cpu")
         with stand_in() as driver:
             for _ in range(1 + direct):
                 driver.launches = []
                 add_rows(sums, parts)
-            assert len(driver.launches) == 4
+            assert len(driver.launches) == 1 + 1 + 2 + 1
             assert all(isinstance(x, Launched) == direct for x in driver.launches)

@@ -107,8 +107,12 @@ def requests(sharding: Sharding, shapes: list[tuple[int, ...]], needed: list[boo
             if not isinstance(launched, Launched):
                 asked.append(("launch by Triton",))
                 return
-            found = values(launched, known[launched.parameters])
-            asked.append(("round", found[3], found[2]) if launched.function in rounded() else ("launch", *found))
+            function, _, *addresses = found = values(launched, known[launched.parameters])
+            if function in rounded():
+                pairs = [x for x in addresses if isinstance(x, int)]
+                asked.extend([("round", pairs[i + 1], pairs[i]) for i in range(0, len(pairs), 2)])
+            else:
+                asked.append(("launch", *found))
 
         driver.append = launch
         for _ in range(UNNOTED + 3):
