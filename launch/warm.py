@@ -29,6 +29,8 @@ import torch
 from torch import Tensor
 
 from ringflash.errors import ArgumentError
+from ringflash.kernels.gpu.add_rows import MOST
+from ringflash.kernels.gpu.recording import round_numbers
 from ringflash.kernels.intervals import KeyIntervals, causal_intervals
 from ringflash.kernels.key_blocks import BlockPlaces, unit_of
 from ringflash.kernels.modifiers import Modifiers
@@ -217,8 +219,11 @@ def _launch(kernels: ModuleType, part: Part, device: torch.device) -> None:
             dquery_dtype=dtype, dkey_dtype=dkey_dtype, **settings,
         )  # fmt: skip
         if dkey_dtype == exact != form.dtype:  # gradients of keys are sums of what several ranks find
-            rows = slice(0, ROWS)
-            kernels.add_rows(sums, [SumPart(i, rows, x.data_ptr(), lambda x=x: x) for i, x in enumerate(sums)])
+            parts = [SumPart(i, slice(0, ROWS), x.data_ptr(), lambda x=x: x) for i, x in enumerate(sums)]
+            for ranks in range(1, MOST + 1):
+                kernels.add_rows(sums, ranks * parts)
+            for rounded in (sums[:1], sums):
+                round_numbers([(x, x.new_empty(x.shape, dtype=form.dtype)) for x in rounded])
 
 
 def _intervals(form: Form, device: torch.device) -> KeyIntervals:

@@ -20,7 +20,6 @@ from ringflash.kernels import hopper
 from ringflash.kernels.cuda_driver import Memory
 from ringflash.kernels.gpu import recording
 from ringflash.kernels.hopper import forward
-from ringflash.kernels.kept import Kept
 from ringflash.parallel.execution import call, known_calls
 from ringflash.parallel.placement import Placement
 from ringflash.parallel.transport import symmetric_memory
@@ -88,7 +87,6 @@ def one_of_ranks(sharding: Sharding) -> Iterator[tuple[Asked, StandIn]]:
             symmetric_memory, "driver", return_value=Driver(*map(noting, ("copy", "copy rows", "numbers")))
         ),
         mock.patch.object(recording, "memory_functions", return_value=within),
-        mock.patch.object(recording, "roundings", Kept()),
         mock.patch.object(forward, "first_ticket", forward.drawn_zero),  # as in the default stream
         mock.patch.object(symmetric_memory, "_of_all_ranks", lambda x, _: [x] * sharding.ranks),
         mock.patch.object(torch.cuda, "Stream", return_value=Streams(asked)),

@@ -199,23 +199,16 @@ class Recording(DispatchMode, Noting):
 
     def _round_by_kernel(self, target: Tensor, source: Tensor) -> None:
         rounded = [(source, target)]
-        if self._rounded and self._rounded[0] == len(self.steps) and self._rounded[1][0].dtype == source.dtype:
-            if self._rounded[1][1].dtype == target.dtype:  # one launch for both
-                rounded.insert(0, self._rounded[1])
+        if self._rounded is not None:
+            steps, (x, y) = self._rounded
+            if steps == len(self.steps) and (x.dtype, y.dtype) == (source.dtype, target.dtype):  # one launch for both
+                rounded.insert(0, (x, y))
                 self.steps.pop()
-        counts = [x.numel() for x, _ in rounded]
-        form = (*counts, source.dtype, target.dtype, source.device)
-        launch = roundings.get(form)
-        if launch is None:
-            blocks = [-(-count // ROUNDED) for count in counts]
-            numbers = (*counts, *(0,) * (2 - len(counts)), blocks[0])
-            launch = roundings.add(form, Launcher(sum(blocks), numbers, {"N": ROUNDED}, {"num_warps": 8}, True))
-        tensors = (*[x for pair in rounded for x in pair], *(None,) * (4 - 2 * len(rounded)))
         before, void = len(self.steps), self.void
-        launch(round_kernel, tensors)
+        round_numbers(rounded)
         if len(self.steps) == before:  # the first one of this thread, by Triton
             self.void = void
-            launch(round_kernel, tensors)
+            round_numbers(rounded)
         self._rounded = (len(self.steps), (source, target)) if len(rounded) == 1 else None
 
     def ask(self, what: object, function: Callable[[list[int]], Any], addresses: Sequence[int]) -> None:
@@ -323,6 +316,22 @@ def round_block(source, target, block, count, N: tl.constexpr):
     inside_N = number_N < count
     source_N = tl.load(source + number_N, mask=inside_N)
     tl.store(target + number_N, source_N.to(target.dtype.element_ty), mask=inside_N)
+
+
+def round_numbers(rounded: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Write one contiguous tensor, or two, as others of another dtype, as `Tensor.to` does.
+
+    Args:
+        rounded: what is read and what is written, at addresses of whole 16 bytes.
+    """
+    counts = [x.numel() for x, _ in rounded]
+    form = (*counts, rounded[0][0].dtype, rounded[0][1].dtype, rounded[0][0].device)
+    launch = roundings.get(form)
+    if launch is None:
+        blocks = [-(-count // ROUNDED) for count in counts]
+        numbers = (*counts, *(0,) * (2 - len(counts)), blocks[0])
+        launch = roundings.add(form, Launcher(sum(blocks), numbers, {"N": ROUNDED}, {"num_warps": 8}, True))
+    launch(round_kernel, (*[x for pair in rounded for x in pair], *(None,) * (4 - 2 * len(rounded))))
 
 
 roundings = Kept()

@@ -63,6 +63,9 @@ class NoTransport:
 
     transfer = pull
 
+    def copy_engines(self, _: object) -> None:
+        return None
+
     def needs_room(self, *_: object) -> bool:
         return False
 
