@@ -172,6 +172,15 @@ class _Attention(_Refusing):
         return (of_query, of_key, of_value, *(None,) * (TENSORS - 4), of_sinks, *(None,) * others)
 
 
+class _AttentionAlone(_Attention):
+    """Where it is known that nobody listens."""
+
+    @staticmethod
+    def forward(*inputs):  # noqa: ANN002, ANN205
+        with below_autograd():
+            return _attend(*inputs)
+
+
 class _AttentionBackward(_Refusing):
     @staticmethod
     def forward(*inputs):  # noqa: ANN002, ANN205
@@ -248,7 +257,7 @@ def call_attention(*arguments):  # noqa: ANN002, ANN201
     if torch.compiler.is_compiling() or not nobody_listens(arguments[:TENSORS]):
         return torch.ops.ringflash.attention.default(*arguments)
     if torch.is_grad_enabled() and any_requires_grad(*arguments):
-        return apply_unbound(_Attention, *arguments)
+        return apply_unbound(_AttentionAlone, *arguments)
     with below_autograd():
         return _attend(*arguments)
 
