@@ -30,6 +30,28 @@ def checked(name: str) -> Callable[[int], None]:
     return check
 
 
+class Events(NamedTuple):
+    """Functions that raise RuntimeError where the driver reports an error.
+
+    Attributes:
+        record: (event, stream): the event is what the stream was asked for so far.
+        wait: (stream, event): what the stream is asked for from now on waits for that.
+    """
+
+    record: Callable[[int, int], None]
+    wait: Callable[[int, int], None]
+
+
+@cache
+def event_functions() -> Events:
+    """The driver's. OSError if this machine has none."""
+    record, wait_with = library().cuEventRecord, library().cuStreamWaitEvent
+    record.argtypes = [ctypes.c_void_p] * 2
+    wait_with.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint]
+    record.restype, wait_with.restype = checked("cuEventRecord"), checked("cuStreamWaitEvent")
+    return Events(record, lambda stream, event: wait_with(stream, event, 0))
+
+
 class Rectangle(NamedTuple):
     """Rows of bytes to copy.
 

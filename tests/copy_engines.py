@@ -17,7 +17,7 @@ from stand_in import StandIn, stand_in
 
 from ringflash import Sharding
 from ringflash.kernels import hopper
-from ringflash.kernels.cuda_driver import Memory
+from ringflash.kernels.cuda_driver import Events, Memory
 from ringflash.kernels.gpu import recording
 from ringflash.kernels.hopper import forward
 from ringflash.parallel.execution import call, known_calls
@@ -45,7 +45,7 @@ class Streams:
 
     def record_event(self, event: object = None) -> object:
         self.asked.append(("event", "record"))
-        return event or object()
+        return event or SimpleNamespace(cuda_event=0)
 
 
 class CopyEngines(SymmetricMemory):
@@ -54,6 +54,9 @@ class CopyEngines(SymmetricMemory):
     known_calls: WeakKeyDictionary
 
     def open(self, *_: object) -> None:
+        """Nothing is to be chosen."""
+
+    def open_again(self, *_: object) -> None:
         """Nothing is to be chosen."""
 
     def needs_room(self, _: torch.device) -> bool:
@@ -80,12 +83,14 @@ def one_of_ranks(sharding: Sharding) -> Iterator[tuple[Asked, StandIn]]:
     rounds = SimpleNamespace(check=lambda *_: None, close=lambda *_: None, refuse=noting("refuse"))
     size = bytes_of(sharding.ranks, room_of(sharding.ranks)) + flag_bytes(sharding.ranks)
     memory = torch.zeros(size, dtype=torch.uint8)
+    events = Events(lambda *_: asked.append(("event", "record")), lambda *_: asked.append(("event", "wait")))
     within = Memory(noting("copy within"), noting("copy rows within"), noting("zero"))
     with (
         stand_in(hopper) as launches,
         mock.patch.object(
             symmetric_memory, "driver", return_value=Driver(*map(noting, ("copy", "copy rows", "numbers")))
         ),
+        mock.patch.object(symmetric_memory, "event_functions", return_value=events),
         mock.patch.object(recording, "memory_functions", return_value=within),
         mock.patch.object(forward, "first_ticket", forward.drawn_zero),  # as in the default stream
         mock.patch.object(symmetric_memory, "_of_all_ranks", lambda x, _: [x] * sharding.ranks),

@@ -13,6 +13,7 @@ memory, look at it in another way, fill it with zeros, copy it or round it; and 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import add, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -111,6 +112,8 @@ class Recording(DispatchMode, Noting):
         self._drawn = 0
         self._rounded: tuple[int, tuple[Tensor, Tensor]] | None = None
         """How many steps there were behind the last rounding, and of what to what it was."""
+        self._like = {(x.shape, x.dtype): number for number, x in enumerate(given) if x.is_contiguous()}
+        """Which of the call's tensors is like others."""
         self._ranges = [Range(*_ends(x), "given", number) for number, x in enumerate(given)]
 
     def __enter__(self) -> Recording:
@@ -284,13 +287,12 @@ class Recording(DispatchMode, Noting):
         bases |= {("drawn", number): (last + 1 + number, 0) for number in range(self._drawn)}
         steps, drawn = [], last + 1
         for step in self.steps:
-            found = [(bases[source, number], behind) for source, number, behind in step.sources]
-            places = tuple([(base, first + behind) for (base, first), behind in found])
-            steps.append(
-                (step.function, places, slice(drawn, drawn + step.drawn) if step.drawn else None, step.is_work)
-            )
+            found = [(*bases[source, number], behind) for source, number, behind in step.sources]
+            picked, offsets = picking([base for base, *_ in found]), tuple([first + behind for _, first, behind in found])
+            given_bases = slice(drawn, drawn + step.drawn) if step.drawn else None
+            steps.append((step.function, picked, offsets, given_bases, step.is_work))
             drawn += step.drawn
-        like = [(x.shape, x.dtype) for x in results]
+        like = [(x.shape, x.dtype, self._like.get((x.shape, x.dtype))) for x in results]
         return Repeated(steps, like, size, self._drawn, self._kept)
 
 
@@ -338,6 +340,13 @@ roundings = Kept()
 """`Launcher` by what is rounded."""
 
 
+def picking(places: Sequence[int]) -> Callable[[list[int]], Sequence[int]]:
+    """A function that picks what is at some places of a list."""
+    if len(places) > 1:
+        return itemgetter(*places)
+    return lambda x: [x[place] for place in places]
+
+
 def _ends(x: Tensor) -> tuple[int, int]:
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else -1
     return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
@@ -351,8 +360,9 @@ class Repeated:
     """Goes down the list of what a call asked for.
 
     Args:
-        steps: function, where its addresses come from, which bases it gives, and whether it is work.
-        results: shape and dtype of each.
+        steps: function, which bases its addresses are behind, by how many bytes, which bases it gives, and whether it
+            is work.
+        results: shape and dtype of each, and which of the call's tensors is like it.
         size: bytes of the other memory that is taken.
         drawn: addresses that functions give.
         kept: tensors that are read, and are those of all calls.
@@ -360,8 +370,10 @@ class Repeated:
 
     def __init__(
         self,
-        steps: list[tuple[Callable[[list[int]], Any], tuple[Place, ...], slice | None, bool]],
-        results: list[tuple[torch.Size, torch.dtype]],
+        steps: list[
+            tuple[Callable[[list[int]], Any], Callable[[list[int]], Sequence[int]], tuple[int, ...], slice | None, bool]
+        ],
+        results: list[tuple[torch.Size, torch.dtype, int | None]],
         size: int,
         drawn: int,
         kept: list[Any],
@@ -369,10 +381,14 @@ class Repeated:
         self._steps, self._results, self._size, self._kept = steps, results, size, kept
         self._drawn = [0] * drawn
 
-    def memory(self, like: Tensor) -> list[Tensor]:
+    def memory(self, given: Sequence[Tensor]) -> list[Tensor]:
         """All that a call takes, for results and then for everything else."""
-        found = [like.new_empty(shape, dtype=dtype) for shape, dtype in self._results]
-        return [*found, like.new_empty(self._size, dtype=torch.uint8)]
+        first = given[0]
+        found = [
+            first.new_empty(shape, dtype=dtype) if like is None else torch.empty_like(given[like])
+            for shape, dtype, like in self._results
+        ]
+        return [*found, first.new_empty(self._size, dtype=torch.uint8)]
 
     def run(self, addresses: Sequence[int], memory: Sequence[Tensor]) -> Exception | None:
         """Ask for everything on the list.
@@ -384,13 +400,13 @@ class Repeated:
         Returns:
             What failed first; what other ranks wait for was asked for all the same.
         """
-        bases = [0, *addresses, *[x.data_ptr() for x in memory], *self._drawn]
+        bases = [0, *addresses, *map(Tensor.data_ptr, memory), *self._drawn]
         failure: Exception | None = None
-        for function, places, drawn, is_work in self._steps:
+        for function, picked, offsets, drawn, is_work in self._steps:
             if is_work and failure is not None:
                 continue
             try:
-                found = function([bases[base] + behind for base, behind in places])
+                found = function(list(map(add, picked(bases), offsets)))
                 if drawn is not None:
                     bases[drawn] = found
             except Exception as error:

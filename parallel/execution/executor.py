@@ -7,7 +7,7 @@ H query heads, Hk key heads, D head dimension, Dv the value's.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -142,7 +142,7 @@ def backward(
         found, of_sinks = call.results(lambda: walk()[0]), None
     else:
         found, of_sinks = walk()
-    nothing = inputs.query.new_empty(0)
+    nothing = _nothing(inputs.query.dtype, inputs.query.device)
     return (
         found[0] if needs & NEEDS["query"] else nothing,
         found[-1 - bool(needs & NEEDS["value"])] if needs & NEEDS["key"] else nothing,
@@ -250,6 +250,12 @@ def _backward(
     if inputs.sinks is None or not needs & NEEDS["sinks"]:
         return found, None
     return found, ready.kernels.sink_gradient(inputs.sinks, lse, delta)
+
+
+@lru_cache(maxsize=64)
+def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """In place of a gradient that nobody needs."""
+    return torch.empty(0, dtype=dtype, device=device)
 
 
 def cross(

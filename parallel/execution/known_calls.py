@@ -112,13 +112,13 @@ class KnownCall(NamedTuple):
         group: Any = placement.group  # there are several ranks
         rounds = agreement(group)
         try:
-            memory = repeated.memory(like)
+            memory = repeated.memory(self.tensors)
         except Exception as error:
             rounds.refuse(error, known.digest)
             raise
         device = like.device
         most = agreed(placement, known.digest, self._described, device, known.nbytes)
-        self.transport.open(device, most)
+        self.transport.open_again(self.memory, device, most)
         failure = repeated.run([x.data_ptr() for x in self.tensors], memory)
         rounds.close(failure, device)
         if failure is not None:

@@ -76,6 +76,13 @@ class GroupTransport:
                 lease(chosen, self._most_bytes, group)
         self._now = chosen
 
+    def open_again(self, memory: SymmetricMemory, device: torch.device, nbytes: int | None) -> None:
+        """The same where `copy_engines` gave what the call goes by."""
+        if nbytes is None:
+            self._now = memory
+        else:
+            self.open(device, nbytes)
+
     def copy_engines(self, device: torch.device) -> SymmetricMemory | None:
         """What the next call goes by if it is not captured; None where that is something else, or not known."""
         found = self._by_device.get(device)

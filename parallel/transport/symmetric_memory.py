@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from triton.runtime import driver as triton_driver
 
+from ringflash.kernels.cuda_driver import event_functions
 from ringflash.kernels.kept import Kept
 from ringflash.kernels.requests import ask, cannot_repeat, of_thread
 from ringflash.kernels.torch_private import symmetric_memory
@@ -169,13 +170,17 @@ class SymmetricMemory:
         if of_thread.noting is None:
             return stream.record_event(self._events.pop() if self._events else None)
         event = stream.record_event()  # of the calls that repeat this one, where nobody else has it
-        ask("mark", lambda _: stream.record_event(event))
+        handles = event.cuda_event, stream.cuda_stream
+        ask("mark", lambda _, held=event: event_functions().record(*handles))
         return event
 
     def _wait(self, stream: torch.cuda.Stream, event: torch.Event) -> None:
-        ask("wait", lambda _: stream.wait_event(event))
         if of_thread.noting is None:
+            stream.wait_event(event)
             self._events.append(event)
+        else:
+            handles = stream.cuda_stream, event.cuda_event
+            ask("wait", lambda _, held=event: event_functions().wait(*handles))
 
     def wait(self, events: Sequence[torch.Event]) -> None:
         """Let the current stream wait for what `mark` and transfers recorded, for which nobody else waits."""

@@ -29,7 +29,7 @@ def noted(given: Sequence[Tensor], run: Callable[[], Sequence[Tensor]]) -> tuple
 
 
 def repeat(repeated: Repeated, given: Sequence[Tensor]) -> tuple[list[Tensor], Exception | None]:
-    memory = repeated.memory(given[0])
+    memory = repeated.memory(given)
     failure = repeated.run([x.data_ptr() for x in given], memory)
     return memory, failure
 

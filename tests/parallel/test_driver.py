@@ -61,6 +61,8 @@ def _copy_2d(address: int, stream: int) -> tuple:
 READ = {
     "cuMemcpyAsync": lambda *arguments: arguments,
     "cuMemsetD8Async": lambda *arguments: arguments,
+    "cuEventRecord": lambda *arguments: arguments,
+    "cuStreamWaitEvent": lambda *arguments: arguments,
     "cuMemcpy2DAsync_v2": _copy_2d,
     "cuStreamBatchMemOp_v2": _operations,
 }
@@ -74,10 +76,10 @@ def library() -> Iterator[Library]:
         mock.patch.object(transport_driver, "library", return_value=found),
         mock.patch.object(cuda_driver, "library", return_value=found),
     ):
-        for cached in (transport_driver.driver, cuda_driver.memory_functions):
+        for cached in (transport_driver.driver, cuda_driver.memory_functions, cuda_driver.event_functions):
             cached.cache_clear()
         yield found
-    for cached in (transport_driver.driver, cuda_driver.memory_functions):
+    for cached in (transport_driver.driver, cuda_driver.memory_functions, cuda_driver.event_functions):
         cached.cache_clear()
 
 
@@ -128,6 +130,13 @@ def test_memory_is_filled_with_zeros_in_the_order_of_a_stream(library: Library) 
     library.asked = []
     cuda_driver.memory_functions().zero(1 << 40, 4096, STREAM)
     assert library.asked == [("cuMemsetD8Async", 1 << 40, 0, 4096, STREAM)]
+
+
+def test_events_are_recorded_and_waited_for(library: Library) -> None:
+    library.asked = []
+    cuda_driver.event_functions().record(8, STREAM)
+    cuda_driver.event_functions().wait(STREAM, 8)
+    assert library.asked == [("cuEventRecord", 8, STREAM), ("cuStreamWaitEvent", STREAM, 8, 0)]
 
 
 def test_what_the_driver_refuses_is_an_error_by_name(library: Library) -> None:
