@@ -26,6 +26,10 @@ class Noting(Protocol):
         """A `DirectLaunch` has launched: addresses of its tensors, those that it has maps of last."""
         ...
 
+    def stays(self, address: int, nbytes: int) -> None:
+        """See `stays`."""
+        ...
+
     def cannot(self, why: str) -> None:
         """See `cannot_repeat`."""
         ...
@@ -64,6 +68,13 @@ def draw(what: object, function: Callable[[list[int]], list[int]], sizes: Sequen
     """What a function gives: addresses of as many bytes, others in each call."""
     who = of_thread.noting
     return function([]) if who is None else who.draw(what, function, sizes)
+
+
+def stays(address: int, nbytes: int) -> None:
+    """Addresses there are the same in all calls that may repeat this one, whose asker holds the memory."""
+    who = of_thread.noting
+    if who is not None:
+        who.stays(address, nbytes)
 
 
 @contextmanager

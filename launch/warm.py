@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ringflash.errors import ArgumentError
 from ringflash.kernels.gpu.add_rows import MOST
+from ringflash.kernels.gpu.lay_rows import lay_rows
 from ringflash.kernels.gpu.recording import round_numbers
 from ringflash.kernels.intervals import KeyIntervals, causal_intervals
 from ringflash.kernels.key_blocks import BlockPlaces, unit_of
@@ -200,6 +201,8 @@ def _launch(kernels: ModuleType, part: Part, device: torch.device) -> None:
     dtype = exact if part.kept_exact else form.dtype
     settings: dict[str, Any] = {"scale": dim**-0.5, "modifiers": modifiers}
     sinks = zeros(heads) if form.sinks and not part.kept_exact else None  # they join the last launch
+    if dtype == exact != form.dtype:  # of several ranks, which take keys and values from each other
+        lay_rows(key, value, zeros(ROWS * (key[0].nbytes + value[0].nbytes), dtype=torch.uint8))
     if not part.backward:
         carry = (zeros(ROWS, heads, value_dim, dtype=exact), lse) if part.carried else None
         kernels.attend(query, key, value, intervals, carry=carry, out_dtype=dtype, sinks=sinks, **settings)

@@ -109,6 +109,7 @@ class Recording(DispatchMode, Noting):
         self.steps: list[Step] = []
         self._taken: list[Tensor] = []
         self._kept: list[Any] = []
+        self._staying: list[tuple[int, int]] = []
         self._drawn = 0
         self._rounded: tuple[int, tuple[Tensor, Tensor]] | None = None
         """How many steps there were behind the last rounding, and of what to what it was."""
@@ -236,8 +237,13 @@ class Recording(DispatchMode, Noting):
         self._note(("launch", by), by.again(arguments, stream), addresses, True)
         kept = [x for x in arguments if isinstance(x, Tensor) and not self._source(x.data_ptr())[0]]
         self._kept += kept
-        if not kept and any(not source for source, *_ in self.steps[-1].sources):
+        fixed = [address for source, _, address in self.steps[-1].sources if not source]
+        if not kept and not all(any(first <= x < last for first, last in self._staying) for x in fixed):
             self.cannot("an address that nobody holds")
+
+    def stays(self, address: int, nbytes: int) -> None:
+        """See `ringflash.kernels.requests.stays`."""
+        self._staying.append((address, address + nbytes))
 
     def cannot(self, why: str) -> None:
         """See `ringflash.kernels.requests.cannot_repeat`."""
@@ -288,7 +294,10 @@ class Recording(DispatchMode, Noting):
         steps, drawn = [], last + 1
         for step in self.steps:
             found = [(*bases[source, number], behind) for source, number, behind in step.sources]
-            picked, offsets = picking([base for base, *_ in found]), tuple([first + behind for _, first, behind in found])
+            picked, offsets = (
+                picking([base for base, *_ in found]),
+                tuple([first + behind for _, first, behind in found]),
+            )
             given_bases = slice(drawn, drawn + step.drawn) if step.drawn else None
             steps.append((step.function, picked, offsets, given_bases, step.is_work))
             drawn += step.drawn

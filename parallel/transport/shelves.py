@@ -72,12 +72,15 @@ class Shelves:
         self._calls = self._last_released = 0
         self._seen: set[int] = set()
 
-    def publish(self, stream: int, rectangles: Sequence[Rectangle]) -> None:
-        """Lay out rows of this rank in the order of a stream, when nobody reads any more what was there before."""
+    def begin(self, stream: int) -> None:
+        """What is laid out in the order of a stream behind this comes when nobody reads what was there before."""
         requests, number = Requests(self._driver, stream), self._calls % CIRCLE
         requests.operate([x for address in self._taken for x in (WAIT, address, number, REACHED)])
-        for rectangle in rectangles:
-            requests.copy_rows(rectangle)
+        requests.go()
+
+    def end(self, stream: int) -> None:
+        """What was laid out in the order of a stream may be taken."""
+        requests = Requests(self._driver, stream)
         self._calls += 1
         self._seen.clear()
         number = self._calls % CIRCLE

@@ -26,8 +26,10 @@ from torch import Tensor
 from triton.runtime import driver as triton_driver
 
 from ringflash.kernels.cuda_driver import event_functions
+from ringflash.kernels.gpu.launcher import aligned
+from ringflash.kernels.gpu.lay_rows import lay_rows
 from ringflash.kernels.kept import Kept
-from ringflash.kernels.requests import ask, cannot_repeat, of_thread
+from ringflash.kernels.requests import ask, cannot_repeat, of_thread, stays
 from ringflash.kernels.torch_private import symmetric_memory
 from ringflash.parallel.planning.pulls import Pull
 from ringflash.parallel.transport.base import Add, Expected, Parts
@@ -48,6 +50,9 @@ from ringflash.parallel.transport.shelves import (
 
 LEAST_SHELF, LARGE_SHELF, PAGE = 16 << 20, 512 << 20, 2 << 20
 """Bytes to publish in: at least, from where on hardly more than needed, and multiples of."""
+
+SMALL = 16 << 20
+"""Bytes that are laid out by one launch, not by copies of the driver, whatever lies between those that others take."""
 
 LOOKS_EVERY = 0.5
 """Seconds."""
@@ -170,8 +175,8 @@ class SymmetricMemory:
         if of_thread.noting is None:
             return stream.record_event(self._events.pop() if self._events else None)
         event = stream.record_event()  # of the calls that repeat this one, where nobody else has it
-        handles = event.cuda_event, stream.cuda_stream
-        ask("mark", lambda _, held=event: event_functions().record(*handles))
+        handles, record = (_handle(event), stream.cuda_stream), event_functions().record
+        ask("mark", lambda _, held=event: record(*handles))
         return event
 
     def _wait(self, stream: torch.cuda.Stream, event: torch.Event) -> None:
@@ -179,8 +184,8 @@ class SymmetricMemory:
             stream.wait_event(event)
             self._events.append(event)
         else:
-            handles = stream.cuda_stream, event.cuda_event
-            ask("wait", lambda _, held=event: event_functions().wait(*handles))
+            handles, wait = (stream.cuda_stream, _handle(event)), event_functions().wait
+            ask("wait", lambda _, held=event: wait(*handles))
 
     def wait(self, events: Sequence[torch.Event]) -> None:
         """Let the current stream wait for what `mark` and transfers recorded, for which nobody else waits."""
@@ -272,13 +277,28 @@ class SymmetricMemory:
 
     def publish(self, rows: Sequence[Tensor], given: Sequence[tuple[int, int]]) -> None:
         """See `Shelf`."""
-        lies = lies_of(rows, given) if given else []
-        stream, shelf = self._current().cuda_stream, self._shelf.data_ptr()
+        stream = self._current().cuda_stream
+        ask("room to publish", lambda _: self._published.begin(stream))
+        if given:
+            self._lay_out(rows, given, stream)
+        ask("publish", lambda _: self._published.end(stream))
 
-        def publish(addresses: Sequence[int]) -> None:
-            self._published.publish(stream, laid_out(lies, addresses, shelf))
+    def _lay_out(self, rows: Sequence[Tensor], given: Sequence[tuple[int, int]], stream: int) -> None:
+        first, last, kinds = given[0][0], given[-1][1], kinds_of(rows)
+        [group, *others] = groups(kinds)
+        if len(group.members) == 2 and not others and (last - first) * group.row <= SMALL:
+            one, other = (x[first:last] for x in rows)
+            if aligned(one, other):
+                stays(self._shelf.data_ptr(), self._shelf.nbytes)  # or calls would find their way anew
+                lay_rows(one, other, self._shelf[first * group.row : last * group.row])
+                return
+        lies, shelf, copy_rows = lies_of(rows, given), self._shelf.data_ptr(), driver().copy_rows
 
-        ask("publish", publish, [x.data_ptr() for x in rows])
+        def lay_out(addresses: Sequence[int]) -> None:
+            for rectangle in laid_out(lies, addresses, shelf):
+                copy_rows(rectangle, stream)
+
+        ask("lay out", lay_out, [x.data_ptr() for x in rows])
 
     def pull(
         self, pulls: tuple[Pull, ...], targets: Sequence[Tensor], what: str, free: torch.Event, last: bool
@@ -390,6 +410,11 @@ def _of_all_ranks(memory: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
         return [handle.get_buffer(rank, memory.shape, memory.dtype) for rank in range(group.size())]
     except RuntimeError as error:
         raise UnavailableError(f"torch's symmetric memory: {_first_line(error)}") from error
+
+
+def _handle(event: torch.Event) -> int:
+    """CUDA's own."""
+    return event.cuda_event  # pyrefly: ignore[missing-attribute]  # a CUDA event's
 
 
 def _first_line(error: Exception) -> str:

@@ -238,17 +238,20 @@ def test_calls_of_another_form_find_their_own_way(other) -> None:
 
 def test_calls_find_their_way_anew_where_keys_are_laid_out_elsewhere_since() -> None:
     sharding, x = causal()
-    with repeating(sharding, lambda: attention(x, x, x, sharding=sharding)) as (asked, ran):
+    with (
+        parameters_known() as known,
+        repeating(sharding, lambda: attention(x, x, x, sharding=sharding)) as (asked, ran),
+    ):
         engines = sharding._placement.transport
-        shelf = torch.zeros(1 << 22, dtype=torch.uint8)
-        engines.use_shelf(shelf, None)
-        for calls in (0, 0, 1):
-            asked.clear()
-            attention(x, x, x, sharding=sharding)
-            assert len(ran) == calls
-            targets = [y.target for what, y, *_ in asked if what == "copy rows"]
-            assert targets
-            assert all(0 <= y - shelf.data_ptr() < shelf.nbytes for y in targets)
+        for calls in (0, 3, 6):
+            shelf = torch.zeros(1 << 22, dtype=torch.uint8)
+            engines.use_shelf(shelf, None)
+            for repeated in (0, 0, 1, 2, 3):
+                asked.clear()
+                attention(x, x, x, sharding=sharding)
+                assert len(ran) == calls + repeated
+                _, _, _, _, target, *_ = values(asked[1][1], known[asked[1][1].parameters])
+                assert target == shelf.data_ptr()
 
 
 def test_a_call_without_memory_is_refused_before_anything_is_asked_for() -> None:

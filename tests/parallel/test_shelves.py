@@ -47,7 +47,9 @@ def test_ranks_take_what_was_laid_out_in_the_same_call_whoever_takes_what_and_wh
     def make_call(rank, call):
         laid_out = host.allocate(BYTES)
         host.write(laid_out, _text(rank, call))
-        parts[rank].publish(main[rank], [Rectangle(shelves[rank], 8, laid_out, 8, 8, BYTES // 8)])
+        parts[rank].begin(main[rank])
+        host.copy_rows(Rectangle(shelves[rank], 8, laid_out, 8, 8, BYTES // 8), main[rank])
+        parts[rank].end(main[rank])
         for owner in range(ranks):
             for _ in range(0 if owner == rank else pace.choice((0, 1, 2))):
                 first = pace.randrange(BYTES)
