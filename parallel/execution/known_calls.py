@@ -119,6 +119,7 @@ class KnownCall(NamedTuple):
         device = like.device
         most = agreed(placement, known.digest, self._described, device, known.nbytes)
         self.transport.open_again(self.memory, device, most)
+        assert self.memory.shelves_so_far == known.shelves  # there was room for such a call before
         failure = repeated.run([x.data_ptr() for x in self.tensors], memory)
         rounds.close(failure, device)
         if failure is not None:
