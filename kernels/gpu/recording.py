@@ -353,7 +353,8 @@ def picking(places: Sequence[int]) -> Callable[[list[int]], Sequence[int]]:
     """A function that picks what is at some places of a list."""
     if len(places) > 1:
         return itemgetter(*places)
-    return lambda x: [x[place] for place in places]
+    first = places[0] if places else 0
+    return itemgetter(slice(first, first + len(places)))
 
 
 def _ends(x: Tensor) -> tuple[int, int]:
