@@ -168,6 +168,8 @@ class Recording(DispatchMode, Noting):
         if not x.is_contiguous():
             self.cannot("zeros that lie apart")
             return
+        if not self._source(x.data_ptr())[0]:
+            self.cannot("zeros in memory that is not the call's")
         nbytes, stream = x.nbytes, self._stream
         self._note("zero", lambda at: memory_functions().zero(at[0], nbytes, stream), [x.data_ptr()], True)
 
@@ -178,6 +180,8 @@ class Recording(DispatchMode, Noting):
             return
         if not target.numel():
             return
+        if not self._source(source.data_ptr())[0]:
+            self._kept.append(source)
         width, rows, stream = target[0].nbytes, len(target), self._stream
         target_pitch, source_pitch = (x.stride(0) * x.element_size() for x in (target, source))
         if target_pitch == source_pitch == width or rows == 1:

@@ -500,10 +500,11 @@ def adding_turns(
 
     def build() -> tuple[Tensor, Tensor, Tensor]:
         turns, first_turns = turns_of_tiles(tile_rows, intervals.query_count, tiles.queries)
+        first_turns = first_turns[None, :, None].expand(heads[0], -1, PARTS.value).contiguous()
         return turns, first_turns, heads_in_turn(tile_rows, heads[1], heads[0] // heads[1] * dim * 8)
 
     turns, first_turns, section = intervals.kept(("turns", heads, dim, tiles.keys, tiles.queries), build)
-    return turns, first_turns[None, :, None].expand(heads[0], -1, PARTS.value).contiguous(), section
+    return turns, first_turns.clone(), section
 
 
 def prepare_rows(prepared: PreparedBackward, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:

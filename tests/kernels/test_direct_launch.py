@@ -21,6 +21,8 @@ from ringflash.kernels import hopper
 from ringflash.kernels.gpu import direct_launch, launcher
 from ringflash.kernels.gpu.add_rows import BLOCK, add_rows
 from ringflash.kernels.gpu.direct_launch import NUMBERS, DirectLaunch, Parameters, flat
+from ringflash.kernels.gpu.lay_rows import lay_rows
+from ringflash.kernels.gpu.recording import round_numbers
 from ringflash.kernels.intervals import causal_intervals
 from ringflash.kernels.key_blocks import KeyBlocks
 from ringflash.kernels.sums import Part
@@ -259,3 +261,30 @@ def test_the_same_rows_of_keys_and_values_from_up_to_four_ranks_are_one_launch()
                 add_rows(sums, parts)
             assert len(driver.launches) == 1 + 1 + 2 + 1
             assert all(isinstance(x, Launched) == direct for x in driver.launches)
+
+
+# Rows that are laid beside each other, and numbers that are rounded
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "dims"), [(512, (128, 128)), (77, (64, 192)), (1, (8, 16))])
+def test_rows_lie_beside_each_other(rows: int, dims: tuple[int, int]) -> None:
+    for _ in range(3):
+        first, second = (torch.randn(rows, 2, dim, device="cuda").bfloat16() for dim in dims)
+        expected = torch.cat([x.flatten(1).view(torch.uint8) for x in (first, second)], 1)
+        target = torch.zeros(expected.numel() + 16, dtype=torch.uint8, device="cuda")
+        lay_rows(first, second, target[:-16])
+        assert torch.equal(target[:-16].view_as(expected), expected)
+        assert not target[-16:].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_numbers_are_rounded_as_torch_rounds_them_bit_for_bit(dtype: torch.dtype) -> None:
+    out_of_the_ordinary = [0.0, -0.0, float("inf"), 1e-40, 3.3e38, 1.00390625, 65519.9, 65520.0]
+    for _ in range(3):
+        numbers = 1e3 * torch.randn(9001, device="cuda"), torch.tensor(out_of_the_ordinary, device="cuda")
+        for some in (numbers, numbers[:1], numbers[1:]):
+            rounded = [(x, torch.empty_like(x, dtype=dtype)) for x in some]
+            round_numbers(rounded)
+            assert all(torch.equal(y.view(torch.int16), x.to(dtype).view(torch.int16)) for x, y in rounded)

@@ -80,6 +80,24 @@ def test_nobody_listens_but_modes_transformations_profilers_and_tensors_out_of_t
     assert listens(tensors)
 
 
+def test_a_mode_of_dispatch_sees_every_operator_below_autograd_too() -> None:
+    seen = []
+
+    class Mode(torch_private.DispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    x = torch.ones(2)
+    with Mode(), torch_private.below_autograd():
+        x.new_empty(3)
+        x.to(torch.float64)
+    assert seen == [torch.ops.aten.new_empty.default, torch.ops.aten.to.dtype]
+    with Mode():
+        x.to(torch.float64)
+    assert seen[2:] == [torch.ops.aten._to_copy.default]
+
+
 def test_a_module_has_hooks_of_any_kind_until_they_are_removed() -> None:
     module = torch.nn.Identity()
     assert not torch_private.has_hooks(module)

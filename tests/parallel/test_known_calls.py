@@ -43,7 +43,7 @@ def everything_stays(asked: Asked) -> Iterator[None]:
             found = original(x, *arguments, **settings)
             if isinstance(x, Tensor) and (found is not x or name == "copy_"):
                 held.append(found)
-                source = {"to": x, "copy_": next(iter(arguments), x)}.get(name)
+                source = {"to": x, "clone": x, "copy_": next(iter(arguments), x)}.get(name)
                 if note is not None:
                     asked.append((note, found.data_ptr(), *([] if source is None else [source.data_ptr()])))
             return found
@@ -55,6 +55,7 @@ def everything_stays(asked: Asked) -> Iterator[None]:
         keeping(Tensor, "new_zeros", "zero"),
         keeping(Tensor, "to", "round"),
         keeping(Tensor, "copy_", "copy within"),
+        keeping(Tensor, "clone", "copy within"),
         keeping(torch, "empty_like"),
         keeping(torch, "zeros_like", "zero"),
     ):
@@ -84,7 +85,9 @@ def values(launched: Launched, of: direct_launch.Parameters) -> tuple:
     return launched.function, launched.grid, *pointers, *numbers, *maps
 
 
-def requests(sharding: Sharding, shapes: list[tuple[int, ...]], needed: list[bool], repeats: bool) -> tuple[list, int]:
+def requests(
+    sharding: Sharding, shapes: list[tuple[int, ...]], needed: list[bool], repeats: bool, deterministic: bool = False
+) -> tuple[list, int]:
     """Those of both passes of a call behind some alike, each with tensors of its own; and how many went by a list."""
     kept, ran = [], []
     original = recording.Repeated.run
@@ -121,7 +124,7 @@ def requests(sharding: Sharding, shapes: list[tuple[int, ...]], needed: list[boo
             kept.append(leaves)
             asked.clear()
             with everything_stays(asked):
-                out, lse = attention(*leaves, sharding=sharding)
+                out, lse = attention(*leaves, sharding=sharding, deterministic=deterministic)
                 dout, dlse = torch.ones_like(out), torch.ones_like(lse)
                 given = [x for x, y in zip(leaves, needed, strict=True) if y]
                 of_lse = [(lse, dlse)] if len(given) == 1 else []
@@ -164,6 +167,7 @@ CASES = {
     "bidirectional": {"mask": Mask.bidirectional()},
     "documents": {"cu_seqlens": [0, 100, 1700, 1800, 4096]},
     "ring": {"plan": "ring"},
+    "deterministic": {"deterministic": True},
 }
 
 
@@ -171,11 +175,12 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_calls_by_a_list_ask_for_the_same(case: str, rank: int) -> None:
     settings = {"mask": Mask.causal(), "seqlen": 4096} | CASES[case]
+    deterministic = settings.pop("deterministic", False)
     sharding = Sharding(settings.pop("mask"), rank=rank, ranks=4, head_ranks=1, **settings)
     shapes = [(sharding.tokens, 4, 64), (sharding.tokens, 2, 64), (sharding.tokens, 2, 64)]
     for needed in ([True] * 3, [True, False, False], [False, True, False]):
-        walked, none = requests(sharding, shapes, needed, False)
-        repeated, some = requests(sharding, shapes, needed, True)
+        walked, none = requests(sharding, shapes, needed, False, deterministic)
+        repeated, some = requests(sharding, shapes, needed, True, deterministic)
         assert none == 0
         assert some == 2
         assert repeated == walked

@@ -30,9 +30,11 @@ from ringflash import (
     unshard,
 )
 from ringflash.functional import attention
+from ringflash.kernels.gpu.recording import Repeated
 from ringflash.kernels.kept import Kept
 from ringflash.kernels.select import select
 from ringflash.parallel.agreement.rounds import MOST_AHEAD
+from ringflash.parallel.execution.known_calls import UNNOTED
 from ringflash.parallel.lookup import shardings
 from ringflash.parallel.mesh import ONE_DEVICE
 from ringflash.parallel.planning import choose, choose_heads, heads
@@ -325,6 +327,42 @@ def test_an_error_inside_a_kernel_of_one_gpu_is_heard_by_the_others_some_calls_l
     assert outcomes[1] == "tried to allocate 20 GiB"
     assert "rank 1 raised an error" in outcomes[0]
     assert "OutOfMemoryError: tried to allocate 20 GiB" in outcomes[0]
+
+
+def _repeated():
+    """How many calls went by a list, the largest error beside one GPU, and whether calls gave what they gave before."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    sharding = Sharding(Mask.causal(), seqlen=1024 * ranks, rank=rank, ranks=ranks, head_ranks=1)
+    random = torch.Generator().manual_seed(0)
+    steps = [
+        [torch.randn(1, 1024 * ranks, 4, 64, generator=random).to("cuda", torch.bfloat16) for _ in range(4)]
+        for _ in range(3)
+    ]
+
+    def step(q, k, v, dout, **settings):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out, _ = attention(*leaves, deterministic=True, **settings)
+        return [out, *torch.autograd.grad(out, leaves, dout)]
+
+    ran, original, found = [], Repeated.run, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Repeated, "run", lambda *arguments: ran.append(None) or original(*arguments))
+        for _ in range(4):
+            found += [step(*[sharding.shard(x, 1) for x in tensors], sharding=sharding) for tensors in steps]
+    error = 0.0
+    for number, tensors in enumerate(steps):
+        alone = step(*tensors, group=ONE_DEVICE)
+        for got, x in zip(found[-3 + number], alone, strict=True):
+            error = max(error, (got - sharding.shard(x, 1)).abs().max().item())
+    alike = all(torch.equal(x, y) for i in range(9) for x, y in zip(found[i], found[i + 3], strict=True))
+    return len(ran), error, alike
+
+
+def test_calls_by_a_list_give_bit_for_bit_what_calls_give_that_find_their_way(gpus):
+    for ran, error, alike in gpus.run(_repeated):
+        assert ran == 2 * (12 - UNNOTED - 2)
+        assert error < 0.1
+        assert alike
 
 
 def _sharding_made_ahead(head_ranks):
