@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import random
+import time
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_mailboxes import Host
+from test_mailboxes import PATIENCE, Host
 
 from ringflash.parallel.execution.rows import memory_for, row_by_row
 from ringflash.parallel.planning.pulls import pulls
 from ringflash.parallel.positions.segments import count, normalize
-from ringflash.parallel.transport.driver import Rectangle, Requests
+from ringflash.parallel.transport.driver import WRITE, Rectangle, Requests
 from ringflash.parallel.transport.shelves import (
     Shelves,
     bytes_to_publish,
@@ -67,6 +68,33 @@ def test_ranks_take_what_was_laid_out_in_the_same_call_whoever_takes_what_and_wh
     host.finish()
     for target, text in expected:
         assert bytes(host.memory[target : target + len(text)]) == text
+
+
+@settings(max_examples=15, deadline=None)
+@given(ranks=st.integers(2, 4), calls=st.integers(1, 5), stops=st.integers(0, 4), shared_queue=st.booleans())
+def test_streams_of_ranks_that_give_up_come_to_their_end(ranks, calls, stops, shared_queue):
+    """A rank stops coming to calls, for good; others have gone ahead with some."""
+    host = Host()
+    flags = [host.allocate(flag_bytes(ranks)) for _ in range(ranks)]
+    main = [host.stream() for _ in range(ranks)]
+    takers = [Requests(host.driver, main[rank] if shared_queue else host.stream()) for rank in range(ranks)]
+    parts = [Shelves(rank, flags, takers[rank], host.driver) for rank in range(ranks)]
+    for call in range(calls):
+        for rank in range(int(call >= stops), ranks):
+            parts[rank].begin(main[rank])
+            parts[rank].end(main[rank])
+            for owner in range(ranks):
+                if owner != rank:
+                    parts[rank].expect(owner)
+            parts[rank].release()
+    rescue, give_up = host.stream(), time.monotonic() + PATIENCE
+    while True:  # others may still write smaller numbers
+        for part in parts:
+            host.operate(rescue, [x for address, number in part.awaited() for x in (WRITE, address, number, 0)])
+        time.sleep(0.002)
+        if host.is_done() or time.monotonic() > give_up:
+            break
+    host.finish()
 
 
 @settings(max_examples=60, deadline=None)
