@@ -8,6 +8,7 @@ other by their place, all others by which requests have the same.
 from __future__ import annotations
 
 import ctypes
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
@@ -284,3 +285,17 @@ def test_a_launch_that_fails_is_an_error_once_others_have_what_they_wait_for() -
             attention(x, x, x, sharding=sharding)
         for_others = [what for what in whole if what in ("numbers", "copy", "copy rows", "event")]
         assert [what for what, *_ in asked] == for_others
+
+
+def test_lists_go_with_the_sharding_that_they_are_of() -> None:
+    sharding, x = causal()
+    with repeating(sharding, lambda: attention(x, x, x, sharding=sharding)) as (_, ran):
+        engines, (other, _) = sharding._placement.transport, causal()
+        other._placement.group = sharding._placement.group
+        for _ in range(UNNOTED + 3):
+            attention(x, x, x, sharding=other)
+        assert len(ran) == 1
+        assert len(engines.known_calls) == 2
+        del other
+        gc.collect()
+        assert list(engines.known_calls) == [sharding._placement]
