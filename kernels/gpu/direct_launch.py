@@ -14,7 +14,8 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -361,3 +362,28 @@ BY_TRITON = "a launch by Triton"
 def told(metadata: object) -> None:
     """What Triton calls at its launches while somebody notes what is asked for."""
     cannot_repeat(BY_TRITON)
+
+
+class _Listeners:
+    """How many threads note what is asked for: the last one to end takes the hook away, which is there once."""
+
+    lock, count = threading.Lock(), 0
+
+
+@contextmanager
+def listening() -> Generator[bool]:
+    """Within a `with` this thread's `cannot_repeat` is called at launches by Triton; whether it has hooks that can."""
+    hook = knobs.runtime.launch_enter_hook
+    if not hasattr(hook, "add"):  # as before there were several
+        yield False
+        return
+    with _Listeners.lock:
+        _Listeners.count += 1
+        hook.add(told)
+    try:
+        yield True
+    finally:
+        with _Listeners.lock:
+            _Listeners.count -= 1
+            if not _Listeners.count:
+                hook.remove(told)

@@ -13,6 +13,7 @@ memory, look at it in another way, fill it with zeros, copy it or round it; and 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import combinations
 from operator import add, itemgetter
 from typing import Any, NamedTuple
 
@@ -20,11 +21,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import knobs
 
 from ringflash.kernels.cuda_driver import Rectangle, memory_functions
 from ringflash.kernels.gpu.compile_once import compiled_once
-from ringflash.kernels.gpu.direct_launch import told
+from ringflash.kernels.gpu.direct_launch import listening
 from ringflash.kernels.gpu.launcher import Launcher, aligned
 from ringflash.kernels.kept import Kept
 from ringflash.kernels.requests import Noting, of_thread
@@ -53,6 +53,9 @@ COPYING = {aten._to_copy.default, aten.clone.default, aten.contiguous.default, a
 
 TOGETHER = 512
 """Bytes at whose multiples pieces of memory begin that are taken together, as those that torch hands out."""
+
+WITHIN = "tensors that lie in each other"
+"""Why a call cannot be repeated in whose tensors an address does not say which of them is meant."""
 
 Place = tuple[int, int]
 """Where an address comes from: which of a call's bases, and how many bytes behind it. The first base is 0."""
@@ -116,13 +119,14 @@ class Recording(DispatchMode, Noting):
         self._like = {(x.shape, x.dtype): number for number, x in enumerate(given) if x.is_contiguous()}
         """Which of the call's tensors is like others."""
         self._ranges = [Range(*_ends(x), "given", number) for number, x in enumerate(given)]
+        for x, y in combinations(self._ranges, 2):
+            if x.first != y.first and max(x.first, y.first) < min(x.last, y.last):
+                self.cannot(WITHIN)  # where one begins in another may be an address of either
 
     def __enter__(self) -> Recording:
         """Begin."""
-        self._told = hasattr(knobs.runtime.launch_enter_hook, "add")  # not so of Triton before it had several hooks
-        if self._told:
-            knobs.runtime.launch_enter_hook.add(told)
-        else:
+        self._listening = listening()
+        if not self._listening.__enter__():
             self.cannot("nobody tells of launches")
         of_thread.noting = self
         return super().__enter__()
@@ -131,8 +135,7 @@ class Recording(DispatchMode, Noting):
         """End."""
         super().__exit__(exc_type, exc_val, exc_tb)
         of_thread.noting = None
-        if self._told:
-            knobs.runtime.launch_enter_hook.remove(told)
+        self._listening.__exit__(None, None, None)
 
     # What is asked for
 
@@ -180,12 +183,18 @@ class Recording(DispatchMode, Noting):
             return
         if not target.numel():
             return
+        if not self._source(target.data_ptr())[0]:
+            self.cannot("a copy to memory that is not the call's")
+            return
         if not self._source(source.data_ptr())[0]:
             self._kept.append(source)
         width, rows, stream = target[0].nbytes, len(target), self._stream
         target_pitch, source_pitch = (x.stride(0) * x.element_size() for x in (target, source))
         if target_pitch == source_pitch == width or rows == 1:
             width, rows = width * rows, 1
+        elif min(target_pitch, source_pitch) < width:  # as of one row for all, which the driver cannot copy so
+            self.cannot("a copy of rows that lie in each other")
+            return
 
         def copy(at: list[int]) -> None:
             memory = memory_functions()
@@ -266,7 +275,7 @@ class Recording(DispatchMode, Noting):
         begins = [x for x in self._ranges if x.first == address]
         found = begins or [x for x in self._ranges if x.first <= address < x.last]
         if len({(x.source, x.first) for x in found}) > 1:
-            self.cannot("tensors that lie in each other")
+            self.cannot(WITHIN)
         return (found[0].source, found[0].number, address - found[0].first) if found else ("", 0, address)
 
     # What is made of it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from stand_in import stand_in
 from torch import Tensor
 
 from ringflash.kernels.cuda_driver import Memory
-from ringflash.kernels.gpu import recording
+from ringflash.kernels.gpu import direct_launch, recording
 from ringflash.kernels.gpu.recording import Recording, Repeated
 from ringflash.kernels.requests import ask, cannot_repeat, draw, of_thread, unnoted
 
@@ -78,6 +79,9 @@ def test_what_is_drawn_is_drawn_in_each_call() -> None:
         ("aten.add.Tensor", lambda x: x + 1),
         ("by hand", lambda x: cannot_repeat("by hand")),
         ("a copy of what lies apart within rows", lambda x: x.new_empty(4, 4).copy_(x.view(4, 4).T)),
+        ("a copy of rows that lie in each other", lambda x: x[:4].expand(4, 4).contiguous()),
+        ("a copy of rows that lie in each other", lambda x: x.new_empty(4, 4).copy_(x.as_strided((4, 4), (2, 1)))),
+        ("a copy to memory that is not the call's", lambda x: torch.frombuffer(bytearray(64), dtype=x.dtype).copy_(x)),
         ("a conversion", lambda x: x.to(torch.float64)),
         ("zeros that lie apart", lambda x: x.new_empty(4, 4)[:, 1].zero_()),
     ],
@@ -86,11 +90,24 @@ def test_whatever_is_not_known_makes_a_recording_void(why: str, run: Callable) -
     assert noted([x := torch.ones(16)], lambda: run(x))[0].void == why
 
 
-def test_addresses_within_two_tensors_make_a_recording_void() -> None:
+@pytest.mark.parametrize("first", [lambda x: x[:8], lambda x: x.view(8, 2)[:, 0]])
+def test_tensors_that_lie_in_each_other_make_a_recording_void(first: Callable) -> None:
     x = torch.ones(16)
-    packed = [x.view(8, 2)[:, 0], x.view(8, 2)[:, 1]]
-    assert noted(packed, lambda: ask("", lambda _: None, [packed[1].data_ptr()]))[0].void is None  # where it begins
-    assert noted(packed, lambda: ask("", lambda _: None, [packed[1].data_ptr() + 8]))[0].void
+    assert noted([first(x), x[1:9]], lambda: [])[0].void == recording.WITHIN
+    assert noted([first(x), x[1:1]], lambda: [])[0].void is None
+    assert noted([first(x), x[:4]], lambda: [])[0].void is None
+    assert noted([x[:8], x[8:]], lambda: [])[0].void is None
+
+
+def test_a_launch_by_triton_makes_a_recording_void_while_another_thread_has_ended_its_own() -> None:
+    hook, x = triton.knobs.runtime.launch_enter_hook, torch.ones(1)
+    with Recording([x], STREAM) as found:
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            thread.submit(noted, [x], lambda: []).result()
+        assert found.void is None
+        hook("a launch")
+    assert found.void == direct_launch.BY_TRITON
+    assert not hook.calls
 
 
 def test_results_that_are_not_memory_of_their_own_are_not_repeated() -> None:

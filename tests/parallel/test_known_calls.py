@@ -224,6 +224,38 @@ def test_tensors_that_are_one_in_some_calls_only_make_other_lists() -> None:
         assert len(set(ran)) == 2
 
 
+def test_tensors_that_lie_in_each_other_in_some_calls_only_go_by_no_list_of_those() -> None:
+    sharding, x = causal()
+    half = sharding.tokens // 2
+    whole, value = torch.zeros(1, 2 * sharding.tokens, 2, 64, dtype=torch.bfloat16), torch.zeros_like(x)
+    with one_of_ranks(sharding) as (asked, driver), everything_stays(asked):
+        driver.append = lambda _: None
+
+        def attend(query: Tensor, key: Tensor) -> list:
+            asked.clear()
+            attention(query, key, value, sharding=sharding)
+            return named(asked, [query, key])
+
+        walked = attend(x, apart := torch.zeros_like(x))
+        for _ in range(UNNOTED + 2):
+            attend(whole[:, half : half + sharding.tokens], whole[:, : sharding.tokens])
+        copied = [x[-1] for x in attend(x, apart) if x[0] == "copy within"]
+        assert copied == [x[-1] for x in walked if x[0] == "copy within"]
+
+
+def test_gradients_that_are_one_row_for_all_are_not_copied_as_rows() -> None:
+    sharding, x = causal()
+    with one_of_ranks(sharding) as (asked, driver), torch.autograd.set_multithreading_enabled(False):
+        driver.append = lambda _: None
+        for _ in range(UNNOTED + 4):
+            asked.clear()
+            out, _ = attention(*[x.clone().requires_grad_() for _ in range(3)], sharding=sharding)
+            out.sum(1).backward(torch.ones(1, 2, 64, dtype=torch.bfloat16))
+            for what, *arguments in asked:
+                if what == "copy rows within":
+                    assert min(arguments[0].target_pitch, arguments[0].source_pitch) >= arguments[0].width
+
+
 @pytest.mark.parametrize(
     "other",
     [
