@@ -43,8 +43,8 @@ def lay_rows(first: Tensor, second: Tensor, target: Tensor) -> None:
     Args:
         first: contiguous (rows, ...), of rows of whole 16 bytes, at an address of whole 16 bytes.
         second: the same.
-        target: contiguous bytes, at such an address: each row of the first tensor with that of the second behind it; less
-            than 16 GiB, as the numbers of words are 32 bits wide.
+        target: contiguous bytes, at such an address: each row of the first tensor with that of the second behind it.
+            Less than 16 GiB, as numbers of words are 32 bits wide.
     """
     rows, *words = len(first), *[prod(x.shape[1:]) * x.element_size() // WORD for x in (first, second)]
     if not rows * sum(words):

@@ -66,9 +66,10 @@ class Known:
             self.calls = UNNOTED + TRIES
         self.noted = found
 
-    def forget(self) -> None:
-        """Keys lie elsewhere since."""
-        self.calls, self.noted, self.repeated = UNNOTED, None, None
+    def forget(self, for_good: bool = False) -> None:
+        """Keys lie elsewhere since, or there is no memory for calls by a list."""
+        self.calls = UNNOTED + TRIES if for_good else UNNOTED
+        self.noted = self.repeated = None
 
 
 class KnownCall(NamedTuple):
@@ -95,10 +96,15 @@ class KnownCall(NamedTuple):
     def results(self, walk: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
         """What the call gives: by the list of calls like it, or in the way that `walk` finds it."""
         known, shelves = self.known, self.memory.shelves_so_far
-        if known.repeated is not None:
-            if known.shelves == shelves:
-                return self._again(known.repeated)
+        if known.repeated is not None and known.shelves != shelves:
             known.forget()
+        if known.repeated is not None:
+            try:
+                memory = known.repeated.memory(self.tensors)
+            except Exception:  # walks take it in pieces, and refuse the call where there are none either
+                known.forget(for_good=True)
+            else:
+                return self._again(known.repeated, memory)
         known.calls += 1
         if not UNNOTED < known.calls <= UNNOTED + TRIES:
             return walk()
@@ -107,21 +113,14 @@ class KnownCall(NamedTuple):
         known.note(recording, results, self.memory.shelves_so_far)
         return results
 
-    def _again(self, repeated: Repeated) -> Sequence[Tensor]:
-        known, like, placement = self.known, self.tensors[0], self.placement
+    def _again(self, repeated: Repeated, memory: list[Tensor]) -> Sequence[Tensor]:
+        known, device, placement = self.known, self.tensors[0].device, self.placement
         group: Any = placement.group  # there are several ranks
-        rounds = agreement(group)
-        try:
-            memory = repeated.memory(self.tensors)
-        except Exception as error:
-            rounds.refuse(error, known.digest)
-            raise
-        device = like.device
         most = agreed(placement, known.digest, self._described, device, known.nbytes)
         self.transport.open_again(self.memory, device, most)
         assert self.memory.shelves_so_far == known.shelves  # there was room for such a call before
         failure = repeated.run([x.data_ptr() for x in self.tensors], memory)
-        rounds.close(failure, device)
+        agreement(group).close(failure, device)
         if failure is not None:
             raise failure
         return memory[:-1]

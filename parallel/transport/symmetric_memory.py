@@ -63,6 +63,9 @@ QUEUES = 8
 GRACE = 5.0
 """Seconds beyond the limit: ranks that wait on the host, where they can raise an error, have the same limit."""
 
+PATIENCE = 5.0
+"""Seconds in which nothing comes, after which it is taken that nothing will where ranks have parted."""
+
 
 class UnavailableError(RuntimeError):
     """There is no symmetric memory here, and why."""
@@ -347,11 +350,14 @@ class SymmetricMemory:
     def abandon(self) -> None:
         """Let streams come to their end where other ranks do not come any more: what they wait for is never sent.
 
-        What they find then is nobody's. No further call can be made.
+        GPUs may be far behind their hosts, at calls that all ranks make, so nothing is done as long as something comes.
+        What streams find then is nobody's. No further call can be made.
         """
-        threading.Thread(target=self._go_on_alone, daemon=True, name="ringflash goes on alone").start()
+        # No daemon: a process that ends waits for this, and then for its streams.
+        threading.Thread(target=self._go_on_alone, name="ringflash goes on alone").start()
 
     def _go_on_alone(self) -> None:
+        self._watch.wait_while_something_comes(PATIENCE)
         awaited = [*self._mailboxes.awaited(), *self._published.awaited()]
         operations = [x for address, number in awaited for x in (WRITE, address, number, BEHIND_ALL)]
         with torch.cuda.device(self.device):
@@ -487,6 +493,15 @@ class _Watch:
         """Whether something that was expected is not there yet; for any thread."""
         last = [(index, tuple(expected)[-1:]) for index, expected in enumerate(self._expected)]
         return any(number != self._progress[index] for index, found in last for number, *_ in found)
+
+    def wait_while_something_comes(self, patience: float) -> None:
+        """Until all is there, or nothing has come for so many seconds; for any thread."""
+        before, since = b"", time.monotonic()
+        while self.is_waiting() and time.monotonic() - since < patience:
+            now = self._progress.tobytes()
+            if now != before:
+                before, since = now, time.monotonic()
+            time.sleep(LOOKS_EVERY / 10)
 
     def _look_again(self) -> None:
         while not self.over.wait(LOOKS_EVERY):

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
@@ -24,7 +26,8 @@ from ringflash import Mask, Sharding
 from ringflash.functional import attention
 from ringflash.kernels.gpu import direct_launch, recording
 from ringflash.parallel.execution import known_calls
-from ringflash.parallel.execution.known_calls import UNNOTED
+from ringflash.parallel.execution.known_calls import TRIES, UNNOTED
+from ringflash.parallel.transport import symmetric_memory
 
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter launches nothing", allow_module_level=True)
@@ -292,15 +295,40 @@ def test_calls_find_their_way_anew_where_keys_are_laid_out_elsewhere_since() -> 
                 assert target == shelf.data_ptr()
 
 
-def test_a_call_without_memory_is_refused_before_anything_is_asked_for() -> None:
+def test_a_call_that_has_no_memory_for_all_at_once_finds_its_own_way_from_then_on() -> None:
     sharding, x = causal()
-    with repeating(sharding, lambda: attention(x, x, x, sharding=sharding)) as (asked, _):
-        error = MemoryError("none")
-        with mock.patch.object(recording.Repeated, "memory", side_effect=error), pytest.raises(MemoryError):
-            attention(x, x, x, sharding=sharding)
-        [(what, refused, digest)] = asked
-        assert (what, refused) == ("refuse", error)
-        assert digest == next(iter(sharding._placement._call_digests.values()))
+    with repeating(sharding, lambda: attention(x, x, x, sharding=sharding)) as (asked, ran):
+        attention(x, x, x, sharding=sharding)
+        by_list = [what for what, *_ in asked if what in ("numbers", "copy")]
+        ran.clear()
+        error = torch.OutOfMemoryError("none in one piece")
+        with mock.patch.object(recording.Repeated, "memory", side_effect=error) as memory:
+            for _ in range(UNNOTED + TRIES + 2):
+                asked.clear()
+                attention(x, x, x, sharding=sharding)
+        assert memory.call_count == 1
+        assert not ran
+        assert [what for what, *_ in asked if what in ("numbers", "copy")] == by_list
+
+
+def test_streams_are_let_go_on_alone_once_nothing_comes_any_more() -> None:
+    sharding, x = causal()
+    short = {"PATIENCE": 0.5, "GRACE": 0.2}
+    with one_of_ranks(sharding) as (asked, driver), mock.patch.multiple(symmetric_memory, **short):
+        driver.append = lambda _: None
+        attention(x, x, x, sharding=sharding)
+        engines = sharding._placement.transport
+        asked.clear()
+        engines.abandon()
+        for number in range(20):
+            engines._progress[0] = number  # of calls that all ranks have made
+            time.sleep(0.05)
+        assert not asked
+        [alone] = [thread for thread in threading.enumerate() if thread.name == "ringflash goes on alone"]
+        assert not alone.daemon
+        alone.join(timeout=10)
+        assert not alone.is_alive()
+        assert {what for what, *_ in asked} == {"numbers"}
 
 
 def test_a_launch_that_fails_is_an_error_once_others_have_what_they_wait_for() -> None:
