@@ -34,10 +34,15 @@ from oracle import (
 )
 
 from ringflash.errors import ArgumentError
+from ringflash.kernels.gpu.add_rows import add_rows
 from ringflash.kernels.gpu.block_lists import WORD, BlockLists, key_lists, query_lists
+from ringflash.kernels.gpu.lay_rows import lay_rows
+from ringflash.kernels.gpu.recording import round_numbers
 from ringflash.kernels.intervals import KeyIntervals, causal_intervals
 from ringflash.kernels.kept import Kept
 from ringflash.kernels.modifiers import Modifiers, keep_mask
+from ringflash.kernels.sums import Part
+from ringflash.kernels.sums import add_rows as add_rows_by_torch
 from ringflash.kernels.triton import attend as kernels
 from ringflash.kernels.triton.attend import backward, forward
 from ringflash.kernels.triton.attend.tile_sizes import Tiles
@@ -248,3 +253,32 @@ else:
     def test_refused_arguments_are_named(changed: dict, message: str) -> None:
         with pytest.raises(ArgumentError, match=message):
             attend_with(**changed)
+
+    @settings(max_examples=20, deadline=None)
+    @given(rows=st.integers(1, 700), dims=st.tuples(*[st.sampled_from([8, 24, 64, 128])] * 2))
+    def test_rows_of_keys_and_values_are_laid_beside_each_other(rows: int, dims: tuple[int, int]) -> None:
+        first, second = (torch.randn(rows, dim).bfloat16() for dim in dims)
+        target = torch.zeros(rows * sum(dims) + 8, dtype=torch.bfloat16)
+        lay_rows(first, second, target[:-8].view(torch.uint8))
+        assert torch.equal(target[:-8].view(rows, -1), torch.cat([first, second], 1))
+        assert not target[-8:].any()
+
+    @settings(max_examples=20, deadline=None)
+    @given(ranks=st.integers(1, 6), rows=st.integers(1, 700), first=st.integers(0, 9))
+    def test_parts_of_several_ranks_are_added_in_their_order_bit_for_bit(ranks: int, rows: int, first: int) -> None:
+        sums = [torch.randn(720, 2, dim) for dim in (8, 16)]
+        expected, added = [x.clone() for x in sums], slice(first, first + rows)
+        of_ranks = [(which, torch.randn(rows, *x.shape[1:])) for _ in range(ranks) for which, x in enumerate(sums)]
+        parts = [Part(which, added, x.data_ptr(), lambda x=x: x) for which, x in of_ranks]
+        add_rows(sums, parts)
+        add_rows_by_torch(expected, parts)
+        assert all(torch.equal(x, y) for x, y in zip(sums, expected, strict=True))
+
+    @pytest.mark.parametrize("counts", [(9001,), (9001, 5), (5, 9001)])
+    def test_numbers_are_rounded_as_torch_rounds_them(counts: tuple[int, ...]) -> None:
+        exact = [1e3 * torch.randn(count) for count in counts]  # to fp16: the interpreter rounds bf16 towards zero
+        rounded = [torch.zeros(len(x) + 8, dtype=torch.float16) for x in exact]
+        round_numbers([(x, y[:-8]) for x, y in zip(exact, rounded, strict=True)])
+        for x, y in zip(exact, rounded, strict=True):
+            assert torch.equal(y[:-8], x.half())
+            assert not y[-8:].any()
