@@ -181,8 +181,8 @@ def known_call(
 
 
 def as_they_travel(inputs: Inputs, placement: Placement) -> Inputs:
-    """The call with contiguous keys."""
-    if inputs.key.is_contiguous() and inputs.value.is_contiguous():
+    """The call with contiguous keys; as it is where heads are exchanged, which takes any strides."""
+    if placement.head_ranks > 1 or (inputs.key.is_contiguous() and inputs.value.is_contiguous()):
         return inputs
     with refusals_notified(placement.group):
         return inputs._replace(key=inputs.key.contiguous(), value=inputs.value.contiguous())

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -26,6 +27,7 @@ from ringflash import Mask, Sharding
 from ringflash.functional import attention
 from ringflash.kernels.gpu import direct_launch, recording
 from ringflash.parallel.execution import known_calls
+from ringflash.parallel.execution.call import Inputs
 from ringflash.parallel.execution.known_calls import TRIES, UNNOTED
 from ringflash.parallel.transport import symmetric_memory
 
@@ -359,3 +361,16 @@ def test_lists_go_with_the_sharding_that_they_are_of() -> None:
         del other
         gc.collect()
         assert list(engines.known_calls) == [sharding._placement]
+
+
+@pytest.mark.parametrize("head_ranks", [1, 2])
+def test_strided_keys_are_copied_once_at_most(head_ranks: int) -> None:
+    sharding = Sharding(Mask.causal(), seqlen=1024, rank=0, ranks=4, head_ranks=head_ranks)
+    placement = sharding._placement
+    placement.group = SimpleNamespace(size=lambda: 4)
+    query, key, value = torch.zeros(sharding.tokens, 3, 2, 64).unbind(1)
+    given = Inputs(query, key, value, *(None,) * (len(Inputs._fields) - 3))
+    found = known_calls.as_they_travel(given, placement)
+    assert found.query is query
+    assert found.key.is_contiguous() is (head_ranks == 1)  # heads that cross are copied from any strides
+    assert known_calls.as_they_travel(found, placement) is found
