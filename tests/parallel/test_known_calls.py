@@ -11,7 +11,7 @@ import ctypes
 import gc
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from unittest import mock
@@ -92,7 +92,11 @@ def values(launched: Launched, of: direct_launch.Parameters) -> tuple:
 
 
 def requests(
-    sharding: Sharding, shapes: list[tuple[int, ...]], needed: list[bool], repeats: bool, deterministic: bool = False
+    sharding: Sharding,
+    shapes: list[tuple[int, ...]],
+    needed: list[bool],
+    repeats: bool,
+    settings: Callable[[], dict[str, object]],
 ) -> tuple[list, int]:
     """Those of both passes of a call behind some alike, each with tensors of its own; and how many went by a list."""
     kept, ran = [], []
@@ -130,14 +134,16 @@ def requests(
             kept.append(leaves)
             asked.clear()
             with everything_stays(asked):
-                out, lse = attention(*leaves, sharding=sharding, deterministic=deterministic)
+                given_settings = settings()
+                out, lse = attention(*leaves, sharding=sharding, **given_settings)
                 dout, dlse = torch.ones_like(out), torch.ones_like(lse)
                 given = [x for x, y in zip(leaves, needed, strict=True) if y]
                 of_lse = [(lse, dlse)] if len(given) == 1 else []
                 outs, douts = zip((out, dout), *of_lse, strict=True)
                 gradients = torch.autograd.grad(outs, given, douts)
-            kept.append((out, lse, dout, dlse, gradients))
+            kept.append((out, lse, dout, dlse, gradients, given_settings))
         places = [*leaves, out, lse, dout, dlse, *gradients, engines._memory, engines._shelf, engines._progress]
+        places += [x for x in given_settings.values() if isinstance(x, Tensor)]
         return named(asked, places), len(ran)
 
 
@@ -173,7 +179,11 @@ CASES = {
     "bidirectional": {"mask": Mask.bidirectional()},
     "documents": {"cu_seqlens": [0, 100, 1700, 1800, 4096]},
     "ring": {"plan": "ring"},
-    "deterministic": {"deterministic": True},
+    "deterministic": {"call": lambda: {"deterministic": True}},
+    "dropout and softcap": {
+        "call": lambda: {"dropout": 0.5, "dropout_seed": torch.zeros(1, dtype=torch.int64), "softcap": 30.0}
+    },
+    "sinks": {"call": lambda: {"sinks": torch.zeros(4)}},
 }
 
 
@@ -181,12 +191,12 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_calls_by_a_list_ask_for_the_same(case: str, rank: int) -> None:
     settings = {"mask": Mask.causal(), "seqlen": 4096} | CASES[case]
-    deterministic = settings.pop("deterministic", False)
+    of_call = settings.pop("call", dict)
     sharding = Sharding(settings.pop("mask"), rank=rank, ranks=4, head_ranks=1, **settings)
     shapes = [(sharding.tokens, 4, 64), (sharding.tokens, 2, 64), (sharding.tokens, 2, 64)]
     for needed in ([True] * 3, [True, False, False], [False, True, False]):
-        walked, none = requests(sharding, shapes, needed, False, deterministic)
-        repeated, some = requests(sharding, shapes, needed, True, deterministic)
+        walked, none = requests(sharding, shapes, needed, False, of_call)
+        repeated, some = requests(sharding, shapes, needed, True, of_call)
         assert none == 0
         assert some == 2
         assert repeated == walked
