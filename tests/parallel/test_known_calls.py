@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from random import Random
 from types import SimpleNamespace
 from unittest import mock
 
@@ -35,6 +37,9 @@ if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter launches nothing", allow_module_level=True)
 
 LEAST_ADDRESS = 1 << 32
+
+BETWEEN = ("numbers", "copy")
+"""What is asked for between GPUs."""
 
 
 @contextmanager
@@ -311,7 +316,7 @@ def test_a_call_that_has_no_memory_for_all_at_once_finds_its_own_way_from_then_o
     sharding, x = causal()
     with repeating(sharding, lambda: attention(x, x, x, sharding=sharding)) as (asked, ran):
         attention(x, x, x, sharding=sharding)
-        by_list = [what for what, *_ in asked if what in ("numbers", "copy")]
+        by_list = [what for what, *_ in asked if what in BETWEEN]
         ran.clear()
         error = torch.OutOfMemoryError("none in one piece")
         with mock.patch.object(recording.Repeated, "memory", side_effect=error) as memory:
@@ -320,7 +325,7 @@ def test_a_call_that_has_no_memory_for_all_at_once_finds_its_own_way_from_then_o
                 attention(x, x, x, sharding=sharding)
         assert memory.call_count == 1
         assert not ran
-        assert [what for what, *_ in asked if what in ("numbers", "copy")] == by_list
+        assert [what for what, *_ in asked if what in BETWEEN] == by_list
 
 
 def test_streams_are_let_go_on_alone_once_nothing_comes_any_more() -> None:
@@ -384,3 +389,46 @@ def test_strided_keys_are_copied_once_at_most(head_ranks: int) -> None:
     assert found.query is query
     assert found.key.is_contiguous() is (head_ranks == 1)  # heads that cross are copied from any strides
     assert known_calls.as_they_travel(found, placement) is found
+
+
+def interleaved(rank: int, seed: int, repeats: bool) -> tuple[list, int]:
+    """What is asked for between GPUs by passes of calls of two shardings in any order; and how many went by a list."""
+    random, ran, pending = Random(seed), [], []
+    masks = (Mask.causal(), 1024), (Mask.sliding_window(300, 0), 2048)
+    shardings = [Sharding(mask, seqlen=n, rank=rank, ranks=4, head_ranks=1) for mask, n in masks]
+    original = recording.Repeated.run
+
+    def run(self, *arguments):
+        ran.append(self)
+        return original(self, *arguments)
+
+    with (
+        one_of_ranks(shardings[0]) as (asked, driver),
+        torch.autograd.set_multithreading_enabled(False),
+        mock.patch.object(recording.Repeated, "run", run),
+        mock.patch.object(known_calls, "UNNOTED", UNNOTED if repeats else 1 << 30),
+    ):
+        driver.append = lambda _: None
+        engines, shardings[1]._placement.group = shardings[0]._placement.transport, shardings[0]._placement.group
+        for _ in range(60):
+            if not pending or random.random() < 0.5:
+                sharding, scale = random.choice(shardings), random.choice([None, 0.5])
+                leaves = [torch.zeros(1, sharding.tokens, 2, 64).bfloat16().requires_grad_() for _ in range(3)]
+                pending.append((attention(*leaves, sharding=sharding, scale=scale)[0], leaves))
+            else:
+                (out, leaves), again = random.choice(pending), random.random() < 0.3
+                torch.autograd.grad(out, leaves, torch.ones_like(out), retain_graph=again)
+                pending = [x for x in pending if again or x[0] is not out]
+        ours = [engines._memory, engines._shelf, engines._progress]
+        between = [re.sub("other [0-9]+", "elsewhere", str(x)) for x in named(asked, ours) if x[0] in BETWEEN]
+    return between, len(ran)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_calls_by_a_list_among_others_in_any_order_leave_flags_and_chunks_as_those_do(rank: int) -> None:
+    for seed in range(2):
+        walked, none = interleaved(rank, seed, False)
+        repeated, some = interleaved(rank, seed, True)
+        assert none == 0
+        assert some > 5
+        assert repeated == walked
