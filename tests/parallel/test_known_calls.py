@@ -13,7 +13,9 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from random import Random
 from types import SimpleNamespace
 from unittest import mock
@@ -22,13 +24,13 @@ import pytest
 import torch
 import triton
 from copy_engines import Asked, one_of_ranks
-from stand_in import Launched
+from stand_in import Launched, StandIn
 from torch import Tensor
 
 from ringflash import Mask, Sharding
 from ringflash.functional import attention
 from ringflash.kernels.gpu import direct_launch, recording
-from ringflash.parallel.execution import known_calls
+from ringflash.parallel.execution import head_groups, known_calls
 from ringflash.parallel.execution.call import Inputs
 from ringflash.parallel.execution.known_calls import TRIES, UNNOTED
 from ringflash.parallel.transport import symmetric_memory
@@ -292,6 +294,63 @@ def test_calls_of_another_form_find_their_own_way(other) -> None:
     with repeating(sharding, lambda: attention(x, x, x, sharding=sharding)) as (_, ran):
         other(x, sharding)
         assert not ran
+
+
+@contextmanager
+def another_stream() -> Iterator[None]:
+    with mock.patch.object(StandIn, "get_current_stream", return_value=7):
+        yield
+
+
+def in_another_thread(attend: Callable[[], object]) -> None:
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        thread.submit(attend).result()
+
+
+@pytest.mark.parametrize("other", ["nothing", "mask", "strides", "thread", "stream", "gradients"])
+def test_what_a_list_was_made_for_is_told_apart_one_by_one(other: str) -> None:
+    masks = [Mask.causal(), Mask.bidirectional()]
+    sharding = Sharding(masks, seqlen=1024, rank=0, ranks=4, head_ranks=1)
+    x, y, z = (torch.zeros(1, sharding.tokens, 2, 64, dtype=torch.bfloat16) for _ in range(3))
+    strided = torch.zeros(1, 2, sharding.tokens, 64, dtype=torch.bfloat16).transpose(1, 2)
+    attend = partial(attention, x, y, z, mask=masks[0], sharding=sharding)
+    with repeating(sharding, attend) as (_, ran):
+        match other:
+            case "nothing":
+                attend()
+            case "mask":
+                attend(mask=masks[1])
+            case "strides":
+                attention(strided, y, z, mask=masks[0], sharding=sharding)
+            case "thread":
+                in_another_thread(attend)
+            case "stream":
+                with another_stream():
+                    attend()
+            case "gradients":
+                attention(x, y, torch.zeros_like(z, requires_grad=True), mask=masks[0], sharding=sharding)
+        assert len(ran) == (other == "nothing")
+
+
+def test_heads_in_groups_have_a_list_each() -> None:
+    sharding, x = causal()
+    ran = []
+    original = recording.Repeated.run
+
+    def run(self, *arguments):
+        ran.append(self)
+        return original(self, *arguments)
+
+    with (
+        one_of_ranks(sharding) as (asked, driver),
+        mock.patch.object(recording.Repeated, "run", run),
+        mock.patch.object(head_groups, "_groups", return_value=2),
+        mock.patch.dict(vars(sharding._placement), short=False),
+    ):
+        driver.append = asked.append
+        for _ in range(UNNOTED + TRIES):
+            attention(x, x, x, sharding=sharding, dropout=0.5, dropout_seed=torch.zeros(1, dtype=torch.int64))
+    assert len(set(ran)) == 2
 
 
 def test_calls_find_their_way_anew_where_keys_are_laid_out_elsewhere_since() -> None:
