@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from enum import Enum
 
 import torch
 import triton
@@ -21,6 +22,7 @@ from ringflash.kernels.gpu.chips import multiprocessors
 from ringflash.kernels.gpu.compile_once import compiled_once
 from ringflash.kernels.gpu.launcher import Description, Launcher, aligned, description_of
 from ringflash.kernels.gpu.modifiers_given import modifiers_aligned, modifiers_metadata
+from ringflash.kernels.gpu.row_delta import row_delta
 from ringflash.kernels.hopper import widest
 from ringflash.kernels.hopper.backward_kernel import attend_backward_kernel
 from ringflash.kernels.hopper.backward_order import order_of_lists, order_of_programs
@@ -42,7 +44,7 @@ from ringflash.kernels.hopper.descriptors import (
     without_memory,
 )
 from ringflash.kernels.hopper.dquery_accumulate import HALF
-from ringflash.kernels.hopper.dquery_in_turn import PARTS, heads_in_turn, turns_of_tiles
+from ringflash.kernels.hopper.dquery_in_turn import PARTS, heads_in_turn, turn_bounds, turns_of_tiles
 from ringflash.kernels.hopper.dropout import dropout_numbers, listed
 from ringflash.kernels.hopper.listed_blocks import list_numbers, list_tensors
 from ringflash.kernels.hopper.narrow import backward_narrow, tiles_for
@@ -165,15 +167,64 @@ def attend_backward(
         )  # fmt: skip
     operands = (dout, query, key, value)
     numbers = (lse, delta, carry)
-    call = _call(operands, numbers, intervals, scale, modifiers, dkey_dtype, deterministic)
+    prepared = prepared_backward(operands, numbers, intervals, scale, modifiers, dquery_dtype, dkey_dtype, deterministic)
+    return prepared(operands, numbers, intervals, dquery_dtype, modifiers)[:3]
+
+
+def prepared_backward(
+    operands: Operands,
+    numbers: Numbers,
+    intervals: KeyIntervals,
+    scale: float,
+    modifiers: Modifiers | None,
+    dquery_dtype: torch.dtype,
+    dkey_dtype: torch.dtype,
+    deterministic: bool,
+) -> PreparedBackward:
+    """What is kept for calls alike, and made in the first of them."""
+    _, query, key, value = operands
+    adding = way_of_adding(operands, numbers, intervals, dquery_dtype, deterministic, modifiers)
+    call = _call(operands, numbers, intervals, scale, modifiers, dkey_dtype, adding)
     prepared = prepared_calls.get(call)
     if prepared is None:
         check_operands(query, key, value, intervals, scale, modifiers)
-        plain = simple and not (deterministic or modifiers)
+        plain = adding == Adding.AS_IT_COMES and not (intervals.has_sink_tokens or intervals.blocks or modifiers)
         tiles = backward_tiles(modifiers)[backward_width(query.shape[2], value.shape[2], plain)]
-        prepared = PreparedBackward(operands, numbers, intervals, scale, dkey_dtype, tiles, deterministic, modifiers)
+        prepared = PreparedBackward(operands, numbers, intervals, scale, dkey_dtype, tiles, adding, modifiers)
         prepared_calls.add(call, prepared)
-    return prepared(operands, numbers, intervals, dquery_dtype, modifiers)
+    return prepared
+
+
+class Adding(Enum):
+    """How key tiles add up the gradient of query: see `dquery_in_turn` for all but the first."""
+
+    AS_IT_COMES = "as it comes"
+    IN_TURN = "in turn"
+    ROUNDED_IN_TURN = "rounded, in turn"
+    ROUNDED = "rounded, as it comes"
+
+
+WIDEST_WINDOW = 2048
+"""Keys of a row up to which programs that round the gradient of query are faster than passes over memory for it."""
+
+
+def way_of_adding(
+    operands: Operands,
+    numbers: Numbers,
+    intervals: KeyIntervals,
+    dquery_dtype: torch.dtype,
+    deterministic: bool,
+    modifiers: Modifiers | None,
+) -> Adding:
+    """What suits a call; arguments as in `prepared_backward`."""
+    simple = not intervals.has_sink_tokens and intervals.blocks is None
+    query, value = operands[1], operands[3]
+    narrow_enough = intervals.band is not None and intervals.band <= WIDEST_WINDOW
+    width = backward_width(query.shape[2], value.shape[2], False)
+    rounds = numbers[2] is None and dquery_dtype == query.dtype and width in ("64", "128") and simple
+    if rounds and (deterministic or (narrow_enough and modifiers is None)):
+        return Adding.ROUNDED_IN_TURN if deterministic else Adding.ROUNDED
+    return Adding.IN_TURN if deterministic else Adding.AS_IT_COMES
 
 
 def whole_backward(
@@ -197,7 +248,14 @@ def whole_backward(
         return None
     narrow = tiles_for(query, value, intervals, dquery_dtype, more=dkey_dtype not in (None, key.dtype))
     operands = dout, query, key, value
-    return narrow and backward_narrow(operands, (lse, None, dlse), intervals, scale, dkey_dtype, narrow)
+    if narrow:
+        return backward_narrow(operands, (lse, None, dlse), intervals, scale, dkey_dtype, narrow)
+    simple = not intervals.has_sink_tokens and intervals.blocks is None
+    if (deterministic and not simple) or query.shape[2] == WIDEST:
+        return None
+    numbers, (dquery_dtype, dkey_dtype) = (lse, None, None), (dquery_dtype or query.dtype, dkey_dtype or key.dtype)
+    prepared = prepared_backward(operands, numbers, intervals, scale, None, dquery_dtype, dkey_dtype, deterministic)
+    return prepared(operands, numbers, intervals, dquery_dtype, None, (out, dlse))
 
 
 prepared_calls = Kept()
@@ -205,8 +263,8 @@ prepared_calls = Kept()
 
 Operands = tuple[Tensor, Tensor, Tensor, Tensor]
 """Dout, query, key, value."""
-Numbers = tuple[Tensor, Tensor, Tensor | None]
-"""Lse, delta, carry."""
+Numbers = tuple[Tensor, Tensor | None, Tensor | None]
+"""Lse, delta or None to find it, carry."""
 
 
 def _call(
@@ -216,14 +274,14 @@ def _call(
     scale: float,
     modifiers: Modifiers | None,
     dkey_dtype: torch.dtype,
-    deterministic: bool,
+    adding: Adding,
 ) -> tuple:
     """All that a `PreparedBackward` depends on."""
     return (
         *map(metadata, operands), *map(metadata, numbers), dkey_dtype,
         intervals.start.shape, intervals.key_count, intervals.has_sink_tokens,
         intervals.blocks and intervals.blocks.metadata(), scale,
-        deterministic, modifiers_metadata(modifiers),
+        adding, modifiers_metadata(modifiers),
         (aligned(*operands, *numbers) and modifiers_aligned(modifiers)) or tuple(map(aligned, (*operands, *numbers))),
     )  # fmt: skip
 
@@ -234,12 +292,12 @@ class PreparedBackward:
     Args:
         operands: dout, query, key and value of the first call, checked.
         numbers: lse, delta and carry of the first call.
-        intervals: as in `attend_backward`, of the first call; so are the others. No sink tokens or blocks where
-            deterministic.
+        intervals: as in `attend_backward`, of the first call; so are the others. No sink tokens or blocks where the
+            gradient of query is not added up as it comes.
         scale: see intervals.
         dkey_dtype: see intervals.
         tiles: sizes of the launch.
-        deterministic: see intervals.
+        adding: how the gradient of query is.
         modifiers: see intervals.
     """
 
@@ -251,16 +309,17 @@ class PreparedBackward:
         scale: float,
         dkey_dtype: torch.dtype,
         tiles: BackwardTiles,
-        deterministic: bool = False,
+        adding: Adding = Adding.AS_IT_COMES,
         modifiers: Modifiers | None = None,
     ) -> None:
         _, query, key, value = operands
         (query_rows, heads, dim), (key_rows, key_heads, value_dim) = query.shape, value.shape
         group = heads // key_heads
-        self.tiles, self.deterministic = tiles, deterministic
+        self.tiles, self.in_turn = tiles, adding != Adding.AS_IT_COMES
+        self.rounds = adding in (Adding.ROUNDED, Adding.ROUNDED_IN_TURN)
         self.heads = heads, key_heads
         sink_tokens, self.has_lists = intervals.has_sink_tokens, intervals.blocks is not None
-        self.width = backward_width(dim, value_dim, not (deterministic or modifiers or sink_tokens or self.has_lists))
+        self.width = backward_width(dim, value_dim, not (self.in_turn or modifiers or sink_tokens or self.has_lists))
         self.dkey_dtype, self.float_out = dkey_dtype, dkey_dtype != key.dtype
         self.stored_dtype = torch.float32 if self.float_out else dkey_dtype
         self.empty = query_rows == 0 or key_rows == 0
@@ -323,10 +382,14 @@ class PreparedBackward:
                 dquery_description, *of_dkey, of_dvalue[0], *(None,) * 5, row_description, row_description,
             )  # fmt: skip
         else:
+            rounded = None
+            if self.rounds:
+                of_rounded = without_memory(query.shape, query.dtype)
+                rounded = description_of(descriptor(of_rounded, HALF.value, HALF.value // 2, padded))
             described = (
                 *(of_operands[i] for i in (1, 0, 2, 3)), number_description, number_description,
                 dquery_description, of_dkey[0], of_dvalue[0], *(None,) * 13, row_description, row_description,
-                None, None, dropout_description,
+                None, None, dropout_description, *(None,) * 4, rounded,
             )  # fmt: skip
         self.launch = Launcher(
             programs * key_heads,
@@ -334,7 +397,8 @@ class PreparedBackward:
              *(() if self.width == "192/128" else (*drops, *list_numbers(self._lists(intervals))))),
             dict(
                 GROUP=group, QUERY_STAGES=tiles.stages[0], DOUT_STAGES=tiles.stages[1],
-                FLOAT_OUT=self.float_out, **({} if self.width == "192/128" else {"ORDERED": deterministic}),
+                FLOAT_OUT=self.float_out, **({} if self.width == "192/128" else {"ORDERED": self.in_turn}),
+                **({"REPEATS": adding == Adding.ROUNDED_IN_TURN} if self.width in ("64", "128") else {}),
                 DIMS=(dim, value_dim),
                 CONSUMER_REGISTERS=tiles.registers[0], PRODUCER_REGISTERS=tiles.registers[1],
             ),
@@ -350,20 +414,31 @@ class PreparedBackward:
         intervals: KeyIntervals,
         dquery_dtype: torch.dtype,
         modifiers: Modifiers | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of query, key and value."""
-        _, query, key, value = operands
+        found: tuple[Tensor, Tensor | None] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Gradients of query, key and value, and delta, for which out and dlse are given where it is None."""
+        dout, query, key, value = operands
         lse, delta, carry = numbers
-        dquery = query.new_zeros(query.shape, dtype=torch.float32) if carry is None else carry.contiguous()
+        if self.rounds:
+            dquery, rounded = query.new_empty(query.shape, dtype=torch.float32), query.new_zeros(query.shape)
+        else:
+            dquery = query.new_zeros(query.shape, dtype=torch.float32) if carry is None else carry.contiguous()
         dkey = key.new_empty(key.shape, dtype=self.stored_dtype)
         dvalue = value.new_empty(value.shape, dtype=self.stored_dtype)
         if self.empty:
-            return dquery.to(dquery_dtype), dkey.zero_().to(self.dkey_dtype), dvalue.zero_().to(self.dkey_dtype)
+            if delta is None:
+                delta = row_delta(dout, *found)
+            dquery = query.new_zeros(query.shape, dtype=dquery_dtype)
+            return dquery, dkey.zero_().to(self.dkey_dtype), dvalue.zero_().to(self.dkey_dtype), delta
 
+        if delta is None:
+            delta = row_delta(dout, *found)
         scaled_lse, minus_delta = prepare_rows(self, lse, delta)
-        order, turns, turn_now, section, programs, slots = (None,) * 6
-        if self.deterministic:
+        order, turns, turn_now, section, bounds, programs, slots = (None,) * 7
+        if self.in_turn:
             turns, turn_now, section = adding_turns(intervals, self.heads, query.shape[2], self.tiles)
+            if self.rounds:
+                bounds = bounds_of_turns(intervals, self.tiles)
         elif self.slot_shapes is not None:
             programs, order = programs_with_tokens(intervals, self.tiles.keys, self.heads[1])
             slots = tuple(query.new_empty(shape, dtype=torch.float32) for shape in self.slot_shapes)
@@ -396,14 +471,17 @@ class PreparedBackward:
             tensors = (
                 query, dout, key, value, scaled_lse, minus_delta, dquery, written[0], written[2],
                 *pointers, *seeing, order, turns, turn_now, section, *tokens, *positions, *dropping,
-                *(list_tensors(self._lists(intervals)) if self.has_lists else (None,) * 3), *self.shape,
+                *(list_tensors(self._lists(intervals)) if self.has_lists else (None,) * 3),
+                *(() if self.width == "256" else (rounded if self.rounds else None, bounds)), *self.shape,
             )  # fmt: skip
             self.launch(attend_backward_wide_kernel if self.width == "256" else attend_backward_kernel, tensors)
         if programs is not None:
             add_slots(programs, slots, dkey, dvalue, self.tiles.keys)
         if self.stored_dtype != self.dkey_dtype:
             dkey, dvalue = dkey.to(self.dkey_dtype), dvalue.to(self.dkey_dtype)
-        return dquery if dquery_dtype == torch.float32 else dquery.to(dquery_dtype), dkey, dvalue
+        if self.rounds:
+            dquery = rounded
+        return dquery.to(dquery_dtype), dkey, dvalue, delta
 
     def _lists(self, intervals: KeyIntervals) -> ListOperands:
         """Blocks of queries; bits are of keys, or of queries where these are the rows of scores."""
@@ -504,6 +582,15 @@ def adding_turns(
 
     turns, first_turns, section = intervals.kept(("turns", heads, dim, tiles.keys, tiles.queries), build)
     return turns, first_turns[None, :, None].expand(heads[0], -1, PARTS.value).contiguous(), section
+
+
+def bounds_of_turns(intervals: KeyIntervals, tiles: BackwardTiles) -> Tensor:
+    """See `turn_bounds`, made once for the intervals."""
+
+    def build() -> Tensor:
+        return turn_bounds(intervals.key_tile_rows(tiles.keys), intervals.query_count, tiles.queries)
+
+    return intervals.kept(("turn bounds", tiles.keys, tiles.queries), build)
 
 
 def prepare_rows(prepared: PreparedBackward, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,8 +21,17 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from ringflash.kernels.hopper.compat import store_wait
-from ringflash.kernels.hopper.dquery_accumulate import add_part, lay_down, parts_in_step
+from ringflash.kernels.hopper.blocks import flat_layout
+from ringflash.kernels.hopper.compat import reinterpret, store_wait
+from ringflash.kernels.hopper.dquery_accumulate import (
+    HALF,
+    add_part,
+    lay_down,
+    load_part,
+    parts_in_step,
+    store_first_part,
+    store_rounded_part,
+)
 
 PARTS = gl.constexpr(2)
 """Parts of a block of dQ, one for each consumer warpgroup, that are added in turns of their own."""
@@ -56,6 +65,25 @@ def turns_of_tiles(tile_rows: Tensor, query_rows: int, block: int) -> tuple[Tens
     turns = torch.where(seen, seen_so_far[:-1], -1)
     first_rows = torch.arange(0, query_rows, block, dtype=end.dtype, device=end.device)
     return turns, seen_so_far[torch.searchsorted(end, first_rows, right=True)]
+
+
+def turn_bounds(tile_rows: Tensor, query_rows: int, block: int) -> Tensor:
+    """First and last turn of each block of query rows, (blocks, 2) int32; the last is below the first without visitors.
+
+    Args:
+        tile_rows: as in `turns_of_tiles`; so are the others.
+        query_rows: see tile_rows.
+        block: see tile_rows.
+
+    Example:
+        >>> turn_bounds(torch.tensor([[0, 0, 2, 4], [4, 4, 4, 4], [3, 3, 8, 8]]), query_rows=8, block=4).tolist()
+        [[0, 1], [1, 1]]
+    """
+    begin, end = (tile_rows[:, column].contiguous() for column in (0, 3))
+    seen_so_far = torch.nn.functional.pad((end > begin).cumsum(0, dtype=torch.int32), (1, 0))
+    first_rows = torch.arange(0, query_rows, block, dtype=end.dtype, device=end.device)
+    before = torch.searchsorted(end, first_rows, right=True), torch.searchsorted(begin, first_rows + block)
+    return torch.stack([seen_so_far[before[0]], seen_so_far[before[1]] - 1], 1)
 
 
 def heads_in_turn(tile_rows: Tensor, key_heads: int, row_bytes: int) -> Tensor:
@@ -136,6 +164,93 @@ def add_in_turn(turns, rows, dquery_desc, parts, queries, PART: gl.constexpr, GR
         if turns.own >= 0:
             pass_turn(now_ptr)
         block, member = next_block_and_member(rows, block, member, GROUP, True)
+
+
+class Rounding(NamedTuple):
+    """How a block of dQ is rounded by the program whose turn is the last.
+
+    desc: of dQ in 16 bits. bounds_ptr: first and last turn of each block. earlier: what the others have added up of each
+    part, with barriers.
+    """
+
+    desc: gl.tensor
+    bounds_ptr: gl.tensor
+    earlier: gl.shared_memory_descriptor
+    loaded: gl.shared_memory_descriptor
+
+
+@gluon.jit
+def allocate_rounding(desc, bounds_ptr, dquery_desc):
+    """Rounding with its memory."""
+    earlier = gl.allocate_shared_memory(gl.float32, [PARTS, HALF, HALF], flat_layout(dquery_desc))
+    loaded = gl.allocate_shared_memory(gl.int64, [PARTS, 1], mbarrier.MBarrierLayout())
+    for part in gl.static_range(PARTS):
+        mbarrier.init(loaded.index(part), count=1)
+    return Rounding(desc, bounds_ptr, earlier, loaded)
+
+
+@gluon.jit
+def add_and_round_in_turn(
+    turns, rounding, rows, dquery_desc, parts, queries, PART: gl.constexpr, GROUP: gl.constexpr, REPEATS: gl.constexpr
+):  # fmt: skip
+    """As `add_in_turn`, but the first in a block stores, so that nothing has to be zero, and the last rounds the sum.
+
+    Those between need not wait for one another unless the gradient REPEATS bit for bit.
+    """
+    M: gl.constexpr = queries.blocks.shape[1]
+    D: gl.constexpr = queries.blocks.shape[2]
+    gl.static_assert(parts_in_step(D) == 1)
+    blocks_of_head = (rows.query_rows + M - 1) // M
+    part, earlier, loaded = parts.index(PART), rounding.earlier.index(PART), rounding.loaded.index(PART)
+    own = turns.own
+    loads = 0
+    block, member = first_block_and_member(rows, True)
+    for step in range(rows.blocks * GROUP):
+        row = rows.begin + block * M
+        head = rows.first_head + member
+        now_ptr = turns.now_ptr + (head * blocks_of_head + row // M) * PARTS + PART
+        first_turn = gl.load(rounding.bounds_ptr + row // M * 2)
+        is_last = (own >= 0) & (own == gl.load(rounding.bounds_ptr + row // M * 2 + 1))
+        is_first = own == first_turn
+        if is_last & (own != first_turn):
+            wait_for_turn(now_ptr, own)
+            load_part(dquery_desc, earlier, row, head, loaded, D, PART)
+        mbarrier.wait(turns.ready.index(PART), step & 1)
+        if is_last:
+            if own != first_turn:
+                mbarrier.wait(loaded, loads & 1)
+                loads += 1
+            round_sum(part, earlier, is_first, rounding.desc.dtype)
+            fence_async_shared()
+            blocks = reinterpret(earlier, rounding.desc.dtype, [4, HALF, HALF // 2], flat_layout(rounding.desc))
+            store_rounded_part(rounding.desc, blocks, row, head, D, PART)
+        elif is_first:
+            store_first_part(dquery_desc, part, row, head, D, PART)
+        elif own >= 0:
+            wait_for_turn(now_ptr, own if REPEATS else first_turn + 1)
+            add_part(dquery_desc, part, row, head, D, PART, 0)
+        store_wait(0)
+        mbarrier.arrive(turns.free.index(PART), count=1)
+        if (own >= 0) & (own != gl.load(rounding.bounds_ptr + row // M * 2 + 1)):
+            pass_turn(now_ptr)
+        block, member = next_block_and_member(rows, block, member, GROUP, True)
+
+
+@gluon.jit
+def round_sum(part, earlier, is_alone, dtype: gl.constexpr):
+    """One warp: part and what was added before it, unless it is alone, in 16 bits where the latter lay."""
+    SLICE: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [1, 1], [1, 0])
+    FLOATS: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
+    ROUNDED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
+    # As many rows of 32 columns, first those of the first columns: so both lie in memory.
+    own = reinterpret(part, gl.float32, [16, 8, HALF // 2], FLOATS)
+    before = reinterpret(earlier, gl.float32, [16, 8, HALF // 2], FLOATS)
+    rounded = reinterpret(earlier, dtype, [32, 8, HALF // 2], ROUNDED)
+    for i in range(16):
+        total = own.index(i).load(SLICE)
+        if not is_alone:
+            total += before.index(i).load(SLICE)
+        rounded.index(i).store(total.to(dtype))
 
 
 @gluon.jit
