@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import NamedTuple
 
 import torch
 import triton
@@ -26,6 +27,7 @@ from ringflash.kernels.gpu.row_delta import row_delta
 from ringflash.kernels.hopper import widest
 from ringflash.kernels.hopper.backward_kernel import attend_backward_kernel
 from ringflash.kernels.hopper.backward_order import order_of_lists, order_of_programs
+from ringflash.kernels.hopper.backward_rows import find_rows_kernel, find_rows_launcher, prepare_rows_kernel
 from ringflash.kernels.hopper.backward_split_kernel import attend_backward_split_kernel
 from ringflash.kernels.hopper.backward_tokens import (
     Programs,
@@ -44,7 +46,7 @@ from ringflash.kernels.hopper.descriptors import (
     without_memory,
 )
 from ringflash.kernels.hopper.dquery_accumulate import HALF
-from ringflash.kernels.hopper.dquery_in_turn import PARTS, heads_in_turn, turn_bounds, turns_of_tiles
+from ringflash.kernels.hopper.dquery_in_turn import PARTS, heads_in_turn, turns_of_tiles
 from ringflash.kernels.hopper.dropout import dropout_numbers, listed
 from ringflash.kernels.hopper.listed_blocks import list_numbers, list_tensors
 from ringflash.kernels.hopper.narrow import backward_narrow, tiles_for
@@ -167,13 +169,16 @@ def attend_backward(
         )  # fmt: skip
     operands = (dout, query, key, value)
     numbers = (lse, delta, carry)
-    prepared = prepared_backward(operands, numbers, intervals, scale, modifiers, dquery_dtype, dkey_dtype, deterministic)
-    return prepared(operands, numbers, intervals, dquery_dtype, modifiers)[:3]
+    prepared = prepared_backward(
+        operands, numbers, None, intervals, scale, modifiers, dquery_dtype, dkey_dtype, deterministic
+    )
+    return prepared(operands, numbers, None, intervals, dquery_dtype, modifiers)[:3]
 
 
 def prepared_backward(
     operands: Operands,
     numbers: Numbers,
+    results: Results | None,
     intervals: KeyIntervals,
     scale: float,
     modifiers: Modifiers | None,
@@ -184,13 +189,13 @@ def prepared_backward(
     """What is kept for calls alike, and made in the first of them."""
     _, query, key, value = operands
     adding = way_of_adding(operands, numbers, intervals, dquery_dtype, deterministic, modifiers)
-    call = _call(operands, numbers, intervals, scale, modifiers, dkey_dtype, adding)
+    call = _call(operands, numbers, results, intervals, scale, modifiers, dkey_dtype, adding)
     prepared = prepared_calls.get(call)
     if prepared is None:
         check_operands(query, key, value, intervals, scale, modifiers)
         plain = adding == Adding.AS_IT_COMES and not (intervals.has_sink_tokens or intervals.blocks or modifiers)
         tiles = backward_tiles(modifiers)[backward_width(query.shape[2], value.shape[2], plain)]
-        prepared = PreparedBackward(operands, numbers, intervals, scale, dkey_dtype, tiles, adding, modifiers)
+        prepared = PreparedBackward(operands, numbers, results, intervals, scale, dkey_dtype, tiles, adding, modifiers)
         prepared_calls.add(call, prepared)
     return prepared
 
@@ -253,9 +258,13 @@ def whole_backward(
     simple = not intervals.has_sink_tokens and intervals.blocks is None
     if (deterministic and not simple) or query.shape[2] == WIDEST:
         return None
-    numbers, (dquery_dtype, dkey_dtype) = (lse, None, None), (dquery_dtype or query.dtype, dkey_dtype or key.dtype)
-    prepared = prepared_backward(operands, numbers, intervals, scale, None, dquery_dtype, dkey_dtype, deterministic)
-    return prepared(operands, numbers, intervals, dquery_dtype, None, (out, dlse))
+    operands = dout if dout.stride(2) == 1 else dout.contiguous(), query, key, value
+    numbers, results = (lse, None, None), (out if out.stride(2) == 1 else out.contiguous(), dlse)
+    dquery_dtype, dkey_dtype = dquery_dtype or query.dtype, dkey_dtype or key.dtype
+    prepared = prepared_backward(
+        operands, numbers, results, intervals, scale, None, dquery_dtype, dkey_dtype, deterministic
+    )
+    return prepared(operands, numbers, results, intervals, dquery_dtype)
 
 
 prepared_calls = Kept()
@@ -265,11 +274,14 @@ Operands = tuple[Tensor, Tensor, Tensor, Tensor]
 """Dout, query, key, value."""
 Numbers = tuple[Tensor, Tensor | None, Tensor | None]
 """Lse, delta or None to find it, carry."""
+Results = tuple[Tensor, Tensor | None]
+"""Out and dlse, to find delta from."""
 
 
 def _call(
     operands: Operands,
     numbers: Numbers,
+    results: Results | None,
     intervals: KeyIntervals,
     scale: float,
     modifiers: Modifiers | None,
@@ -278,11 +290,12 @@ def _call(
 ) -> tuple:
     """All that a `PreparedBackward` depends on."""
     return (
-        *map(metadata, operands), *map(metadata, numbers), dkey_dtype,
+        *map(metadata, operands), *map(metadata, numbers), *map(metadata, results or ()), dkey_dtype,
         intervals.start.shape, intervals.key_count, intervals.has_sink_tokens,
         intervals.blocks and intervals.blocks.metadata(), scale,
         adding, modifiers_metadata(modifiers),
-        (aligned(*operands, *numbers) and modifiers_aligned(modifiers)) or tuple(map(aligned, (*operands, *numbers))),
+        (aligned(*operands, *numbers, *(results or ())) and modifiers_aligned(modifiers))
+        or tuple(map(aligned, (*operands, *numbers))),
     )  # fmt: skip
 
 
@@ -292,6 +305,7 @@ class PreparedBackward:
     Args:
         operands: dout, query, key and value of the first call, checked.
         numbers: lse, delta and carry of the first call.
+        results: of the first call, where delta is None.
         intervals: as in `attend_backward`, of the first call; so are the others. No sink tokens or blocks where the
             gradient of query is not added up as it comes.
         scale: see intervals.
@@ -305,6 +319,7 @@ class PreparedBackward:
         self,
         operands: Operands,
         numbers: Numbers,
+        results: Results | None,
         intervals: KeyIntervals,
         scale: float,
         dkey_dtype: torch.dtype,
@@ -353,6 +368,11 @@ class PreparedBackward:
         )
         self.number_count = heads * padded_rows
         row_blocks = -(-padded_rows // 1024)
+        if results is not None:
+            direct_results = direct and aligned(*results, intervals.start, intervals.stop)
+            self.launch_finding = find_rows_launcher(
+                operands[0], *results, dim, padded_rows, tiles.queries, direct_results
+            )
         drops = dropout_numbers(modifiers)
         kept = 1.0 if drops[1] is None else drops[1]
         self.launch_rows = Launcher(row_blocks * heads, (query_rows, padded_rows, row_blocks, kept), {}, {}, direct)
@@ -411,34 +431,21 @@ class PreparedBackward:
         self,
         operands: Operands,
         numbers: Numbers,
+        results: Results | None,
         intervals: KeyIntervals,
         dquery_dtype: torch.dtype,
         modifiers: Modifiers | None = None,
-        found: tuple[Tensor, Tensor | None] | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Gradients of query, key and value, and delta, for which out and dlse are given where it is None."""
-        dout, query, key, value = operands
-        lse, delta, carry = numbers
-        if self.rounds:
-            dquery, rounded = query.new_empty(query.shape, dtype=torch.float32), query.new_zeros(query.shape)
-        else:
-            dquery = query.new_zeros(query.shape, dtype=torch.float32) if carry is None else carry.contiguous()
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of query, key and value, and delta."""
+        _, query, key, value = operands
         dkey = key.new_empty(key.shape, dtype=self.stored_dtype)
         dvalue = value.new_empty(value.shape, dtype=self.stored_dtype)
         if self.empty:
-            if delta is None:
-                delta = row_delta(dout, *found)
-            dquery = query.new_zeros(query.shape, dtype=dquery_dtype)
-            return dquery, dkey.zero_().to(self.dkey_dtype), dvalue.zero_().to(self.dkey_dtype), delta
+            return self._nothing(operands, numbers, results, dquery_dtype, dkey, dvalue)
 
-        if delta is None:
-            delta = row_delta(dout, *found)
-        scaled_lse, minus_delta = prepare_rows(self, lse, delta)
-        order, turns, turn_now, section, bounds, programs, slots = (None,) * 7
+        order, turns, bounds, section, programs, slots = (None,) * 6
         if self.in_turn:
-            turns, turn_now, section = adding_turns(intervals, self.heads, query.shape[2], self.tiles)
-            if self.rounds:
-                bounds = bounds_of_turns(intervals, self.tiles)
+            turns, bounds, section = adding_turns(intervals, self.heads, query.shape[2], self.tiles)
         elif self.slot_shapes is not None:
             programs, order = programs_with_tokens(intervals, self.tiles.keys, self.heads[1])
             slots = tuple(query.new_empty(shape, dtype=torch.float32) for shape in self.slot_shapes)
@@ -446,6 +453,8 @@ class PreparedBackward:
             order = programs_of_lists(intervals, self.tiles, self.heads[1])
         else:
             order = programs_in_order(intervals, self.tiles.keys, self.heads[1])
+        rows = self._prepare_rows(operands, numbers, results, intervals, bounds)
+        scaled_lse, minus_delta, dquery = rows.scaled_lse, rows.minus_delta, rows.dquery
         if not self.all_addressable:
             operands = _reachable(operands)
         dout, query, key, value = operands
@@ -470,18 +479,65 @@ class PreparedBackward:
         else:
             tensors = (
                 query, dout, key, value, scaled_lse, minus_delta, dquery, written[0], written[2],
-                *pointers, *seeing, order, turns, turn_now, section, *tokens, *positions, *dropping,
+                *pointers, *seeing, order, turns, rows.turn_now, section, *tokens, *positions, *dropping,
                 *(list_tensors(self._lists(intervals)) if self.has_lists else (None,) * 3),
-                *(() if self.width == "256" else (rounded if self.rounds else None, bounds)), *self.shape,
+                *(() if self.width == "256" else (rows.rounded, bounds if self.rounds else None)), *self.shape,
             )  # fmt: skip
             self.launch(attend_backward_wide_kernel if self.width == "256" else attend_backward_kernel, tensors)
         if programs is not None:
             add_slots(programs, slots, dkey, dvalue, self.tiles.keys)
         if self.stored_dtype != self.dkey_dtype:
             dkey, dvalue = dkey.to(self.dkey_dtype), dvalue.to(self.dkey_dtype)
-        if self.rounds:
-            dquery = rounded
-        return dquery.to(dquery_dtype), dkey, dvalue, delta
+        dquery = dquery.to(dquery_dtype) if rows.rounded is None else rows.rounded
+        return dquery, dkey, dvalue, rows.delta
+
+    def _nothing(
+        self, operands: Operands, numbers: Numbers, results: Results | None, dquery_dtype: torch.dtype,
+        dkey: Tensor, dvalue: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        """Gradients and delta where there are no rows or no keys."""
+        (dout, query, _, _), (_, delta, carry) = operands, numbers
+        if delta is None:
+            assert results is not None
+            delta = row_delta(dout, *results)
+        dquery = query.new_zeros(query.shape, dtype=dquery_dtype) if carry is None else carry.to(dquery_dtype)
+        return dquery, dkey.zero_().to(self.dkey_dtype), dvalue.zero_().to(self.dkey_dtype), delta
+
+    def _prepare_rows(
+        self,
+        operands: Operands,
+        numbers: Numbers,
+        results: Results | None,
+        intervals: KeyIntervals,
+        bounds: Tensor | None,
+    ) -> PreparedRows:
+        """See `PreparedRows`; bounds as of `adding_turns`."""
+        (dout, query, _, _), (lse, delta, carry) = operands, numbers
+        scaled_lse, minus_delta = lse.new_empty(self.number_count), lse.new_empty(self.number_count)
+        rounded, turn_now = None, None
+        if delta is not None:
+            self.launch_rows(prepare_rows_kernel, (lse.contiguous(), delta.contiguous(), scaled_lse, minus_delta))
+            if carry is not None:
+                dquery = carry.contiguous()
+            else:
+                dquery = (query.new_empty if self.rounds else query.new_zeros)(query.shape, dtype=torch.float32)
+            if self.rounds:
+                rounded = torch.zeros_like(query, memory_format=torch.contiguous_format)  # for rows without keys
+            if bounds is not None:
+                turn_now = bounds[None, :, :1].expand(self.heads[0], -1, PARTS.value).contiguous()
+        else:
+            assert results is not None
+            assert carry is None
+            delta, dquery = torch.empty_like(lse), query.new_empty(query.shape, dtype=torch.float32)
+            zeroed, seen = dquery, (None, None)
+            if self.rounds:
+                zeroed = rounded = query.new_empty(query.shape)
+                seen = intervals.start, intervals.stop
+            if bounds is not None:
+                turn_now = bounds.new_empty((self.heads[0], len(bounds), PARTS.value))
+            written = delta, scaled_lse, minus_delta, zeroed, *seen, turn_now, bounds
+            self.launch_finding(find_rows_kernel, (dout, *results, lse.contiguous(), *written))
+        return PreparedRows(scaled_lse, minus_delta, delta, dquery, rounded, turn_now)
 
     def _lists(self, intervals: KeyIntervals) -> ListOperands:
         """Blocks of queries; bits are of keys, or of queries where these are the rows of scores."""
@@ -493,12 +549,33 @@ class PreparedBackward:
         return list_operands(lists, self.heads[1])
 
     def _positions(self, modifiers: Modifiers) -> tuple:
-        """With ALiBi positions and slopes of query rows, as the numbers of `prepare_rows`, and positions of keys."""
+        """With ALiBi positions and slopes of query rows, as lse in `backward_rows`, and positions of keys."""
         slopes = modifiers.slopes
         positions, scaled_slopes = slopes.new_empty(self.number_count), slopes.new_empty(self.number_count)
         rows = modifiers.query_positions.contiguous(), slopes
         self.launch_slopes(prepare_slopes_kernel, (*rows, positions, scaled_slopes))
         return positions, scaled_slopes, modifiers.key_positions.contiguous()
+
+
+class PreparedRows(NamedTuple):
+    """What a launch needs of query rows beside the operands.
+
+    Attributes:
+        scaled_lse: as of `backward_rows`; so is minus_delta.
+        minus_delta: see scaled_lse.
+        delta: (H, T) fp32.
+        dquery: (T, H, D) fp32 to add up the gradient of query in: what is to be added to, zeros, or any numbers where
+            tiles round it.
+        rounded: (T, H, D) where tiles round it, zero in rows that see no keys; or None.
+        turn_now: (H, blocks, parts) int32, whose turn it is where tiles add in turn; or None.
+    """
+
+    scaled_lse: Tensor
+    minus_delta: Tensor
+    delta: Tensor
+    dquery: Tensor
+    rounded: Tensor | None
+    turn_now: Tensor | None
 
 
 def _reachable(operands: Operands) -> Operands:
@@ -573,48 +650,14 @@ def programs_with_tokens(intervals: KeyIntervals, block: int, key_heads: int) ->
 def adding_turns(
     intervals: KeyIntervals, heads: tuple[int, int], dim: int, tiles: BackwardTiles
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn of each key tile; whose turn it is, (heads, blocks, parts) to write in; heads to work on at a time."""
+    """Turn of each key tile, first and last of each block of query rows, and heads to work on at a time."""
     tile_rows = intervals.key_tile_rows(tiles.keys)
 
     def build() -> tuple[Tensor, Tensor, Tensor]:
-        turns, first_turns = turns_of_tiles(tile_rows, intervals.query_count, tiles.queries)
-        return turns, first_turns, heads_in_turn(tile_rows, heads[1], heads[0] // heads[1] * dim * 8)
+        turns, bounds = turns_of_tiles(tile_rows, intervals.query_count, tiles.queries)
+        return turns, bounds, heads_in_turn(tile_rows, heads[1], heads[0] // heads[1] * dim * 8)
 
-    turns, first_turns, section = intervals.kept(("turns", heads, dim, tiles.keys, tiles.queries), build)
-    return turns, first_turns[None, :, None].expand(heads[0], -1, PARTS.value).contiguous(), section
-
-
-def bounds_of_turns(intervals: KeyIntervals, tiles: BackwardTiles) -> Tensor:
-    """See `turn_bounds`, made once for the intervals."""
-
-    def build() -> Tensor:
-        return turn_bounds(intervals.key_tile_rows(tiles.keys), intervals.query_count, tiles.queries)
-
-    return intervals.kept(("turn bounds", tiles.keys, tiles.queries), build)
-
-
-def prepare_rows(prepared: PreparedBackward, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """Lse times log2 e and minus delta, flat, each head's rows followed by rows of no weight.
-
-    With dropout delta is multiplied by what is kept, as all that becomes of it is divided by that at the end.
-    Rows without keys (lse -inf) get +inf, so that no weight is left.
-    """
-    scaled_lse, minus_delta = lse.new_empty(prepared.number_count), lse.new_empty(prepared.number_count)
-    prepared.launch_rows(prepare_rows_kernel, (lse.contiguous(), delta.contiguous(), scaled_lse, minus_delta))
-    return scaled_lse, minus_delta
-
-
-@compiled_once
-@triton.jit(do_not_specialize=["rows", "padded_rows", "row_blocks"])
-def prepare_rows_kernel(lse_ptr, delta_ptr, scaled_lse_ptr, minus_delta_ptr, rows, padded_rows, row_blocks, kept):
-    """See `prepare_rows`. Program = (head, 1,024 rows)."""
-    row = tl.program_id(0) % row_blocks * 1024 + tl.arange(0, 1024)
-    head = tl.program_id(0) // row_blocks
-    lse = tl.load(lse_ptr + head * rows + row, mask=row < rows, other=float("-inf"))
-    delta = tl.load(delta_ptr + head * rows + row, mask=row < rows, other=0.0)
-    scaled = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
-    tl.store(scaled_lse_ptr + head * padded_rows + row, scaled, mask=row < padded_rows)
-    tl.store(minus_delta_ptr + head * padded_rows + row, -delta * kept, mask=row < padded_rows)
+    return intervals.kept(("turns", heads, dim, tiles.keys, tiles.queries), build)
 
 
 @compiled_once
@@ -623,7 +666,7 @@ def prepare_slopes_kernel(
     position_ptr, slope_ptr, prepared_position_ptr, prepared_slope_ptr, rows, padded_rows, row_blocks,
     slopes_row, slopes_head,
 ):  # fmt: skip
-    """Positions, and slopes times log2 e, as `prepare_rows_kernel` lays its numbers. Program = (head, 1,024 rows)."""
+    """Positions, and slopes times log2 e, laid out as lse in `backward_rows`. Program = (head, 1,024 rows)."""
     row = tl.program_id(0) % row_blocks * 1024 + tl.arange(0, 1024)
     head = tl.program_id(0) // row_blocks
     position = tl.load(position_ptr + row, mask=row < rows, other=0).to(tl.float32)

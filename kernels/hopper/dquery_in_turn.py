@@ -41,7 +41,7 @@ CACHED_BYTES = 40 * 2**20
 
 
 def turns_of_tiles(tile_rows: Tensor, query_rows: int, block: int) -> tuple[Tensor, Tensor]:
-    """Turn of each key tile, and the first turn of each block of query rows.
+    """Turn of each key tile, and the first and the last turn of each block of query rows.
 
     Tiles are numbered in ascending order, without those that no row sees: they add nothing and have no turn. So the
     visitors of a block have consecutive turns, from the block's first on: neither end of the rows that see a tile ever
@@ -53,37 +53,22 @@ def turns_of_tiles(tile_rows: Tensor, query_rows: int, block: int) -> tuple[Tens
         block: rows of a block; blocks begin at its multiples.
 
     Returns:
-        (tiles,) int32, -1 for tiles that no row sees; (blocks,) int32, any number for blocks without visitors.
+        (tiles,) int32, -1 for tiles that no row sees; (blocks, 2) int32, the last turn below the first for blocks
+        without visitors.
 
     Example:
-        >>> turns_of_tiles(torch.tensor([[0, 0, 2, 4], [4, 4, 4, 4], [3, 3, 8, 8]]), query_rows=8, block=4)
-        (tensor([ 0, -1,  1], dtype=torch.int32), tensor([0, 1], dtype=torch.int32))
+        >>> turns, bounds = turns_of_tiles(torch.tensor([[0, 0, 2, 4], [4, 4, 4, 4], [3, 3, 8, 8]]), 8, block=4)
+        >>> turns, bounds.tolist()
+        (tensor([ 0, -1,  1], dtype=torch.int32), [[0, 1], [1, 1]])
     """
-    begin, end = tile_rows[:, 0], tile_rows[:, 3].contiguous()
+    begin, end = (tile_rows[:, column].contiguous() for column in (0, 3))
     seen = end > begin
     seen_so_far = torch.nn.functional.pad(seen.cumsum(0, dtype=torch.int32), (1, 0))
     turns = torch.where(seen, seen_so_far[:-1], -1)
     first_rows = torch.arange(0, query_rows, block, dtype=end.dtype, device=end.device)
-    return turns, seen_so_far[torch.searchsorted(end, first_rows, right=True)]
-
-
-def turn_bounds(tile_rows: Tensor, query_rows: int, block: int) -> Tensor:
-    """First and last turn of each block of query rows, (blocks, 2) int32; the last is below the first without visitors.
-
-    Args:
-        tile_rows: as in `turns_of_tiles`; so are the others.
-        query_rows: see tile_rows.
-        block: see tile_rows.
-
-    Example:
-        >>> turn_bounds(torch.tensor([[0, 0, 2, 4], [4, 4, 4, 4], [3, 3, 8, 8]]), query_rows=8, block=4).tolist()
-        [[0, 1], [1, 1]]
-    """
-    begin, end = (tile_rows[:, column].contiguous() for column in (0, 3))
-    seen_so_far = torch.nn.functional.pad((end > begin).cumsum(0, dtype=torch.int32), (1, 0))
-    first_rows = torch.arange(0, query_rows, block, dtype=end.dtype, device=end.device)
-    before = torch.searchsorted(end, first_rows, right=True), torch.searchsorted(begin, first_rows + block)
-    return torch.stack([seen_so_far[before[0]], seen_so_far[before[1]] - 1], 1)
+    first = seen_so_far[torch.searchsorted(end, first_rows, right=True)]
+    last = seen_so_far[torch.searchsorted(begin, first_rows + block)] - 1
+    return turns, torch.stack([first, last], 1)
 
 
 def heads_in_turn(tile_rows: Tensor, key_heads: int, row_bytes: int) -> Tensor:
@@ -169,8 +154,8 @@ def add_in_turn(turns, rows, dquery_desc, parts, queries, PART: gl.constexpr, GR
 class Rounding(NamedTuple):
     """How a block of dQ is rounded by the program whose turn is the last.
 
-    desc: of dQ in 16 bits. bounds_ptr: first and last turn of each block. earlier: what the others have added up of each
-    part, with barriers.
+    desc: of dQ in 16 bits. bounds_ptr: first and last turn of each block. earlier: what the others have added up of
+    each part, with barriers.
     """
 
     desc: gl.tensor

@@ -105,11 +105,9 @@ def compile_backward(
     def launch():
         operands, sums = (dout, query, key, value), (numbers, numbers, None)
         intervals = masked(sink_tokens, block)
-        prepared = backward.PreparedBackward(
-            operands, sums, intervals, 0.1, dkey_dtype, tiles, adding, modifiers
-        )
-        prepared.launch_slopes = lambda *arguments: None
-        prepared(operands, sums, intervals, dtype, modifiers)
+        prepared = backward.PreparedBackward(operands, sums, None, intervals, 0.1, dkey_dtype, tiles, adding, modifiers)
+        prepared.launch_slopes = prepared.launch_rows = lambda *arguments: None
+        prepared(operands, sums, None, intervals, dtype, modifiers)
 
     kernels = {"256": "attend_backward_wide_kernel", "192/128": "attend_backward_split_kernel"}
     width = width or backward.backward_width(*dims, not (deterministic or modifiers or sink_tokens or block))
@@ -117,7 +115,6 @@ def compile_backward(
     with (
         lists_on_paper(),
         mock.patch.object(backward, "backward_width", return_value=width),
-        mock.patch.object(backward, "prepare_rows", return_value=(numbers, numbers)),
         mock.patch.object(backward, "multiprocessors", return_value=132),
         mock.patch.object(backward, "add_slots"),
     ):

@@ -33,9 +33,9 @@ def visits(entry: list[int], rows: int) -> list[int]:
 def order_of(intervals: KeyIntervals, keys: int, rows: int) -> tuple[list[list[int]], list[int], list[int]]:
     """Each tile's visits and turn, and each block's first turn."""
     table = intervals.key_tile_rows(keys)
-    turns, first_turns = turns_of_tiles(table, intervals.query_count, rows)
-    assert turns.dtype == first_turns.dtype == torch.int32
-    return [visits(entry, rows) for entry in table.tolist()], turns.tolist(), first_turns.tolist()
+    turns, bounds = turns_of_tiles(table, intervals.query_count, rows)
+    assert turns.dtype == bounds.dtype == torch.int32
+    return [visits(entry, rows) for entry in table.tolist()], turns.tolist(), bounds.tolist()
 
 
 @settings(max_examples=500)
@@ -48,14 +48,14 @@ def order_of(intervals: KeyIntervals, keys: int, rows: int) -> tuple[list[list[i
 def test_the_visitors_of_a_block_have_all_turns_from_its_first_on(
     intervals: KeyIntervals, keys: int, rows: int
 ) -> None:
-    visited, turns, first_turns = order_of(intervals, keys, rows)
-    assert len(first_turns) == -(-intervals.query_count // rows)
+    visited, turns, bounds = order_of(intervals, keys, rows)
+    assert len(bounds) == -(-intervals.query_count // rows)
     seen = [tile for tile, turn in enumerate(turns) if turn >= 0]
     assert [turns[tile] for tile in seen] == [*range(len(seen))]
-    for block, first in enumerate(first_turns):
+    for block, (first, last) in enumerate(bounds):
         taken = [turns[tile] for tile in seen if block in visited[tile]]
-        assert taken == [*range(first, first + len(taken))]
-    assert all(block < len(first_turns) for tile in seen for block in visited[tile])
+        assert taken == [*range(first, last + 1)]
+    assert all(block < len(bounds) for tile in seen for block in visited[tile])
 
 
 @settings(max_examples=200)
@@ -101,8 +101,8 @@ def run(visited: list[list[int]], turns: list[int], now: list[int], resident: in
 def test_programs_never_wait_for_ever_and_always_add_in_the_same_order(
     intervals: KeyIntervals, keys: int, rows: int, resident: int, seed: int
 ) -> None:
-    visited, turns, first_turns = order_of(intervals, keys, rows)
-    added = run(visited, turns, first_turns, resident, seed)
+    visited, turns, bounds = order_of(intervals, keys, rows)
+    added = run(visited, turns, [first for first, _ in bounds], resident, seed)
     for block, tiles in enumerate(added):
         assert tiles == [tile for tile, turn in enumerate(turns) if turn >= 0 and block in visited[tile]]
 
