@@ -46,7 +46,13 @@ from ringflash.kernels.hopper.descriptors import (
     without_memory,
 )
 from ringflash.kernels.hopper.dquery_accumulate import HALF
-from ringflash.kernels.hopper.dquery_in_turn import PARTS, heads_in_turn, turns_of_tiles
+from ringflash.kernels.hopper.dquery_in_turn import (
+    BLOCK_BY_BLOCK,
+    HEAD_BY_HEAD,
+    PARTS,
+    heads_in_turn,
+    turns_of_tiles,
+)
 from ringflash.kernels.hopper.dropout import dropout_numbers, listed
 from ringflash.kernels.hopper.listed_blocks import list_numbers, list_tensors
 from ringflash.kernels.hopper.narrow import backward_narrow, tiles_for
@@ -291,7 +297,7 @@ def _call(
     """All that a `PreparedBackward` depends on."""
     return (
         *map(metadata, operands), *map(metadata, numbers), *map(metadata, results or ()), dkey_dtype,
-        intervals.start.shape, intervals.key_count, intervals.has_sink_tokens,
+        intervals.start.shape, intervals.key_count, intervals.has_sink_tokens, intervals.band is None,
         intervals.blocks and intervals.blocks.metadata(), scale,
         adding, modifiers_metadata(modifiers),
         (aligned(*operands, *numbers, *(results or ())) and modifiers_aligned(modifiers))
@@ -331,6 +337,7 @@ class PreparedBackward:
         (query_rows, heads, dim), (key_rows, key_heads, value_dim) = query.shape, value.shape
         group = heads // key_heads
         self.tiles, self.in_turn = tiles, adding != Adding.AS_IT_COMES
+        self.order = order_of_blocks(intervals) if self.in_turn else 0
         self.rounds = adding in (Adding.ROUNDED, Adding.ROUNDED_IN_TURN)
         self.heads = heads, key_heads
         sink_tokens, self.has_lists = intervals.has_sink_tokens, intervals.blocks is not None
@@ -417,7 +424,7 @@ class PreparedBackward:
              *(() if self.width == "192/128" else (*drops, *list_numbers(self._lists(intervals))))),
             dict(
                 GROUP=group, QUERY_STAGES=tiles.stages[0], DOUT_STAGES=tiles.stages[1],
-                FLOAT_OUT=self.float_out, **({} if self.width == "192/128" else {"ORDERED": self.in_turn}),
+                FLOAT_OUT=self.float_out, **({} if self.width == "192/128" else {"ORDERED": self.order}),
                 **({"REPEATS": adding == Adding.ROUNDED_IN_TURN} if self.width in ("64", "128") else {}),
                 DIMS=(dim, value_dim),
                 CONSUMER_REGISTERS=tiles.registers[0], PRODUCER_REGISTERS=tiles.registers[1],
@@ -647,6 +654,15 @@ def programs_with_tokens(intervals: KeyIntervals, block: int, key_heads: int) ->
     return intervals.kept(("programs with tokens", block, key_heads), build)
 
 
+def order_of_blocks(intervals: KeyIntervals) -> int:
+    """Which of the orders of `dquery_in_turn` suits a mask.
+
+    Head by head tiles of a window stay as far apart as they begin, and what they visit is read again sooner; of a mask
+    whose tiles visit ever fewer rows each would wait for the one before.
+    """
+    return (BLOCK_BY_BLOCK if intervals.band is None else HEAD_BY_HEAD).value
+
+
 def adding_turns(
     intervals: KeyIntervals, heads: tuple[int, int], dim: int, tiles: BackwardTiles
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -655,7 +671,8 @@ def adding_turns(
 
     def build() -> tuple[Tensor, Tensor, Tensor]:
         turns, bounds = turns_of_tiles(tile_rows, intervals.query_count, tiles.queries)
-        return turns, bounds, heads_in_turn(tile_rows, heads[1], heads[0] // heads[1] * dim * 8)
+        together = heads[0] // heads[1] if order_of_blocks(intervals) == BLOCK_BY_BLOCK.value else 1
+        return turns, bounds, heads_in_turn(tile_rows, heads[1], together * dim * 8)
 
     return intervals.kept(("turns", heads, dim, tiles.keys, tiles.queries), build)
 

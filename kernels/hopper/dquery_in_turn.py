@@ -33,6 +33,12 @@ from ringflash.kernels.hopper.dquery_accumulate import (
     store_rounded_part,
 )
 
+BLOCK_BY_BLOCK = gl.constexpr(1)
+"""Orders in which a tile visits its blocks, from the last: for all heads of a group before the next,"""
+
+HEAD_BY_HEAD = gl.constexpr(2)
+"""or all blocks of a head before the next head's."""
+
 PARTS = gl.constexpr(2)
 """Parts of a block of dQ, one for each consumer warpgroup, that are added in turns of their own."""
 
@@ -176,7 +182,8 @@ def allocate_rounding(desc, bounds_ptr, dquery_desc):
 
 @gluon.jit
 def add_and_round_in_turn(
-    turns, rounding, rows, dquery_desc, parts, queries, PART: gl.constexpr, GROUP: gl.constexpr, REPEATS: gl.constexpr
+    turns, rounding, rows, dquery_desc, parts, queries, PART: gl.constexpr, GROUP: gl.constexpr,
+    ORDERED: gl.constexpr, REPEATS: gl.constexpr,
 ):  # fmt: skip
     """As `add_in_turn`, but the first in a block stores, so that nothing has to be zero, and the last rounds the sum.
 
@@ -189,7 +196,7 @@ def add_and_round_in_turn(
     part, earlier, loaded = parts.index(PART), rounding.earlier.index(PART), rounding.loaded.index(PART)
     own = turns.own
     loads = 0
-    block, member = first_block_and_member(rows, True)
+    block, member = first_block_and_member(rows, ORDERED)
     for step in range(rows.blocks * GROUP):
         row = rows.begin + block * M
         head = rows.first_head + member
@@ -218,7 +225,7 @@ def add_and_round_in_turn(
         mbarrier.arrive(turns.free.index(PART), count=1)
         if (own >= 0) & (own != gl.load(rounding.bounds_ptr + row // M * 2 + 1)):
             pass_turn(now_ptr)
-        block, member = next_block_and_member(rows, block, member, GROUP, True)
+        block, member = next_block_and_member(rows, block, member, GROUP, ORDERED)
 
 
 @gluon.jit
@@ -249,11 +256,14 @@ def first_block_and_member(rows, ORDERED: gl.constexpr):
 
 @gluon.jit
 def next_block_and_member(rows, block, member, GROUP: gl.constexpr, ORDERED: gl.constexpr):
-    """Block and member of the next step: block after block, head after head; or the order that this file is about."""
-    if ORDERED:
+    """Block and member of the next step: block after block, head after head; or an order that this file is about."""
+    if ORDERED == BLOCK_BY_BLOCK:
         last = member + 1 == GROUP
         member = gl.where(last, 0, member + 1)
         block = gl.where(last, block - 1, block)
+    elif ORDERED == HEAD_BY_HEAD:
+        member = gl.where(block == 0, member + 1, member)
+        block = gl.where(block == 0, rows.blocks, block) - 1
     else:
         last = block + 1 == rows.blocks
         member = gl.where(last, member + 1, member)

@@ -67,7 +67,6 @@ launches, or of other ranks' keys."""
 KEY_TILE = 64
 """Key rows whose gradients a program owns."""
 
-DQ_WIDTHS = 1
 STAGES = 3
 """Tiles of query rows on their way to such a program."""
 
@@ -295,8 +294,8 @@ class PreparedNarrowBackward:
         self.launch_dquery = Launcher(
             programs,
             (rows, heads, *scales),
-            dict(GROUP=group, FINDS_DELTA=numbers[1] is None, WIDTHS=DQ_WIDTHS),
-            {"num_warps": 4 * DQ_WIDTHS, "maxnreg": dquery_registers(tiles, dim)},
+            dict(GROUP=group, FINDS_DELTA=numbers[1] is None),
+            {"num_warps": 4, "maxnreg": dquery_registers(tiles, dim)},
             direct,
             (of_query, of_dout, *of_keys, of_dquery),
         )

@@ -67,7 +67,7 @@ def store_box(desc, a, b, block):
 
 
 @gluon.jit
-def hide(scores, first_key, row_start, row_stop, all_begin, all_end, hidden, WIDTHS: gl.constexpr = 1):
+def hide(scores, first_key, row_start, row_stop, all_begin, all_end, hidden):
     """`hidden` where a row does not see a key; all rows see the keys from all_begin to all_end, if there are any.
 
     Blocks of a window are cut on one side only.
@@ -80,7 +80,7 @@ def hide(scores, first_key, row_start, row_stop, all_begin, all_end, hidden, WID
         stop = gl.convert_layout(row_stop, ROW, assert_trivial=True)
         scores = gl.where((key >= start[:, None]) & (key < stop[:, None]), scores, hidden)
     elif first_key + N > all_end:
-        if WIDTHS == 1 and N > 32:  # rows of a window end within few keys
+        if N > 32:  # rows of a window end within few keys
             front, back = halves(scores)
             if first_key + N // 2 > all_end:
                 front = hide_behind(front, first_key, row_stop, hidden)
@@ -231,7 +231,7 @@ def attend_narrow_kernel(
 def dquery_narrow_kernel(
     query_desc, dout_desc, key_desc, first_key_desc, value_desc, first_value_desc, dquery_desc, lse_ptr, dlse_ptr,
     delta_ptr, numbers_ptr, start_ptr, stop_ptr, tokens, heads, scale, scale_log2,
-    GROUP: gl.constexpr, FINDS_DELTA: gl.constexpr, WIDTHS: gl.constexpr,
+    GROUP: gl.constexpr, FINDS_DELTA: gl.constexpr,
 ):  # fmt: skip
     """Programs as in `attend_narrow_kernel`. Finds delta if asked; leaves what `dkey_narrow_kernel` needs of rows."""
     TOKENS: gl.constexpr = dquery_desc.block_type.shape[0]
@@ -240,9 +240,9 @@ def dquery_narrow_kernel(
     N: gl.constexpr = key_desc.block_type.shape[1]
     R: gl.constexpr = first_key_desc.block_type.shape[1]
     D: gl.constexpr = query_desc.block_type.shape[2]
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WIDTHS], [16, N // WIDTHS, 16])
-    FIRST_SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WIDTHS], [16, R // WIDTHS, 16])
-    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WIDTHS], [16, D // WIDTHS, 16])
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    FIRST_SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, R, 16])
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     FACTOR: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUMS, k_width=2)
     ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
     FIRST_ROW: gl.constexpr = gl.SliceLayout(1, FIRST_SCORES)
@@ -256,11 +256,6 @@ def dquery_narrow_kernel(
     queries, douts = allocate_rows(query_desc, ROWS, PASSES), allocate_rows(dout_desc, ROWS, PASSES)
     keys, first_keys = allocate_rows(key_desc, N, 1), allocate_rows(first_key_desc, R, 1)
     values, first_values = allocate_rows(value_desc, N, 1), allocate_rows(first_value_desc, R, 1)
-    DSCORES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, N], query_desc.dtype)
-    FIRST_DSCORES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, R], query_desc.dtype)
-    if WIDTHS == 2:
-        dscores_block = gl.allocate_shared_memory(query_desc.dtype, [ROWS, N], DSCORES)
-        first_dscores_block = gl.allocate_shared_memory(query_desc.dtype, [ROWS, R], FIRST_DSCORES)
     full = allocate_barriers(2)
     fence_async_shared()
     OF_KEYS: gl.constexpr = key_desc.block_type.nbytes + first_key_desc.block_type.nbytes
@@ -292,22 +287,15 @@ def dquery_narrow_kernel(
         mbarrier.wait(full.index(0), 0)
         first_weights = start_product(query, first_keys.index(0), FIRST_SCORES)
         weights = start_product(query, keys.index(0), SCORES)
-        if WIDTHS == 2:
-            mbarrier.wait(full.index(1), 0)
-            first_dweights = start_product(dout, first_values.index(0), FIRST_SCORES)
-            dweights = start_product(dout, values.index(0), SCORES)
-            first_weights, weights = warpgroup_mma_wait(2, deps=[first_weights, weights])
-        else:
-            first_weights, weights = warpgroup_mma_wait(0, deps=[first_weights, weights])
+        first_weights, weights = warpgroup_mma_wait(0, deps=[first_weights, weights])
         first_lse = gl.convert_layout(lse, FIRST_ROW, assert_trivial=True)
         first_weights = gl.exp2(first_weights * scale_log2 - first_lse[:, None])
         weights = gl.exp2(weights * scale_log2 - lse[:, None])
-        first_weights = hide(first_weights, begin, row_start, row_stop, all_begin, all_end, 0.0, WIDTHS)
-        weights = hide(weights, begin + R, row_start, row_stop, all_begin, all_end, 0.0, WIDTHS)
-        if WIDTHS == 1:
-            mbarrier.wait(full.index(1), 0)
-            first_dweights = start_product(dout, first_values.index(0), FIRST_SCORES)
-            dweights = start_product(dout, values.index(0), SCORES)
+        first_weights = hide(first_weights, begin, row_start, row_stop, all_begin, all_end, 0.0)
+        weights = hide(weights, begin + R, row_start, row_stop, all_begin, all_end, 0.0)
+        mbarrier.wait(full.index(1), 0)
+        first_dweights = start_product(dout, first_values.index(0), FIRST_SCORES)
+        dweights = start_product(dout, values.index(0), SCORES)
         first_dweights, dweights = warpgroup_mma_wait(0, deps=[first_dweights, dweights])
         if FINDS_DELTA:
             first_delta = gl.sum(first_weights * first_dweights, 1)
@@ -319,18 +307,10 @@ def dquery_narrow_kernel(
             delta = gl.load(delta_ptr + place, mask=own < tokens, other=0.0)
         first_delta = gl.convert_layout(delta, FIRST_ROW, assert_trivial=True)
         first_dscores = first_weights * (first_dweights - first_delta[:, None])
-        dscores = weights * (dweights - delta[:, None])
-        if WIDTHS == 2:
-            first_dscores_block.store(first_dscores.to(dtype))
-            dscores_block.store(dscores.to(dtype))
-            fence_async_shared()
-            dquery = warpgroup_mma(first_dscores_block, first_keys.index(0), no_sums, use_acc=False, is_async=True)
-            dquery = warpgroup_mma(dscores_block, keys.index(0), dquery, is_async=True)
-        else:
-            first_factor = gl.convert_layout(first_dscores.to(dtype), FACTOR)
-            dquery = warpgroup_mma(first_factor, first_keys.index(0), no_sums, use_acc=False, is_async=True)
-            factor = gl.convert_layout(dscores.to(dtype), FACTOR)
-            dquery = warpgroup_mma(factor, keys.index(0), dquery, is_async=True)
+        first_factor = gl.convert_layout(first_dscores.to(dtype), FACTOR)
+        dquery = warpgroup_mma(first_factor, first_keys.index(0), no_sums, use_acc=False, is_async=True)
+        factor = gl.convert_layout((weights * (dweights - delta[:, None])).to(dtype), FACTOR)
+        dquery = warpgroup_mma(factor, keys.index(0), dquery, is_async=True)
         numbers = numbers_ptr + ((first_tile + number).to(gl.int64) * packs + head // PACK) * (2 * ROWS) + row
         gl.store(numbers, lse / -scale_log2)
         gl.store(numbers + ROWS, -delta)
