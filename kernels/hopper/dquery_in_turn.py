@@ -132,14 +132,16 @@ def hand_over(turns, parts, part_of_dquery, use, PART: gl.constexpr):
 
 
 @gluon.jit
-def add_in_turn(turns, rows, dquery_desc, parts, queries, PART: gl.constexpr, GROUP: gl.constexpr):
+def add_in_turn(
+    turns, rows, dquery_desc, parts, queries, PART: gl.constexpr, GROUP: gl.constexpr, ORDERED: gl.constexpr
+):  # fmt: skip
     """A warp that adds one warpgroup's parts of dQ to global memory, each when it is this program's turn."""
     M: gl.constexpr = queries.blocks.shape[1]
     D: gl.constexpr = queries.blocks.shape[2]
     PIECES: gl.constexpr = parts_in_step(D)
     blocks_of_head = (rows.query_rows + M - 1) // M
     part = parts.index(PART)
-    block, member = first_block_and_member(rows, True)
+    block, member = first_block_and_member(rows, ORDERED)
     for step in range(rows.blocks * GROUP):
         row = rows.begin + block * M
         head = rows.first_head + member
@@ -154,7 +156,7 @@ def add_in_turn(turns, rows, dquery_desc, parts, queries, PART: gl.constexpr, GR
             mbarrier.arrive(turns.free.index(PART), count=1)
         if turns.own >= 0:
             pass_turn(now_ptr)
-        block, member = next_block_and_member(rows, block, member, GROUP, True)
+        block, member = next_block_and_member(rows, block, member, GROUP, ORDERED)
 
 
 class Rounding(NamedTuple):
