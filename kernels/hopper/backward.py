@@ -55,7 +55,8 @@ from ringflash.kernels.hopper.dquery_in_turn import (
 )
 from ringflash.kernels.hopper.dropout import dropout_numbers, listed
 from ringflash.kernels.hopper.listed_blocks import list_numbers, list_tensors
-from ringflash.kernels.hopper.narrow import backward_narrow, tiles_for
+from ringflash.kernels.hopper.narrow import NarrowTiles, backward_narrow, tiles_for
+from ringflash.kernels.hopper.narrow_walk import backward_walking, span_for
 from ringflash.kernels.hopper.widths import WIDEST, WIDTHS, width_of
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.kept import Kept, metadata
@@ -159,7 +160,7 @@ def attend_backward(
         narrow = tiles_for(query, value, intervals, dquery_dtype, more=True)
         if narrow is not None:
             operands = dout, query, key, value
-            return backward_narrow(operands, (lse, delta, None), intervals, scale, dkey_dtype, narrow)[:3]
+            return of_few_keys(operands, None, (lse, delta, None), intervals, scale, dkey_dtype, narrow)[:3]
     simple = not intervals.has_sink_tokens and intervals.blocks is None
     is_widest = query.shape[2] == WIDEST
     if (deterministic and not simple) or (is_widest and not widest.takes(intervals, modifiers)):
@@ -204,6 +205,22 @@ def prepared_backward(
         prepared = PreparedBackward(operands, numbers, results, intervals, scale, dkey_dtype, tiles, adding, modifiers)
         prepared_calls.add(call, prepared)
     return prepared
+
+
+def of_few_keys(
+    operands: Operands,
+    out: Tensor | None,
+    numbers: Numbers,
+    intervals: KeyIntervals,
+    scale: float,
+    dkey_dtype: torch.dtype | None,
+    tiles: NarrowTiles,
+) -> Gradients:
+    """Gradients of rows that see few keys, from one kernel or from two; arguments as in `backward_walking`."""
+    span = span_for(operands[1], operands[2], intervals, tiles)
+    if span is None:
+        return backward_narrow(operands, numbers, intervals, scale, dkey_dtype, tiles)
+    return backward_walking(operands, out, numbers, intervals, scale, dkey_dtype, tiles, span)
 
 
 class Adding(Enum):
@@ -260,7 +277,7 @@ def whole_backward(
     narrow = tiles_for(query, value, intervals, dquery_dtype, more=dkey_dtype not in (None, key.dtype))
     operands = dout, query, key, value
     if narrow:
-        return backward_narrow(operands, (lse, None, dlse), intervals, scale, dkey_dtype, narrow)
+        return of_few_keys(operands, out, (lse, None, dlse), intervals, scale, dkey_dtype, narrow)
     simple = not intervals.has_sink_tokens and intervals.blocks is None
     if (deterministic and not simple) or query.shape[2] == WIDEST:
         return None
