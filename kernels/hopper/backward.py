@@ -50,6 +50,7 @@ from ringflash.kernels.hopper.dquery_in_turn import (
     BLOCK_BY_BLOCK,
     HEAD_BY_HEAD,
     PARTS,
+    ends_of_tiles,
     heads_in_turn,
     turns_of_tiles,
 )
@@ -228,8 +229,7 @@ class Adding(Enum):
 
     AS_IT_COMES = "as it comes"
     IN_TURN = "in turn"
-    ROUNDED_IN_TURN = "rounded, in turn"
-    ROUNDED = "rounded, as it comes"
+    ROUNDED = "in turn, the last rounds"
 
 
 WIDEST_WINDOW = 2048
@@ -251,7 +251,7 @@ def way_of_adding(
     width = backward_width(query.shape[2], value.shape[2], False)
     rounds = numbers[2] is None and dquery_dtype == query.dtype and width in ("64", "128") and simple
     if rounds and (deterministic or (narrow_enough and modifiers is None)):
-        return Adding.ROUNDED_IN_TURN if deterministic else Adding.ROUNDED
+        return Adding.ROUNDED
     return Adding.IN_TURN if deterministic else Adding.AS_IT_COMES
 
 
@@ -355,7 +355,7 @@ class PreparedBackward:
         group = heads // key_heads
         self.tiles, self.in_turn = tiles, adding != Adding.AS_IT_COMES
         self.order = order_of_blocks(intervals) if self.in_turn else 0
-        self.rounds = adding in (Adding.ROUNDED, Adding.ROUNDED_IN_TURN)
+        self.rounds = adding == Adding.ROUNDED
         self.heads = heads, key_heads
         sink_tokens, self.has_lists = intervals.has_sink_tokens, intervals.blocks is not None
         self.width = backward_width(dim, value_dim, not (self.in_turn or modifiers or sink_tokens or self.has_lists))
@@ -442,7 +442,6 @@ class PreparedBackward:
             dict(
                 GROUP=group, QUERY_STAGES=tiles.stages[0], DOUT_STAGES=tiles.stages[1],
                 FLOAT_OUT=self.float_out, **({} if self.width == "192/128" else {"ORDERED": self.order}),
-                **({"REPEATS": adding == Adding.ROUNDED_IN_TURN} if self.width in ("64", "128") else {}),
                 DIMS=(dim, value_dim),
                 CONSUMER_REGISTERS=tiles.registers[0], PRODUCER_REGISTERS=tiles.registers[1],
             ),
@@ -467,9 +466,9 @@ class PreparedBackward:
         if self.empty:
             return self._nothing(operands, numbers, results, dquery_dtype, dkey, dvalue)
 
-        order, turns, bounds, section, programs, slots = (None,) * 6
+        order, turns, bounds, ends, section, programs, slots = (None,) * 7
         if self.in_turn:
-            turns, bounds, section = adding_turns(intervals, self.heads, query.shape[2], self.tiles)
+            turns, bounds, ends, section = adding_turns(intervals, self.heads, query.shape[2], self.tiles)
         elif self.slot_shapes is not None:
             programs, order = programs_with_tokens(intervals, self.tiles.keys, self.heads[1])
             slots = tuple(query.new_empty(shape, dtype=torch.float32) for shape in self.slot_shapes)
@@ -505,7 +504,7 @@ class PreparedBackward:
                 query, dout, key, value, scaled_lse, minus_delta, dquery, written[0], written[2],
                 *pointers, *seeing, order, turns, rows.turn_now, section, *tokens, *positions, *dropping,
                 *(list_tensors(self._lists(intervals)) if self.has_lists else (None,) * 3),
-                *(() if self.width == "256" else (rows.rounded, bounds if self.rounds else None)), *self.shape,
+                *(() if self.width == "256" else (rows.rounded, ends if self.rounds else None)), *self.shape,
             )  # fmt: skip
             self.launch(attend_backward_wide_kernel if self.width == "256" else attend_backward_kernel, tensors)
         if programs is not None:
@@ -682,14 +681,14 @@ def order_of_blocks(intervals: KeyIntervals) -> int:
 
 def adding_turns(
     intervals: KeyIntervals, heads: tuple[int, int], dim: int, tiles: BackwardTiles
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn of each key tile, first and last of each block of query rows, and heads to work on at a time."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `turns_of_tiles` and `ends_of_tiles` give, and heads to work on at a time."""
     tile_rows = intervals.key_tile_rows(tiles.keys)
 
-    def build() -> tuple[Tensor, Tensor, Tensor]:
+    def build() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         turns, bounds = turns_of_tiles(tile_rows, intervals.query_count, tiles.queries)
         together = heads[0] // heads[1] if order_of_blocks(intervals) == BLOCK_BY_BLOCK.value else 1
-        return turns, bounds, heads_in_turn(tile_rows, heads[1], together * dim * 8)
+        return turns, bounds, ends_of_tiles(turns, bounds), heads_in_turn(tile_rows, heads[1], together * dim * 8)
 
     return intervals.kept(("turns", heads, dim, tiles.keys, tiles.queries), build)
 

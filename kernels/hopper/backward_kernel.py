@@ -61,12 +61,12 @@ def attend_backward_kernel(
     order_ptr, turn_of_tile_ptr, turn_now_ptr, section_ptr,
     work_ptr, tokens_of_key_ptr, tokens_of_tile_ptr, dkey_slots_ptr, dvalue_slots_ptr,
     query_positions_desc, query_slopes_desc, key_positions_ptr, seed_ptr, dropout_queries_desc, dropout_keys_ptr,
-    entries_ptr, bits_ptr, row_block_ptr, rounded_desc, turn_bounds_ptr,
+    entries_ptr, bits_ptr, row_block_ptr, rounded_desc, turn_ends_ptr,
     query_rows, padded_rows, key_rows, key_heads,
     query_head_stride, dout_head_stride, key_head_stride, value_head_stride, scale, bend,
     threshold, kept, first_head, list_length, list_heads, list_words, list_rows,
     GROUP: gl.constexpr, QUERY_STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr,
-    FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr, REPEATS: gl.constexpr, DIMS: gl.constexpr,
+    FLOAT_OUT: gl.constexpr, ORDERED: gl.constexpr, DIMS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """See `backward.PreparedBackward` for the arguments."""
@@ -95,7 +95,7 @@ def attend_backward_kernel(
         return
     sums = Sums(dquery_desc, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, key_rows, key_heads)
     if rounded_desc is not None:
-        rounding = allocate_rounding(rounded_desc, turn_bounds_ptr, dquery_desc)
+        rounding = allocate_rounding(rounded_desc, dquery_desc, turn_ends_ptr, work.first_key // N)
     fence_async_shared()
     if rounded_desc is not None:
         gl.warp_specialize(
@@ -106,9 +106,9 @@ def attend_backward_kernel(
                            key_positions_ptr, scale, bend, 1, GROUP, FLOAT_OUT, ORDERED, DIMS)),
                 (produce, (inputs, work, buffers, GROUP, ORDERED)),
                 (add_and_round_in_turn, (work.turns, rounding, work.rows, dquery_desc, dquery, buffers.queries, 0,
-                                         GROUP, ORDERED, REPEATS)),
+                                         GROUP, ORDERED)),
                 (add_and_round_in_turn, (work.turns, rounding, work.rows, dquery_desc, dquery, buffers.queries, 1,
-                                         GROUP, ORDERED, REPEATS)),
+                                         GROUP, ORDERED)),
             ],
             [4, 1, 1, 1],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],

@@ -77,6 +77,25 @@ def turns_of_tiles(tile_rows: Tensor, query_rows: int, block: int) -> tuple[Tens
     return turns, torch.stack([first, last], 1)
 
 
+def ends_of_tiles(turns: Tensor, bounds: Tensor) -> Tensor:
+    """Of each key tile, the blocks from which on its turn is the first, and in front of which it is the last.
+
+    Args:
+        turns: (tiles,), of `turns_of_tiles`.
+        bounds: (blocks, 2), of `turns_of_tiles`.
+
+    Returns:
+        (tiles, 2) int32, any numbers for tiles without a turn.
+
+    Example:
+        >>> ends_of_tiles(torch.tensor([0, -1, 1]), torch.tensor([[0, 1], [1, 1]])).tolist()
+        [[0, 0], [0, 0], [1, 2]]
+    """
+    first, last = (x.contiguous() for x in bounds.unbind(1))
+    from_on, below = torch.searchsorted(first, turns), torch.searchsorted(last, turns, right=True)
+    return torch.stack([from_on, below], 1).to(torch.int32)
+
+
 def heads_in_turn(tile_rows: Tensor, key_heads: int, row_bytes: int) -> Tensor:
     """Key heads to work on at a time, (1,) int32: a divisor of `key_heads`.
 
@@ -162,72 +181,84 @@ def add_in_turn(
 class Rounding(NamedTuple):
     """How a block of dQ is rounded by the program whose turn is the last.
 
-    desc: of dQ in 16 bits. bounds_ptr: first and last turn of each block. earlier: what the others have added up of
-    each part, with barriers.
+    desc: of dQ in 16 bits. first_from: number of the block from which on this program's turn is the first in each.
+    last_below: in front of this block it is the last. earlier: what the others have added up of each part, with
+    barriers.
     """
 
     desc: gl.tensor
-    bounds_ptr: gl.tensor
+    first_from: gl.tensor
+    last_below: gl.tensor
     earlier: gl.shared_memory_descriptor
     loaded: gl.shared_memory_descriptor
 
 
 @gluon.jit
-def allocate_rounding(desc, bounds_ptr, dquery_desc):
-    """Rounding with its memory."""
+def allocate_rounding(desc, dquery_desc, ends_ptr, key_tile):
+    """Rounding with its memory; ends as of `ends_of_tiles`."""
     earlier = gl.allocate_shared_memory(gl.float32, [PARTS, HALF, HALF], flat_layout(dquery_desc))
     loaded = gl.allocate_shared_memory(gl.int64, [PARTS, 1], mbarrier.MBarrierLayout())
     for part in gl.static_range(PARTS):
         mbarrier.init(loaded.index(part), count=1)
-    return Rounding(desc, bounds_ptr, earlier, loaded)
+    first_from, last_below = gl.load(ends_ptr + key_tile * 2), gl.load(ends_ptr + key_tile * 2 + 1)
+    return Rounding(desc, first_from, last_below, earlier, loaded)
 
 
 @gluon.jit
 def add_and_round_in_turn(
-    turns, rounding, rows, dquery_desc, parts, queries, PART: gl.constexpr, GROUP: gl.constexpr,
-    ORDERED: gl.constexpr, REPEATS: gl.constexpr,
+    turns, rounding, rows, dquery_desc, parts, queries, PART: gl.constexpr, GROUP: gl.constexpr, ORDERED: gl.constexpr
 ):  # fmt: skip
     """As `add_in_turn`, but the first in a block stores, so that nothing has to be zero, and the last rounds the sum.
 
-    Those between need not wait for one another unless the gradient REPEATS bit for bit.
+    Turns are awaited ahead of the part, and passed on behind the next, by when the sum has arrived.
     """
     M: gl.constexpr = queries.blocks.shape[1]
     D: gl.constexpr = queries.blocks.shape[2]
     gl.static_assert(parts_in_step(D) == 1)
     blocks_of_head = (rows.query_rows + M - 1) // M
     part, earlier, loaded = parts.index(PART), rounding.earlier.index(PART), rounding.loaded.index(PART)
-    own = turns.own
+    blocks = reinterpret(earlier, rounding.desc.dtype, [4, HALF, HALF // 2], flat_layout(rounding.desc))
+    adds = turns.own >= 0
     loads = 0
+    before_ptr, passes = turns.now_ptr, turns.own < -1  # false
     block, member = first_block_and_member(rows, ORDERED)
     for step in range(rows.blocks * GROUP):
         row = rows.begin + block * M
         head = rows.first_head + member
-        now_ptr = turns.now_ptr + (head * blocks_of_head + row // M) * PARTS + PART
-        first_turn = gl.load(rounding.bounds_ptr + row // M * 2)
-        is_last = (own >= 0) & (own == gl.load(rounding.bounds_ptr + row // M * 2 + 1))
-        is_first = own == first_turn
-        if is_last & (own != first_turn):
-            wait_for_turn(now_ptr, own)
-            load_part(dquery_desc, earlier, row, head, loaded, D, PART)
+        number = row // M
+        now_ptr = turns.now_ptr + (head * blocks_of_head + number) * PARTS + PART
+        is_last = adds & (number < rounding.last_below)
+        is_first = number >= rounding.first_from
+        if adds & (number < rounding.first_from):
+            wait_for_turn(now_ptr, turns.own)
+            if is_last:
+                load_part(dquery_desc, earlier, row, head, loaded, D, PART)
         mbarrier.wait(turns.ready.index(PART), step & 1)
         if is_last:
-            if own != first_turn:
+            if number < rounding.first_from:
                 mbarrier.wait(loaded, loads & 1)
                 loads += 1
             round_sum(part, earlier, is_first, rounding.desc.dtype)
             fence_async_shared()
-            blocks = reinterpret(earlier, rounding.desc.dtype, [4, HALF, HALF // 2], flat_layout(rounding.desc))
+            mbarrier.arrive(turns.free.index(PART), count=1)
+            if passes:
+                pass_turn(before_ptr)
             store_rounded_part(rounding.desc, blocks, row, head, D, PART)
-        elif is_first:
-            store_first_part(dquery_desc, part, row, head, D, PART)
-        elif own >= 0:
-            wait_for_turn(now_ptr, own if REPEATS else first_turn + 1)
-            add_part(dquery_desc, part, row, head, D, PART, 0)
-        store_wait(0)
-        mbarrier.arrive(turns.free.index(PART), count=1)
-        if (own >= 0) & (own != gl.load(rounding.bounds_ptr + row // M * 2 + 1)):
-            pass_turn(now_ptr)
+            store_wait(0)
+        else:
+            if adds:
+                if is_first:
+                    store_first_part(dquery_desc, part, row, head, D, PART)
+                else:
+                    add_part(dquery_desc, part, row, head, D, PART, 0)
+            store_wait(0)
+            mbarrier.arrive(turns.free.index(PART), count=1)
+            if passes:
+                pass_turn_before(before_ptr)
+        before_ptr, passes = now_ptr, adds & (number >= rounding.last_below)
         block, member = next_block_and_member(rows, block, member, GROUP, ORDERED)
+    if passes:
+        pass_turn(before_ptr)
 
 
 @gluon.jit
@@ -240,11 +271,12 @@ def round_sum(part, earlier, is_alone, dtype: gl.constexpr):
     own = reinterpret(part, gl.float32, [16, 8, HALF // 2], FLOATS)
     before = reinterpret(earlier, gl.float32, [16, 8, HALF // 2], FLOATS)
     rounded = reinterpret(earlier, dtype, [32, 8, HALF // 2], ROUNDED)
-    for i in range(16):
-        total = own.index(i).load(SLICE)
-        if not is_alone:
-            total += before.index(i).load(SLICE)
-        rounded.index(i).store(total.to(dtype))
+    if is_alone:
+        for i in range(16):
+            rounded.index(i).store(own.index(i).load(SLICE).to(dtype))
+    else:
+        for i in range(16):
+            rounded.index(i).store((own.index(i).load(SLICE) + before.index(i).load(SLICE)).to(dtype))
 
 
 @gluon.jit
@@ -285,6 +317,17 @@ def wait_for_turn(now_ptr, own):
         "{ .reg .pred early; .reg .s32 now; AGAIN: ld.acquire.gpu.global.s32 now, [$1]; setp.lt.s32 early, now, $2;"
         " @early bra AGAIN; fence.proxy.async.global; mov.b32 $0, now; }",
         "=r,l,r", [address, gl.full([32], own, gl.int32, LANES)], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def pass_turn_before(now_ptr):
+    """As `pass_turn`, but of the part before the one that was added last."""
+    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    gl.inline_asm_elementwise(
+        "{ .reg .pred one; .reg .b32 lane; cp.async.bulk.wait_group 1; fence.proxy.async.global; bar.warp.sync -1;"
+        " elect.sync lane|one, -1; @one red.release.gpu.global.add.s32 [$1], 1; mov.b32 $0, 0; }",
+        "=r,l", [gl.full([32], now_ptr.to(gl.int64), gl.int64, LANES)], dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 

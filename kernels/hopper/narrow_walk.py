@@ -172,9 +172,7 @@ def backward_walking(
     prepared = prepared_walks.get(call)
     if prepared is None:
         check_operands(*operands[1:], intervals, scale, None)
-        prepared = PreparedNarrowWalk(
-            operands, out, (lse, delta, dlse), intervals, scale, dkey_dtype, tiles, span
-        )
+        prepared = PreparedNarrowWalk(operands, out, (lse, delta, dlse), intervals, scale, dkey_dtype, tiles, span)
         prepared_walks.add(call, prepared)
     return prepared(operands, out, (lse, delta, dlse), intervals)
 

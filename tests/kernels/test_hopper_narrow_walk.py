@@ -56,7 +56,9 @@ class Program:
             end = -(-rows // tokens)
         self.first_tile = min(self.table[first_block][0] // tokens, finding)
         last_stop = self.stop[max(min(end * tokens, rows), 1) - 1]
-        self.loaded = min(max(-(-last_stop // BLOCK), first_block), blocks) - first_block if end > self.first_tile else 0
+        self.loaded = (
+            min(max(-(-last_stop // BLOCK), first_block), blocks) - first_block if end > self.first_tile else 0
+        )
         self.finding, self.steps = finding - self.first_tile, end - self.first_tile
         self.rows_full, self.numbers_full = ([Barrier(1) for _ in range(RING)] for _ in range(2))
         self.rows_empty = [Barrier(WARPGROUPS) for _ in range(RING)]
