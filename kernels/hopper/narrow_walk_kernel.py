@@ -319,13 +319,15 @@ def consume(
                 dkey_token = warpgroup_mma(factor, query, dkey, is_async=True)
                 mbarrier.wait(memory.dscores_empty.index(buffer), parity_of_buffer ^ 1, pred=found >= 0)
                 dscores_block.store(rounded)
+                fence_async_shared()
+                mbarrier.arrive(memory.dscores_full.index(buffer), count=1, pred=found >= 0)
                 dvalue, dkey = warpgroup_mma_wait(0, deps=[dvalue_token, dkey_token])
             else:
                 mbarrier.wait(memory.dscores_empty.index(buffer), parity_of_buffer ^ 1, pred=found >= 0)
                 dscores_block.store(nothing.to(dtype))
-            fence_async_shared()
+                fence_async_shared()
+                mbarrier.arrive(memory.dscores_full.index(buffer), count=1, pred=found >= 0)
             if found >= 0:
-                mbarrier.arrive(memory.dscores_full.index(buffer), count=1)
                 if found % CONSUMERS == PART:
                     mbarrier.wait(memory.dscores_full.index(buffer), parity_of_buffer)
                     dquery = find_dquery(memory, buffer, first_key // N - walk.first_block, walk.loaded, no_sums)

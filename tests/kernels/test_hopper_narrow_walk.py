@@ -1,6 +1,6 @@
 """The kernel for rows that see few keys whose programs walk along them: what waits for what, and who finds what.
 
-What a program's warps do is written down once more here, in `Program`, as narrow_walk_kernel.py of kernels/hopper has it.
+What a program's warps do is written down once more here, in `Program`, as kernels/hopper/narrow_walk_kernel.py has it.
 """
 
 from __future__ import annotations
