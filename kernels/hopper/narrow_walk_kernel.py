@@ -97,7 +97,7 @@ class Bounds(NamedTuple):
 
 
 @compiled_once
-@gluon.jit(do_not_specialize=["tokens", "key_rows", "span"])
+@gluon.jit(do_not_specialize=["tokens", "key_rows", "key_heads", "span"])
 def backward_narrow_kernel(
     query_desc, dout_desc, out_desc, key_desc, value_desc, dquery_desc, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr,
     lse_ptr, dlse_ptr, delta_ptr, start_ptr, stop_ptr, ends_ptr, rows_of_key_ptr, rows_of_tile_ptr,
@@ -327,18 +327,17 @@ def consume(
                 dscores_block.store(nothing.to(dtype))
                 fence_async_shared()
                 mbarrier.arrive(memory.dscores_full.index(buffer), count=1, pred=found >= 0)
-            if found >= 0:
-                if found % CONSUMERS == PART:
-                    mbarrier.wait(memory.dscores_full.index(buffer), parity_of_buffer)
-                    dquery = find_dquery(memory, buffer, first_key // N - walk.first_block, walk.loaded, no_sums)
-                    release(memory.dscores_empty.index(buffer))
-                    head = (walk.key_head * PACKS + step % PACKS) * PACK
-                    # In out's place, from which delta has been found.
-                    place = memory.outs.index(stage)
-                    place.store((dquery * scale).to(dtype))
-                    fence_async_shared()
-                    store_box(dquery_desc, token, head, place)
-                    store_wait(0)
+            if (found >= 0) & (found % CONSUMERS == PART):
+                mbarrier.wait(memory.dscores_full.index(buffer), parity_of_buffer)
+                dquery = find_dquery(memory, buffer, first_key // N - walk.first_block, walk.loaded, no_sums)
+                release(memory.dscores_empty.index(buffer))
+                head = (walk.key_head * PACKS + step % PACKS) * PACK
+                # In out's place, from which delta has been found.
+                place = memory.outs.index(stage)
+                place.store((dquery * scale).to(dtype))
+                fence_async_shared()
+                store_box(dquery_desc, token, head, place)
+                store_wait(0)
             release(memory.rows_empty.index(stage))
         at = end_step
         if is_real:
