@@ -47,7 +47,8 @@ class KeyIntervals:
         blocks: which keys of their intervals rows see, if not all of them; not beside sink tokens.
         band: keys that a few rows see together, for kernels that hold all of them at once: of any rows t <= u,
             stop[u] - start[t] <= band + u - t. None where that is not known to the host, or not bounded.
-        reach: (back, ahead), where it is known that start[t] >= t - back and stop[t] <= t + 1 + ahead; or None.
+        reach: (back, ahead), where it is known that start[t] >= t - back and stop[t] <= t + 1 + ahead, but for the last
+            rows if they see no keys; or None.
     """
 
     start: Tensor

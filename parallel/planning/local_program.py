@@ -18,7 +18,7 @@ from ringflash.parallel.planning.plan import Buffers
 from ringflash.parallel.planning.program import Program
 from ringflash.parallel.planning.row_places import aligned
 from ringflash.parallel.planning.stage_program import StageProgram
-from ringflash.parallel.positions.band import band_of_mask
+from ringflash.parallel.positions.band import band_of_mask, reach_of_mask
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.visibility import block_places, places, position_bounds
 
@@ -98,8 +98,8 @@ def table_program(mask: Mask, table: Tensor, queries: int, keys: int) -> Program
         found = BlockPlaces(table[columns, :queries], table[columns + 1, :keys], (1, 1))
         behind += 2
     among_keys = table[behind, :queries] if len(table) > behind else None
-    band = band_of_mask(mask) if among_keys is None else None
-    work = with_layout(mask, KeyIntervals(start, stop, keys, *sinks, band=band), found)
+    band, reach = (band_of_mask(mask), reach_of_mask(mask)) if among_keys is None else (None, None)
+    work = with_layout(mask, KeyIntervals(start, stop, keys, *sinks, band=band, reach=reach), found)
     return _whole(work if queries and keys else (), queries, keys, among_keys, table.device)
 
 

@@ -20,6 +20,20 @@ def band_of_mask(mask: Mask) -> int | None:
         >>> band_of_mask(Mask.sliding_window(127)), band_of_mask(Mask.causal())
         (128, None)
     """
+    reach = reach_of_mask(mask)
+    return None if reach is None else reach[0] + 1 + reach[1]
+
+
+def reach_of_mask(mask: Mask) -> tuple[int, int] | None:
+    """`KeyIntervals.reach` where rows are positions of queries and of keys, under the same conditions.
+
+    Args:
+        mask: with or without its documents.
+
+    Example:
+        >>> reach_of_mask(Mask.sliding_window(127)), reach_of_mask(Mask.sliding_window(3, 2) & Mask.causal())
+        ((127, 0), (3, 0))
+    """
     if mask.two_intervals or mask.has_layout or mask.query_boundaries is not None:
         return None
     # A document or a chunk ends no further than its length from each of its tokens.
@@ -34,8 +48,7 @@ def band_of_mask(mask: Mask) -> int | None:
     if mask.prefix is not None:
         prefix = mask.prefix if isinstance(mask.prefix, int) else max(mask.prefix, default=0)
         ahead = min(ahead, max(0, prefix - 1))
-    band = back + 1 + ahead
-    return band if band < UNBOUNDED else None
+    return (back, ahead) if back + 1 + ahead < UNBOUNDED else None
 
 
 def band_of_bounds(start: np.ndarray, stop: np.ndarray) -> int:

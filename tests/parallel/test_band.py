@@ -33,6 +33,19 @@ def assert_bands_hold(stages: tuple[StageProgram, ...]) -> None:
         if intervals.band is not None:
             assert not intervals.has_sink_tokens
             assert least_band(intervals) <= intervals.band
+        if intervals.reach is not None:
+            assert intervals.band is not None
+            assert_reach_holds(intervals)
+
+
+def assert_reach_holds(intervals: KeyIntervals) -> None:
+    """Of every row that sees a key, and those in front of it."""
+    back, ahead = intervals.reach
+    seeing = (intervals.stop > intervals.start).nonzero().flatten().tolist()
+    rows = seeing[-1] + 1 if seeing else 0
+    row = torch.arange(rows)
+    assert (intervals.start[:rows] >= row - back).all()
+    assert (intervals.stop[:rows] <= row + 1 + ahead).all()
 
 
 @st.composite
@@ -104,6 +117,7 @@ def test_programs_of_windows_and_documents_know_their_band() -> None:
     assert [x.band for x in _intervals(program.stages)] == [18]
     moved = Launch(_intervals(program.stages)[0]).to(CPU)
     assert moved.intervals.band == 18
+    assert moved.intervals.reach == (17, 0)
 
 
 def _intervals(stages: tuple[StageProgram, ...]) -> list[KeyIntervals]:
