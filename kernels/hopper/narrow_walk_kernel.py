@@ -10,7 +10,7 @@ are taken by both.
     dweights = V dO^T - delta  dscores = weights * dweights                dK += dscores Q
 
 Dscores pass through shared memory to the warpgroup whose turn it is, which makes of all three the tile's gradient of
-query. A fourth warp finds delta. A tile sees three blocks of keys at most, see `narrow.walks`.
+query. Two more warps find delta. A tile sees three blocks of keys at most, see `narrow.walks`.
 
 Legend: M query rows of a tile, N key rows of a block, D head dimension.
 """
@@ -43,6 +43,10 @@ STAGES = gl.constexpr(4)
 
 SLOTS = gl.constexpr(4)
 """Blocks of keys in shared memory."""
+
+
+PIECES = gl.constexpr(4)
+"""In which delta of a tile is found."""
 
 
 class Walk(NamedTuple):
@@ -138,8 +142,8 @@ def backward_narrow_kernel(
             (find_numbers, (walk, memory, lse_ptr, dlse_ptr, delta_ptr, tokens, TOKENS, PACK, PACKS,
                             out_desc is not None)),
         ],
-        [4, 4, 1, 1, 1],
-        [160, 160, 24, 24, 24],
+        [4, 4, 1, 1, 2],
+        [160, 160, 32, 32, 32],
     )  # fmt: skip
 
 
@@ -213,42 +217,53 @@ def find_numbers(
     walk, memory, lse_ptr, dlse_ptr, delta_ptr, tokens,
     TOKENS: gl.constexpr, PACK: gl.constexpr, PACKS: gl.constexpr, FINDS_DELTA: gl.constexpr,
 ):  # fmt: skip
-    """A warp that lays down each tile's lse, with factor log2 e, and delta."""
+    """Two warps that lay down each tile's lse, with factor log2 e, and delta."""
     D: gl.constexpr = memory.douts.shape[2]
     dtype: gl.constexpr = memory.douts.dtype
-    EACH: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
-    SLICE: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
-    FEW: gl.constexpr = gl.SliceLayout(1, SLICE)
-    slices = reinterpret(memory.numbers, gl.float32, [STAGES * 2 * (ROWS // 8), 8], memory.numbers.layout)
-    row = gl.arange(0, ROWS, EACH)
+    EACH: gl.constexpr = gl.BlockedLayout([1], [32], [2], [0])
+    PIECE: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [2, 1], [1, 0])
+    FEW: gl.constexpr = gl.SliceLayout(1, PIECE)
+    pieces = reinterpret(memory.numbers, gl.float32, [STAGES * 2 * PIECES, ROWS // PIECES], memory.numbers.layout)
+    next_place, next_inside = places_of_rows(walk, 0, tokens, TOKENS, PACK, PACKS, EACH)
+    next_lse = gl.load(lse_ptr + next_place, mask=next_inside, other=0.0)
     for step in range(walk.steps):
         stage, parity = stage_and_parity(step, STAGES)
-        token = (walk.first_tile + step // PACKS) * TOKENS
-        head = (walk.key_head * PACKS + step % PACKS) * PACK
-        own = token + row // PACK
-        place = (head + row % PACK).to(gl.int64) * tokens + own
-        lse = gl.load(lse_ptr + place, mask=own < tokens, other=0.0) * LOG2_E
+        place, inside, lse = next_place, next_inside, next_lse * LOG2_E
         lse = gl.where(lse == float("-inf"), float("inf"), lse)  # rows without keys: no weight is left
+        change = lse  # stands for none
         if not FINDS_DELTA:
-            delta = gl.load(delta_ptr + place, mask=own < tokens, other=0.0)
+            change = gl.load(delta_ptr + place, mask=inside, other=0.0)
+        elif dlse_ptr is not None:
+            change = gl.load(dlse_ptr + place, mask=inside, other=0.0)
+        next_place, next_inside = places_of_rows(walk, step + 1, tokens, TOKENS, PACK, PACKS, EACH)
+        next_lse = gl.load(lse_ptr + next_place, mask=next_inside, other=0.0)
         mbarrier.wait(memory.rows_full.index(stage), parity)
         memory.numbers.index(stage * 2).store(lse)
         if FINDS_DELTA:
-            dout = reinterpret(memory.douts.index(stage), dtype, [ROWS // 8, 8, D], memory.douts.layout)
-            out = reinterpret(memory.outs.index(stage), dtype, [ROWS // 8, 8, D], memory.outs.layout)
-            for i in range(ROWS // 8):
-                product = dout.index(i).load(SLICE).to(gl.float32) * out.index(i).load(SLICE).to(gl.float32)
-                deltas = gl.sum(product, 1)
-                slice_row = i * 8 + gl.arange(0, 8, FEW)
-                slice_own = token + slice_row // PACK
-                slice_place = (head + slice_row % PACK).to(gl.int64) * tokens + slice_own
-                if dlse_ptr is not None:
-                    deltas -= gl.load(dlse_ptr + slice_place, mask=slice_own < tokens, other=0.0)
-                gl.store(delta_ptr + slice_place, deltas, mask=slice_own < tokens)
-                slices.index((stage * 2 + 1) * (ROWS // 8) + i).store(deltas)
+            dout = reinterpret(memory.douts.index(stage), dtype, [PIECES, ROWS // PIECES, D], memory.douts.layout)
+            out = reinterpret(memory.outs.index(stage), dtype, [PIECES, ROWS // PIECES, D], memory.outs.layout)
+            for i in gl.static_range(PIECES):
+                product = dout.index(i).load(PIECE).to(gl.float32) * out.index(i).load(PIECE).to(gl.float32)
+                pieces.index((stage * 2 + 1) * PIECES + i).store(gl.sum(product, 1))
+            delta = memory.numbers.index(stage * 2 + 1).load(EACH)
+            if dlse_ptr is not None:
+                delta -= change
+                memory.numbers.index(stage * 2 + 1).store(delta)
+            gl.store(delta_ptr + place, delta, mask=inside)
         else:
-            memory.numbers.index(stage * 2 + 1).store(delta)
+            memory.numbers.index(stage * 2 + 1).store(change)
         mbarrier.arrive(memory.numbers_full.index(stage), count=1)
+
+
+@gluon.jit
+def places_of_rows(
+    walk, step, tokens, TOKENS: gl.constexpr, PACK: gl.constexpr, PACKS: gl.constexpr, LAYOUT: gl.constexpr
+):  # fmt: skip
+    """Where a step's rows are in an (H, T) tensor, and which of them are."""
+    row = gl.arange(0, ROWS, LAYOUT)
+    own = (walk.first_tile + step // PACKS) * TOKENS + row // PACK
+    head = (walk.key_head * PACKS + step % PACKS) * PACK + row % PACK
+    return head.to(gl.int64) * tokens + own, own < tokens
 
 
 @gluon.jit
@@ -270,6 +285,7 @@ def consume(
     nothing = gl.zeros([N, ROWS], gl.float32, SCORES)
     no_sums = gl.zeros([N, D], gl.float32, SUMS)
     at = 0
+    kept = -1  # stage whose place in shared memory a gradient of query may still be leaving from
     own_blocks = gl.maximum(walk.loaded - PART + CONSUMERS - 1, 0) // CONSUMERS
     for number in range(own_blocks + 1):  # behind the last the tiles that are left
         block = PART + number * CONSUMERS
@@ -313,6 +329,7 @@ def consume(
                     weights = gl.where(seen, weights, 0.0)
                 factor = gl.convert_layout(weights.to(dtype), FACTOR)
                 dvalue_token = warpgroup_mma(factor, dout, dvalue, is_async=True)
+                kept = give_back(memory, kept)
                 dweights = warpgroup_mma_wait(1, deps=[dweights_token])
                 rounded = (weights * dweights).to(dtype)
                 factor = gl.convert_layout(rounded, FACTOR)
@@ -323,6 +340,7 @@ def consume(
                 mbarrier.arrive(memory.dscores_full.index(buffer), count=1, pred=found >= 0)
                 dvalue, dkey = warpgroup_mma_wait(0, deps=[dvalue_token, dkey_token])
             else:
+                kept = give_back(memory, kept)
                 mbarrier.wait(memory.dscores_empty.index(buffer), parity_of_buffer ^ 1, pred=found >= 0)
                 dscores_block.store(nothing.to(dtype))
                 fence_async_shared()
@@ -337,8 +355,9 @@ def consume(
                 place.store((dquery * scale).to(dtype))
                 fence_async_shared()
                 store_box(dquery_desc, token, head, place)
-                store_wait(0)
-            release(memory.rows_empty.index(stage))
+                kept = stage
+            else:
+                release(memory.rows_empty.index(stage))
         at = end_step
         if is_real:
             # Keys are last read for the gradient of query of the tile in front.
@@ -350,6 +369,7 @@ def consume(
                     (walk.first_block + block) * N, walk.key_head, bounds, DIM, SUMS,
                 )  # fmt: skip
             release(memory.keys_empty.index(slot))
+    store_wait(0)
     # Own blocks that no row sees, by way of dscores that have been read for the last time.
     last = (walk.steps - walk.finding - 1) // 2 * 2
     mbarrier.wait(memory.dscores_empty.index(0), (last >> 1) & 1, pred=walk.steps > walk.finding)
@@ -359,6 +379,15 @@ def consume(
             dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, no_sums, no_sums, memory.dscores.index(PART),
             (walk.first_block + block) * N, walk.key_head, bounds, DIM, SUMS,
         )  # fmt: skip
+
+
+@gluon.jit
+def give_back(memory, stage):
+    """Give a stage back that a gradient of query has left from since, if it is not negative; -1."""
+    if stage >= 0:
+        store_wait(0)
+        release(memory.rows_empty.index(stage))
+    return -1
 
 
 @gluon.jit

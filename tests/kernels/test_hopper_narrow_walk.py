@@ -68,6 +68,7 @@ class Program:
         self.tile_in: list = [None] * RING
         self.block_in: list = [None] * PLACES
         self.dscores: dict = {}
+        self.kept: dict = {}
 
     def warps(self) -> list[Iterator]:
         return [self.load_tiles(), self.load_keys(), self.find_numbers(), *map(self.consume, range(WARPGROUPS))]
@@ -91,7 +92,7 @@ class Program:
             self.numbers_full[step % RING].arrive()
 
     def consume(self, part: int) -> Iterator:
-        at = 0
+        at, self.kept[part] = 0, None
         own_blocks = max(self.loaded - part + WARPGROUPS - 1, 0) // WARPGROUPS
         for number in range(own_blocks + 1):
             block = part + number * WARPGROUPS
@@ -124,6 +125,9 @@ class Program:
         yield self.numbers_full[step % RING], step // RING % 2
         tile = self.first_tile + step
         assert self.tile_in[step % RING] == step
+        if self.kept[part] is not None:
+            self.rows_empty[self.kept[part]].arrive()
+            self.kept[part] = None
         if found >= 0:
             yield self.dscores_empty[found % 2], found // 2 % 2 ^ 1
         if active:
@@ -147,7 +151,8 @@ class Program:
                 assert tile not in self.found["tiles"]
                 self.found["tiles"][tile] = of_tile
                 self.dscores_empty[found % 2].arrive()
-                assert self.tile_in[step % RING] == step
+                self.kept[part] = step % RING
+                return
         self.rows_empty[step % RING].arrive()
 
 
