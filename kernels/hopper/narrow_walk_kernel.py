@@ -222,7 +222,6 @@ def find_numbers(
     dtype: gl.constexpr = memory.douts.dtype
     EACH: gl.constexpr = gl.BlockedLayout([1], [32], [2], [0])
     PIECE: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [2, 1], [1, 0])
-    FEW: gl.constexpr = gl.SliceLayout(1, PIECE)
     pieces = reinterpret(memory.numbers, gl.float32, [STAGES * 2 * PIECES, ROWS // PIECES], memory.numbers.layout)
     next_place, next_inside = places_of_rows(walk, 0, tokens, TOKENS, PACK, PACKS, EACH)
     next_lse = gl.load(lse_ptr + next_place, mask=next_inside, other=0.0)
