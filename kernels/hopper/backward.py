@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from enum import Enum
-from typing import NamedTuple
 
 import torch
 import triton
@@ -27,7 +25,7 @@ from ringflash.kernels.gpu.row_delta import row_delta
 from ringflash.kernels.hopper import widest
 from ringflash.kernels.hopper.backward_kernel import attend_backward_kernel
 from ringflash.kernels.hopper.backward_order import order_of_lists, order_of_programs
-from ringflash.kernels.hopper.backward_rows import find_rows_kernel, find_rows_launcher, prepare_rows_kernel
+from ringflash.kernels.hopper.backward_rows import PreparedRows, Results
 from ringflash.kernels.hopper.backward_split_kernel import attend_backward_split_kernel
 from ringflash.kernels.hopper.backward_tokens import (
     Programs,
@@ -46,14 +44,7 @@ from ringflash.kernels.hopper.descriptors import (
     without_memory,
 )
 from ringflash.kernels.hopper.dquery_accumulate import HALF
-from ringflash.kernels.hopper.dquery_in_turn import (
-    BLOCK_BY_BLOCK,
-    HEAD_BY_HEAD,
-    PARTS,
-    ends_of_tiles,
-    heads_in_turn,
-    turns_of_tiles,
-)
+from ringflash.kernels.hopper.dquery_in_turn import PARTS, heads_in_turn, turns_of_tiles
 from ringflash.kernels.hopper.dropout import dropout_numbers, listed
 from ringflash.kernels.hopper.listed_blocks import list_numbers, list_tensors
 from ringflash.kernels.hopper.narrow import NarrowTiles, backward_narrow, tiles_for
@@ -175,84 +166,9 @@ def attend_backward(
             dout, query, key, value, lse, delta, intervals, scale=scale, carry=carry,
             dquery_dtype=dquery_dtype, dkey_dtype=dkey_dtype,
         )  # fmt: skip
-    operands = (dout, query, key, value)
-    numbers = (lse, delta, carry)
-    prepared = prepared_backward(
-        operands, numbers, None, intervals, scale, modifiers, dquery_dtype, dkey_dtype, deterministic
-    )
+    operands, numbers = (dout, query, key, value), (lse, delta, carry)
+    prepared = prepared_backward(operands, numbers, None, intervals, scale, modifiers, dkey_dtype, deterministic)
     return prepared(operands, numbers, None, intervals, dquery_dtype, modifiers)[:3]
-
-
-def prepared_backward(
-    operands: Operands,
-    numbers: Numbers,
-    results: Results | None,
-    intervals: KeyIntervals,
-    scale: float,
-    modifiers: Modifiers | None,
-    dquery_dtype: torch.dtype,
-    dkey_dtype: torch.dtype,
-    deterministic: bool,
-) -> PreparedBackward:
-    """What is kept for calls alike, and made in the first of them."""
-    _, query, key, value = operands
-    adding = way_of_adding(operands, numbers, intervals, dquery_dtype, deterministic, modifiers)
-    call = _call(operands, numbers, results, intervals, scale, modifiers, dkey_dtype, adding)
-    prepared = prepared_calls.get(call)
-    if prepared is None:
-        check_operands(query, key, value, intervals, scale, modifiers)
-        plain = adding == Adding.AS_IT_COMES and not (intervals.has_sink_tokens or intervals.blocks or modifiers)
-        tiles = backward_tiles(modifiers)[backward_width(query.shape[2], value.shape[2], plain)]
-        prepared = PreparedBackward(operands, numbers, results, intervals, scale, dkey_dtype, tiles, adding, modifiers)
-        prepared_calls.add(call, prepared)
-    return prepared
-
-
-def of_few_keys(
-    operands: Operands,
-    out: Tensor | None,
-    numbers: Numbers,
-    intervals: KeyIntervals,
-    scale: float,
-    dkey_dtype: torch.dtype | None,
-    tiles: NarrowTiles,
-) -> Gradients:
-    """Gradients of rows that see few keys, from one kernel or from two; arguments as in `backward_walking`."""
-    span = span_for(operands[1], operands[2], intervals, tiles)
-    if span is None:
-        return backward_narrow(operands, numbers, intervals, scale, dkey_dtype, tiles)
-    return backward_walking(operands, out, numbers, intervals, scale, dkey_dtype, tiles, span)
-
-
-class Adding(Enum):
-    """How key tiles add up the gradient of query: see `dquery_in_turn` for all but the first."""
-
-    AS_IT_COMES = "as it comes"
-    IN_TURN = "in turn"
-    ROUNDED = "in turn, the last rounds"
-
-
-WIDEST_WINDOW = 2048
-"""Keys of a row up to which programs that round the gradient of query are faster than passes over memory for it."""
-
-
-def way_of_adding(
-    operands: Operands,
-    numbers: Numbers,
-    intervals: KeyIntervals,
-    dquery_dtype: torch.dtype,
-    deterministic: bool,
-    modifiers: Modifiers | None,
-) -> Adding:
-    """What suits a call; arguments as in `prepared_backward`."""
-    simple = not intervals.has_sink_tokens and intervals.blocks is None
-    query, value = operands[1], operands[3]
-    narrow_enough = intervals.band is not None and intervals.band <= WIDEST_WINDOW
-    width = backward_width(query.shape[2], value.shape[2], False)
-    rounds = numbers[2] is None and dquery_dtype == query.dtype and width in ("64", "128") and simple
-    if rounds and (deterministic or (narrow_enough and modifiers is None)):
-        return Adding.ROUNDED
-    return Adding.IN_TURN if deterministic else Adding.AS_IT_COMES
 
 
 def whole_backward(
@@ -271,23 +187,65 @@ def whole_backward(
     dkey_dtype: torch.dtype | None = None,
     deterministic: bool = False,
 ) -> Gradients | None:
-    """See `ringflash.kernels.whole_backward`. The gradients of narrow kernels repeat bit for bit in any case."""
+    """See `ringflash.kernels.whole_backward`. The gradients of narrow kernels repeat bit for bit in any case.
+
+    Delta comes from the pass over memory that sets the gradient of query to zero, or from the gradients' own kernels.
+    """
     if modifiers is not None or dkey_dtype not in (None, key.dtype, torch.float32):
         return None
     narrow = tiles_for(query, value, intervals, dquery_dtype, more=dkey_dtype not in (None, key.dtype))
     operands = dout, query, key, value
-    if narrow:
+    if narrow is not None:
         return of_few_keys(operands, out, (lse, None, dlse), intervals, scale, dkey_dtype, narrow)
     simple = not intervals.has_sink_tokens and intervals.blocks is None
     if (deterministic and not simple) or query.shape[2] == WIDEST:
         return None
-    operands = dout if dout.stride(2) == 1 else dout.contiguous(), query, key, value
-    numbers, results = (lse, None, None), (out if out.stride(2) == 1 else out.contiguous(), dlse)
     dquery_dtype, dkey_dtype = dquery_dtype or query.dtype, dkey_dtype or key.dtype
-    prepared = prepared_backward(
-        operands, numbers, results, intervals, scale, None, dquery_dtype, dkey_dtype, deterministic
-    )
+    dout, out = (x if x.stride(2) == 1 else x.contiguous() for x in (dout, out))
+    operands, numbers, results = (dout, query, key, value), (lse.contiguous(), None, None), (out, dlse)
+    prepared = prepared_backward(operands, numbers, results, intervals, scale, None, dkey_dtype, deterministic)
     return prepared(operands, numbers, results, intervals, dquery_dtype)
+
+
+def of_few_keys(
+    operands: Operands,
+    out: Tensor | None,
+    numbers: Numbers,
+    intervals: KeyIntervals,
+    scale: float,
+    dkey_dtype: torch.dtype | None,
+    tiles: NarrowTiles,
+) -> Gradients:
+    """Gradients of rows that see few keys, from one kernel or from two; arguments as of `backward_walking`."""
+    span = span_for(operands[1], operands[2], intervals, tiles)
+    if span is None:
+        return backward_narrow(operands, numbers, intervals, scale, dkey_dtype, tiles)
+    return backward_walking(operands, out, numbers, intervals, scale, dkey_dtype, tiles, span)
+
+
+def prepared_backward(
+    operands: Operands,
+    numbers: Numbers,
+    results: Results | None,
+    intervals: KeyIntervals,
+    scale: float,
+    modifiers: Modifiers | None,
+    dkey_dtype: torch.dtype,
+    deterministic: bool,
+) -> PreparedBackward:
+    """What is kept for calls alike, made in the first of them."""
+    call = _call(operands, numbers, results, intervals, scale, modifiers, dkey_dtype, deterministic)
+    prepared = prepared_calls.get(call)
+    if prepared is None:
+        _, query, key, value = operands
+        check_operands(query, key, value, intervals, scale, modifiers)
+        plain = not (deterministic or modifiers or intervals.has_sink_tokens or intervals.blocks is not None)
+        tiles = backward_tiles(modifiers)[backward_width(query.shape[2], value.shape[2], plain)]
+        prepared = PreparedBackward(
+            operands, numbers, results, intervals, scale, dkey_dtype, tiles, deterministic, modifiers
+        )
+        prepared_calls.add(call, prepared)
+    return prepared
 
 
 prepared_calls = Kept()
@@ -297,8 +255,6 @@ Operands = tuple[Tensor, Tensor, Tensor, Tensor]
 """Dout, query, key, value."""
 Numbers = tuple[Tensor, Tensor | None, Tensor | None]
 """Lse, delta or None to find it, carry."""
-Results = tuple[Tensor, Tensor | None]
-"""Out and dlse, to find delta from."""
 
 
 def _call(
@@ -309,16 +265,16 @@ def _call(
     scale: float,
     modifiers: Modifiers | None,
     dkey_dtype: torch.dtype,
-    adding: Adding,
+    deterministic: bool,
 ) -> tuple:
     """All that a `PreparedBackward` depends on."""
     return (
         *map(metadata, operands), *map(metadata, numbers), *map(metadata, results or ()), dkey_dtype,
-        intervals.start.shape, intervals.key_count, intervals.has_sink_tokens, intervals.band is None,
+        intervals.start.shape, intervals.key_count, intervals.has_sink_tokens,
         intervals.blocks and intervals.blocks.metadata(), scale,
-        adding, modifiers_metadata(modifiers),
+        deterministic, modifiers_metadata(modifiers),
         (aligned(*operands, *numbers, *(results or ())) and modifiers_aligned(modifiers))
-        or tuple(map(aligned, (*operands, *numbers))),
+        or tuple(map(aligned, (*operands, *numbers, *(results or ())))),
     )  # fmt: skip
 
 
@@ -328,13 +284,13 @@ class PreparedBackward:
     Args:
         operands: dout, query, key and value of the first call, checked.
         numbers: lse, delta and carry of the first call.
-        results: of the first call, where delta is None.
-        intervals: as in `attend_backward`, of the first call; so are the others. No sink tokens or blocks where the
-            gradient of query is not added up as it comes.
+        results: of the first call where delta is None.
+        intervals: as in `attend_backward`, of the first call; so are the others. No sink tokens or blocks where
+            deterministic.
         scale: see intervals.
         dkey_dtype: see intervals.
         tiles: sizes of the launch.
-        adding: how the gradient of query is.
+        deterministic: see intervals.
         modifiers: see intervals.
     """
 
@@ -347,18 +303,16 @@ class PreparedBackward:
         scale: float,
         dkey_dtype: torch.dtype,
         tiles: BackwardTiles,
-        adding: Adding = Adding.AS_IT_COMES,
+        deterministic: bool = False,
         modifiers: Modifiers | None = None,
     ) -> None:
         _, query, key, value = operands
         (query_rows, heads, dim), (key_rows, key_heads, value_dim) = query.shape, value.shape
         group = heads // key_heads
-        self.tiles, self.in_turn = tiles, adding != Adding.AS_IT_COMES
-        self.order = order_of_blocks(intervals) if self.in_turn else 0
-        self.rounds = adding == Adding.ROUNDED
+        self.tiles, self.deterministic = tiles, deterministic
         self.heads = heads, key_heads
         sink_tokens, self.has_lists = intervals.has_sink_tokens, intervals.blocks is not None
-        self.width = backward_width(dim, value_dim, not (self.in_turn or modifiers or sink_tokens or self.has_lists))
+        self.width = backward_width(dim, value_dim, not (deterministic or modifiers or sink_tokens or self.has_lists))
         self.dkey_dtype, self.float_out = dkey_dtype, dkey_dtype != key.dtype
         self.stored_dtype = torch.float32 if self.float_out else dkey_dtype
         self.empty = query_rows == 0 or key_rows == 0
@@ -392,14 +346,9 @@ class PreparedBackward:
         )
         self.number_count = heads * padded_rows
         row_blocks = -(-padded_rows // 1024)
-        if results is not None:
-            direct_results = direct and aligned(*results, intervals.start, intervals.stop)
-            self.launch_finding = find_rows_launcher(
-                operands[0], *results, dim, padded_rows, tiles.queries, direct_results
-            )
         drops = dropout_numbers(modifiers)
         kept = 1.0 if drops[1] is None else drops[1]
-        self.launch_rows = Launcher(row_blocks * heads, (query_rows, padded_rows, row_blocks, kept), {}, {}, direct)
+        self.rows = PreparedRows(operands[0], query, *numbers[:2], results, padded_rows, kept)
         self.dropout, dropout_description = modifiers is not None and bool(modifiers.dropout), None
         if self.dropout:
             positions = without_memory((query_rows,), torch.float32)
@@ -426,14 +375,10 @@ class PreparedBackward:
                 dquery_description, *of_dkey, of_dvalue[0], *(None,) * 5, row_description, row_description,
             )  # fmt: skip
         else:
-            rounded = None
-            if self.rounds:
-                of_rounded = without_memory(query.shape, query.dtype)
-                rounded = description_of(descriptor(of_rounded, HALF.value, HALF.value // 2, padded))
             described = (
                 *(of_operands[i] for i in (1, 0, 2, 3)), number_description, number_description,
                 dquery_description, of_dkey[0], of_dvalue[0], *(None,) * 13, row_description, row_description,
-                None, None, dropout_description, *(None,) * 4, rounded,
+                None, None, dropout_description,
             )  # fmt: skip
         self.launch = Launcher(
             programs * key_heads,
@@ -441,7 +386,7 @@ class PreparedBackward:
              *(() if self.width == "192/128" else (*drops, *list_numbers(self._lists(intervals))))),
             dict(
                 GROUP=group, QUERY_STAGES=tiles.stages[0], DOUT_STAGES=tiles.stages[1],
-                FLOAT_OUT=self.float_out, **({} if self.width == "192/128" else {"ORDERED": self.order}),
+                FLOAT_OUT=self.float_out, **({} if self.width == "192/128" else {"ORDERED": deterministic}),
                 DIMS=(dim, value_dim),
                 CONSUMER_REGISTERS=tiles.registers[0], PRODUCER_REGISTERS=tiles.registers[1],
             ),
@@ -460,15 +405,19 @@ class PreparedBackward:
         modifiers: Modifiers | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Gradients of query, key and value, and delta."""
-        _, query, key, value = operands
+        dout, query, key, value = operands
+        lse, delta, carry = numbers
         dkey = key.new_empty(key.shape, dtype=self.stored_dtype)
         dvalue = value.new_empty(value.shape, dtype=self.stored_dtype)
         if self.empty:
-            return self._nothing(operands, numbers, results, dquery_dtype, dkey, dvalue)
+            delta = row_delta(dout, *results) if delta is None and results is not None else delta
+            dquery = query.new_zeros(query.shape, dtype=dquery_dtype) if carry is None else carry.to(dquery_dtype)
+            return dquery, dkey.zero_().to(self.dkey_dtype), dvalue.zero_().to(self.dkey_dtype), delta
 
-        order, turns, bounds, ends, section, programs, slots = (None,) * 7
-        if self.in_turn:
-            turns, bounds, ends, section = adding_turns(intervals, self.heads, query.shape[2], self.tiles)
+        scaled_lse, minus_delta, delta, dquery = self.rows(dout, query, lse, delta, results, carry)
+        order, turns, turn_now, section, programs, slots = (None,) * 6
+        if self.deterministic:
+            turns, turn_now, section = adding_turns(intervals, self.heads, query.shape[2], self.tiles)
         elif self.slot_shapes is not None:
             programs, order = programs_with_tokens(intervals, self.tiles.keys, self.heads[1])
             slots = tuple(query.new_empty(shape, dtype=torch.float32) for shape in self.slot_shapes)
@@ -476,8 +425,6 @@ class PreparedBackward:
             order = programs_of_lists(intervals, self.tiles, self.heads[1])
         else:
             order = programs_in_order(intervals, self.tiles.keys, self.heads[1])
-        rows = self._prepare_rows(operands, numbers, results, intervals, bounds)
-        scaled_lse, minus_delta, dquery = rows.scaled_lse, rows.minus_delta, rows.dquery
         if not self.all_addressable:
             operands = _reachable(operands)
         dout, query, key, value = operands
@@ -502,65 +449,15 @@ class PreparedBackward:
         else:
             tensors = (
                 query, dout, key, value, scaled_lse, minus_delta, dquery, written[0], written[2],
-                *pointers, *seeing, order, turns, rows.turn_now, section, *tokens, *positions, *dropping,
-                *(list_tensors(self._lists(intervals)) if self.has_lists else (None,) * 3),
-                *(() if self.width == "256" else (rows.rounded, ends if self.rounds else None)), *self.shape,
+                *pointers, *seeing, order, turns, turn_now, section, *tokens, *positions, *dropping,
+                *(list_tensors(self._lists(intervals)) if self.has_lists else (None,) * 3), *self.shape,
             )  # fmt: skip
             self.launch(attend_backward_wide_kernel if self.width == "256" else attend_backward_kernel, tensors)
         if programs is not None:
             add_slots(programs, slots, dkey, dvalue, self.tiles.keys)
         if self.stored_dtype != self.dkey_dtype:
             dkey, dvalue = dkey.to(self.dkey_dtype), dvalue.to(self.dkey_dtype)
-        dquery = dquery.to(dquery_dtype) if rows.rounded is None else rows.rounded
-        return dquery, dkey, dvalue, rows.delta
-
-    def _nothing(
-        self, operands: Operands, numbers: Numbers, results: Results | None, dquery_dtype: torch.dtype,
-        dkey: Tensor, dvalue: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        """Gradients and delta where there are no rows or no keys."""
-        (dout, query, _, _), (_, delta, carry) = operands, numbers
-        if delta is None:
-            assert results is not None
-            delta = row_delta(dout, *results)
-        dquery = query.new_zeros(query.shape, dtype=dquery_dtype) if carry is None else carry.to(dquery_dtype)
-        return dquery, dkey.zero_().to(self.dkey_dtype), dvalue.zero_().to(self.dkey_dtype), delta
-
-    def _prepare_rows(
-        self,
-        operands: Operands,
-        numbers: Numbers,
-        results: Results | None,
-        intervals: KeyIntervals,
-        bounds: Tensor | None,
-    ) -> PreparedRows:
-        """See `PreparedRows`; bounds as of `adding_turns`."""
-        (dout, query, _, _), (lse, delta, carry) = operands, numbers
-        scaled_lse, minus_delta = lse.new_empty(self.number_count), lse.new_empty(self.number_count)
-        rounded, turn_now = None, None
-        if delta is not None:
-            self.launch_rows(prepare_rows_kernel, (lse.contiguous(), delta.contiguous(), scaled_lse, minus_delta))
-            if carry is not None:
-                dquery = carry.contiguous()
-            else:
-                dquery = (query.new_empty if self.rounds else query.new_zeros)(query.shape, dtype=torch.float32)
-            if self.rounds:
-                rounded = torch.zeros_like(query, memory_format=torch.contiguous_format)  # for rows without keys
-            if bounds is not None:
-                turn_now = bounds[None, :, :1].expand(self.heads[0], -1, PARTS.value).contiguous()
-        else:
-            assert results is not None
-            assert carry is None
-            delta, dquery = torch.empty_like(lse), query.new_empty(query.shape, dtype=torch.float32)
-            zeroed, seen = dquery, (None, None)
-            if self.rounds:
-                zeroed = rounded = query.new_empty(query.shape)
-                seen = intervals.start, intervals.stop
-            if bounds is not None:
-                turn_now = bounds.new_empty((self.heads[0], len(bounds), PARTS.value))
-            written = delta, scaled_lse, minus_delta, zeroed, *seen, turn_now, bounds
-            self.launch_finding(find_rows_kernel, (dout, *results, lse.contiguous(), *written))
-        return PreparedRows(scaled_lse, minus_delta, delta, dquery, rounded, turn_now)
+        return dquery.to(dquery_dtype), dkey, dvalue, delta
 
     def _lists(self, intervals: KeyIntervals) -> ListOperands:
         """Blocks of queries; bits are of keys, or of queries where these are the rows of scores."""
@@ -572,33 +469,12 @@ class PreparedBackward:
         return list_operands(lists, self.heads[1])
 
     def _positions(self, modifiers: Modifiers) -> tuple:
-        """With ALiBi positions and slopes of query rows, as lse in `backward_rows`, and positions of keys."""
+        """With ALiBi positions and slopes of query rows, laid out as lse is, and positions of keys."""
         slopes = modifiers.slopes
         positions, scaled_slopes = slopes.new_empty(self.number_count), slopes.new_empty(self.number_count)
         rows = modifiers.query_positions.contiguous(), slopes
         self.launch_slopes(prepare_slopes_kernel, (*rows, positions, scaled_slopes))
         return positions, scaled_slopes, modifiers.key_positions.contiguous()
-
-
-class PreparedRows(NamedTuple):
-    """What a launch needs of query rows beside the operands.
-
-    Attributes:
-        scaled_lse: as of `backward_rows`; so is minus_delta.
-        minus_delta: see scaled_lse.
-        delta: (H, T) fp32.
-        dquery: (T, H, D) fp32 to add up the gradient of query in: what is to be added to, zeros, or any numbers where
-            tiles round it.
-        rounded: (T, H, D) where tiles round it, zero in rows that see no keys; or None.
-        turn_now: (H, blocks, parts) int32, whose turn it is where tiles add in turn; or None.
-    """
-
-    scaled_lse: Tensor
-    minus_delta: Tensor
-    delta: Tensor
-    dquery: Tensor
-    rounded: Tensor | None
-    turn_now: Tensor | None
 
 
 def _reachable(operands: Operands) -> Operands:
@@ -670,27 +546,18 @@ def programs_with_tokens(intervals: KeyIntervals, block: int, key_heads: int) ->
     return intervals.kept(("programs with tokens", block, key_heads), build)
 
 
-def order_of_blocks(intervals: KeyIntervals) -> int:
-    """Which of the orders of `dquery_in_turn` suits a mask.
-
-    Head by head tiles of a window stay as far apart as they begin, and what they visit is read again sooner; of a mask
-    whose tiles visit ever fewer rows each would wait for the one before.
-    """
-    return (BLOCK_BY_BLOCK if intervals.band is None else HEAD_BY_HEAD).value
-
-
 def adding_turns(
     intervals: KeyIntervals, heads: tuple[int, int], dim: int, tiles: BackwardTiles
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `turns_of_tiles` and `ends_of_tiles` give, and heads to work on at a time."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn of each key tile; whose turn it is, (heads, blocks, parts) to write in; heads to work on at a time."""
     tile_rows = intervals.key_tile_rows(tiles.keys)
 
-    def build() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        turns, bounds = turns_of_tiles(tile_rows, intervals.query_count, tiles.queries)
-        together = heads[0] // heads[1] if order_of_blocks(intervals) == BLOCK_BY_BLOCK.value else 1
-        return turns, bounds, ends_of_tiles(turns, bounds), heads_in_turn(tile_rows, heads[1], together * dim * 8)
+    def build() -> tuple[Tensor, Tensor, Tensor]:
+        turns, first_turns = turns_of_tiles(tile_rows, intervals.query_count, tiles.queries)
+        return turns, first_turns, heads_in_turn(tile_rows, heads[1], heads[0] // heads[1], dim * 8)
 
-    return intervals.kept(("turns", heads, dim, tiles.keys, tiles.queries), build)
+    turns, first_turns, section = intervals.kept(("turns", heads, dim, tiles.keys, tiles.queries), build)
+    return turns, first_turns[None, :, None].expand(heads[0], -1, PARTS.value).contiguous(), section
 
 
 @compiled_once

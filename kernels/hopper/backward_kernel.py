@@ -33,9 +33,7 @@ from ringflash.kernels.hopper.blocks import block_columns, block_rows, flat_layo
 from ringflash.kernels.hopper.compat import meet, release, store_wait
 from ringflash.kernels.hopper.dquery_accumulate import HALF, add_earlier, lay_down
 from ringflash.kernels.hopper.dquery_in_turn import (
-    add_and_round_in_turn,
     add_in_turn,
-    allocate_rounding,
     first_block_and_member,
     hand_over,
     next_block_and_member,
@@ -61,7 +59,7 @@ def attend_backward_kernel(
     order_ptr, turn_of_tile_ptr, turn_now_ptr, section_ptr,
     work_ptr, tokens_of_key_ptr, tokens_of_tile_ptr, dkey_slots_ptr, dvalue_slots_ptr,
     query_positions_desc, query_slopes_desc, key_positions_ptr, seed_ptr, dropout_queries_desc, dropout_keys_ptr,
-    entries_ptr, bits_ptr, row_block_ptr, rounded_desc, turn_ends_ptr,
+    entries_ptr, bits_ptr, row_block_ptr,
     query_rows, padded_rows, key_rows, key_heads,
     query_head_stride, dout_head_stride, key_head_stride, value_head_stride, scale, bend,
     threshold, kept, first_head, list_length, list_heads, list_words, list_rows,
@@ -86,18 +84,16 @@ def attend_backward_kernel(
     TOKENS: gl.constexpr = work_ptr is not None
     LISTS: gl.constexpr = entries_ptr is not None
     WALK: gl.constexpr = way_to_walk(TOKENS, LISTS)
-    gl.static_assert(TOKENS + LISTS + (ORDERED != 0) <= 1)
+    gl.static_assert(TOKENS + LISTS + ORDERED <= 1)
     work = find_work(
         buffers, rows_of_tile_ptr, order_ptr, turn_of_tile_ptr, turn_now_ptr, section_ptr, tokens, lists, query_rows,
         padded_rows, key_rows, key_heads, GROUP, ORDERED,
     )  # fmt: skip
     if TOKENS and work.first_key < 0:
         return
-    sums = Sums(dquery_desc, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, key_rows, key_heads)
-    if rounded_desc is not None:
-        rounding = allocate_rounding(rounded_desc, dquery_desc, turn_ends_ptr, work.first_key // N)
     fence_async_shared()
-    if rounded_desc is not None:
+    sums = Sums(dquery_desc, dkey_desc, dvalue_desc, dkey_ptr, dvalue_ptr, key_rows, key_heads)
+    if ORDERED:
         gl.warp_specialize(
             [
                 (consume, (work, sums, tokens, lists, dropout, buffers, dscores, dquery, rows_of_key_ptr,
@@ -105,24 +101,8 @@ def attend_backward_kernel(
                 (consume, (work, sums, tokens, lists, dropout, buffers, dscores, dquery, rows_of_key_ptr,
                            key_positions_ptr, scale, bend, 1, GROUP, FLOAT_OUT, ORDERED, DIMS)),
                 (produce, (inputs, work, buffers, GROUP, ORDERED)),
-                (add_and_round_in_turn, (work.turns, rounding, work.rows, dquery_desc, dquery, buffers.queries, 0,
-                                         GROUP, ORDERED)),
-                (add_and_round_in_turn, (work.turns, rounding, work.rows, dquery_desc, dquery, buffers.queries, 1,
-                                         GROUP, ORDERED)),
-            ],
-            [4, 1, 1, 1],
-            [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
-        )  # fmt: skip
-    elif ORDERED:
-        gl.warp_specialize(
-            [
-                (consume, (work, sums, tokens, lists, dropout, buffers, dscores, dquery, rows_of_key_ptr,
-                           key_positions_ptr, scale, bend, 0, GROUP, FLOAT_OUT, ORDERED, DIMS)),
-                (consume, (work, sums, tokens, lists, dropout, buffers, dscores, dquery, rows_of_key_ptr,
-                           key_positions_ptr, scale, bend, 1, GROUP, FLOAT_OUT, ORDERED, DIMS)),
-                (produce, (inputs, work, buffers, GROUP, ORDERED)),
-                (add_in_turn, (work.turns, work.rows, dquery_desc, dquery, buffers.queries, 0, GROUP, ORDERED)),
-                (add_in_turn, (work.turns, work.rows, dquery_desc, dquery, buffers.queries, 1, GROUP, ORDERED)),
+                (add_in_turn, (work.turns, work.rows, dquery_desc, dquery, buffers.queries, 0, GROUP)),
+                (add_in_turn, (work.turns, work.rows, dquery_desc, dquery, buffers.queries, 1, GROUP)),
             ],
             [4, 1, 1, 1],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from ringflash.kernels.hopper.blocks import add_block, head_place, load_block, store_block
+from ringflash.kernels.hopper.blocks import add_block, head_place
 from ringflash.kernels.hopper.compat import reinterpret
 from ringflash.kernels.hopper.rows_visited import RANGE, entry_of, row_of
 
@@ -34,38 +33,6 @@ def add_part(
         add_block(dquery_desc, row + PART * 64, place, 0, staging)
     else:
         add_block(dquery_desc, row, place, PART * (D // 2) + PIECE * 64, staging)
-
-
-@gluon.jit
-def store_first_part(dquery_desc, staging, row, head, D: gl.constexpr, PART: gl.constexpr):
-    """As `add_part`, where nothing has been added before; of up to 128 columns."""
-    place = head_place(dquery_desc, head, D)
-    if D == 64:
-        store_block(dquery_desc, row + PART * 64, place, 0, staging)
-    else:
-        store_block(dquery_desc, row, place, PART * 64, staging)
-
-
-@gluon.jit
-def load_part(dquery_desc, staging, row, head, loaded, D: gl.constexpr, PART: gl.constexpr):
-    """Load what has been added up of a part so far."""
-    mbarrier.expect(loaded, dquery_desc.block_type.nbytes)
-    place = head_place(dquery_desc, head, D)
-    if D == 64:
-        load_block(dquery_desc, row + PART * 64, place, loaded, staging)
-    else:
-        load_block(dquery_desc, row, place, loaded, staging, PART * 64)
-
-
-@gluon.jit
-def store_rounded_part(rounded_desc, blocks, row, head, D: gl.constexpr, PART: gl.constexpr):
-    """Store a part in 16 bits, which lies in two blocks of 32 columns."""
-    place = head_place(rounded_desc, head, D)
-    for i in gl.static_range(2):
-        if D == 64:
-            store_block(rounded_desc, row + PART * 64, place, i * 32, blocks.index(i))
-        else:
-            store_block(rounded_desc, row, place, PART * 64 + i * 32, blocks.index(i))
 
 
 @gluon.jit

@@ -94,19 +94,19 @@ def compile_backward(
     width: str | None = None,
     sink_tokens: bool = False,
     block: int | None = None,
-    adding: backward.Adding | None = None,
 ) -> Compiled:
     """Compile a launch with the kernel in use, or that of the width given."""
     query, key = on_paper(QUERIES, HEADS, dims[0], dtype=dtype), on_paper(KEYS, KEY_HEADS, dims[0], dtype=dtype)
     dout, value = on_paper(QUERIES, HEADS, dims[1], dtype=dtype), on_paper(KEYS, KEY_HEADS, dims[1], dtype=dtype)
     numbers = on_paper(HEADS, QUERIES)
-    adding = adding or (backward.Adding.IN_TURN if deterministic else backward.Adding.AS_IT_COMES)
 
     def launch():
         operands, sums = (dout, query, key, value), (numbers, numbers, None)
         intervals = masked(sink_tokens, block)
-        prepared = backward.PreparedBackward(operands, sums, None, intervals, 0.1, dkey_dtype, tiles, adding, modifiers)
-        prepared.launch_slopes = prepared.launch_rows = lambda *arguments: None
+        prepared = backward.PreparedBackward(
+            operands, sums, None, intervals, 0.1, dkey_dtype, tiles, deterministic, modifiers
+        )
+        prepared.launch_slopes = prepared.rows.launch = lambda *arguments: None
         prepared(operands, sums, None, intervals, dtype, modifiers)
 
     kernels = {"256": "attend_backward_wide_kernel", "192/128": "attend_backward_split_kernel"}

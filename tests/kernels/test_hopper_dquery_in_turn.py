@@ -33,9 +33,9 @@ def visits(entry: list[int], rows: int) -> list[int]:
 def order_of(intervals: KeyIntervals, keys: int, rows: int) -> tuple[list[list[int]], list[int], list[int]]:
     """Each tile's visits and turn, and each block's first turn."""
     table = intervals.key_tile_rows(keys)
-    turns, bounds = turns_of_tiles(table, intervals.query_count, rows)
-    assert turns.dtype == bounds.dtype == torch.int32
-    return [visits(entry, rows) for entry in table.tolist()], turns.tolist(), bounds.tolist()
+    turns, first_turns = turns_of_tiles(table, intervals.query_count, rows)
+    assert turns.dtype == first_turns.dtype == torch.int32
+    return [visits(entry, rows) for entry in table.tolist()], turns.tolist(), first_turns.tolist()
 
 
 @settings(max_examples=500)
@@ -48,14 +48,14 @@ def order_of(intervals: KeyIntervals, keys: int, rows: int) -> tuple[list[list[i
 def test_the_visitors_of_a_block_have_all_turns_from_its_first_on(
     intervals: KeyIntervals, keys: int, rows: int
 ) -> None:
-    visited, turns, bounds = order_of(intervals, keys, rows)
-    assert len(bounds) == -(-intervals.query_count // rows)
+    visited, turns, first_turns = order_of(intervals, keys, rows)
+    assert len(first_turns) == -(-intervals.query_count // rows)
     seen = [tile for tile, turn in enumerate(turns) if turn >= 0]
     assert [turns[tile] for tile in seen] == [*range(len(seen))]
-    for block, (first, last) in enumerate(bounds):
+    for block, first in enumerate(first_turns):
         taken = [turns[tile] for tile in seen if block in visited[tile]]
-        assert taken == [*range(first, last + 1)]
-    assert all(block < len(bounds) for tile in seen for block in visited[tile])
+        assert taken == [*range(first, first + len(taken))]
+    assert all(block < len(first_turns) for tile in seen for block in visited[tile])
 
 
 @settings(max_examples=200)
@@ -101,19 +101,54 @@ def run(visited: list[list[int]], turns: list[int], now: list[int], resident: in
 def test_programs_never_wait_for_ever_and_always_add_in_the_same_order(
     intervals: KeyIntervals, keys: int, rows: int, resident: int, seed: int
 ) -> None:
-    visited, turns, bounds = order_of(intervals, keys, rows)
-    added = run(visited, turns, [first for first, _ in bounds], resident, seed)
+    visited, turns, first_turns = order_of(intervals, keys, rows)
+    added = run(visited, turns, first_turns, resident, seed)
     for block, tiles in enumerate(added):
         assert tiles == [tile for tile, turn in enumerate(turns) if turn >= 0 and block in visited[tile]]
 
 
-@given(any_intervals(100, sink=False), st.integers(1, 48), st.integers(0, 10**7))
-def test_heads_worked_on_at_a_time_divide_all_heads(intervals: KeyIntervals, key_heads: int, row_bytes: int) -> None:
-    (section,) = heads_in_turn(intervals.key_tile_rows(8), key_heads, row_bytes).tolist()
+@settings(max_examples=200)
+@given(
+    any_intervals(60, sink=False), BLOCKS, BLOCKS, st.sampled_from([1, 2, 5]), st.integers(1, 4), st.booleans(),
+    st.integers(0, 2**32 - 1),
+)  # fmt: skip
+def test_heads_of_a_group_do_not_wait_for_ever_in_either_order(
+    intervals: KeyIntervals, keys: int, rows: int, resident: int, group: int, by_head: bool, seed: int
+) -> None:
+    """Blocks of several heads, which have turns of their own, are numbered as so many blocks."""
+    visited, turns, first_turns = order_of(intervals, keys, rows)
+    count = len(first_turns)
+    orders = [
+        [head * count + block for head in range(group) for block in blocks] if by_head
+        else [head * count + block for block in blocks for head in range(group)]
+        for blocks in visited
+    ]  # fmt: skip
+    added = run(orders, turns, first_turns * group, resident, seed)
+    for place, tiles in enumerate(added):
+        assert tiles == [tile for tile, turn in enumerate(turns) if turn >= 0 and place % count in visited[tile]]
+
+
+@given(any_intervals(100, sink=False), st.integers(1, 48), st.integers(1, 8), st.integers(0, 10**7))
+def test_heads_worked_on_at_a_time_divide_all_heads(
+    intervals: KeyIntervals, key_heads: int, group: int, row_bytes: int
+) -> None:
+    section, by_head = heads_in_turn(intervals.key_tile_rows(8), key_heads, group, row_bytes).tolist()
     assert 1 <= section <= key_heads
     assert key_heads % section == 0
+    assert by_head in (0, 1)
 
 
 def test_fewer_heads_are_worked_on_at_a_time_the_longer_the_documents() -> None:
     causal = [causal_intervals(length, length).key_tile_rows(128) for length in (2048, 8192, 16384, 32768)]
-    assert [heads_in_turn(table, 16, row_bytes=1024).item() for table in causal] == [16, 4, 2, 1]
+    assert [heads_in_turn(table, 16, 1, row_bytes=1024)[0].item() for table in causal] == [16, 4, 2, 1]
+    assert [heads_in_turn(table, 16, 4, row_bytes=256)[0].item() for table in causal] == [16, 4, 2, 1]
+
+
+def test_tiles_go_head_by_head_where_each_visits_as_many_rows_as_the_one_before() -> None:
+    def window(width: int, document: int) -> torch.Tensor:
+        row = torch.arange(16384)
+        start = torch.maximum(row - width + 1, row // document * document)
+        return KeyIntervals(start.clamp(min=0), row + 1, 16384).key_tile_rows(128)
+
+    cases = [(1023, 16384), (4096, 16384), (1023, 8192), (512, 1024), (16384, 16384), (16384, 4096)]
+    assert [heads_in_turn(window(*case), 8, 4, 1024)[1].item() for case in cases] == [1, 1, 1, 0, 0, 0]
