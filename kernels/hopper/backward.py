@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.experimental.gluon import language as gl
 
 from ringflash.kernels.gpu.block_lists import (
     NO_LISTS,
@@ -44,11 +45,16 @@ from ringflash.kernels.hopper.descriptors import (
     without_memory,
 )
 from ringflash.kernels.hopper.dquery_accumulate import HALF
-from ringflash.kernels.hopper.dquery_in_turn import PARTS, heads_in_turn, turns_of_tiles
+from ringflash.kernels.hopper.dquery_in_turn import (
+    BLOCK_BY_BLOCK,
+    HEAD_BY_HEAD,
+    PARTS,
+    heads_in_turn,
+    turns_of_tiles,
+)
 from ringflash.kernels.hopper.dropout import dropout_numbers, listed
 from ringflash.kernels.hopper.listed_blocks import list_numbers, list_tensors
-from ringflash.kernels.hopper.narrow import NarrowTiles, backward_narrow, tiles_for
-from ringflash.kernels.hopper.narrow_walk import backward_walking, span_for
+from ringflash.kernels.hopper.narrow import backward_narrow, tiles_for
 from ringflash.kernels.hopper.widths import WIDEST, WIDTHS, width_of
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.kept import Kept, metadata
@@ -152,7 +158,7 @@ def attend_backward(
         narrow = tiles_for(query, value, intervals, dquery_dtype, more=True)
         if narrow is not None:
             operands = dout, query, key, value
-            return of_few_keys(operands, None, (lse, delta, None), intervals, scale, dkey_dtype, narrow)[:3]
+            return backward_narrow(operands, (lse, delta, None), intervals, scale, dkey_dtype, narrow)[:3]
     simple = not intervals.has_sink_tokens and intervals.blocks is None
     is_widest = query.shape[2] == WIDEST
     if (deterministic and not simple) or (is_widest and not widest.takes(intervals, modifiers)):
@@ -196,7 +202,7 @@ def whole_backward(
     narrow = tiles_for(query, value, intervals, dquery_dtype, more=dkey_dtype not in (None, key.dtype))
     operands = dout, query, key, value
     if narrow is not None:
-        return of_few_keys(operands, out, (lse, None, dlse), intervals, scale, dkey_dtype, narrow)
+        return backward_narrow(operands, (lse, None, dlse), intervals, scale, dkey_dtype, narrow)
     simple = not intervals.has_sink_tokens and intervals.blocks is None
     if (deterministic and not simple) or query.shape[2] == WIDEST:
         return None
@@ -205,22 +211,6 @@ def whole_backward(
     operands, numbers, results = (dout, query, key, value), (lse.contiguous(), None, None), (out, dlse)
     prepared = prepared_backward(operands, numbers, results, intervals, scale, None, dkey_dtype, deterministic)
     return prepared(operands, numbers, results, intervals, dquery_dtype)
-
-
-def of_few_keys(
-    operands: Operands,
-    out: Tensor | None,
-    numbers: Numbers,
-    intervals: KeyIntervals,
-    scale: float,
-    dkey_dtype: torch.dtype | None,
-    tiles: NarrowTiles,
-) -> Gradients:
-    """Gradients of rows that see few keys, from one kernel or from two; arguments as of `backward_walking`."""
-    span = span_for(operands[1], operands[2], intervals, tiles)
-    if span is None:
-        return backward_narrow(operands, numbers, intervals, scale, dkey_dtype, tiles)
-    return backward_walking(operands, out, numbers, intervals, scale, dkey_dtype, tiles, span)
 
 
 def prepared_backward(
@@ -270,7 +260,7 @@ def _call(
     """All that a `PreparedBackward` depends on."""
     return (
         *map(metadata, operands), *map(metadata, numbers), *map(metadata, results or ()), dkey_dtype,
-        intervals.start.shape, intervals.key_count, intervals.has_sink_tokens,
+        intervals.start.shape, intervals.key_count, intervals.has_sink_tokens, intervals.even,
         intervals.blocks and intervals.blocks.metadata(), scale,
         deterministic, modifiers_metadata(modifiers),
         (aligned(*operands, *numbers, *(results or ())) and modifiers_aligned(modifiers))
@@ -313,6 +303,7 @@ class PreparedBackward:
         self.heads = heads, key_heads
         sink_tokens, self.has_lists = intervals.has_sink_tokens, intervals.blocks is not None
         self.width = backward_width(dim, value_dim, not (deterministic or modifiers or sink_tokens or self.has_lists))
+        self.order = order_of_blocks(intervals, self.width, modifiers).value if deterministic else 0
         self.dkey_dtype, self.float_out = dkey_dtype, dkey_dtype != key.dtype
         self.stored_dtype = torch.float32 if self.float_out else dkey_dtype
         self.empty = query_rows == 0 or key_rows == 0
@@ -386,7 +377,7 @@ class PreparedBackward:
              *(() if self.width == "192/128" else (*drops, *list_numbers(self._lists(intervals))))),
             dict(
                 GROUP=group, QUERY_STAGES=tiles.stages[0], DOUT_STAGES=tiles.stages[1],
-                FLOAT_OUT=self.float_out, **({} if self.width == "192/128" else {"ORDERED": deterministic}),
+                FLOAT_OUT=self.float_out, **({} if self.width == "192/128" else {"ORDERED": self.order}),
                 DIMS=(dim, value_dim),
                 CONSUMER_REGISTERS=tiles.registers[0], PRODUCER_REGISTERS=tiles.registers[1],
             ),
@@ -417,7 +408,7 @@ class PreparedBackward:
         scaled_lse, minus_delta, delta, dquery = self.rows(dout, query, lse, delta, results, carry)
         order, turns, turn_now, section, programs, slots = (None,) * 6
         if self.deterministic:
-            turns, turn_now, section = adding_turns(intervals, self.heads, query.shape[2], self.tiles)
+            turns, turn_now, section = adding_turns(intervals, self.heads, query.shape[2], self.tiles, self.order)
         elif self.slot_shapes is not None:
             programs, order = programs_with_tokens(intervals, self.tiles.keys, self.heads[1])
             slots = tuple(query.new_empty(shape, dtype=torch.float32) for shape in self.slot_shapes)
@@ -546,17 +537,24 @@ def programs_with_tokens(intervals: KeyIntervals, block: int, key_heads: int) ->
     return intervals.kept(("programs with tokens", block, key_heads), build)
 
 
+def order_of_blocks(intervals: KeyIntervals, width: str, modifiers: Modifiers | None) -> gl.constexpr:
+    """In which of the orders of `dquery_in_turn` tiles visit their blocks: head by head where that ran on a GPU."""
+    by_head = intervals.even and width in ("64", "128") and modifiers is None
+    return HEAD_BY_HEAD if by_head else BLOCK_BY_BLOCK
+
+
 def adding_turns(
-    intervals: KeyIntervals, heads: tuple[int, int], dim: int, tiles: BackwardTiles
+    intervals: KeyIntervals, heads: tuple[int, int], dim: int, tiles: BackwardTiles, order: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Turn of each key tile; whose turn it is, (heads, blocks, parts) to write in; heads to work on at a time."""
     tile_rows = intervals.key_tile_rows(tiles.keys)
 
     def build() -> tuple[Tensor, Tensor, Tensor]:
         turns, first_turns = turns_of_tiles(tile_rows, intervals.query_count, tiles.queries)
-        return turns, first_turns, heads_in_turn(tile_rows, heads[1], heads[0] // heads[1], dim * 8)
+        together = heads[0] // heads[1] if order == BLOCK_BY_BLOCK.value else 1
+        return turns, first_turns, heads_in_turn(tile_rows, heads[1], together * dim * 8)
 
-    turns, first_turns, section = intervals.kept(("turns", heads, dim, tiles.keys, tiles.queries), build)
+    turns, first_turns, section = intervals.kept(("turns", heads, dim, tiles.keys, tiles.queries, order), build)
     return turns, first_turns[None, :, None].expand(heads[0], -1, PARTS.value).contiguous(), section
 
 

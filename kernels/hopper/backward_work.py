@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ringflash.kernels.hopper.blocks import FIRST, block_columns, block_rows, flat_layout, head_place, load_block
 from ringflash.kernels.hopper.compat import WARPGROUP, async_load
-from ringflash.kernels.hopper.dquery_in_turn import Turns, allocate_turns, first_block_and_member, next_block_and_member
+from ringflash.kernels.hopper.dquery_in_turn import BLOCK_BY_BLOCK, HEAD_BY_HEAD, Turns, allocate_turns
 from ringflash.kernels.hopper.listed_blocks import list_of_tile
 from ringflash.kernels.hopper.rows_visited import RANGE, Rows, entry_of, row_of
 from ringflash.kernels.hopper.schedule import stage_and_parity
@@ -151,9 +151,9 @@ def find_work(
     N: gl.constexpr = buffers.key.shape[1]
     # What stands for none must not be None, which triton 3.6 cannot return.
     turns = Turns(rows_of_tile_ptr, 0, buffers.loaded, buffers.loaded)
-    slot, by_head = key_rows, 0  # the former stands for none
+    slot = key_rows  # stands for none
     if ORDERED:
-        section, by_head = gl.load(section_ptr), gl.load(section_ptr + 1)
+        section = gl.load(section_ptr)
         per_section = (key_rows + N - 1) // N * section
         within = gl.program_id(0) % per_section
         key_tile, key_head = within // section, gl.program_id(0) // per_section * section + within % section
@@ -170,9 +170,7 @@ def find_work(
         )
     else:
         ALIGNED: gl.constexpr = M if ORDERED else 4
-        rows = visiting_rows(
-            rows_of_tile_ptr, key_tile, query_rows, padded_rows, key_rows, first_head, by_head, M, N, ALIGNED
-        )
+        rows = visiting_rows(rows_of_tile_ptr, key_tile, query_rows, padded_rows, key_rows, first_head, M, N, ALIGNED)
         if lists.entries is not None:
             entries = list_of_tile(lists, key_tile, (key_rows + N - 1) // N, key_head)
             rows = listed_rows(rows, entries)
@@ -181,7 +179,7 @@ def find_work(
 
 @gluon.jit
 def visiting_rows(
-    rows_of_tile_ptr, key_tile, query_rows, padded_rows, key_rows, first_head, by_head,
+    rows_of_tile_ptr, key_tile, query_rows, padded_rows, key_rows, first_head,
     M: gl.constexpr, N: gl.constexpr, ALIGNED: gl.constexpr,
 ):  # fmt: skip
     """The query rows of a key tile, from its entry in `KeyIntervals.key_tile_rows`; one block at least.
@@ -197,19 +195,7 @@ def visiting_rows(
     # Without sink tokens what is behind the first four stands for none.
     # What stands for none without lists must not be None, which triton 3.6 cannot return.
     return Rows(
-        begin,
-        blocks,
-        gl.load(entry + 1),
-        full_end,
-        0,
-        0,
-        0,
-        0,
-        rows_of_tile_ptr,
-        query_rows,
-        padded_rows,
-        first_head,
-        by_head,
+        begin, blocks, gl.load(entry + 1), full_end, 0, 0, 0, 0, rows_of_tile_ptr, query_rows, padded_rows, first_head
     )
 
 
@@ -218,7 +204,7 @@ def listed_rows(rows, entries):
     """The same, but the blocks of a list."""
     return Rows(
         rows.begin, gl.load(entries), rows.full_begin, rows.full_end, 0, 0, 0, 0, entries, rows.query_rows,
-        rows.padded_rows, rows.first_head, rows.by_head,
+        rows.padded_rows, rows.first_head,
     )  # fmt: skip
 
 
@@ -240,7 +226,7 @@ def rows_and_tokens(
         gl.load(rows_of_tile_ptr + entry), gl.where(ragged, 0, gl.load(rows_of_tile_ptr + entry + 1)),
         own_blocks, token_begin,
         gl.load(tokens.rows_of_tile_ptr + entry), gl.where(ragged, 0, gl.load(tokens.rows_of_tile_ptr + entry + 1)),
-        rows_of_tile_ptr, query_rows, padded_rows, first_head, 0,
+        rows_of_tile_ptr, query_rows, padded_rows, first_head,
     )  # fmt: skip
 
 
@@ -249,7 +235,11 @@ def produce(
     inputs, work, buffers, GROUP: gl.constexpr, ORDERED: gl.constexpr, WALK: gl.constexpr = RANGE
 ):  # fmt: skip
     """The producer warp: the tile's keys and values, then the query-side blocks of each step."""
-    loaded, rows = buffers.loaded, work.rows
+    queries, douts, loaded = buffers.queries, buffers.douts, buffers.loaded
+    rows = work.rows
+    M: gl.constexpr = queries.blocks.shape[1]
+    QUERY_STAGES: gl.constexpr = queries.blocks.shape[0]
+    DOUT_STAGES: gl.constexpr = douts.blocks.shape[0]
     REST_BYTES: gl.constexpr = 0 if inputs.key_rest_desc is None else inputs.key_rest_desc.block_type.nbytes
     mbarrier.expect(loaded.index(0), inputs.key_desc.block_type.nbytes + REST_BYTES)
     place = head_place(inputs.key_desc, work.key_head, inputs.key_head_stride)
@@ -260,35 +250,23 @@ def produce(
     place = head_place(inputs.value_desc, work.key_head, inputs.value_head_stride)
     load_block(inputs.value_desc, work.first_key, place, loaded.index(1), buffers.value.index(0))
     step = 0
-    if ORDERED:
-        block, member = first_block_and_member(rows, ORDERED)
-        for step in range(rows.blocks * GROUP):
-            fill_step(inputs, buffers, rows, step, block, member, WALK)
-            block, member = next_block_and_member(rows, block, member, GROUP, ORDERED)
-    else:
-        step = 0
-        for member in range(GROUP):
-            for block in range(rows.blocks):
-                fill_step(inputs, buffers, rows, step, block, member, WALK)
-                step += 1
-
-
-@gluon.jit
-def fill_step(inputs, buffers, rows, step, block, member, WALK: gl.constexpr):
-    """Load the query-side blocks of a step."""
-    queries, douts = buffers.queries, buffers.douts
-    M: gl.constexpr = queries.blocks.shape[1]
-    QUERY_STAGES: gl.constexpr = queries.blocks.shape[0]
-    DOUT_STAGES: gl.constexpr = douts.blocks.shape[0]
-    head = rows.first_head + member
-    row = row_of(rows, block, entry_of(rows, block, WALK), M, WALK)
-    number = head * rows.padded_rows + row
-    stage, parity = stage_and_parity(step, QUERY_STAGES)
-    place = head_place(inputs.query_desc, head, inputs.query_head_stride)
-    fill_queries(inputs, buffers, row, place, number, stage, parity)
-    stage, parity = stage_and_parity(step, DOUT_STAGES)
-    place = head_place(inputs.dout_desc, head, inputs.dout_head_stride)
-    fill(douts, inputs.dout_desc, inputs.delta_desc, row, place, number, stage, parity)
+    for outer in range(rows.blocks if ORDERED == BLOCK_BY_BLOCK else GROUP):
+        for inner in range(GROUP if ORDERED == BLOCK_BY_BLOCK else rows.blocks):
+            block, member = inner, outer
+            if ORDERED == BLOCK_BY_BLOCK:
+                block, member = rows.blocks - 1 - outer, inner
+            elif ORDERED == HEAD_BY_HEAD:
+                block = rows.blocks - 1 - inner
+            head = rows.first_head + member
+            row = row_of(rows, block, entry_of(rows, block, WALK), M, WALK)
+            number = head * rows.padded_rows + row
+            stage, parity = stage_and_parity(step, QUERY_STAGES)
+            place = head_place(inputs.query_desc, head, inputs.query_head_stride)
+            fill_queries(inputs, buffers, row, place, number, stage, parity)
+            stage, parity = stage_and_parity(step, DOUT_STAGES)
+            place = head_place(inputs.dout_desc, head, inputs.dout_head_stride)
+            fill(douts, inputs.dout_desc, inputs.delta_desc, row, place, number, stage, parity)
+            step += 1
 
 
 @gluon.jit

@@ -8,8 +8,8 @@ no one who computes until the next part of the gradient is ready.
 No program waits for ever, nor long: programs start in ascending order of tiles, so those that one waits for have
 started. And tiles visit their blocks from the last, heads of a group innermost. As neither end of the visited range
 decreases from tile to tile, a tile that starts together with the one before it then reaches any block later, or at the
-same time. Where most tiles visit no fewer rows than the one before, as under a window, so it does head after head, too;
-and then what it visits is visited again much sooner, while it is in the second-level cache.
+same time. So it does head after head, too, if all tiles visit as many rows, as under a window; and then what it visits
+is visited again much sooner, while it is in the second-level cache.
 """
 
 from __future__ import annotations
@@ -25,11 +25,14 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from ringflash.kernels.hopper.compat import store_wait
 from ringflash.kernels.hopper.dquery_accumulate import add_part, lay_down, parts_in_step
 
+BLOCK_BY_BLOCK = gl.constexpr(1)
+"""Orders in which a tile visits its blocks, from the last: for all heads of a group before the next,"""
+
+HEAD_BY_HEAD = gl.constexpr(2)
+"""or all blocks of a head before the next head's."""
+
 PARTS = gl.constexpr(2)
 """Parts of a block of dQ, one for each consumer warpgroup, that are added in turns of their own."""
-
-MOST_WITH_FEWER = 3
-"""One tile in so many may visit fewer rows than the one before where tiles go head by head."""
 
 CACHED_BYTES = 40 * 2**20
 """Of the 50 MB of second-level cache, what the query rows may take that programs visit at the same time."""
@@ -62,8 +65,8 @@ def turns_of_tiles(tile_rows: Tensor, query_rows: int, block: int) -> tuple[Tens
     return turns, seen_so_far[torch.searchsorted(end, first_rows, right=True)]
 
 
-def heads_in_turn(tile_rows: Tensor, key_heads: int, group: int, row_bytes: int) -> Tensor:
-    """Key heads to work on at a time, a divisor of `key_heads`; and whether tiles go head by head. (2,) int32.
+def heads_in_turn(tile_rows: Tensor, key_heads: int, row_bytes: int) -> Tensor:
+    """Key heads to work on at a time, (1,) int32: a divisor of `key_heads`.
 
     The more heads the programs that run at a time are spread over, the fewer tiles of each head wait for one another.
     But the rows that they visit must stay in the second-level cache: twice the mean of all tiles, which under a causal
@@ -72,21 +75,17 @@ def heads_in_turn(tile_rows: Tensor, key_heads: int, group: int, row_bytes: int)
     Args:
         tile_rows: (tiles, 4) int32, as of KeyIntervals.key_tile_rows.
         key_heads: number of key heads.
-        group: query heads of a key head.
-        row_bytes: bytes of queries, out's gradient and dQ in a row of a query head.
+        row_bytes: bytes of queries, out's gradient and dQ in a row, of the heads that a tile visits together: of one
+            key head's group, or head by head of one.
 
     Example:
-        >>> causal = torch.tensor([[0, 0, 2, 4096], [2048, 4096, 4096, 4096]])
-        >>> heads_in_turn(causal, key_heads=12, group=2, row_bytes=512)
-        tensor([6, 0], dtype=torch.int32)
+        >>> heads_in_turn(torch.tensor([[0, 0, 2, 4096], [2048, 4096, 4096, 4096]]), key_heads=12, row_bytes=1024)
+        tensor([6], dtype=torch.int32)
     """
-    rows = tile_rows[:, 3] - tile_rows[:, 0]
-    fewer = (rows[1:] < rows[:-1]) & (rows[1:] > 0)
-    by_head = (MOST_WITH_FEWER * fewer.sum() <= len(rows)).to(torch.int32)
-    together = torch.where(by_head > 0, 1, group)  # rows of as many query heads are visited before they are again
+    rows = 2 * (tile_rows[:, 3] - tile_rows[:, 0]).float().mean()
     heads = torch.arange(1, key_heads + 1, dtype=torch.int32, device=tile_rows.device)
-    fitting = (key_heads % heads == 0) & (heads * together * (2 * rows.float().mean() * row_bytes) <= CACHED_BYTES)
-    return torch.stack([torch.where(fitting, heads, 1).max(), by_head])
+    fitting = (key_heads % heads == 0) & (heads * rows * row_bytes <= CACHED_BYTES)
+    return torch.where(fitting, heads, 1).max().reshape(1)
 
 
 class Turns(NamedTuple):
@@ -122,14 +121,16 @@ def hand_over(turns, parts, part_of_dquery, use, PART: gl.constexpr):
 
 
 @gluon.jit
-def add_in_turn(turns, rows, dquery_desc, parts, queries, PART: gl.constexpr, GROUP: gl.constexpr):
+def add_in_turn(
+    turns, rows, dquery_desc, parts, queries, PART: gl.constexpr, GROUP: gl.constexpr, ORDERED: gl.constexpr
+):  # fmt: skip
     """A warp that adds one warpgroup's parts of dQ to global memory, each when it is this program's turn."""
     M: gl.constexpr = queries.blocks.shape[1]
     D: gl.constexpr = queries.blocks.shape[2]
     PIECES: gl.constexpr = parts_in_step(D)
     blocks_of_head = (rows.query_rows + M - 1) // M
     part = parts.index(PART)
-    block, member = first_block_and_member(rows, True)
+    block, member = first_block_and_member(rows, ORDERED)
     for step in range(rows.blocks * GROUP):
         row = rows.begin + block * M
         head = rows.first_head + member
@@ -144,7 +145,7 @@ def add_in_turn(turns, rows, dquery_desc, parts, queries, PART: gl.constexpr, GR
             mbarrier.arrive(turns.free.index(PART), count=1)
         if turns.own >= 0:
             pass_turn(now_ptr)
-        block, member = next_block_and_member(rows, block, member, GROUP, True)
+        block, member = next_block_and_member(rows, block, member, GROUP, ORDERED)
 
 
 @gluon.jit
@@ -159,15 +160,13 @@ def first_block_and_member(rows, ORDERED: gl.constexpr):
 @gluon.jit
 def next_block_and_member(rows, block, member, GROUP: gl.constexpr, ORDERED: gl.constexpr):
     """Block and member of the next step: block after block, head after head; or an order that this file is about."""
-    if ORDERED:
-        if rows.by_head != 0:
-            last = block == 0
-            member = gl.where(last, member + 1, member)
-            block = gl.where(last, rows.blocks, block) - 1
-        else:
-            last = member + 1 == GROUP
-            member = gl.where(last, 0, member + 1)
-            block = gl.where(last, block - 1, block)
+    if ORDERED == BLOCK_BY_BLOCK:
+        last = member + 1 == GROUP
+        member = gl.where(last, 0, member + 1)
+        block = gl.where(last, block - 1, block)
+    elif ORDERED == HEAD_BY_HEAD:
+        member = gl.where(block == 0, member + 1, member)
+        block = gl.where(block == 0, rows.blocks, block) - 1
     else:
         last = block + 1 == rows.blocks
         member = gl.where(last, member + 1, member)

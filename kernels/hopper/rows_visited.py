@@ -27,7 +27,7 @@ class Rows(NamedTuple):
 
     Blocks within full_begin to full_end need no mask. With sink tokens the first own_blocks are of rows that see the
     tile in their own range of keys, the others of rows that see it as sink tokens, from token_begin on. With lists the
-    blocks are those in entries_ptr, behind their number. by_head: see `dquery_in_turn.next_block_and_member`.
+    blocks are those in entries_ptr, behind their number.
     """
 
     begin: gl.tensor
@@ -42,7 +42,6 @@ class Rows(NamedTuple):
     query_rows: gl.tensor
     padded_rows: gl.tensor
     first_head: gl.tensor
-    by_head: gl.tensor
 
 
 @gluon.constexpr_function

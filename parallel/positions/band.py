@@ -20,20 +20,6 @@ def band_of_mask(mask: Mask) -> int | None:
         >>> band_of_mask(Mask.sliding_window(127)), band_of_mask(Mask.causal())
         (128, None)
     """
-    reach = reach_of_mask(mask)
-    return None if reach is None else reach[0] + 1 + reach[1]
-
-
-def reach_of_mask(mask: Mask) -> tuple[int, int] | None:
-    """`KeyIntervals.reach` where rows are positions of queries and of keys, under the same conditions.
-
-    Args:
-        mask: with or without its documents.
-
-    Example:
-        >>> reach_of_mask(Mask.sliding_window(127)), reach_of_mask(Mask.sliding_window(3, 2) & Mask.causal())
-        ((127, 0), (3, 0))
-    """
     if mask.two_intervals or mask.has_layout or mask.query_boundaries is not None:
         return None
     # A document or a chunk ends no further than its length from each of its tokens.
@@ -48,7 +34,29 @@ def reach_of_mask(mask: Mask) -> tuple[int, int] | None:
     if mask.prefix is not None:
         prefix = mask.prefix if isinstance(mask.prefix, int) else max(mask.prefix, default=0)
         ahead = min(ahead, max(0, prefix - 1))
-    return (back, ahead) if back + 1 + ahead < UNBOUNDED else None
+    band = back + 1 + ahead
+    return band if band < UNBOUNDED else None
+
+
+MUCH_LONGER = 3
+"""Rows of a sequence, at least, for each key that a row of it sees. Of three rows two are to be in such sequences."""
+
+
+def is_even(mask: Mask, rows: int) -> bool:
+    """`KeyIntervals.even` of all positions under a mask that knows its documents.
+
+    Args:
+        mask: without documents of one sequence.
+        rows: of all sequences.
+
+    Example:
+        >>> is_even(Mask.sliding_window(1022), 16384), is_even(Mask.causal() & Mask.documents([0, 8192, 16384]), 16384)
+        (True, False)
+    """
+    if mask.left is None or mask.chunks or (band := band_of_mask(mask.without_documents())) is None:
+        return False
+    lengths = np.array([rows]) if mask.boundaries is None else np.diff(mask.boundaries)
+    return bool(3 * lengths[lengths >= MUCH_LONGER * band].sum() >= 2 * rows)
 
 
 def band_of_bounds(start: np.ndarray, stop: np.ndarray) -> int:
