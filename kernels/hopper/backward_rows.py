@@ -144,8 +144,9 @@ def find_rows_kernel(
     lse_M = tl.load(lse + tl.cast(head, tl.int64) * rows + row_M, mask=inside_M, other=float("-inf"))
     tl.store(delta + tl.cast(head, tl.int64) * rows + row_M, delta_M, mask=inside_M)
     place_M = tl.cast(head, tl.int64) * padded_rows + row_M
-    tl.store(scaled_lse + place_M, tl.where(lse_M == float("-inf"), float("inf"), lse_M * LOG2_E))
-    tl.store(minus_delta + place_M, -delta_M)
+    scaled_M = tl.where(lse_M == float("-inf"), float("inf"), lse_M * LOG2_E)
+    tl.store(scaled_lse + place_M, scaled_M, mask=row_M < padded_rows)
+    tl.store(minus_delta + place_M, -delta_M, mask=row_M < padded_rows)
     offsets_MD = block_offsets(head, first_row, heads, M, DIM, PADDED_DIM)
     inside_MD = block_inside(first_row, rows, M, DIM, PADDED_DIM)
     tl.store(zeros + offsets_MD, tl.zeros([M, PADDED_DIM], tl.float32), mask=inside_MD)
