@@ -47,6 +47,7 @@ class KeyIntervals:
         blocks: which keys of their intervals rows see, if not all of them; not beside sink tokens.
         band: keys that a few rows see together, for kernels that hold all of them at once: of any rows t <= u,
             stop[u] - start[t] <= band + u - t. None where that is not known to the host, or not bounded.
+        even: whether the host knows that most rows see as many keys each, as under a window in much longer sequences.
     """
 
     start: Tensor
@@ -56,6 +57,7 @@ class KeyIntervals:
     sink_stop: Tensor | None = None
     blocks: KeyBlocks | None = field(default=None, kw_only=True)
     band: int | None = field(default=None, kw_only=True)
+    even: bool = field(default=False, kw_only=True)
     _cache: dict = field(default_factory=dict, repr=False, kw_only=True)
     _cache_of_blocks: dict = field(default_factory=dict, init=False, repr=False)
 
@@ -100,7 +102,7 @@ class KeyIntervals:
         """The same on another device."""
         start, stop, *sinks = [x.to(device) for pair in self.ranges() for x in pair]
         blocks = self.blocks and self.blocks.to(device)
-        return KeyIntervals(start, stop, self.key_count, *sinks, blocks=blocks, band=self.band)
+        return KeyIntervals(start, stop, self.key_count, *sinks, blocks=blocks, band=self.band, even=self.even)
 
     def visible(self) -> Tensor:
         """Dense boolean (T, S) matrix of visible pairs, or with blocks (G, T, S), for the dense reference."""

@@ -1,8 +1,8 @@
 """Gradients of a call that is one launch: delta and gradients together, so that kernels can do with less.
 
-Where all keys that a row sees are in one launch, its delta is the sum of weights times their gradients, too, for which
-nobody has to read out. An implementation that makes use of it has a function `whole_backward`, with the arguments of
-the one below; it gives None where it does not.
+Where all keys that a row sees are in one launch, its delta is the sum of weights times their gradients, too, for
+which nobody has to read out; and what passes over rows anyway may find it on the way. An implementation that makes
+use of it has a function `whole_backward`, with the arguments of the one below; it gives None where it does not.
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ def between(intervals: KeyIntervals, first: int, last: int) -> KeyIntervals:
     """The intervals of a launch that holds only the keys [first, last)."""
     shown = [(bound.clamp(first, last) - first) for pair in intervals.ranges() for bound in pair]
     blocks = intervals.blocks and intervals.blocks.of_keys(first, last)
-    return KeyIntervals(shown[0], shown[1], last - first, *shown[2:], blocks=blocks)
+    return KeyIntervals(shown[0], shown[1], last - first, *shown[2:], blocks=blocks, even=intervals.even)
 
 
 def _modifiers(modifiers: Modifiers | None, first: int, last: int) -> dict[str, Modifiers]:

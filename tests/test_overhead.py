@@ -98,7 +98,8 @@ def test_a_call_of_a_known_form_works_nothing_out_again(kernels: ModuleType, nam
     run = "run:GluonJITFunction" if narrow else "run:JITFunction"
     assert first.keys() >= {"check_operands", "__init__:Launcher", run}  # or ONCE names what is no more
     assert not ONCE & second.keys()
-    assert launches == len(driver.launches) == (3 if narrow else 4)
+    # Hopper kernels find delta in the pass that sets gradients to zero, too; not yet with modifiers.
+    assert launches == len(driver.launches) == (3 if kernels is hopper and name != "softcap" else 4)
     assert second["ringflash"] < 158
 
 

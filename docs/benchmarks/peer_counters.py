@@ -20,7 +20,7 @@ CASES = {  # name: sequences, tokens, heads, head dimension, causal
 }
 FIRST_KERNELS = {  # of each pass, in the order of `launch_all`, by a part of its name
     ("ringflash", "forward"): "attend_kernel",
-    ("ringflash", "backward"): "delta_kernel",
+    ("ringflash", "backward"): "find_rows_kernel",
     ("FlashAttention-4", "forward"): "FlashAttentionForwar",
     ("FlashAttention-4", "backward"): "bwd_preprocess",
 }

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.experimental.gluon import language as gl
 
 from ringflash.kernels.gpu.block_lists import (
     NO_LISTS,
@@ -21,9 +22,11 @@ from ringflash.kernels.gpu.chips import multiprocessors
 from ringflash.kernels.gpu.compile_once import compiled_once
 from ringflash.kernels.gpu.launcher import Description, Launcher, aligned, description_of
 from ringflash.kernels.gpu.modifiers_given import modifiers_aligned, modifiers_metadata
+from ringflash.kernels.gpu.row_delta import row_delta
 from ringflash.kernels.hopper import widest
 from ringflash.kernels.hopper.backward_kernel import attend_backward_kernel
 from ringflash.kernels.hopper.backward_order import order_of_lists, order_of_programs
+from ringflash.kernels.hopper.backward_rows import PreparedRows, Results
 from ringflash.kernels.hopper.backward_split_kernel import attend_backward_split_kernel
 from ringflash.kernels.hopper.backward_tokens import (
     Programs,
@@ -42,7 +45,13 @@ from ringflash.kernels.hopper.descriptors import (
     without_memory,
 )
 from ringflash.kernels.hopper.dquery_accumulate import HALF
-from ringflash.kernels.hopper.dquery_in_turn import PARTS, heads_in_turn, turns_of_tiles
+from ringflash.kernels.hopper.dquery_in_turn import (
+    BLOCK_BY_BLOCK,
+    HEAD_BY_HEAD,
+    PARTS,
+    heads_in_turn,
+    turns_of_tiles,
+)
 from ringflash.kernels.hopper.dropout import dropout_numbers, listed
 from ringflash.kernels.hopper.listed_blocks import list_numbers, list_tensors
 from ringflash.kernels.hopper.narrow import backward_narrow, tiles_for
@@ -163,17 +172,9 @@ def attend_backward(
             dout, query, key, value, lse, delta, intervals, scale=scale, carry=carry,
             dquery_dtype=dquery_dtype, dkey_dtype=dkey_dtype,
         )  # fmt: skip
-    operands = (dout, query, key, value)
-    numbers = (lse, delta, carry)
-    call = _call(operands, numbers, intervals, scale, modifiers, dkey_dtype, deterministic)
-    prepared = prepared_calls.get(call)
-    if prepared is None:
-        check_operands(query, key, value, intervals, scale, modifiers)
-        plain = simple and not (deterministic or modifiers)
-        tiles = backward_tiles(modifiers)[backward_width(query.shape[2], value.shape[2], plain)]
-        prepared = PreparedBackward(operands, numbers, intervals, scale, dkey_dtype, tiles, deterministic, modifiers)
-        prepared_calls.add(call, prepared)
-    return prepared(operands, numbers, intervals, dquery_dtype, modifiers)
+    operands, numbers = (dout, query, key, value), (lse, delta, carry)
+    prepared = prepared_backward(operands, numbers, None, intervals, scale, modifiers, dkey_dtype, deterministic)
+    return prepared(operands, numbers, None, intervals, dquery_dtype, modifiers)[:3]
 
 
 def whole_backward(
@@ -192,12 +193,49 @@ def whole_backward(
     dkey_dtype: torch.dtype | None = None,
     deterministic: bool = False,
 ) -> Gradients | None:
-    """See `ringflash.kernels.whole_backward`. The gradients of narrow kernels repeat bit for bit in any case."""
+    """See `ringflash.kernels.whole_backward`. The gradients of narrow kernels repeat bit for bit in any case.
+
+    Delta comes from the pass over memory that sets the gradient of query to zero, or from the gradients' own kernels.
+    """
     if modifiers is not None or dkey_dtype not in (None, key.dtype, torch.float32):
         return None
     narrow = tiles_for(query, value, intervals, dquery_dtype, more=dkey_dtype not in (None, key.dtype))
     operands = dout, query, key, value
-    return narrow and backward_narrow(operands, (lse, None, dlse), intervals, scale, dkey_dtype, narrow)
+    if narrow is not None:
+        return backward_narrow(operands, (lse, None, dlse), intervals, scale, dkey_dtype, narrow)
+    simple = not intervals.has_sink_tokens and intervals.blocks is None
+    if (deterministic and not simple) or query.shape[2] == WIDEST:
+        return None
+    dquery_dtype, dkey_dtype = dquery_dtype or query.dtype, dkey_dtype or key.dtype
+    dout, out = (x if x.stride(2) == 1 else x.contiguous() for x in (dout, out))
+    operands, numbers, results = (dout, query, key, value), (lse.contiguous(), None, None), (out, dlse)
+    prepared = prepared_backward(operands, numbers, results, intervals, scale, None, dkey_dtype, deterministic)
+    return prepared(operands, numbers, results, intervals, dquery_dtype)
+
+
+def prepared_backward(
+    operands: Operands,
+    numbers: Numbers,
+    results: Results | None,
+    intervals: KeyIntervals,
+    scale: float,
+    modifiers: Modifiers | None,
+    dkey_dtype: torch.dtype,
+    deterministic: bool,
+) -> PreparedBackward:
+    """What is kept for calls alike, made in the first of them."""
+    call = _call(operands, numbers, results, intervals, scale, modifiers, dkey_dtype, deterministic)
+    prepared = prepared_calls.get(call)
+    if prepared is None:
+        _, query, key, value = operands
+        check_operands(query, key, value, intervals, scale, modifiers)
+        plain = not (deterministic or modifiers or intervals.has_sink_tokens or intervals.blocks is not None)
+        tiles = backward_tiles(modifiers)[backward_width(query.shape[2], value.shape[2], plain)]
+        prepared = PreparedBackward(
+            operands, numbers, results, intervals, scale, dkey_dtype, tiles, deterministic, modifiers
+        )
+        prepared_calls.add(call, prepared)
+    return prepared
 
 
 prepared_calls = Kept()
@@ -205,13 +243,14 @@ prepared_calls = Kept()
 
 Operands = tuple[Tensor, Tensor, Tensor, Tensor]
 """Dout, query, key, value."""
-Numbers = tuple[Tensor, Tensor, Tensor | None]
-"""Lse, delta, carry."""
+Numbers = tuple[Tensor, Tensor | None, Tensor | None]
+"""Lse, delta or None to find it, carry."""
 
 
 def _call(
     operands: Operands,
     numbers: Numbers,
+    results: Results | None,
     intervals: KeyIntervals,
     scale: float,
     modifiers: Modifiers | None,
@@ -220,11 +259,12 @@ def _call(
 ) -> tuple:
     """All that a `PreparedBackward` depends on."""
     return (
-        *map(metadata, operands), *map(metadata, numbers), dkey_dtype,
-        intervals.start.shape, intervals.key_count, intervals.has_sink_tokens,
+        *map(metadata, operands), *map(metadata, numbers), *map(metadata, results or ()), dkey_dtype,
+        intervals.start.shape, intervals.key_count, intervals.has_sink_tokens, intervals.even,
         intervals.blocks and intervals.blocks.metadata(), scale,
         deterministic, modifiers_metadata(modifiers),
-        (aligned(*operands, *numbers) and modifiers_aligned(modifiers)) or tuple(map(aligned, (*operands, *numbers))),
+        (aligned(*operands, *numbers, *(results or ())) and modifiers_aligned(modifiers))
+        or tuple(map(aligned, (*operands, *numbers, *(results or ())))),
     )  # fmt: skip
 
 
@@ -234,6 +274,7 @@ class PreparedBackward:
     Args:
         operands: dout, query, key and value of the first call, checked.
         numbers: lse, delta and carry of the first call.
+        results: of the first call where delta is None.
         intervals: as in `attend_backward`, of the first call; so are the others. No sink tokens or blocks where
             deterministic.
         scale: see intervals.
@@ -247,6 +288,7 @@ class PreparedBackward:
         self,
         operands: Operands,
         numbers: Numbers,
+        results: Results | None,
         intervals: KeyIntervals,
         scale: float,
         dkey_dtype: torch.dtype,
@@ -261,6 +303,7 @@ class PreparedBackward:
         self.heads = heads, key_heads
         sink_tokens, self.has_lists = intervals.has_sink_tokens, intervals.blocks is not None
         self.width = backward_width(dim, value_dim, not (deterministic or modifiers or sink_tokens or self.has_lists))
+        self.order = order_of_blocks(intervals, self.width, modifiers).value if deterministic else 0
         self.dkey_dtype, self.float_out = dkey_dtype, dkey_dtype != key.dtype
         self.stored_dtype = torch.float32 if self.float_out else dkey_dtype
         self.empty = query_rows == 0 or key_rows == 0
@@ -296,7 +339,7 @@ class PreparedBackward:
         row_blocks = -(-padded_rows // 1024)
         drops = dropout_numbers(modifiers)
         kept = 1.0 if drops[1] is None else drops[1]
-        self.launch_rows = Launcher(row_blocks * heads, (query_rows, padded_rows, row_blocks, kept), {}, {}, direct)
+        self.rows = PreparedRows(operands[0], query, *numbers[:2], results, padded_rows, kept)
         self.dropout, dropout_description = modifiers is not None and bool(modifiers.dropout), None
         if self.dropout:
             positions = without_memory((query_rows,), torch.float32)
@@ -334,7 +377,7 @@ class PreparedBackward:
              *(() if self.width == "192/128" else (*drops, *list_numbers(self._lists(intervals))))),
             dict(
                 GROUP=group, QUERY_STAGES=tiles.stages[0], DOUT_STAGES=tiles.stages[1],
-                FLOAT_OUT=self.float_out, **({} if self.width == "192/128" else {"ORDERED": deterministic}),
+                FLOAT_OUT=self.float_out, **({} if self.width == "192/128" else {"ORDERED": self.order}),
                 DIMS=(dim, value_dim),
                 CONSUMER_REGISTERS=tiles.registers[0], PRODUCER_REGISTERS=tiles.registers[1],
             ),
@@ -347,23 +390,25 @@ class PreparedBackward:
         self,
         operands: Operands,
         numbers: Numbers,
+        results: Results | None,
         intervals: KeyIntervals,
         dquery_dtype: torch.dtype,
         modifiers: Modifiers | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of query, key and value."""
-        _, query, key, value = operands
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of query, key and value, and delta."""
+        dout, query, key, value = operands
         lse, delta, carry = numbers
-        dquery = query.new_zeros(query.shape, dtype=torch.float32) if carry is None else carry.contiguous()
         dkey = key.new_empty(key.shape, dtype=self.stored_dtype)
         dvalue = value.new_empty(value.shape, dtype=self.stored_dtype)
         if self.empty:
-            return dquery.to(dquery_dtype), dkey.zero_().to(self.dkey_dtype), dvalue.zero_().to(self.dkey_dtype)
+            delta = row_delta(dout, *results) if delta is None and results is not None else delta
+            dquery = query.new_zeros(query.shape, dtype=dquery_dtype) if carry is None else carry.to(dquery_dtype)
+            return dquery, dkey.zero_().to(self.dkey_dtype), dvalue.zero_().to(self.dkey_dtype), delta
 
-        scaled_lse, minus_delta = prepare_rows(self, lse, delta)
+        scaled_lse, minus_delta, delta, dquery = self.rows(dout, query, lse, delta, results, carry)
         order, turns, turn_now, section, programs, slots = (None,) * 6
         if self.deterministic:
-            turns, turn_now, section = adding_turns(intervals, self.heads, query.shape[2], self.tiles)
+            turns, turn_now, section = adding_turns(intervals, self.heads, query.shape[2], self.tiles, self.order)
         elif self.slot_shapes is not None:
             programs, order = programs_with_tokens(intervals, self.tiles.keys, self.heads[1])
             slots = tuple(query.new_empty(shape, dtype=torch.float32) for shape in self.slot_shapes)
@@ -403,7 +448,7 @@ class PreparedBackward:
             add_slots(programs, slots, dkey, dvalue, self.tiles.keys)
         if self.stored_dtype != self.dkey_dtype:
             dkey, dvalue = dkey.to(self.dkey_dtype), dvalue.to(self.dkey_dtype)
-        return dquery if dquery_dtype == torch.float32 else dquery.to(dquery_dtype), dkey, dvalue
+        return dquery.to(dquery_dtype), dkey, dvalue, delta
 
     def _lists(self, intervals: KeyIntervals) -> ListOperands:
         """Blocks of queries; bits are of keys, or of queries where these are the rows of scores."""
@@ -415,7 +460,7 @@ class PreparedBackward:
         return list_operands(lists, self.heads[1])
 
     def _positions(self, modifiers: Modifiers) -> tuple:
-        """With ALiBi positions and slopes of query rows, as the numbers of `prepare_rows`, and positions of keys."""
+        """With ALiBi positions and slopes of query rows, laid out as lse is, and positions of keys."""
         slopes = modifiers.slopes
         positions, scaled_slopes = slopes.new_empty(self.number_count), slopes.new_empty(self.number_count)
         rows = modifiers.query_positions.contiguous(), slopes
@@ -492,8 +537,14 @@ def programs_with_tokens(intervals: KeyIntervals, block: int, key_heads: int) ->
     return intervals.kept(("programs with tokens", block, key_heads), build)
 
 
+def order_of_blocks(intervals: KeyIntervals, width: str, modifiers: Modifiers | None) -> gl.constexpr:
+    """In which of the orders of `dquery_in_turn` tiles visit their blocks: head by head where that ran on a GPU."""
+    by_head = intervals.even and width in ("64", "128") and modifiers is None
+    return HEAD_BY_HEAD if by_head else BLOCK_BY_BLOCK
+
+
 def adding_turns(
-    intervals: KeyIntervals, heads: tuple[int, int], dim: int, tiles: BackwardTiles
+    intervals: KeyIntervals, heads: tuple[int, int], dim: int, tiles: BackwardTiles, order: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Turn of each key tile; whose turn it is, (heads, blocks, parts) to write in; heads to work on at a time."""
     tile_rows = intervals.key_tile_rows(tiles.keys)
@@ -501,34 +552,11 @@ def adding_turns(
     def build() -> tuple[Tensor, Tensor, Tensor]:
         turns, first_turns = turns_of_tiles(tile_rows, intervals.query_count, tiles.queries)
         first_turns = first_turns[None, :, None].expand(heads[0], -1, PARTS.value).contiguous()
-        return turns, first_turns, heads_in_turn(tile_rows, heads[1], heads[0] // heads[1] * dim * 8)
+        together = heads[0] // heads[1] if order == BLOCK_BY_BLOCK.value else 1
+        return turns, first_turns, heads_in_turn(tile_rows, heads[1], together * dim * 8)
 
-    turns, first_turns, section = intervals.kept(("turns", heads, dim, tiles.keys, tiles.queries), build)
+    turns, first_turns, section = intervals.kept(("turns", heads, dim, tiles.keys, tiles.queries, order), build)
     return turns, first_turns.clone(), section
-
-
-def prepare_rows(prepared: PreparedBackward, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """Lse times log2 e and minus delta, flat, each head's rows followed by rows of no weight.
-
-    With dropout delta is multiplied by what is kept, as all that becomes of it is divided by that at the end.
-    Rows without keys (lse -inf) get +inf, so that no weight is left.
-    """
-    scaled_lse, minus_delta = lse.new_empty(prepared.number_count), lse.new_empty(prepared.number_count)
-    prepared.launch_rows(prepare_rows_kernel, (lse.contiguous(), delta.contiguous(), scaled_lse, minus_delta))
-    return scaled_lse, minus_delta
-
-
-@compiled_once
-@triton.jit(do_not_specialize=["rows", "padded_rows", "row_blocks"])
-def prepare_rows_kernel(lse_ptr, delta_ptr, scaled_lse_ptr, minus_delta_ptr, rows, padded_rows, row_blocks, kept):
-    """See `prepare_rows`. Program = (head, 1,024 rows)."""
-    row = tl.program_id(0) % row_blocks * 1024 + tl.arange(0, 1024)
-    head = tl.program_id(0) // row_blocks
-    lse = tl.load(lse_ptr + head * rows + row, mask=row < rows, other=float("-inf"))
-    delta = tl.load(delta_ptr + head * rows + row, mask=row < rows, other=0.0)
-    scaled = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
-    tl.store(scaled_lse_ptr + head * padded_rows + row, scaled, mask=row < padded_rows)
-    tl.store(minus_delta_ptr + head * padded_rows + row, -delta * kept, mask=row < padded_rows)
 
 
 @compiled_once
@@ -537,7 +565,7 @@ def prepare_slopes_kernel(
     position_ptr, slope_ptr, prepared_position_ptr, prepared_slope_ptr, rows, padded_rows, row_blocks,
     slopes_row, slopes_head,
 ):  # fmt: skip
-    """Positions, and slopes times log2 e, as `prepare_rows_kernel` lays its numbers. Program = (head, 1,024 rows)."""
+    """Positions, and slopes times log2 e, laid out as lse in `backward_rows`. Program = (head, 1,024 rows)."""
     row = tl.program_id(0) % row_blocks * 1024 + tl.arange(0, 1024)
     head = tl.program_id(0) // row_blocks
     position = tl.load(position_ptr + row, mask=row < rows, other=0).to(tl.float32)

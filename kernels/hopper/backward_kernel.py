@@ -84,7 +84,7 @@ def attend_backward_kernel(
     TOKENS: gl.constexpr = work_ptr is not None
     LISTS: gl.constexpr = entries_ptr is not None
     WALK: gl.constexpr = way_to_walk(TOKENS, LISTS)
-    gl.static_assert(TOKENS + LISTS + ORDERED <= 1)
+    gl.static_assert(TOKENS + LISTS + (ORDERED != 0) <= 1)
     work = find_work(
         buffers, rows_of_tile_ptr, order_ptr, turn_of_tile_ptr, turn_now_ptr, section_ptr, tokens, lists, query_rows,
         padded_rows, key_rows, key_heads, GROUP, ORDERED,
@@ -101,8 +101,8 @@ def attend_backward_kernel(
                 (consume, (work, sums, tokens, lists, dropout, buffers, dscores, dquery, rows_of_key_ptr,
                            key_positions_ptr, scale, bend, 1, GROUP, FLOAT_OUT, ORDERED, DIMS)),
                 (produce, (inputs, work, buffers, GROUP, ORDERED)),
-                (add_in_turn, (work.turns, work.rows, dquery_desc, dquery, buffers.queries, 0, GROUP)),
-                (add_in_turn, (work.turns, work.rows, dquery_desc, dquery, buffers.queries, 1, GROUP)),
+                (add_in_turn, (work.turns, work.rows, dquery_desc, dquery, buffers.queries, 0, GROUP, ORDERED)),
+                (add_in_turn, (work.turns, work.rows, dquery_desc, dquery, buffers.queries, 1, GROUP, ORDERED)),
             ],
             [4, 1, 1, 1],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],

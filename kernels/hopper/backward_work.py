@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ringflash.kernels.hopper.blocks import FIRST, block_columns, block_rows, flat_layout, head_place, load_block
 from ringflash.kernels.hopper.compat import WARPGROUP, async_load
-from ringflash.kernels.hopper.dquery_in_turn import Turns, allocate_turns
+from ringflash.kernels.hopper.dquery_in_turn import BLOCK_BY_BLOCK, HEAD_BY_HEAD, Turns, allocate_turns
 from ringflash.kernels.hopper.listed_blocks import list_of_tile
 from ringflash.kernels.hopper.rows_visited import RANGE, Rows, entry_of, row_of
 from ringflash.kernels.hopper.schedule import stage_and_parity
@@ -250,11 +250,13 @@ def produce(
     place = head_place(inputs.value_desc, work.key_head, inputs.value_head_stride)
     load_block(inputs.value_desc, work.first_key, place, loaded.index(1), buffers.value.index(0))
     step = 0
-    for outer in range(rows.blocks if ORDERED else GROUP):
-        for inner in range(GROUP if ORDERED else rows.blocks):
+    for outer in range(rows.blocks if ORDERED == BLOCK_BY_BLOCK else GROUP):
+        for inner in range(GROUP if ORDERED == BLOCK_BY_BLOCK else rows.blocks):
             block, member = inner, outer
-            if ORDERED:
+            if ORDERED == BLOCK_BY_BLOCK:
                 block, member = rows.blocks - 1 - outer, inner
+            elif ORDERED == HEAD_BY_HEAD:
+                block = rows.blocks - 1 - inner
             head = rows.first_head + member
             row = row_of(rows, block, entry_of(rows, block, WALK), M, WALK)
             number = head * rows.padded_rows + row

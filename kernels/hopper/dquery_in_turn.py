@@ -8,7 +8,8 @@ no one who computes until the next part of the gradient is ready.
 No program waits for ever, nor long: programs start in ascending order of tiles, so those that one waits for have
 started. And tiles visit their blocks from the last, heads of a group innermost. As neither end of the visited range
 decreases from tile to tile, a tile that starts together with the one before it then reaches any block later, or at the
-same time.
+same time. So it does head after head, too, if all tiles visit as many rows, as under a window; and then what it visits
+is visited again much sooner, while it is in the second-level cache.
 """
 
 from __future__ import annotations
@@ -23,6 +24,12 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from ringflash.kernels.hopper.compat import store_wait
 from ringflash.kernels.hopper.dquery_accumulate import add_part, lay_down, parts_in_step
+
+BLOCK_BY_BLOCK = gl.constexpr(1)
+"""Orders in which a tile visits its blocks, from the last: for all heads of a group before the next,"""
+
+HEAD_BY_HEAD = gl.constexpr(2)
+"""or all blocks of a head before the next head's."""
 
 PARTS = gl.constexpr(2)
 """Parts of a block of dQ, one for each consumer warpgroup, that are added in turns of their own."""
@@ -68,7 +75,8 @@ def heads_in_turn(tile_rows: Tensor, key_heads: int, row_bytes: int) -> Tensor:
     Args:
         tile_rows: (tiles, 4) int32, as of KeyIntervals.key_tile_rows.
         key_heads: number of key heads.
-        row_bytes: bytes of queries, out's gradient and dQ in a row, of one key head's group.
+        row_bytes: bytes of queries, out's gradient and dQ in a row, of the heads that a tile visits together: of one
+            key head's group, or head by head of one.
 
     Example:
         >>> heads_in_turn(torch.tensor([[0, 0, 2, 4096], [2048, 4096, 4096, 4096]]), key_heads=12, row_bytes=1024)
@@ -113,14 +121,16 @@ def hand_over(turns, parts, part_of_dquery, use, PART: gl.constexpr):
 
 
 @gluon.jit
-def add_in_turn(turns, rows, dquery_desc, parts, queries, PART: gl.constexpr, GROUP: gl.constexpr):
+def add_in_turn(
+    turns, rows, dquery_desc, parts, queries, PART: gl.constexpr, GROUP: gl.constexpr, ORDERED: gl.constexpr
+):  # fmt: skip
     """A warp that adds one warpgroup's parts of dQ to global memory, each when it is this program's turn."""
     M: gl.constexpr = queries.blocks.shape[1]
     D: gl.constexpr = queries.blocks.shape[2]
     PIECES: gl.constexpr = parts_in_step(D)
     blocks_of_head = (rows.query_rows + M - 1) // M
     part = parts.index(PART)
-    block, member = first_block_and_member(rows, True)
+    block, member = first_block_and_member(rows, ORDERED)
     for step in range(rows.blocks * GROUP):
         row = rows.begin + block * M
         head = rows.first_head + member
@@ -135,7 +145,7 @@ def add_in_turn(turns, rows, dquery_desc, parts, queries, PART: gl.constexpr, GR
             mbarrier.arrive(turns.free.index(PART), count=1)
         if turns.own >= 0:
             pass_turn(now_ptr)
-        block, member = next_block_and_member(rows, block, member, GROUP, True)
+        block, member = next_block_and_member(rows, block, member, GROUP, ORDERED)
 
 
 @gluon.jit
@@ -149,11 +159,14 @@ def first_block_and_member(rows, ORDERED: gl.constexpr):
 
 @gluon.jit
 def next_block_and_member(rows, block, member, GROUP: gl.constexpr, ORDERED: gl.constexpr):
-    """Block and member of the next step: block after block, head after head; or the order that this file is about."""
-    if ORDERED:
+    """Block and member of the next step: block after block, head after head; or an order that this file is about."""
+    if ORDERED == BLOCK_BY_BLOCK:
         last = member + 1 == GROUP
         member = gl.where(last, 0, member + 1)
         block = gl.where(last, block - 1, block)
+    elif ORDERED == HEAD_BY_HEAD:
+        member = gl.where(block == 0, member + 1, member)
+        block = gl.where(block == 0, rows.blocks, block) - 1
     else:
         last = block + 1 == rows.blocks
         member = gl.where(last, member + 1, member)

@@ -18,7 +18,7 @@ from ringflash.parallel.planning.plan import Buffers
 from ringflash.parallel.planning.program import Program
 from ringflash.parallel.planning.row_places import aligned
 from ringflash.parallel.planning.stage_program import StageProgram
-from ringflash.parallel.positions.band import band_of_mask
+from ringflash.parallel.positions.band import band_of_mask, is_even
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.visibility import block_places, places, position_bounds
 
@@ -48,7 +48,8 @@ def local_program(
         among_keys = None if query_boundaries is None else places(boundaries, query, query_boundaries).to(device)
         return _whole(tuple(launch.to(device) for launch in work), queries, keys, among_keys, device)
     table = document_table(mask, boundaries, query_boundaries, queries, keys, device)
-    return table_program(mask, table, queries, keys)
+    even = (boundaries is None or mask.boundaries is not None) and is_even(mask, keys)
+    return table_program(mask, table, queries, keys, even)
 
 
 def document_table(
@@ -89,8 +90,8 @@ def _columns(mask: Mask) -> int:
     return 4 if mask.two_intervals else 2
 
 
-def table_program(mask: Mask, table: Tensor, queries: int, keys: int) -> Program:
-    """The program of a `document_table`."""
+def table_program(mask: Mask, table: Tensor, queries: int, keys: int, even: bool = False) -> Program:
+    """The program of a `document_table`; `even` as of `KeyIntervals`."""
     columns = _columns(mask)
     start, stop, *sinks = table[:columns, :queries].unbind()
     found, behind = None, columns
@@ -99,7 +100,7 @@ def table_program(mask: Mask, table: Tensor, queries: int, keys: int) -> Program
         behind += 2
     among_keys = table[behind, :queries] if len(table) > behind else None
     band = band_of_mask(mask) if among_keys is None else None
-    work = with_layout(mask, KeyIntervals(start, stop, keys, *sinks, band=band), found)
+    work = with_layout(mask, KeyIntervals(start, stop, keys, *sinks, band=band, even=even), found)
     return _whole(work if queries and keys else (), queries, keys, among_keys, table.device)
 
 

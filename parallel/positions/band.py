@@ -38,6 +38,27 @@ def band_of_mask(mask: Mask) -> int | None:
     return band if band < UNBOUNDED else None
 
 
+MUCH_LONGER = 3
+"""Rows of a sequence, at least, for each key that a row of it sees. Of three rows two are to be in such sequences."""
+
+
+def is_even(mask: Mask, rows: int) -> bool:
+    """`KeyIntervals.even` of all positions under a mask that knows its documents.
+
+    Args:
+        mask: without documents of one sequence.
+        rows: of all sequences.
+
+    Example:
+        >>> is_even(Mask.sliding_window(1022), 16384), is_even(Mask.causal() & Mask.documents([0, 8192, 16384]), 16384)
+        (True, False)
+    """
+    if mask.left is None or mask.chunks or (band := band_of_mask(mask.without_documents())) is None:
+        return False
+    lengths = np.array([rows]) if mask.boundaries is None else np.diff(mask.boundaries)
+    return bool(3 * lengths[lengths >= MUCH_LONGER * band].sum() >= 2 * rows)
+
+
 def band_of_bounds(start: np.ndarray, stop: np.ndarray) -> int:
     """`KeyIntervals.band` of bounds on the host, the least that there is.
 

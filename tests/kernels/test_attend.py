@@ -47,6 +47,7 @@ from ringflash.kernels.kept import Kept
 from ringflash.kernels.modifiers import Modifiers, keep_mask
 from ringflash.kernels.reference import Carry
 from ringflash.kernels.select import NAMES, select
+from ringflash.kernels.whole_backward import whole_backward
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -581,12 +582,34 @@ def test_deterministic_gradients_are_as_accurate_as_torch_over_any_mask(
     name: str, dim: int, data: st.DataObject
 ) -> None:
     kernels = kernels_for(name, torch.bfloat16, (dim, dim))
-    intervals = to_device(data.draw(any_intervals(2000, sink=False)), "cuda")
+    intervals = replace(to_device(data.draw(any_intervals(2000, sink=False)), "cuda"), even=data.draw(st.booleans()))
     problem = draw_problem(intervals, (4, 2), (dim, dim), torch.bfloat16, seed=data.draw(st.integers(0, 2**32 - 1)))
     cuts = data.draw(st.lists(st.integers(0, intervals.key_count), max_size=1))
     first, again = (run(kernels, problem, cuts, deterministic=True) for _ in range(2))
     assert_accurate(first, problem)
     assert_same(first, again)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+@settings(max_examples=10)
+@given(st.data())
+def test_hopper_gradients_are_as_accurate_with_delta_found_beside_them(
+    dim: int, deterministic: bool, data: st.DataObject
+) -> None:
+    kernels = kernels_for("hopper", torch.bfloat16, (dim, dim))
+    intervals = replace(to_device(data.draw(any_intervals(900, sink=False)), "cuda"), even=data.draw(st.booleans()))
+    layout = data.draw(st.sampled_from(LAYOUTS))
+    problem = draw_problem(intervals, (4, 2), (dim, dim), torch.bfloat16, layout=layout)
+    query, key, value, scale = problem.query, problem.key, problem.value, problem.scale
+    out, lse = kernels.attend(query, key, value, intervals, scale=scale)
+    rows = problem.dout, query, key, value, out, lse, problem.dlse
+    *gradients, delta = whole_backward(kernels, *rows, intervals, scale=scale, deterministic=deterministic)
+    assert_accurate(Results(out, lse, *gradients), problem)
+    torch.testing.assert_close(
+        delta, reference.row_delta(problem.dout, out, problem.dlse).float(), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.gpu

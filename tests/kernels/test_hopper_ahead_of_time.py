@@ -94,6 +94,7 @@ def compile_backward(
     width: str | None = None,
     sink_tokens: bool = False,
     block: int | None = None,
+    even: bool = False,
 ) -> Compiled:
     """Compile a launch with the kernel in use, or that of the width given."""
     query, key = on_paper(QUERIES, HEADS, dims[0], dtype=dtype), on_paper(KEYS, KEY_HEADS, dims[0], dtype=dtype)
@@ -102,12 +103,12 @@ def compile_backward(
 
     def launch():
         operands, sums = (dout, query, key, value), (numbers, numbers, None)
-        intervals = masked(sink_tokens, block)
+        intervals = replace(masked(sink_tokens, block), even=even)
         prepared = backward.PreparedBackward(
-            operands, sums, intervals, 0.1, dkey_dtype, tiles, deterministic, modifiers
+            operands, sums, None, intervals, 0.1, dkey_dtype, tiles, deterministic, modifiers
         )
-        prepared.launch_slopes = lambda *arguments: None
-        prepared(operands, sums, intervals, dtype, modifiers)
+        prepared.launch_slopes = prepared.rows.launch = lambda *arguments: None
+        prepared(operands, sums, None, intervals, dtype, modifiers)
 
     kernels = {"256": "attend_backward_wide_kernel", "192/128": "attend_backward_split_kernel"}
     width = width or backward.backward_width(*dims, not (deterministic or modifiers or sink_tokens or block))
@@ -115,7 +116,6 @@ def compile_backward(
     with (
         lists_on_paper(),
         mock.patch.object(backward, "backward_width", return_value=width),
-        mock.patch.object(backward, "prepare_rows", return_value=(numbers, numbers)),
         mock.patch.object(backward, "multiprocessors", return_value=132),
         mock.patch.object(backward, "add_slots"),
     ):
@@ -221,6 +221,19 @@ def test_backward_fits(width, tiles, dkey_dtype, deterministic):
     assert compiled.warnings == []
     assert compiled.spilled <= SPILLED[width]
     assert compiled.shared < SHARED_LIMIT
+
+
+@pytest.mark.parametrize("width", ["64", "128"])
+def test_backward_fits_that_repeats_head_by_head(width):
+    tiles = backward.BACKWARD_TILES[width]
+    by_head, by_block = (
+        compile_backward(dims_of(width), tiles, torch.bfloat16, torch.bfloat16, True, even=even)
+        for even in (True, False)
+    )
+    assert by_head.warnings == []
+    assert by_head.spilled <= SPILLED[width]
+    assert by_head.shared == by_block.shared
+    assert by_head.binary != by_block.binary
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,28 @@ def test_programs_never_wait_for_ever_and_always_add_in_the_same_order(
         assert tiles == [tile for tile, turn in enumerate(turns) if turn >= 0 and block in visited[tile]]
 
 
+@settings(max_examples=200)
+@given(
+    any_intervals(60, sink=False), BLOCKS, BLOCKS, st.sampled_from([1, 2, 5]), st.integers(1, 4), st.booleans(),
+    st.integers(0, 2**32 - 1),
+)  # fmt: skip
+def test_heads_of_a_group_do_not_wait_for_ever_in_either_order(
+    intervals: KeyIntervals, keys: int, rows: int, resident: int, group: int, by_head: bool, seed: int
+) -> None:
+    """Blocks of several heads, which have turns of their own, are numbered as so many blocks."""
+    visited, turns, first_turns = order_of(intervals, keys, rows)
+    count = len(first_turns)
+    orders = [
+        [head * count + block for head in range(group) for block in blocks]
+        if by_head
+        else [head * count + block for block in blocks for head in range(group)]
+        for blocks in visited
+    ]
+    added = run(orders, turns, first_turns * group, resident, seed)
+    for place, tiles in enumerate(added):
+        assert tiles == [tile for tile, turn in enumerate(turns) if turn >= 0 and place % count in visited[tile]]
+
+
 @given(any_intervals(100, sink=False), st.integers(1, 48), st.integers(0, 10**7))
 def test_heads_worked_on_at_a_time_divide_all_heads(intervals: KeyIntervals, key_heads: int, row_bytes: int) -> None:
     (section,) = heads_in_turn(intervals.key_tile_rows(8), key_heads, row_bytes).tolist()

@@ -96,6 +96,31 @@ def test_band_of_bounds_is_the_least(start: list[int], stop: list[int]) -> None:
     assert band_of_bounds(first, last) == least
 
 
+@pytest.mark.parametrize(
+    ("mask", "even"),
+    [
+        (Mask.sliding_window(1022), True),
+        (Mask.sliding_window(4095), True),
+        (Mask.sliding_window(8191), False),
+        (Mask.sliding_window(1022) & Mask.documents([0, 8192, 16384]), True),
+        (Mask.sliding_window(1022) & Mask.documents([0, 1000, 2000, 16384]), True),
+        (Mask.sliding_window(1022) & Mask.documents([*range(0, 16385, 2048)]), False),
+        (Mask.causal() & Mask.documents([0, 8192, 16384]), False),
+        (Mask.causal() & Mask.chunked(1024), False),
+        (Mask.causal(), False),
+        (Mask.sliding_window(1022, sink=4), False),
+    ],
+)
+def test_programs_know_where_rows_see_as_many_keys_each(mask: Mask, even: bool) -> None:
+    boundaries = None if mask.boundaries is None else torch.tensor(mask.boundaries)
+    [intervals] = _intervals(local_program(mask, boundaries, None, 16384, 16384, CPU).stages)
+    assert intervals.even == even
+    assert intervals.to(CPU).even == even
+    if boundaries is not None:  # on a device they are nobody's to read
+        [intervals] = _intervals(local_program(mask.without_documents(), boundaries, None, 16384, 16384, CPU).stages)
+        assert not intervals.even
+
+
 def test_programs_of_windows_and_documents_know_their_band() -> None:
     windows = Mask.sliding_window(15)
     assert [x.band for x in _intervals(local_program(windows, None, None, 40, 40, CPU).stages)] == [16]
