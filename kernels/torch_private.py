@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch._subclasses
+import torch.utils._python_dispatch
 import torch.utils._pytree
 from torch import Tensor
 
@@ -50,6 +51,15 @@ def apply_unbound(function: type[torch.autograd.Function], *inputs: object) -> A
     has need of. The method of its base class is what it calls thereafter.
     """
     return super(torch.autograd.Function, function).apply(*inputs)  # pyrefly: ignore[missing-attribute]  # stub lacks it
+
+
+TorchDispatchMode = torch.utils._python_dispatch.TorchDispatchMode
+"""Is given every operator within a `with`, to run it or something else."""
+
+
+def changes_tensors(operator: Any) -> bool:
+    """Whether one of torch's operators writes to a tensor that it is given."""
+    return operator._schema.is_mutable
 
 
 FakeTensorMode = torch._subclasses.FakeTensorMode
