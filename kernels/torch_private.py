@@ -53,6 +53,15 @@ def apply_unbound(function: type[torch.autograd.Function], *inputs: object) -> A
     return super(torch.autograd.Function, function).apply(*inputs)  # pyrefly: ignore[missing-attribute]  # stub lacks it
 
 
+TorchDispatchMode = torch.utils._python_dispatch.TorchDispatchMode
+"""Is given every operator within a `with`, to run it or something else."""
+
+
+def changes_tensors(operator: Any) -> bool:
+    """Whether one of torch's operators writes to a tensor that it is given."""
+    return operator._schema.is_mutable
+
+
 FakeTensorMode = torch._subclasses.FakeTensorMode
 """Makes tensors without memory of all that operators give within a `with`; real tensors come in as such.
 

@@ -13,25 +13,24 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import os
 import random
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "parallel"))
 
 import torch
 import torch.distributed as dist
+from attention_cases import Answer, Case, Tensors, by_definition, exact, largest_errors, solve, tensors
 from cases import visible
 from torch import Tensor
 
 from ringflash import ArgumentError, Mask, Sharding
 from ringflash.functional import attention
-from ringflash.kernels.modifiers import dropout_threshold, philox
 
 FEATURES = ("softcap", "alibi", "dropout", "padding", "sinks", "deterministic")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -96,6 +95,22 @@ def draw_problem(draw: random.Random, longest: int, ranks: int, heads: tuple[int
     return Problem(draw_mask(draw, n), n, partition, head_ranks, plan)
 
 
+@dataclass(frozen=True)
+class Shown:
+    """A mask in the place of `attention_cases.Rules`.
+
+    Attributes:
+        seen: dense (queries, keys) matrix of it, on the CPU.
+    """
+
+    seen: Tensor
+
+    def visible(self, queries: int, keys: int) -> Tensor:
+        """The same where tensors are made by default."""
+        assert self.seen.shape == (queries, keys)
+        return self.seen.to(torch.get_default_device())
+
+
 class Solver:
     """Solves problems with random tensors, by ringflash and by definition.
 
@@ -105,8 +120,18 @@ class Solver:
     """
 
     def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
-        self.heads, self.dims = options.heads, (options.head_dim, options.value_head_dim or options.head_dim)
-        self.dtype, self.features, self.device = DTYPES[options.dtype], options.features, device
+        self._device, self._deterministic = device, "deterministic" in options.features
+        self._settings = {
+            "heads": options.heads,
+            "dims": (options.head_dim, options.value_head_dim or options.head_dim),
+            "dtype": DTYPES[options.dtype],
+            "scale": options.head_dim**-0.5,
+            "softcap": SOFTCAP if "softcap" in options.features else 0.0,
+            "alibi": "heads" if "alibi" in options.features else "",
+            "dropout": DROPOUT if "dropout" in options.features else 0.0,
+            "padding": "padding" in options.features,
+            "sinks": "sinks" in options.features,
+        }
 
     def errors(self, problem: Problem, seed: int) -> list[str]:
         """Results that are not the definition's, in words.
@@ -118,95 +143,41 @@ class Solver:
             problem.mask, seqlen=problem.length, partition=problem.partition, head_ranks=problem.head_ranks,
             plan=problem.plan,
         )  # fmt: skip
-        given = self._tensors(problem.length, seed)
-        seen = visible(problem.mask, problem.length).to(self.device)
-        if given["padding"] is not None:
-            seen &= given["padding"]
-        if given["sinks"] is None:
-            given["dlse"] = given["dlse"] * seen.any(1)
-        found = self._by_ringflash(sharding, given)
-        right, own = (self._by_definition(given, seen, dtype) for dtype in (torch.float64, self.dtype))
+        shown = Shown(visible(problem.mask, problem.length))
+        case = Case(((problem.length, problem.length),), shown, seed=seed, **self._settings)
+        drawn = tensors(case)
+        given = replace(drawn, **{name: x.to(self._device) for name, x in vars(drawn).items() if x is not None})
+        with self._device:  # where the definition makes its own tensors
+            right = exact(case, given)
+            own = solve(lambda *x: by_definition(case, given, *x), given)
+        found = self._by_ringflash(case, sharding, given)
+        errors = (largest_errors(results, right) for results in (found, own))
         return [
             f"{name}: error {mine:.3g}, by definition in the dtype {theirs:.3g}"
-            for name, x, y, z in zip(RESULTS, found, right, own, strict=False)
-            for mine, theirs in [(_error(x, y), _error(z, y))]
-            if not mine <= 3 * theirs + 0.01 * y[y.isfinite()].abs().mean().nan_to_num().item() + 1e-4
+            for name, mine, theirs, x in zip(RESULTS, *errors, right, strict=False)
+            if not mine <= 3 * theirs + 0.01 * x[x.isfinite()].abs().mean().nan_to_num().item() + 1e-4
         ]
 
-    def _tensors(self, n: int, seed: int) -> dict[str, Tensor | None]:
-        """(n, heads, dim) of all ranks, and what features take."""
-        random_numbers = torch.Generator().manual_seed(seed)  # of the CPU: the same on every device
-        (heads, key_heads), (dim, value_dim) = self.heads, self.dims
+    def _by_ringflash(self, case: Case, sharding: Sharding, given: Tensors) -> Answer:
+        def share(x: Tensor, dim: int) -> Tensor:
+            return sharding.shard(x[None], dim).contiguous()
 
-        def drawn(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=random_numbers).to(self.device)
-
-        shapes = {"query": (heads, dim), "key": (key_heads, dim), "value": (key_heads, value_dim)}
-        tensors = {name: drawn(n, *shape).to(self.dtype) for name, shape in shapes.items()}
-        tensors |= {"dout": drawn(n, heads, value_dim).to(self.dtype), "dlse": drawn(heads, n)}
-        extra = {
-            "sinks": ("sinks", drawn(heads)),
-            "slopes": ("alibi", drawn(heads).abs() / 10),
-            "padding": ("padding", drawn(n) < 0.8),
-            "seed": ("dropout", torch.tensor([seed * 7919], device=self.device)),
-        }
-        return tensors | {name: x if feature in self.features else None for name, (feature, x) in extra.items()}
-
-    def _by_ringflash(self, sharding: Sharding, given: dict[str, Tensor | None]) -> list[Tensor]:
-        def share(x: Tensor | None, dim: int) -> Tensor | None:
-            return None if x is None else sharding.shard(x, dim)
-
-        leaves = [share(given[name][None], 1).contiguous().requires_grad_() for name in ("query", "key", "value")]
-        sinks = given["sinks"]
-        if sinks is not None:
-            leaves.append(sinks.clone().requires_grad_())
-        padding = given["padding"]
+        leaves = [share(x, 1).requires_grad_() for x in (given.query, given.key, given.value)]
+        if given.sinks is not None:
+            leaves.append(given.sinks.clone().requires_grad_())
         out, lse = attention(
-            *leaves[:3], sharding=sharding, softcap=SOFTCAP if "softcap" in self.features else 0.0,
-            alibi_slopes=given["slopes"], dropout=DROPOUT if "dropout" in self.features else 0.0,
-            dropout_seed=given["seed"], key_padding_mask=None if padding is None else share(padding[None], 1),
-            sinks=None if sinks is None else leaves[3], deterministic="deterministic" in self.features,
+            *leaves[:3], sharding=sharding, scale=case.scale, softcap=case.softcap, alibi_slopes=given.slopes,
+            dropout=case.dropout, dropout_seed=given.dropout_seed,
+            key_padding_mask=None if given.padding is None else share(given.padding, 1),
+            sinks=None if given.sinks is None else leaves[3], deterministic=self._deterministic,
         )  # fmt: skip
-        upstream = share(given["dout"][None], 1), share(given["dlse"][None], 2)
-        gradients = list(torch.autograd.grad((out, lse), leaves, upstream))
-        if sinks is not None and sharding.ranks > 1:
-            dist.all_reduce(gradients[3])
-        whole = [sharding.unshard(out.detach(), 1)[0], sharding.unshard(lse.detach(), 2)[0]]
-        return whole + [sharding.unshard(x, 1)[0] for x in gradients[:3]] + gradients[3:]
-
-    def _by_definition(self, given: dict[str, Tensor | None], seen: Tensor, dtype: torch.dtype) -> list[Tensor]:
-        wide, group = torch.promote_types(dtype, torch.float32), self.heads[0] // self.heads[1]
-        leaves = [given[name].to(dtype).requires_grad_() for name in ("query", "key", "value")]
-        query_HTD, key_HSD, value_HSD = (x.transpose(0, 1) for x in leaves)
-        key_HSD, value_HSD = (x.repeat_interleave(group, 0) for x in (key_HSD, value_HSD))
-        scores = (query_HTD @ key_HSD.mT * self.dims[0] ** -0.5).to(wide)
-        place = torch.arange(len(seen), device=self.device)
-        if "softcap" in self.features:
-            scores = SOFTCAP * torch.tanh(scores / SOFTCAP)
-        if given["slopes"] is not None:
-            scores = scores - given["slopes"].to(wide)[:, None, None] * (place[:, None] - place).abs()
-        scores, blind = scores.masked_fill(~seen, -torch.inf), ~seen.any(1)
-        if given["sinks"] is not None:
-            leaves.append(given["sinks"].to(wide).requires_grad_())
-            scores = torch.cat([scores, leaves[3][:, None, None].expand(-1, len(seen), 1)], -1)
-            blind = torch.zeros_like(blind)
-        lse = scores.logsumexp(-1)
-        weights = torch.exp(scores - lse.masked_fill(lse.isneginf(), 0)[..., None])[..., : len(seen)]
-        if given["seed"] is not None:
-            head = torch.arange(self.heads[0], device=self.device)[:, None, None]
-            words = philox(given["seed"], place[None, None, :], place[None, :, None], head)
-            weights = weights * (words >= dropout_threshold(DROPOUT)) / (1 - DROPOUT)
-        out = (weights.to(dtype) @ value_HSD).transpose(0, 1).masked_fill(blind[:, None, None], 0)
-        upstream = given["dout"].to(dtype), given["dlse"].to(wide)
-        gradients = torch.autograd.grad((out, lse.masked_fill(blind, 0)), leaves, upstream)
-        return [out.detach(), lse.detach(), *gradients]
-
-
-def _error(x: Tensor, right: Tensor) -> float:
-    """Largest absolute difference; infinite unless what is infinite is so in both."""
-    x, right = x.double(), right.double()
-    different = (x - right).abs().masked_fill(x == right, 0).nan_to_num(nan=math.inf)
-    return different.max().item() if different.numel() else 0.0
+        upstream = share(given.dout, 1), share(given.dlse, 2)
+        *gradients, last = torch.autograd.grad((out, lse), leaves, upstream)
+        if given.sinks is not None and sharding.ranks > 1:
+            dist.all_reduce(last)
+        whole = [sharding.unshard(x.detach(), dim)[0] for x, dim in ((out, 1), (lse, 2))]
+        whole += [sharding.unshard(x, 1)[0] for x in (*gradients, last)[:3]]
+        return *whole, *([] if given.sinks is None else [last])
 
 
 def main(arguments: Sequence[str] | None = None) -> tuple[int, list[str]]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -340,3 +341,17 @@ def test_tensors_without_memory_have_shapes_gradients_and_autocast() -> None:
     assert found.shape == (1 << 40, 4)
     assert found.dtype == torch.bfloat16
     assert dx.shape == x.shape
+
+
+def test_operators_that_write_to_what_they_are_given_are_told_from_others_by_a_mode_that_is_given_them() -> None:
+    changing = {}
+
+    class Listening(torch_private.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+            changing[func.__name__] = torch_private.changes_tensors(func)
+            return func(*args, **(kwargs or {}))
+
+    x = torch.ones(2)
+    with Listening():
+        (x + 1).mul_(2)
+    assert changing == {"add.Tensor": False, "mul_.Tensor": True}

@@ -23,7 +23,7 @@ from ringflash import ArgumentError, RingflashError, Sharding, loss
 from ringflash.configs.schema import AttentionConfig, ModelConfig
 from ringflash.kernels.cpu import blockwise
 from ringflash.training.estimate import own as of_own_model
-from ringflash.training.memory import blocks, rows
+from ringflash.training.memory import rows
 from ringflash.training.memory.at_once import OnceBlock
 from ringflash.training.memory.host import Moved
 from ringflash.training.memory.plan import KEEP, OFFLOAD, PAIRS, RECOMPUTE
@@ -204,7 +204,7 @@ def test_a_model_that_is_compiled_whole_evaluates_whole_blocks(monkeypatch):
     torch.compiler.reset()
     with torch.no_grad():
         expected = model(**shard)
-        monkeypatch.setattr(blocks, "in_rounds", None)
+        monkeypatch.setattr(RoundBlock, "without_graph", None)
         torch.testing.assert_close(torch.compile(model, backend="eager")(**shard), expected)
 
 

@@ -29,10 +29,10 @@ class DdpEngine(TorchEngine):
     def __init__(self, model: Decoder, config: OptimizerConfig) -> None:
         # Without device_ids, which would move the host's document boundaries to the GPU on every step.
         self._wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        self._summing: list[dist.Work] = []
+        self._reductions: list[dist.Work] = []
         # DDP reads annotations, and not those that are strings. What it holds is beyond Python's garbage collection, so
         # the engine must not be in it.
-        self._wrapped.register_comm_hook(self._summing, lambda summing, bucket: _sum(summing, bucket))
+        self._wrapped.register_comm_hook(self._reductions, lambda begun, bucket: _all_reduce(begun, bucket))
         super().__init__(model, config)
 
     @property
@@ -45,9 +45,9 @@ class DdpEngine(TorchEngine):
         self._wrapped.require_backward_grad_sync = last
         loss = self._wrapped(**batch)
         (loss * factor / dist.get_world_size()).backward()
-        for work in self._summing:
+        for work in self._reductions:
             work.wait()
-        self._summing.clear()
+        self._reductions.clear()
         return loss.detach()
 
     def clip(self) -> Tensor:
@@ -68,9 +68,9 @@ class DdpEngine(TorchEngine):
         return read(name).to(weight.device)
 
 
-def _sum(summing: list[dist.Work], bucket: dist.GradBucket) -> Future[Any]:
+def _all_reduce(begun: list[dist.Work], bucket: dist.GradBucket) -> Future[Any]:
     """Sum the gradients of a bucket over all ranks, in place; they are there when what this returns is."""
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     assert work is not None
-    summing.append(work)
+    begun.append(work)
     return work.get_future().then(lambda future: future.value()[0])

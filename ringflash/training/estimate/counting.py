@@ -17,10 +17,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from ringflash.kernels.torch_private import FakeTensorMode, storage_of
+from ringflash.kernels.torch_private import FakeTensorMode, TorchDispatchMode, changes_tensors, storage_of
 from ringflash.loss import CHUNK_ELEMENTS
 from ringflash.training.engines.materialise import materialise
 from ringflash.training.model.pretrained import Pretrained
@@ -176,7 +175,7 @@ class _Counter(TorchDispatchMode):
         elif not func.is_view and "empty" not in func.__name__:
             places = set(map(storage_of, given))
             new = [x for x in made if storage_of(x) not in places]
-            if new or func._schema.is_mutable:
+            if new or changes_tensors(func):
                 self._moved += sum(x.numel() * x.element_size() for x in (*given, *new))
         return out
 

@@ -27,25 +27,6 @@ NEEDED = NEEDS["query"] | NEEDS["key"] | NEEDS["value"]
 """Gradients that a block asks of attention."""
 
 
-def at_once(parts: Parts, x_BTC: Tensor, keep: Callable[[Tensor], None] | None = None) -> Tensor:
-    """What a block gives, (B, T, C), without a graph.
-
-    Args:
-        parts: of the block.
-        x_BTC: its input.
-        keep: is given what attention gave.
-    """
-    rows = x_BTC.flatten(0, 1)
-    out = parts.at_once(*filled(parts, len(rows), lambda own: parts.before(rows[own], own)))
-    if keep is not None:
-        keep(out)
-    result = torch.empty_like(x_BTC, memory_format=torch.contiguous_format)  # behind attention, which needs most
-    rows_of_result = result.flatten(0, 1)
-    for own in parts.rows:
-        rows_of_result[own] = parts.behind(rows[own], out[own])
-    return result
-
-
 class OnceBlock(RowBlock):
     """One block of one forward pass, whose backward pass computes it again, rows by rows; see RowBlock."""
 
@@ -54,10 +35,23 @@ class OnceBlock(RowBlock):
         self._call = _Call()
         self._attended: list[Handle] = []
 
+    @staticmethod
+    def without_graph(parts: Parts, x_BTC: Tensor, keep: Callable[[Tensor], None] | None = None) -> Tensor:
+        """See RowBlock."""
+        rows = x_BTC.flatten(0, 1)
+        out = parts.at_once(*filled(parts, len(rows), lambda own: parts.before(rows[own], own)))
+        if keep is not None:
+            keep(out)
+        result = torch.empty_like(x_BTC, memory_format=torch.contiguous_format)  # behind attention, which needs most
+        rows_of_result = result.flatten(0, 1)
+        for own in parts.rows:
+            rows_of_result[own] = parts.behind(rows[own], out[own])
+        return result
+
     def forward(self, x_BTC: Tensor) -> Tensor:
         """See RowBlock."""
         with within(self._call):
-            return at_once(self._parts, x_BTC, self._keep)
+            return self.without_graph(self._parts, x_BTC, self._keep)
 
     def output_of(self, x_BTC: Tensor) -> Tensor:
         """See RowBlock."""

@@ -26,12 +26,12 @@ from torch.utils.checkpoint import checkpoint
 
 from ringflash.kernels.torch_private import storage_of
 from ringflash.recomputed import Region, within
-from ringflash.training.memory.at_once import OnceBlock, at_once
+from ringflash.training.memory.at_once import OnceBlock
 from ringflash.training.memory.by_rows import Parts, RowBlock
 from ringflash.training.memory.first_step import FirstStep
 from ringflash.training.memory.host import Handle, HostMemory, Kept, Moved, share_of_host, store, twice
 from ringflash.training.memory.plan import AUTO, KEEP, OFFLOAD, PAIRS, RECOMPUTE, placed, said
-from ringflash.training.memory.rounds import RoundBlock, in_rounds
+from ringflash.training.memory.rounds import RoundBlock
 
 
 class BlockMemory:
@@ -123,7 +123,7 @@ class BlockMemory:
                 whole.
         """
         if not torch.is_grad_enabled():
-            return function(*inputs) if parts is None else _by_rows(parts)[1](parts, *inputs)
+            return function(*inputs) if parts is None else _row_block(parts).without_graph(parts, *inputs)
         number, self._running = self._running, self._running + 1
         placement, first = self.placements[number % len(self.placements)], self._first_step
         if first is not None:
@@ -144,7 +144,7 @@ class BlockMemory:
                     block.keep_random_numbers()
                 result = block.run(source, function, *inputs)
             else:
-                self._before = block = _by_rows(parts)[0](*place, parts)
+                self._before = block = _row_block(parts)(*place, parts)
                 result = block.run(source, *inputs)
                 self._see(parts)
             if first is not None:
@@ -157,9 +157,8 @@ class BlockMemory:
         return result
 
 
-def _by_rows(parts: Parts) -> tuple[type[RowBlock], Callable[..., Tensor]]:
-    """What runs a block by rows, with what it keeps and without."""
-    return (RoundBlock, in_rounds) if parts.rounds else (OnceBlock, at_once)
+def _row_block(parts: Parts) -> type[RowBlock]:
+    return RoundBlock if parts.rounds else OnceBlock
 
 
 class _Block(Region):

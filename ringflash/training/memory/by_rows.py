@@ -133,6 +133,17 @@ class RowBlock(ABC):
         dx = gradients.dx
         return [None if dx is None else dx.view(self._shape), *gradients.of_weights()]
 
+    @staticmethod
+    @abstractmethod
+    def without_graph(parts: Parts, x_BTC: Tensor, keep: Callable[..., None] | None = None) -> Tensor:
+        """What a block gives, (B, T, C), without a graph.
+
+        Args:
+            parts: of the block.
+            x_BTC: its input.
+            keep: is given what attention gave, of rows as they attend.
+        """
+
     @abstractmethod
     def forward(self, x_BTC: Tensor) -> Tensor:
         """The block, without a graph; keeps what attention gives."""

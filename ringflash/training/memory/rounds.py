@@ -24,34 +24,6 @@ from ringflash.training.memory.by_rows import Ahead, Gradients, Parts, RowBlock
 from ringflash.training.memory.host import Handle
 
 
-def in_rounds(parts: Parts, x_BTC: Tensor, keep: Callable[[Tensor, Tensor], None] | None = None) -> Tensor:
-    """What a block gives, (B, T, C), without a graph.
-
-    Args:
-        parts: of the block, with rounds.
-        x_BTC: its input.
-        keep: is given what attention gave for each round.
-    """
-    rows, result = x_BTC.flatten(0, 1), torch.empty_like(x_BTC, memory_format=torch.contiguous_format)
-    rows_of_result, attend, region = result.flatten(0, 1), parts.in_rounds.forward, here.region
-    whole: list[Tensor] = []
-    for around in parts.rounds or ():
-        query, *keys = parts.before(rows[around.rows], around.rows)
-        whole = whole or [part.new_empty(len(rows), *part.shape[1:]) for part in keys]
-        for all_rows, part in zip(whole, keys, strict=True):
-            all_rows[around.rows] = part
-        key, value = whole
-        if region is None:
-            out, lse = attend(query, key, value, around)
-        else:
-            out, lse = region.attention(attend, (query, key, value, around))
-        del query, keys  # before the feed-forward
-        if keep is not None:
-            keep(out, lse)
-        rows_of_result[around.rows] = parts.behind(rows[around.rows], out)
-    return result
-
-
 class RoundBlock(RowBlock):
     """One block of one forward pass, whose backward pass computes it again, round by round; see RowBlock."""
 
@@ -59,9 +31,31 @@ class RoundBlock(RowBlock):
         super().__init__(*arguments)
         self._attended: list[tuple[Handle, Handle]] = []
 
+    @staticmethod
+    def without_graph(parts: Parts, x_BTC: Tensor, keep: Callable[[Tensor, Tensor], None] | None = None) -> Tensor:
+        """See RowBlock."""
+        rows, result = x_BTC.flatten(0, 1), torch.empty_like(x_BTC, memory_format=torch.contiguous_format)
+        rows_of_result, attend, region = result.flatten(0, 1), parts.in_rounds.forward, here.region
+        whole: list[Tensor] = []
+        for around in parts.rounds or ():
+            query, *keys = parts.before(rows[around.rows], around.rows)
+            whole = whole or [part.new_empty(len(rows), *part.shape[1:]) for part in keys]
+            for all_rows, part in zip(whole, keys, strict=True):
+                all_rows[around.rows] = part
+            key, value = whole
+            if region is None:
+                out, lse = attend(query, key, value, around)
+            else:
+                out, lse = region.attention(attend, (query, key, value, around))
+            del query, keys  # before the feed-forward
+            if keep is not None:
+                keep(out, lse)
+            rows_of_result[around.rows] = parts.behind(rows[around.rows], out)
+        return result
+
     def forward(self, x_BTC: Tensor) -> Tensor:
         """See RowBlock."""
-        return in_rounds(self._parts, x_BTC, self._keep)
+        return self.without_graph(self._parts, x_BTC, self._keep)
 
     def output_of(self, x_BTC: Tensor) -> Tensor:
         """See RowBlock."""
