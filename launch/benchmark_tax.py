@@ -9,11 +9,12 @@ has as many tokens and pairs:
     n ranks, heads       the same with heads exchanged for tokens (Ulysses), `partition="contiguous"`
 
 A step is forward and backward of each sequence, with its loss fused into the output head (`fuse_loss`), one all-reduce
-of gradients over all ranks by DDP, which takes place in the last backward pass, and AdamW. Batches lie on the GPU, and
-sharding them is part of a step. Gradients are those of "none" but for rounding, which is checked before anything is
-timed: the command fails if the norm of the difference is more than a TOLERANCE of theirs. Ways take turns, in another
-order in every round, so that a card that gets warmer favours none of them; a figure is the median round, the slowest
-rank's. The tax is the share of none's tokens a second that is lost.
+of gradients over all ranks by DDP, which takes place in the last backward pass, and AdamW. Batches lie in memory of the
+host, as loaders give them; sharding them and moving them to the GPU is part of a step. Gradients are those of "none"
+but for rounding, which is checked before anything is timed: the command fails if the norm of the difference is more
+than a TOLERANCE of theirs. Ways take turns, in another order in every round, so that a card that gets warmer favours
+none of them; a figure is the median round, the slowest rank's. The tax is the share of none's tokens a second that is
+lost.
 
 `tokens=65536,131072` are lengths of a sequence; `shrink=8` divides layers, widths and vocabulary by 8, for CPUs.
 """
@@ -27,7 +28,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -200,7 +201,7 @@ class Training:
 
     def _batch(self, number: int, tokens: int) -> Batch:
         generator = torch.Generator().manual_seed(number)
-        ids = torch.randint(self._vocabulary, (1, tokens), generator=generator).to(self.place.device)
+        ids = torch.randint(self._vocabulary, (1, tokens), generator=generator)
         return {"input_ids": ids, "labels": ids}
 
     def step(self, way: Way, batches: list[Batch]) -> None:
@@ -216,10 +217,17 @@ class Training:
         self._optimizer.zero_grad()
         return gradients
 
+    def _moved(self, x: Any) -> Any:
+        if not isinstance(x, Tensor) or x.device == self.place.device:
+            return x
+        pinned = x.pin_memory() if self.place.device.type == "cuda" else x
+        return pinned.to(self.place.device, non_blocking=True)
+
     def _backward(self, way: Way, batches: list[Batch]) -> None:
         sequence = self._sequences.get(way)
         for number, batch in enumerate(batches, 1):
-            part = batch if sequence is None else sequence.shard(batch)
+            whole = batch if sequence is None else sequence.shard(batch)
+            part = {name: self._moved(x) for name, x in whole.items()}
             reduced = nullcontext() if number == len(batches) else self._model.no_sync()
             with reduced, alone() if sequence is None else nullcontext():
                 (self._model(**part, use_cache=False).loss / len(batches)).backward()

@@ -134,6 +134,7 @@ class Sharding:
         self.documents = self._placement.given_documents
         """How many documents were given; None without any."""
         self._handles = [new_handle(self._placement, index) for index in range(len(self._placement.masks))]
+        self._positions: dict[tuple[bool, torch.device], Tensor] = {}
 
     def __getstate__(self) -> Placement:
         return self._placement
@@ -355,9 +356,18 @@ class Sharding:
         partition = self.key_partition if keys else self.partition
         if x.shape[dim] != partition.length:
             raise ArgumentError(f"x has {x.shape[dim]} rows in dimension {dim}; allowed are {partition.length}")
-        rows = x.index_select(dim, partition.positions(self.rank).to(x.device))
+        rows = x.index_select(dim, self._positions_on(x, partition, keys))
         _marks.put(rows, _Mark(dim % x.dim(), partition))
         return rows
+
+    def _positions_on(self, x: Tensor, partition: Partition, keys: bool) -> Tensor:
+        """Of this rank's rows, on the device of x: copied there once, as the host waits for what the device is at."""
+        if type(x) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
+            return partition.positions(self.rank).to(x.device)
+        found = self._positions.get((keys, x.device))
+        if found is None:
+            found = self._positions[keys, x.device] = partition.positions(self.rank).to(x.device)
+        return found
 
     def unshard(self, x: Tensor, dim: int, keys: bool = False) -> Tensor:
         """The whole tensor on every rank, from the rows that `shard` gave each. Differentiable.

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ringflash.deepspeed import check_mean
 from ringflash.errors import ArgumentError
+from ringflash.kernels.kept import Kept
 from ringflash.parallel.agreement.rounds import agreement, digest_of, refuse
 from ringflash.parallel.mesh import ONE_DEVICE, Group
 from ringflash.parallel.planning.heads import check_head_ranks
@@ -29,7 +30,7 @@ from ringflash.parallel.positions.partition import Partition, check_name
 from ringflash.parallel.sharding import IGNORED_LABEL, Sharding
 from ringflash.parallel.sharding_arguments import sharing_group
 from ringflash.transformers.at_work import alone
-from ringflash.transformers.batches import fingerprint, position_ids_of, shard_targets, shard_tokens, sizes_of
+from ringflash.transformers.batches import fingerprints, position_ids_of, shard_targets, shard_tokens, sizes_of
 from ringflash.transformers.documents import Documents, documents_of
 from ringflash.transformers.encoder_decoder import cross_sharding, join, mark_cross_attention, split
 from ringflash.transformers.forward import forward_of, fuse
@@ -44,6 +45,9 @@ from ringflash.transformers.models import (
     rotary_modules,
     scales_by_place,
 )
+
+SHARDINGS = 4
+"""That are kept for batches alike."""
 
 
 class SequenceParallel:
@@ -101,6 +105,7 @@ class SequenceParallel:
         self._scales_by_place = scales_by_place(self._model)
         self._scaled_rotary = any(rotary_modules(self._model))
         self._forward = forward_of(self._model)
+        self._shardings = Kept(SHARDINGS)
 
     def _default_head_ranks(self, partition: str | Partition | None) -> int | None:
         heads = getattr(self._model.config.get_text_config(), "num_attention_heads", 1)
@@ -164,16 +169,7 @@ class SequenceParallel:
         """This rank's part of one sequence of tokens, and its documents."""
         size, seqlen = sizes_of(batch)
         documents = documents_of(batch, size, seqlen)
-        sharding = Sharding(
-            masks,
-            batch=size,
-            seqlen=seqlen,
-            cu_seqlens=documents.cu_seqlens,
-            group=self.group,
-            partition=self.partition,
-            head_ranks=self.head_ranks,
-            token_work=token_work(self._model.config.get_text_config().hidden_size),
-        )
+        sharding = self._sharding(masks, size, seqlen, documents.cu_seqlens)
         if 0 in (counts := sharding.partition.counts()):
             raise ArgumentError(
                 f"a sequence of {seqlen} tokens leaves rank {counts.index(0)} of {self.ranks} without any; pad it, as "
@@ -190,6 +186,25 @@ class SequenceParallel:
         if self._scaled_rotary:
             part["last_position"] = position_ids.amax().reshape(1)
         return part | {"sharding": sharding}, documents
+
+    def _sharding(self, masks: Mapping[Mask, int], size: int, seqlen: int, cu_seqlens: Tensor | None) -> Sharding:
+        """One for batches alike, which most are whose sequences are filled up or cut."""
+        edges = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
+        alike = tuple(masks.items()), size, seqlen, edges, self.partition, self.head_ranks
+        found = self._shardings.get(alike)
+        if found is None:
+            found = Sharding(
+                masks,
+                batch=size,
+                seqlen=seqlen,
+                cu_seqlens=cu_seqlens,
+                group=self.group,
+                partition=self.partition,
+                head_ranks=self.head_ranks,
+                token_work=token_work(self._model.config.get_text_config().hidden_size),
+            )
+            self._shardings.add(alike, found)
+        return found
 
     def _pair(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """This rank's part of the tokens of an encoder and of a decoder."""
@@ -280,7 +295,7 @@ class SequenceParallel:
         """Raise RankMismatchError on all ranks unless they have the same batch."""
         if self._group is None:
             return
-        held = {name: fingerprint(x) for name, x in batch.items()}
+        held = fingerprints(batch)
         device = next(x.device for x in batch.values() if isinstance(x, Tensor))
         agreement(self._group).check(
             digest_of(("batch", sorted(held.items()))), lambda: {"batch": sorted(held)} | held, device

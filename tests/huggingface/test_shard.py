@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from ringflash import Partition
 from ringflash.parallel.mesh import ONE_DEVICE
 from ringflash.transformers import SequenceParallel
+from ringflash.transformers.batches import fingerprints
 
 
 def _assert_learns(pool, ranks, documents, family="llama", of_model=False, **options):
@@ -315,3 +316,40 @@ def test_all_ids_of_the_vocabulary_are_tokens(pool):
     ids = torch.arange(VOCABULARY).roll(64)[None, 40:90]
     assert (ids == 0).any()
     _assert_learns(pool, 2, whole(list(ids)))
+
+
+# What repeats from batch to batch
+
+
+@given(
+    length=st.integers(1, 40),
+    others=st.lists(st.integers(-100, 10**6), min_size=1, max_size=40),
+    at=st.integers(0, 10**6),
+)
+def test_fingerprints_tell_batches_apart_by_what_is_where(length, others, at):
+    ids = torch.tensor((others * length)[:length])
+    batch = {"input_ids": ids[None], "weights": torch.rand(1, length), "name": "a"}
+    found = fingerprints(batch)
+    assert found == fingerprints({**batch, "input_ids": ids[None].clone()})
+    assert list(found) == list(batch)
+    changed = ids.clone()
+    changed[at % length] += 1 + at
+    for other in (changed[None], ids[None].int(), ids[:, None], ids.roll(1)[None]):
+        same = other.dtype == ids.dtype and other.shape == (1, length) and torch.equal(other, ids[None])
+        assert (fingerprints({**batch, "input_ids": other}) == found) is same
+    assert fingerprints({**batch, "weights": batch["weights"] + 1})["weights"] != found["weights"]
+
+
+def test_batches_alike_have_one_sharding_and_others_their_own():
+    sequence = SequenceParallel(build("llama", "ring"), ONE_DEVICE)
+    ids = torch.arange(20).view(2, 10)
+    lengths = ([0, 4, 20], [0, 4, 20], [0, 5, 20])
+    first, same, other = (
+        sequence.shard({"input_ids": ids + i, "labels": ids, "cu_seq_lens_q": torch.tensor(edges, dtype=torch.int32)})
+        for i, edges in enumerate(lengths)
+    )
+    assert first["sharding"] is same["sharding"]
+    assert other["sharding"] is not first["sharding"]
+    assert not torch.equal(first["input_ids"], same["input_ids"])
+    shorter = sequence.shard({"input_ids": ids[:, :-1], "labels": ids[:, :-1]})
+    assert shorter["sharding"] is not first["sharding"]
