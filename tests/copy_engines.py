@@ -72,15 +72,22 @@ class CopyEngines(SymmetricMemory):
 
 
 @contextmanager
-def one_of_ranks(sharding: Sharding) -> Iterator[tuple[Asked, StandIn]]:
-    """What is asked of CUDA's driver for transfers, and what for launches, in calls by a sharding of several ranks."""
+def one_of_ranks(sharding: Sharding, by_page: bool = True) -> Iterator[tuple[Asked, StandIn]]:
+    """What is asked of CUDA's driver for transfers, and what for launches, in calls by a sharding of several ranks.
+
+    Args:
+        sharding: of this rank.
+        by_page: whether the ranks share a page of memory for what they say of their calls.
+    """
     asked: Asked = []
 
     def noting(what: str) -> Callable[..., None]:
         return lambda *arguments: asked.append((what, *arguments))
 
     group = SimpleNamespace(rank=lambda: sharding.rank, size=lambda: sharding.ranks)
-    rounds = SimpleNamespace(check=lambda *_: None, close=lambda *_: None, refuse=noting("refuse"))
+    rounds = SimpleNamespace(
+        check=mock.Mock(return_value=None), close=lambda *_: None, refuse=noting("refuse"), by_page=by_page
+    )
     size = bytes_of(sharding.ranks, room_of(sharding.ranks)) + flag_bytes(sharding.ranks)
     memory = torch.zeros(size, dtype=torch.uint8)
     events = Events(lambda *_: asked.append(("event", "record")), lambda *_: asked.append(("event", "wait")))

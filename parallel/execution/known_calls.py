@@ -4,6 +4,11 @@ Where ranks' keys travel by copy engines nothing that a call asks for depends on
 other ranks are at. So a few calls of a form find their way through program, kernels and transport, the last two of them
 noted (`ringflash.kernels.gpu.recording`); where both asked for the same, later ones take their memory, agree with the
 other ranks as any call does, and go down the list.
+
+Ranks need not be at the same: what one asks for by its list others may find their way to, and what they tell each other
+of the call is the same. A call that is noted waits for the other ranks as one that is new to them does. Both may load
+kernels, for which a host may have to wait for its GPU; and this may wait for a rank that failed and does not come any
+more, which the host would not hear of. Behind a call to which all have come there is nothing of that kind.
 """
 
 from __future__ import annotations
@@ -106,7 +111,8 @@ class KnownCall(NamedTuple):
             else:
                 return self._again(known.repeated, memory)
         known.calls += 1
-        if not UNNOTED < known.calls <= UNNOTED + TRIES:
+        group: Any = self.placement.group  # there are several ranks
+        if not UNNOTED < known.calls <= UNNOTED + TRIES or not agreement(group).by_page:
             return walk()
         with Recording(self.tensors, self.stream) as recording:
             results = walk()

@@ -387,6 +387,26 @@ def test_a_call_that_has_no_memory_for_all_at_once_finds_its_own_way_from_then_o
         assert [what for what, *_ in asked if what in BETWEEN] == by_list
 
 
+def test_calls_that_are_noted_wait_for_the_others_and_no_others_do() -> None:
+    sharding, x = causal()
+    with one_of_ranks(sharding) as (_, driver):
+        driver.append = lambda _: None
+        for _ in range(UNNOTED + 4):
+            attention(x, x, x, sharding=sharding)
+        checks = known_calls.agreement(None).check.call_args_list
+    waits = [arguments[4] for arguments, _ in checks]
+    assert waits == [number in (UNNOTED, UNNOTED + 1) for number in range(UNNOTED + 4)]
+
+
+def test_where_a_rank_cannot_wait_alone_calls_find_their_way() -> None:
+    sharding, x = causal()
+    with one_of_ranks(sharding, by_page=False) as (_, driver), mock.patch.object(known_calls, "Recording") as noted:
+        driver.append = lambda _: None
+        for _ in range(UNNOTED + 4):
+            attention(x, x, x, sharding=sharding)
+        assert not noted.called
+
+
 def test_streams_are_let_go_on_alone_once_nothing_comes_any_more() -> None:
     sharding, x = causal()
     short = {"PATIENCE": 0.5, "GRACE": 0.2}
