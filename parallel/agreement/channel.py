@@ -37,7 +37,13 @@ NOTHING = (0,) * VALUES
 
 
 class Line(Protocol):
-    """What ranks say to all others, `VALUES` numbers at a time, in order."""
+    """What ranks say to all others, `VALUES` numbers at a time, in order.
+
+    Attributes:
+        heard: how much this rank has heard of each.
+    """
+
+    heard: list[int]
 
     def room(self) -> int:
         """How much more this rank can say before others hear it."""
@@ -71,7 +77,9 @@ class _ByGloo:
     def __init__(self, group: Any, rank: int, ranks: int) -> None:
         self._group, self._rank, self._ranks = group, rank, ranks
         self._open: deque[tuple[Any, list[torch.Tensor]]] = deque()
-        self._heard: list[deque[tuple[int, ...]]] = [deque() for _ in range(ranks)]
+        self._come: list[deque[tuple[int, ...]]] = [deque() for _ in range(ranks)]
+        self._failure: RuntimeError | None = None
+        self.heard = [0] * ranks
 
     def room(self) -> int:
         return sys.maxsize
@@ -84,11 +92,19 @@ class _ByGloo:
         self._open.append((self._group.allreduce([numbers], options), [numbers]))
 
     def hear(self, rank: int) -> tuple[int, ...] | None:
-        while self._open and self._open[0][0].is_completed() and self._open[0][0].is_success():
-            self._take()
-        return self._heard[rank].popleft() if self._heard[rank] else None
+        while self._failure is None and self._open and self._open[0][0].is_completed():
+            try:
+                self._take()
+            except RuntimeError as error:  # of who waits
+                self._failure = error
+        if not self._come[rank]:
+            return None
+        self.heard[rank] += 1
+        return self._come[rank].popleft()
 
     def wait(self, absent: Sequence[int]) -> None:
+        if self._failure is not None:
+            raise self._failure
         if not self._open:
             self.say(NOTHING)
         self._take()
@@ -96,9 +112,9 @@ class _ByGloo:
     def _take(self) -> None:
         work, [numbers] = self._open.popleft()
         work.wait()
-        for heard, values in zip(self._heard, numbers.tolist(), strict=True):
+        for come, values in zip(self._come, numbers.tolist(), strict=True):
             if tuple(values) != NOTHING:
-                heard.append(tuple(values))
+                come.append(tuple(values))
 
 
 class Channel:

@@ -27,7 +27,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,7 @@ from ringflash.parallel.agreement.channel import Channel, Herald, Joining
 from ringflash.parallel.agreement.meetings import (
     CALL,
     ENDED,
+    KIND,
     REFUSED,
     REFUSED_UNKNOWN,
     TOLD,
@@ -105,8 +106,8 @@ class Agreement:
         self._backlog: list[tuple[Said, str]] = []  # what this rank has to say once there is a channel
         self._mine: deque[_Mine] = deque()  # that has not met what others say
         self._calls = 0  # among these
-        self._theirs: list[Said | None] = [None] * self.ranks  # what each says next
-        self._numbers = [0] * self.ranks  # of that
+        self._theirs: list[Any] = [None] * self.ranks  # what each says next, `Said`, where that is known
+        self._others = [rank for rank in range(self.ranks) if rank != self.rank]
         self._met = self._number = 0
         self._seen: set[int] = set()
         self._announced = ""
@@ -147,13 +148,13 @@ class Agreement:
         known = device.type != "cpu" and digest in self._seen
         ahead = known and not waits
         self._say(channel, Said(CALL, digest, nbytes, int(ahead)), describe)
-        most = self._settle(channel, MOST_AHEAD if ahead else 0)
+        met = self._settle(channel, MOST_AHEAD if ahead else 0)
         if known:
             return None
         if len(self._seen) >= REMEMBERED:
             self._seen.clear()
         self._seen.add(digest)
-        return most
+        return max([said.nbytes for said in met])
 
     @_untransformed
     def refuse(self, error: Exception, digest: int | None = None, traced: bool = False) -> None:
@@ -245,31 +246,32 @@ class Agreement:
                     self._say_failed(self._channel, said, text)
         return self._channel
 
-    def _settle(self, channel: Channel, left: int = 0) -> int:
-        """Look at what ranks say; so many of this rank's calls may not have met others. The last one's `nbytes`."""
-        most = 0
+    def _settle(self, channel: Channel, left: int = 0) -> list[Said]:
+        """Look at what ranks say; so many of this rank's calls may not have met others. What met last."""
+        met: list[Said] = []
         while self._mine:
             silent = self._silent(channel)
             if not silent:
-                most = self._meet(channel)
+                met = self._meet(channel)
             elif self._calls > left:
                 self._wait(channel, silent)
             else:
                 break
-        return most
+        return met
 
     def _silent(self, channel: Channel) -> list[int]:
         """Ranks that have not said yet what this rank's next thing meets."""
-        silent = []
-        for rank, said in enumerate(self._theirs):
-            if said is None and rank != self.rank:
-                heard = channel.line.hear(rank)
+        silent, line = [], channel.line
+        for rank in self._others:
+            said = self._theirs[rank]
+            if said is None:
+                heard = line.hear(rank)
                 if heard is None:
                     silent.append(rank)
                     continue
-                self._theirs[rank] = said = Said(*heard)
-            if said is not None and said.kind == ENDED:
-                text = self._raised(channel, rank, self._numbers[rank])
+                said = self._theirs[rank] = Said._make(heard)
+            if said[KIND] == ENDED:
+                text = self._raised(channel, rank, line.heard[rank] - 1)
                 self._broken = f"an earlier call went wrong, and no further one can be matched: {text}"
                 raise RankMismatchError(self._broken)
         return silent
@@ -283,26 +285,24 @@ class Agreement:
                 raise
             raise RankMismatchError(self._broken) from error
 
-    def _meet(self, channel: Channel) -> int:
-        """What ranks say next meets. The greatest `nbytes`."""
-        mine, numbers = self._mine[0], [*self._numbers]
-        numbers[self.rank] = mine.number
-        heads = [mine.said if said is None else said for said in self._theirs]
-        found = meeting(heads)
+    def _meet(self, channel: Channel) -> list[Said]:
+        """What ranks say next meets."""
+        mine = self._mine[0]
+        self._theirs[self.rank] = mine.said
+        said, found = [*self._theirs], meeting(self._theirs)
         self._met += 1
         for rank in found.over:
             self._theirs[rank] = None
-            self._numbers[rank] += 1
-            if rank == self.rank:
-                self._mine.popleft()
-                self._calls -= mine.said.kind == CALL
+        if self._theirs[self.rank] is None:
+            self._mine.popleft()
+            self._calls -= mine.said.kind == CALL
         if found.apart:
-            self._raise_apart(channel, mine, heads, numbers)
-        return max([x.nbytes for x in heads])
+            self._raise_apart(channel, mine, said)
+        return said
 
-    def _raise_apart(self, channel: Channel, mine: _Mine, heads: list[Said], numbers: list[int]) -> None:
+    def _raise_apart(self, channel: Channel, mine: _Mine, said: list[Said]) -> None:
         """Some ranks came for a call that others did not come for; this is an error of those that came, once."""
-        gone_ahead = any(x.ahead for x in heads)
+        gone_ahead = any(x.ahead for x in said)
         if mine.said.kind != CALL:
             if gone_ahead:
                 self._broken = (
@@ -310,20 +310,22 @@ class Agreement:
                 )
                 raise RankMismatchError(self._broken)
             return
-        said = self._how_apart(channel, mine, heads, numbers)
+        text = self._how_apart(channel, mine, said)
         if gone_ahead:  # what was sent nobody receives
-            self._broken = f"an earlier call went wrong, and what was sent cannot be matched any more: {said}"
-        raise RankMismatchError(said)
+            self._broken = f"an earlier call went wrong, and what was sent cannot be matched any more: {text}"
+        raise RankMismatchError(text)
 
-    def _how_apart(self, channel: Channel, mine: _Mine, heads: list[Said], numbers: list[int]) -> str:
+    def _how_apart(self, channel: Channel, mine: _Mine, said: list[Said]) -> str:
         assert mine.describe is not None  # of a call
         channel.post(mine.number, {"values": dict(mine.describe())})
-        if len({x.digest for x in heads if x.kind == CALL}) == 1:
-            rank = next(rank for rank, x in enumerate(heads) if x.kind in (REFUSED, REFUSED_UNKNOWN))
+        numbers = [heard - 1 for heard in channel.line.heard]  # of what met
+        numbers[self.rank] = mine.number
+        if len({x.digest for x in said if x.kind == CALL}) == 1:
+            rank = next(rank for rank, x in enumerate(said) if x.kind in (REFUSED, REFUSED_UNKNOWN))
             where = "within attention" if mine.said.digest == CLOSING else "instead of coming to attention"
             return self._raised(channel, rank, numbers[rank], where)
         values, more = {}, ""
-        for rank, x in enumerate(heads):
+        for rank, x in enumerate(said):
             if x.kind == CALL:
                 told = channel.entry(rank, numbers[rank], PATIENCE if x.ahead else None)
                 if told is None:

@@ -1,7 +1,7 @@
 """What the ranks of a host say of their calls, through a page of memory that they share: it costs no system call.
 
 Every rank has a few slots, one for each of the latest things that it said, which it alone writes and all read, each at
-its own pace and whether or not others are there. How far each has read it says in the page, too, so that no slot is
+its own pace and whether or not others are there. How much each has heard it says in the page, too, so that no slot is
 written again before.
 
 A rank that ends is noticed by the lock that the system takes from it: a POSIX record lock on one byte of the file,
@@ -21,7 +21,10 @@ from datetime import timedelta
 from pathlib import Path
 
 SLOTS = 64
-"""What a rank said that others have not read yet."""
+"""What a rank said that others have not heard yet."""
+
+TOLD_EVERY = 8
+"""Things that a rank heard, it says how many there were."""
 
 WORDS = 8
 """Of 8 bytes, in a slot: its number, its values, and a sum of both."""
@@ -62,15 +65,16 @@ class SharedRounds:
         self._page = mmap.mmap(file, nbytes(ranks))
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
         self._said = 0
-        self._read = [0] * ranks
+        self.heard = [0] * ranks
+        """How much this rank has heard of each."""
 
     def __del__(self) -> None:
         os.close(self._file)
 
     def room(self) -> int:
-        """How much more this rank can say before others read."""
-        read = [self._read_by(other) for other in range(self.ranks) if other != self.rank]
-        return SLOTS - (self._said - min(read, default=self._said))
+        """How much more this rank can say before others hear it; some of them have heard a little more."""
+        heard = [self._heard_by(other) for other in range(self.ranks) if other != self.rank]
+        return SLOTS - (self._said - min(heard, default=self._said))
 
     def say(self, values: Sequence[int]) -> None:
         """`VALUES` numbers of up to 62 bits and a sign, for which there is room."""
@@ -78,21 +82,19 @@ class SharedRounds:
         at = self._place(self.rank, number)
         page = self._page
         NUMBER.pack_into(page, at, 0)  # nobody takes what is half written for this, or for what was there before
-        BEHIND_NUMBER.pack_into(page, at + NUMBER.size, *values, _sum(number, tuple(values)))
+        BEHIND_NUMBER.pack_into(page, at + NUMBER.size, *values, _sum((number + 1, *values)))
         NUMBER.pack_into(page, at, number + 1)
 
     def hear(self, rank: int) -> tuple[int, ...] | None:
         """What another rank said next; None if it has not said more."""
-        number = self._read[rank]
-        place = self._place(rank, number)
-        if NUMBER.unpack_from(self._page, place)[0] != number + 1:
+        number = self.heard[rank]
+        found = SLOT.unpack_from(self._page, self._place(rank, number))
+        if found[0] != number + 1 or found[-1] != _sum(found[:-1]):
             return None
-        there, *values, total = SLOT.unpack_from(self._page, place)
-        if there != number + 1 or total != _sum(number, tuple(values)):
-            return None
-        self._read[rank] = number + 1
-        NUMBER.pack_into(self._page, self._place_read(self.rank, rank), number + 1)
-        return tuple(values)
+        self.heard[rank] = number + 1
+        if number % TOLD_EVERY == 0:
+            NUMBER.pack_into(self._page, self._place_heard(self.rank, rank), number + 1)
+        return found[1:-1]
 
     def wait(self, absent: Sequence[int]) -> None:
         """Until one of some ranks has said more.
@@ -126,16 +128,16 @@ class SharedRounds:
                 raise RuntimeError(f"rank {rank} has ended or left the group: the connection to it is closed")
 
     def _is_silent(self, rank: int) -> bool:
-        number = self._read[rank]
+        number = self.heard[rank]
         return NUMBER.unpack_from(self._page, self._place(rank, number))[0] != number + 1
 
-    def _read_by(self, reader: int) -> int:
-        return NUMBER.unpack_from(self._page, self._place_read(reader, self.rank))[0]
+    def _heard_by(self, reader: int) -> int:
+        return NUMBER.unpack_from(self._page, self._place_heard(reader, self.rank))[0]
 
     def _place(self, rank: int, number: int) -> int:
         return (rank * SLOTS + number % SLOTS) * WORDS * 8
 
-    def _place_read(self, reader: int, rank: int) -> int:
+    def _place_heard(self, reader: int, rank: int) -> int:
         return self.ranks * SLOTS * WORDS * 8 + (reader * self.ranks + rank) * NUMBER.size
 
 
@@ -160,6 +162,6 @@ def create(ranks: int) -> tuple[int, Path]:
     return file, Path(path)
 
 
-def _sum(number: int, values: tuple[int, ...]) -> int:
+def _sum(values: tuple[int, ...]) -> int:
     """Another one for other values: processors may show another process what was written in another order."""
-    return hash((number, *values)) & MASK
+    return hash(values) & MASK

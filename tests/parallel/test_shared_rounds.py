@@ -91,9 +91,10 @@ def _room():
     return [*found, line.room()], heard
 
 
-def test_a_rank_knows_how_much_more_it_may_say_before_the_last_one_has_read(pool):
+def test_a_rank_knows_how_much_more_it_may_say_before_the_last_one_has_heard(pool):
     (room, _), *others = pool(3).run(_room)
-    assert room == [SLOTS, 0, 3]
+    assert room[:2] == [SLOTS, 0]
+    assert 0 < room[2] <= 3
     for _, heard in others:
         assert heard == [_values(0, number) for number in range(len(heard))]
 
