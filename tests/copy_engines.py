@@ -85,8 +85,13 @@ def one_of_ranks(sharding: Sharding, by_page: bool = True) -> Iterator[tuple[Ask
         return lambda *arguments: asked.append((what, *arguments))
 
     group = SimpleNamespace(rank=lambda: sharding.rank, size=lambda: sharding.ranks)
+    waited: list[bool] = []
     rounds = SimpleNamespace(
-        check=mock.Mock(return_value=None), close=lambda *_: None, refuse=noting("refuse"), by_page=by_page
+        check=lambda digest, describe, device, nbytes, waits: waited.append(waits),
+        waited=waited,
+        close=lambda *_: None,
+        refuse=noting("refuse"),
+        by_page=by_page,
     )
     size = bytes_of(sharding.ranks, room_of(sharding.ranks)) + flag_bytes(sharding.ranks)
     memory = torch.zeros(size, dtype=torch.uint8)

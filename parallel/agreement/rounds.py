@@ -8,14 +8,17 @@ refuses alone shifts none. Only where calls that meet differ do names and values
 
 A call that is new to the ranks waits for the others, and so do calls on CPUs, where everything waits anyway. On a GPU a
 call like an earlier one goes ahead, and its meeting is looked at when a later one finds it over: the host hardly ever
-waits for other hosts in a repeated call, and what differs is an error some calls later (`MOST_AHEAD`). Ranks of a host
-that wait need nothing from the others but that they have come to the same call, so one may wait (`waits`) where others
-go ahead: whoever's GPU waits for this rank has come, or waits for what this rank's GPU was asked for before.
+waits for other hosts in a repeated call, and what differs is an error some calls later (`MOST_AHEAD`). Which calls are
+new is the same on all ranks, as these have met the same. Among ranks of a host one may wait (`waits`) where others go
+ahead: all it needs is that they have come to the same call. Whoever's GPU waits for something of this rank's has come,
+or waits for what this rank's GPU was asked for before.
 
-Every rank knows of each call whether somebody went ahead with it. Where ranks are apart in such a call, GPUs wait for
-what nobody sends, and no further call can be matched: all of them find that in the same meeting. So it is with what
-fails within a call on a GPU: transfers go on to that call's end, the rank says no more than that it ended, and no rank
-waits for it any more.
+Every rank says whether it goes ahead. Where ranks are apart in a call with which somebody did, GPUs wait for what
+nobody sends, be it keys, gradients, or room for these, and no further call can be matched: all ranks find that in the
+same meeting. What fails within a call on a GPU goes through the transfers to that call's end; then the rank says that
+it ended, and no other one goes on behind that. Who hears of either raises, asks its GPU for nothing more, and lets its
+streams go on (`SymmetricMemory.abandon`). A host that waits for its GPU meanwhile hears nothing: its process ends at
+the time limit of transfers, as what its GPU would find is nobody's.
 """
 
 from __future__ import annotations
@@ -60,8 +63,9 @@ MOST_AHEAD = 4
 CLOSING = 1
 """Digest of what ends a call."""
 
-RESERVED = 16
-"""Room that refused calls leave to others. Where nobody hears of more, who waits for them waits in vain."""
+RESERVED = 24
+"""Room that refused calls leave to others, which may be `MOST_AHEAD` twice over and some of which is not known that
+they are heard. Of refused calls for which there is no other room nobody hears; who made them would miss this rank."""
 
 PATIENCE = timedelta(seconds=10)
 """For names and values of a rank that went ahead, and whose host may wait for its GPU meanwhile."""
