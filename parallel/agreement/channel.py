@@ -169,12 +169,12 @@ class Channel:
         """Tell more of the thing with this number that this rank says."""
         self._store.set(f"{number}/{self._rank}", json.dumps(entry, default=str))
 
-    def entry(self, rank: int, number: int, patience: timedelta | None = None) -> dict | None:
-        """What a rank tells of the thing with this number that it said; None if nothing within `patience`."""
+    def entry(self, rank: int, number: int, seconds: float | None = None) -> dict | None:
+        """What a rank tells of the thing with this number that it said; None if nothing within so many seconds."""
         key = f"{number}/{rank}"
-        if patience is not None:
+        if seconds is not None:
             try:
-                self._store.wait([key], min(patience, self.timeout))
+                self._store.wait([key], min(timedelta(seconds=max(seconds, POLL)), self.timeout))
             except RuntimeError:
                 return None
         return json.loads(self._store.get(key))

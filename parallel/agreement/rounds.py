@@ -26,10 +26,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
-from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -67,8 +67,8 @@ RESERVED = 24
 """Room that refused calls leave to others, which may be `MOST_AHEAD` twice over and some of which is not known that
 they are heard. Of refused calls for which there is no other room nobody hears; who made them would miss this rank."""
 
-PATIENCE = timedelta(seconds=10)
-"""For names and values of a rank that went ahead, and whose host may wait for its GPU meanwhile."""
+PATIENCE = 10.0
+"""Seconds for names and values of a rank that went ahead, and whose host may wait for its GPU meanwhile."""
 
 
 class _Mine(NamedTuple):
@@ -186,7 +186,7 @@ class Agreement:
                 self._herald.say(digest, text)
             self._backlog.append((Said(kind, digest or 0), text))
             return
-        self._say_failed(self._channel, Said(kind, digest or 0), text)
+        self._say_refused(self._channel, Said(kind, digest or 0), text)
 
     @_untransformed
     def close(self, failure: Exception | None, device: torch.device) -> None:
@@ -222,9 +222,12 @@ class Agreement:
         channel.line.say(said)
 
     def _say_failed(self, channel: Channel, said: Said, text: str) -> None:
-        if said.kind == ENDED or channel.line.room() > RESERVED:
-            channel.post(self._number, {"raised": text})
-            self._say(channel, said)
+        channel.post(self._number, {"raised": text})
+        self._say(channel, said)
+
+    def _say_refused(self, channel: Channel, said: Said, text: str) -> None:
+        if channel.line.room() > RESERVED:
+            self._say_failed(channel, said, text)
 
     def _joined(self, digest: int) -> Channel:
         """The channel to the other ranks; the first call makes it, together with them."""
@@ -239,15 +242,12 @@ class Agreement:
                 self._channel = self._joining.finish(digest)
             except RankMismatchError:
                 if self._joining.heard != heard:
-                    self._backlog.append((Said(TOLD, digest), ""))  # it meets what was refused all the same
+                    self._backlog.append((Said(TOLD, digest), "told"))  # it meets what was refused all the same
                 raise
             if self._herald is not None:
                 self._herald.close()
             for said, text in self._backlog:
-                if said.kind == TOLD:
-                    self._say(self._channel, said)
-                else:
-                    self._say_failed(self._channel, said, text)
+                self._say_refused(self._channel, said, text)
         return self._channel
 
     def _settle(self, channel: Channel, left: int = 0) -> list[Said]:
@@ -328,10 +328,10 @@ class Agreement:
             rank = next(rank for rank, x in enumerate(said) if x.kind in (REFUSED, REFUSED_UNKNOWN))
             where = "within attention" if mine.said.digest == CLOSING else "instead of coming to attention"
             return self._raised(channel, rank, numbers[rank], where)
-        values, more = {}, ""
+        values, more, give_up = {}, "", time.monotonic() + PATIENCE
         for rank, x in enumerate(said):
             if x.kind == CALL:
-                told = channel.entry(rank, numbers[rank], PATIENCE if x.ahead else None)
+                told = channel.entry(rank, numbers[rank], give_up - time.monotonic() if x.ahead else None)
                 if told is None:
                     more += f"; rank {rank} went ahead and does not say with what"
                 else:

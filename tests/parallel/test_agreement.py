@@ -9,9 +9,8 @@ from __future__ import annotations
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from unittest import mock
 
 import pytest
@@ -54,32 +53,45 @@ class Rank:
 
     def item(self) -> None:
         """Wait for the GPU."""
+        self.see_asked(self._asked, range(self.ranks))
+
+    def see_asked(self, calls: int, ranks: Iterable[int]) -> None:
+        """Wait until other ranks have asked their GPUs for so many calls."""
         begin = time.monotonic()
-        for rank in range(self.ranks):
-            while int(self._store.add(f"asked/{rank}", 0)) < self._asked:
+        for rank in ranks:
+            while int(self._store.add(f"asked/{rank}", 0)) < calls:
                 assert time.monotonic() - begin < STUCK, f"rank {self.rank} waits for what rank {rank} never asks for"
                 time.sleep(0.001)
 
+    def tell(self, what: str) -> None:
+        """Let other ranks go on that `hear` of it."""
+        self._store.set(what, "")
 
-def _one_tries_alone(name: str, late: int) -> None:
+    def hear(self, what: str) -> None:
+        """Wait for `tell`."""
+        self._store.wait([what])
+
+
+def _one_tries_alone(name: str, late: bool) -> None:
     at = Rank(name)
     for _ in range(2):
         at.call(3)
         at.call(2)
     for step in range(4):
         if step == 1 and at.rank == 0:
-            time.sleep(late * 0.3)
+            at.see_asked(8 if late else 0, range(1, at.ranks))
             at.refuse(77)
-        if step == 1 and at.rank == 1:
-            time.sleep((1 - late) * 0.3)
+            at.tell("refused")
+        elif step == 1 and not late:
+            at.hear("refused")
         at.call(3)
         at.call(2)
         at.item()
 
 
-@pytest.mark.parametrize("late", [0, 1])
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_a_call_that_one_rank_tries_alone_disturbs_nobody_who_has_gone_ahead(pool, ranks: int, late: int) -> None:
+def test_a_call_that_one_rank_tries_alone_disturbs_nobody_who_has_gone_ahead(pool, ranks: int, late: bool) -> None:
     pool(ranks).run(_one_tries_alone, uuid.uuid4().hex, late, timeout=40)
 
 
@@ -139,7 +151,7 @@ def _raised_in(attend: Callable[[], None]) -> str:
     return str(raised.value)
 
 
-def _one_fails(name: str, late: float, waits: bool) -> tuple[str, int, str]:
+def _one_fails(name: str, late: bool, waits: bool) -> tuple[str, int, str]:
     """What a rank hears of another's failure within a call, after how many calls that it asked for, and later on."""
     at, asked = Rank(name), 0
     for _ in range(2):
@@ -148,10 +160,11 @@ def _one_fails(name: str, late: float, waits: bool) -> tuple[str, int, str]:
     at.item()
     at.call(3)
     if at.rank == 1:
-        time.sleep(late)
+        at.see_asked(5 + MOST_AHEAD * (late and not waits), (0, *range(2, at.ranks)))
         at.agreement.close(MemoryError("tried to allocate 20 GiB"), GPU)
-    else:
-        time.sleep(0.3 - late)
+        at.tell("failed")
+    elif not late:
+        at.hear("failed")
 
     def go_on() -> None:
         nonlocal asked
@@ -165,8 +178,8 @@ def _one_fails(name: str, late: float, waits: bool) -> tuple[str, int, str]:
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize(("late", "waits"), [(0.0, False), (0.3, False), (0.3, True)])
-def test_who_goes_on_behind_a_rank_that_failed_hears_of_it(pool, ranks: int, late: float, waits: bool) -> None:
+@pytest.mark.parametrize(("late", "waits"), [(False, False), (True, False), (True, True)])
+def test_who_goes_on_behind_a_rank_that_failed_hears_of_it(pool, ranks: int, late: bool, waits: bool) -> None:
     outcomes = pool(ranks).run(_one_fails, uuid.uuid4().hex, late, waits, timeout=40)
     for rank, (said, asked, later) in enumerate(outcomes):
         assert "MemoryError: tried to allocate 20 GiB" in said
@@ -181,7 +194,7 @@ def _one_refuses_what_others_went_ahead_with(name: str) -> list[str]:
         at.call(3)
     at.item()
     if at.rank == 0:
-        time.sleep(0.3)
+        at.see_asked(3, range(1, at.ranks))
         at.refuse(3)
 
     def go_on() -> None:
@@ -205,12 +218,15 @@ def _one_is_stuck_in_another_call(name: str) -> str | None:
         at.call(3)
         at.call(2)
     at.item()
-    with mock.patch.object(rounds, "PATIENCE", timedelta(seconds=0.5)):
+    with mock.patch.object(rounds, "PATIENCE", 0.5):
         if at.rank == 1:
             at.call(2)
-            time.sleep(3.0)  # as a host does that waits for its GPU
+            at.hear("raised")  # as a host does that waits for its GPU
             return _raised_in(lambda: at.call(3))
-        return _raised_in(lambda: [at.call(3) for _ in range(MOST_AHEAD + 1)])
+        at.see_asked(5, [1])
+        said = _raised_in(lambda: at.call(3))
+        at.tell("raised")
+        return said
 
 
 def test_nobody_waits_long_for_words_of_a_rank_that_went_ahead(pool) -> None:
