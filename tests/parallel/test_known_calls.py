@@ -23,13 +23,12 @@ from unittest import mock
 import pytest
 import torch
 import triton
-from copy_engines import Asked, one_of_ranks
+from copy_engines import Asked, Machine, failing, one_of_ranks
 from stand_in import Launched, StandIn
 from torch import Tensor
 
 from ringflash import Mask, Sharding
 from ringflash.functional import attention
-from ringflash.kernels import hopper
 from ringflash.kernels.gpu import direct_launch, recording
 from ringflash.parallel.execution import head_groups, known_calls
 from ringflash.parallel.execution.call import Inputs
@@ -389,18 +388,17 @@ def test_a_call_that_has_no_memory_for_all_at_once_finds_its_own_way_from_then_o
 
 
 def test_calls_that_are_noted_and_the_first_by_a_list_wait_for_the_others_and_no_others_do() -> None:
-    sharding, x = causal()
-    with one_of_ranks(sharding) as (_, driver):
+    (sharding, x), machine = causal(), Machine(4)
+    with one_of_ranks(sharding, machine) as (_, driver):
         driver.append = lambda _: None
         for _ in range(UNNOTED + 5):
             attention(x, x, x, sharding=sharding)
-        waited = known_calls.agreement(None).waited
-    assert waited == [UNNOTED <= number < UNNOTED + 3 for number in range(UNNOTED + 5)]
+    assert machine.waited == [UNNOTED <= number < UNNOTED + 3 for number in range(UNNOTED + 5)]
 
 
 def test_where_a_rank_cannot_wait_alone_calls_find_their_way() -> None:
-    sharding, x = causal()
-    with one_of_ranks(sharding, by_page=False) as (_, driver), mock.patch.object(known_calls, "Recording") as noted:
+    (sharding, x), machine = causal(), Machine(4, by_page=False)
+    with one_of_ranks(sharding, machine) as (_, driver), mock.patch.object(known_calls, "Recording") as noted:
         driver.append = lambda _: None
         for _ in range(UNNOTED + 4):
             attention(x, x, x, sharding=sharding)
@@ -441,19 +439,6 @@ def test_a_launch_that_fails_is_an_error_once_others_have_what_they_wait_for() -
             attention(x, x, x, sharding=sharding)
         for_others = [what for what in whole if what in ("numbers", "copy", "copy rows", "event")]
         assert [what for what, *_ in asked] == for_others
-
-
-@contextmanager
-def failing(sharding: Sharding, which: str) -> Iterator[None]:
-    """The first launch of a pass fails, whether it goes by a list or not."""
-    failure = mock.Mock(side_effect=RuntimeError("a launch failed"))
-    for known in sharding._placement.transport.known_calls.get(sharding._placement, {}).values():
-        if known.repeated is not None and known.form[0] == which:
-            steps = known.repeated._steps
-            first = next(i for i, (*_, is_work) in enumerate(steps) if is_work)
-            steps[first] = (failure, *steps[first][1:])
-    with mock.patch.object(hopper, {"forward": "attend", "backward": "attend_backward"}[which], failure):
-        yield
 
 
 def between(calls: int, which: str, fails: bool) -> list[str]:
