@@ -5,6 +5,7 @@ Tensors lie on the CPU and are never read or written; the memory of all ranks is
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -148,9 +149,13 @@ def one_of_ranks(sharding: Sharding, machine: Machine | None = None) -> Iterator
 
 
 @contextmanager
-def failing(sharding: Sharding, which: str) -> Iterator[None]:
-    """The first launch of a pass fails, whether it goes by a list or not."""
-    failure = mock.Mock(side_effect=RuntimeError("a launch failed"))
+def failing(sharding: Sharding, which: str, late: float = 0.0) -> Iterator[None]:
+    """The first launch of a pass fails, whether it goes by a list or not, after some seconds."""
+
+    def failure(*_: object, **__: object) -> None:
+        time.sleep(late)
+        raise RuntimeError("a launch failed")
+
     for known in sharding._placement.transport.known_calls.get(sharding._placement, {}).values():
         if known.repeated is not None and known.form[0] == which:
             steps = known.repeated._steps

@@ -1,7 +1,8 @@
 """Ranks of a host, some of whose calls go by a list while others find their way, are noted, refused, or fail.
 
 Ranks are processes. What they ask CUDA's driver for between GPUs is carried out by threads, one for each stream, at any
-pace, in memory that the processes share: numbers are written and waited for. Nothing is copied or computed.
+pace, in memory that the processes share: numbers are written and waited for. Nothing is copied or computed. Where
+rounding is noted a host waits for its GPU, as one may have to that loads a kernel.
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ GPU = torch.device("cuda", 0)
 
 STUCK = 20.0
 """Seconds after which a host has waited too long for its GPU."""
+
+LATE = 0.1
+"""Seconds that other ranks have to go ahead before one fails."""
 
 HALF = 1 << 31
 """Of the circle in which numbers are reached."""
@@ -129,9 +133,17 @@ class Host(Machine):
 
     def item(self) -> None:
         """Wait for the GPU, as `Tensor.item` does."""
-        over = threading.Event()
-        self.current.ask(over.set)
-        assert over.wait(STUCK), f"rank {dist.get_rank()} waits for what no rank asks for"
+        self._wait_for([self.current])
+
+    def synchronize(self) -> None:
+        """As `torch.cuda.synchronize`."""
+        self._wait_for([*self._streams.values()])
+
+    def _wait_for(self, streams: list[Stream]) -> None:
+        for stream in streams:
+            over = threading.Event()
+            stream.ask(over.set)
+            assert over.wait(STUCK), f"rank {dist.get_rank()} waits for what no rank asks for"
 
     def _copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
         self._streams[stream].ask(lambda: None)
@@ -203,10 +215,10 @@ class Calls:
         """Both passes, of which one may fail."""
         sharding = self.shardings[which]
         leaves = [torch.zeros(1, sharding.tokens, 2, 64).bfloat16().requires_grad_() for _ in range(3)]
-        with nullcontext() if fails != "forward" else failing(sharding, fails):
+        with nullcontext() if fails != "forward" else failing(sharding, fails, LATE):
             out, _ = attention(*leaves, sharding=sharding)
         self._dawdle()
-        with nullcontext() if fails != "backward" else failing(sharding, fails):
+        with nullcontext() if fails != "backward" else failing(sharding, fails, LATE):
             torch.autograd.grad(out, leaves, torch.ones_like(out))
         self._dawdle()
 
@@ -245,13 +257,18 @@ def _rank(name: str, seed: int) -> Iterator[tuple[Calls, list]]:
         went.append("by a list")
         return ran(*arguments)
 
-    calls = Calls(host, own)
+    def load_and_round(*arguments):
+        host.synchronize()
+        round_numbers(*arguments)
+
+    calls, round_numbers = Calls(host, own), recording.round_numbers
     with (
         one_of_ranks(calls.shardings[0], host) as (_, driver),
         torch.autograd.set_multithreading_enabled(False),
         mock.patch.object(known_calls.KnownCall, "results", results),
         mock.patch.object(recording.Repeated, "run", run),
-        mock.patch.object(known_calls, "UNNOTED", own.choice([0, 1, 2, 5, 1 << 30])),  # by lists from other calls on
+        mock.patch.object(recording, "round_numbers", load_and_round),
+        mock.patch.object(known_calls, "UNNOTED", own.choice([0, 1, 2, 3, 1 << 30])),  # by lists from other calls on
     ):
         driver.append = lambda _: None
         calls.shardings[1]._placement.group = calls.shardings[0]._placement.group
@@ -271,10 +288,10 @@ def _any_way(name: str, seed: int) -> list[str]:
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_come_to_the_end_of_calls_that_each_makes_in_its_own_way(pool, ranks: int) -> None:
     apart = 0
-    for seed in range(4):
+    for seed in range(3):
         went = pool(ranks).run(_any_way, uuid.uuid4().hex, seed, timeout=120)
         apart += sum(len(set(ways)) > 1 for ways in zip(*went, strict=True))
-    assert apart > 10
+    assert apart > 8
 
 
 def _apart(name: str, seed: int, fails: str | None) -> tuple[str, int]:
@@ -298,7 +315,7 @@ def _apart(name: str, seed: int, fails: str | None) -> tuple[str, int]:
 def test_all_ranks_hear_of_one_that_fails_or_goes_apart_and_streams_come_to_their_end(
     pool, ranks: int, fails: str | None
 ) -> None:
-    for seed in range(3):
+    for seed in range(2):
         outcomes = pool(ranks).run(_apart, uuid.uuid4().hex, seed, fails, timeout=120)
         for rank, (said, passes) in enumerate(outcomes):
             if fails is None:
