@@ -322,4 +322,6 @@ def test_all_ranks_hear_of_one_that_fails_or_goes_apart_and_streams_come_to_thei
                 assert "ranks disagree on mask" in said
             else:
                 assert said == "a launch failed" if rank == 1 else "rank 1 raised an error within attention" in said
-            assert passes <= MOST_AHEAD + 2
+            assert (
+                passes <= 2 + MOST_AHEAD + 1
+            )  # of the step that fails, ahead of what is heard, and the one that raises
