@@ -306,6 +306,9 @@ def _apart(name: str, seed: int, fails: str | None) -> tuple[str, int]:
         with pytest.raises((RuntimeError, RankMismatchError)) as raised:
             calls.steps_from(int(odd and fails is None), fails if odd else None)
         calls.host.item()  # streams come to their end
+        for thread in threading.enumerate():
+            if thread.name == "ringflash goes on alone":
+                thread.join()
         dist.barrier()
         return str(raised.value), len(went) - before
 
