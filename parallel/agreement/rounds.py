@@ -67,6 +67,8 @@ RESERVED = 24
 """Room that refused calls leave to others, which may be `MOST_AHEAD` twice over and some of which is not known that
 they are heard. Of refused calls for which there is no other room nobody hears; who made them would miss this rank."""
 
+WRONG = "an earlier call went wrong, and what was sent cannot be matched any more"
+
 PATIENCE = 10.0
 """Seconds for names and values of a rank that went ahead, and whose host may wait for its GPU meanwhile."""
 
@@ -276,7 +278,7 @@ class Agreement:
                 said = self._theirs[rank] = Said._make(heard)
             if said[KIND] == ENDED:
                 text = self._raised(channel, rank, line.heard[rank] - 1)
-                self._broken = f"an earlier call went wrong, and no further one can be matched: {text}"
+                self._broken = f"{WRONG}: {text}"
                 raise RankMismatchError(self._broken)
         return silent
 
@@ -316,7 +318,7 @@ class Agreement:
             return
         text = self._how_apart(channel, mine, said)
         if gone_ahead:  # what was sent nobody receives
-            self._broken = f"an earlier call went wrong, and what was sent cannot be matched any more: {text}"
+            self._broken = f"{WRONG}: {text}"
         raise RankMismatchError(text)
 
     def _how_apart(self, channel: Channel, mine: _Mine, said: list[Said]) -> str:
