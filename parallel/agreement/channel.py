@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 import os
 import random
+import sys
 import threading
 import time
 import weakref
+from collections import deque
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -20,7 +23,7 @@ import torch.distributed as dist
 
 from ringflash.errors import RankMismatchError
 from ringflash.kernels.torch_private import default_store, is_destroyed
-from ringflash.parallel.agreement.shared_rounds import SharedRounds, create
+from ringflash.parallel.agreement.shared_rounds import VALUES, SharedRounds, create
 from ringflash.parallel.host import host
 
 POLL = 0.02
@@ -29,38 +32,93 @@ POLL = 0.02
 HERALDED_EVERY = 0.25
 """Seconds between a herald's words. What stands still longer was left by a process group of the same name before."""
 
+NOTHING = (0,) * VALUES
+"""Said by who only waits."""
 
-class Reduction(Protocol):
-    """Some numbers that are reduced over all ranks by maximum."""
 
-    def is_completed(self) -> bool:
-        """Whether all ranks have come."""
+class Line(Protocol):
+    """What ranks say to all others, `VALUES` numbers at a time, in order.
+
+    Attributes:
+        heard: how much this rank has heard of each.
+    """
+
+    heard: list[int]
+
+    def room(self) -> int:
+        """How much more this rank can say before others hear it."""
         ...
 
-    def wait(self) -> list[int]:
-        """The greatest of each. RuntimeError if a rank has ended or does not come in time."""
+    def say(self, values: Sequence[int]) -> None:
+        """Say something, without waiting."""
+        ...
+
+    def hear(self, rank: int) -> tuple[int, ...] | None:
+        """What another rank said next; None if it has not said more, as far as is known."""
+        ...
+
+    def wait(self, absent: Sequence[int]) -> None:
+        """Wait for what one of some ranks says next, or for a part of the way there.
+
+        Raises:
+            RuntimeError: a rank has ended or does not come in time.
+        """
         ...
 
 
-class _AllReduce:
-    """By gloo."""
+class _ByGloo:
+    """By collectives, to each of which every rank comes with one thing, or where it waits for others with nothing.
 
-    def __init__(self, group: Any, values: tuple[int, ...]) -> None:
-        options = dist.AllreduceOptions()
-        options.reduceOp = dist.ReduceOp.MAX  # pyrefly: ignore[bad-assignment]  # stub: pybind converts
-        self._values = torch.tensor(values)
-        self._work = group.allreduce([self._values], options)
+    So a rank hears what another said only when all have come as far. Hosts that have gone ahead and wait for their GPUs
+    do not come meanwhile. But they have heard of calls up to the last `MOST_AHEAD`, and who waits for these before it
+    goes on has asked its own GPU for all that theirs wait for, as long as a call waits on all ranks or on none.
+    """
 
-    def is_completed(self) -> bool:
-        return self._work.is_completed()
+    def __init__(self, group: Any, rank: int, ranks: int) -> None:
+        self._group, self._rank, self._ranks = group, rank, ranks
+        self._open: deque[tuple[Any, list[torch.Tensor]]] = deque()
+        self._come: list[deque[tuple[int, ...]]] = [deque() for _ in range(ranks)]
+        self._failure: RuntimeError | None = None
+        self.heard = [0] * ranks
 
-    def wait(self) -> list[int]:
-        self._work.wait()
-        return self._values.tolist()
+    def room(self) -> int:
+        return sys.maxsize
+
+    def say(self, values: Sequence[int]) -> None:
+        numbers = torch.zeros(self._ranks, VALUES, dtype=torch.int64)
+        numbers[self._rank] = torch.tensor(values)
+        options = dist.AllreduceOptions()  # each number is one rank's; all others have 0 there
+        options.reduceOp = dist.ReduceOp.SUM  # pyrefly: ignore[bad-assignment]  # stub: pybind converts
+        self._open.append((self._group.allreduce([numbers], options), [numbers]))
+
+    def hear(self, rank: int) -> tuple[int, ...] | None:
+        while self._failure is None and self._open and self._open[0][0].is_completed():
+            try:
+                self._take()
+            except RuntimeError as error:  # of who waits
+                self._failure = error
+        if not self._come[rank]:
+            return None
+        self.heard[rank] += 1
+        return self._come[rank].popleft()
+
+    def wait(self, absent: Sequence[int]) -> None:
+        if self._failure is not None:
+            raise self._failure
+        if not self._open:
+            self.say(NOTHING)
+        self._take()
+
+    def _take(self) -> None:
+        work, [numbers] = self._open.popleft()
+        work.wait()
+        for come, values in zip(self._come, numbers.tolist(), strict=True):
+            if tuple(values) != NOTHING:
+                come.append(tuple(values))
 
 
 class Channel:
-    """Maxima of a few integers on the host, and names and values through the store.
+    """A few integers of each rank on the host, and names and values through the store.
 
     Ranks of one host share a page of memory for the integers. Others have gloo.
 
@@ -77,12 +135,9 @@ class Channel:
         self.timeout: timedelta = store.timeout  # pyrefly: ignore[missing-attribute]  # stub lacks it
         page = self._shared_page()
         gloo = dist.PrefixStore("gloo", store)
-        self._group = None if page else dist.ProcessGroupGloo(gloo, rank, ranks, self.timeout)
-        self._page = page
-
-    def maximum(self, values: tuple[int, ...]) -> Reduction:
-        """Reduce values over all ranks by maximum, without waiting."""
-        return _AllReduce(self._group, values) if self._page is None else self._page.begin(values)
+        self.by_page = page is not None
+        """Whether a rank hears of another one's calls whatever the others are at."""
+        self.line: Line = page or _ByGloo(dist.ProcessGroupGloo(gloo, rank, ranks, self.timeout), rank, ranks)
 
     def _shared_page(self) -> SharedRounds | None:
         """Memory that all ranks share; None on all of them where not all have it."""
@@ -111,19 +166,25 @@ class Channel:
         return [self._store.get(f"{what}/{rank}").decode() for rank in range(self._ranks)]
 
     def post(self, number: int, entry: dict[str, object]) -> None:
-        """Say something of this rank's part in a round."""
+        """Tell more of the thing with this number that this rank says."""
         self._store.set(f"{number}/{self._rank}", json.dumps(entry, default=str))
 
-    def entries(self, number: int) -> list[dict]:
-        """What every rank says of its part in a round."""
-        return [json.loads(self._store.get(f"{number}/{rank}")) for rank in range(self._ranks)]
+    def entry(self, rank: int, number: int, seconds: float | None = None) -> dict | None:
+        """What a rank tells of the thing with this number that it said; None if nothing within so many seconds."""
+        key = f"{number}/{rank}"
+        if seconds is not None:
+            try:
+                self._store.wait([key], min(timedelta(seconds=max(seconds, POLL)), self.timeout))
+            except RuntimeError:
+                return None
+        return json.loads(self._store.get(key))
 
     def missing(self, number: int) -> list[int]:
-        """Ranks that do not say within a second that they, too, wait in a round."""
-        self._store.set(f"{number}/{self._rank}/waits", "")
+        """Ranks that do not say within a second that they, too, wait in the meeting with this number."""
+        self._store.set(f"waits/{number}/{self._rank}", "")
         missing = set(range(self._ranks))
         for _ in range(round(1 / POLL)):
-            missing = {rank for rank in missing if not self._store.check([f"{number}/{rank}/waits"])}
+            missing = {rank for rank in missing if not self._store.check([f"waits/{number}/{rank}"])}
             time.sleep(POLL)
         return sorted(missing)
 

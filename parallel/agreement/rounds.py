@@ -1,15 +1,24 @@
 """Ranks compare, call by call, what they are about to do; one that does something else is named.
 
 Send and receive check neither sizes nor dtypes: a rank that makes another call than its peers gives wrong numbers, or a
-hang. So each call to attention takes part in a round: the maxima of a few integers over all ranks of the group, through
-a channel of its own (shared memory on one host, gloo among several). Every rank enters each round once, with the digest
-of the call that it makes or with the word that it refused one, so the rounds number the calls and nothing can shift
-ranks against each other. Only where digests differ do names and values travel, through the key-value store.
+hang. So each call to attention is said to all ranks of the group before, through a channel of its own (shared memory on
+one host, gloo among several): a digest, or the word that this rank refused one. Which calls of ranks meet follows from
+what they say in which order (`meetings`), so it is the same on all ranks, whatever is slow, and a call that one rank
+refuses alone shifts none. Only where calls that meet differ do names and values travel, through the key-value store.
 
-A call that is new to a rank waits for its round before anything is sent, and so do calls on CPUs, where everything
-waits anyway. On a GPU a call like an earlier one goes ahead, and its round is looked at when a later one finds it over:
-the host hardly ever waits for other hosts in a repeated call, and what differs is an error some calls later
-(`MOST_AHEAD`).
+A call that is new to the ranks waits for the others, and so do calls on CPUs, where everything waits anyway. On a GPU a
+call like an earlier one goes ahead, and its meeting is looked at when a later one finds it over: the host hardly ever
+waits for other hosts in a repeated call, and what differs is an error some calls later (`MOST_AHEAD`). Which calls are
+new is the same on all ranks, as these have met the same. Among ranks of a host one may wait (`waits`) where others go
+ahead: all it needs is that they have come to the same call. Whoever's GPU waits for something of this rank's has come,
+or waits for what this rank's GPU was asked for before.
+
+Every rank says whether it goes ahead. Where ranks are apart in a call with which somebody did, GPUs wait for what
+nobody sends, be it keys, gradients, or room for these, and no further call can be matched: all ranks find that in the
+same meeting. What fails within a call on a GPU goes through the transfers to that call's end; then the rank says that
+it ended, and no other one goes on behind that. Who hears of either raises, asks its GPU for nothing more, and lets its
+streams go on (`SymmetricMemory.abandon`). A host that waits for its GPU meanwhile hears nothing: its process ends at
+the time limit of transfers, as what its GPU would find is nobody's.
 """
 
 from __future__ import annotations
@@ -17,9 +26,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,45 +38,53 @@ import torch.distributed as dist
 from ringflash.errors import RankMismatchError
 from ringflash.kernels.torch_private import process_group as named_group
 from ringflash.kernels.torch_private import transforms_active, without_transforms
-from ringflash.parallel.agreement.channel import Channel, Herald, Joining, Reduction
+from ringflash.parallel.agreement.channel import Channel, Herald, Joining
+from ringflash.parallel.agreement.meetings import (
+    CALL,
+    ENDED,
+    KIND,
+    REFUSED,
+    REFUSED_UNKNOWN,
+    TOLD,
+    Said,
+    meeting,
+)
 from ringflash.parallel.mesh import Group, group_name, process_group
 
 Description = Callable[[], Mapping[str, object]]
 """Names and values of a call, worked out only where ranks differ."""
 
 REMEMBERED = 4096
-"""Digests of calls that need not wait for their round; packed documents bring a new one with every step."""
-
-NOTHING, REFUSED, REFUSED_UNKNOWN = range(3)
-"""What a rank says in a round: that it makes a call, that it refused one, or one whose digest is not known."""
+"""Digests of calls that need not wait for the others; packed documents bring a new one with every step."""
 
 MOST_AHEAD = 4
-"""Rounds that may be open while a rank goes ahead with calls that were made before."""
+"""Calls that may not have met yet while a rank goes ahead with those that were made before."""
 
 CLOSING = 1
-"""Digest of a round that ends a call."""
+"""Digest of what ends a call."""
+
+RESERVED = 24
+"""Room that refused calls leave to others, which may be `MOST_AHEAD` twice over and some of which is not known that
+they are heard. Of refused calls for which there is no other room nobody hears; who made them would miss this rank."""
+
+WRONG = "an earlier call went wrong, and what was sent cannot be matched any more"
+
+PATIENCE = 10.0
+"""Seconds for names and values of a rank that went ahead, and whose host may wait for its GPU meanwhile."""
 
 
-@dataclass
-class _Round:
-    """One rank's part in a round.
+class _Mine(NamedTuple):
+    """What this rank has said.
 
     Attributes:
-        number: which round.
-        reduction: the maximum of digest, -digest, whether a call was refused, whether one was refused before its digest
-            was known, and `nbytes`.
-        digest: of this rank's call.
-        describe: names and values of the call; None where this rank refused it, or knows already that it failed.
-        nbytes: see `Agreement.check`.
-        ahead: this rank went ahead with the call before the round was over.
+        number: of that among all that it said.
+        said: to the others.
+        describe: names and values of a call; None of anything else.
     """
 
     number: int
-    reduction: Reduction
-    digest: int
+    said: Said
     describe: Description | None
-    nbytes: int = 0
-    ahead: bool = False
 
 
 def _untransformed(function: Callable) -> Callable:
@@ -82,7 +101,7 @@ def _untransformed(function: Callable) -> Callable:
 
 
 class Agreement:
-    """The rounds of one process group."""
+    """The ranks of one process group."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.rank, self.ranks = group.rank(), group.size()
@@ -90,12 +109,14 @@ class Agreement:
         self._channel: Channel | None = None
         self._joining: Joining | None = None
         self._herald: Herald | None = None
-        self._backlog: list[tuple[int, int, str]] = []  # what this rank has to say in rounds that have not begun
-        self._open: list[_Round] = []
-        self._number = 0
+        self._backlog: list[tuple[Said, str]] = []  # what this rank has to say once there is a channel
+        self._mine: deque[_Mine] = deque()  # that has not met what others say
+        self._calls = 0  # among these
+        self._theirs: list[Any] = [None] * self.ranks  # what each says next, `Said`, where that is known
+        self._others = [rank for rank in range(self.ranks) if rank != self.rank]
+        self._met = self._number = 0
         self._seen: set[int] = set()
         self._announced = ""
-        self._on_gpu = False
         self._broken: str | None = None
 
     @property
@@ -103,8 +124,15 @@ class Agreement:
         """Whether no further call can be matched: ranks went ahead with different ones."""
         return self._broken is not None
 
+    @property
+    def by_page(self) -> bool:
+        """Whether a rank may wait where others go ahead."""
+        return self._channel is not None and self._channel.by_page
+
     @_untransformed
-    def check(self, digest: int, describe: Description, device: torch.device, nbytes: int = 0) -> int | None:
+    def check(
+        self, digest: int, describe: Description, device: torch.device, nbytes: int = 0, waits: bool = False
+    ) -> int | None:
         """Make sure that all ranks make the same call, or will notice that they do not.
 
         Args:
@@ -112,28 +140,27 @@ class Agreement:
             describe: the same as names and values, in the order in which a disagreement is to be reported.
             device: of the call's tensors.
             nbytes: what may differ, and of which the greatest counts.
+            waits: do not go ahead, so that what GPUs wait for comes whatever happens to other ranks; see `by_page`.
 
         Returns:
-            The greatest `nbytes` of all ranks; None if this rank went ahead with a call that was made before.
+            The greatest `nbytes` of all ranks; None if such a call was made before.
 
         Raises:
             RankMismatchError: on every rank, naming the argument, the ranks and their values, or the rank that refused
                 the call or did not come.
         """
         self._announced = ""
-        self._on_gpu = device.type != "cpu"
         channel = self._joined(digest)
-        known = self._on_gpu and digest in self._seen
-        self._settle(channel, MOST_AHEAD - 1 if known else 0)
-        self._open.append(self._begin(channel, digest, NOTHING, describe, nbytes))
+        known = device.type != "cpu" and digest in self._seen
+        ahead = known and not waits
+        self._say(channel, Said(CALL, digest, nbytes, int(ahead)), describe)
+        met = self._settle(channel, MOST_AHEAD if ahead else 0)
         if known:
-            self._open[-1].ahead = True
             return None
-        most = self._settle(channel)
         if len(self._seen) >= REMEMBERED:
             self._seen.clear()
         self._seen.add(digest)
-        return most
+        return max([said.nbytes for said in met])
 
     @_untransformed
     def refuse(self, error: Exception, digest: int | None = None, traced: bool = False) -> None:
@@ -159,18 +186,18 @@ class Agreement:
             if group is not None:
                 self._herald = self._herald or Herald(group)
                 self._herald.say(digest, text)
-            self._backlog.append((digest or 0, kind, text))
+            self._backlog.append((Said(kind, digest or 0), text))
             return
-        self._refused(self._channel, digest or 0, kind, text)
+        self._say_refused(self._channel, Said(kind, digest or 0), text)
 
     @_untransformed
     def close(self, failure: Exception | None, device: torch.device) -> None:
         """End a call that all ranks have begun.
 
-        On CPUs the end is a round of its own, so that what fails on one rank is an error of the same call on all. On
-        GPUs nobody waits: it stands in the place of this rank's next call, and the others hear of it when they look at
-        that, at the latest `MOST_AHEAD` calls later. What they sent meanwhile nobody received, so no further call can
-        be matched.
+        On CPUs the ranks meet at the end, so that what fails on one rank is an error of the same call on all. On GPUs
+        nobody waits: this rank ends, and the others hear of it in their next call, or where they have gone ahead, at
+        the latest `MOST_AHEAD` calls later. What they sent meanwhile nobody received, so no further call can be
+        matched.
 
         Args:
             failure: what this rank's kernels raised within the call, if anything.
@@ -182,18 +209,27 @@ class Agreement:
         assert self._channel is not None  # `check` joined it
         if device.type == "cpu":
             if failure is None:
-                self._open.append(self._begin(self._channel, CLOSING, NOTHING, lambda: {"pass": "the end of a call"}))
-                self._settle(self._channel)
+                self._say(self._channel, Said(CALL, CLOSING), lambda: {"pass": "the end of a call"})
             else:
-                self._refused(self._channel, CLOSING, REFUSED_UNKNOWN, _text(failure))
-                self._settle(self._channel)
+                self._say_failed(self._channel, Said(REFUSED_UNKNOWN), _text(failure))
+            self._settle(self._channel)
         elif failure is not None:
-            self._refused(self._channel, CLOSING, REFUSED_UNKNOWN, _text(failure))
+            self._say_failed(self._channel, Said(ENDED), _text(failure))
             self._broken = f"this rank raised an error within a call that the others went on with: {_text(failure)}"
 
-    def _refused(self, channel: Channel, digest: int, kind: int, text: str) -> None:
-        channel.post(self._number, {"raised": text, "digest": digest if kind == REFUSED else None})
-        self._open.append(self._begin(channel, digest, kind, None))
+    def _say(self, channel: Channel, said: Said, describe: Description | None = None) -> None:
+        self._mine.append(_Mine(self._number, said, describe))
+        self._number += 1
+        self._calls += said.kind == CALL
+        channel.line.say(said)
+
+    def _say_failed(self, channel: Channel, said: Said, text: str) -> None:
+        channel.post(self._number, {"raised": text})
+        self._say(channel, said)
+
+    def _say_refused(self, channel: Channel, said: Said, text: str) -> None:
+        if channel.line.room() > RESERVED:
+            self._say_failed(channel, said, text)
 
     def _joined(self, digest: int) -> Channel:
         """The channel to the other ranks; the first call makes it, together with them."""
@@ -203,94 +239,118 @@ class Agreement:
             group = self._group()
             assert group is not None  # the caller holds it
             self._joining = self._joining or Joining(group)
+            heard = dict(self._joining.heard)
             try:
                 self._channel = self._joining.finish(digest)
             except RankMismatchError:
-                # This call has a round all the same: that of the call which another rank refused.
-                over = max(self._joining.heard.values(), default=0)
-                while len(self._backlog) < over:
-                    self._backlog.append((digest, NOTHING, ""))
+                if self._joining.heard != heard:
+                    self._backlog.append((Said(TOLD, digest), "told"))  # it meets what was refused all the same
                 raise
             if self._herald is not None:
                 self._herald.close()
-            for earlier, kind, text in self._backlog:
-                if kind == NOTHING:
-                    self._channel.post(self._number, {"digest": earlier, "values": {}})
-                    self._open.append(self._begin(self._channel, earlier, kind, None))
-                else:
-                    self._refused(self._channel, earlier, kind, text)
+            for said, text in self._backlog:
+                self._say_refused(self._channel, said, text)
         return self._channel
 
-    def _begin(self, channel: Channel, digest: int, kind: int, describe: Description | None, nbytes: int = 0) -> _Round:
-        values = digest, -digest, int(kind == REFUSED), int(kind == REFUSED_UNKNOWN), nbytes
-        self._number += 1
-        return _Round(self._number - 1, channel.maximum(values), digest, describe, nbytes)
+    def _settle(self, channel: Channel, left: int = 0) -> list[Said]:
+        """Look at what ranks say; so many of this rank's calls may not have met others. What met last."""
+        met: list[Said] = []
+        while self._mine:
+            silent = self._silent(channel)
+            if not silent:
+                met = self._meet(channel)
+            elif self._calls > left:
+                self._wait(channel, silent)
+            else:
+                break
+        return met
 
-    def _settle(self, channel: Channel, left: int = 0) -> int:
-        """Look at all rounds that have begun; so many may be left that are not over yet. The last one's `nbytes`."""
-        most_bytes = 0
-        while self._open and (len(self._open) > left or self._open[0].reduction.is_completed()):
-            mine = self._open.pop(0)
-            try:
-                most, negated_least, refused, refused_unknown, most_bytes = mine.reduction.wait()
-            except RuntimeError as error:
-                self._broken = self._who_is_missing(channel, mine, error)
-                if self._broken is None:
-                    raise
-                raise RankMismatchError(self._broken) from error
-            alike = most == -negated_least and not refused and not refused_unknown
-            if alike:
-                continue
-            if mine.describe is None:
-                self._check_left_alone(most, most == -negated_least, bool(refused_unknown))
-            elif self._has_to_repeat(channel, mine):
-                again = self._begin(channel, mine.digest, NOTHING, mine.describe, mine.nbytes)
-                again.ahead = mine.ahead
-                self._open.append(again)
-        return most_bytes
+    def _silent(self, channel: Channel) -> list[int]:
+        """Ranks that have not said yet what this rank's next thing meets."""
+        silent, line = [], channel.line
+        for rank in self._others:
+            said = self._theirs[rank]
+            if said is None:
+                heard = line.hear(rank)
+                if heard is None:
+                    silent.append(rank)
+                    continue
+                said = self._theirs[rank] = Said._make(heard)
+            if said[KIND] == ENDED:
+                text = self._raised(channel, rank, line.heard[rank] - 1)
+                self._broken = f"{WRONG}: {text}"
+                raise RankMismatchError(self._broken)
+        return silent
 
-    def _check_left_alone(self, digest: int, same: bool, unknown: bool) -> None:
-        """After a round in which this rank refused its call: raise if others went ahead with that call on GPUs.
-
-        Args:
-            digest: of the others' call.
-            same: it is that of the refused one.
-            unknown: the refused one's was not known.
-        """
-        if self._on_gpu and digest in self._seen and (same or unknown):
-            self._broken = (
-                "the other ranks went ahead with a call that this rank refused; no further one can be matched"
-            )
-            raise RankMismatchError(self._broken)
-
-    def _has_to_repeat(self, channel: Channel, mine: _Round) -> bool:
-        """After a round whose ranks were not alike: raise, or say that another rank refused a call of its own."""
+    def _wait(self, channel: Channel, silent: list[int]) -> None:
         try:
-            return self._compared(channel, mine)
-        except RankMismatchError as error:
-            if mine.ahead:  # what this rank has sent nobody receives
-                self._broken = f"an earlier call went wrong, and what was sent cannot be matched any more: {error}"
-            raise
+            channel.line.wait(silent)
+        except RuntimeError as error:
+            self._broken = self._who_is_missing(channel, error)
+            if self._broken is None:
+                raise
+            raise RankMismatchError(self._broken) from error
 
-    def _compared(self, channel: Channel, mine: _Round) -> bool:
-        assert mine.describe is not None
-        channel.post(mine.number, {"digest": mine.digest, "values": dict(mine.describe())})
-        entries = channel.entries(mine.number)
-        calls = {rank: x for rank, x in enumerate(entries) if "raised" not in x}
-        if len({x["digest"] for x in calls.values()}) > 1:
-            said = disagreement({rank: x["values"] for rank, x in calls.items()})
-            raise RankMismatchError(said or f"ranks make calls of different digests: {calls}")
-        for rank, x in enumerate(entries):
-            if "raised" in x and x["digest"] in (None, mine.digest):
-                where = "within attention" if mine.digest == CLOSING else "instead of coming to attention"
-                raise RankMismatchError(f"rank {rank} raised an error {where}: {x['raised']}")
-        return True
+    def _meet(self, channel: Channel) -> list[Said]:
+        """What ranks say next meets."""
+        mine = self._mine[0]
+        self._theirs[self.rank] = mine.said
+        said, found = [*self._theirs], meeting(self._theirs)
+        self._met += 1
+        for rank in found.over:
+            self._theirs[rank] = None
+        if self._theirs[self.rank] is None:
+            self._mine.popleft()
+            self._calls -= mine.said.kind == CALL
+        if found.apart:
+            self._raise_apart(channel, mine, said)
+        return said
 
-    def _who_is_missing(self, channel: Channel, mine: _Round, error: RuntimeError) -> str | None:
-        """In words, if a round timed out; None if it ended in another way."""
+    def _raise_apart(self, channel: Channel, mine: _Mine, said: list[Said]) -> None:
+        """Some ranks came for a call that others did not come for; this is an error of those that came, once."""
+        gone_ahead = any(x.ahead for x in said)
+        if mine.said.kind != CALL:
+            if gone_ahead:
+                self._broken = (
+                    "the other ranks went ahead with a call that this rank refused; no further one can be matched"
+                )
+                raise RankMismatchError(self._broken)
+            return
+        text = self._how_apart(channel, mine, said)
+        if gone_ahead:  # what was sent nobody receives
+            self._broken = f"{WRONG}: {text}"
+        raise RankMismatchError(text)
+
+    def _how_apart(self, channel: Channel, mine: _Mine, said: list[Said]) -> str:
+        assert mine.describe is not None  # of a call
+        channel.post(mine.number, {"values": dict(mine.describe())})
+        numbers = [heard - 1 for heard in channel.line.heard]  # of what met
+        numbers[self.rank] = mine.number
+        if len({x.digest for x in said if x.kind == CALL}) == 1:
+            rank = next(rank for rank, x in enumerate(said) if x.kind in (REFUSED, REFUSED_UNKNOWN))
+            where = "within attention" if mine.said.digest == CLOSING else "instead of coming to attention"
+            return self._raised(channel, rank, numbers[rank], where)
+        values, more, give_up = {}, "", time.monotonic() + PATIENCE
+        for rank, x in enumerate(said):
+            if x.kind == CALL:
+                told = channel.entry(rank, numbers[rank], give_up - time.monotonic() if x.ahead else None)
+                if told is None:
+                    more += f"; rank {rank} went ahead and does not say with what"
+                else:
+                    values[rank] = told["values"]
+        return (disagreement(values) or f"ranks make calls of different digests: {values}") + more
+
+    def _raised(self, channel: Channel, rank: int, number: int, where: str = "within attention") -> str:
+        """What a rank raised that says so with this number."""
+        told = channel.entry(rank, number)
+        assert told is not None  # told before it was said
+        return f"rank {rank} raised an error {where}: {told['raised']}"
+
+    def _who_is_missing(self, channel: Channel, error: RuntimeError) -> str | None:
+        """In words, if waiting timed out; None if it ended in another way."""
         if "imed out" not in str(error) and "imeout" not in str(error):
             return None
-        missing = channel.missing(mine.number)
+        missing, mine = channel.missing(self._met), next(x for x in self._mine if x.said.kind == CALL)
         ranks = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}" if missing else "another rank"
         shown = {} if mine.describe is None else dict(mine.describe())
         return (
@@ -329,7 +389,7 @@ _agreements: weakref.WeakKeyDictionary[dist.ProcessGroup, Agreement] = weakref.W
 
 
 def agreement(group: dist.ProcessGroup) -> Agreement:
-    """The rounds of a process group, for as long as the group lives."""
+    """Of a process group, for as long as the group lives."""
     found = _agreements.get(group)
     if found is None:
         found = _agreements[group] = Agreement(group)

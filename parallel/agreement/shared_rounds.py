@@ -1,8 +1,8 @@
-"""Rounds between the ranks of one host, through a page of memory that they share: a round costs no system call.
+"""What the ranks of a host say of their calls, through a page of memory that they share: it costs no system call.
 
-Every rank has a few slots, one for each of its latest rounds, which it alone writes and all read. A round is over for a
-rank when it has found it in a slot of every rank. None can be further ahead than `SLOTS`, because ranks look at their
-rounds before that.
+Every rank has a few slots, one for each of the latest things that it said, which it alone writes and all read, each at
+its own pace and whether or not others are there. How much each has heard it says in the page, too, so that no slot is
+written again before.
 
 A rank that ends is noticed by the lock that the system takes from it: a POSIX record lock on one byte of the file,
 which ends with the process, however that ends, and which a child does not inherit.
@@ -16,17 +16,21 @@ import os
 import struct
 import tempfile
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
-SLOTS = 32
-"""Rounds of a rank that the others may still look at."""
+SLOTS = 64
+"""What a rank said that others have not heard yet."""
+
+TOLD_EVERY = 8
+"""Things that a rank heard, it says how many there were."""
 
 WORDS = 8
-"""Of 8 bytes, in a slot: the round's number, its values, and a sum of both."""
+"""Of 8 bytes, in a slot: its number, its values, and a sum of both."""
 
-VALUES = 5
-"""Numbers of a rank in a round."""
+VALUES = 4
+"""Numbers that a rank says at a time."""
 
 FOLDER = Path("/dev/shm")
 
@@ -60,25 +64,54 @@ class SharedRounds:
         self._file, self.rank, self.ranks, self.timeout = file, rank, ranks, timeout
         self._page = mmap.mmap(file, nbytes(ranks))
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
-        self._number = 0
+        self._said = 0
+        self.heard = [0] * ranks
+        """How much this rank has heard of each."""
 
     def __del__(self) -> None:
         os.close(self._file)
 
-    def begin(self, values: tuple[int, ...]) -> SharedRound:
-        """This rank's part in the next round: `VALUES` numbers of up to 62 bits and a sign."""
-        number, self._number = self._number, self._number + 1
+    def room(self) -> int:
+        """How much more this rank can say before others hear it; some of them have heard a little more."""
+        heard = [self._heard_by(other) for other in range(self.ranks) if other != self.rank]
+        return SLOTS - (self._said - min(heard, default=self._said))
+
+    def say(self, values: Sequence[int]) -> None:
+        """`VALUES` numbers of up to 62 bits and a sign, for which there is room."""
+        number, self._said = self._said, self._said + 1
         at = self._place(self.rank, number)
         page = self._page
-        NUMBER.pack_into(page, at, 0)  # nobody takes what is half written for this round, or for an earlier one
-        BEHIND_NUMBER.pack_into(page, at + NUMBER.size, *values, _sum(number, values))
+        NUMBER.pack_into(page, at, 0)  # nobody takes what is half written for this, or for what was there before
+        BEHIND_NUMBER.pack_into(page, at + NUMBER.size, *values, _sum((number + 1, *values)))
         NUMBER.pack_into(page, at, number + 1)
-        return SharedRound(self, number, values)
 
-    def of(self, rank: int, number: int) -> tuple[int, ...] | None:
-        """A rank's values in a round; None if it has not come to it."""
-        there, *values, total = SLOT.unpack_from(self._page, self._place(rank, number))
-        return tuple(values) if there == number + 1 and total == _sum(number, tuple(values)) else None
+    def hear(self, rank: int) -> tuple[int, ...] | None:
+        """What another rank said next; None if it has not said more."""
+        number = self.heard[rank]
+        found = SLOT.unpack_from(self._page, self._place(rank, number))
+        if found[0] != number + 1 or found[-1] != _sum(found[:-1]):
+            return None
+        self.heard[rank] = number + 1
+        if number % TOLD_EVERY == 0:
+            NUMBER.pack_into(self._page, self._place_heard(self.rank, rank), number + 1)
+        return found[1:-1]
+
+    def wait(self, absent: Sequence[int]) -> None:
+        """Until one of some ranks has said more.
+
+        Raises:
+            RuntimeError: a rank has ended; or none says anything within the time limit.
+        """
+        pause, begin = SHORTEST, time.monotonic()
+        looked = begin
+        while all(map(self._is_silent, absent)):
+            time.sleep(pause)
+            pause, now = min(2 * pause, LONGEST), time.monotonic()
+            if now - looked > LOOKS_FOR_LIFE_EVERY:
+                looked = now
+                self._look_for_life(absent)
+            if now - begin > self.timeout.total_seconds():
+                raise RuntimeError(f"timed out after {self.timeout}")
 
     def has_ended(self, rank: int) -> bool:
         """Whether the process of another rank, never this one, is no more, or has left the group."""
@@ -89,65 +122,28 @@ class SharedRounds:
         fcntl.lockf(self._file, fcntl.LOCK_UN, 1, rank)
         return True
 
+    def _look_for_life(self, absent: Sequence[int]) -> None:
+        for rank in absent:
+            if self.has_ended(rank) and self._is_silent(rank):  # it did not say more at last
+                raise RuntimeError(f"rank {rank} has ended or left the group: the connection to it is closed")
+
+    def _is_silent(self, rank: int) -> bool:
+        number = self.heard[rank]
+        return NUMBER.unpack_from(self._page, self._place(rank, number))[0] != number + 1
+
+    def _heard_by(self, reader: int) -> int:
+        return NUMBER.unpack_from(self._page, self._place_heard(reader, self.rank))[0]
+
     def _place(self, rank: int, number: int) -> int:
         return (rank * SLOTS + number % SLOTS) * WORDS * 8
 
-
-class SharedRound:
-    """A round under way.
-
-    Args:
-        rounds: of the group.
-        number: which.
-        values: of this rank.
-    """
-
-    def __init__(self, rounds: SharedRounds, number: int, values: tuple[int, ...]) -> None:
-        self._rounds, self._number = rounds, number
-        self._missing = [rank for rank in range(rounds.ranks) if rank != rounds.rank]
-        self._most = values
-
-    def is_completed(self) -> bool:
-        """Whether all ranks have come."""
-        while self._missing:
-            values = self._rounds.of(self._missing[-1], self._number)
-            if values is None:
-                return False
-            if values != self._most:
-                self._most = tuple(map(max, self._most, values))
-            self._missing.pop()
-        return True
-
-    def wait(self) -> list[int]:
-        """The greatest of each of the ranks' values.
-
-        Raises:
-            RuntimeError: a rank has ended; or it does not come within the time limit.
-        """
-        pause, begin = SHORTEST, time.monotonic()
-        looked = begin
-        while not self.is_completed():
-            time.sleep(pause)
-            pause, now = min(2 * pause, LONGEST), time.monotonic()
-            if now - looked > LOOKS_FOR_LIFE_EVERY:
-                looked = now
-                self._look_for_life()
-            if now - begin > self._rounds.timeout.total_seconds():
-                raise RuntimeError(f"timed out after {self._rounds.timeout}")
-        return list(self._most)
-
-    def _look_for_life(self) -> None:
-        for rank in self._missing:
-            if self._is_absent(rank) and self._rounds.has_ended(rank) and self._is_absent(rank):  # not come at last
-                raise RuntimeError(f"rank {rank} has ended or left the group: the connection to it is closed")
-
-    def _is_absent(self, rank: int) -> bool:
-        return self._rounds.of(rank, self._number) is None
+    def _place_heard(self, reader: int, rank: int) -> int:
+        return self.ranks * SLOTS * WORDS * 8 + (reader * self.ranks + rank) * NUMBER.size
 
 
 def nbytes(ranks: int) -> int:
     """Of the file for so many ranks."""
-    return ranks * SLOTS * WORDS * 8
+    return ranks * SLOTS * WORDS * 8 + ranks * ranks * NUMBER.size
 
 
 def create(ranks: int) -> tuple[int, Path]:
@@ -166,6 +162,6 @@ def create(ranks: int) -> tuple[int, Path]:
     return file, Path(path)
 
 
-def _sum(number: int, values: tuple[int, ...]) -> int:
+def _sum(values: tuple[int, ...]) -> int:
     """Another one for other values: processors may show another process what was written in another order."""
-    return hash((number, *values)) & MASK
+    return hash(values) & MASK

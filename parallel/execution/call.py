@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ringflash.errors import ArgumentError, RankMismatchError
 from ringflash.kernels.modifiers import Modifiers
+from ringflash.kernels.requests import of_thread
 from ringflash.kernels.select import select
 from ringflash.kernels.torch_private import process_group
 from ringflash.parallel.agreement.rounds import agreement
@@ -219,7 +220,8 @@ class Ready:
         placement: Any = self.placement
         digest, nbytes = placement.call_digest(self.index, self.form), bytes_to_publish(self.inputs.keys())
         device = self.inputs.query.device
-        most = agreed(placement, digest, lambda: described(placement, self.index, self.form), device, nbytes)
+        waits = of_thread.noting is not None
+        most = agreed(placement, digest, lambda: described(placement, self.index, self.form), device, nbytes, waits)
         if any(self.form[-1]):
             raise _surplus(placement, self.form[-1])
         placement.transport.open(device, most)
@@ -352,13 +354,18 @@ def form_of(inputs: Inputs, settings: Settings, surplus: tuple[int, int], which:
 
 
 def agreed(
-    placement: Placement, digest: int, describe: Callable[[], dict[str, object]], device: torch.device, nbytes: int
+    placement: Placement,
+    digest: int,
+    describe: Callable[[], dict[str, object]],
+    device: torch.device,
+    nbytes: int,
+    waits: bool = False,
 ) -> int | None:
     """See `Agreement.check`. Where no call can be matched any more, nothing waits for others that was asked for."""
     group: Any = placement.group  # there are several ranks
     rounds = agreement(group)
     try:
-        return rounds.check(digest, describe, device, nbytes)
+        return rounds.check(digest, describe, device, nbytes, waits)
     except RankMismatchError:
         if rounds.is_broken:
             placement.transport.abandon()

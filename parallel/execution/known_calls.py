@@ -4,6 +4,12 @@ Where ranks' keys travel by copy engines nothing that a call asks for depends on
 other ranks are at. So a few calls of a form find their way through program, kernels and transport, the last two of them
 noted (`ringflash.kernels.gpu.recording`); where both asked for the same, later ones take their memory, agree with the
 other ranks as any call does, and go down the list.
+
+Ranks need not be at the same: what one asks for by its list others may find their way to, and what they tell each other
+of the call is the same. Calls that are noted, and the first one by a list, wait for the other ranks as one that is new
+to them does. All of these may load kernels, for which a host may have to wait for its GPU; and this may wait for a rank
+that failed and does not come any more, which the host would not hear of. Behind a call to which all have come there is
+nothing of that kind.
 """
 
 from __future__ import annotations
@@ -56,6 +62,8 @@ class Known:
         """What calls ask for."""
         self.shelves = 0
         """Where keys lay then."""
+        self.went = False
+        """Whether a call went by it."""
 
     def note(self, recording: Recording, results: Sequence[Tensor], shelves: int) -> None:
         """A call was noted."""
@@ -106,7 +114,8 @@ class KnownCall(NamedTuple):
             else:
                 return self._again(known.repeated, memory)
         known.calls += 1
-        if not UNNOTED < known.calls <= UNNOTED + TRIES:
+        group: Any = self.placement.group  # there are several ranks
+        if not UNNOTED < known.calls <= UNNOTED + TRIES or not agreement(group).by_page:
             return walk()
         with Recording(self.tensors, self.stream) as recording:
             results = walk()
@@ -116,7 +125,8 @@ class KnownCall(NamedTuple):
     def _again(self, repeated: Repeated, memory: list[Tensor]) -> Sequence[Tensor]:
         known, device, placement = self.known, self.tensors[0].device, self.placement
         group: Any = placement.group  # there are several ranks
-        most = agreed(placement, known.digest, self._described, device, known.nbytes)
+        most = agreed(placement, known.digest, self._described, device, known.nbytes, not known.went)
+        known.went = True
         self.transport.open_again(self.memory, device, most)
         assert self.memory.shelves_so_far == known.shelves  # there was room for such a call before
         failure = repeated.run([x.data_ptr() for x in self.tensors], memory)

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from random import Random
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ from unittest import mock
 import pytest
 import torch
 import triton
-from copy_engines import Asked, one_of_ranks
+from copy_engines import Asked, Machine, failing, one_of_ranks
 from stand_in import Launched, StandIn
 from torch import Tensor
 
@@ -387,6 +387,24 @@ def test_a_call_that_has_no_memory_for_all_at_once_finds_its_own_way_from_then_o
         assert [what for what, *_ in asked if what in BETWEEN] == by_list
 
 
+def test_calls_that_are_noted_and_the_first_by_a_list_wait_for_the_others_and_no_others_do() -> None:
+    (sharding, x), machine = causal(), Machine(4)
+    with one_of_ranks(sharding, machine) as (_, driver):
+        driver.append = lambda _: None
+        for _ in range(UNNOTED + 5):
+            attention(x, x, x, sharding=sharding)
+    assert machine.waited == [UNNOTED <= number < UNNOTED + 3 for number in range(UNNOTED + 5)]
+
+
+def test_where_a_rank_cannot_wait_alone_calls_find_their_way() -> None:
+    (sharding, x), machine = causal(), Machine(4, by_page=False)
+    with one_of_ranks(sharding, machine) as (_, driver), mock.patch.object(known_calls, "Recording") as noted:
+        driver.append = lambda _: None
+        for _ in range(UNNOTED + 4):
+            attention(x, x, x, sharding=sharding)
+        assert not noted.called
+
+
 def test_streams_are_let_go_on_alone_once_nothing_comes_any_more() -> None:
     sharding, x = causal()
     short = {"PATIENCE": 0.5, "GRACE": 0.2}
@@ -421,6 +439,40 @@ def test_a_launch_that_fails_is_an_error_once_others_have_what_they_wait_for() -
             attention(x, x, x, sharding=sharding)
         for_others = [what for what in whole if what in ("numbers", "copy", "copy rows", "event")]
         assert [what for what, *_ in asked] == for_others
+
+
+def between(calls: int, which: str, fails: bool) -> list[str]:
+    """What is asked for between GPUs by a pass behind some calls alike."""
+    sharding, _ = causal()
+    with one_of_ranks(sharding) as (asked, driver), torch.autograd.set_multithreading_enabled(False):
+        driver.append = lambda _: None
+        engines = sharding._placement.transport
+        for number in range(calls + 1):
+            last = number == calls
+            leaves = [torch.zeros(1, sharding.tokens, 2, 64).bfloat16().requires_grad_() for _ in range(3)]
+            passes = failing(sharding, which) if fails and last else nullcontext()
+            raises = pytest.raises(RuntimeError, match="a launch failed") if fails and last else nullcontext()
+            forward, backward = (passes, nullcontext()) if which == "forward" else (nullcontext(), passes)
+            asked.clear()
+            with raises:
+                with forward:
+                    out, _ = attention(*leaves, sharding=sharding)
+                if last and which == "forward":
+                    break
+                if last:
+                    asked.clear()
+                with backward:
+                    torch.autograd.grad(out, leaves, torch.ones_like(out))
+        ours = [engines._memory, engines._shelf, engines._progress]
+        return [re.sub("other [0-9]+", "elsewhere", str(x)) for x in named(asked, ours) if x[0] in BETWEEN]
+
+
+@pytest.mark.parametrize("calls", [UNNOTED - 1, UNNOTED, UNNOTED + 2], ids=["known", "noted", "by a list"])
+@pytest.mark.parametrize("which", ["forward", "backward"])
+def test_other_ranks_get_what_they_wait_for_of_a_pass_that_fails(which: str, calls: int) -> None:
+    whole = between(calls, which, False)
+    assert len(whole) > 5
+    assert between(calls, which, True) == whole
 
 
 def test_lists_go_with_the_sharding_that_they_are_of() -> None:

@@ -1,4 +1,4 @@
-"""Rounds of the ranks of a host, through memory that they share."""
+"""What the ranks of a host say, through memory that they share; and what those of several say by gloo."""
 
 from __future__ import annotations
 
@@ -16,42 +16,87 @@ from pool import Pool
 
 from ringflash.parallel.agreement import channel, shared_rounds
 from ringflash.parallel.agreement.channel import Channel
-from ringflash.parallel.agreement.shared_rounds import SLOTS, SharedRounds
+from ringflash.parallel.agreement.shared_rounds import SLOTS, VALUES, SharedRounds
 
 LEFT_OPEN = 5
 SECONDS = timedelta(seconds=20)
 
 
-def _channel(name):
+def _line(name):
     """Through the store of the pool's group; each test has a name of its own."""
-    return Channel(dist.get_rank(), dist.get_world_size(), zlib.crc32(name.encode()))
+    return Channel(dist.get_rank(), dist.get_world_size(), zlib.crc32(name.encode())).line
 
 
 def _values(rank, number):
     generator = random.Random(1000 * number + rank)
-    return generator.getrandbits(62), -generator.getrandbits(62), *(generator.getrandbits(n) for n in (1, 1, 40))
+    return generator.randint(1, 5), *(generator.getrandbits(n) for n in (62, 40, 1))
 
 
-def _rounds_at_any_pace(seed, rounds):
-    """Some rounds are waited for at once, some later; every rank has its own pace."""
-    made, pace, open_, found = _channel(f"pace {seed}"), random.Random(seed + dist.get_rank()), [], []
-    for number in range(rounds):
-        open_.append(made.maximum(_values(dist.get_rank(), number)))
+def _hear_next(line, rank):
+    while (heard := line.hear(rank)) is None:
+        line.wait([rank])
+    return heard
+
+
+def _said_at_any_pace(seed, count):
+    """What each rank heard of each other one; some is heard at once, some later, and every rank has its own pace."""
+    line, pace = _line(f"pace {seed}"), random.Random(seed + dist.get_rank())
+    others = [rank for rank in range(dist.get_world_size()) if rank != dist.get_rank()]
+    heard = {rank: [] for rank in others}
+    for number in range(count):
+        line.say(_values(dist.get_rank(), number))
         if pace.random() < 0.05:
             time.sleep(pace.random() / 100)
-        while open_ and (len(open_) > LEFT_OPEN or pace.random() < 0.5 or open_[0].is_completed()):
-            found.append(tuple(open_.pop(0).wait()))
-    found += [tuple(x.wait()) for x in open_]
-    return type(made._page), found
+        for rank in others:
+            while len(heard[rank]) <= number and (number - len(heard[rank]) >= LEFT_OPEN or pace.random() < 0.5):
+                heard[rank].append(_hear_next(line, rank))
+    for rank in others:
+        heard[rank] += [_hear_next(line, rank) for _ in range(count - len(heard[rank]))]
+    return type(line), heard
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_every_round_gives_every_rank_the_greatest_of_all_ranks_values(pool, ranks):
-    rounds = 20 * SLOTS
-    expected = [tuple(map(max, *(_values(rank, number) for rank in range(ranks)))) for number in range(rounds)]
-    for kind, found in pool(ranks).run(_rounds_at_any_pace, 0, rounds):
+def test_every_rank_hears_all_that_each_other_one_says_in_order(pool, ranks):
+    count = 20 * SLOTS
+    said = {rank: [_values(rank, number) for number in range(count)] for rank in range(ranks)}
+    for rank, (kind, heard) in enumerate(pool(ranks).run(_said_at_any_pace, 0, count)):
         assert kind is SharedRounds
-        assert found == expected
+        assert heard == {other: said[other] for other in range(ranks) if other != rank}
+
+
+def _heard_while_others_are_away():
+    """Rank 0 hears rank 1, which says five things, while rank 2 has said nothing and does not listen."""
+    line = _line("away")
+    if dist.get_rank() == 1:
+        for number in range(5):
+            line.say(_values(1, number))
+    heard = [_hear_next(line, 1) for _ in range(5)] if dist.get_rank() == 0 else None
+    dist.barrier()
+    return heard
+
+
+def test_who_shares_memory_hears_a_rank_whatever_a_third_one_is_at(pool):
+    assert pool(3).run(_heard_while_others_are_away)[0] == [_values(1, number) for number in range(5)]
+
+
+def _room():
+    line, rank = _line("room"), dist.get_rank()
+    found = [line.room()]
+    for number in range(SLOTS if rank == 0 else 0):
+        line.say(_values(0, number))
+    found.append(line.room())
+    dist.barrier()
+    heard = [] if rank == 0 else [_hear_next(line, 0) for _ in range(SLOTS if rank == 1 else 3)]
+    dist.barrier()
+    return [*found, line.room()], heard
+
+
+def test_a_rank_knows_how_much_more_it_may_say_before_the_last_one_has_heard(pool):
+    (room, _), *others = pool(3).run(_room)
+    assert room[:2] == [SLOTS, 0]
+    assert 0 < room[2] <= 3
+    for _, heard in others:
+        assert heard == [_values(0, number) for number in range(len(heard))]
 
 
 def _no_page(which):
@@ -62,8 +107,12 @@ def _no_page(which):
             patch.setattr(channel, "SharedRounds", _refused)
         if which == "another host":
             patch.setattr(channel, "host", lambda: f"host {dist.get_rank() % 2}")
-        made = _channel(which)
-    return made._page, made.maximum((dist.get_rank(), -dist.get_rank(), 0, 7, 9)).wait()
+        made = Channel(dist.get_rank(), dist.get_world_size(), zlib.crc32(which.encode()))
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    made.line.say((1, rank, 7, 9))
+    made.line.say((2, rank, 7, 9)) if rank == 1 else None  # the others only wait for it
+    heard = [_hear_next(made.line, other) for other in range(ranks) if other != rank]
+    return made.by_page, heard, [_hear_next(made.line, 1)] if rank != 1 else made.line.wait([0])
 
 
 def _refused(*_):
@@ -72,26 +121,32 @@ def _refused(*_):
 
 @pytest.mark.parametrize("which", ["no memory", "not to be opened", "another host"])
 def test_ranks_that_cannot_all_share_memory_use_gloo(pool, which):
-    assert pool(3).run(_no_page, which) == [(None, [2, 0, 0, 7, 9])] * 3
+    for rank, (by_page, heard, more) in enumerate(pool(3).run(_no_page, which)):
+        assert not by_page
+        assert heard == [(1, other, 7, 9) for other in range(3) if other != rank]
+        assert more == (None if rank == 1 else [(2, 1, 7, 9)])
 
 
 def test_no_file_is_left_behind(pool):
-    pool(2).run(_rounds_at_any_pace, 1, 3)
+    pool(2).run(_said_at_any_pace, 1, 3)
     assert not list(shared_rounds.FOLDER.glob("ringflash-*"))
 
 
 def _until_one_ends(deed):
-    made = _channel("ends")
-    assert made._page is not None
-    made.maximum((1, 1, 1, 1, 1)).wait()
+    line, others = _line("ends"), [rank for rank in range(3) if rank != dist.get_rank()]
+    assert isinstance(line, SharedRounds)
+    line.say((1,) * VALUES)
+    for rank in others:
+        _hear_next(line, rank)
     if dist.get_rank() == 1:
         if deed == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
-        del made
+        del line
         return None
     begin = time.monotonic()
+    line.say((2,) * VALUES)
     with pytest.raises(RuntimeError, match="rank 1 has ended or left the group"):
-        made.maximum((2, 2, 2, 2, 2)).wait()
+        _hear_next(line, 1)
     return time.monotonic() - begin
 
 
@@ -105,14 +160,13 @@ def test_a_rank_that_ends_or_leaves_is_named_at_once(deed):
 
 
 def _left_before_the_others_look():
-    made = _channel("last")
-    last = made.maximum((dist.get_rank(),) * 5)
+    line = _line("last")
+    line.say((1 + dist.get_rank(),) * VALUES)
     if dist.get_rank() == 1:
-        last.wait()
-        return None
+        return _hear_next(line, 0)
     time.sleep(0.5)
-    return last.wait()
+    return _hear_next(line, 1)
 
 
-def test_the_last_round_of_a_rank_that_left_counts(pool):
-    assert pool(2).run(_left_before_the_others_look)[0] == [1] * 5
+def test_the_last_word_of_a_rank_that_left_counts(pool):
+    assert pool(2).run(_left_before_the_others_look) == [(2,) * VALUES, (1,) * VALUES]
