@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from ringflash.training.memory import host as host_module
 from ringflash.training.memory import slabs as slabs_module
 from ringflash.training.memory.blocks import BlockMemory
+from ringflash.training.memory.host import HostMemory
 from ringflash.training.memory.plan import KEEP, OFFLOAD, PAIRS
 from ringflash.training.memory.slabs import Slabs, host_memory
 
@@ -246,11 +247,29 @@ def test_memory_for_a_gpu_is_refused_before_the_system_has_none(monkeypatch):
     _Driver(monkeypatch)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(slabs_module, "_threads", lambda: 3)
+    monkeypatch.setattr(slabs_module, "PATIENCE", 0.0)
     monkeypatch.setattr(slabs_module, "available_bytes", lambda: 6 * mmap.PAGESIZE - 1)
     with pytest.raises(MemoryError):
         host_memory(mmap.PAGESIZE, GPU, threading.Lock())
-    monkeypatch.setattr(slabs_module, "available_bytes", lambda: 6 * mmap.PAGESIZE)
+    monkeypatch.setattr(slabs_module, "PATIENCE", 20.0)
+    found = iter([6 * mmap.PAGESIZE - 1, 6 * mmap.PAGESIZE])  # it comes while a thread waits
+    monkeypatch.setattr(slabs_module, "available_bytes", lambda: next(found))
     assert len(host_memory(mmap.PAGESIZE, GPU, threading.Lock())) == mmap.PAGESIZE
+
+
+@pytest.mark.gpu
+def test_a_gpu_moves_tensors_to_locked_memory_and_back_and_the_memory_is_given_back():
+    before, memory = _resident(), HostMemory(GPU, 3 * host_module.SLAB)
+    memory.expect(3 * host_module.SLAB // host_module.PAGE)
+    tensors = [torch.randn(host_module.SLAB // 4 - 7, device=GPU) for _ in range(3)]
+    moved = [memory.move(x) for x in tensors]
+    memory.let_go()
+    assert all(page.is_pinned() for each in moved for page in each._pages)
+    assert _resident() - before > 2.9 * host_module.SLAB
+    assert all(torch.equal(each.get(), x) for each, x in zip(moved, tensors, strict=True))
+    del memory, moved
+    _until(_ended)
+    assert _resident() - before < host_module.SLAB
 
 
 def _resident():

@@ -13,6 +13,7 @@ import mmap
 import os
 import sys
 import threading
+import time
 import warnings
 from collections import deque
 from contextlib import suppress
@@ -28,6 +29,9 @@ SLAB = 1 << 28
 
 THREADS = 8
 """How many ask for slabs at once, at most, and where that is no more than half of the processors."""
+
+PATIENCE = 5.0
+"""Seconds in which memory may still come: virtual machines may be given it as they use it."""
 
 
 class Slabs:
@@ -95,8 +99,9 @@ class Slabs:
             except BaseException as unknown:  # whoever takes slabs has to hear of it
                 error = unknown
             with self._changed:
-                self._error = self._error or error
-                if slab is None:
+                if error is not None:
+                    self._error = error
+                elif slab is None:
                     self._asked -= size
                     self.limit = min(self.limit, self._asked)
                 elif not self._closed:
@@ -130,9 +135,7 @@ def host_memory(size: int, device: torch.device, driver: threading.Lock) -> Tens
     """
     if device.type != "cuda":
         return torch.empty(size, dtype=torch.uint8)
-    # A system kills who touches more than it has; so others may each be at a slab, too.
-    if available_bytes() < local_ranks() * _threads() * size:
-        raise MemoryError
+    _await_available(local_ranks() * _threads() * size)  # others may each be at a slab, too
     memory = _Memory(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.touch()
     with driver:
@@ -141,6 +144,15 @@ def host_memory(size: int, device: torch.device, driver: threading.Lock) -> Tens
     del memory  # its pages are free again before the driver looks for its own
     warnings.warn("the driver does not lock memory of this process; it has its own, which takes longer", stacklevel=1)
     return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+
+def _await_available(size: int) -> None:
+    """Raise MemoryError where a system has no more than that: it kills whoever touches what it does not have."""
+    end = time.monotonic() + PATIENCE
+    while available_bytes() < size:
+        if time.monotonic() >= end:
+            raise MemoryError
+        time.sleep(0.1)
 
 
 class _Memory(mmap.mmap):
@@ -181,4 +193,4 @@ def _runtime() -> Any:
 
 
 def _threads() -> int:
-    return max(1, min(THREADS, len(os.sched_getaffinity(0)) // (2 * local_ranks())))
+    return max(1, min(THREADS, (os.cpu_count() or 1) // (2 * local_ranks())))
