@@ -3,6 +3,8 @@
 import contextlib
 import gc
 import mmap
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -190,6 +192,19 @@ def test_memory_that_nobody_wants_any_more_is_given_back_and_its_threads_end(err
     _until(_ended)
     assert allocator.began == 8
     assert all(slab() is None for slab in allocator.given)
+
+
+def test_a_process_that_fails_ends_without_the_memory_that_it_still_expects():
+    code = """
+import time, torch
+from ringflash.training.memory import slabs
+slabs.host_memory = lambda size, *_: time.sleep(0.1) or torch.empty(size, dtype=torch.uint8)
+held = slabs.Slabs(torch.device("cpu"), 1 << 20, 1)
+held.expect(1 << 20)
+held.take()
+raise SystemExit(3)
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 3
 
 
 def test_slabs_that_are_taken_are_all_that_is_made_where_nobody_said_how_many(monkeypatch):
