@@ -1,6 +1,6 @@
 """Slabs of host memory, which threads ask of the system, and page-lock, ahead of whoever takes them.
 
-Only from page-locked memory does a GPU copy beside its work. Most of what locking takes is that the system finds pages
+Only from page-locked memory does a GPU copy beside its work. Much of what locking takes is that the system finds pages
 and clears them. torch has that done by the driver (`cudaHostAlloc`), which holds a lock meanwhile that work for the GPU
 is started with, so that the GPU runs dry. Here threads touch the pages first, several at once, which keeps nobody, and
 only then, one at a time, hand them to the driver (`cudaHostRegister`). torch does likewise under
