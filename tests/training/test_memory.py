@@ -22,11 +22,12 @@ from ringflash.kernels.cpu import blockwise
 from ringflash.parallel.transport.send_recv import SendRecv
 from ringflash.training.config.composing import load
 from ringflash.training.engines.create import create_engine
+from ringflash.training.memory import available, rows
 from ringflash.training.memory import host as host_module
-from ringflash.training.memory import rows
+from ringflash.training.memory.available import available_bytes, share_of_host
 from ringflash.training.memory.blocks import BlockMemory
 from ringflash.training.memory.first_step import FirstStep
-from ringflash.training.memory.host import HostMemory, Moved, available_bytes, share_of_host
+from ringflash.training.memory.host import HostMemory, Moved
 from ringflash.training.memory.plan import KEEP, OFFLOAD, PAIRS, RECOMPUTE, Measured, placed, said
 from ringflash.training.model.pretrained import Pretrained
 
@@ -277,7 +278,7 @@ def test_host_memory_stops_at_its_limit():
 
 def test_each_process_of_a_machine_has_its_part_of_what_is_free(monkeypatch):
     assert 0 < available_bytes() < 1 << 50
-    monkeypatch.setattr(host_module, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(available, "available_bytes", lambda: 1000)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert share_of_host() == 212
 
@@ -476,6 +477,8 @@ def _decide(sizes, blocks, tokens=(5, 5)):
     memory = BlockMemory(blocks)
     with pytest.MonkeyPatch.context() as patch:
         gpu = _Gpu(patch, size)
+        patch.setattr(host_module, "PAGE", 100)
+        patch.setattr(host_module, "SLAB", 100)
         memory.host = HostMemory(CPU, 64 * host_module.PAGE)
         memory._first_step = FirstStep(CPU, blocks, memory.host.limit)
         memory.begin_step()
@@ -486,8 +489,9 @@ def _decide(sizes, blocks, tokens=(5, 5)):
                 x = memory.run(torch.sin, x)
             memory.end()
             x.sum().backward()
-        moved, gpu.allocated = memory.host.moved, 600
+        moved, taken, gpu.allocated = memory.host.moved, memory.host.taken, 600
         memory.end_step()
+    assert 2 * taken == moved  # the host was asked for what a micro-batch moves, and not for more
     return moved // 200, memory.placements, memory.decision
 
 

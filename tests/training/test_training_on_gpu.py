@@ -253,7 +253,7 @@ def test_a_step_takes_as_much_of_a_gpu_as_is_estimated(name, memory):
     from ringflash.training.config.composing import load
     from ringflash.training.estimate.hardware import Hardware, card_of
     from ringflash.training.estimate.step import estimate
-    from ringflash.training.memory.host import available_bytes
+    from ringflash.training.memory.available import available_bytes
     from ringflash.training.model.create import create_model
 
     keys = [f"engine={name}", f"engine.memory={memory}", "engine.precision=bf16", "train.seqlen=65536"]
@@ -286,7 +286,7 @@ def test_a_step_of_a_folder_takes_as_much_of_a_gpu_as_is_estimated(tmp_path, nam
     from ringflash.training.config.composing import load
     from ringflash.training.estimate.hardware import Hardware, card_of
     from ringflash.training.estimate.step import estimate
-    from ringflash.training.memory.host import available_bytes
+    from ringflash.training.memory.available import available_bytes
     from ringflash.training.model.pretrained import Pretrained
 
     shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 8, "num_attention_heads": 32}

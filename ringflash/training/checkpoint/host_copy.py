@@ -7,13 +7,13 @@ same, in ordinary memory and at once.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 
 import torch
 
 from ringflash.training.engines.base import Piece
-from ringflash.training.memory.host import SLAB, available_bytes
+from ringflash.training.memory.available import available_bytes, local_ranks
+from ringflash.training.memory.slabs import SLAB, Slabs
 from ringflash.training.ranks import from_all
 
 LEFT = 0.5
@@ -48,7 +48,7 @@ class HostCopy:
     def reserve(self, size: int) -> bool:
         """Have room for so many bytes; whether there is, for all ranks alike. A collective."""
         free = min(from_all(available_bytes()))
-        fits = size * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= LEFT * free  # as torchrun sets it
+        fits = size * local_ranks() <= LEFT * free
         fits = all(from_all(fits and self._provide(size)))
         if not fits:
             self._slabs.clear()
@@ -102,10 +102,11 @@ class HostCopy:
             start = end
 
     def _provide(self, size: int) -> bool:
-        try:
-            while len(self._slabs) * SLAB < size:
-                pinned = self._device.type == "cuda"
-                self._slabs.append(torch.empty(SLAB // 4, dtype=torch.float32, pin_memory=pinned))
-        except RuntimeError:  # the system has less than it said
-            return False
+        slabs = Slabs(self._device, -(-size // SLAB) * SLAB, SLAB)
+        slabs.expect(size)
+        while len(self._slabs) * SLAB < size:
+            slab = slabs.take()
+            if slab is None:  # the system has less than it said
+                return False
+            self._slabs.append(slab.view(torch.float32))
         return True

@@ -14,7 +14,7 @@ from ringflash.training.engines.materialise import materialise
 from ringflash.training.engines.optimizer import trained
 from ringflash.training.engines.zero import ZeroEngine
 from ringflash.training.estimate.lasting import held, weights_of
-from ringflash.training.memory.host import share_of_host
+from ringflash.training.memory.available import share_of_host
 from ringflash.training.model.decoder import Decoder
 
 DIVIDE_WEIGHTS = ("fsdp2", "zero3")

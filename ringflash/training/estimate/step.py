@@ -17,8 +17,8 @@ from ringflash.training.estimate.lasting import BUFFERS, FP32, GRADIENTS, Held, 
 from ringflash.training.estimate.own import OwnSizes
 from ringflash.training.estimate.seconds import attention, seconds
 from ringflash.training.estimate.sizes import Load, Sizes
+from ringflash.training.memory.available import USED
 from ringflash.training.memory.first_step import ON_DEVICE
-from ringflash.training.memory.host import USED
 from ringflash.training.memory.plan import AUTO, KEEP, OFFLOAD, PAIRS, RECOMPUTE, Measured, placed
 
 BLOCKS = "moved blocks"

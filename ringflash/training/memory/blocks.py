@@ -27,9 +27,10 @@ from torch.utils.checkpoint import checkpoint
 from ringflash.kernels.torch_private import storage_of
 from ringflash.recomputed import Region, within
 from ringflash.training.memory.at_once import OnceBlock
+from ringflash.training.memory.available import share_of_host
 from ringflash.training.memory.by_rows import Parts, RowBlock
 from ringflash.training.memory.first_step import FirstStep
-from ringflash.training.memory.host import Handle, HostMemory, Kept, Moved, share_of_host, store, twice
+from ringflash.training.memory.host import Handle, HostMemory, Kept, Moved, pages_of, store, twice
 from ringflash.training.memory.plan import AUTO, KEEP, OFFLOAD, PAIRS, RECOMPUTE, placed, said
 from ringflash.training.memory.rounds import RoundBlock
 
@@ -52,6 +53,7 @@ class BlockMemory:
         self._first_step: FirstStep | None = None
         self._queries = 0
         self._running = 0
+        self._took: dict[int, tuple[int, int]] = {}
         self._before: _Block | RowBlock | None = None
         self._result: tuple[Tensor, int] | None = None
 
@@ -98,6 +100,7 @@ class BlockMemory:
     def begin(self) -> None:
         """A forward pass begins; the first block comes next."""
         self._running, self._before, self._result = 0, None, None
+        self._took.clear()
 
     def end(self) -> None:
         """The last block has run: what moves to the host leaves the device."""
@@ -149,12 +152,28 @@ class BlockMemory:
                 self._see(parts)
             if first is not None:
                 self.pairs = first.pairs
+            self._look_ahead(number, block)
         stream = next((x for x in (result if isinstance(result, tuple) else (result,)) if isinstance(x, Tensor)), None)
         if stream is not None and stream.requires_grad:
             if before is not None:
                 stream.register_hook(lambda _: before.fetch())
             self._result = stream.detach(), stream._version
         return result
+
+    def _look_ahead(self, number: int, block: _Block | RowBlock) -> None:
+        """A block has run: have memory for what the rest of the pass is to move, if that is what the same ones took."""
+        if self.host is None:
+            return
+        self._took[number] = block.kept, block.pages
+        alike = 2 if self.pairs else 1
+        rest = range(number + 1, len(self.placements))
+        takes = [self._took.get(number - (number - later) % alike, (0, 0)) for later in rest]  # nothing where unknown
+        if self._first_step is None:
+            placements = self.placements[number + 1 :]
+        else:
+            placements = self._first_step.placements([kept for kept, _ in takes])
+        pages = (pages for (_, pages), place in zip(takes, placements, strict=True) if place == OFFLOAD)
+        self.host.expect(sum(pages))
 
 
 def _row_block(parts: Parts) -> type[RowBlock]:
@@ -168,11 +187,15 @@ class _Block(Region):
         host: to which what is kept moves; None to keep it on the device.
         first_step: told what the block takes; None once that is known.
         module: the block as somebody calls it from outside.
+
+    Attributes:
+        kept: bytes that it keeps, on the device or moved.
+        pages: of the host that this takes where it moves, as far as there was room.
     """
 
     def __init__(self, host: HostMemory | None, first_step: FirstStep | None, module: Callable[..., Any]) -> None:
         self._host, self._first_step, self._module = host, first_step, module
-        self._kept = self._moved = self._spared = 0
+        self.kept = self.pages = self._moved = self._spared = 0
         self._first = True
         self._stream: Tensor | None = None
         self._input: Handle | None = None
@@ -211,7 +234,7 @@ class _Block(Region):
         result = checkpoint(again, *inputs, use_reentrant=False, context_fn=lambda: contexts)
         self._first = False
         if self._first_step is not None:
-            self._first_step.ran(self._kept, self._moved > 0)
+            self._first_step.ran(self.kept, self._moved > 0)
         return result
 
     def keep_random_numbers(self) -> None:
@@ -306,7 +329,8 @@ class _Block(Region):
 
     def _store(self, x: Tensor) -> Handle:
         handle = store(x, self._host)
-        self._kept += x.nbytes
+        self.kept += x.nbytes
+        self.pages += pages_of(x) if self._host is None or isinstance(handle, Moved) else 0
         self._moved += x.nbytes if isinstance(handle, Moved) else 0
         return handle
 

@@ -24,7 +24,7 @@ from ringflash.kernels.torch_private import no_autocast
 from ringflash.parallel.execution.query_rounds import RoundAttention
 from ringflash.parallel.planning.query_rounds import QueryRound
 from ringflash.training.memory.first_step import FirstStep
-from ringflash.training.memory.host import Handle, HostMemory, Kept, Moved, store, twice
+from ringflash.training.memory.host import Handle, HostMemory, Kept, Moved, pages_of, store, twice
 from ringflash.training.memory.rows import WeightSum, swiglu, swiglu_backward, weight_sums
 
 
@@ -68,13 +68,17 @@ class RowBlock(ABC):
         first_step: told what the block takes; None once that is known.
         module: the block as somebody calls it from outside.
         parts: of the block.
+
+    Attributes:
+        kept: bytes that it keeps, on the device or moved.
+        pages: of the host that this takes where it moves, as far as there was room.
     """
 
     def __init__(
         self, host: HostMemory | None, first_step: FirstStep | None, module: Callable[..., Any], parts: Parts
     ) -> None:
         self._host, self._first_step, self._module, self._parts = host, first_step, module, parts
-        self._kept = self._moved = 0
+        self.kept = self.pages = self._moved = 0
         self._inputs: list[Handle] = []
         self._source: Callable[[], Tensor] | None = None
         self._shape = torch.Size()
@@ -99,7 +103,7 @@ class RowBlock(ABC):
         weights = (weight for part in self._parts.weights for weight in part)
         result = _ByRows.apply(x_BTC, self, *weights)
         if self._first_step is not None:
-            self._first_step.ran(self._kept, self._moved > 0)
+            self._first_step.ran(self.kept, self._moved > 0)
             self._first_step.ran_again(self._parts.whole)
         return result
 
@@ -181,7 +185,8 @@ class RowBlock(ABC):
 
     def _store(self, x: Tensor) -> Handle:
         handle = store(x, self._host)
-        self._kept += x.nbytes
+        self.kept += x.nbytes
+        self.pages += pages_of(x) if self._host is None or isinstance(handle, Moved) else 0
         self._moved += x.nbytes if isinstance(handle, Moved) else 0
         return handle
 

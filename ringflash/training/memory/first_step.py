@@ -7,6 +7,9 @@ that was needless; optimizers make their state in its end, so what stays of it c
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 
@@ -43,7 +46,11 @@ class FirstStep:
         """Of the block of that number."""
         if number == 0:
             self._ran = self._kept = self._moved = 0  # of another micro-batch
-        return RECOMPUTE if self._kept + self._largest <= self._room else OFFLOAD
+        return self._placed(self._kept)
+
+    def placements(self, sizes: Sequence[int]) -> list[str]:
+        """Of the blocks that come next in this pass, if they keep so many bytes."""
+        return [self._placed(kept) for kept in itertools.accumulate(sizes[:-1], initial=self._kept)] if sizes else []
 
     def ran(self, kept: int, moved: bool) -> None:
         """A block keeps so many bytes, on the device or moved; of all ranks' first ones a collective."""
@@ -70,6 +77,10 @@ class FirstStep:
         free, *most = least.tolist()
         torch.cuda.reset_peak_memory_stats(self._device)  # the next steps take something else
         return Measured(free, *(-value for value in most))
+
+    def _placed(self, kept: int) -> str:
+        """Where a block goes behind others that keep so many bytes."""
+        return RECOMPUTE if kept + self._largest <= self._room else OFFLOAD
 
     def _capacity(self) -> int:
         """Bytes of the device that torch has or could have."""

@@ -1,54 +1,60 @@
 """Memory of the host, for what the backward pass does not need for a while.
 
 Tensors leave the device, and come back, on a stream of their own, in pages that are never given back to the system:
-page-locking takes longer than moving. Each step has other sizes, as ranks hold other numbers of tokens; pages fit all.
-On a CPU all of this is the same, in ordinary memory and without streams.
+page-locking takes longer than moving. So it is begun ahead, by `slabs`, as soon as somebody knows how much is to move.
+Each step has other sizes, as ranks hold other numbers of tokens; pages fit all. On a CPU all of this is the same, in
+ordinary memory and without streams.
 """
 
 from __future__ import annotations
-
-import os
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ringflash.errors import RingflashError
+from ringflash.training.memory.slabs import SLAB, Slabs
 
 PAGE = 1 << 22
 """Bytes of a page: large enough for a transfer to be fast, small enough that a log-sum-exp wastes little."""
 
-SLAB = 64 * PAGE
-"""Bytes that are asked of the system, and page-locked, at a time."""
+assert SLAB % PAGE == 0
 
 
 class HostMemory:
     """Pages of host memory, and the stream on which they are filled and emptied.
 
     Attributes:
-        limit: bytes that may be used at most.
         used: bytes in pages that hold something now.
         moved: bytes that were moved to the host since the beginning.
     """
 
     def __init__(self, device: torch.device, limit: int) -> None:
-        self.device, self.limit, self.used, self.moved = device, limit, 0, 0
+        self._slabs = Slabs(device, limit // PAGE * PAGE, SLAB)
+        self.device, self.used, self.moved = device, 0, 0
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._free: list[Tensor] = []
-        self._pages = 0
         self._leaving: list[tuple[torch.Event, Tensor, int]] = []
+
+    @property
+    def limit(self) -> int:
+        """Bytes that may be used at most; what the system has, once it refused more."""
+        return self._slabs.limit
 
     @property
     def taken(self) -> int:
         """Bytes that were asked of the system."""
-        return self._pages * PAGE
+        return self._slabs.made
+
+    def expect(self, pages: int) -> None:
+        """Have so many pages more than are in use now, or as many as the limit allows; waits for nothing."""
+        self._slabs.expect(self.used + pages * PAGE)
 
     def move(self, tensor: Tensor) -> Moved | None:
         """Begin to move a tensor to the host; None where its pages are not to be had.
 
         It stays on the device until `let_go`.
         """
-        count = -(-tensor.nbytes // PAGE)
+        count = pages_of(tensor)
         if not self._provide(count):
             return None
         pages = [self._free.pop() for _ in range(count)]
@@ -76,19 +82,21 @@ class HostMemory:
         self._free += pages
         self.used -= len(pages) * PAGE
 
+    def __del__(self) -> None:
+        """Nobody moves anything any more."""
+        self._slabs.close()
+
     def _provide(self, count: int) -> bool:
         """Whether that many pages are free, after asking the system for more if the limit allows."""
+        if self.used + count * PAGE > self.limit:
+            return False
+        if len(self._free) < count:
+            self.expect(count)
         while len(self._free) < count:
-            size = min(SLAB, self.limit // PAGE * PAGE - self._pages * PAGE)
-            if size < PAGE:
-                return False
-            try:
-                slab = torch.empty(size, dtype=torch.uint8, pin_memory=self.stream is not None)
-            except RuntimeError:  # the system has less than it said
-                self.limit = self._pages * PAGE
+            slab = self._slabs.take()
+            if slab is None:
                 return False
             self._free += slab.split(PAGE)
-            self._pages += size // PAGE
         return True
 
 
@@ -169,6 +177,11 @@ def store(tensor: Tensor, host: HostMemory | None) -> Handle:
     return (None if host is None else host.move(tensor)) or Kept(tensor)
 
 
+def pages_of(tensor: Tensor) -> int:
+    """How many pages it takes."""
+    return -(-tensor.nbytes // PAGE)
+
+
 def twice() -> RingflashError:
     """What was kept for a backward pass is gone."""
     return RingflashError("the backward pass of a block ran twice; engine.memory=keep allows that")
@@ -191,42 +204,3 @@ def _copy(tensor: Tensor, pages: list[Tensor], to_pages: bool) -> None:
         part = tensor[number * PAGE : (number + 1) * PAGE]
         source, target = (part, page[: len(part)]) if to_pages else (page[: len(part)], part)
         target.copy_(source, non_blocking=True)
-
-
-def share_of_host(others: float = 0) -> int:
-    """Bytes of host memory that this process may use: its part of most of what is free on this machine.
-
-    Args:
-        others: of its part, what something else in this process is to take.
-    """
-    part = available_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # as torchrun sets it
-    return max(0, int(USED * (part - others)))
-
-
-USED = 0.85
-"""Share of the free host memory that may be used; data, checkpoints and the ranks' own buffers are to have the rest."""
-
-
-def available_bytes() -> int:
-    """Host memory that this process and those beside it may still take: what the system has, or their group's limit."""
-    found = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        found = [int(lines["MemAvailable"].split()[0]) * 1024]  # counts caches that give way
-    except (OSError, KeyError, ValueError):
-        pass  # not Linux
-    for folder, limit, used, cached in GROUPS:
-        try:
-            statistics = dict(line.split() for line in Path(folder, "memory.stat").read_text().splitlines())
-            taken = int(Path(folder, used).read_text()) - int(statistics[cached])
-            found.append(int(Path(folder, limit).read_text()) - taken)
-        except (OSError, KeyError, ValueError):
-            continue  # no such file, or "max"
-    return max(0, min(found))
-
-
-GROUPS = (
-    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-)
-"""Where Linux says how much memory a container may have and has, and how much of that are caches that give way."""

@@ -22,7 +22,7 @@ from ringflash.training.estimate.hardware import GIB, Card, Hardware, card_of
 from ringflash.training.estimate.lasting import weights_of
 from ringflash.training.estimate.sizes import Load
 from ringflash.training.estimate.step import BLOCKS, Estimate, estimate, in_seconds, unknown
-from ringflash.training.memory.host import available_bytes
+from ringflash.training.memory.available import available_bytes
 from ringflash.training.model.decoder import Decoder
 from ringflash.training.ranks import from_all
 from ringflash.training.run.loader import ShardedBatches
