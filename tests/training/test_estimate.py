@@ -127,7 +127,9 @@ def test_steps_on_more_gpus_take_longer_by_what_these_tell_each_other():
     assert alone == 0 < four < eight < hosts
     # A rank lacks three quarters of what is gathered twice, but for the head, and summed once.
     size = 0.75 * 2 * (3 * weights.all - weights.head)
-    fastest = min(seconds / size for size, seconds in zip(SEND_RECV.inside.sizes, SEND_RECV.inside.seconds, strict=True))
+    fastest = min(
+        seconds / size for size, seconds in zip(SEND_RECV.inside.sizes, SEND_RECV.inside.seconds, strict=True)
+    )
     assert 1 < four / (1 - SEND_RECV.inside.hidden) / size / fastest < 2
     assert estimate(config, FOUR).seconds > four + 1
 

@@ -65,7 +65,9 @@ def exchanging(engine: EngineConfig, weights: Weights, micro_batches: int, hardw
     machine = measured_machine() or SEND_RECV
     shares = ((machine.inside, 1 - 1 / ranks), (machine.outside, (1 - 1 / hosts) / hardware.gpus_per_host))
     found = exchanges(engine, weights, micro_batches)
-    took = sum(each.size / each.piece * max(_time(link, share * each.piece) for link, share in shares) for each in found)
+    took = sum(
+        each.size / each.piece * max(_time(link, share * each.piece) for link, share in shares) for each in found
+    )
     return (1 - SEND_RECV.inside.hidden) * took
 
 
