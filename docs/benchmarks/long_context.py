@@ -89,8 +89,8 @@ def _of_one_process(lengths: list[str], configs: list[Config]) -> list[Config]:
     engine = configs[0].engine.name
     if len(configs) > 1 and engine.startswith("zero"):
         raise ArgumentError(
-            f"{' '.join(lengths)} with engine={engine}: allowed is one length in a process, as DeepSpeed would hold what "
-            "the first one took beside the next"
+            f"{' '.join(lengths)} with engine={engine}: allowed is one length in a process, as DeepSpeed would hold "
+            "what the first one took beside the next"
         )
     return configs
 

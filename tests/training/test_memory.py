@@ -286,7 +286,10 @@ def test_each_process_of_a_machine_has_its_part_of_what_is_free(monkeypatch):
 
 
 def _peak_of(function, since=None):
-    """Bytes in use at most while a function runs, beside what was there; since the last of what it names so, if it is."""
+    """Bytes in use at most while a function runs, beside what was there.
+
+    Those behind the beginning of the last part that it names as `since`, if any.
+    """
     gc.collect()  # what is released meanwhile would count, whoever allocated it
     gc.disable()
     try:

@@ -1,8 +1,8 @@
 """How long weights and gradients are on their way between ranks, which engines gather and sum in each step.
 
-They go by NCCL, in pieces of as many weights as an engine handles at once, at the rates of this machine's links or, where
-nobody has measured them, of NCCL's sends between H100s. Its kernels need processors, which launches of computation hold
-until they end, so that little of it hides behind them.
+They go by NCCL, in pieces of as many weights as an engine handles at once, at the rates of this machine's links or,
+where nobody has measured them, of NCCL's sends between H100s. Its kernels need processors, which launches of
+computation hold until they end, so that little of it hides behind them.
 """
 
 from __future__ import annotations
