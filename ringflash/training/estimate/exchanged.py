@@ -27,10 +27,12 @@ class Exchange(NamedTuple):
     Attributes:
         size: bytes of it, whole, in a step.
         piece: bytes of it at once.
+        beside: it goes on beside the backward pass, in pieces so small that devices wait for the last one alone.
     """
 
     size: float
     piece: float
+    beside: bool = False
 
 
 def exchanges(engine: EngineConfig, weights: Weights, micro_batches: int) -> list[Exchange]:
@@ -44,7 +46,7 @@ def exchanges(engine: EngineConfig, weights: Weights, micro_batches: int) -> lis
     element, trained, block = weights.element, weights.trained, weights.element * weights.block
     together = element * bucket(weights.largest, weights.all)  # under DeepSpeed
     if engine.name == "ddp":
-        return [Exchange(2 * FP32 * trained, DDP_BUCKET)]
+        return [Exchange(2 * FP32 * trained, DDP_BUCKET, beside=True)]
     if engine.name in ("zero1", "zero2"):  # with ZeRO 2, too, all ranks have the sums, and keep a part of them
         sums = 2 * (micro_batches if engine.name == "zero2" else 1)
         return [Exchange(sums * element * trained, together), Exchange(element * trained, together)]
@@ -64,10 +66,10 @@ def exchanging(engine: EngineConfig, weights: Weights, micro_batches: int, hardw
     ranks, hosts = hardware.gpus, hardware.hosts
     machine = measured_machine() or SEND_RECV
     shares = ((machine.inside, 1 - 1 / ranks), (machine.outside, (1 - 1 / hosts) / hardware.gpus_per_host))
-    found = exchanges(engine, weights, micro_batches)
-    took = sum(
-        each.size / each.piece * max(_time(link, share * each.piece) for link, share in shares) for each in found
-    )
+    took = 0.0
+    for each in exchanges(engine, weights, micro_batches):
+        pieces = 1 if each.beside else each.size / each.piece
+        took += pieces * max(_time(link, share * each.piece) for link, share in shares)
     return (1 - SEND_RECV.inside.hidden) * took
 
 
