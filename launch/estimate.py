@@ -49,7 +49,7 @@ def as_text(config: Config, hardware: Hardware, card: str, found: Estimate, fitt
         *(f"  {name:<{width}}  {size / GIB:8.2f}" for name, size in found.host.items()),
         "",
         f"{in_seconds(found.seconds)} a step, {found.tokens_per_second:,.0f} tokens/s/GPU, MFU {found.mfu:.1%}, "
-        "by the device's work alone",
+        "by the work of devices and links alone",
         fits,
         f"the longest train.seqlen that fits: {fitting:,}" if fitting else "no train.seqlen fits",
     ]

@@ -1,11 +1,13 @@
 """Steps of full training at several lengths: seconds, tokens/s, MFU, memory of the GPU and of its host.
 
-    torchrun --nproc-per-node 4 docs/benchmarks/long_context.py 32768 131072 262144 --out long_context.json
+    torchrun --nproc-per-node 4 docs/benchmarks/long_context.py 131072 --out long_context.json
     torchrun --nproc-per-node 4 docs/benchmarks/long_context.py 524288 engine.memory=offload
+    torchrun --nproc-per-node 4 docs/benchmarks/long_context.py 8192 131072 262144 engine=fsdp2
 
 One document of random tokens a step, on random weights of `experiment=llama3_8b_long`, or of what overrides name. MFU
 is of the useful operations (`ringflash.training.estimate.operations`), against what the GPU's maker says of bf16. Each
-length is a model of its own; one that does not fit ends the command, behind what was measured.
+length is a model of its own; one that does not fit ends the command, behind what was measured. Under ZeRO a command has
+one length: DeepSpeed holds weights, gradients and optimizer of an engine until its process ends.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from ringflash.configs.schema import Config
+from ringflash.errors import ArgumentError
 from ringflash.launch.benchmark_device import machine
 from ringflash.launch.train import join
 from ringflash.training.config.composing import load
@@ -77,6 +80,21 @@ def of_length(config: Config, device: torch.device, steps: int) -> list[dict]:
     return rows
 
 
+def _of_one_process(lengths: list[str], configs: list[Config]) -> list[Config]:
+    """The configurations of some lengths.
+
+    Raises:
+        ArgumentError: several under an engine whose memory is not free again before the next one.
+    """
+    engine = configs[0].engine.name
+    if len(configs) > 1 and engine.startswith("zero"):
+        raise ArgumentError(
+            f"{' '.join(lengths)} with engine={engine}: allowed is one length in a process, as DeepSpeed would hold "
+            "what the first one took beside the next"
+        )
+    return configs
+
+
 def main() -> None:
     """Measure every length; rank 0 writes what there is after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -84,18 +102,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="of each length (3)")
     parser.add_argument("--out", type=Path, help="where to write the figures")
     options = parser.parse_args()
-    lengths = [int(word) for word in options.words if word.isdigit()]
+    lengths = [word for word in options.words if word.isdigit()]
     overrides = ["experiment=llama3_8b_long", *(word for word in options.words if not word.isdigit())]
     rows: list[dict] = []
     device: torch.device | None = None
-    for length in lengths:
-        config = load([*overrides, f"train.seqlen={length}"])
+    for config in _of_one_process(lengths, [load([*overrides, f"train.seqlen={length}"]) for length in lengths]):
         device = join(config) if device is None else device
         rows += of_length(config, device, options.steps)
+        gc.collect()  # models are in cycles
         if options.out is not None and dist.get_rank() == 0:
             found = {"machine": machine(), "ranks": dist.get_world_size(), "overrides": overrides, "rows": rows}
             options.out.write_text(json.dumps(found, indent=1))
-    gc.collect()
     dist.barrier()  # nobody leaves while another is still at something
     dist.destroy_process_group()
 

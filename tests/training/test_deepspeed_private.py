@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 
 import pytest
 import recipe
@@ -79,6 +81,19 @@ def test_ranks_that_hold_all_weights_among_them_are_made_once_and_do(pool, tmp_p
     path = tmp_path / "deepspeed.json"
     path.write_text(json.dumps({"zero_optimization": {"zero_hpz_partition_size": 2}}))
     assert pool(4).run(_holders_of_copies, str(path)) == [([0, 1], True)] * 2 + [([2, 3], True)] * 2
+
+
+def _outlives(name):
+    engine, _ = _engine(name)
+    model = weakref.ref(engine.model)
+    del engine
+    gc.collect()
+    return model() is not None
+
+
+def test_a_model_of_stage_3_is_held_until_its_process_ends_so_that_a_benchmark_has_one_in_each(pool):
+    assert pool(2).run(_outlives, "zero3") == [True, True]
+    assert pool(2).run(_outlives, "fsdp2") == [False, False]
 
 
 def _masters(name, dtype, attribute):

@@ -18,15 +18,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_memory import _peak
 from torch._subclasses.fake_tensor import is_fake
+from torch.utils._pytree import tree_leaves
 
 from ringflash import loss
 from ringflash.configs.schema import AttentionConfig, EngineConfig, ModelConfig
+from ringflash.kernels.torch_private import TorchDispatchMode
 from ringflash.launch.estimate import main
+from ringflash.parallel.planning.machine import SEND_RECV
 from ringflash.training.config.checks import check
 from ringflash.training.config.composing import load
 from ringflash.training.engines.create import create_engine
+from ringflash.training.estimate.exchanged import exchanges, exchanging
 from ringflash.training.estimate.hardware import CARDS, GIB, STARTED, Card, Hardware
-from ringflash.training.estimate.lasting import GRADIENTS, held, lasting
+from ringflash.training.estimate.lasting import GRADIENTS, held, lasting, weights_of
 from ringflash.training.estimate.own import OwnSizes
 from ringflash.training.estimate.sizes import Load
 from ringflash.training.estimate.step import BLOCKS, COPY, estimate, longest
@@ -77,6 +81,57 @@ def test_weights_gradients_and_optimizer_take_what_is_said(pool, name, optimizer
         expected = said["parameters"] + said["optimizer"] + (0 if name == "fsdp2" else said["gradients"])
         expected += 2 * weights if name == "zero3" else 0  # DeepSpeed's bucket, which is no larger than the model
         assert found == pytest.approx(expected, rel=0.02)
+
+
+class _Exchanged(TorchDispatchMode):
+    """Bytes that collectives of a rank gather, or sum; what all ranks have the sum of counts twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d" and "broadcast" not in func.__name__:
+            given = [sum(x.nbytes for x in tree_leaves(each) if isinstance(x, torch.Tensor)) for each in args]
+            self.size += 2 * given[0] if "allreduce" in func.__name__ else max(given)
+        return func(*args, **(kwargs or {}))
+
+
+def _exchanged(name, reduce):
+    # DeepSpeed keeps small weights gathered, and the last blocks where the head is small.
+    shape, accumulation = ModelConfig(512, 512, 10, 4, 2, head_dim=128), 2
+    model = recipe.build(dist.group.WORLD, model=shape, device="meta", dtype=torch.bfloat16)
+    weights, config = weights_of(model), EngineConfig(name, reduce=reduce)
+    engine = create_engine(model, CPU, config, recipe.OPTIMIZER, accumulation)
+    shards = [model.shard(recipe.batches(0)[1])] * accumulation
+    engine.train_step(shards, 1e-3)  # ZeRO 3 learns in which order weights are wanted
+    with _Exchanged() as found:
+        engine.train_step(shards, 1e-3)
+    return found.size, sum(each.size for each in exchanges(config, weights, accumulation))
+
+
+@pytest.mark.parametrize(
+    ("name", "reduce"),
+    [("ddp", "fp32"), ("fsdp2", "fp32"), ("fsdp2", "bf16"), ("zero1", "fp32"), ("zero2", "fp32"), ("zero3", "fp32")],
+)
+def test_engines_gather_and_sum_as_much_as_is_said(pool, name, reduce):
+    for found, said in pool(2).run(_exchanged, name, reduce):
+        assert found == pytest.approx(said, rel=0.05)
+
+
+def test_steps_on_more_gpus_take_longer_by_what_these_tell_each_other():
+    config = load(["experiment=llama3_8b_long", "train.seqlen=32768"])
+    weights = OwnSizes.of(config, 4).weights
+    ranks = [Hardware(ranks, CARDS["h100"], 0) for ranks in (1, 4, 8, 16)]
+    alone, four, eight, hosts = (exchanging(config.engine, weights, 1, each) for each in ranks)
+    assert alone == 0 < four < eight < hosts
+    # A rank lacks three quarters of what is gathered twice, but for the head, and summed once.
+    size = 0.75 * 2 * (3 * weights.all - weights.head)
+    fastest = min(
+        seconds / size for size, seconds in zip(SEND_RECV.inside.sizes, SEND_RECV.inside.seconds, strict=True)
+    )
+    assert 1 < four / (1 - SEND_RECV.inside.hidden) / size / fastest < 2
+    assert estimate(config, FOUR).seconds > four + 1
 
 
 @pytest.mark.parametrize(
@@ -180,10 +235,14 @@ def test_more_tokens_take_more_and_more_gpus_take_less(length, gpus, policy, eng
         config = dataclasses.replace(SMALL, train=train, engine=settings)
         return estimate(config, Hardware(gpus, CARDS["h100"], 1000 * GIB))
 
+    def work(found, gpus):
+        weights, config = OwnSizes.of(SMALL, gpus).weights, dataclasses.replace(SMALL.engine, name=engine)
+        return found.seconds - exchanging(config, weights, 1, Hardware(gpus, CARDS["h100"], 0))
+
     found, longer, shared = of(length, gpus), of(2 * length, gpus), of(length, 2 * gpus)
     assert 0 < found.mfu < 1
     assert found.seconds < longer.seconds
-    assert shared.seconds < found.seconds
+    assert work(shared, 2 * gpus) < work(found, gpus)
     if policy != "auto":  # which fills what there is
         assert found.peak + sum(found.host.values()) < longer.peak + sum(longer.host.values())
         assert shared.peak <= found.peak

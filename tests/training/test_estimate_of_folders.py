@@ -17,6 +17,8 @@ from ringflash.configs.schema import LoraConfig, ModelConfig
 from ringflash.launch.estimate import main
 from ringflash.training.config.checks import check
 from ringflash.training.config.composing import load
+from ringflash.training.engines import room
+from ringflash.training.engines.create import create_engine
 from ringflash.training.engines.materialise import materialise
 from ringflash.training.estimate.counting import count
 from ringflash.training.estimate.fitting import refuse_what_cannot_fit
@@ -96,6 +98,44 @@ def test_a_pass_has_as_much_in_use_at_once_as_is_counted(tmp_path, monkeypatch, 
     found = _peak_of(lambda: model(**shard).backward())
     said, _ = count(made(read=False), tokens, policy, master=precision == "autocast")
     assert found == pytest.approx(said.kept + max(said.forward, said.head, said.backward), rel=0.1)
+
+
+def _peak_of_a_step(path, *overrides):
+    """Bytes that a step of an engine has in use at once, the engine's own among them, and what is said."""
+    cpu = torch.device("cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        for device in ("cpu", "cuda"):
+            patch.setitem(rows.TILE_ELEMENTS, device, 1 << 19)
+            patch.setitem(loss.CHUNK_ELEMENTS, device, 1 << 20)
+        patch.setattr(room, "BUCKET", 1 << 17)
+        keys = ["engine.precision=bf16", "train.seqlen=2048"]
+        config = load([f"model.path={path}", *keys, *overrides])
+        said = estimate(config, dataclasses.replace(FOUR, gpus=1)).peak
+        model = Pretrained(config.model, dist.group.WORLD, None, torch.bfloat16, lora=config.lora, read=False)
+        model.initialise = lambda _, weight: weight.normal_(std=0.02)
+        tokens = {"input_ids": torch.zeros(1, 2048, dtype=torch.int64), "cu_seqlens": range(0, 2049, 256)}
+        shard = model.shard(tokens)
+
+        def steps():
+            engine = create_engine(model, cpu, config.engine, config.optimizer)
+            for _ in range(2):  # optimizers make their state in the first
+                with torch.profiler.record_function("step"):
+                    engine.train_step([shard], 1e-4)
+
+        return _peak_of(steps, since="step"), said
+
+
+@pytest.mark.parametrize(
+    ("engine", "policy", "lora"),
+    [("zero3", KEEP, 16), ("zero3", RECOMPUTE, 0), ("fsdp2", KEEP, 0), ("fsdp2", RECOMPUTE, 16)],
+)
+def test_a_step_of_an_engine_has_as_much_in_use_at_once_as_is_said(pool, tmp_path, engine, policy, lora):
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 16}  # else attention is most on a CPU
+    shape = {"hidden_size": 256, "intermediate_size": 1024, "vocab_size": 4096, "tie_word_embeddings": True}
+    path = _described(tmp_path, **shape, **heads)
+    keys = [f"engine={engine}", f"engine.memory={policy}", f"lora.rank={lora}"]
+    ((found, said),) = pool(1).run(_peak_of_a_step, path, *keys)
+    assert found == pytest.approx(said, rel=0.05)
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero3"])

@@ -286,8 +286,11 @@ def test_each_process_of_a_machine_has_its_part_of_what_is_free(monkeypatch):
 # Memory at once
 
 
-def _peak_of(function):
-    """Bytes in use at most while a function runs, beside what was there."""
+def _peak_of(function, since=None):
+    """Bytes in use at most while a function runs, beside what was there.
+
+    Those behind the beginning of the last part that it names as `since`, if any.
+    """
     gc.collect()  # what is released meanwhile would count, whoever allocated it
     gc.disable()
     try:
@@ -295,8 +298,11 @@ def _peak_of(function):
             function()
     finally:
         gc.enable()
-    sizes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return max(itertools.accumulate(sizes))
+    events = profile.profiler.kineto_results.events()
+    begin = max((event.start_ns() for event in events if event.name() == since), default=0)
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    sums = itertools.accumulate(size for _, size in changes)
+    return max(size for size, (when, _) in zip(sums, changes, strict=True) if when >= begin)
 
 
 def _peak(policy, tokens, blocks=2, width=16, feed_forward=4096, **options):

@@ -2,6 +2,6 @@
 
 hardware: GPUs and what they could do. operations: the useful ones of a step. lasting: what engines hold whatever the
 length. sizes: what an estimate asks of a model and a rank's tokens. own: that of the recipe's own model. counting,
-folder: that of one of Transformers. seconds: how long the device works. step: all of it together. fitting: a run that
-cannot fit, and what would.
+folder: that of one of Transformers. exchanged: weights and gradients between ranks. seconds: how long devices and links
+work. step: all of it together. fitting: a run that cannot fit, and what would.
 """

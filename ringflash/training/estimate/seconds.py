@@ -1,7 +1,8 @@
-"""How long the devices work on a step.
+"""How long devices, and links between them, work on a step.
 
 The plan of attention as `ringflash.parallel.planning` predicts it, products of matrices at the rate of attention's
-forward pass, all else by the bytes that it reads and writes. What hosts take to start that, and data, are not in it.
+forward pass, all else by the bytes that it reads and writes, and what ranks tell each other of weights and gradients.
+What hosts take to start that, and data, are not in it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import resolve
 from ringflash.parallel.positions.visibility import needed_keys
 from ringflash.training.config.derived import sequence_degree
+from ringflash.training.estimate.exchanged import exchanging
 from ringflash.training.estimate.hardware import CARDS, Hardware
 from ringflash.training.estimate.lasting import FP32
 from ringflash.training.estimate.sizes import Sizes
@@ -93,7 +95,8 @@ def seconds(
     of_pairs = attended.seconds * sizes.micro_batches * config.train.micro_batch
     of_pairs *= sizes.load.pairs / sizes.whole_pairs
     steps = sizes.weights.trained / (1 if config.engine.name == "ddp" else gpus) * 10 * FP32 / machine.memory
-    return beside + of_pairs + steps
+    between = exchanging(config.engine, sizes.weights, sizes.micro_batches, hardware)
+    return beside + of_pairs + steps + between
 
 
 def _machine(hardware: Hardware) -> Machine:
