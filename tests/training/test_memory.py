@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import gc
 import itertools
 import math
+import weakref
 
 import pytest
 import recipe
@@ -182,6 +184,48 @@ def test_any_mixture_of_placements_gives_the_same_gradients(placements):
         gradients.append([weight.grad for weight in model.parameters()])
         assert model.memory.host.used == 0
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+class _Tape:
+    """In the place of a GPU's streams, which end nothing."""
+
+    def __init__(self, patch):
+        patch.setattr(torch.cuda, "current_stream", lambda _=None: self)
+        patch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+
+    def wait_event(self, _):
+        pass
+
+    def wait_stream(self, _):
+        pass
+
+    def record_event(self):
+        return None
+
+
+def test_a_pass_that_fails_leaves_nothing_of_its_blocks_on_the_device(monkeypatch):
+    memory, inputs = BlockMemory(3), []
+    memory.start(OFFLOAD, CPU)
+    memory.host.stream = _Tape(monkeypatch)
+
+    def block(x):
+        if len(inputs) == 3:
+            raise ZeroDivisionError
+        return x.sin()
+
+    def run():
+        memory.begin()
+        x = torch.ones(2, 3, 4, requires_grad=True)
+        for _ in range(3):
+            inputs.append(weakref.ref(x.untyped_storage()))
+            x = memory.run(block, x)
+
+    with pytest.raises(ZeroDivisionError):
+        run()
+    gc.collect()
+    memory.begin()
+    assert [each() for each in inputs] == [None] * 3
+    assert memory.host.used == 0
 
 
 def test_what_moved_comes_back_one_block_ahead(monkeypatch):

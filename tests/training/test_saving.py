@@ -23,6 +23,7 @@ from ringflash.training.checkpoint.files import newest
 from ringflash.training.checkpoint.reading import Checkpoint
 from ringflash.training.checkpoint.saving import Saver
 from ringflash.training.engines.base import Piece
+from ringflash.training.memory import slabs
 from ringflash.training.run import loop
 
 SMALL = ("data.max_bytes=60000", "train.validation_sequences=1")
@@ -339,4 +340,8 @@ def test_a_copy_on_the_host_is_what_was_copied_across_its_slabs(sizes, monkeypat
     for tensor in whole:
         tensor.zero_()
     assert [b"".join(copy.read(piece)) for piece in mine] == expected
+    before = {slab.data_ptr() for slab in copy._slabs}
+    monkeypatch.setattr(slabs, "host_memory", lambda *_: pytest.fail("it has as much"))
+    assert copy.reserve(4 * sum(sizes))
+    assert {slab.data_ptr() for slab in copy._slabs} == before
     assert not copy.reserve(1 << 60)

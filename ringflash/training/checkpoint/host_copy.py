@@ -102,8 +102,9 @@ class HostCopy:
             start = end
 
     def _provide(self, size: int) -> bool:
-        slabs = Slabs(self._device, -(-size // SLAB) * SLAB, SLAB)
-        slabs.expect(size)
+        missing = max(0, -(-size // SLAB) - len(self._slabs)) * SLAB
+        slabs = Slabs(self._device, missing, SLAB)
+        slabs.expect(missing)
         while len(self._slabs) * SLAB < size:
             slab = slabs.take()
             if slab is None:  # the system has less than it said

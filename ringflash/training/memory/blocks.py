@@ -101,6 +101,8 @@ class BlockMemory:
         """A forward pass begins; the first block comes next."""
         self._running, self._before, self._result = 0, None, None
         self._took.clear()
+        if self.host is not None:
+            self.host.let_go()  # of a pass that failed
 
     def end(self) -> None:
         """The last block has run: what moves to the host leaves the device."""
