@@ -30,9 +30,11 @@ from ringflash.kernels.cpu import blockwise
 from ringflash.kernels.torch_private import default_store
 from ringflash.parallel import placement
 from ringflash.parallel.agreement.meetings import REFUSED_UNKNOWN
+from ringflash.parallel.agreement.rounds import agreement
 from ringflash.parallel.execution import call, gradients
 from ringflash.parallel.mesh import ONE_DEVICE
 from ringflash.parallel.transport import head_exchange
+from ringflash.parallel.transport.select import GroupTransport
 from ringflash.ring_flash_attn import (
     llama3_flash_attn_prepare_cu_seqlens,
     llama3_flash_attn_varlen_func,
@@ -312,6 +314,24 @@ def test_an_unshard_that_one_rank_refuses_is_refused_once_and_shifts_no_rank():
         for first, second in pool.run(_unshard_wrongly_on_one_rank):
             assert first.tolist() == [[0, 0, 0, 1, 1, 1]]
             assert second.tolist() == [[2, 2, 2, 3, 3, 3]]
+
+
+def _unshard_where_no_call_can_be_matched(seqlen):
+    """How often streams that wait for others are let go."""
+    x, gone = torch.zeros(1, 3), []
+    unshard(x, 1, seqlen=6)
+    agreement(dist.group.WORLD).close(MemoryError("of a launch"), torch.device("cuda", 0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GroupTransport, "abandon", lambda transport: gone.append(transport))
+        with pytest.raises(RankMismatchError, match="MemoryError: of a launch"):
+            unshard(x, 1, seqlen=seqlen)
+    return len(gone)
+
+
+@pytest.mark.parametrize("seqlen", [None, 6])
+def test_who_hears_in_an_unshard_that_no_call_can_be_matched_waits_for_none(seqlen):
+    with Pool(2, timeout=PROMPT) as pool:
+        assert pool.run(_unshard_where_no_call_can_be_matched, seqlen) == [1, 1]
 
 
 def _after_an_earlier_life():
