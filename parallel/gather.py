@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ringflash.errors import ArgumentError
-from ringflash.parallel.agreement.rounds import agreement, digest_of
+from ringflash.parallel.agreement.rounds import agreement
 from ringflash.parallel.positions.partition import Partition
+from ringflash.parallel.transport.select import check_all_alike
 
 
 def gather_rows(x: Tensor, dim: int, partition: Partition, group: dist.ProcessGroup | None) -> Tensor:
@@ -27,13 +28,12 @@ def gather_rows(x: Tensor, dim: int, partition: Partition, group: dist.ProcessGr
     """
     if group is None:
         return x
-    rounds = agreement(group)
     try:
         others = [*x.shape]
         others.pop(dim)
         surplus = x.shape[dim] - partition.count(group.rank())
     except Exception as error:
-        rounds.refuse(error)
+        agreement(group).refuse(error)
         raise
     known = {
         "dtype": str(x.dtype),
@@ -43,7 +43,7 @@ def gather_rows(x: Tensor, dim: int, partition: Partition, group: dist.ProcessGr
         "partition": partition.digest.hex(),
         "surplus rows": surplus,
     }
-    rounds.check(digest_of(("unshard", known)), lambda: known, x.device)
+    check_all_alike(group, "unshard", known, x.device)
     if surplus:
         raise ArgumentError(
             f"x has {x.shape[dim]} rows in dimension {dim}; its partition of {partition.length} tokens gives rank "

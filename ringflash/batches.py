@@ -16,13 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringflash.errors import ArgumentError
-from ringflash.parallel.agreement.rounds import agreement, digest_of, refuse
+from ringflash.parallel.agreement.rounds import refuse
 from ringflash.parallel.labels import as_int64
 from ringflash.parallel.mesh import Group, process_group
 from ringflash.parallel.positions.balance import TOKEN_WORK
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import BY_DOCUMENT, Partition
 from ringflash.parallel.sharding import Sharding
+from ringflash.parallel.transport.select import check_all_alike
 
 
 def positions(
@@ -98,7 +99,7 @@ def unshard(
 def _summed_over_ranks(x: Tensor, dim: int, others: list[int], group: dist.ProcessGroup) -> int:
     """S, from the rows of all ranks."""
     known = {"dtype": str(x.dtype), "dim": dim, "other dimensions": others, "seqlen": None}
-    agreement(group).check(digest_of(("seqlen", known)), lambda: known, x.device)
+    check_all_alike(group, "seqlen", known, x.device)
     tokens = torch.tensor([x.shape[dim]], device=x.device)
     dist.all_reduce(tokens, group=group)
     return int(tokens)

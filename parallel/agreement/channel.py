@@ -1,7 +1,8 @@
 """How ranks talk to each other about their calls: on the host, beside the tensors' own way.
 
 Making a channel needs all ranks of the group, at their first call. A rank that refuses its first call cannot wait for
-that; until it makes a call after all, its herald repeats in the key-value store what it refused, for those who wait.
+that; until there is one, its herald repeats in the key-value store what it refused, for those who wait. So does that of
+a rank that was told or waited too long, and gave the call up.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ import torch.distributed as dist
 
 from ringflash.errors import RankMismatchError
 from ringflash.kernels.torch_private import default_store, is_destroyed
+from ringflash.parallel.agreement.meetings import CALL, REFUSED, REFUSED_UNKNOWN, Said, meeting
 from ringflash.parallel.agreement.shared_rounds import VALUES, SharedRounds, create
 from ringflash.parallel.host import host
 
@@ -85,8 +87,8 @@ class _ByGloo:
         return sys.maxsize
 
     def say(self, values: Sequence[int]) -> None:
-        numbers = torch.zeros(self._ranks, VALUES, dtype=torch.int64)
-        numbers[self._rank] = torch.tensor(values)
+        numbers = torch.zeros(self._ranks, VALUES, dtype=torch.int64, device="cpu")
+        numbers[self._rank] = torch.tensor(values, device="cpu")
         options = dist.AllreduceOptions()  # each number is one rank's; all others have 0 there
         options.reduceOp = dist.ReduceOp.SUM  # pyrefly: ignore[bad-assignment]  # stub: pybind converts
         self._open.append((self._group.allreduce([numbers], options), [numbers]))
@@ -179,14 +181,14 @@ class Channel:
                 return None
         return json.loads(self._store.get(key))
 
-    def missing(self, number: int) -> list[int]:
-        """Ranks that do not say within a second that they, too, wait in the meeting with this number."""
+    def waiting(self, number: int) -> set[int]:
+        """Ranks that say within a second that they wait in the meeting with this number, of which this one is."""
         self._store.set(f"waits/{number}/{self._rank}", "")
         missing = set(range(self._ranks))
         for _ in range(round(1 / POLL)):
             missing = {rank for rank in missing if not self._store.check([f"waits/{number}/{rank}"])}
             time.sleep(POLL)
-        return sorted(missing)
+        return set(range(self._ranks)) - missing
 
 
 def _place(group: dist.ProcessGroup, *what: object) -> str:
@@ -252,17 +254,15 @@ class _Ear:
 
 
 class Herald:
-    """Says what a rank refused before there was a channel, until one is made or the group is gone."""
+    """Says what a rank said before there was a channel, until one is made or the group is gone."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self._beacon = _Beacon(group, _place(group, "refused", group.rank()), HERALDED_EVERY)
-        self._refused: list[tuple[int | None, str]] = []
-        default_store().set(_place(group, "refused"), "")  # others need not look at every rank before
+        self._beacon = _Beacon(group, _place(group, "early", group.rank()), HERALDED_EVERY)
+        default_store().set(_place(group, "early"), "")  # others need not look at every rank before
 
-    def say(self, digest: int | None, text: str) -> None:
-        """Add a refused call: its digest, where it was known, and the error."""
-        self._refused = [*self._refused, (digest, text)]
-        self._beacon.say(self._refused)
+    def say(self, early: Sequence[tuple[Said, str]]) -> None:
+        """All that this rank said so far, and why."""
+        self._beacon.say([(*said[:2], text) for said, text in early])
 
     def close(self) -> None:
         """End it."""
@@ -273,7 +273,8 @@ class Joining:
     """This rank's way into the channel of a group, which all of its ranks make together at their first call.
 
     Through the store alone: a rank that does not come must not be waited for by a collective of the group, into which
-    its next collective, whatever that is, would run. Rank 0 draws an identity and says it until all have arrived.
+    its next collective, whatever that is, would run. Rank 0 draws an identity and says it until all have arrived. Who
+    gives up leaves again, but not once all are there: others make the channel then, and wait for it.
 
     Args:
         group: the process group.
@@ -282,40 +283,40 @@ class Joining:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._rank, self._ranks, self._store, self._ear = group.rank(), group.size(), default_store(), _Ear()
         self._identity: int | None = None
-        self._arrived = False
         self._identity_place = _place(group, "identity")
-        self._any_refused = _place(group, "refused")
-        self._heralds = {rank: _place(group, "refused", rank) for rank in range(self._ranks) if rank != self._rank}
-        self.heard: dict[int, int] = {}
-        """For each rank, how many of the calls that it refused at first are done with."""
+        self._anything_early = _place(group, "early")
+        self._heralds = {rank: _place(group, "early", rank) for rank in range(self._ranks) if rank != self._rank}
+        self.told = False
+        """Whether what `finish` raised last is another rank's error."""
         self._beacon: _Beacon | None = None
         if self._rank == 0:
             self._identity = random.SystemRandom().getrandbits(62)
             self._beacon = _Beacon(group, self._identity_place, POLL)
             self._beacon.say(self._identity)
 
-    def finish(self, digest: int) -> Channel:
+    def finish(self, early: Sequence[Said], digest: int) -> Channel:
         """The channel.
 
         Args:
-            digest: of the call that this rank comes with.
+            early: what this rank has said so far.
+            digest: of the call that it comes with.
 
         Raises:
             RankMismatchError: a rank says meanwhile that it refused its first call, and it may be this one; or not all
                 ranks come within the time that torch.distributed was told to wait.
         """
         timeout = self._store.timeout  # pyrefly: ignore[missing-attribute]  # stub lacks it
-        deadline = time.monotonic() + timeout.total_seconds()
+        deadline, said = time.monotonic() + timeout.total_seconds(), [*early, Said(CALL, digest)]
         while not self._all_are_there():
-            if self._store.check([self._any_refused]):
-                for rank, place in self._heralds.items():
-                    if said := self._refused_by(rank, place, digest):
-                        raise RankMismatchError(f"rank {rank} raised an error instead of coming to attention: {said}")
-            if time.monotonic() > deadline:
-                raise RankMismatchError(
+            text = self._refused(said)
+            self.told = text is not None
+            if text is None and time.monotonic() > deadline:
+                text = (
                     f"not every rank has come to its first call of attention, to which rank {self._rank} came; "
                     f"{self._missing()}: timed out after {timeout}"
                 )
+            if text is not None and self._leaves():
+                raise RankMismatchError(text)
             time.sleep(POLL)
         channel = Channel(self._rank, self._ranks, self._known())
         if self._beacon is not None:
@@ -331,24 +332,51 @@ class Joining:
             self._identity = self._ear.word(self._identity_place)
             if self._identity is None:
                 return False
-        arrivals = f"ringflash/{self._identity:x}/arrived"
-        if not self._arrived:
-            self._store.set(f"{arrivals}/{self._rank}", "")
-            self._arrived = True
-            return self._store.add(arrivals, 1) == self._ranks
-        return self._store.add(arrivals, 0) == self._ranks
+        return len(self._here(lambda here: here | {self._rank})) == self._ranks
+
+    def _leaves(self) -> bool:
+        """Whether this rank is not waited for any more."""
+        if self._identity is None:
+            return True
+        return self._rank not in self._here(lambda here: here if len(here) == self._ranks else here - {self._rank})
+
+    def _here(self, change: Callable[[set[int]], set[int]]) -> set[int]:
+        """The ranks that are there, once that is changed."""
+        place, before = f"ringflash/{self._identity:x}/here", ""
+        while True:
+            here = change(set(json.loads(before or "[]")))
+            after = json.dumps(sorted(here))
+            found = before if after == before else self._store.compare_set(place, before, after).decode()
+            if found == after:
+                return here
+            before = found
 
     def _missing(self) -> str:
         if self._identity is None:
             return "rank 0 has not"
-        places = {rank: f"ringflash/{self._identity:x}/arrived/{rank}" for rank in range(self._ranks)}
-        missing = [str(rank) for rank, place in places.items() if not self._store.check([place])]
+        missing = [str(rank) for rank in range(self._ranks) if rank not in self._here(lambda here: here)]
         return f"rank{'s' * (len(missing) > 1)} {', '.join(missing)} {'have' if len(missing) > 1 else 'has'} not"
 
-    def _refused_by(self, rank: int, place: str, digest: int) -> str | None:
-        """The error of the next call of a rank that may be this one and was refused there."""
-        for index, (refused_digest, text) in enumerate(self._ear.word(place) or ()):
-            if index >= self.heard.get(rank, 0) and refused_digest in (None, digest):
-                self.heard[rank] = index + 1
-                return text
+    def _refused(self, mine: Sequence[Said]) -> str | None:
+        """What another rank raised instead of coming to the last thing that this one says."""
+        if not self._store.check([self._anything_early]):
+            return None
+        for rank, place in self._heralds.items():
+            heard = self._ear.word(place) or ()
+            met = _met_by_last(mine, [Said(kind, digest) for kind, digest, _ in heard])
+            if met is not None and heard[met][0] in (REFUSED, REFUSED_UNKNOWN):
+                return f"rank {rank} raised an error instead of coming to attention: {heard[met][2]}"
         return None
+
+
+def _met_by_last(mine: Sequence[Said], theirs: Sequence[Said]) -> int | None:
+    """Which thing of another rank the last one of this rank is over with, as if there were no others."""
+    next_of = [0, 0]
+    while next_of[0] < len(mine) and next_of[1] < len(theirs):
+        met = [*next_of]
+        over = meeting([mine[met[0]], theirs[met[1]]]).over
+        for who in over:
+            next_of[who] += 1
+        if next_of[0] == len(mine):
+            return met[1] if len(over) == 2 else None
+    return None

@@ -57,11 +57,12 @@ def meeting(said: Sequence[Said]) -> Meeting:
     ranks, first = range(len(said)), said[0]
     if first[KIND] == CALL and all([x[KIND] == CALL and x[DIGEST] == first[DIGEST] for x in said]):
         return Meeting(ranks)
-    came = {x.digest for x in said if x.kind in (CALL, TOLD)}
-    alone = [rank for rank in ranks if said[rank].kind == REFUSED and said[rank].digest not in came]
+    kinds = {x.kind for x in said}
+    best = CALL if CALL in kinds else TOLD  # who was told came, too, but need not be waited for
+    came = {x.digest for x in said if x.kind == best}
+    alone = [rank for rank in ranks if best < said[rank].kind <= REFUSED and said[rank].digest not in came]
     if came and alone:
         return Meeting(alone)
-    kinds = {x.kind for x in said}
     if kinds == {CALL, TOLD}:  # those who refused it are known, and were so before
         return Meeting([rank for rank in ranks if said[rank].kind == TOLD])
     return Meeting(ranks, apart=CALL in kinds)

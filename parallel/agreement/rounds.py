@@ -170,10 +170,12 @@ class Agreement:
         something alone, are not disturbed, if the refused call's digest was known.
 
         Args:
-            error: why.
+            error: why; where it is that ranks have parted, which all of them have found already, nothing is said.
             digest: of the call, where it was known before it was refused.
             traced: the error came up while torch.compile traced, which may happen again for the same call.
         """
+        if isinstance(error, RankMismatchError):  # within what is refused; said again, it would meet the next call
+            return
         text = _text(error)
         if text == self._announced:
             # Notified already while this very call was traced, which is done again, or left for the eager call.
@@ -181,14 +183,11 @@ class Agreement:
             return
         self._announced = text if traced else ""
         kind = REFUSED_UNKNOWN if digest is None else REFUSED
+        said = Said(kind, digest or 0)
         if self._channel is None:
-            group = self._group()
-            if group is not None:
-                self._herald = self._herald or Herald(group)
-                self._herald.say(digest, text)
-            self._backlog.append((Said(kind, digest or 0), text))
-            return
-        self._say_refused(self._channel, Said(kind, digest or 0), text)
+            self._say_early(said, text)
+        else:
+            self._say_refused(self._channel, said, text)
 
     @_untransformed
     def close(self, failure: Exception | None, device: torch.device) -> None:
@@ -231,6 +230,14 @@ class Agreement:
         if channel.line.room() > RESERVED:
             self._say_failed(channel, said, text)
 
+    def _say_early(self, said: Said, text: str) -> None:
+        """Before there is a channel: now for those who wait for one, and again in it."""
+        self._backlog.append((said, text))
+        group = self._group()
+        if group is not None:
+            self._herald = self._herald or Herald(group)
+            self._herald.say(self._backlog)
+
     def _joined(self, digest: int) -> Channel:
         """The channel to the other ranks; the first call makes it, together with them."""
         if self._broken:
@@ -239,12 +246,10 @@ class Agreement:
             group = self._group()
             assert group is not None  # the caller holds it
             self._joining = self._joining or Joining(group)
-            heard = dict(self._joining.heard)
             try:
-                self._channel = self._joining.finish(digest)
-            except RankMismatchError:
-                if self._joining.heard != heard:
-                    self._backlog.append((Said(TOLD, digest), "told"))  # it meets what was refused all the same
+                self._channel = self._joining.finish([said for said, _ in self._backlog], digest)
+            except RankMismatchError as error:  # it meets what was refused all the same, or who comes too late
+                self._say_early(Said(TOLD if self._joining.told else REFUSED, digest), _text(error))
                 raise
             if self._herald is not None:
                 self._herald.close()
@@ -286,7 +291,7 @@ class Agreement:
         try:
             channel.line.wait(silent)
         except RuntimeError as error:
-            self._broken = self._who_is_missing(channel, error)
+            self._broken = self._who_is_missing(channel, silent, error)
             if self._broken is None:
                 raise
             raise RankMismatchError(self._broken) from error
@@ -346,11 +351,12 @@ class Agreement:
         assert told is not None  # told before it was said
         return f"rank {rank} raised an error {where}: {told['raised']}"
 
-    def _who_is_missing(self, channel: Channel, error: RuntimeError) -> str | None:
-        """In words, if waiting timed out; None if it ended in another way."""
+    def _who_is_missing(self, channel: Channel, silent: list[int], error: RuntimeError) -> str | None:
+        """In words, if waiting for silent ranks timed out; None if it ended in another way."""
         if "imed out" not in str(error) and "imeout" not in str(error):
             return None
-        missing, mine = channel.missing(self._met), next(x for x in self._mine if x.said.kind == CALL)
+        waiting_too = channel.waiting(self._met)
+        missing, mine = sorted({*silent} - waiting_too), next(x for x in self._mine if x.said.kind == CALL)
         ranks = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}" if missing else "another rank"
         shown = {} if mine.describe is None else dict(mine.describe())
         return (

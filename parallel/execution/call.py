@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -220,8 +220,9 @@ class Ready:
         placement: Any = self.placement
         digest, nbytes = placement.call_digest(self.index, self.form), bytes_to_publish(self.inputs.keys())
         device = self.inputs.query.device
+        describe = partial(described, placement, self.index, self.form)  # kept for some calls: it holds no tensors
         waits = of_thread.noting is not None
-        most = agreed(placement, digest, lambda: described(placement, self.index, self.form), device, nbytes, waits)
+        most = agreed(placement, digest, describe, device, nbytes, waits)
         if any(self.form[-1]):
             raise _surplus(placement, self.form[-1])
         placement.transport.open(device, most)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -125,7 +126,8 @@ class KnownCall(NamedTuple):
     def _again(self, repeated: Repeated, memory: list[Tensor]) -> Sequence[Tensor]:
         known, device, placement = self.known, self.tensors[0].device, self.placement
         group: Any = placement.group  # there are several ranks
-        most = agreed(placement, known.digest, self._described, device, known.nbytes, not known.went)
+        describe = partial(described, placement, self.index, known.form)  # kept for some calls: it holds no tensors
+        most = agreed(placement, known.digest, describe, device, known.nbytes, not known.went)
         known.went = True
         self.transport.open_again(self.memory, device, most)
         assert self.memory.shelves_so_far == known.shelves  # there was room for such a call before
@@ -134,9 +136,6 @@ class KnownCall(NamedTuple):
         if failure is not None:
             raise failure
         return memory[:-1]
-
-    def _described(self) -> dict[str, object]:
-        return described(self.placement, self.index, self.known.form)
 
 
 def known_call(

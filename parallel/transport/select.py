@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringflash.errors import ArgumentError, UnsupportedError
+from ringflash.errors import ArgumentError, RankMismatchError, UnsupportedError
 from ringflash.kernels.kept import build_to_keep, capturing
 from ringflash.kernels.torch_private import default_store, without_transforms
+from ringflash.parallel.agreement.rounds import agreement, digest_of
 from ringflash.parallel.host import host
 from ringflash.parallel.transport.base import Delivery, Expected, Parts, Shelf, Ticket, Transport
 from ringflash.parallel.transport.send_recv import SendRecv
@@ -231,3 +232,26 @@ def transport_of(group: dist.ProcessGroup) -> GroupTransport:
     if found is None:
         found = _transports[group] = GroupTransport(group)
     return found
+
+
+def check_all_alike(group: dist.ProcessGroup, what: str, known: Mapping[str, object], device: torch.device) -> None:
+    """Make sure that all ranks are about to do the same beside attention, as `Agreement.check` does.
+
+    Where no call can be matched any more, nothing waits for others that was asked for.
+
+    Args:
+        group: the process group.
+        what: they do.
+        known: names and values of all that must be the same.
+        device: of the tensors.
+
+    Raises:
+        RankMismatchError: see `Agreement.check`.
+    """
+    rounds = agreement(group)
+    try:
+        rounds.check(digest_of((what, known)), lambda: known, device)
+    except RankMismatchError:
+        if rounds.is_broken:
+            transport_of(group).abandon()
+        raise

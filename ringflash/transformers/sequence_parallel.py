@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ringflash.deepspeed import check_mean
 from ringflash.errors import ArgumentError
 from ringflash.kernels.kept import Kept
-from ringflash.parallel.agreement.rounds import agreement, digest_of, refuse
+from ringflash.parallel.agreement.rounds import refuse
 from ringflash.parallel.mesh import ONE_DEVICE, Group
 from ringflash.parallel.planning.heads import check_head_ranks
 from ringflash.parallel.positions.balance import token_work
@@ -29,6 +29,7 @@ from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.positions.partition import Partition, check_name
 from ringflash.parallel.sharding import IGNORED_LABEL, Sharding
 from ringflash.parallel.sharding_arguments import sharing_group
+from ringflash.parallel.transport.select import check_all_alike
 from ringflash.transformers.at_work import alone
 from ringflash.transformers.batches import fingerprints, position_ids_of, shard_targets, shard_tokens, sizes_of
 from ringflash.transformers.documents import Documents, documents_of
@@ -297,6 +298,5 @@ class SequenceParallel:
             return
         held = fingerprints(batch)
         device = next(x.device for x in batch.values() if isinstance(x, Tensor))
-        agreement(self._group).check(
-            digest_of(("batch", sorted(held.items()))), lambda: {"batch": sorted(held)} | held, device
-        )
+        known = {"batch": sorted(held)} | {name: held[name] for name in sorted(held)}
+        check_all_alike(self._group, "batch", known, device)

@@ -29,9 +29,12 @@ from ringflash.functional import attention
 from ringflash.kernels.cpu import blockwise
 from ringflash.kernels.torch_private import default_store
 from ringflash.parallel import placement
+from ringflash.parallel.agreement.meetings import REFUSED_UNKNOWN
+from ringflash.parallel.agreement.rounds import agreement
 from ringflash.parallel.execution import call, gradients
 from ringflash.parallel.mesh import ONE_DEVICE
 from ringflash.parallel.transport import head_exchange
+from ringflash.parallel.transport.select import GroupTransport
 from ringflash.ring_flash_attn import (
     llama3_flash_attn_prepare_cu_seqlens,
     llama3_flash_attn_varlen_func,
@@ -298,12 +301,45 @@ def test_unshard_told_the_length_on_some_ranks_only_is_an_error_on_every_rank():
             assert "seqlen: null on rank 0; 10 on rank 1" in str(outcome.error)
 
 
+def _unshard_wrongly_on_one_rank():
+    x, odd = torch.full((1, 3), float(dist.get_rank())), dist.get_rank() == 1
+    whole = [unshard(x, 1, partition="contiguous")]
+    with pytest.raises(IndexError if odd else RankMismatchError):
+        unshard(x, 7 if odd else 1, partition="contiguous")
+    return [*whole, unshard(x + 2, 1, partition="contiguous")]
+
+
+def test_an_unshard_that_one_rank_refuses_is_refused_once_and_shifts_no_rank():
+    with Pool(2, timeout=PROMPT) as pool:
+        for first, second in pool.run(_unshard_wrongly_on_one_rank):
+            assert first.tolist() == [[0, 0, 0, 1, 1, 1]]
+            assert second.tolist() == [[2, 2, 2, 3, 3, 3]]
+
+
+def _unshard_where_no_call_can_be_matched(seqlen):
+    """How often streams that wait for others are let go."""
+    x, gone = torch.zeros(1, 3), []
+    unshard(x, 1, seqlen=6)
+    agreement(dist.group.WORLD).close(MemoryError("of a launch"), torch.device("cuda", 0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GroupTransport, "abandon", lambda transport: gone.append(transport))
+        with pytest.raises(RankMismatchError, match="MemoryError: of a launch"):
+            unshard(x, 1, seqlen=seqlen)
+    return len(gone)
+
+
+@pytest.mark.parametrize("seqlen", [None, 6])
+def test_who_hears_in_an_unshard_that_no_call_can_be_matched_waits_for_none(seqlen):
+    with Pool(2, timeout=PROMPT) as pool:
+        assert pool.run(_unshard_where_no_call_can_be_matched, seqlen) == [1, 1]
+
+
 def _after_an_earlier_life():
     """What a rank of an earlier group of this name refused still stands in the store."""
     x = torch.randn(1, 6, 2, 16)
     before = f"ringflash/before/{dist.group.WORLD.group_name}"
-    default_store().set(f"{before}/refused", "")
-    default_store().set(f"{before}/refused/0", json.dumps([7, [[None, "ArgumentError: scale=-1.0"]]]))
+    default_store().set(f"{before}/early", "")
+    default_store().set(f"{before}/early/0", json.dumps([7, [[REFUSED_UNKNOWN, 0, "ArgumentError: scale=-1.0"]]]))
     default_store().set(f"{before}/identity", json.dumps([7, 1234]))
     dist.barrier()
     if dist.get_rank() == 0:
@@ -532,6 +568,28 @@ def test_a_rank_that_does_not_come_is_named(first):
     assert ("not every rank has come" if first else "rank 0 has not come to call") in str(waiting.error)
     assert "rank 0 has not" in str(waiting.error)
     assert "imed out" in str(waiting.error)
+
+
+def _come_too_late(pause):
+    """Rank 1 gives its first call up before rank 0 comes to it, and comes to the second one after a pause."""
+    attend, x = DistributedFlashAttention(Mask.causal()), torch.full((1, 6, 2, 16), 1.0)
+    if dist.get_rank() == 0:
+        time.sleep(4.0)
+    with pytest.raises(RankMismatchError) as raised:
+        attend(x, x, x)
+    if dist.get_rank() == 1:
+        time.sleep(pause)
+    for step in range(2, 4):
+        torch.testing.assert_close(attend(x, x, step * x), step * x)  # of one step on all ranks
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("pause", [0.0, 2.5])
+def test_who_comes_to_a_first_call_that_others_gave_up_hears_of_it_and_ranks_are_in_step(pause):
+    with Pool(2, timeout=30.0, grace=20.0, group_timeout=3.0) as pool:
+        late, waiting = pool.run(_come_too_late, pause)
+    assert waiting.startswith("not every rank has come to its first call")
+    assert late.startswith("rank 1 raised an error instead of coming to attention: RankMismatchError: not every rank")
 
 
 def _ring(steps, victim, deed):

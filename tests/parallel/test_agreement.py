@@ -16,6 +16,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from pool import Pool
 
 from ringflash import ArgumentError, RankMismatchError
 from ringflash.kernels.torch_private import default_store
@@ -210,6 +211,44 @@ def test_no_rank_can_match_calls_where_one_refused_what_others_went_ahead_with(p
     assert all("went ahead with a call that this rank refused" in said for said in refused)
     for said in others:
         assert all("rank 0 raised an error instead of coming to attention" in x for x in said)
+
+
+def _two_refuse_their_first_call(name: str) -> str | None:
+    at, said = Rank(name), None
+    if at.rank == 2:
+        said = _raised_in(lambda: at.call(2))
+        at.tell("told")
+    else:
+        at.refuse(None)
+        at.hear("told")
+    for digest in (3, 4, 3, 4):
+        at.call(digest)
+    at.item()
+    return said
+
+
+def test_a_first_call_that_two_ranks_refused_is_an_error_of_the_third_once(pool) -> None:
+    *_, said = pool(3).run(_two_refuse_their_first_call, uuid.uuid4().hex, timeout=40)
+    assert "raised an error instead of coming to attention: ArgumentError: no call None" in said
+
+
+def _one_stalls(name: str) -> str | None:
+    at = Rank(name)
+    for _ in range(2):
+        at.call(3)
+    at.item()
+    if at.rank:
+        at.call(3) if at.rank == 2 else None  # ahead
+        time.sleep(6.0)
+        return None
+    at.call(3)
+    return _raised_in(lambda: at.call(4))
+
+
+def test_of_ranks_that_are_not_there_those_are_named_that_have_not_come() -> None:
+    with Pool(3, timeout=30.0, group_timeout=2.0) as own:
+        said = own.run(_one_stalls, uuid.uuid4().hex)[0]
+    assert said.startswith("rank 1 has not come to call 2 of attention")
 
 
 def _one_is_stuck_in_another_call(name: str) -> str | None:

@@ -8,6 +8,7 @@ rounding is noted a host waits for its GPU, as one may have to that loads a kern
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import random
 import threading
@@ -26,6 +27,7 @@ import torch.distributed as dist
 import triton
 from copy_engines import Machine, Streams, failing, one_of_ranks
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ringflash import ArgumentError, Mask, RankMismatchError, Sharding
 from ringflash.functional import attention
@@ -292,6 +294,31 @@ def test_ranks_come_to_the_end_of_calls_that_each_makes_in_its_own_way(pool, ran
         went = pool(ranks).run(_any_way, uuid.uuid4().hex, seed, timeout=120)
         apart += sum(len(set(ways)) > 1 for ways in zip(*went, strict=True))
     assert apart > 8
+
+
+def _ahead(name: str, unnoted: int) -> tuple[str, list[bool]]:
+    """How rank 0's last call went, with which it goes ahead, and whether tensors of it are gone before others come."""
+    with _rank(name, 0) as (calls, went), mock.patch.object(known_calls, "UNNOTED", unnoted):
+        calls.waits_for_gpu = False
+        for _ in range(6):
+            calls.step(0)
+        dist.barrier()
+        dist.barrier() if dist.get_rank() else None
+        leaves = [torch.zeros(1, calls.shardings[0].tokens, 2, 64).bfloat16().requires_grad_() for _ in range(3)]
+        held = [StorageWeakRef(x.untyped_storage()) for x in leaves]
+        attention(*leaves, sharding=calls.shardings[0])
+        del leaves
+        gc.collect()
+        gone = [x.expired() for x in held]
+        dist.barrier() if not dist.get_rank() else None
+        calls.host.item()
+        dist.barrier()
+        return went[-1], gone
+
+
+@pytest.mark.parametrize(("unnoted", "way"), [(0, "by a list"), (1 << 30, "walked")])
+def test_calls_that_have_not_met_hold_no_tensors(pool, unnoted: int, way: str) -> None:
+    assert pool(2).run(_ahead, uuid.uuid4().hex, unnoted, timeout=60)[0] == (way, [True] * 3)
 
 
 def _apart(name: str, seed: int, fails: str | None) -> tuple[str, int]:

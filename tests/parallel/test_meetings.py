@@ -69,3 +69,8 @@ def test_ranks_that_make_different_calls_are_apart_and_meet_again() -> None:
 def test_who_was_told_of_a_refusal_that_met_another_call_is_in_step() -> None:
     call, told, tried = Said(CALL, 2), Said(TOLD, 3), Said(REFUSED, ALONE)
     assert met([[told, call], [tried, call]]) == [([call, call], False)]
+
+
+def test_a_call_that_others_refused_and_were_told_of_does_not_take_the_place_of_one_that_all_come_to() -> None:
+    call, told, refused = Said(CALL, 2), Said(TOLD, 3), Said(REFUSED, 3)
+    assert met([[call], [told, call], [refused, call]]) == [([call] * 3, False)]

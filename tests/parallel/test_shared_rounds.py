@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from pool import Pool
 
@@ -105,7 +106,7 @@ def _no_page(which):
             patch.setattr(shared_rounds, "FOLDER", Path("/nowhere"))
         if which == "not to be opened" and dist.get_rank() == 1:
             patch.setattr(channel, "SharedRounds", _refused)
-        if which == "another host":
+        if which in ("another host", "another device"):
             patch.setattr(channel, "host", lambda: f"host {dist.get_rank() % 2}")
         made = Channel(dist.get_rank(), dist.get_world_size(), zlib.crc32(which.encode()))
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -125,6 +126,17 @@ def test_ranks_that_cannot_all_share_memory_use_gloo(pool, which):
         assert not by_page
         assert heard == [(1, other, 7, 9) for other in range(3) if other != rank]
         assert more == (None if rank == 1 else [(2, 1, 7, 9)])
+
+
+def _by_gloo_where_tensors_are_made_elsewhere():
+    with torch.device("meta"):
+        return _no_page("another device")
+
+
+def test_what_ranks_say_by_gloo_is_on_the_cpu_whatever_torchs_default_device_is(pool):
+    for rank, (by_page, heard, _) in enumerate(pool(3).run(_by_gloo_where_tensors_are_made_elsewhere)):
+        assert not by_page
+        assert heard == [(1, other, 7, 9) for other in range(3) if other != rank]
 
 
 def test_no_file_is_left_behind(pool):
