@@ -340,6 +340,14 @@ def refusals_notified(group: dist.ProcessGroup | None) -> Generator[None]:
         raise
 
 
+def as_they_travel(inputs: Inputs, placement: Placement) -> Inputs:
+    """The call with contiguous keys; as it is where heads are exchanged, which takes any strides."""
+    if placement.head_ranks > 1 or (inputs.key.is_contiguous() and inputs.value.is_contiguous()):
+        return inputs
+    with refusals_notified(placement.group):
+        return inputs._replace(key=inputs.key.contiguous(), value=inputs.value.contiguous())
+
+
 def form_of(inputs: Inputs, settings: Settings, surplus: tuple[int, int], which: str) -> tuple:
     """What must be the same on all ranks beside the sharding."""
     query, key, value = inputs.query, inputs.key, inputs.value

@@ -6,8 +6,10 @@ H query heads, Hk key heads, D head dimension, Dv the value's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,16 +17,28 @@ from torch import Tensor
 from ringflash.kernels.reference import Carry
 from ringflash.kernels.sinks import with_sinks
 from ringflash.kernels.whole_backward import whole_backward
-from ringflash.parallel.execution.call import NEEDS, Inputs, Located, Ready, Settings, prepare, refusals_notified
+from ringflash.parallel.execution.call import (
+    NEEDS,
+    Inputs,
+    Located,
+    Ready,
+    Settings,
+    as_they_travel,
+    prepare,
+    refusals_notified,
+)
 from ringflash.parallel.execution.crossing import Crossing
 from ringflash.parallel.execution.gradients import KeyGradients
-from ringflash.parallel.execution.known_calls import as_they_travel, known_call
 from ringflash.parallel.execution.row_crossing import RowCrossing
 from ringflash.parallel.execution.rows import Rows
 from ringflash.parallel.execution.walk import Walk
+from ringflash.parallel.placement import Placement
 from ringflash.parallel.planning.stage_program import StageProgram
 from ringflash.parallel.positions.segments import count
 from ringflash.parallel.transport.row_exchange import RowExchange
+
+if TYPE_CHECKING:
+    from ringflash.parallel.execution.known_calls import KnownCall
 
 AnyCrossing = Crossing | RowCrossing
 
@@ -47,12 +61,29 @@ def forward(
     if where is None or where[0].group is None:
         return _forward(inputs, settings, table, where, first_head)
     inputs = as_they_travel(inputs, where[0])
-    call = known_call("forward", inputs, settings, where, first_head, ())
+    call = _known("forward", inputs, settings, where, first_head, ())
     walk = partial(_forward, inputs, settings, table, where, first_head)
     if call is None:
         return walk()
     out, lse = call.results(lambda: walk()[:2])
     return out, lse, table
+
+
+def _known(
+    which: str,
+    inputs: Inputs,
+    settings: Settings,
+    where: tuple[Placement, int],
+    first_head: int,
+    of_rows: Sequence[Tensor | None],
+) -> KnownCall | None:
+    """See `known_call`; None also where keys travel in another way, as on CPUs, which import nothing of GPUs."""
+    placement = where[0]
+    if placement.head_ranks > 1 or placement.transport.copy_engines(inputs.query.device) is None:
+        return None
+    from ringflash.parallel.execution.known_calls import known_call
+
+    return known_call(which, inputs, settings, where, first_head, of_rows)
 
 
 def _forward(
@@ -136,7 +167,7 @@ def backward(
             dout = dout.contiguous()
     if where is not None and where[0].group is not None:
         inputs = as_they_travel(inputs, where[0])
-        call = known_call("backward", inputs, settings, where, first_head, (dout, dlse, out, lse))
+        call = _known("backward", inputs, settings, where, first_head, (dout, dlse, out, lse))
     walk = partial(_backward, dout, dlse, out, lse, table, inputs, settings, where, first_head)
     if call is not None:
         found, of_sinks = call.results(lambda: walk()[0]), None

@@ -28,7 +28,7 @@ from ringflash.kernels.gpu.recording import Recording, Repeated
 from ringflash.kernels.kept import Kept, capturing
 from ringflash.kernels.requests import of_thread
 from ringflash.parallel.agreement.rounds import agreement
-from ringflash.parallel.execution.call import NEEDS, Inputs, Settings, agreed, described, form_of, refusals_notified
+from ringflash.parallel.execution.call import NEEDS, Inputs, Settings, agreed, described, form_of
 from ringflash.parallel.placement import Placement
 from ringflash.parallel.transport.select import GroupTransport
 from ringflash.parallel.transport.shelves import bytes_to_publish
@@ -146,7 +146,7 @@ def known_call(
     first_head: int,
     of_rows: Sequence[Tensor | None],
 ) -> KnownCall | None:
-    """What may be known of a call; None where calls alike have to find their way each time.
+    """What may be known of a call whose keys travel by copy engines; None where calls alike have to find their way.
 
     Args:
         which: "forward" or "backward".
@@ -157,11 +157,10 @@ def known_call(
         of_rows: what the backward pass is given beside them.
     """
     (placement, index), (query, key, value) = where, inputs[:3]
-    if placement.head_ranks > 1:
-        return None
     device, transport = query.device, placement.transport
     memory = transport.copy_engines(device)
-    if memory is None or 4 * query.numel() > LARGEST or of_thread.noting is not None or hooked() or capturing(device):
+    assert memory is not None  # or keys would travel in another way
+    if 4 * query.numel() > LARGEST or of_thread.noting is not None or hooked() or capturing(device):
         return None
     if not (inputs.slopes is inputs.key_visible is inputs.blocks is None) or settings.needs & NEEDS["sinks"]:
         return None  # of these tables are made that depend on what they hold
@@ -187,11 +186,3 @@ def known_call(
         found = Known(placement.call_digest(index, form), form, bytes_to_publish(inputs.keys()))
         known = of_placement.add(call, found)
     return KnownCall(known, placement, index, transport, memory, tensors, stream)
-
-
-def as_they_travel(inputs: Inputs, placement: Placement) -> Inputs:
-    """The call with contiguous keys; as it is where heads are exchanged, which takes any strides."""
-    if placement.head_ranks > 1 or (inputs.key.is_contiguous() and inputs.value.is_contiguous()):
-        return inputs
-    with refusals_notified(placement.group):
-        return inputs._replace(key=inputs.key.contiguous(), value=inputs.value.contiguous())

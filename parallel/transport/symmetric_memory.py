@@ -26,8 +26,6 @@ from torch import Tensor
 from triton.runtime import driver as triton_driver
 
 from ringflash.kernels.cuda_driver import event_functions
-from ringflash.kernels.gpu.launcher import aligned
-from ringflash.kernels.gpu.lay_rows import lay_rows
 from ringflash.kernels.kept import Kept
 from ringflash.kernels.requests import ask, cannot_repeat, of_thread, stays
 from ringflash.kernels.torch_private import symmetric_memory
@@ -287,6 +285,9 @@ class SymmetricMemory:
         ask("publish", lambda _: self._published.end(stream))
 
     def _lay_out(self, rows: Sequence[Tensor], given: Sequence[tuple[int, int]], stream: int) -> None:
+        from ringflash.kernels.gpu.launcher import aligned  # which machines without GPUs do not import
+        from ringflash.kernels.gpu.lay_rows import lay_rows
+
         first, last, kinds = given[0][0], given[-1][1], kinds_of(rows)
         [group, *others] = groups(kinds)
         if len(group.members) == 2 and not others and (last - first) * group.row <= SMALL:

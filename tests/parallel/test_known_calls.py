@@ -31,7 +31,7 @@ from ringflash import Mask, Sharding
 from ringflash.functional import attention
 from ringflash.kernels.gpu import direct_launch, recording
 from ringflash.parallel.execution import head_groups, known_calls
-from ringflash.parallel.execution.call import Inputs
+from ringflash.parallel.execution.call import Inputs, as_they_travel
 from ringflash.parallel.execution.known_calls import TRIES, UNNOTED
 from ringflash.parallel.transport import symmetric_memory
 
@@ -496,10 +496,10 @@ def test_strided_keys_are_copied_once_at_most(head_ranks: int) -> None:
     placement.group = SimpleNamespace(size=lambda: 4)
     query, key, value = torch.zeros(sharding.tokens, 3, 2, 64).unbind(1)
     given = Inputs(query, key, value, *(None,) * (len(Inputs._fields) - 3))
-    found = known_calls.as_they_travel(given, placement)
+    found = as_they_travel(given, placement)
     assert found.query is query
     assert found.key.is_contiguous() is (head_ranks == 1)  # heads that cross are copied from any strides
-    assert known_calls.as_they_travel(found, placement) is found
+    assert as_they_travel(found, placement) is found
 
 
 def interleaved(rank: int, seed: int, repeats: bool) -> tuple[list, int]:
