@@ -134,9 +134,14 @@ def described(x: Tensor, rows: int, columns: int) -> Description:
 class Addressable:
     """Operands as the tensor memory engine takes them, which calls alike need a copy for or not."""
 
-    def __init__(self, operands: tuple[Tensor, ...]) -> None:
-        self.first = tuple(map(addressable, operands))
-        self.all = all(x is y for x, y in zip(operands, self.first, strict=True))
+    all = False
+    """They need none."""
+
+    def of_first(self, operands: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Those of the first call, which are not kept."""
+        found = tuple(map(addressable, operands))
+        self.all = all(x is y for x, y in zip(operands, found, strict=True))
+        return found
 
     def __call__(self, operands: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Those of another call."""
@@ -176,8 +181,8 @@ class PreparedForward:
         if self.empty:
             return
         direct = aligned(query, key, value, *(carry or ()), intervals.start, intervals.stop)
-        self.addressable = Addressable((query, key, value))
-        first_query, first_key, first_value = self.addressable.first
+        self.addressable = Addressable()
+        first_query, first_key, first_value = first = self.addressable.of_first((query, key, value))
         rows = ROWS.value
         out = without_memory(query.shape, self.stored_dtype)
         descriptions = (
@@ -187,7 +192,7 @@ class PreparedForward:
             None if self.float_out else described(out, rows, WIDEST // 2),
         )
         tile_count = -(-query_rows // rows)
-        head_strides = [x.stride(1) for x in self.addressable.first]
+        head_strides = [x.stride(1) for x in first]
         self.launch = Launcher(
             tile_count * heads,
             (query_rows, tile_count, heads, *head_strides, scale * LOG2_E.value),
@@ -257,10 +262,10 @@ class PreparedBackward:
         if self.empty:
             return
         direct = aligned(*operands, *numbers, intervals.start, intervals.stop)
-        self.addressable = Addressable(operands)
-        dout, query, key, value = self.addressable.first
+        self.addressable = Addressable()
+        dout, query, key, value = first = self.addressable.of_first(operands)
         rows = ROWS.value
-        owned_dout, owned_query, owned_key, owned_value = (described(x, rows, WIDEST) for x in self.addressable.first)
+        owned_dout, owned_query, owned_key, owned_value = (described(x, rows, WIDEST) for x in first)
         query_blocks, key_blocks = (described(x, dscores_tiles.rows, WIDEST) for x in (query, key))
         other_douts, other_values = (described(x, dscores_tiles.rows, dscores_tiles.other[0]) for x in (dout, value))
         weighed = (
