@@ -194,7 +194,8 @@ def test_forward_fits_with_dropout(width, tiles):
 @pytest.mark.parametrize(("width", "tiles"), forward.FORWARD_TILES.items(), ids=str)
 def test_forward_fits_with_sink_tokens(width, tiles):
     compiled = compile_forward(dims_of(width), tiles, torch.bfloat16, True, torch.bfloat16, sink_tokens=True)
-    assert_forward_fits(compiled, tiles, loops=2)
+    # Three warpgroups of width 64 have 160 registers a thread; triton 3.6 spills 76 bytes, 3.7.1 60.
+    assert_forward_fits(compiled, tiles, spilled=80 if width == "64" else 64, loops=2)
 
 
 @pytest.mark.parametrize(("width", "block"), [("128", 128), *((x, 32) for x in forward.MODIFIED_FORWARD_TILES)])
