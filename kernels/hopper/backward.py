@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import triton
@@ -41,6 +42,7 @@ from ringflash.kernels.hopper.descriptors import (
     addressable,
     descriptor,
     list_descriptor,
+    made_addressable,
     part_descriptors,
     without_memory,
 )
@@ -310,12 +312,11 @@ class PreparedBackward:
         if self.empty:
             return
         direct = aligned(*operands, *numbers) and modifiers_aligned(modifiers)
-        reachable = _reachable(operands)
-        self.all_addressable = all(x is y for x, y in zip(operands, reachable, strict=True))
+        reached, self.addressable = made_addressable(operands, partial(_rounded, query.dtype))
         width = BACKWARD_WIDTHS[self.width]
         blocks = (tiles.queries, tiles.queries, tiles.keys, tiles.keys)
         parts = (width.values, width.keys, width.keys, width.values)
-        of_operands, rest = zip(*map(part_descriptors, reachable, blocks, parts), strict=True)
+        of_operands, rest = zip(*map(part_descriptors, reached, blocks, parts), strict=True)
         dquery = without_memory(query.shape, torch.float32) if numbers[2] is None else numbers[2].contiguous()
         padded = sum(width.keys) > dim
         dquery_description = description_of(descriptor(dquery, HALF.value, HALF.value, padded))
@@ -373,7 +374,7 @@ class PreparedBackward:
             )  # fmt: skip
         self.launch = Launcher(
             programs * key_heads,
-            (*(x.stride(1) for x in (reachable[1], reachable[0], *reachable[2:])), float(scale), bend,
+            (*(x.stride(1) for x in (reached[1], reached[0], *reached[2:])), float(scale), bend,
              *(() if self.width == "192/128" else (*drops, *list_numbers(self._lists(intervals))))),
             dict(
                 GROUP=group, QUERY_STAGES=tiles.stages[0], DOUT_STAGES=tiles.stages[1],
@@ -416,9 +417,7 @@ class PreparedBackward:
             order = programs_of_lists(intervals, self.tiles, self.heads[1])
         else:
             order = programs_in_order(intervals, self.tiles.keys, self.heads[1])
-        if not self.all_addressable:
-            operands = _reachable(operands)
-        dout, query, key, value = operands
+        dout, query, key, value = self.addressable(operands)
         dkey_rest = dkey if self.has_dkey_rest else None
         written, pointers = (
             ((None,) * 3, (dkey, dvalue)) if self.float_out else ((dkey, dkey_rest, dvalue), (None, None))
@@ -468,10 +467,9 @@ class PreparedBackward:
         return positions, scaled_slopes, modifiers.key_positions.contiguous()
 
 
-def _reachable(operands: Operands) -> Operands:
-    """The operands as the tensor memory engine takes them, dout of query's dtype."""
-    dout, query, key, value = operands
-    return tuple(map(addressable, (dout.to(query.dtype), query, key, value)))
+def _rounded(dtype: torch.dtype, x: Tensor) -> Tensor:
+    """An operand as the tensor memory engine takes it, of query's dtype, which dout may not be of."""
+    return addressable(x.to(dtype))
 
 
 def rows_seeing(
