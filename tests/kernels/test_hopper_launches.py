@@ -20,6 +20,7 @@ from stand_in import stand_in
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+from ringflash.errors import ArgumentError
 from ringflash.kernels import hopper
 from ringflash.kernels.hopper import narrow
 from ringflash.kernels.hopper.widths import WIDEST, WIDTHS, width_of
@@ -60,26 +61,30 @@ def launches_noted() -> Iterator[list[Noted]]:
 # Problems
 
 
-LAYOUTS = {
-    "plain": lambda rows, heads, dim, dtype: torch.rand(rows, heads, dim, dtype=dtype),
-    "heads first": lambda rows, heads, dim, dtype: torch.rand(heads, rows, dim, dtype=dtype).transpose(0, 1),
-    "part of wider rows": lambda rows, heads, dim, dtype: torch.rand(rows, heads, dim + 8, dtype=dtype)[..., :dim],
-    "rows of no whole 16 bytes": lambda rows, heads, dim, dtype: torch.rand(rows, heads, dim + 4, dtype=dtype)[
-        ..., :dim
-    ],
-    "one row for all": lambda rows, heads, dim, dtype: torch.rand(1, heads, dim, dtype=dtype).expand(rows, heads, dim),
-    "one head for all": lambda rows, heads, dim, dtype: torch.rand(rows, 1, dim, dtype=dtype).expand(rows, heads, dim),
-}
-"""How operands may lie; and at an odd address, see `any_tensor`."""
+LAYOUTS = (
+    "plain",
+    "heads first",
+    "part of wider rows",
+    "rows of no whole 16 bytes",
+    "odd address",
+    "one row",
+    "one head",
+)
+"""How operands may lie; the last two stand for all rows, or heads."""
 
 DIMS = [(64, 64), (128, 128), (96, 96), (40, 40), (72, 40), (192, 128), (192, 192), (256, 256), (512, 512)]
 
 
 @st.composite
 def any_tensor(draw: st.DrawFn, rows: int, heads: int, dim: int, dtype: torch.dtype) -> Tensor:
-    if draw(st.integers(0, 5)) == 0:
-        return torch.rand(rows * heads * dim + 1).to(dtype)[1:].view(rows, heads, dim)
-    return LAYOUTS[draw(st.sampled_from([*["plain"] * 4, *LAYOUTS]))](rows, heads, dim, dtype)
+    layout = draw(st.sampled_from([*["plain"] * 4, *LAYOUTS]))
+    if layout == "heads first":
+        return torch.rand(heads, rows, dim, dtype=dtype).transpose(0, 1)
+    if layout == "odd address":
+        return torch.rand(rows * heads * dim + 1, dtype=dtype)[1:].view(rows, heads, dim)
+    wider = {"part of wider rows": 8, "rows of no whole 16 bytes": 4}.get(layout, 0)
+    shape = 1 if layout == "one row" else rows, 1 if layout == "one head" else heads, dim + wider
+    return torch.rand(shape, dtype=dtype)[..., :dim].expand(rows, heads, dim)
 
 
 @dataclass(frozen=True, repr=False)
@@ -127,13 +132,13 @@ def narrow_windows(draw: st.DrawFn) -> KeyIntervals:
 
 
 @st.composite
-def problems(draw: st.DrawFn) -> Asked:
-    dims, dtype = draw(st.sampled_from(DIMS)), draw(st.sampled_from([torch.bfloat16, torch.float16]))
+def problems(draw: st.DrawFn, dims: tuple[int, int]) -> Asked:
+    dtype = draw(st.sampled_from([torch.bfloat16, torch.float16]))
     key_heads, group = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 4, 8]))
     intervals, modifiers = draw(any_intervals(300)), None
     kind = draw(st.sampled_from(["plain", "plain", "narrow", "blocks", "modifiers"]))
     if kind == "narrow":
-        dims, dtype, intervals = draw(st.sampled_from(DIMS[:2])), torch.bfloat16, draw(narrow_windows())
+        dtype, intervals = torch.bfloat16, draw(narrow_windows())
     elif kind == "blocks" and not intervals.has_sink_tokens:
         intervals = with_blocks(intervals, *draw(any_blocks(key_heads)))
     elif kind == "modifiers":
@@ -163,20 +168,29 @@ def attend(asked: Asked) -> tuple[list[Noted], Tensor | None]:
     return found, carry[0] if asked.carried else None
 
 
-def attend_backward(asked: Asked) -> list[Noted]:
-    """Launches of a second call of this form."""
+def attend_backward(asked: Asked, finds_delta: bool) -> dict[str, Noted]:
+    """Launches of a second call of this form, by kernel; none where delta is to be found and others have to do that."""
+    keywords = {"scale": 0.3, "modifiers": asked.modifiers, "deterministic": asked.deterministic}
+    keywords["dkey_dtype"] = torch.float32 if asked.float_gradients else None
     with launches_noted() as found:
         for _ in range(2):
             found.clear()
-            gradients = hopper.attend_backward(
-                asked.dout, *asked.operands, numbers(asked), numbers(asked), asked.intervals, scale=0.3,
-                modifiers=asked.modifiers, carry=torch.rand(asked.query.shape) if asked.carried else None,
-                dkey_dtype=torch.float32 if asked.float_gradients else None, deterministic=asked.deterministic,
-            )  # fmt: skip
+            if finds_delta:
+                out, of_rows = torch.rand_like(asked.dout), (numbers(asked), numbers(asked), asked.intervals)
+                gradients = hopper.whole_backward(asked.dout, *asked.operands, out, *of_rows, **keywords)
+                if gradients is None:
+                    assert not asked.plain or asked.query.shape[2] == WIDEST
+                    return {}
+                *gradients, delta = gradients
+                assert delta.shape == (asked.query.shape[1], asked.query.shape[0])
+            else:
+                of_rows = numbers(asked), numbers(asked), asked.intervals
+                carry = torch.rand(asked.query.shape) if asked.carried else None
+                gradients = hopper.attend_backward(asked.dout, *asked.operands, *of_rows, carry=carry, **keywords)
     dtype = torch.float32 if asked.float_gradients else asked.key.dtype
     assert [x.dtype for x in gradients] == [asked.query.dtype, dtype, dtype]
     assert [x.shape for x in gradients] == [x.shape for x in asked.operands]
-    return found
+    return {x.kernel: x for x in found}
 
 
 # What they have in common
@@ -221,9 +235,11 @@ def assert_one_place(found: Noted, name: str, shape: torch.Size, dtype: torch.dt
 # Launches
 
 
-@settings(max_examples=100)
-@given(problems())
-def test_the_forward_kernel_is_given_the_operands_and_what_they_are(asked: Asked) -> None:
+@pytest.mark.parametrize("dims", DIMS, ids=str)
+@settings(max_examples=12)
+@given(data=st.data())
+def test_the_forward_kernel_is_given_the_operands_and_what_they_are(dims: tuple[int, int], data: st.DataObject) -> None:
+    asked = data.draw(problems(dims))
     launches, carried = attend(asked)
     (rows, heads, dim), value_dim = asked.query.shape, asked.value.shape[2]
     found = launches[-1]
@@ -269,16 +285,24 @@ def test_the_forward_kernel_is_given_the_operands_and_what_they_are(asked: Asked
         assert found["carry_out_ptr"] is carried
 
 
-@settings(max_examples=100)
-@given(problems())
-def test_the_backward_kernels_are_given_the_operands_and_what_they_are(asked: Asked) -> None:
-    launches = {found.kernel: found for found in attend_backward(asked)}
+@pytest.mark.parametrize("finds_delta", [False, True])
+@pytest.mark.parametrize("dims", DIMS, ids=str)
+@settings(max_examples=12)
+@given(data=st.data())
+def test_the_backward_kernels_are_given_the_operands_and_what_they_are(
+    dims: tuple[int, int], finds_delta: bool, data: st.DataObject
+) -> None:
+    asked = data.draw(problems(dims))
+    launches = attend_backward(asked, finds_delta)
+    if not launches:
+        return
     (rows, heads, dim), (keys, key_heads, value_dim) = asked.query.shape, asked.value.shape
     if asked.deterministic and (asked.intervals.has_sink_tokens or asked.intervals.blocks is not None):
         return  # the portable kernels
     if "dkey_narrow_kernel" in launches:
         of_query, of_key = launches["dquery_narrow_kernel"], launches["dkey_narrow_kernel"]
         assert of_key.programs == tiles_of(keys, narrow.KEY_TILE) * key_heads
+        assert of_query["FINDS_DELTA"] == finds_delta
         for found in (of_query, of_key):
             for name in ("query", "dout", "key", "value"):
                 assert_described(found, f"{name}_desc", getattr(asked, name), boxes=True)
@@ -297,6 +321,7 @@ def test_the_backward_kernels_are_given_the_operands_and_what_they_are(asked: As
     for name, place in (("query", "query_desc"), ("dout", "dout_desc"), ("key", "key_desc"), ("value", "value_desc")):
         assert_described(found, place, getattr(asked, name))
         assert found[f"{name}_head_stride"] == found[place].base.stride(1)
+    assert ("find_rows_kernel" in launches, "prepare_rows_kernel" in launches) == (finds_delta, not finds_delta)
     M, N = found["query_desc"].block_shape[-2], found["key_desc"].block_shape[-2]
     assert (found["query_rows"], found["key_rows"], found["key_heads"]) == (rows, keys, key_heads)
     assert found["padded_rows"] >= rows + M - 1, "a block may begin at the last row"
@@ -350,3 +375,23 @@ def test_what_is_kept_for_calls_alike_keeps_none_of_their_tensors(dims: tuple[in
         del query, key, value, dout, out, lse
         gc.collect()
         assert [x() for x in alive] == [None] * 6
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"key": torch.zeros(4, 2, 64)}, "query, key, value are"),
+        ({"query": torch.zeros(4, 3, 64).half()}, "multiple of Hk"),
+        ({"intervals": window(5, 1, None)}, "intervals are for 5 query and 5 key rows; query has 4"),
+        ({"intervals": with_blocks(window(4, 1, None), 3, (2, 2), 0)}, "3 groups of heads"),
+        ({"scale": 0.0}, "scale=0.0"),
+        ({"modifiers": Modifiers(softcap=-1.0)}, r"softcap=-1\.0"),
+        ({"query": torch.zeros(4, 2, 320).half(), "key": torch.zeros(4, 2, 320).half()}, "head dimensions 320 and 64"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_refused_arguments_are_named(changed: dict[str, Any], message: str) -> None:
+    x = torch.zeros(4, 2, 64).half()
+    asked = {"query": x, "key": x, "value": x, "intervals": window(4, 1, None), "scale": 1.0} | changed
+    with launches_noted(), pytest.raises(ArgumentError, match=message):
+        hopper.attend(**asked)
