@@ -9,8 +9,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from aot import Unlaunched, blocks_on_paper, lists_on_paper
-from hopper_aot import Compiled, catch, compile_call
+from aot import Unlaunched, blocks_on_paper, catch, lists_on_paper
+from hopper_aot import Compiled, compile_call
 
 from ringflash.kernels.hopper import backward, backward_programs, backward_rows, forward, widest
 from ringflash.kernels.hopper.backward_tiles import BACKWARD_TILES, BackwardTiles, backward_tiles, backward_width
