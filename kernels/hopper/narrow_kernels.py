@@ -29,6 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ringflash.kernels.gpu.compile_once import compiled_once
 from ringflash.kernels.hopper.backward_kernel import store_float
 from ringflash.kernels.hopper.compat import async_load, async_store, barrier, reinterpret, store_wait
+from ringflash.kernels.hopper.rings import allocate_barriers
 from ringflash.kernels.hopper.softmax import LN_2, LOG2_E
 
 ROWS = gl.constexpr(64)
@@ -45,15 +46,6 @@ def box_layout(desc, rows):
 def allocate_rows(desc, rows: gl.constexpr, count: gl.constexpr):
     """Room for `count` times as many rows of a descriptor's columns."""
     return gl.allocate_shared_memory(desc.dtype, [count, rows, desc.block_type.shape[-1]], box_layout(desc, rows))
-
-
-@gluon.jit
-def allocate_barriers(count: gl.constexpr):
-    """Barriers at which one arrival counts."""
-    barriers = gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(count):
-        mbarrier.init(barriers.index(i), count=1)
-    return barriers
 
 
 @gluon.jit
