@@ -18,7 +18,7 @@ help:
 	@echo '              make train ARGS="data.path=corpus/ optimizer.lr=1e-3" passes Hydra overrides'
 	@echo 'make test     run the tests; make test ARGS="-k mask" runs some of them'
 	@echo 'make test-torch TORCH=2.11.0   run the tests with another version of torch'
-	@echo 'make test-triton TRITON=3.6.0  compile the Hopper kernels with another version of triton'
+	@echo 'make test-triton TRITON=3.6.0  compile the Hopper kernels, and launch, with another version of triton'
 	@echo 'make lint     check formatting, style and types'
 	@echo 'make doctor   show what this machine has and what to change'
 	@echo 'make warm ARGS="head_dims=128 heads=32/8"   compile the kernels of a job on GPUs ahead of it'
@@ -46,10 +46,13 @@ test-torch:
 	.torch-$(TORCH)/bin/python -m pip install --constraint .torch-$(TORCH)/constraints.txt --editable '.[huggingface,test]'
 	.torch-$(TORCH)/bin/python -m pytest --ignore=tests/kernels --ignore=tests/packaging $(ARGS)
 
+# What an own launcher hands to the driver follows Triton's, whose launcher is another one in each version.
+TRITON_TESTS := $(addprefix tests/kernels/test_,hopper_ahead_of_time.py hopper_narrow.py hopper_launches.py direct_launch.py)
+
 test-triton: $(INSTALLED)
 	@[ -n "$(TRITON)" ] || { echo 'which version? make test-triton TRITON=3.6.0' >&2; exit 1; }
 	[ -d .triton-$(TRITON) ] || $(BIN)/python -m pip install --no-deps --target .triton-$(TRITON) triton==$(TRITON)
-	PYTHONPATH=.triton-$(TRITON) TRITON_CACHE_DIR=.triton-$(TRITON)/cache $(BIN)/python -m pytest tests/kernels/test_hopper_ahead_of_time.py tests/kernels/test_hopper_narrow.py
+	PYTHONPATH=.triton-$(TRITON) TRITON_CACHE_DIR=.triton-$(TRITON)/cache $(BIN)/python -m pytest $(TRITON_TESTS) $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

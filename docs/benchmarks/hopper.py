@@ -25,6 +25,7 @@ from triton.testing import do_bench
 
 from ringflash.kernels import hopper, reference
 from ringflash.kernels.hopper import backward, forward
+from ringflash.kernels.hopper.backward_tiles import BACKWARD_TILES, BackwardTiles
 from ringflash.kernels.intervals import KeyIntervals, causal_intervals
 
 HEADS = {64: 32, 128: 16, 256: 8}
@@ -69,7 +70,7 @@ def prepared_backward(
     intervals: KeyIntervals,
     carry: Tensor | None,
     dtype: torch.dtype,
-    tiles: backward.BackwardTiles,
+    tiles: BackwardTiles,
     deterministic: bool = False,
 ) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
     """The backward with given sizes, gradients in `dtype`; a carry is overwritten."""
@@ -208,7 +209,7 @@ def forward_variants(dim: int) -> dict[str, forward.ForwardTiles]:
 
 def backward_variants(dim: int) -> dict[str, dict]:
     """Arguments of prepared_backward to compare with those in use."""
-    tiles = backward.BACKWARD_TILES[str(dim)]
+    tiles = BACKWARD_TILES[str(dim)]
     return {"in use": {"tiles": tiles}, "in turn": {"tiles": tiles, "deterministic": True}}
 
 
@@ -339,7 +340,7 @@ def main() -> None:
     tune = arguments.action == "tune"
     dim = arguments.dim
     forwards = forward_variants(dim) if tune else {"ringflash": forward.FORWARD_TILES[str(dim)]}
-    backwards = chosen if tune else {"ringflash": {"tiles": backward.BACKWARD_TILES[str(dim)]}}
+    backwards = chosen if tune else {"ringflash": {"tiles": BACKWARD_TILES[str(dim)]}}
     times = {"forward": lambda: time_forward(dim, forwards, LENGTHS)}
     times["backward"] = lambda: time_backward(dim, backwards, LENGTHS, arguments.group)
     rows = []

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
-from triton.experimental.gluon import language as gl
 
 from ringflash.kernels.gpu.block_lists import (
     NO_LISTS,
@@ -18,118 +15,50 @@ from ringflash.kernels.gpu.block_lists import (
     query_bits,
     query_lists,
 )
-from ringflash.kernels.gpu.chips import multiprocessors
-from ringflash.kernels.gpu.compile_once import compiled_once
 from ringflash.kernels.gpu.launcher import Description, Launcher, aligned, description_of
 from ringflash.kernels.gpu.modifiers_given import modifiers_aligned, modifiers_metadata
 from ringflash.kernels.gpu.row_delta import row_delta
 from ringflash.kernels.hopper import widest
 from ringflash.kernels.hopper.backward_kernel import attend_backward_kernel
-from ringflash.kernels.hopper.backward_order import order_of_lists, order_of_programs
-from ringflash.kernels.hopper.backward_rows import PreparedRows, Results
-from ringflash.kernels.hopper.backward_split_kernel import attend_backward_split_kernel
-from ringflash.kernels.hopper.backward_tokens import (
-    Programs,
-    add_slots,
-    chunk_count,
-    order_with_chunks,
-    programs_of_tiles,
+from ringflash.kernels.hopper.backward_programs import (
+    adding_turns,
+    chunks_of_tokens,
+    order_of_blocks,
+    programs_in_order,
+    programs_of_lists,
+    programs_with_tokens,
+    rows_seeing,
 )
+from ringflash.kernels.hopper.backward_rows import PreparedRows, PreparedSlopes, Results
+from ringflash.kernels.hopper.backward_split_kernel import attend_backward_split_kernel
+from ringflash.kernels.hopper.backward_tiles import (
+    BACKWARD_WIDTHS,
+    BackwardTiles,
+    backward_tiles,
+    backward_width,
+    stored_parts,
+)
+from ringflash.kernels.hopper.backward_tokens import Programs, add_slots
 from ringflash.kernels.hopper.backward_wide_kernel import attend_backward_wide_kernel
 from ringflash.kernels.hopper.checks import check_operands
 from ringflash.kernels.hopper.descriptors import (
     addressable,
     descriptor,
     list_descriptor,
+    made_addressable,
     part_descriptors,
     without_memory,
 )
 from ringflash.kernels.hopper.dquery_accumulate import HALF
-from ringflash.kernels.hopper.dquery_in_turn import (
-    BLOCK_BY_BLOCK,
-    HEAD_BY_HEAD,
-    PARTS,
-    heads_in_turn,
-    turns_of_tiles,
-)
 from ringflash.kernels.hopper.dropout import dropout_numbers, listed
 from ringflash.kernels.hopper.listed_blocks import list_numbers, list_tensors
 from ringflash.kernels.hopper.narrow import backward_narrow, tiles_for
-from ringflash.kernels.hopper.widths import WIDEST, WIDTHS, width_of
+from ringflash.kernels.hopper.widths import WIDEST
 from ringflash.kernels.intervals import KeyIntervals
 from ringflash.kernels.kept import Kept, metadata
 from ringflash.kernels.modifiers import Modifiers
 from ringflash.kernels.triton import attend as portable
 from ringflash.kernels.whole_backward import Gradients
-
-
-@dataclass(frozen=True)
-class BackwardTiles:
-    """Sizes of a backward launch.
-
-    Attributes:
-        keys: key rows of a tile.
-        queries: query rows of a block.
-        stages: blocks of queries and of out's gradient in shared memory; powers of two.
-        registers: of a thread of the consumers and of the producer.
-    """
-
-    keys: int
-    queries: int
-    stages: tuple[int, int]
-    registers: tuple[int, int] = (240, 24)
-
-
-BACKWARD_TILES = {
-    "64": BackwardTiles(keys=128, queries=128, stages=(2, 2)),
-    "128": BackwardTiles(keys=128, queries=64, stages=(2, 2)),
-    "192/128": BackwardTiles(keys=128, queries=64, stages=(2, 2)),
-    "256": BackwardTiles(keys=64, queries=64, stages=(2, 1)),
-}
-"""By `WIDTHS`; docs/benchmarks/kernels.md has the measurements behind them."""
-
-BACKWARD_WIDTHS = {name: WIDTHS[name] for name in ("64", "128", "192/128", "256")}
-"""Columns that the kernels' blocks have."""
-
-
-def backward_width(head_dim: int, value_head_dim: int, plain: bool) -> str:
-    """The name in `BACKWARD_WIDTHS` of blocks for these head dimensions.
-
-    Blocks of 256 columns take what those of 192/128 do not: gradients that repeat, modifiers, sink tokens, lists of
-    blocks, other head dimensions.
-
-    Args:
-        head_dim: of queries and keys.
-        value_head_dim: of values.
-        plain: whether there is nothing of these but perhaps the last.
-    """
-    width = width_of(head_dim, value_head_dim)
-    assert width is not None  # as is checked before
-    split = plain and (head_dim, value_head_dim) == (192, 128)
-    return width if width in ("64", "128") or split else "256"
-
-
-def stored_parts(parts: tuple[int, ...], dim: int) -> tuple[int, ...]:
-    """Columns of a gradient that a warpgroup stores at a time: its rows are some of a larger block's, see `blocks`."""
-    if parts == (256,):
-        return (128,)  # of all rows
-    return parts if sum(parts) == dim else (64,) * len(parts)
-
-
-POSITIONED_BACKWARD_TILES = {**BACKWARD_TILES, "64": replace(BACKWARD_TILES["64"], stages=(2, 1))}
-"""With ALiBi or dropout, for which positions of queries take shared memory as well."""
-
-TWICE_POSITIONED_BACKWARD_TILES = {
-    **POSITIONED_BACKWARD_TILES,
-    "128": replace(BACKWARD_TILES["128"], stages=(2, 1)),
-}
-"""With both."""
-
-
-def backward_tiles(modifiers: Modifiers | None) -> dict[str, BackwardTiles]:
-    """Sizes of a launch with these modifiers, by `WIDTHS`."""
-    positioned = 0 if modifiers is None else (modifiers.slopes is not None) + bool(modifiers.dropout)
-    return (BACKWARD_TILES, POSITIONED_BACKWARD_TILES, TWICE_POSITIONED_BACKWARD_TILES)[positioned]
 
 
 def attend_backward(
@@ -298,11 +227,11 @@ class PreparedBackward:
     ) -> None:
         _, query, key, value = operands
         (query_rows, heads, dim), (key_rows, key_heads, value_dim) = query.shape, value.shape
-        group = heads // key_heads
         self.tiles, self.deterministic = tiles, deterministic
-        self.heads = heads, key_heads
-        sink_tokens, self.has_lists = intervals.has_sink_tokens, intervals.blocks is not None
-        self.width = backward_width(dim, value_dim, not (deterministic or modifiers or sink_tokens or self.has_lists))
+        self.heads, self.dim = (heads, key_heads), dim
+        self.has_tokens, self.has_lists = intervals.has_sink_tokens, intervals.blocks is not None
+        plain = not (deterministic or modifiers or self.has_tokens or self.has_lists)
+        self.width = backward_width(dim, value_dim, plain)
         self.order = order_of_blocks(intervals, self.width, modifiers).value if deterministic else 0
         self.dkey_dtype, self.float_out = dkey_dtype, dkey_dtype != key.dtype
         self.stored_dtype = torch.float32 if self.float_out else dkey_dtype
@@ -310,81 +239,70 @@ class PreparedBackward:
         if self.empty:
             return
         direct = aligned(*operands, *numbers) and modifiers_aligned(modifiers)
-        reachable = _reachable(operands)
-        self.all_addressable = all(x is y for x, y in zip(operands, reachable, strict=True))
-        width = BACKWARD_WIDTHS[self.width]
+        # A block may reach as many rows behind the last.
+        padded_rows = -(-(query_rows + tiles.queries) // 128) * 128
+        self.shape = (query_rows, padded_rows, key_rows, key_heads)
+        drops = dropout_numbers(modifiers)
+        kept = 1.0 if drops[1] is None else drops[1]
+        self.rows = PreparedRows(operands[0], query, *numbers[:2], results, padded_rows, kept)
+        self.drops, self.slopes, bend = False, None, None
+        if modifiers is not None:
+            self.drops, bend = bool(modifiers.dropout), scale / modifiers.softcap if modifiers.softcap else None
+            self.slopes = None if modifiers.slopes is None else PreparedSlopes(modifiers.slopes, padded_rows, direct)
+        programs = -(-key_rows // tiles.keys)
+        if self.has_tokens:
+            chunks = chunks_of_tokens(programs, query_rows, key_heads, query.device)
+            programs += 2 * chunks
+            self.slot_shapes = [(3 * chunks * tiles.keys, *x.shape[1:]) for x in (key, value)]
+
+        reached, self.addressable = made_addressable(operands, partial(_rounded, query.dtype))
+        of_dout, of_query, of_key, of_value = (x.stride(1) for x in reached)
+        numbers_of_all = of_query, of_dout, of_key, of_value, float(scale), bend
+        constants = dict(
+            GROUP=heads // key_heads, QUERY_STAGES=tiles.stages[0], DOUT_STAGES=tiles.stages[1],
+            FLOAT_OUT=self.float_out, DIMS=(dim, value_dim),
+            CONSUMER_REGISTERS=tiles.registers[0], PRODUCER_REGISTERS=tiles.registers[1],
+        )  # fmt: skip
+        numbers_of_some = ()
+        if self.width != "192/128":
+            numbers_of_some, constants["ORDERED"] = (*drops, *list_numbers(self._lists(intervals))), self.order
+        self.launch = Launcher(
+            programs * key_heads, numbers_of_all + numbers_of_some, constants, {"num_warps": 4}, direct,
+            self._descriptions(reached, numbers[2]),
+        )  # fmt: skip
+
+    def _descriptions(self, operands: Operands, carry: Tensor | None) -> tuple[Description | None, ...]:
+        """Of the tensors that `__call__` launches with, in their order; operands are addressable."""
+        _, query, key, value = operands
+        (query_rows, padded_rows, *_), tiles, width = self.shape, self.tiles, BACKWARD_WIDTHS[self.width]
         blocks = (tiles.queries, tiles.queries, tiles.keys, tiles.keys)
         parts = (width.values, width.keys, width.keys, width.values)
-        of_operands, rest = zip(*map(part_descriptors, reachable, blocks, parts), strict=True)
-        dquery = without_memory(query.shape, torch.float32) if numbers[2] is None else numbers[2].contiguous()
-        padded = sum(width.keys) > dim
-        dquery_description = description_of(descriptor(dquery, HALF.value, HALF.value, padded))
-        of_dkey: list[Description | None] = [None, None]
-        of_dvalue: list[Description | None] = [None, None]
+        (of_dout, *of_others), rest = zip(*map(part_descriptors, operands, blocks, parts), strict=True)
+        of_operands = of_others[0], of_dout, *of_others[1:]
+        dquery = without_memory(query.shape, torch.float32) if carry is None else carry.contiguous()
+        padded = sum(width.keys) > query.shape[2]
+        of_dquery = description_of(descriptor(dquery, HALF.value, HALF.value, padded))
+        of_dkey, of_dvalue = [None, None], [None, None]
         if not self.float_out:
             of_dkey, of_dvalue = (
                 part_descriptors(
-                    without_memory(x.shape, dkey_dtype), HALF.value, parts, stored_parts(parts, x.shape[2])
+                    without_memory(x.shape, self.dkey_dtype), HALF.value, parts, stored_parts(parts, x.shape[2])
                 )
                 for x, parts in ((key, width.keys), (value, width.values))
             )
         self.has_dkey_rest = of_dkey[1] is not None
 
-        # A block may reach as many rows behind the last.
-        padded_rows = -(-(query_rows + tiles.queries) // 128) * 128
-        number_description = description_of(
-            list_descriptor(without_memory((heads * padded_rows,), torch.float32), tiles.queries)
-        )
-        self.number_count = heads * padded_rows
-        row_blocks = -(-padded_rows // 1024)
-        drops = dropout_numbers(modifiers)
-        kept = 1.0 if drops[1] is None else drops[1]
-        self.rows = PreparedRows(operands[0], query, *numbers[:2], results, padded_rows, kept)
-        self.dropout, dropout_description = modifiers is not None and bool(modifiers.dropout), None
-        if self.dropout:
-            positions = without_memory((query_rows,), torch.float32)
-            dropout_description = description_of(list_descriptor(positions, tiles.queries))
-        self.alibi = modifiers is not None and modifiers.slopes is not None
-        if self.alibi:
-            self.slope_strides = modifiers.slopes.stride()
-            self.launch_slopes = Launcher(
-                row_blocks * heads, (query_rows, padded_rows, row_blocks, *self.slope_strides), {}, {}, direct
-            )
-        bend = scale / modifiers.softcap if modifiers is not None and modifiers.softcap else None
+        def of_list(count: int) -> Description:
+            return description_of(list_descriptor(without_memory((count,), torch.float32), tiles.queries))
 
-        self.shape = (query_rows, padded_rows, key_rows, key_heads)
-        programs = -(-key_rows // tiles.keys)
-        self.slot_shapes = None
-        if sink_tokens:
-            chunks = chunk_count(programs, query_rows, key_heads, multiprocessors(query.device))
-            programs += 2 * chunks
-            self.slot_shapes = [(3 * chunks * tiles.keys, *x.shape[1:]) for x in (key, value)]
-        row_description = number_description if self.alibi else None
+        of_numbers = (of_list(self.heads[0] * padded_rows),) * 2
+        of_slopes = (None, None) if self.slopes is None else of_numbers
         if self.width == "192/128":
-            described = (
-                *(of_operands[i] for i in (1, 0, 2, 3)), *rest[1:3], number_description, number_description,
-                dquery_description, *of_dkey, of_dvalue[0], *(None,) * 5, row_description, row_description,
-            )  # fmt: skip
-        else:
-            described = (
-                *(of_operands[i] for i in (1, 0, 2, 3)), number_description, number_description,
-                dquery_description, of_dkey[0], of_dvalue[0], *(None,) * 13, row_description, row_description,
-                None, None, dropout_description,
-            )  # fmt: skip
-        self.launch = Launcher(
-            programs * key_heads,
-            (*(x.stride(1) for x in (reachable[1], reachable[0], *reachable[2:])), float(scale), bend,
-             *(() if self.width == "192/128" else (*drops, *list_numbers(self._lists(intervals))))),
-            dict(
-                GROUP=group, QUERY_STAGES=tiles.stages[0], DOUT_STAGES=tiles.stages[1],
-                FLOAT_OUT=self.float_out, **({} if self.width == "192/128" else {"ORDERED": self.order}),
-                DIMS=(dim, value_dim),
-                CONSUMER_REGISTERS=tiles.registers[0], PRODUCER_REGISTERS=tiles.registers[1],
-            ),
-            {"num_warps": 4},
-            direct,
-            described,
-        )  # fmt: skip
+            of_gradients = of_dquery, *of_dkey, of_dvalue[0]
+            return *of_operands, *rest[1:3], *of_numbers, *of_gradients, *(None,) * 5, *of_slopes
+        of_gradients = of_dquery, of_dkey[0], of_dvalue[0]
+        of_positions = of_list(query_rows) if self.drops else None
+        return *of_operands, *of_numbers, *of_gradients, *(None,) * 13, *of_slopes, None, None, of_positions
 
     def __call__(
         self,
@@ -406,41 +324,28 @@ class PreparedBackward:
             return dquery, dkey.zero_().to(self.dkey_dtype), dvalue.zero_().to(self.dkey_dtype), delta
 
         scaled_lse, minus_delta, delta, dquery = self.rows(dout, query, lse, delta, results, carry)
-        order, turns, turn_now, section, programs, slots = (None,) * 6
-        if self.deterministic:
-            turns, turn_now, section = adding_turns(intervals, self.heads, query.shape[2], self.tiles, self.order)
-        elif self.slot_shapes is not None:
-            programs, order = programs_with_tokens(intervals, self.tiles.keys, self.heads[1])
-            slots = tuple(query.new_empty(shape, dtype=torch.float32) for shape in self.slot_shapes)
-        elif self.has_lists:
-            order = programs_of_lists(intervals, self.tiles, self.heads[1])
-        else:
-            order = programs_in_order(intervals, self.tiles.keys, self.heads[1])
-        if not self.all_addressable:
-            operands = _reachable(operands)
-        dout, query, key, value = operands
-        dkey_rest = dkey if self.has_dkey_rest else None
-        written, pointers = (
-            ((None,) * 3, (dkey, dvalue)) if self.float_out else ((dkey, dkey_rest, dvalue), (None, None))
-        )
+        of_rows = scaled_lse, minus_delta, dquery
+        order, turns, programs = self._programs(intervals)
+        dout, query, key, value = self.addressable(operands)
+        written, pointers = ((None, None), (dkey, dvalue)) if self.float_out else ((dkey, dvalue), (None, None))
         visible = None if modifiers is None else modifiers.key_visible
         seeing, tokens = rows_seeing(intervals, self.tiles.keys, visible), (None,) * 5
         if programs is not None:
+            slots = tuple(query.new_empty(shape, dtype=torch.float32) for shape in self.slot_shapes)
             tokens = programs.work, *rows_seeing(intervals, self.tiles.keys, visible, sink_tokens=True), *slots
-        positions = self._positions(modifiers) if self.alibi else (None, None, None)
-        dropping = (None,) * 3
-        if self.dropout:
-            dropping = modifiers.seed, listed(modifiers.query_positions), modifiers.key_positions.contiguous()
+        positioned = self.slopes is not None or self.drops
+        sloping, dropping = self._positions(modifiers) if positioned else ((None,) * 3, (None,) * 3)
         if self.width == "192/128":
+            dkey_rest = dkey if self.has_dkey_rest else None
             tensors = (
-                query, dout, key, value, query, key, scaled_lse, minus_delta, dquery,
-                *written, *pointers, *seeing, order, *positions, *self.shape,
+                query, dout, key, value, query, key, *of_rows, written[0], dkey_rest, written[1],
+                *pointers, *seeing, order, *sloping, *self.shape,
             )  # fmt: skip
             self.launch(attend_backward_split_kernel, tensors)
         else:
             tensors = (
-                query, dout, key, value, scaled_lse, minus_delta, dquery, written[0], written[2],
-                *pointers, *seeing, order, turns, turn_now, section, *tokens, *positions, *dropping,
+                query, dout, key, value, *of_rows, *written,
+                *pointers, *seeing, order, *turns, *tokens, *sloping, *dropping,
                 *(list_tensors(self._lists(intervals)) if self.has_lists else (None,) * 3), *self.shape,
             )  # fmt: skip
             self.launch(attend_backward_wide_kernel if self.width == "256" else attend_backward_kernel, tensors)
@@ -449,6 +354,19 @@ class PreparedBackward:
         if self.stored_dtype != self.dkey_dtype:
             dkey, dvalue = dkey.to(self.dkey_dtype), dvalue.to(self.dkey_dtype)
         return dquery.to(dquery_dtype), dkey, dvalue, delta
+
+    def _programs(self, intervals: KeyIntervals) -> tuple[Tensor | None, tuple, Programs | None]:
+        """Their order or, where gradients repeat, turns in which they add; and their work with sink tokens."""
+        keys, queries, key_heads = self.tiles.keys, self.tiles.queries, self.heads[1]
+        no_turns = None, None, None
+        if self.deterministic:
+            return None, adding_turns(intervals, keys, queries, self.heads, self.dim, self.order), None
+        if self.has_tokens:
+            programs, order = programs_with_tokens(intervals, keys, key_heads)
+            return order, no_turns, programs
+        if self.has_lists:
+            return programs_of_lists(intervals, keys, queries, key_heads), no_turns, None
+        return programs_in_order(intervals, keys, key_heads), no_turns, None
 
     def _lists(self, intervals: KeyIntervals) -> ListOperands:
         """Blocks of queries; bits are of keys, or of queries where these are the rows of scores."""
@@ -459,117 +377,17 @@ class PreparedBackward:
             lists = BlockLists(lists.entries, *query_bits(intervals))
         return list_operands(lists, self.heads[1])
 
-    def _positions(self, modifiers: Modifiers) -> tuple:
-        """With ALiBi positions and slopes of query rows, laid out as lse is, and positions of keys."""
-        slopes = modifiers.slopes
-        positions, scaled_slopes = slopes.new_empty(self.number_count), slopes.new_empty(self.number_count)
-        rows = modifiers.query_positions.contiguous(), slopes
-        self.launch_slopes(prepare_slopes_kernel, (*rows, positions, scaled_slopes))
-        return positions, scaled_slopes, modifiers.key_positions.contiguous()
+    def _positions(self, modifiers: Modifiers) -> tuple[tuple, tuple]:
+        """Positions and what comes with them, for ALiBi and for dropout; None for what there is not."""
+        sloping = dropping = None, None, None
+        if self.slopes is not None:
+            of_queries = self.slopes(modifiers.query_positions, modifiers.slopes)
+            sloping = *of_queries, modifiers.key_positions.contiguous()
+        if self.drops:
+            dropping = modifiers.seed, listed(modifiers.query_positions), modifiers.key_positions.contiguous()
+        return sloping, dropping
 
 
-def _reachable(operands: Operands) -> Operands:
-    """The operands as the tensor memory engine takes them, dout of query's dtype."""
-    dout, query, key, value = operands
-    return tuple(map(addressable, (dout.to(query.dtype), query, key, value)))
-
-
-def rows_seeing(
-    intervals: KeyIntervals, block: int, visible: Tensor | None, sink_tokens: bool = False
-) -> tuple[Tensor, Tensor]:
-    """`KeyIntervals.key_tile_rows` of single keys and of tiles, of keys that are `visible` if that is given."""
-    of_keys, of_tiles = intervals.key_tile_rows(1, sink_tokens), intervals.key_tile_rows(block, sink_tokens)
-    return (of_keys, of_tiles) if visible is None else without_padding(visible.contiguous(), of_keys, of_tiles, block)
-
-
-def without_padding(visible: Tensor, of_keys: Tensor, of_tiles: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """`KeyIntervals.key_tile_rows` of single keys and of tiles of `block` keys, such that no row sees padding."""
-    shown = torch.empty_like(of_keys), torch.empty_like(of_tiles)
-    hide_padding_kernel[(len(of_tiles),)](visible, of_keys, of_tiles, *shown, len(of_keys), block)
-    return shown
-
-
-@compiled_once
-@triton.jit(do_not_specialize=["key_rows"])
-def hide_padding_kernel(visible, of_keys, of_tiles, shown_keys, shown_tiles, key_rows, N: tl.constexpr):
-    """See `without_padding`. Program = N keys. No row sees all of a tile with padding, so that all are masked."""
-    key = tl.program_id(0) * N + tl.arange(0, N)
-    shown = tl.load(visible + key, mask=key < key_rows, other=1) != 0
-    column = tl.arange(0, 4)
-    places = key[:, None] * 4 + column[None, :]
-    seeing = tl.load(of_keys + places, mask=key[:, None] < key_rows, other=0)
-    tl.store(shown_keys + places, tl.where(shown[:, None], seeing, 0), mask=key[:, None] < key_rows)
-    seeing = tl.load(of_tiles + tl.program_id(0) * 4 + column)
-    masked = (tl.min(shown.to(tl.int32), 0) == 0) & (column == 2)
-    tl.store(shown_tiles + tl.program_id(0) * 4 + column, tl.where(masked, 0, seeing))
-
-
-def programs_in_order(intervals: KeyIntervals, block: int, key_heads: int) -> Tensor:
-    """See `order_of_programs`, made once for the intervals."""
-
-    def build() -> Tensor:
-        return order_of_programs(intervals.key_tile_rows(block), key_heads, multiprocessors(intervals.start.device))
-
-    return intervals.kept(("programs", block, key_heads), build)
-
-
-def programs_of_lists(intervals: KeyIntervals, tiles: BackwardTiles, key_heads: int) -> Tensor:
-    """See `order_of_lists`, made once for the intervals and their blocks."""
-
-    def build() -> Tensor:
-        entries = query_lists(intervals, tiles.keys, tiles.queries).entries
-        return order_of_lists(entries[:, :, 0], key_heads, multiprocessors(intervals.start.device))
-
-    return intervals.kept(("programs of lists", tiles.keys, tiles.queries, key_heads), build, of_blocks=True)
-
-
-def programs_with_tokens(intervals: KeyIntervals, block: int, key_heads: int) -> tuple[Programs, Tensor]:
-    """See `backward_tokens.Programs` and `order_with_chunks`, made once for the intervals."""
-
-    def build() -> tuple[Programs, Tensor]:
-        processors = multiprocessors(intervals.start.device)
-        of_own, of_tokens = (intervals.key_tile_rows(block, sink_tokens) for sink_tokens in (False, True))
-        programs = programs_of_tiles(of_own, of_tokens, intervals.query_count, key_heads, processors)
-        tokens = programs.work[: len(of_own), 4] - programs.work[: len(of_own), 3]
-        order = order_of_programs(of_own, key_heads, processors, tokens)
-        return programs, order_with_chunks(order, programs, key_heads)
-
-    return intervals.kept(("programs with tokens", block, key_heads), build)
-
-
-def order_of_blocks(intervals: KeyIntervals, width: str, modifiers: Modifiers | None) -> gl.constexpr:
-    """In which of the orders of `dquery_in_turn` tiles visit their blocks: head by head where that ran on a GPU."""
-    by_head = intervals.even and width in ("64", "128") and modifiers is None
-    return HEAD_BY_HEAD if by_head else BLOCK_BY_BLOCK
-
-
-def adding_turns(
-    intervals: KeyIntervals, heads: tuple[int, int], dim: int, tiles: BackwardTiles, order: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn of each key tile; whose turn it is, (heads, blocks, parts) to write in; heads to work on at a time."""
-    tile_rows = intervals.key_tile_rows(tiles.keys)
-
-    def build() -> tuple[Tensor, Tensor, Tensor]:
-        turns, first_turns = turns_of_tiles(tile_rows, intervals.query_count, tiles.queries)
-        first_turns = first_turns[None, :, None].expand(heads[0], -1, PARTS.value).contiguous()
-        together = heads[0] // heads[1] if order == BLOCK_BY_BLOCK.value else 1
-        return turns, first_turns, heads_in_turn(tile_rows, heads[1], together * dim * 8)
-
-    turns, first_turns, section = intervals.kept(("turns", heads, dim, tiles.keys, tiles.queries, order), build)
-    return turns, first_turns.clone(), section
-
-
-@compiled_once
-@triton.jit(do_not_specialize=["rows", "padded_rows", "row_blocks", "slopes_row", "slopes_head"])
-def prepare_slopes_kernel(
-    position_ptr, slope_ptr, prepared_position_ptr, prepared_slope_ptr, rows, padded_rows, row_blocks,
-    slopes_row, slopes_head,
-):  # fmt: skip
-    """Positions, and slopes times log2 e, laid out as lse in `backward_rows`. Program = (head, 1,024 rows)."""
-    row = tl.program_id(0) % row_blocks * 1024 + tl.arange(0, 1024)
-    head = tl.program_id(0) // row_blocks
-    position = tl.load(position_ptr + row, mask=row < rows, other=0).to(tl.float32)
-    offset = row.to(tl.int64) * slopes_row + head.to(tl.int64) * slopes_head
-    slope = tl.load(slope_ptr + offset, mask=row < rows, other=0.0) * 1.4426950408889634
-    tl.store(prepared_position_ptr + head * padded_rows + row, position, mask=row < padded_rows)
-    tl.store(prepared_slope_ptr + head * padded_rows + row, slope, mask=row < padded_rows)
+def _rounded(dtype: torch.dtype, x: Tensor) -> Tensor:
+    """An operand as the tensor memory engine takes it, of query's dtype, which dout may not be of."""
+    return addressable(x.to(dtype))

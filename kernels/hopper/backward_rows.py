@@ -1,7 +1,8 @@
 """What the backward kernels read of query rows beside queries: lse and delta, laid out for the tensor memory engine.
 
 Both are flat, each head's rows followed by rows of no weight, lse with factor log2 e and delta negative. Where out is
-at hand, one pass over it and dout finds delta as well, and sets to zero what gradients of query are added up in.
+at hand, one pass over it and dout finds delta as well, and sets to zero what gradients of query are added up in. With
+ALiBi positions and slopes of query rows are laid out like them.
 
 Legend: M rows of a tile, V head dimension of values, D of queries.
 """
@@ -106,6 +107,29 @@ class PreparedRows:
         return Rows(scaled_lse, minus_delta, delta, dquery)
 
 
+class PreparedSlopes:
+    """What is worked out once for calls alike with ALiBi, and their launch.
+
+    Args:
+        slopes: (T, H), of the first call; so are the others.
+        padded_rows: as in `PreparedRows`.
+        direct: whether all that is launched with is `aligned`.
+    """
+
+    def __init__(self, slopes: Tensor, padded_rows: int, direct: bool) -> None:
+        rows, heads = slopes.shape
+        self.number_count = heads * padded_rows
+        row_blocks = -(-padded_rows // 1024)
+        numbers = rows, padded_rows, row_blocks, *slopes.stride()
+        self.launch = Launcher(row_blocks * heads, numbers, {}, {}, direct)
+
+    def __call__(self, query_positions: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a call alike: positions and slopes of query rows, each (H * padded rows,) fp32."""
+        positions, scaled_slopes = slopes.new_empty(self.number_count), slopes.new_empty(self.number_count)
+        self.launch(prepare_slopes_kernel, (query_positions.contiguous(), slopes, positions, scaled_slopes))
+        return positions, scaled_slopes
+
+
 @compiled_once
 @triton.jit(do_not_specialize=["rows", "padded_rows", "row_blocks"])
 def prepare_rows_kernel(lse_ptr, delta_ptr, scaled_lse_ptr, minus_delta_ptr, rows, padded_rows, row_blocks, kept):
@@ -150,3 +174,19 @@ def find_rows_kernel(
     offsets_MD = block_offsets(head, first_row, heads, M, DIM, PADDED_DIM)
     inside_MD = block_inside(first_row, rows, M, DIM, PADDED_DIM)
     tl.store(zeros + offsets_MD, tl.zeros([M, PADDED_DIM], tl.float32), mask=inside_MD)
+
+
+@compiled_once
+@triton.jit(do_not_specialize=["rows", "padded_rows", "row_blocks", "slopes_row", "slopes_head"])
+def prepare_slopes_kernel(
+    position_ptr, slope_ptr, prepared_position_ptr, prepared_slope_ptr, rows, padded_rows, row_blocks,
+    slopes_row, slopes_head,
+):  # fmt: skip
+    """Positions, and slopes times log2 e, laid out as lse. Program = (head, 1,024 rows)."""
+    row = tl.program_id(0) % row_blocks * 1024 + tl.arange(0, 1024)
+    head = tl.program_id(0) // row_blocks
+    position = tl.load(position_ptr + row, mask=row < rows, other=0).to(tl.float32)
+    offset = row.to(tl.int64) * slopes_row + head.to(tl.int64) * slopes_head
+    slope = tl.load(slope_ptr + offset, mask=row < rows, other=0.0) * 1.4426950408889634
+    tl.store(prepared_position_ptr + head * padded_rows + row, position, mask=row < padded_rows)
+    tl.store(prepared_slope_ptr + head * padded_rows + row, slope, mask=row < padded_rows)

@@ -15,6 +15,7 @@ from ringflash.kernels.hopper.blocks import FIRST, block_columns, block_rows, fl
 from ringflash.kernels.hopper.compat import WARPGROUP, async_load
 from ringflash.kernels.hopper.dquery_in_turn import BLOCK_BY_BLOCK, HEAD_BY_HEAD, Turns, allocate_turns
 from ringflash.kernels.hopper.listed_blocks import list_of_tile
+from ringflash.kernels.hopper.rings import allocate_barriers, allocate_full_and_empty
 from ringflash.kernels.hopper.rows_visited import RANGE, Rows, entry_of, row_of
 from ringflash.kernels.hopper.schedule import stage_and_parity
 
@@ -101,9 +102,7 @@ def allocate_buffers(inputs, QUERY_STAGES: gl.constexpr, DOUT_STAGES: gl.constex
     N: gl.constexpr = block_rows(key_desc)
     key = gl.allocate_shared_memory(key_desc.dtype, [1, N, block_columns(key_desc)], flat_layout(key_desc))
     value = gl.allocate_shared_memory(value_desc.dtype, [1, N, block_columns(value_desc)], flat_layout(value_desc))
-    loaded = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
-        mbarrier.init(loaded.index(i), count=1)
+    loaded = allocate_barriers(2)
     positions, slopes = queries.numbers, queries.numbers  # stand for none
     if inputs.query_slopes_desc is not None:
         M: gl.constexpr = block_rows(inputs.query_desc)
@@ -129,11 +128,7 @@ def allocate_stream(desc, numbers_desc, STAGES: gl.constexpr):
     """Room for STAGES blocks of a descriptor, each given back by both warpgroups."""
     blocks = gl.allocate_shared_memory(desc.dtype, [STAGES, block_rows(desc), block_columns(desc)], flat_layout(desc))
     numbers = gl.allocate_shared_memory(gl.float32, [STAGES, block_rows(desc)], numbers_desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2 * WARPGROUP)
+    full, empty = allocate_full_and_empty(STAGES, 2 * WARPGROUP)
     return Stream(blocks, numbers, full, empty)
 
 

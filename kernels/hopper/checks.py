@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from ringflash.errors import ArgumentError
-from ringflash.kernels.gpu.modifiers_given import check_modifiers
+from ringflash.kernels.gpu.operands_given import check_scoring, check_shapes
 from ringflash.kernels.hopper.widths import WIDEST, width_of
 from ringflash.kernels.intervals import KeyIntervals
-from ringflash.kernels.key_blocks import check_blocks
 from ringflash.kernels.modifiers import Modifiers
 
 LEAST_DIM = 40
@@ -60,24 +59,9 @@ def check_operands(
     """Raise ArgumentError for what the kernels cannot compute."""
     if key.dtype != query.dtype or value.dtype != query.dtype:
         raise ArgumentError(f"query, key, value are {query.dtype}, {key.dtype}, {value.dtype}; all three must agree")
-    if query.shape[1] % key.shape[1] or value.shape[:2] != key.shape[:2] or key.shape[2] != query.shape[2]:
-        raise ArgumentError(
-            f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}; allowed are "
-            "(T, H, D), (S, Hk, D), (S, Hk, Dv) with H a multiple of Hk"
-        )
+    check_shapes(query, key, value)
     if missing := runs_on(query.device, query.dtype):
         raise ArgumentError(f"kernel='hopper' cannot run: {missing}")
     if not taken(query.shape[2], value.shape[2]):
         raise ArgumentError(f"head dimensions {query.shape[2]} and {value.shape[2]}; allowed are those of `widths`")
-    if intervals.query_count != query.shape[0] or intervals.key_count != key.shape[0]:
-        raise ArgumentError(
-            f"intervals are for {intervals.query_count} query and {intervals.key_count} key rows; "
-            f"query has {query.shape[0]}, key has {key.shape[0]}"
-        )
-    blocks = intervals.blocks
-    if blocks is not None:
-        check_blocks(blocks, query, key)
-    if not 0.0 < scale < float("inf"):
-        raise ArgumentError(f"scale={scale}; allowed are positive finite numbers")
-    if modifiers is not None:
-        check_modifiers(modifiers, query, key)
+    check_scoring(query, key, intervals, scale, modifiers)

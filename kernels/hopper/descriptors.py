@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -25,6 +26,38 @@ def addressable(x: Tensor) -> Tensor:
     if aligned and x.stride(2) == 1 and width < 2**31:
         return x
     return x.clone(memory_format=torch.contiguous_format)  # .contiguous() may be x itself, at its address
+
+
+def boxable(x: Tensor) -> Tensor:
+    """`addressable`, and a copy where all heads are one row: they are a dimension of boxes, see `box_descriptor`."""
+    return addressable(x) if x.stride(1) else x.clone(memory_format=torch.contiguous_format)
+
+
+def addressable_carry(carry_out: Tensor) -> Tensor:
+    """A contiguous tensor at an address of whole 16 bytes: a carry is described by its shape alone."""
+    carry_out = carry_out.contiguous()
+    return carry_out if carry_out.data_ptr() % 16 == 0 else carry_out.clone()
+
+
+Operands = tuple[Tensor, ...]
+
+
+def made_addressable(
+    operands: Operands, made: Callable[[Tensor], Tensor] = addressable
+) -> tuple[Operands, Callable[[Operands], Operands]]:
+    """Operands of a first call as the engine takes them, and what makes so those of calls alike.
+
+    Whether these need copies the first call tells. Nothing is held of its tensors: what is kept for calls alike must
+    not keep them alive.
+
+    Args:
+        operands: of the first call.
+        made: what makes one of them addressable.
+    """
+    first = tuple(map(made, operands))
+    if all(x is y for x, y in zip(operands, first, strict=True)):
+        return first, tuple  # which gives a tuple itself, without a call in Python
+    return first, lambda operands: tuple(map(made, operands))
 
 
 def descriptor(x: Tensor, rows: int, columns: int, padded: bool = False) -> TensorDescriptor:

@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from ringflash.kernels.hopper.compat import store_wait
 from ringflash.kernels.hopper.dquery_accumulate import add_part, lay_down, parts_in_step
+from ringflash.kernels.hopper.rings import allocate_full_and_empty
 
 BLOCK_BY_BLOCK = gl.constexpr(1)
 """Orders in which a tile visits its blocks, from the last: for all heads of a group before the next,"""
@@ -103,11 +104,7 @@ class Turns(NamedTuple):
 @gluon.jit
 def allocate_turns(now_ptr, own):
     """Turns with their barriers."""
-    ready = gl.allocate_shared_memory(gl.int64, [PARTS, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [PARTS, 1], mbarrier.MBarrierLayout())
-    for part in gl.static_range(PARTS):
-        mbarrier.init(ready.index(part), count=1)
-        mbarrier.init(free.index(part), count=1)
+    ready, free = allocate_full_and_empty(PARTS, 1)
     return Turns(now_ptr, own, ready, free)
 
 

@@ -17,8 +17,9 @@ from ringflash.kernels.gpu.modifiers_given import modifiers_aligned, modifiers_m
 from ringflash.kernels.hopper import widest
 from ringflash.kernels.hopper.checks import check_operands
 from ringflash.kernels.hopper.descriptors import (
-    addressable,
+    addressable_carry,
     list_descriptor,
+    made_addressable,
     part_descriptors,
     without_memory,
 )
@@ -119,12 +120,6 @@ def attend(
     return prepared(query, key, value, intervals, carry, modifiers, sinks)
 
 
-def addressable_carry(carry_out: Tensor) -> Tensor:
-    """A contiguous tensor at an address of whole 16 bytes, as the tensor memory engine takes it."""
-    carry_out = carry_out.contiguous()
-    return carry_out if carry_out.data_ptr() % 16 == 0 else carry_out.clone()
-
-
 bounds_of = attrgetter("start", "stop", "sink_start", "sink_stop")
 """Of intervals."""
 
@@ -196,9 +191,7 @@ class PreparedForward:
             return
         direct = aligned(query, key, value, *(carry or ()), sinks, *bounds_of(intervals))
         direct &= modifiers_aligned(modifiers)
-        given = (query, key, value)
-        query, key, value = map(addressable, given)
-        self.all_addressable = all(x is y for x, y in zip(given, (query, key, value), strict=True))
+        (query, key, value), self.addressable = made_addressable((query, key, value))
         self.tiles = tiles.consumers * ROWS.value, tiles.keys
         self.has_tokens, self.has_lists = intervals.has_sink_tokens, intervals.blocks is not None
         rows, width = ROWS.value, WIDTHS[width_of(dim, value_dim)]
@@ -271,7 +264,7 @@ class PreparedForward:
             so_far = carry or (out.zero_(), lse.fill_(-torch.inf))
             out, lse = so_far if sinks is None else with_sinks(*so_far, sinks)
             return out.to(self.out_dtype), lse
-        operands = (query, key, value) if self.all_addressable else tuple(map(addressable, (query, key, value)))
+        operands = self.addressable((query, key, value))
         rest = [x if there else None for x, there in zip(operands, self.has_rest, strict=True)]
         written = (out, out if self.out_described[1] else None, None) if self.out_described[0] else (None, None, out)
         carried = carry_out if self.carry_described else None

@@ -13,10 +13,11 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ringflash.kernels.gpu.block_lists import ListOperands
 from ringflash.kernels.hopper.blocks import FIRST, block_columns, block_rows, flat_layout, head_place, load_block
-from ringflash.kernels.hopper.compat import WARPGROUP, async_load
+from ringflash.kernels.hopper.compat import async_load
 from ringflash.kernels.hopper.dropout import Dropout
 from ringflash.kernels.hopper.fp32_rows import prefetch_rows
 from ringflash.kernels.hopper.listed_blocks import list_of_tile, row_of_entry
+from ringflash.kernels.hopper.rings import Ring, allocate_ring
 from ringflash.kernels.hopper.schedule import (
     Schedule,
     Span,
@@ -77,14 +78,6 @@ class Result(NamedTuple):
     sinks_ptr: gl.tensor
 
 
-class Ring(NamedTuple):
-    """Stages of shared memory that the producer fills and the consumers give back, with their barriers."""
-
-    blocks: gl.shared_memory_descriptor
-    full: gl.shared_memory_descriptor
-    empty: gl.shared_memory_descriptor
-
-
 class Memory(NamedTuple):
     """Where it is loaded to; and `staging`, through which a warpgroup's result leaves.
 
@@ -102,18 +95,6 @@ class Memory(NamedTuple):
     key_positions: gl.shared_memory_descriptor
     carry: Ring
     staging: gl.shared_memory_descriptor
-
-
-@gluon.jit
-def allocate_ring(desc, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
-    """Room for STAGES tiles of a descriptor, each given back by so many warpgroups."""
-    blocks = gl.allocate_shared_memory(desc.dtype, [STAGES, block_rows(desc), block_columns(desc)], flat_layout(desc))
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=CONSUMERS * WARPGROUP)
-    return Ring(blocks, full, empty)
 
 
 @gluon.jit
@@ -179,27 +160,12 @@ def fill_with_rest(ring, desc, rest, rest_desc, row, place, stage, parity, MORE_
 
 
 @gluon.jit
-def fill_keys(memory, inputs, numbers_desc, row, place, stage, parity):
-    """Load a block of keys, and with it their numbers if there are any."""
+def fill_with_numbers(ring, desc, rest, rest_desc, numbers, numbers_desc, row, place, stage, parity):
+    """As `fill_with_rest`, and with it a number for each row if there are any."""
     NUMBERS: gl.constexpr = 0 if numbers_desc is None else numbers_desc.block_type.nbytes
-    keys = memory.key
-    fill_with_rest(
-        keys, inputs.key_desc, memory.key_rest, inputs.key_rest_desc, row, place, stage, parity, NUMBERS
-    )  # fmt: skip
+    fill_with_rest(ring, desc, rest, rest_desc, row, place, stage, parity, NUMBERS)
     if numbers_desc is not None:
-        async_load(numbers_desc, [row], keys.full.index(stage), memory.key_numbers.index(stage))
-
-
-@gluon.jit
-def fill_values(memory, inputs, positions_desc, row, place, stage, parity):
-    """Load a block of values, and with it positions of its keys if there are any."""
-    POSITIONS: gl.constexpr = 0 if positions_desc is None else positions_desc.block_type.nbytes
-    values = memory.value
-    fill_with_rest(
-        values, inputs.value_desc, memory.value_rest, inputs.value_rest_desc, row, place, stage, parity, POSITIONS
-    )  # fmt: skip
-    if positions_desc is not None:
-        async_load(positions_desc, [row], values.full.index(stage), memory.key_positions.index(stage))
+        async_load(numbers_desc, [row], ring.full.index(stage), numbers.index(stage))
 
 
 @gluon.jit
@@ -259,8 +225,14 @@ def produce(
             if LISTS:
                 row = row_of_entry(entry)
                 entry = gl.load(listed + gl.minimum(block + 2, blocks))
-            fill_keys(memory, inputs, problem.changes.key_numbers_desc, row, key_place, stage, parity)
-            fill_values(memory, inputs, problem.dropout.key_positions, row, value_place, stage, parity)
+            fill_with_numbers(
+                keys, inputs.key_desc, memory.key_rest, inputs.key_rest_desc, memory.key_numbers,
+                problem.changes.key_numbers_desc, row, key_place, stage, parity,
+            )  # fmt: skip
+            fill_with_numbers(
+                values, inputs.value_desc, memory.value_rest, inputs.value_rest_desc, memory.key_positions,
+                problem.dropout.key_positions, row, value_place, stage, parity,
+            )  # fmt: skip
             step += 1
             # Late, as the second-level cache would not keep it for all of the tile; not before the first block is on
             # its way, for which the consumers wait.

@@ -16,10 +16,11 @@ from torch import Tensor
 from ringflash.kernels.gpu.launcher import Description, Launcher, aligned, description_of
 from ringflash.kernels.hopper.checks import check_operands
 from ringflash.kernels.hopper.descriptors import (
-    addressable,
     box_descriptor,
+    boxable,
     descriptor,
     list_descriptor,
+    made_addressable,
     without_memory,
 )
 from ringflash.kernels.hopper.narrow_kernels import (
@@ -121,11 +122,6 @@ def tiles_for(
     return narrow_tiles(intervals.band, heads // max(1, key_heads), dim)
 
 
-def boxable(x: Tensor) -> Tensor:
-    """`addressable`, and a copy where all heads are one row: they are a dimension of boxes, see `box_descriptor`."""
-    return addressable(x) if x.stride(1) else x.clone(memory_format=torch.contiguous_format)
-
-
 def width_of_boxes(dim: int) -> int:
     """Columns of blocks for a head dimension; those behind the last are read as zeros and not written."""
     return 64 if dim <= 64 else 128
@@ -190,8 +186,7 @@ class PreparedNarrowForward:
         rows, heads, _ = query.shape
         self.lse_shape = heads, rows
         direct = aligned(query, key, value, sinks, intervals.start, intervals.stop)
-        reachable = tuple(map(boxable, (query, key, value)))
-        self.all_addressable = all(x is y for x, y in zip((query, key, value), reachable, strict=True))
+        reached, self.addressable = made_addressable((query, key, value), boxable)
         out = rows_description(without_memory(query.shape, query.dtype), tiles)
         self.launch = Launcher(
             programs_of(rows, heads, tiles),
@@ -199,7 +194,7 @@ class PreparedNarrowForward:
             dict(GROUP=heads // key.shape[1]),
             {"num_warps": 4, "maxnreg": forward_registers(tiles, query.shape[2])},
             direct,
-            (*Boxes.of(*reachable, tiles), out),
+            (*Boxes.of(*reached, tiles), out),
         )
 
     def __call__(
@@ -208,8 +203,7 @@ class PreparedNarrowForward:
         """Result and lse."""
         out = query.new_empty(query.shape)
         lse = query.new_empty(self.lse_shape, dtype=torch.float32)
-        if not self.all_addressable:
-            query, key, value = map(boxable, (query, key, value))
+        query, key, value = self.addressable((query, key, value))
         tensors = (query, key, key, value, value, out, lse, intervals.start, intervals.stop, sinks)
         self.launch(attend_narrow_kernel, tensors)
         return out, lse
@@ -270,8 +264,7 @@ class PreparedNarrowBackward:
         dkey_dtype: torch.dtype,
         tiles: NarrowTiles,
     ) -> None:
-        dout, query, key, value = reachable = tuple(map(boxable, operands))
-        self.all_addressable = all(x is y for x, y in zip(operands, reachable, strict=True))
+        (dout, query, key, value), self.addressable = made_addressable(operands, boxable)
         (rows, heads, dim), (key_rows, key_heads, _) = query.shape, key.shape
         group = heads // key_heads
         direct = aligned(*operands, *numbers, intervals.start, intervals.stop)
@@ -312,7 +305,7 @@ class PreparedNarrowBackward:
         self, operands: Operands, numbers: Numbers, intervals: KeyIntervals
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Gradients of query, key and value, and delta."""
-        dout, query, key, value = operands if self.all_addressable else map(boxable, operands)
+        dout, query, key, value = self.addressable(operands)
         lse, delta, dlse = numbers
         dquery, delta = query.new_empty(query.shape), torch.empty_like(lse) if delta is None else delta
         dkey, dvalue = (x.new_empty(x.shape, dtype=self.dkey_dtype) for x in (key, value))

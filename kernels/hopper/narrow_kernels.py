@@ -15,6 +15,8 @@ Legend: M query rows of a tile, N key rows of a block, R of the smaller one in f
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -27,6 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ringflash.kernels.gpu.compile_once import compiled_once
 from ringflash.kernels.hopper.backward_kernel import store_float
 from ringflash.kernels.hopper.compat import async_load, async_store, barrier, reinterpret, store_wait
+from ringflash.kernels.hopper.rings import allocate_barriers
 from ringflash.kernels.hopper.softmax import LN_2, LOG2_E
 
 ROWS = gl.constexpr(64)
@@ -46,15 +49,6 @@ def allocate_rows(desc, rows: gl.constexpr, count: gl.constexpr):
 
 
 @gluon.jit
-def allocate_barriers(count: gl.constexpr):
-    """Barriers at which one arrival counts."""
-    barriers = gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(count):
-        mbarrier.init(barriers.index(i), count=1)
-    return barriers
-
-
-@gluon.jit
 def load_box(desc, a, b, full, block):
     """Load a descriptor's box, of three dimensions, to rows in shared memory."""
     async_load(desc, [a, b, 0], full, reinterpret(block, desc.dtype, desc.block_type.shape, desc.layout))
@@ -64,6 +58,63 @@ def load_box(desc, a, b, full, block):
 def store_box(desc, a, b, block):
     """Store rows in shared memory as a descriptor's box; complete after `store_wait`."""
     async_store(desc, [a, b, 0], reinterpret(block, desc.dtype, desc.block_type.shape, desc.layout))
+
+
+class Pair(NamedTuple):
+    """Keys or values of a program's rows in shared memory: N rows, and the R in front of them."""
+
+    main: gl.shared_memory_descriptor
+    first: gl.shared_memory_descriptor
+
+
+@gluon.jit
+def allocate_pair(desc, first_desc):
+    """Room for a block of each descriptor."""
+    N: gl.constexpr = desc.block_type.shape[1]
+    R: gl.constexpr = first_desc.block_type.shape[1]
+    return Pair(allocate_rows(desc, N, 1), allocate_rows(first_desc, R, 1))
+
+
+@gluon.jit
+def load_pair(desc, first_desc, key_head, begin, full, pair):
+    """Load the rows from `begin` on of a key head."""
+    load_box(first_desc, key_head, begin, full, pair.first.index(0))
+    load_box(desc, key_head, begin + first_desc.block_type.shape[1], full, pair.main.index(0))
+
+
+@gluon.jit
+def multiply_pair(a, pair):
+    """Rows of `a` times those of both blocks of a pair, the first block's first."""
+    N: gl.constexpr = pair.main.shape[1]
+    R: gl.constexpr = pair.first.shape[1]
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    FIRST_SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, R, 16])
+    first = start_product(a, pair.first.index(0), FIRST_SCORES)
+    main = start_product(a, pair.main.index(0), SCORES)
+    first, main = warpgroup_mma_wait(0, deps=[first, main])
+    return first, main
+
+
+@gluon.jit
+def start_sum(weights, block, sums, ADDS: gl.constexpr, SUMS: gl.constexpr):
+    """Sums of a block's rows, each with its weight, added to `sums` or in their place."""
+    FACTOR: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUMS, k_width=2)
+    factor = gl.convert_layout(weights.to(block.dtype), FACTOR)
+    return warpgroup_mma(factor, block.index(0), sums, use_acc=ADDS, is_async=True)
+
+
+@gluon.jit
+def of_rows(x, scores):
+    """A number of each row, as the rows of `scores` have it; nothing moves."""
+    return gl.convert_layout(x, gl.SliceLayout(1, scores.type.layout), assert_trivial=True)
+
+
+@gluon.jit
+def hide_pair(first, main, begin, row_start, row_stop, all_begin, all_end, hidden):
+    """`hide` of both blocks of keys, which begin at `begin`."""
+    first = hide(first, begin, row_start, row_stop, all_begin, all_end, hidden)
+    main = hide(main, begin + first.shape[1], row_start, row_stop, all_begin, all_end, hidden)
+    return first, main
 
 
 @gluon.jit
@@ -152,13 +203,9 @@ def attend_narrow_kernel(
     PACK: gl.constexpr = out_desc.block_type.shape[1]
     PASSES: gl.constexpr = query_desc.block_type.shape[0] // TOKENS
     N: gl.constexpr = key_desc.block_type.shape[1]
-    R: gl.constexpr = first_key_desc.block_type.shape[1]
     V: gl.constexpr = out_desc.block_type.shape[2]
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-    FIRST_SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, R, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V, 16])
-    FACTOR: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2)
-    ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
+    ROW: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16]))
     dtype: gl.constexpr = query_desc.dtype
 
     packs = heads // PACK
@@ -167,18 +214,15 @@ def attend_narrow_kernel(
     key_head = head // GROUP
     begin = gl.load(start_ptr + first_token)
     queries = allocate_rows(query_desc, ROWS, PASSES)
-    keys, first_keys = allocate_rows(key_desc, N, 1), allocate_rows(first_key_desc, R, 1)
-    values, first_values = allocate_rows(value_desc, N, 1), allocate_rows(first_value_desc, R, 1)
+    keys, values = allocate_pair(key_desc, first_key_desc), allocate_pair(value_desc, first_value_desc)
     full = allocate_barriers(2)
     fence_async_shared()
     OF_KEYS: gl.constexpr = key_desc.block_type.nbytes + first_key_desc.block_type.nbytes
     mbarrier.expect(full.index(0), OF_KEYS + query_desc.block_type.nbytes)
     mbarrier.expect(full.index(1), value_desc.block_type.nbytes + first_value_desc.block_type.nbytes)
     load_box(query_desc, first_token, head, full.index(0), queries)
-    load_box(first_key_desc, key_head, begin, full.index(0), first_keys.index(0))
-    load_box(key_desc, key_head, begin + R, full.index(0), keys.index(0))
-    load_box(first_value_desc, key_head, begin, full.index(1), first_values.index(0))
-    load_box(value_desc, key_head, begin + R, full.index(1), values.index(0))
+    load_pair(key_desc, first_key_desc, key_head, begin, full.index(0), keys)
+    load_pair(value_desc, first_value_desc, key_head, begin, full.index(1), values)
 
     row = gl.arange(0, ROWS, ROW)
     own_head = head + row % PACK
@@ -193,32 +237,26 @@ def attend_narrow_kernel(
             sink = gl.load(sinks_ptr + own_head).to(gl.float32) * LOG2_E
         query = queries.index(number)
         mbarrier.wait(full.index(0), 0)
-        first_scores = start_product(query, first_keys.index(0), FIRST_SCORES)
-        scores = start_product(query, keys.index(0), SCORES)
-        first_scores, scores = warpgroup_mma_wait(0, deps=[first_scores, scores])
+        first_scores, scores = multiply_pair(query, keys)
         hidden = float("-inf")
-        first_scores = hide(first_scores, begin, row_start, row_stop, all_begin, all_end, hidden)
-        scores = hide(scores, begin + R, row_start, row_stop, all_begin, all_end, hidden)
-        maximum = gl.maximum(gl.max(scores, 1), gl.convert_layout(gl.max(first_scores, 1), ROW, assert_trivial=True))
+        first_scores, scores = hide_pair(first_scores, scores, begin, row_start, row_stop, all_begin, all_end, hidden)
+        maximum = gl.maximum(gl.max(scores, 1), of_rows(gl.max(first_scores, 1), scores))
         maximum = maximum * scale_log2
         if sinks_ptr is not None:
             maximum = gl.maximum(maximum, sink)
         offset = gl.where(maximum == float("-inf"), 0.0, maximum)
-        first_offset = gl.convert_layout(offset, gl.SliceLayout(1, FIRST_SCORES), assert_trivial=True)
-        first_weights = gl.exp2(first_scores * scale_log2 - first_offset[:, None])
+        first_weights = gl.exp2(first_scores * scale_log2 - of_rows(offset, first_scores)[:, None])
         weights = gl.exp2(scores * scale_log2 - offset[:, None])
-        total = gl.sum(weights, 1) + gl.convert_layout(gl.sum(first_weights, 1), ROW, assert_trivial=True)
+        total = gl.sum(weights, 1) + of_rows(gl.sum(first_weights, 1), weights)
         if sinks_ptr is not None:
             total += gl.exp2(sink - offset)
         mbarrier.wait(full.index(1), 0)
-        first_factor = gl.convert_layout(first_weights.to(dtype), FACTOR)
-        out_token = warpgroup_mma(first_factor, first_values.index(0), no_out, use_acc=False, is_async=True)
-        factor = gl.convert_layout(weights.to(dtype), FACTOR)
-        out_token = warpgroup_mma(factor, values.index(0), out_token, is_async=True)
+        out_token = start_sum(first_weights, values.first, no_out, False, OUT)
+        out_token = start_sum(weights, values.main, out_token, True, OUT)
         divisor = gl.where(total == 0.0, 1.0, total)
         lse = (maximum + gl.log2(divisor)) * LN_2
         gl.store(lse_ptr + own_head.to(gl.int64) * tokens + own, lse, mask=own < tokens)
-        share = gl.convert_layout(1.0 / divisor, gl.SliceLayout(1, OUT), assert_trivial=True)
+        share = of_rows(1.0 / divisor, no_out)
         out = warpgroup_mma_wait(0, deps=[out_token]) * share[:, None]
         query.store(out.to(dtype))  # its place, as nobody reads it any more
         fence_async_shared()
@@ -238,14 +276,9 @@ def dquery_narrow_kernel(
     PACK: gl.constexpr = dquery_desc.block_type.shape[1]
     PASSES: gl.constexpr = query_desc.block_type.shape[0] // TOKENS
     N: gl.constexpr = key_desc.block_type.shape[1]
-    R: gl.constexpr = first_key_desc.block_type.shape[1]
     D: gl.constexpr = query_desc.block_type.shape[2]
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-    FIRST_SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, R, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    FACTOR: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUMS, k_width=2)
-    ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
-    FIRST_ROW: gl.constexpr = gl.SliceLayout(1, FIRST_SCORES)
+    ROW: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16]))
     dtype: gl.constexpr = query_desc.dtype
 
     packs = heads // PACK
@@ -254,8 +287,7 @@ def dquery_narrow_kernel(
     key_head = head // GROUP
     begin = gl.load(start_ptr + first_tile * TOKENS)
     queries, douts = allocate_rows(query_desc, ROWS, PASSES), allocate_rows(dout_desc, ROWS, PASSES)
-    keys, first_keys = allocate_rows(key_desc, N, 1), allocate_rows(first_key_desc, R, 1)
-    values, first_values = allocate_rows(value_desc, N, 1), allocate_rows(first_value_desc, R, 1)
+    keys, values = allocate_pair(key_desc, first_key_desc), allocate_pair(value_desc, first_value_desc)
     full = allocate_barriers(2)
     fence_async_shared()
     OF_KEYS: gl.constexpr = key_desc.block_type.nbytes + first_key_desc.block_type.nbytes
@@ -264,10 +296,8 @@ def dquery_narrow_kernel(
     mbarrier.expect(full.index(1), OF_VALUES + dout_desc.block_type.nbytes)
     load_box(query_desc, first_tile * TOKENS, head, full.index(0), queries)
     load_box(dout_desc, first_tile * TOKENS, head, full.index(1), douts)
-    load_box(first_key_desc, key_head, begin, full.index(0), first_keys.index(0))
-    load_box(key_desc, key_head, begin + R, full.index(0), keys.index(0))
-    load_box(first_value_desc, key_head, begin, full.index(1), first_values.index(0))
-    load_box(value_desc, key_head, begin + R, full.index(1), values.index(0))
+    load_pair(key_desc, first_key_desc, key_head, begin, full.index(0), keys)
+    load_pair(value_desc, first_value_desc, key_head, begin, full.index(1), values)
 
     row = gl.arange(0, ROWS, ROW)
     of_head = (head + row % PACK).to(gl.int64) * tokens
@@ -285,32 +315,23 @@ def dquery_narrow_kernel(
         lse = gl.where(lse == float("-inf"), float("inf"), lse)  # rows without keys: no weight is left
         query, dout = queries.index(number), douts.index(number)
         mbarrier.wait(full.index(0), 0)
-        first_weights = start_product(query, first_keys.index(0), FIRST_SCORES)
-        weights = start_product(query, keys.index(0), SCORES)
-        first_weights, weights = warpgroup_mma_wait(0, deps=[first_weights, weights])
-        first_lse = gl.convert_layout(lse, FIRST_ROW, assert_trivial=True)
-        first_weights = gl.exp2(first_weights * scale_log2 - first_lse[:, None])
-        weights = gl.exp2(weights * scale_log2 - lse[:, None])
-        first_weights = hide(first_weights, begin, row_start, row_stop, all_begin, all_end, 0.0)
-        weights = hide(weights, begin + R, row_start, row_stop, all_begin, all_end, 0.0)
+        first_scores, scores = multiply_pair(query, keys)
+        first_weights = gl.exp2(first_scores * scale_log2 - of_rows(lse, first_scores)[:, None])
+        weights = gl.exp2(scores * scale_log2 - lse[:, None])
+        first_weights, weights = hide_pair(first_weights, weights, begin, row_start, row_stop, all_begin, all_end, 0.0)
         mbarrier.wait(full.index(1), 0)
-        first_dweights = start_product(dout, first_values.index(0), FIRST_SCORES)
-        dweights = start_product(dout, values.index(0), SCORES)
-        first_dweights, dweights = warpgroup_mma_wait(0, deps=[first_dweights, dweights])
+        first_dweights, dweights = multiply_pair(dout, values)
         if FINDS_DELTA:
             first_delta = gl.sum(first_weights * first_dweights, 1)
-            delta = gl.sum(weights * dweights, 1) + gl.convert_layout(first_delta, ROW, assert_trivial=True)
+            delta = gl.sum(weights * dweights, 1) + of_rows(first_delta, weights)
             if dlse_ptr is not None:
                 delta -= gl.load(dlse_ptr + place, mask=own < tokens, other=0.0)
             gl.store(delta_ptr + place, delta, mask=own < tokens)
         else:
             delta = gl.load(delta_ptr + place, mask=own < tokens, other=0.0)
-        first_delta = gl.convert_layout(delta, FIRST_ROW, assert_trivial=True)
-        first_dscores = first_weights * (first_dweights - first_delta[:, None])
-        first_factor = gl.convert_layout(first_dscores.to(dtype), FACTOR)
-        dquery = warpgroup_mma(first_factor, first_keys.index(0), no_sums, use_acc=False, is_async=True)
-        factor = gl.convert_layout((weights * (dweights - delta[:, None])).to(dtype), FACTOR)
-        dquery = warpgroup_mma(factor, keys.index(0), dquery, is_async=True)
+        first_dscores = first_weights * (first_dweights - of_rows(delta, first_dweights)[:, None])
+        dquery = start_sum(first_dscores, keys.first, no_sums, False, SUMS)
+        dquery = start_sum(weights * (dweights - delta[:, None]), keys.main, dquery, True, SUMS)
         numbers = numbers_ptr + ((first_tile + number).to(gl.int64) * packs + head // PACK) * (2 * ROWS) + row
         gl.store(numbers, lse / -scale_log2)
         gl.store(numbers + ROWS, -delta)

@@ -20,6 +20,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ringflash.kernels.hopper.compat import WARPGROUP, release
+from ringflash.kernels.hopper.rings import allocate_full_and_empty
 
 CACHED_KEYS = 32 * 2**20
 """Bytes of keys and values that one section of heads may take of the 50 MB of second-level cache."""
@@ -62,11 +63,7 @@ def allocate_tickets(counter_ptr, READERS: gl.constexpr):
     """Tickets that READERS warpgroups read; counter_ptr is an int32 zero."""
     LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     numbers = gl.allocate_shared_memory(gl.int32, [2, 1], LAYOUT)
-    full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=READERS * WARPGROUP)
+    full, empty = allocate_full_and_empty(2, READERS * WARPGROUP)
     return Tickets(counter_ptr, numbers, full, empty)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ringflash.kernels.gpu.launcher import Description, Launcher, aligned, description_of
 from ringflash.kernels.hopper.checks import check_operands
-from ringflash.kernels.hopper.descriptors import addressable, descriptor, without_memory
+from ringflash.kernels.hopper.descriptors import descriptor, made_addressable, without_memory
 from ringflash.kernels.hopper.softmax import LOG2_E, ROWS
 from ringflash.kernels.hopper.widest_backward_kernel import dscores_widest_kernel, dvalue_widest_kernel
 from ringflash.kernels.hopper.widest_forward_kernel import attend_widest_kernel
@@ -131,23 +131,6 @@ def described(x: Tensor, rows: int, columns: int) -> Description:
     return description_of(descriptor(x, rows, columns))
 
 
-class Addressable:
-    """Operands as the tensor memory engine takes them, which calls alike need a copy for or not."""
-
-    all = False
-    """They need none."""
-
-    def of_first(self, operands: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Those of the first call, which are not kept."""
-        found = tuple(map(addressable, operands))
-        self.all = all(x is y for x, y in zip(operands, found, strict=True))
-        return found
-
-    def __call__(self, operands: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Those of another call."""
-        return operands if self.all else tuple(map(addressable, operands))
-
-
 class PreparedForward:
     """What is worked out once for calls alike, and their launch.
 
@@ -181,8 +164,8 @@ class PreparedForward:
         if self.empty:
             return
         direct = aligned(query, key, value, *(carry or ()), intervals.start, intervals.stop)
-        self.addressable = Addressable()
-        first_query, first_key, first_value = first = self.addressable.of_first((query, key, value))
+        reached, self.addressable = made_addressable((query, key, value))
+        first_query, first_key, first_value = reached
         rows = ROWS.value
         out = without_memory(query.shape, self.stored_dtype)
         descriptions = (
@@ -192,7 +175,7 @@ class PreparedForward:
             None if self.float_out else described(out, rows, WIDEST // 2),
         )
         tile_count = -(-query_rows // rows)
-        head_strides = [x.stride(1) for x in first]
+        head_strides = [x.stride(1) for x in reached]
         self.launch = Launcher(
             tile_count * heads,
             (query_rows, tile_count, heads, *head_strides, scale * LOG2_E.value),
@@ -262,10 +245,10 @@ class PreparedBackward:
         if self.empty:
             return
         direct = aligned(*operands, *numbers, intervals.start, intervals.stop)
-        self.addressable = Addressable()
-        dout, query, key, value = first = self.addressable.of_first(operands)
+        reached, self.addressable = made_addressable(operands)
+        dout, query, key, value = reached
         rows = ROWS.value
-        owned_dout, owned_query, owned_key, owned_value = (described(x, rows, WIDEST) for x in first)
+        owned_dout, owned_query, owned_key, owned_value = (described(x, rows, WIDEST) for x in reached)
         query_blocks, key_blocks = (described(x, dscores_tiles.rows, WIDEST) for x in (query, key))
         other_douts, other_values = (described(x, dscores_tiles.rows, dscores_tiles.other[0]) for x in (dout, value))
         weighed = (

@@ -27,10 +27,10 @@ from ringflash.kernels.hopper.backward_kernel import rows_seeing
 from ringflash.kernels.hopper.backward_work import unseen_zero
 from ringflash.kernels.hopper.blocks import block_columns, block_rows, flat_layout, head_place
 from ringflash.kernels.hopper.compat import release
+from ringflash.kernels.hopper.rings import allocate_barriers, allocate_ring
 from ringflash.kernels.hopper.softmax import LOG2_E, ROWS
 from ringflash.kernels.hopper.widest_work import (
     allocate_factors,
-    allocate_ring,
     fill,
     hand_over,
     hide,
@@ -93,8 +93,7 @@ def dvalue_widest_kernel(
         swizzle_byte_width=2 * block_rows(dout_desc), element_bitwidth=16, rank=2
     )
     key = gl.allocate_shared_memory(key_desc.dtype, [ROWS, D], flat_layout(key_desc))
-    loaded = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(loaded.index(0), count=1)
+    loaded = allocate_barriers(1)
     queries = allocate_ring(query_desc, QUERY_STAGES, 1)
     left_douts = allocate_ring(dout_desc, DOUT_STAGES, 1)
     right_douts = allocate_ring(dout_desc, DOUT_STAGES, 1)
@@ -190,9 +189,7 @@ def dscores_widest_kernel(
     N: gl.constexpr = block_rows(block_desc)
     both_owned = gl.allocate_shared_memory(owned_desc.dtype, [2, ROWS, D], flat_layout(owned_desc))
     owned, other_owned = both_owned.index(0), both_owned.index(1)
-    loaded = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
-        mbarrier.init(loaded.index(i), count=1)
+    loaded = allocate_barriers(2)
     blocks = allocate_ring(block_desc, STAGES, 3)
     others = allocate_ring(other_desc, OTHER_STAGES, 1)
     FACTORS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, N], owned_desc.dtype)

@@ -10,10 +10,10 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from ringflash.kernels.gpu.compile_once import compiled_once
 from ringflash.kernels.hopper.blocks import block_columns, block_rows, flat_layout
+from ringflash.kernels.hopper.rings import allocate_barriers, allocate_ring
 from ringflash.kernels.hopper.softmax import LN_2, LOG2_E, LOWEST, OUTGROWN, ROWS, own_sums, softmax_step
 from ringflash.kernels.hopper.widest_work import (
     allocate_factors,
-    allocate_ring,
     hand_over,
     hide,
     load_carry,
@@ -63,8 +63,7 @@ def attend_widest_kernel(
         swizzle_byte_width=2 * block_rows(value_desc), element_bitwidth=16, rank=2
     )
     query = gl.allocate_shared_memory(query_desc.dtype, [ROWS, D], flat_layout(query_desc))
-    loaded = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(loaded.index(0), count=1)
+    loaded = allocate_barriers(1)
     keys = allocate_ring(key_desc, KEY_STAGES, 1)
     left_values = allocate_ring(value_desc, VALUE_STAGES, 1)
     right_values = allocate_ring(value_desc, VALUE_STAGES, 1)

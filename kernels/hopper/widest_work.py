@@ -22,10 +22,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ringflash.kernels.hopper.blocks import block_columns, block_rows, flat_layout, head_place, load_block, store_block
+from ringflash.kernels.hopper.blocks import block_columns, block_rows, head_place, load_block, store_block
 from ringflash.kernels.hopper.compat import WARPGROUP, release, store_wait
-from ringflash.kernels.hopper.forward_work import Ring
 from ringflash.kernels.hopper.fp32_rows import load_rows, store_rows
+from ringflash.kernels.hopper.rings import allocate_full_and_empty
 from ringflash.kernels.hopper.softmax import ROWS, rescale_if_needed
 
 
@@ -85,27 +85,11 @@ def walk_of_keys(rows_of_tile_ptr, order_ptr, tiles, GROUP: gl.constexpr, N: gl.
 
 
 @gluon.jit
-def allocate_ring(desc, STAGES: gl.constexpr, READERS: gl.constexpr):
-    """Room for STAGES blocks of a descriptor, each given back by READERS warpgroups."""
-    blocks = gl.allocate_shared_memory(desc.dtype, [STAGES, block_rows(desc), block_columns(desc)], flat_layout(desc))
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=READERS * WARPGROUP)
-    return Ring(blocks, full, empty)
-
-
-@gluon.jit
 def allocate_factors(dtype: gl.constexpr, N: gl.constexpr, LAYOUT: gl.constexpr):
     """Room for two tiles, each given back by two warpgroups."""
     tiles = gl.allocate_shared_memory(dtype, [2, ROWS, N], LAYOUT)
     scales = gl.allocate_shared_memory(gl.float32, [2, ROWS], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
-    full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2 * WARPGROUP)
+    full, empty = allocate_full_and_empty(2, 2 * WARPGROUP)
     return Factors(tiles, scales, full, empty)
 
 

@@ -38,7 +38,7 @@ SHARED_LIMIT = {
 }
 """Bytes of shared memory that one program may use."""
 
-_POINTERS = {
+POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
@@ -132,14 +132,14 @@ def _type_of(x, path: tuple[int, ...], specialised: bool, constants: dict, attri
         return "constexpr"
     if isinstance(x, torch.Tensor):
         attributes[path] = [["tt.divisibility", 16]]
-        return _POINTERS[x.dtype]
+        return POINTERS[x.dtype]
     if isinstance(x, float):
         return "fp32"
     if isinstance(x, int):
         if specialised and x % 16 == 0:
             attributes[path] = [["tt.divisibility", 16]]
         return "i32"
-    return f"tensordesc<{_POINTERS[x.base.dtype][1:]}{list(x.block_shape)}>"
+    return f"tensordesc<{POINTERS[x.base.dtype][1:]}{list(x.block_shape)}>"
 
 
 def _read_nvidia(compiled) -> Resources:

@@ -9,21 +9,14 @@ import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from unittest import mock
 
 import triton
+from aot import POINTERS, Caught
 from ptxas import reporting, serialised, spilled
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.experimental.gluon._runtime import GluonASTSource
 
-POINTERS = {
-    "torch.float16": "*fp16",
-    "torch.bfloat16": "*bf16",
-    "torch.float32": "*fp32",
-    "torch.int32": "*i32",
-    "torch.int64": "*i64",
-}
 KEPT = ("HGMMA", "WARPGROUP.DEPBAR", "BAR.SYNC", "BAR.ARV", "SYNCS", "ARRIVES", "MUFU.EX2", "F2FP", "UTMA", "BRA")
 
 
@@ -51,36 +44,13 @@ class Compiled:
         return basic_blocks(disassemble(self.binary))
 
 
-class Caught:
-    """Stands for a kernel: records the call instead of launching."""
-
-    def __init__(self, kernel):
-        self.kernel = kernel
-
-    def __getitem__(self, grid):
-        return self._record
-
-    def _record(self, *arguments, num_warps, maxnreg=None, **constants):
-        defaults = {x.name: x.default for x in self.kernel.params if x.has_default}
-        self.constants = defaults | constants
-        self.arguments = dict(zip(self.kernel.arg_names, arguments, strict=False)) | self.constants
-        self.options = {"num_warps": num_warps} | ({} if maxnreg is None else {"maxnreg": maxnreg})
-
-
-def catch(module, kernel_name: str, launch) -> Caught:
-    """The call of `module.kernel_name` that `launch()` makes."""
-    caught = Caught(getattr(module, kernel_name))
-    with mock.patch.object(module, kernel_name, caught):
-        launch()
-    return caught
-
-
 def compile_call(call: Caught) -> Compiled:
     """Compile a caught call for sm_90."""
     signature, constants, attributes = {}, {}, {}
+    given = {x.name: x.default for x in call.kernel.params if x.has_default} | call.constants
     for index, name in enumerate(call.kernel.arg_names):
-        x = call.arguments[name]
-        if name in call.constants or x is None:
+        x = given[name] if name in given else call.arguments[name]
+        if name in given or x is None:
             signature[name], constants[(index,)] = "constexpr", x
         elif isinstance(x, float):
             signature[name] = "fp32"
@@ -88,9 +58,9 @@ def compile_call(call: Caught) -> Compiled:
             signature[name] = "i32"
         elif hasattr(x, "block_shape"):
             shape = ",".join(map(str, x.block_shape))
-            signature[name] = f"tensordesc<{POINTERS[str(x.base.dtype)][1:]}[{shape}],{x.layout!r}>"
+            signature[name] = f"tensordesc<{POINTERS[x.base.dtype][1:]}[{shape}],{x.layout!r}>"
         else:
-            signature[name], attributes[(index,)] = POINTERS[str(x.dtype)], [["tt.divisibility", 16]]
+            signature[name], attributes[(index,)] = POINTERS[x.dtype], [["tt.divisibility", 16]]
     source = GluonASTSource(call.kernel, signature, constants, attributes)
     with reporting():
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=call.options)

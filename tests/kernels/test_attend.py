@@ -551,10 +551,10 @@ def test_hopper_kernels_are_accurate_with_heads_in_sections(
 ) -> None:
     """As where the keys of all heads are too many for the second-level cache, or a document's tiles for a GPU."""
     kernels = kernels_for("hopper", torch.bfloat16, (dim, dim))
-    from ringflash.kernels.hopper import backward, forward  # needs triton
+    from ringflash.kernels.hopper import backward, backward_programs, forward  # needs triton
 
     monkeypatch.setattr(forward, "head_section", lambda *sizes: section * 2)
-    monkeypatch.setattr(backward, "multiprocessors", lambda device: section * 11)
+    monkeypatch.setattr(backward_programs, "multiprocessors", lambda device: section * 11)
     for module in (forward, backward):
         monkeypatch.setattr(module, "prepared_calls", Kept())
     for intervals in (causal_intervals(1001, 1300, "cuda"), to_device(monotone_intervals(900, 1100, 3, False), "cuda")):

@@ -9,10 +9,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from aot import blocks_on_paper, lists_on_paper
-from hopper_aot import Compiled, catch, compile_call
+from aot import Unlaunched, blocks_on_paper, catch, lists_on_paper
+from hopper_aot import Compiled, compile_call
 
-from ringflash.kernels.hopper import backward, forward, widest
+from ringflash.kernels.hopper import backward, backward_programs, backward_rows, forward, widest
+from ringflash.kernels.hopper.backward_tiles import BACKWARD_TILES, BackwardTiles, backward_tiles, backward_width
 from ringflash.kernels.hopper.widths import WIDEST, WIDTHS, width_of
 from ringflash.kernels.intervals import KeyIntervals, causal_intervals
 from ringflash.kernels.modifiers import Modifiers
@@ -86,7 +87,7 @@ def compile_forward(
 
 def compile_backward(
     dims: tuple[int, int],
-    tiles: backward.BackwardTiles,
+    tiles: BackwardTiles,
     dtype: torch.dtype,
     dkey_dtype: torch.dtype,
     deterministic: bool,
@@ -107,16 +108,16 @@ def compile_backward(
         prepared = backward.PreparedBackward(
             operands, sums, None, intervals, 0.1, dkey_dtype, tiles, deterministic, modifiers
         )
-        prepared.launch_slopes = prepared.rows.launch = lambda *arguments: None
         prepared(operands, sums, None, intervals, dtype, modifiers)
 
     kernels = {"256": "attend_backward_wide_kernel", "192/128": "attend_backward_split_kernel"}
-    width = width or backward.backward_width(*dims, not (deterministic or modifiers or sink_tokens or block))
+    width = width or backward_width(*dims, not (deterministic or modifiers or sink_tokens or block))
     name = kernels.get(width, "attend_backward_kernel")
     with (
         lists_on_paper(),
         mock.patch.object(backward, "backward_width", return_value=width),
-        mock.patch.object(backward, "multiprocessors", return_value=132),
+        mock.patch.object(backward_programs, "multiprocessors", return_value=132),
+        mock.patch.multiple(backward_rows, prepare_rows_kernel=Unlaunched(), prepare_slopes_kernel=Unlaunched()),
         mock.patch.object(backward, "add_slots"),
     ):
         return compile_call(catch(backward, name, launch))
@@ -209,7 +210,7 @@ def test_forward_fits_with_lists_of_blocks(width, block):
 SPILLED = {"64": 64, "128": 80, "192/128": 96, "256": 192}
 
 
-@pytest.mark.parametrize(("width", "tiles"), backward.BACKWARD_TILES.items(), ids=str)
+@pytest.mark.parametrize(("width", "tiles"), BACKWARD_TILES.items(), ids=str)
 @pytest.mark.parametrize(
     ("dkey_dtype", "deterministic"),
     [(torch.bfloat16, False), (torch.float32, False), (torch.bfloat16, True)],
@@ -226,7 +227,7 @@ def test_backward_fits(width, tiles, dkey_dtype, deterministic):
 
 @pytest.mark.parametrize("width", ["64", "128"])
 def test_backward_fits_that_repeats_head_by_head(width):
-    tiles = backward.BACKWARD_TILES[width]
+    tiles = BACKWARD_TILES[width]
     by_head, by_block = (
         compile_backward(dims_of(width), tiles, torch.bfloat16, torch.bfloat16, True, even=even)
         for even in (True, False)
@@ -241,8 +242,8 @@ def test_backward_fits_that_repeats_head_by_head(width):
     ("dims", "deterministic"), [((96, 96), False), ((72, 40), True), ((192, 192), False), ((192, 128), True)], ids=str
 )
 def test_backward_fits_with_blocks_wider_than_heads(dims, deterministic):
-    width = backward.backward_width(*dims, not deterministic)
-    compiled = compile_backward(dims, backward.BACKWARD_TILES[width], torch.bfloat16, torch.bfloat16, deterministic)
+    width = backward_width(*dims, not deterministic)
+    compiled = compile_backward(dims, BACKWARD_TILES[width], torch.bfloat16, torch.bfloat16, deterministic)
     assert compiled.warnings == []
     assert compiled.spilled <= SPILLED[width]
     assert compiled.shared < SHARED_LIMIT
@@ -252,7 +253,7 @@ def test_backward_fits_with_blocks_wider_than_heads(dims, deterministic):
 @pytest.mark.parametrize(("names", "more"), [("softcap", 80), ("slopes", 80), ("softcap, slopes", 320)])
 def test_backward_fits_with_modifiers(width, names, more):
     modifiers = modifiers_named(names)
-    tiles = backward.backward_tiles(modifiers)[width]
+    tiles = backward_tiles(modifiers)[width]
     compiled = compile_backward(dims_of(width), tiles, torch.bfloat16, torch.bfloat16, False, modifiers)
     assert compiled.warnings == []
     assert compiled.spilled <= SPILLED[width] + more
@@ -271,7 +272,7 @@ def test_backward_fits_with_modifiers(width, names, more):
 )
 def test_backward_fits_with_dropout(width, names, deterministic, spilled):
     modifiers = modifiers_named(names)
-    tiles = backward.backward_tiles(modifiers)[width]
+    tiles = backward_tiles(modifiers)[width]
     compiled = compile_backward(dims_of(width), tiles, torch.bfloat16, torch.bfloat16, deterministic, modifiers)
     assert compiled.warnings == []
     assert compiled.spilled <= spilled
@@ -283,7 +284,7 @@ def test_backward_fits_with_dropout(width, names, deterministic, spilled):
     ("width", "names", "more"), [("64", "", 80), ("128", "", 80), ("128", "softcap", 120), ("256", "", 80)]
 )
 def test_backward_fits_with_sink_tokens(width, names, more):
-    tiles, modifiers = backward.BACKWARD_TILES[width], modifiers_named(names)
+    tiles, modifiers = BACKWARD_TILES[width], modifiers_named(names)
     compiled = compile_backward(
         dims_of(width), tiles, torch.bfloat16, torch.bfloat16, False, modifiers, sink_tokens=True
     )
@@ -297,7 +298,7 @@ def test_backward_fits_with_sink_tokens(width, names, more):
     ("width", "block", "more"), [("128", 128, 32), ("64", 32, 140), ("128", 32, 140), ("256", 32, 140)]
 )
 def test_backward_fits_with_lists_of_blocks(width, block, more):
-    tiles = backward.BACKWARD_TILES[width]
+    tiles = BACKWARD_TILES[width]
     compiled = compile_backward(dims_of(width), tiles, torch.bfloat16, torch.bfloat16, False, block=block)
     assert compiled.warnings == []
     assert compiled.spilled <= SPILLED[width] + more

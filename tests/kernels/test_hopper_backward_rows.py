@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringflash.kernels import reference
-from ringflash.kernels.hopper.backward_rows import PreparedRows
+from ringflash.kernels.hopper.backward_rows import PreparedRows, PreparedSlopes
 
 if not triton.knobs.runtime.interpret:
 
@@ -60,3 +60,18 @@ else:
         assert found.scaled_lse.view(heads, padded_rows)[:, rows // 2].eq(math.inf).all()
         assert found.scaled_lse.view(heads, padded_rows)[:, rows:].eq(math.inf).all()
         assert torch.equal(found.dquery, torch.zeros(rows, heads, dims[0]))
+
+    @settings(max_examples=10, deadline=None)
+    @given(st.integers(1, 1300), st.integers(1, 3), st.booleans(), st.integers(0, 2**32 - 1))
+    def test_positions_and_slopes_lie_as_rows_do(rows: int, heads: int, of_all_rows: bool, seed: int) -> None:
+        """Slopes times log2 e; zeros behind the last row."""
+        random = torch.Generator().manual_seed(seed)
+        shape = heads if of_all_rows else (rows, heads)
+        slopes = torch.rand(shape, generator=random).expand(rows, heads)
+        positions = torch.randint(0, 2**20, (rows,), generator=random, dtype=torch.int32)
+        padded_rows = -(-rows // 128) * 128 + 128
+        laid = PreparedSlopes(slopes, padded_rows, True)(positions, slopes)
+        for x, right in zip(laid, (positions.expand(heads, rows), slopes.T / math.log(2)), strict=True):
+            x = x.view(heads, padded_rows)
+            torch.testing.assert_close(x[:, :rows], right.float(), rtol=1e-6, atol=0)
+            assert not x[:, rows:].any()

@@ -1,10 +1,13 @@
 """Tensors as the tensor memory engine of Hopper takes them."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ringflash.kernels.hopper.descriptors import addressable, block_layout, descriptor
+from ringflash.kernels.hopper.descriptors import addressable, block_layout, boxable, descriptor, made_addressable
 
 
 @pytest.mark.parametrize(
@@ -32,6 +35,26 @@ def test_tensors_out_of_the_engines_reach_are_copied(strides: tuple[int, int, in
     x = torch.empty_strided((10, 5, 64), strides, dtype=torch.bfloat16, device="meta")
     assert (addressable(x) is not x) == copied
     assert addressable(addressable(x)).shape == x.shape
+
+
+@pytest.mark.parametrize("made", [addressable, boxable])
+def test_copies_are_made_of_what_the_engine_cannot_take_in_each_call(made: Callable[[Tensor], Tensor]) -> None:
+    """Others are taken as they are."""
+    whole, odd = torch.rand(8, 2, 64), torch.rand(8, 2, 65)[..., 1:]
+    first, taken_again = made_addressable((whole, odd), made)
+    again = torch.rand(8, 2, 64), torch.rand(8, 2, 65)[..., 1:]
+    for given, taken in (((whole, odd), first), (again, taken_again(again))):
+        assert taken[0] is given[0]
+        assert taken[1].is_contiguous()
+        assert torch.equal(taken[1], given[1])
+    assert made_addressable((whole,), made)[1](again[:1])[0] is again[0]
+
+
+def test_a_dimension_of_heads_without_a_stride_is_copied_for_boxes_alone() -> None:
+    same = torch.rand(8, 1, 64).expand(8, 4, 64)
+    assert addressable(same) is same
+    assert boxable(same).is_contiguous()
+    assert torch.equal(boxable(same), same)
 
 
 def test_descriptors_of_one_form_differ_in_their_tensor_only() -> None:

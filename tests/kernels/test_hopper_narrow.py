@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from hopper_aot import Compiled, catch, compile_call
+from aot import catch
+from hopper_aot import Compiled, compile_call
 from oracle import LAYOUTS, Problem, Results, assert_accurate, assert_same, draw_problem, errors, with_blocks
 from stand_in import stand_in
 

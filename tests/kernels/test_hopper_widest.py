@@ -75,15 +75,3 @@ def test_values_of_another_head_dimension_are_refused() -> None:
         pytest.raises(ArgumentError, match="head dimensions 512 and 256"),
     ):
         hopper.attend(*operands(512, 256), PLAIN, scale=0.1)
-
-
-def test_copies_are_made_for_the_tensor_memory_engine_alone() -> None:
-    """Of tensors that it cannot address, in each call; others are taken as they are."""
-    query, key, _ = operands(512, 512)
-    odd = torch.zeros(8, 1, 513)[..., 1:]
-    taken = widest.Addressable((query, key, odd))((query, key, odd))
-    assert taken[0] is query
-    assert taken[1] is key
-    assert taken[2].is_contiguous()
-    assert torch.equal(taken[2], odd)
-    assert widest.Addressable((query, key))((query, key))[0] is query
