@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringflash.errors import ArgumentError, RankMismatchError
+from ringflash.errors import ArgumentError
 from ringflash.kernels.modifiers import Modifiers
 from ringflash.kernels.requests import of_thread
 from ringflash.kernels.select import select
@@ -34,7 +34,7 @@ from ringflash.parallel.planning.stage_program import StageProgram
 from ringflash.parallel.positions.mask import Mask
 from ringflash.parallel.transport.head_exchange import HeadExchange, Kind, Sections
 from ringflash.parallel.transport.row_exchange import RowExchange
-from ringflash.parallel.transport.select import GroupTransport
+from ringflash.parallel.transport.select import GroupTransport, checked
 from ringflash.parallel.transport.shelves import bytes_to_publish
 
 
@@ -370,15 +370,9 @@ def agreed(
     nbytes: int,
     waits: bool = False,
 ) -> int | None:
-    """See `Agreement.check`. Where no call can be matched any more, nothing waits for others that was asked for."""
+    """Make sure that all ranks make the same call; see `Agreement.check`."""
     group: Any = placement.group  # there are several ranks
-    rounds = agreement(group)
-    try:
-        return rounds.check(digest, describe, device, nbytes, waits)
-    except RankMismatchError:
-        if rounds.is_broken:
-            placement.transport.abandon()
-        raise
+    return checked(agreement(group), placement.transport, digest, describe, device, nbytes, waits)
 
 
 def described(placement: Placement, index: int, form: tuple) -> dict[str, object]:

@@ -6,7 +6,7 @@ H query heads, Hk key heads, D head dimension, Dv the value's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING
@@ -39,6 +39,7 @@ from ringflash.parallel.transport.row_exchange import RowExchange
 
 if TYPE_CHECKING:
     from ringflash.parallel.execution.known_calls import KnownCall
+    from ringflash.parallel.transport.symmetric_memory import SymmetricMemory
 
 AnyCrossing = Crossing | RowCrossing
 
@@ -61,7 +62,8 @@ def forward(
     if where is None or where[0].group is None:
         return _forward(inputs, settings, table, where, first_head)
     inputs = as_they_travel(inputs, where[0])
-    call = _known("forward", inputs, settings, where, first_head, ())
+    memory = _copy_engines(inputs, where[0])
+    call = None if memory is None else _known_call()("forward", memory, inputs, settings, where, first_head, ())
     walk = partial(_forward, inputs, settings, table, where, first_head)
     if call is None:
         return walk()
@@ -69,21 +71,17 @@ def forward(
     return out, lse, table
 
 
-def _known(
-    which: str,
-    inputs: Inputs,
-    settings: Settings,
-    where: tuple[Placement, int],
-    first_head: int,
-    of_rows: Sequence[Tensor | None],
-) -> KnownCall | None:
-    """See `known_call`; None also where keys travel in another way, as on CPUs, which import nothing of GPUs."""
-    placement = where[0]
-    if placement.head_ranks > 1 or placement.transport.copy_engines(inputs.query.device) is None:
-        return None
+def _copy_engines(inputs: Inputs, placement: Placement) -> SymmetricMemory | None:
+    """What the keys of a call travel by, if that is copy engines and heads are not exchanged."""
+    return None if placement.head_ranks > 1 else placement.transport.copy_engines(inputs.query.device)
+
+
+@lru_cache(maxsize=1)
+def _known_call() -> Callable[..., KnownCall | None]:
+    """It comes with kernels of GPUs, which machines without any do not import."""
     from ringflash.parallel.execution.known_calls import known_call
 
-    return known_call(which, inputs, settings, where, first_head, of_rows)
+    return known_call
 
 
 def _forward(
@@ -167,7 +165,9 @@ def backward(
             dout = dout.contiguous()
     if where is not None and where[0].group is not None:
         inputs = as_they_travel(inputs, where[0])
-        call = _known("backward", inputs, settings, where, first_head, (dout, dlse, out, lse))
+        if (memory := _copy_engines(inputs, where[0])) is not None:
+            of_rows = dout, dlse, out, lse
+            call = _known_call()("backward", memory, inputs, settings, where, first_head, of_rows)
     walk = partial(_backward, dout, dlse, out, lse, table, inputs, settings, where, first_head)
     if call is not None:
         found, of_sinks = call.results(lambda: walk()[0]), None

@@ -45,6 +45,10 @@ LARGEST = 64 << 20
 memory is given back within a call."""
 
 
+FORMS = 256
+"""Of a placement that are kept: lists of requests, and the tables that these read, which are the placement's."""
+
+
 class Known:
     """What is known of a form of calls.
 
@@ -140,6 +144,7 @@ class KnownCall(NamedTuple):
 
 def known_call(
     which: str,
+    memory: SymmetricMemory,
     inputs: Inputs,
     settings: Settings,
     where: tuple[Placement, int],
@@ -150,6 +155,7 @@ def known_call(
 
     Args:
         which: "forward" or "backward".
+        memory: by which its keys travel.
         inputs: of the call.
         settings: of the call.
         where: from `call.locate`, of several ranks.
@@ -158,8 +164,6 @@ def known_call(
     """
     (placement, index), (query, key, value) = where, inputs[:3]
     device, transport = query.device, placement.transport
-    memory = transport.copy_engines(device)
-    assert memory is not None  # or keys would travel in another way
     if 4 * query.numel() > LARGEST or of_thread.noting is not None or hooked() or capturing(device):
         return None
     if not (inputs.slopes is inputs.key_visible is inputs.blocks is None) or settings.needs & NEEDS["sinks"]:
@@ -179,7 +183,7 @@ def known_call(
     )  # fmt: skip
     of_placement = transport.known_calls.get(placement)
     if of_placement is None:
-        of_placement = transport.known_calls[placement] = Kept()
+        of_placement = transport.known_calls[placement] = Kept(FORMS)
     known = of_placement.get(call)
     if known is None:
         form = form_of(inputs, settings, (query.shape[0] - placement.rows[0], key.shape[0] - placement.rows[1]), which)

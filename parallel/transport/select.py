@@ -16,7 +16,7 @@ from torch import Tensor
 from ringflash.errors import ArgumentError, RankMismatchError, UnsupportedError
 from ringflash.kernels.kept import build_to_keep, capturing
 from ringflash.kernels.torch_private import default_store, without_transforms
-from ringflash.parallel.agreement.rounds import agreement, digest_of
+from ringflash.parallel.agreement.rounds import Agreement, agreement, digest_of
 from ringflash.parallel.host import host
 from ringflash.parallel.transport.base import Delivery, Expected, Parts, Shelf, Ticket, Transport
 from ringflash.parallel.transport.send_recv import SendRecv
@@ -237,8 +237,6 @@ def transport_of(group: dist.ProcessGroup) -> GroupTransport:
 def check_all_alike(group: dist.ProcessGroup, what: str, known: Mapping[str, object], device: torch.device) -> None:
     """Make sure that all ranks are about to do the same beside attention, as `Agreement.check` does.
 
-    Where no call can be matched any more, nothing waits for others that was asked for.
-
     Args:
         group: the process group.
         what: they do.
@@ -248,10 +246,14 @@ def check_all_alike(group: dist.ProcessGroup, what: str, known: Mapping[str, obj
     Raises:
         RankMismatchError: see `Agreement.check`.
     """
-    rounds = agreement(group)
+    checked(agreement(group), transport_of(group), digest_of((what, known)), lambda: known, device)
+
+
+def checked(rounds: Agreement, transport: GroupTransport, *arguments: Any) -> int | None:
+    """See `Agreement.check`. Where no call can be matched any more, nothing waits for others that was asked for."""
     try:
-        rounds.check(digest_of((what, known)), lambda: known, device)
+        return rounds.check(*arguments)
     except RankMismatchError:
         if rounds.is_broken:
-            transport_of(group).abandon()
+            transport.abandon()
         raise

@@ -98,6 +98,19 @@ def values(launched: Launched, of: direct_launch.Parameters) -> tuple:
     return launched.function, launched.grid, *pointers, *numbers, *maps
 
 
+@contextmanager
+def gone_down() -> Iterator[list[recording.Repeated]]:
+    """The lists that calls go down."""
+    ran, original = [], recording.Repeated.run
+
+    def run(self, *arguments):
+        ran.append(self)
+        return original(self, *arguments)
+
+    with mock.patch.object(recording.Repeated, "run", run):
+        yield ran
+
+
 def requests(
     sharding: Sharding,
     shapes: list[tuple[int, ...]],
@@ -106,18 +119,12 @@ def requests(
     settings: Callable[[], dict[str, object]],
 ) -> tuple[list, int]:
     """Those of both passes of a call behind some alike, each with tensors of its own; and how many went by a list."""
-    kept, ran = [], []
-    original = recording.Repeated.run
-
-    def run(self, *arguments):
-        ran.append(self)
-        return original(self, *arguments)
-
+    kept = []
     with (
         one_of_ranks(sharding) as (asked, driver),
         parameters_known() as known,
         torch.autograd.set_multithreading_enabled(False),
-        mock.patch.object(recording.Repeated, "run", run),
+        gone_down() as ran,
         mock.patch.object(known_calls, "UNNOTED", UNNOTED if repeats else 1 << 30),
     ):
         rounded = lambda: {x._by_driver._function for x in recording.roundings.values()}  # noqa: E731
@@ -212,14 +219,7 @@ def test_calls_by_a_list_ask_for_the_same(case: str, rank: int) -> None:
 @contextmanager
 def repeating(sharding: Sharding, attend) -> Iterator[tuple[Asked, list]]:
     """What is asked for once calls of a form go by a list, and which lists were gone down."""
-    ran = []
-    original = recording.Repeated.run
-
-    def run(self, *arguments):
-        ran.append(self)
-        return original(self, *arguments)
-
-    with one_of_ranks(sharding) as (asked, driver), mock.patch.object(recording.Repeated, "run", run):
+    with one_of_ranks(sharding) as (asked, driver), gone_down() as ran:
         driver.append = lambda x: asked.append(("launch", x))
         for _ in range(UNNOTED + 3):
             attend()
@@ -334,16 +334,9 @@ def test_what_a_list_was_made_for_is_told_apart_one_by_one(other: str) -> None:
 
 def test_heads_in_groups_have_a_list_each() -> None:
     sharding, x = causal()
-    ran = []
-    original = recording.Repeated.run
-
-    def run(self, *arguments):
-        ran.append(self)
-        return original(self, *arguments)
-
     with (
         one_of_ranks(sharding) as (asked, driver),
-        mock.patch.object(recording.Repeated, "run", run),
+        gone_down() as ran,
         mock.patch.object(head_groups, "_groups", return_value=2),
         mock.patch.dict(vars(sharding._placement), short=False),
     ):
@@ -504,19 +497,13 @@ def test_strided_keys_are_copied_once_at_most(head_ranks: int) -> None:
 
 def interleaved(rank: int, seed: int, repeats: bool) -> tuple[list, int]:
     """What is asked for between GPUs by passes of calls of two shardings in any order; and how many went by a list."""
-    random, ran, pending = Random(seed), [], []
+    random, pending = Random(seed), []
     masks = (Mask.causal(), 1024), (Mask.sliding_window(300, 0), 2048)
     shardings = [Sharding(mask, seqlen=n, rank=rank, ranks=4, head_ranks=1) for mask, n in masks]
-    original = recording.Repeated.run
-
-    def run(self, *arguments):
-        ran.append(self)
-        return original(self, *arguments)
-
     with (
         one_of_ranks(shardings[0]) as (asked, driver),
         torch.autograd.set_multithreading_enabled(False),
-        mock.patch.object(recording.Repeated, "run", run),
+        gone_down() as ran,
         mock.patch.object(known_calls, "UNNOTED", UNNOTED if repeats else 1 << 30),
     ):
         driver.append = lambda _: None
