@@ -66,10 +66,6 @@ class Requests:
         self._driver, self._stream = driver, stream
         self._operations: list[int] = []
 
-    def wait(self, address: int, number: int) -> None:
-        """Go on when this number is there."""
-        self._operations += WAIT, address, number, EQUAL
-
     def wait_from(self, address: int, number: int) -> None:
         """Go on when this number is there, or one behind it in a circle of 2^32."""
         self._operations += WAIT, address, number, REACHED
@@ -82,28 +78,13 @@ class Requests:
         """Several of these, each as `Driver.operate` takes it."""
         self._operations += operations
 
-    def copy(self, target: int, source: int, nbytes: int) -> None:
-        """Copy bytes."""
-        if self._operations:
-            self.go()
-        self._driver.copy(target, source, nbytes, self._stream)
-
     def copies(self, copied: Sequence[tuple[int, int, int]]) -> None:
-        """Several of these: target, source and bytes."""
-        if self._operations:
+        """Copies of bytes: target, source and how many."""
+        if copied and self._operations:
             self.go()
         copy, stream = self._driver.copy, self._stream
         for target, source, nbytes in copied:
             copy(target, source, nbytes, stream)
-
-    def copy_rows(self, rectangle: Rectangle) -> None:
-        """Copy rows of bytes."""
-        if rectangle.rows == 1:
-            self.copy(rectangle.target, rectangle.source, rectangle.width)
-            return
-        if self._operations:
-            self.go()
-        self._driver.copy_rows(rectangle, self._stream)
 
     def go(self) -> None:
         """Ask for what is left."""

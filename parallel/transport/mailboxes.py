@@ -273,8 +273,7 @@ class Mailboxes:
     def _empty(self, filled: Sequence[Filled]) -> None:
         emptied = self.arrived([way for way, _ in filled], self._in)
         for box, (_, copies) in zip(emptied.boxes, filled, strict=True):
-            for address, place, nbytes in copies:
-                self._in.copy(address, box + place, nbytes)
+            self._in.copies([(address, box + place, nbytes) for address, place, nbytes in copies])
         emptied.tell(self._in)
 
 

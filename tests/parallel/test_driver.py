@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 
 from ringflash.kernels import cuda_driver
 from ringflash.parallel.transport import driver as transport_driver
-from ringflash.parallel.transport.driver import MOST_TOGETHER, WAIT, WRITE, Rectangle, Requests
+from ringflash.parallel.transport.driver import (
+    BEHIND_ALL,
+    EQUAL,
+    MOST_TOGETHER,
+    REACHED,
+    WAIT,
+    WRITE,
+    Rectangle,
+    Requests,
+)
 
 STREAM = 77
 
@@ -85,9 +94,15 @@ def library() -> Iterator[Library]:
 
 requests = st.lists(
     st.one_of(
-        st.tuples(st.sampled_from(["wait", "wait_from", "write"]), st.integers(0, 2**60), st.integers(0, 2**32 - 1)),
-        st.tuples(st.just("copy"), st.integers(0, 2**60), st.integers(0, 2**60), st.integers(1, 2**40)),
-        st.builds(Rectangle, *[st.integers(1, 2**40)] * 5, st.integers(1, 3)).map(lambda x: ("copy_rows", x)),
+        st.tuples(st.sampled_from(["wait_from", "write"]), st.integers(0, 2**60), st.integers(0, 2**32 - 1)),
+        st.tuples(
+            st.just("operate"),
+            st.lists(st.integers(0, 2**60), max_size=3).map(lambda x: [y for a in x for y in (WAIT, a, 7, EQUAL)]),
+        ),
+        st.tuples(
+            st.just("copies"),
+            st.lists(st.tuples(st.integers(0, 2**60), st.integers(0, 2**60), st.integers(1, 2**40)), max_size=3),
+        ),
     ),
     max_size=30,
 )
@@ -101,29 +116,36 @@ def test_a_stream_is_asked_for_everything_in_order_numbers_together(library: Lib
         getattr(stream, name)(*arguments)
     stream.go()
     stream.go()
-    found = []
+    found, expected = [], []
     for name, *arguments in library.asked:
         if name == "cuStreamBatchMemOp_v2":
             where, operations = arguments
-            kinds = {(WAIT, 1): "wait", (WAIT, 0): "wait_from", (WRITE, 0): "write"}
+            kinds = {(WAIT, EQUAL): "wait", (WAIT, REACHED): "wait_from", (WRITE, BEHIND_ALL): "write"}
             found += [(kinds[kind, how], address, number) for kind, address, number, how in operations]
-        elif name == "cuMemcpyAsync":
+        else:
             *copied, where = arguments
             found.append(("copy", *copied))
-        else:
-            where, rectangle = arguments
-            found.append(("copy_rows", rectangle))
         assert where == STREAM
-    rows_of_one = [
-        ("copy", x[1].target, x[1].source, x[1].width) if x[0] == "copy_rows" and x[1].rows == 1 else x
-        for x in times * asked
-    ]
-    assert found == rows_of_one
+    for name, *arguments in times * asked:
+        if name == "operate":
+            expected += [("wait", address, 7) for address in arguments[0][1::4]]
+        elif name == "copies":
+            expected += [("copy", *copied) for copied in arguments[0]]
+        else:
+            expected.append((name, *arguments))
+    assert found == expected
     batches = [len(x[2]) for x in library.asked if x[0] == "cuStreamBatchMemOp_v2"]
     assert all(size <= MOST_TOGETHER for size in batches)
     numbers = [x[0].startswith("w") for x in found]
     runs = sum(here and not behind for here, behind in zip_longest(numbers, numbers[1:]))
     assert len(batches) <= runs + sum(batches) // MOST_TOGETHER
+
+
+@given(rectangle=st.builds(Rectangle, *[st.integers(1, 2**40)] * 6))
+def test_rows_of_bytes_are_copied_in_the_order_of_a_stream(library: Library, rectangle: Rectangle) -> None:
+    library.asked = []
+    transport_driver.driver().copy_rows(rectangle, STREAM)
+    assert library.asked == [("cuMemcpy2DAsync_v2", STREAM, rectangle)]
 
 
 def test_memory_is_filled_with_zeros_in_the_order_of_a_stream(library: Library) -> None:
@@ -146,4 +168,4 @@ def test_what_the_driver_refuses_is_an_error_by_name(library: Library) -> None:
         with pytest.raises(RuntimeError, match="cuStreamBatchMemOp failed with 700"):
             stream.go()
         with pytest.raises(RuntimeError, match="cuMemcpyAsync failed with 700"):
-            stream.copy(1, 2, 3)
+            stream.copies([(1, 2, 3)])

@@ -56,7 +56,7 @@ def test_ranks_take_what_was_laid_out_in_the_same_call_whoever_takes_what_and_wh
                 first = pace.randrange(BYTES)
                 target = host.allocate(BYTES - first)
                 parts[rank].expect(owner)
-                takers[rank].copy(target, shelves[owner] + first, BYTES - first)
+                takers[rank].copies([(target, shelves[owner] + first, BYTES - first)])
                 expected.append((target, _text(owner, call)[first:]))
         parts[rank].release()
 
