@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from ringflash.training.estimate.hardware import GIB, Card, Hardware, card_of
 from ringflash.training.estimate.lasting import weights_of
 from ringflash.training.estimate.sizes import Load
 from ringflash.training.estimate.step import BLOCKS, Estimate, estimate, in_seconds, unknown
-from ringflash.training.memory.available import available_bytes
+from ringflash.training.memory.available import available_bytes, local_ranks
 from ringflash.training.model.decoder import Decoder
 from ringflash.training.ranks import from_all
 from ringflash.training.run.loader import ShardedBatches
@@ -115,8 +114,8 @@ def hardware_of_all(device: torch.device) -> Hardware | None:
     if device.type != "cuda":
         return None
     card = card_of(device)
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    memory, peaks, host, together = zip(*from_all((card.memory, card.peak, available_bytes(), here)), strict=True)
+    found = card.memory, card.peak, available_bytes(), local_ranks()
+    memory, peaks, host, together = zip(*from_all(found), strict=True)
     peak = peaks[0] if len(set(peaks)) == 1 else math.nan
     return Hardware(dist.get_world_size(), Card(min(memory), peak), min(host), max(together))
 
