@@ -1,6 +1,7 @@
 """Shardings found again by the arguments of a call: for callers that pass a mask and lengths instead of a sharding.
 
-The only cache of shardings. It is bounded in bytes, and what it lets go is not lost to who still holds it.
+The only cache of calls' shardings; who finds them again by keys of another kind has one of the same class. It is
+bounded in bytes, and what it lets go is not lost to who still holds it.
 """
 
 from __future__ import annotations

@@ -246,7 +246,7 @@ class Sharding:
 
     def nbytes(self) -> int:
         """Bytes that it keeps on devices, and of the largest things on the host."""
-        return self._placement.nbytes()
+        return self._placement.nbytes() + sum(x.nbytes for x in self._positions.values())
 
     def spans(self) -> tuple[tuple[Interval, ...], ...]:
         """For each rank the positions that it holds of a sequence, as half-open intervals."""

@@ -125,7 +125,7 @@ def position_ids_of(batch: Mapping[str, Any], of_padding: int | None = None) -> 
 
 
 def fingerprints(batch: Mapping[str, Any]) -> dict[str, str]:
-    """What tells the entries of a batch from those of another one; a device is asked for all of its tensors at once."""
+    """What tells entries of a batch, in order of their names, from another one's; a device is asked for all at once."""
     found = {name: repr(x)[:100] for name, x in batch.items() if not isinstance(x, Tensor)}
     tensors = {name: x for name, x in batch.items() if isinstance(x, Tensor)}
     for device in {x.device for x in tensors.values()}:
@@ -135,7 +135,7 @@ def fingerprints(batch: Mapping[str, Any]) -> dict[str, str]:
             name: f"{x.dtype} {tuple(x.shape)} {number % 2**64:x}"
             for (name, x), number in zip(there.items(), numbers, strict=True)
         }
-    return {name: found[name] for name in batch}
+    return dict(sorted(found.items()))
 
 
 def _number(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ Legend: B sequences; S tokens of one sequence over all ranks, s of them on this 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 
 from ringflash.deepspeed import check_mean
 from ringflash.errors import ArgumentError
-from ringflash.kernels.kept import Kept
 from ringflash.parallel.agreement.rounds import refuse
+from ringflash.parallel.lookup import Shardings
 from ringflash.parallel.mesh import ONE_DEVICE, Group
 from ringflash.parallel.planning.heads import check_head_ranks
 from ringflash.parallel.positions.balance import token_work
@@ -47,8 +48,8 @@ from ringflash.transformers.models import (
     scales_by_place,
 )
 
-SHARDINGS = 4
-"""That are kept for batches alike."""
+SHARDINGS_BYTES = 64 * 2**20
+"""What shardings that are kept for batches alike may come to; one is kept in any case."""
 
 
 class SequenceParallel:
@@ -106,7 +107,7 @@ class SequenceParallel:
         self._scales_by_place = scales_by_place(self._model)
         self._scaled_rotary = any(rotary_modules(self._model))
         self._forward = forward_of(self._model)
-        self._shardings = Kept(SHARDINGS)
+        self._shardings, self._finding = Shardings(SHARDINGS_BYTES), threading.Lock()
 
     def _default_head_ranks(self, partition: str | Partition | None) -> int | None:
         heads = getattr(self._model.config.get_text_config(), "num_attention_heads", 1)
@@ -192,19 +193,20 @@ class SequenceParallel:
         """One for batches alike, which most are whose sequences are filled up or cut."""
         edges = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
         alike = tuple(masks.items()), size, seqlen, edges, self.partition, self.head_ranks
-        found = self._shardings.get(alike)
-        if found is None:
-            found = Sharding(
-                masks,
-                batch=size,
-                seqlen=seqlen,
-                cu_seqlens=cu_seqlens,
-                group=self.group,
-                partition=self.partition,
-                head_ranks=self.head_ranks,
-                token_work=token_work(self._model.config.get_text_config().hidden_size),
-            )
-            self._shardings.add(alike, found)
+        with self._finding:  # batches may be made in several threads, see `shard_alike`
+            found = self._shardings.get(alike)
+            if found is None:
+                found = Sharding(
+                    masks,
+                    batch=size,
+                    seqlen=seqlen,
+                    cu_seqlens=cu_seqlens,
+                    group=self.group,
+                    partition=self.partition,
+                    head_ranks=self.head_ranks,
+                    token_work=token_work(self._model.config.get_text_config().hidden_size),
+                )
+                self._shardings.add(alike, found)
         return found
 
     def _pair(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -298,5 +300,4 @@ class SequenceParallel:
             return
         held = fingerprints(batch)
         device = next(x.device for x in batch.values() if isinstance(x, Tensor))
-        known = {"batch": sorted(held)} | {name: held[name] for name in sorted(held)}
-        check_all_alike(self._group, "batch", known, device)
+        check_all_alike(self._group, "batch", {"batch": list(held)} | held, device)

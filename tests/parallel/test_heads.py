@@ -401,5 +401,7 @@ def test_what_a_device_needs_is_made_ahead_and_counted():
             sharding.prepare(device)
             sizes[partition, head_ranks] = sharding.nbytes() - before
             assert pickle.loads(pickle.dumps(sharding)).nbytes() == before
+            prepared, rows = sharding.nbytes(), sharding.shard(torch.zeros(4096), 0)
+            assert sharding.nbytes() - prepared == len(rows) * 8  # where they are taken from
     assert sizes["zigzag", 4] == sizes["contiguous", 4]
     assert sizes["stripe", 4] - sizes["contiguous", 4] == 2 * 4096 * 8  # order and back, the same of queries and keys
