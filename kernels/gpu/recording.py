@@ -28,7 +28,7 @@ from ringflash.kernels.gpu.direct_launch import listening
 from ringflash.kernels.gpu.launcher import Launcher, aligned
 from ringflash.kernels.kept import Kept
 from ringflash.kernels.requests import Noting, of_thread
-from ringflash.kernels.torch_private import DispatchMode, OpOverload
+from ringflash.kernels.torch_private import OpOverload, TorchDispatchMode
 
 aten = torch.ops.aten
 
@@ -95,7 +95,7 @@ class Step(NamedTuple):
     is_work: bool
 
 
-class Recording(DispatchMode, Noting):
+class Recording(TorchDispatchMode, Noting):
     """Writes down what is asked for within a `with` by this thread.
 
     Args:
@@ -140,7 +140,7 @@ class Recording(DispatchMode, Noting):
     # What is asked for
 
     def __torch_dispatch__(self, func: OpOverload, types: object, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """See `torch.utils._python_dispatch.TorchDispatchMode`."""
+        """See `TorchDispatchMode`."""
         found = func(*args, **(kwargs or {}))
         if of_thread.noting is not self:
             return found
