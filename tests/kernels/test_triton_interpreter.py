@@ -35,7 +35,7 @@ from ringflash.errors import ArgumentError
 from ringflash.kernels.gpu.add_rows import add_rows
 from ringflash.kernels.gpu.block_lists import WORD, BlockLists, key_lists, query_lists
 from ringflash.kernels.gpu.lay_rows import lay_rows
-from ringflash.kernels.gpu.recording import round_numbers
+from ringflash.kernels.gpu.round_numbers import round_numbers
 from ringflash.kernels.intervals import KeyIntervals, causal_intervals
 from ringflash.kernels.kept import Kept
 from ringflash.kernels.modifiers import Modifiers, keep_mask
