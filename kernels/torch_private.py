@@ -56,6 +56,9 @@ def apply_unbound(function: type[torch.autograd.Function], *inputs: object) -> A
 TorchDispatchMode = torch.utils._python_dispatch.TorchDispatchMode
 """Is given every operator within a `with`, to run it or something else; documented, under a private module only."""
 
+to_copy: OpOverload = torch.ops.aten._to_copy.default
+"""What `Tensor.to` calls below autograd where its result is a copy: a mode of dispatch hears no public name of it."""
+
 
 def changes_tensors(operator: Any) -> bool:
     """Whether one of torch's operators writes to a tensor that it is given."""

@@ -25,7 +25,7 @@ from ringflash.kernels.gpu.direct_launch import listening
 from ringflash.kernels.gpu.launcher import aligned
 from ringflash.kernels.gpu.round_numbers import round_numbers
 from ringflash.kernels.requests import Noting, of_thread
-from ringflash.kernels.torch_private import OpOverload, TorchDispatchMode
+from ringflash.kernels.torch_private import OpOverload, TorchDispatchMode, to_copy
 
 aten = torch.ops.aten
 
@@ -45,7 +45,7 @@ LOOKING = {
 }  # fmt: skip
 """Those whose results lie in memory of their arguments, as it is."""
 
-COPYING = {aten._to_copy.default, aten.clone.default, aten.contiguous.default, aten.to.dtype}
+COPYING = {to_copy, aten.clone.default, aten.contiguous.default, aten.to.dtype}
 """Those whose results are copies, or what they were given."""
 
 TOGETHER = 512

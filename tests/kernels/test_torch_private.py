@@ -96,7 +96,7 @@ def test_a_mode_of_dispatch_sees_every_operator_below_autograd_too() -> None:
     assert seen == [torch.ops.aten.new_empty.default, torch.ops.aten.to.dtype]
     with Mode():
         x.to(torch.float64)
-    assert seen[2:] == [torch.ops.aten._to_copy.default]
+    assert seen[2:] == [torch_private.to_copy]
 
 
 def test_a_module_has_hooks_of_any_kind_until_they_are_removed() -> None:
