@@ -54,7 +54,10 @@ def apply_unbound(function: type[torch.autograd.Function], *inputs: object) -> A
 
 
 TorchDispatchMode = torch.utils._python_dispatch.TorchDispatchMode
-"""Is given every operator within a `with`, to run it or something else."""
+"""Is given every operator within a `with`, to run it or something else; documented, under a private module only."""
+
+to_copy: OpOverload = torch.ops.aten._to_copy.default
+"""What `Tensor.to` calls below autograd where its result is a copy: a mode of dispatch hears no public name of it."""
 
 
 def changes_tensors(operator: Any) -> bool:
@@ -105,10 +108,6 @@ def nobody_listens(tensors: tuple) -> bool:
         if x is not None and (x.is_meta or x._is_zerotensor() or x.is_neg()):
             return False
     return True
-
-
-DispatchMode = torch.utils._python_dispatch.TorchDispatchMode
-"""Sees every operator that is called within a `with`; torch documents it, but under a private module only."""
 
 
 def has_hooks(module: torch.nn.Module) -> bool:

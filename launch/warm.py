@@ -31,7 +31,7 @@ from torch import Tensor
 from ringflash.errors import ArgumentError
 from ringflash.kernels.gpu.add_rows import MOST
 from ringflash.kernels.gpu.lay_rows import lay_rows
-from ringflash.kernels.gpu.recording import round_numbers
+from ringflash.kernels.gpu.round_numbers import round_numbers
 from ringflash.kernels.intervals import KeyIntervals, causal_intervals
 from ringflash.kernels.key_blocks import BlockPlaces, unit_of
 from ringflash.kernels.modifiers import Modifiers

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from ringflash.kernels import select
-from ringflash.kernels.gpu import add_rows, block_lists, direct_launch, lay_rows, recording, row_delta
+from ringflash.kernels.gpu import add_rows, block_lists, direct_launch, lay_rows, round_numbers, row_delta
 from ringflash.kernels.hopper import backward as hopper_backward
 from ringflash.kernels.hopper import checks as hopper_checks
 from ringflash.kernels.hopper import forward as hopper_forward
@@ -163,7 +163,7 @@ def stand_in(kernels: ModuleType = triton, by_driver: bool = True) -> Iterator[S
         mock.patch.multiple(widest, prepared_calls=Kept()),
         mock.patch.multiple(add_rows, launchers=Kept()),
         mock.patch.multiple(lay_rows, launchers=Kept()),
-        mock.patch.multiple(recording, roundings=Kept()),
+        mock.patch.multiple(round_numbers, launchers=Kept()),
         mock.patch.multiple(block_lists, _kept=Kept()),
         mock.patch.multiple(narrow, prepared_forwards=Kept(), prepared_backwards=Kept()),
     ):

@@ -18,17 +18,14 @@ from operator import add, itemgetter
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ringflash.kernels.cuda_driver import Rectangle, memory_functions
-from ringflash.kernels.gpu.compile_once import compiled_once
 from ringflash.kernels.gpu.direct_launch import listening
-from ringflash.kernels.gpu.launcher import Launcher, aligned
-from ringflash.kernels.kept import Kept
+from ringflash.kernels.gpu.launcher import aligned
+from ringflash.kernels.gpu.round_numbers import round_numbers
 from ringflash.kernels.requests import Noting, of_thread
-from ringflash.kernels.torch_private import DispatchMode, OpOverload
+from ringflash.kernels.torch_private import OpOverload, TorchDispatchMode, to_copy
 
 aten = torch.ops.aten
 
@@ -48,7 +45,7 @@ LOOKING = {
 }  # fmt: skip
 """Those whose results lie in memory of their arguments, as it is."""
 
-COPYING = {aten._to_copy.default, aten.clone.default, aten.contiguous.default, aten.to.dtype}
+COPYING = {to_copy, aten.clone.default, aten.contiguous.default, aten.to.dtype}
 """Those whose results are copies, or what they were given."""
 
 TOGETHER = 512
@@ -95,7 +92,7 @@ class Step(NamedTuple):
     is_work: bool
 
 
-class Recording(DispatchMode, Noting):
+class Recording(TorchDispatchMode, Noting):
     """Writes down what is asked for within a `with` by this thread.
 
     Args:
@@ -140,7 +137,7 @@ class Recording(DispatchMode, Noting):
     # What is asked for
 
     def __torch_dispatch__(self, func: OpOverload, types: object, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """See `torch.utils._python_dispatch.TorchDispatchMode`."""
+        """See `TorchDispatchMode`."""
         found = func(*args, **(kwargs or {}))
         if of_thread.noting is not self:
             return found
@@ -316,50 +313,6 @@ class Recording(DispatchMode, Noting):
             drawn += step.drawn
         like = [(x.shape, x.dtype, self._like.get((x.shape, x.dtype))) for x in results]
         return Repeated(steps, like, size, self._drawn, self._kept)
-
-
-ROUNDED = 4096
-"""Numbers of a program."""
-
-
-@compiled_once
-@triton.jit(do_not_specialize=["count", "other_count", "blocks"])
-def round_kernel(source, target, other_source, other_target, count, other_count, blocks, N: tl.constexpr):
-    """Program = N numbers of a tensor as one of another dtype, or behind its blocks of another one."""
-    program = tl.program_id(0)
-    if program < blocks:
-        round_block(source, target, program, count, N)
-    elif other_source is not None:
-        round_block(other_source, other_target, program - blocks, other_count, N)
-
-
-@triton.jit
-def round_block(source, target, block, count, N: tl.constexpr):
-    """Round N numbers."""
-    number_N = tl.cast(block, tl.int64) * N + tl.arange(0, N)
-    inside_N = number_N < count
-    source_N = tl.load(source + number_N, mask=inside_N)
-    tl.store(target + number_N, source_N.to(target.dtype.element_ty), mask=inside_N)
-
-
-def round_numbers(rounded: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Write one contiguous tensor, or two, as others of another dtype, as `Tensor.to` does.
-
-    Args:
-        rounded: what is read and what is written, at addresses of whole 16 bytes.
-    """
-    counts = [x.numel() for x, _ in rounded]
-    form = (*counts, rounded[0][0].dtype, rounded[0][1].dtype, rounded[0][0].device)
-    launch = roundings.get(form)
-    if launch is None:
-        blocks = [-(-count // ROUNDED) for count in counts]
-        numbers = (*counts, *(0,) * (2 - len(counts)), blocks[0])
-        launch = roundings.add(form, Launcher(sum(blocks), numbers, {"N": ROUNDED}, {"num_warps": 8}, True))
-    launch(round_kernel, (*[x for pair in rounded for x in pair], *(None,) * (4 - 2 * len(rounded))))
-
-
-roundings = Kept()
-"""`Launcher` by what is rounded."""
 
 
 def picking(places: Sequence[int]) -> Callable[[list[int]], Sequence[int]]:

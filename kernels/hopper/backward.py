@@ -43,6 +43,7 @@ from ringflash.kernels.hopper.backward_wide_kernel import attend_backward_wide_k
 from ringflash.kernels.hopper.checks import check_operands
 from ringflash.kernels.hopper.descriptors import (
     addressable,
+    addressable_carry,
     descriptor,
     list_descriptor,
     made_addressable,
@@ -101,6 +102,7 @@ def attend_backward(
             dout, query, key, value, lse, delta, intervals, scale=scale, carry=carry,
             dquery_dtype=dquery_dtype, dkey_dtype=dkey_dtype,
         )  # fmt: skip
+    carry = None if carry is None else addressable_carry(carry)
     operands, numbers = (dout, query, key, value), (lse, delta, carry)
     prepared = prepared_backward(operands, numbers, None, intervals, scale, modifiers, dkey_dtype, deterministic)
     return prepared(operands, numbers, None, intervals, dquery_dtype, modifiers)[:3]
@@ -158,8 +160,7 @@ def prepared_backward(
     if prepared is None:
         _, query, key, value = operands
         check_operands(query, key, value, intervals, scale, modifiers)
-        plain = not (deterministic or modifiers or intervals.has_sink_tokens or intervals.blocks is not None)
-        tiles = backward_tiles(modifiers)[backward_width(query.shape[2], value.shape[2], plain)]
+        tiles = backward_tiles(modifiers)[_width(query, value, intervals, modifiers, deterministic)]
         prepared = PreparedBackward(
             operands, numbers, results, intervals, scale, dkey_dtype, tiles, deterministic, modifiers
         )
@@ -173,7 +174,7 @@ prepared_calls = Kept()
 Operands = tuple[Tensor, Tensor, Tensor, Tensor]
 """Dout, query, key, value."""
 Numbers = tuple[Tensor, Tensor | None, Tensor | None]
-"""Lse, delta or None to find it, carry."""
+"""Lse, delta or None to find it, carry as `addressable_carry`."""
 
 
 def _call(
@@ -195,6 +196,14 @@ def _call(
         (aligned(*operands, *numbers, *(results or ())) and modifiers_aligned(modifiers))
         or tuple(map(aligned, (*operands, *numbers, *(results or ())))),
     )  # fmt: skip
+
+
+def _width(
+    query: Tensor, value: Tensor, intervals: KeyIntervals, modifiers: Modifiers | None, deterministic: bool
+) -> str:
+    """`backward_width` of a call."""
+    plain = not (deterministic or modifiers or intervals.has_sink_tokens or intervals.blocks is not None)
+    return backward_width(query.shape[2], value.shape[2], plain)
 
 
 class PreparedBackward:
@@ -230,8 +239,7 @@ class PreparedBackward:
         self.tiles, self.deterministic = tiles, deterministic
         self.heads, self.dim = (heads, key_heads), dim
         self.has_tokens, self.has_lists = intervals.has_sink_tokens, intervals.blocks is not None
-        plain = not (deterministic or modifiers or self.has_tokens or self.has_lists)
-        self.width = backward_width(dim, value_dim, plain)
+        self.width = _width(query, value, intervals, modifiers, deterministic)
         self.order = order_of_blocks(intervals, self.width, modifiers).value if deterministic else 0
         self.dkey_dtype, self.float_out = dkey_dtype, dkey_dtype != key.dtype
         self.stored_dtype = torch.float32 if self.float_out else dkey_dtype
@@ -279,7 +287,7 @@ class PreparedBackward:
         parts = (width.values, width.keys, width.keys, width.values)
         (of_dout, *of_others), rest = zip(*map(part_descriptors, operands, blocks, parts), strict=True)
         of_operands = of_others[0], of_dout, *of_others[1:]
-        dquery = without_memory(query.shape, torch.float32) if carry is None else carry.contiguous()
+        dquery = without_memory(query.shape, torch.float32) if carry is None else carry
         padded = sum(width.keys) > query.shape[2]
         of_dquery = description_of(descriptor(dquery, HALF.value, HALF.value, padded))
         of_dkey, of_dvalue = [None, None], [None, None]

@@ -94,10 +94,10 @@ class PreparedRows:
         results: Results | None,
         carry: Tensor | None,
     ) -> Rows:
-        """Of a call alike; the carry to add gradients of query to, or None for zeros."""
+        """Of a call alike; the contiguous carry to add gradients of query to, or None for zeros."""
         scaled_lse, minus_delta = lse.new_empty(self.number_count), lse.new_empty(self.number_count)
         if delta is not None:
-            dquery = query.new_zeros(query.shape, dtype=torch.float32) if carry is None else carry.contiguous()
+            dquery = query.new_zeros(query.shape, dtype=torch.float32) if carry is None else carry
             self.launch(prepare_rows_kernel, (lse.contiguous(), delta.contiguous(), scaled_lse, minus_delta))
         else:
             assert results is not None

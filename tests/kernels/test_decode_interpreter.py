@@ -5,24 +5,18 @@ As in test_triton_interpreter.py, the tests run in a pytest of their own that th
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
+from interpreted import assert_passes_in_interpreter
 
 triton = pytest.importorskip("triton")
 
 if not triton.knobs.runtime.interpret:
 
     def test_triton_kernels_of_the_cache_pass_their_tests_in_the_interpreter() -> None:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stdout + result.stderr
+        assert_passes_in_interpreter(__file__)
 
 else:
     from contextlib import nullcontext

@@ -22,7 +22,7 @@ from ringflash.kernels.gpu import direct_launch, launcher
 from ringflash.kernels.gpu.add_rows import BLOCK, add_rows
 from ringflash.kernels.gpu.direct_launch import NUMBERS, DirectLaunch, Parameters, flat
 from ringflash.kernels.gpu.lay_rows import lay_rows
-from ringflash.kernels.gpu.recording import round_numbers
+from ringflash.kernels.gpu.round_numbers import round_numbers
 from ringflash.kernels.intervals import causal_intervals
 from ringflash.kernels.key_blocks import KeyBlocks
 from ringflash.kernels.sums import Part

@@ -5,16 +5,13 @@ As in test_triton_interpreter.py, tests of the interpreter run in a pytest of th
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import triton
 from aot import SHARED_LIMIT, catch, compile_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted import assert_passes_in_interpreter
 
 from ringflash.kernels.gpu import elementwise
 
@@ -23,10 +20,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 if not triton.knobs.runtime.interpret:
 
     def test_elementwise_kernels_pass_their_tests_in_the_interpreter() -> None:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-        environment = {**os.environ, "TRITON_INTERPRET": "1"}
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stdout + result.stderr
+        assert_passes_in_interpreter(__file__)
 
     @pytest.mark.parametrize("target", SHARED_LIMIT)
     @pytest.mark.parametrize("kernel", ["silu_product", "silu_product_backward", "rotate"])

@@ -5,10 +5,6 @@ The interpreter is chosen when triton is first imported, so the test below runs 
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -17,6 +13,7 @@ pytest.importorskip("triton")
 import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted import assert_passes_in_interpreter
 from oracle import any_intervals
 
 from ringflash.kernels.hopper.backward_programs import (
@@ -30,10 +27,7 @@ from ringflash.kernels.intervals import KeyIntervals
 if not triton.knobs.runtime.interpret:
 
     def test_programs_pass_their_tests_in_the_interpreter() -> None:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-        environment = {**os.environ, "TRITON_INTERPRET": "1"}
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stdout + result.stderr
+        assert_passes_in_interpreter(__file__)
 
 else:
 

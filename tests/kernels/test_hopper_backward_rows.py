@@ -6,9 +6,6 @@ The interpreter is chosen when triton is first imported, so the test below runs 
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,6 +15,7 @@ pytest.importorskip("triton")
 import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted import assert_passes_in_interpreter
 
 from ringflash.kernels import reference
 from ringflash.kernels.hopper.backward_rows import PreparedRows, PreparedSlopes
@@ -25,10 +23,7 @@ from ringflash.kernels.hopper.backward_rows import PreparedRows, PreparedSlopes
 if not triton.knobs.runtime.interpret:
 
     def test_rows_pass_their_test_in_the_interpreter() -> None:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-        environment = {**os.environ, "TRITON_INTERPRET": "1"}
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stdout + result.stderr
+        assert_passes_in_interpreter(__file__)
 
 else:
 

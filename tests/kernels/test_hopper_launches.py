@@ -377,6 +377,19 @@ def test_what_is_kept_for_calls_alike_keeps_none_of_their_tensors(dims: tuple[in
         assert [x() for x in alive] == [None] * 6
 
 
+@pytest.mark.parametrize("dims", [(64, 64), (192, 128), (256, 256), (512, 512)], ids=str)
+def test_a_carried_gradient_may_lie_at_any_address(dims: tuple[int, int]) -> None:
+    query, key = torch.zeros(100, 4, dims[0]).half(), torch.zeros(100, 2, dims[0]).half()
+    value, dout = torch.zeros(100, 2, dims[1]).half(), torch.zeros(100, 4, dims[1]).half()
+    lse, carry = torch.zeros(4, 100), torch.rand(query.numel() + 1)[1:].view(query.shape)
+    with launches_noted() as launches:
+        for _ in range(2):
+            arguments = dout, query, key, value, lse, lse, window(100, 9, 10)
+            dquery, _, _ = hopper.attend_backward(*arguments, scale=1.0, carry=carry, dquery_dtype=torch.float32)
+            assert torch.equal(dquery, carry), "nothing was launched, and so nothing added"
+    assert launches
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

@@ -5,15 +5,13 @@ As in test_triton_interpreter.py, tests of the interpreter run in a pytest of th
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from unittest import mock
 
 import pytest
 import torch
 import triton
 from aot import catch, compile_for
+from interpreted import assert_passes_in_interpreter
 
 from ringflash.kernels.hopper import backward_tokens
 from ringflash.kernels.hopper.backward_tokens import Programs, add_slots
@@ -28,10 +26,7 @@ def programs(split: list[list[int]]) -> Programs:
 if not triton.knobs.runtime.interpret:
 
     def test_slots_pass_their_tests_in_the_interpreter() -> None:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-        environment = {**os.environ, "TRITON_INTERPRET": "1"}
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stdout + result.stderr
+        assert_passes_in_interpreter(__file__)
 
     def test_the_kernel_compiles_without_spills() -> None:
         gradient, slots = torch.empty(64, 2, 128, dtype=torch.bfloat16), torch.empty(3 * TILE, 2, 128)

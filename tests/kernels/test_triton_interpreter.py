@@ -7,9 +7,6 @@ test of the ordinary run starts. bfloat16 products are wrong in the interpreter;
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -17,6 +14,7 @@ import torch
 import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted import assert_passes_in_interpreter
 from oracle import (
     LAYOUTS,
     Problem,
@@ -37,7 +35,7 @@ from ringflash.errors import ArgumentError
 from ringflash.kernels.gpu.add_rows import add_rows
 from ringflash.kernels.gpu.block_lists import WORD, BlockLists, key_lists, query_lists
 from ringflash.kernels.gpu.lay_rows import lay_rows
-from ringflash.kernels.gpu.recording import round_numbers
+from ringflash.kernels.gpu.round_numbers import round_numbers
 from ringflash.kernels.intervals import KeyIntervals, causal_intervals
 from ringflash.kernels.kept import Kept
 from ringflash.kernels.modifiers import Modifiers, keep_mask
@@ -52,10 +50,7 @@ from ringflash.parallel.positions.visibility import key_intervals
 if not triton.knobs.runtime.interpret:
 
     def test_triton_kernels_pass_their_tests_in_the_interpreter() -> None:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-        environment = {**os.environ, "TRITON_INTERPRET": "1"}
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stdout + result.stderr
+        assert_passes_in_interpreter(__file__)
 
 else:
     # Blocks of unequal sides, so that many fit into small problems and a mistaken side shows; and those of the kernel

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ringflash import Mask, Sharding
 from ringflash.functional import attention
-from ringflash.kernels.gpu import direct_launch, recording
+from ringflash.kernels.gpu import direct_launch, recording, round_numbers
 from ringflash.parallel.execution import head_groups, known_calls
 from ringflash.parallel.execution.call import Inputs, as_they_travel
 from ringflash.parallel.execution.known_calls import TRIES, UNNOTED
@@ -127,7 +127,7 @@ def requests(
         gone_down() as ran,
         mock.patch.object(known_calls, "UNNOTED", UNNOTED if repeats else 1 << 30),
     ):
-        rounded = lambda: {x._by_driver._function for x in recording.roundings.values()}  # noqa: E731
+        rounded = lambda: {x._by_driver._function for x in round_numbers.launchers.values()}  # noqa: E731
         engines = sharding._placement.transport
 
         def launch(launched: object) -> None:

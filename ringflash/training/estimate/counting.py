@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
 
-from ringflash.kernels.torch_private import FakeTensorMode, TorchDispatchMode, changes_tensors, storage_of
+from ringflash.kernels.torch_private import FakeTensorMode, TorchDispatchMode, changes_tensors, storage_of, to_copy
 from ringflash.loss import CHUNK_ELEMENTS
 from ringflash.training.engines.materialise import materialise
 from ringflash.training.model.pretrained import Pretrained
@@ -164,7 +164,7 @@ class _Counter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         made = [x for x in (out if isinstance(out, tuple | list) else (out,)) if isinstance(x, Tensor)]
         given = [x for x in args if isinstance(x, Tensor)]
-        cast = func is torch.ops.aten._to_copy.default and storage_of(given[0]) in self._weights
+        cast = func is to_copy and storage_of(given[0]) in self._weights
         for x in made:
             self._hold(x, cast)
         self._most[self._part] = max(self._most[self._part], self._live)
